@@ -1,0 +1,368 @@
+"""Configurations and models: resolve, digest, load, build on meta. The one place that picks a class for a config."""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from reap_kernels.errors import CheckpointError, ReapError, UnsupportedModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+# Auto mappings tried, in order, for a config whose `architectures` names no class we can use.
+_AUTO_MAPPINGS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "MODEL_MAPPING",
+)
+
+# Keys that say how a model was stored or is run, not which model it is.
+_VOLATILE_KEYS = frozenset(
+    {
+        "architectures",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+        "name_or_path",
+        "transformers_version",
+        "use_cache",
+        "quantization_config",
+        "compression_config",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "attn_implementation",
+        "experts_implementation",
+        "experts_impl",
+    }
+)
+
+# Quantised formats that transformers can unpack to plain floats while loading, by their own config class.
+_DEQUANTISE_ON_LOAD = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+
+
+def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read the configuration of a local checkpoint folder or of a hub id.
+
+    A `model_type` unknown to transformers (Kimi-K2's `kimi_k2`) is resolved through `architectures[0]`
+    when that names a class the library has; native classes are preferred to code shipped with a checkpoint.
+
+    Raises:
+        CheckpointError: no readable `config.json` there.
+        UnsupportedModel: neither `model_type` nor `architectures[0]` is known.
+    """
+    raw = _raw_config(path_or_id)
+    model_type, architecture = raw.get("model_type"), (raw.get("architectures") or [None])[0]
+    try:
+        if model_type in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in raw):
+            return CONFIG_MAPPING[model_type].from_pretrained(str(path_or_id))
+        native = _native_class(architecture)
+        if native is not None and native.config_class is not None:
+            with _quiet(
+                "transformers.configuration_utils"
+            ):  # "model of type kimi_k2 to instantiate deepseek_v3"
+                return native.config_class.from_pretrained(str(path_or_id))
+        if "auto_map" in raw and trust_remote_code:
+            return AutoConfig.from_pretrained(str(path_or_id), trust_remote_code=True)
+    except ReapError:
+        raise
+    except Exception as error:  # a config class may raise anything on a field it does not like
+        raise CheckpointError(
+            f"{path_or_id}: config.json (model_type {model_type!r}) is not a valid configuration: "
+            f"{_first_line(error)}. Correct the field, or use the transformers version the checkpoint was made for."
+        ) from error
+    remedy = (
+        "pass trust_remote_code=True (--trust-remote-code) to run the code shipped with the checkpoint"
+        if "auto_map" in raw
+        else "use a transformers version that knows it"
+    )
+    raise UnsupportedModel(
+        f"{path_or_id}: model_type {model_type!r} with architecture {architecture!r} is unknown to "
+        f"transformers {transformers.__version__}; {remedy}."
+    )
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class to build for `config`: what `architectures[0]` names if it fits, else the Auto mappings' choice.
+
+    Raises:
+        UnsupportedModel: transformers has no model class for this configuration.
+    """
+    architecture = (getattr(config, "architectures", None) or [None])[0]
+    if type(config).__module__.startswith("transformers_modules"):
+        return _remote_class(config)
+    if (
+        config.model_type == "step3p5"
+    ):  # the text config of step3p7: transformers ships no causal LM for it
+        from reap_driver.compat.step3p5 import Step3p5ForCausalLM
+
+        return Step3p5ForCausalLM
+    native = _native_class(architecture)
+    if native is not None and isinstance(config, native.config_class or ()):
+        return native
+    for name in _AUTO_MAPPINGS:
+        mapping = getattr(modeling_auto, name, None)
+        found = mapping.get(type(config), None) if mapping is not None else None
+        if found is not None:
+            chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+            return chosen
+    raise UnsupportedModel(
+        f"transformers {transformers.__version__} has no model class for architecture {architecture!r} "
+        f"({type(config).__name__}); use a version that has one."
+    )
+
+
+def config_digest(config: PretrainedConfig) -> str:
+    """`sha256:...` over what identifies the model: fields that differ from the config class's defaults.
+
+    Fields that say how the model is stored or run (dtype, cache, quantisation, version, paths) are left out at
+    every level, so a config in memory, saved, reloaded, dequantised, or read by another transformers
+    version that only added fields, keeps its digest.
+    """
+    text = json.dumps(_identity(config), sort_keys=True, separators=(",", ":"), default=str)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_model(
+    path_or_id: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    device_map: str | dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a checkpoint for observation, in eval mode, FP8 and MXFP4 experts dequantised to plain floats.
+
+    Raises:
+        CheckpointError: a shard is missing or truncated, a shape does not match the config, or the checkpoint
+            lacks tensors the model needs or brings tensors it does not know.
+        UnsupportedModel: see `load_config` and `model_class`.
+    """
+    config = load_config(path_or_id, trust_remote_code=trust_remote_code)
+    cls = model_class(config)
+    _check_shards(Path(path_or_id))
+    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    method = _quant_method(config)
+    if method in _DEQUANTISE_ON_LOAD:
+        options["quantization_config"] = getattr(transformers, _DEQUANTISE_ON_LOAD[method])(
+            dequantize=True
+        )
+    if device_map is not None:
+        options["device_map"] = device_map
+    try:  # transformers' report of missing keys is checked, and raised, below; its tensor-parallel advice is noise
+        with _quiet("transformers.modeling_utils", "transformers.distributed.tensor_parallel"):
+            model, info = cls.from_pretrained(
+                str(path_or_id), config=config, dtype=dtype, output_loading_info=True, **options
+            )
+    except ReapError:
+        raise
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path_or_id}: cannot load the weights: {_first_line(error)}."
+        ) from error
+    _check_loading(path_or_id, info, model)
+    model = model.eval()
+    return model if device_map is not None else model.to(device)
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model of `config` on the meta device: shapes and names of every tensor, no memory."""
+    from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+
+    cls = model_class(config)
+    with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
+        return cls(config)
+
+
+def _raw_config(path_or_id: str | Path) -> dict[str, Any]:
+    """`config.json` as written."""
+    path = Path(path_or_id)
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.is_file():
+            raise CheckpointError(
+                f"{path}: no config.json there; give the folder of a Hugging Face checkpoint."
+            )
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{file}: not valid JSON ({error}); restore the file.") from error
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{file}: holds a {type(raw).__name__}, expected a JSON object.")
+        return raw
+    if (
+        path.exists()
+        or path.is_absolute()
+        or str(path_or_id).startswith(".")
+        or len(path.parts) > 2
+    ):
+        raise CheckpointError(f"{path_or_id}: no such checkpoint folder.")
+    try:
+        return dict(PretrainedConfig.get_config_dict(str(path_or_id))[0])
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path_or_id}: neither a folder nor a hub id that can be read ({_first_line(error)})."
+        ) from error
+
+
+def _native_class(architecture: str | None) -> type[PreTrainedModel] | None:
+    """The model class of that name in transformers, if there is one."""
+    found = getattr(transformers, architecture, None) if architecture else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
+def _remote_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class a checkpoint's own code declares (the config was loaded with trust_remote_code)."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    auto_map = getattr(config, "auto_map", None) or {}
+    for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel"):
+        if auto in auto_map:
+            cls: type[PreTrainedModel] = get_class_from_dynamic_module(
+                auto_map[auto], config._name_or_path
+            )
+            return cls
+    raise UnsupportedModel(
+        f"{config._name_or_path}: auto_map of config.json names no model class: {auto_map}."
+    )
+
+
+def _identity(config: PretrainedConfig) -> dict[str, Any]:
+    """Fields of one (sub) config that differ from its class's defaults, volatile ones removed, recursively."""
+    try:
+        defaults = _plain(type(config)().to_dict())
+    except Exception:  # a remote or composite config without a default: every field identifies it
+        defaults = {}
+    kept: dict[str, Any] = {
+        "model_type": type(config).model_type
+    }  # an alias such as kimi_k2 lives on the instance
+    for key, value in _plain(config.to_dict()).items():
+        if key.startswith("_") or key in _VOLATILE_KEYS:
+            continue
+        nested = getattr(config, key, None) if isinstance(value, dict) else None
+        if isinstance(nested, PretrainedConfig):
+            kept[key] = _identity(nested)
+        elif key not in defaults or value != defaults[key]:
+            kept[key] = value
+    return kept
+
+
+def _plain(value: Any) -> Any:
+    """JSON's view of a value: tuples are lists, keys are strings."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _quant_method(config: PretrainedConfig) -> str | None:
+    """Name of the checkpoint's quantisation format, None if it holds plain floats."""
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is None:
+        return None
+    method = (
+        quantisation.get("quant_method")
+        if isinstance(quantisation, dict)
+        else quantisation.quant_method
+    )
+    return str(getattr(method, "value", method))
+
+
+def _check_shards(folder: Path) -> None:
+    """Every safetensors file the index names is there and as long as its header says."""
+    if not folder.is_dir():
+        return
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{index}: not a valid index ({error!r}); restore the file."
+            ) from error
+    else:
+        names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not names:
+        raise CheckpointError(
+            f"{folder}: no safetensors file there; convert the checkpoint to safetensors."
+        )
+    for name in names:
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(
+                f"{index}: names {name!r}, outside the checkpoint folder; refused."
+            )
+        if not file.is_file():
+            raise CheckpointError(f"{file}: named by {index.name} but missing; download it again.")
+        try:
+            with safe_open(str(file), "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file}: damaged or truncated ({file.stat().st_size} bytes; {_first_line(error)}); download it again."
+            ) from error
+
+
+def _check_loading(path_or_id: str | Path, info: dict[str, Any], model: PreTrainedModel) -> None:
+    """Raise when loading left tensors random, of another shape, or experts and routers unused."""
+    errors = info.get("conversion_errors") or info.get("error_msgs")
+    if errors:
+        raise CheckpointError(
+            f"{path_or_id}: weights could not be converted: {_first_line(str(errors))}"
+        )
+    layers = {name for name, _ in model.named_modules() if name.rpartition(".")[2].isdigit()}
+    unused = (key for key in info.get("unexpected_keys") or () if _is_routed(str(key), layers))
+    problems = {
+        "missing from the checkpoint": sorted(str(key) for key in info.get("missing_keys") or ()),
+        "experts or routers unknown to the model": sorted(unused),
+        "of another shape than config.json says": sorted(
+            str(entry) for entry in info.get("mismatched_keys") or ()
+        ),
+    }
+    for what, keys in problems.items():
+        if keys:
+            raise CheckpointError(
+                f"{path_or_id}: {len(keys)} tensors are {what}, first {keys[0]}; "
+                "use the config.json and weights of one and the same checkpoint."
+            )
+
+
+def _is_routed(key: str, layers: set[str]) -> bool:
+    """Whether a key unknown to the model belongs to experts or a router of a layer the model has.
+
+    Multi-token-prediction layers sit past the model's last layer or under a module of their own, and may be ignored.
+    """
+    mentions = any(part in key for part in ("expert", "router", ".gate.", ".moe."))
+    return mentions and any(key.startswith(layer + ".") for layer in layers)
+
+
+@contextlib.contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """Silence some of transformers' loggers while what they would report is handled here."""
+    targets = [logging.getLogger(name) for name in loggers]
+    before = [target.level for target in targets]
+    for target in targets:
+        target.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for target, level in zip(targets, before, strict=True):
+            target.setLevel(level)
+
+
+def _first_line(error: object) -> str:
+    """First line of an error's text, without a closing full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
