@@ -1,0 +1,53 @@
+"""expert_outputs: f_j(x) of every routed row, before the gate."""
+
+from torch import Tensor
+
+from reap_kernels.dispatch import Backend, Request, register, select
+from reap_kernels.errors import DtypeError, ShapeError
+from reap_kernels.experts import cpu, reference
+from reap_kernels.route.op import cpu_only
+from reap_kernels.types import FLOATS, ExpertWeights, Routing
+
+
+def expert_outputs(
+    hidden: Tensor, routing: Routing, experts: ExpertWeights, *, backend: str | None = None
+) -> Tensor:
+    """Outputs of the routed rows, sorted by expert, not scaled by the gate.
+
+    Args:
+        hidden: [T, H] float, the layer's input.
+        routing: from `route`.
+        experts: the layer's weights, same dtype and device as `hidden`.
+        backend: explicit backend, never falls back.
+
+    Returns:
+        [S, H] in the backend's compute dtype (float64 for `reference`); rows past `offsets[E]`,
+        which no expert here serves, are zero.
+
+    Raises:
+        ShapeError, DtypeError: inputs that do not fit each other.
+        BackendUnavailable: no backend serves, or the requested one refuses.
+    """
+    check_experts(hidden, experts)
+    request = Request("experts", hidden.device, hidden.dtype, experts.formula.kind)
+    y: Tensor = select(request, backend).run(hidden, routing, experts)
+    return y
+
+
+def check_experts(hidden: Tensor, experts: ExpertWeights) -> None:
+    """Raises unless `hidden` is [T, H] of the experts' dtype and device."""
+    if hidden.ndim != 2 or hidden.shape[1] != experts.hidden_size:
+        raise ShapeError(
+            f"hidden has shape {tuple(hidden.shape)}; these experts take [T, {experts.hidden_size}]"
+        )
+    if hidden.dtype not in FLOATS or hidden.dtype != experts.dtype:
+        raise DtypeError(
+            f"hidden is {hidden.dtype} and the experts are {experts.dtype}; both must be the same "
+            "of bf16, fp16, fp32, fp64"
+        )
+    if hidden.device != experts.device:
+        raise DtypeError(f"hidden is on {hidden.device}, the experts on {experts.device}; move one")
+
+
+register(Backend("experts", "reference", 0, lambda request: None, reference.expert_outputs))
+register(Backend("experts", "cpu", 10, cpu_only, cpu.expert_outputs))

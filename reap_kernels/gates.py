@@ -1,0 +1,179 @@
+"""Gate formulas: what an expert computes between its two products, and how to recognise one.
+
+An expert is `f(x) = down(act(up(x)))`. `act` is one of six closed formulas that kernels can fuse,
+or `opaque`: a torch function called between the two products. Which one a model uses is measured by
+probing its own function, never guessed from a name.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reap_kernels.errors import ShapeError, UnsupportedModel
+
+Gated = Callable[[Tensor, Tensor, float, float], Tensor]
+
+
+def _silu(gate: Tensor, up: Tensor, limit: float, alpha: float) -> Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
+def _gelu_tanh(gate: Tensor, up: Tensor, limit: float, alpha: float) -> Tensor:
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+def _silu_clamped_in(gate: Tensor, up: Tensor, limit: float, alpha: float) -> Tensor:
+    return torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+def _silu_clamped_out(gate: Tensor, up: Tensor, limit: float, alpha: float) -> Tensor:
+    return torch.nn.functional.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
+
+
+def _swiglu_oai(gate: Tensor, up: Tensor, limit: float, alpha: float) -> Tensor:
+    gate = gate.clamp(max=limit)
+    return gate * torch.sigmoid(gate * alpha) * (up.clamp(-limit, limit) + 1)
+
+
+_GATED: dict[str, Gated] = {
+    "silu": _silu,
+    "gelu_tanh": _gelu_tanh,
+    "silu_clamped_in": _silu_clamped_in,
+    "silu_clamped_out": _silu_clamped_out,
+    "swiglu_oai": _swiglu_oai,
+}
+_LIMITED = ("silu_clamped_in", "silu_clamped_out", "swiglu_oai")
+KINDS = (*_GATED, "relu2", "opaque")
+
+
+@dataclass(frozen=True)
+class GateFormula:
+    """The function between an expert's two products.
+
+    Attributes:
+        kind: one of `KINDS`. With g, u the gate and up halves, L = limit, a = alpha:
+            `silu` silu(g) u; `gelu_tanh` gelu_tanh(g) u; `relu2` relu(x)^2, no gate;
+            `silu_clamped_in` silu(min(g, L)) clamp(u, -L, L);
+            `silu_clamped_out` min(silu(g), L) clamp(u, -L, L);
+            `swiglu_oai` g' sigmoid(a g') (clamp(u, -L, L) + 1) with g' = min(g, L);
+            `opaque` calls `fn`.
+        limit: clamp bound L; infinity where the formula has none.
+        alpha: slope a of `swiglu_oai`.
+        fn: for `opaque` only, maps [n, 2I] (gated, in the model's own layout) or [n, I] to [n, I].
+    """
+
+    kind: str
+    limit: float = math.inf
+    alpha: float = 1.702
+    fn: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UnsupportedModel(
+                f"gate formula {self.kind!r} is not known; use one of {', '.join(KINDS)}"
+            )
+        if (self.kind == "opaque") != (self.fn is not None):
+            raise UnsupportedModel(
+                f"gate formula {self.kind!r} {'needs' if self.fn is None else 'takes no'} `fn`; "
+                "give a torch function with kind 'opaque' and with no other"
+            )
+
+    @property
+    def gated(self) -> bool | None:
+        """Whether the formula takes a gate half; None where only `fn` knows."""
+        return None if self.kind == "opaque" else self.kind != "relu2"
+
+    def apply(self, projected: Tensor, *, interleaved: bool = False) -> Tensor:
+        """Evaluates the formula.
+
+        Args:
+            projected: [n, 2I] gate and up (halves, or pairs when `interleaved`), or [n, I] ungated.
+            interleaved: columns are g0, u0, g1, u1, ... instead of all gates, then all ups.
+
+        Returns:
+            [n, I], same dtype.
+        """
+        if self.fn is not None:
+            return self.fn(projected)
+        if self.kind == "relu2":
+            return torch.relu(projected).square_()
+        if interleaved:
+            gate, up = projected[:, ::2], projected[:, 1::2]
+        else:
+            gate, up = projected.chunk(2, dim=-1)
+        return _GATED[self.kind](gate, up, self.limit, self.alpha)
+
+
+def _candidates(gated: bool, limits: Sequence[float], alphas: Sequence[float]) -> list[GateFormula]:
+    if not gated:
+        return [GateFormula("relu2")]
+    finite = [float(limit) for limit in limits if limit is not None and math.isfinite(limit)]
+    found = [GateFormula(kind) for kind in _GATED if kind not in _LIMITED]
+    found += [
+        GateFormula(kind, limit)
+        for kind in ("silu_clamped_in", "silu_clamped_out")
+        for limit in finite
+    ]
+    found += [
+        GateFormula("swiglu_oai", limit, float(alpha))
+        for alpha in alphas or [1.702]
+        for limit in [*finite, math.inf]
+    ]
+    return found
+
+
+def probe_gate(
+    fn: Callable[[Tensor], Tensor],
+    *,
+    intermediate_size: int,
+    gated: bool,
+    interleaved: bool = False,
+    limits: Sequence[float] = (),
+    alphas: Sequence[float] = (),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> GateFormula:
+    """Recognises a module's gate function by its values.
+
+    Args:
+        fn: maps [n, 2I] (or [n, I] when not gated) to [n, I], the module's own.
+        intermediate_size: I.
+        gated: whether `fn` takes gate and up.
+        interleaved: layout of the columns of `fn`'s argument.
+        limits: clamp bounds the module carries; each is tried.
+        alphas: slopes the module carries; each is tried.
+        dtype: dtype of the probe, the model's own.
+        device: device of the probe.
+
+    Returns:
+        The one closed formula whose values agree on 64 random rows that reach past every limit, or
+        an `opaque` formula around `fn` when none does.
+
+    Raises:
+        ShapeError: `fn` does not return [64, I].
+    """
+    reach = 4.0 * max([2.0, *(abs(x) for x in limits if x is not None and math.isfinite(x))])
+    width = 2 * intermediate_size if gated else intermediate_size
+    seed = torch.Generator().manual_seed(0)
+    unit = torch.rand(64, width, generator=seed, dtype=torch.float64) * 2 - 1
+    # Odd powers keep half the probe near zero, where the formulas differ in curvature, and the rest
+    # far out, where they differ in clamping.
+    probe = (unit**3 * reach).to(dtype=dtype, device=device)
+    with torch.no_grad():
+        got = fn(probe)
+        if got.shape != (64, intermediate_size):
+            raise ShapeError(
+                f"the gate function returned {tuple(got.shape)} for a probe of "
+                f"{tuple(probe.shape)}; expected (64, {intermediate_size}): check "
+                "intermediate_size and gated"
+            )
+        bound = 1e-5 if dtype in (torch.float32, torch.float64) else 2e-2
+        for formula in _candidates(gated, limits, alphas):
+            want = formula.apply(probe, interleaved=interleaved).double()
+            error = (got.double() - want).norm() / want.norm()
+            if bool(error <= bound):
+                return formula
+    return GateFormula("opaque", fn=fn)

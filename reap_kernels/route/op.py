@@ -1,0 +1,63 @@
+"""route: (token, slot) rows sorted by expert."""
+
+import torch
+from torch import Tensor
+
+from reap_kernels.dispatch import Backend, Request, register, select
+from reap_kernels.errors import DtypeError, ShapeError
+from reap_kernels.route import cpu, reference
+from reap_kernels.types import Routing
+
+
+def route(
+    topk_ids: Tensor,
+    num_experts: int,
+    *,
+    topk_weights: Tensor | None = None,
+    backend: str | None = None,
+) -> Routing:
+    """Sorts the routed rows of a batch by expert, stably.
+
+    Args:
+        topk_ids: [T, k] integers; ids outside [0, E) are foreign.
+        num_experts: E.
+        topk_weights: [T, k]; slots whose weight is exactly 0 are treated as foreign.
+        backend: explicit backend, never falls back.
+
+    Returns:
+        A `Routing` of S = T * k rows.
+
+    Raises:
+        ShapeError, DtypeError: malformed ids or weights.
+        BackendUnavailable: no backend serves, or the requested one refuses.
+    """
+    check_routing(topk_ids, topk_weights)
+    request = Request("route", topk_ids.device, topk_ids.dtype)
+    routing: Routing = select(request, backend).run(topk_ids, topk_weights, num_experts)
+    return routing
+
+
+def check_routing(topk_ids: Tensor, topk_weights: Tensor | None) -> None:
+    """Raises ShapeError or DtypeError unless ids are [T, k] integers and weights [T, k] floats."""
+    if topk_ids.ndim != 2 or topk_ids.shape[1] < 1:
+        raise ShapeError(f"topk_ids has shape {tuple(topk_ids.shape)}; expected [T, k] with k >= 1")
+    if topk_ids.dtype.is_floating_point or topk_ids.dtype in (torch.bool, torch.complex64):
+        raise DtypeError(f"topk_ids is {topk_ids.dtype}; expected an integer dtype")
+    if topk_weights is None:
+        return
+    if topk_weights.shape != topk_ids.shape:
+        raise ShapeError(
+            f"topk_weights has shape {tuple(topk_weights.shape)}; it must equal topk_ids' "
+            f"{tuple(topk_ids.shape)}"
+        )
+    if not topk_weights.dtype.is_floating_point:
+        raise DtypeError(f"topk_weights is {topk_weights.dtype}; expected a float dtype")
+
+
+def cpu_only(request: Request) -> str | None:
+    """The reason a CPU backend refuses: inputs that lie elsewhere."""
+    return None if request.device.type == "cpu" else f"inputs are on {request.device}, not the CPU"
+
+
+register(Backend("route", "reference", 0, lambda request: None, reference.route))
+register(Backend("route", "cpu", 10, cpu_only, cpu.route))

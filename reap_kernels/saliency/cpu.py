@@ -1,0 +1,80 @@
+"""CPU saliency: per-row measures of expert outputs, then one ordered reduction in float64."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reap_kernels.stats import LayerStats
+
+
+@dataclass(frozen=True)
+class RowMeasures:
+    """Per routed row: norm ||f||, largest and smallest element of f; each [S]."""
+
+    norm: Tensor
+    high: Tensor
+    low: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, dtype: torch.dtype) -> "RowMeasures":
+        """Unfilled measures of `rows` rows; float64 for float64 outputs, else float32."""
+        return cls(*(torch.empty(rows, dtype=dtype) for _ in range(3)))
+
+    def measure(self, rows: slice, y: Tensor) -> None:
+        """Fills `rows` from their outputs `y` [n, H]."""
+        torch.linalg.vector_norm(y, dim=1, dtype=self.norm.dtype, out=self.norm[rows])
+        self.high[rows] = y.amax(dim=1)
+        self.low[rows] = y.amin(dim=1)
+
+
+def reduce_rows(
+    rows: RowMeasures, key: Tensor, gates: Tensor, counted: Tensor | None, stats: LayerStats
+) -> None:
+    """Adds measured rows to the statistics.
+
+    Args:
+        rows: measures of S rows.
+        key: [S] int64, group * E + expert of each row.
+        gates: [S] gate weights.
+        counted: [S] bool, or None for all.
+        stats: added to in place. Sums run over the rows in order: same bits run to run.
+    """
+    norm, high, low = rows.norm, rows.high, rows.low
+    if counted is not None:
+        key, gates, norm = key[counted], gates[counted], norm[counted]
+        high, low = high[counted], low[counted]
+    size = stats.num_groups * stats.num_experts
+    finite = torch.isfinite(norm)
+    if not bool(finite.all()):
+        stats.nonfinite.view(-1).add_(torch.bincount(key[~finite], minlength=size))
+        key, gates, norm = key[finite], gates[finite], norm[finite]
+        high, low = high[finite], low[finite]
+    norm, gate = norm.double(), gates.double()
+    gated = gate * norm
+    stats.count.view(-1).add_(torch.bincount(key, minlength=size))
+    for total, value in zip(
+        stats.sums, (gate, norm, gated, norm.square(), gated.square()), strict=True
+    ):
+        total.view(-1).add_(torch.bincount(key, weights=value, minlength=size))
+    stats.out_max.view(-1).scatter_reduce_(0, key, high.float(), "amax")
+    stats.out_min.view(-1).scatter_reduce_(0, key, low.float(), "amin")
+
+
+def accumulate(
+    y: Tensor,
+    expert_ids: Tensor,
+    gates: Tensor,
+    stats: LayerStats,
+    mask: Tensor | None,
+    group: Tensor,
+) -> None:
+    """See `reap_kernels.saliency.op.accumulate`; `group` is [S] here."""
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    rows = RowMeasures.empty(len(y), dtype)
+    rows.measure(slice(None), y)
+    counted = (expert_ids >= 0) & (expert_ids < stats.num_experts) & (gates != 0)
+    if mask is not None:
+        counted &= mask
+    key = group * stats.num_experts + expert_ids.to(torch.int64)
+    reduce_rows(rows, key, gates, counted, stats)

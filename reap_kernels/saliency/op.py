@@ -1,0 +1,92 @@
+"""accumulate: statistics of expert outputs that a host has already computed."""
+
+import torch
+from torch import Tensor
+
+from reap_kernels.dispatch import Backend, Request, register, select
+from reap_kernels.errors import DtypeError, ShapeError
+from reap_kernels.route.op import cpu_only
+from reap_kernels.saliency import cpu, reference
+from reap_kernels.stats import LayerStats
+
+
+def accumulate(
+    y: Tensor,
+    expert_ids: Tensor,
+    gates: Tensor,
+    stats: LayerStats,
+    *,
+    mask: Tensor | None = None,
+    group: int | Tensor = 0,
+    backend: str | None = None,
+) -> None:
+    """Adds the statistics of routed rows to `stats`, in place.
+
+    For hosts that bring their own expert outputs. `stats.tokens` is not touched, since rows do not
+    say how many tokens they come from: call `stats.add_tokens`.
+
+    Args:
+        y: [S, H] float, expert outputs before the gate, rows in any order.
+        expert_ids: [S] integers; ids outside [0, E) are foreign and not counted.
+        gates: [S] float gate weights; rows of weight exactly 0 are not counted.
+        stats: the layer's statistics, on the device of `y`.
+        mask: [S] bool, rows that count; default all.
+        group: calibration group of every row, or [S] integers.
+        backend: explicit backend, never falls back.
+
+    Raises:
+        ShapeError, DtypeError: inputs that do not fit each other, or a group `stats` lacks.
+        BackendUnavailable: no backend serves, or the requested one refuses.
+    """
+    if y.ndim != 2:
+        raise ShapeError(f"y has shape {tuple(y.shape)}; expected [S, H]")
+    if not y.dtype.is_floating_point or not gates.dtype.is_floating_point:
+        raise DtypeError(f"y is {y.dtype} and gates {gates.dtype}; both must be float")
+    if expert_ids.dtype.is_floating_point or expert_ids.dtype == torch.bool:
+        raise DtypeError(f"expert_ids is {expert_ids.dtype}; expected an integer dtype")
+    for name, rows in (("expert_ids", expert_ids), ("gates", gates)):
+        if tuple(rows.shape) != (len(y),):
+            raise ShapeError(f"{name} has shape {tuple(rows.shape)}; expected ({len(y)},)")
+    check_mask("mask", mask, len(y))
+    groups = group_ids(group, len(y), stats)
+    request = Request("saliency", y.device, y.dtype)
+    select(request, backend).run(y, expert_ids, gates, stats, mask, groups)
+
+
+def check_mask(name: str, mask: Tensor | None, rows: int) -> None:
+    """Raises unless `mask` is None or [rows] bool."""
+    if mask is None:
+        return
+    if tuple(mask.shape) != (rows,):
+        raise ShapeError(f"{name} has shape {tuple(mask.shape)}; expected ({rows},)")
+    if mask.dtype != torch.bool:
+        raise DtypeError(f"{name} is {mask.dtype}; expected torch.bool")
+
+
+def group_ids(group: int | Tensor, rows: int, stats: LayerStats) -> Tensor:
+    """[rows] int64 group of each row, checked against the groups of `stats`."""
+    if isinstance(group, int):
+        if not 0 <= group < stats.num_groups:
+            raise ShapeError(
+                f"group {group} leaves 0..{stats.num_groups - 1}; call stats.grow_groups first"
+            )
+        return torch.full((rows,), group, dtype=torch.int64, device=stats.device)
+    if tuple(group.shape) != (rows,):
+        raise ShapeError(f"group has shape {tuple(group.shape)}; expected an int or ({rows},)")
+    if group.dtype.is_floating_point or group.dtype == torch.bool:
+        raise DtypeError(f"group is {group.dtype}; expected an integer dtype")
+    # Reading values is free on the CPU; elsewhere it would synchronise, and kernels check instead.
+    if (
+        group.device.type == "cpu"
+        and rows
+        and not 0 <= int(group.min()) <= int(group.max()) < (stats.num_groups)
+    ):
+        raise ShapeError(
+            f"group ids span {int(group.min())}..{int(group.max())} but the statistics have groups "
+            f"0..{stats.num_groups - 1}; call stats.grow_groups first"
+        )
+    return group.to(torch.int64)
+
+
+register(Backend("saliency", "reference", 0, lambda request: None, reference.accumulate))
+register(Backend("saliency", "cpu", 10, cpu_only, cpu.accumulate))

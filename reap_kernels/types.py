@@ -1,0 +1,191 @@
+"""The value types every op shares: experts' weights as the model stores them, and a routing.
+
+`ExpertWeights` normalises every storage layout to one mechanism: for each expert a [N, K] matrix
+view (out x in) with free strides. A transposed tensor is a transposed view, a 2-D block tensor is a
+reshaped view, separate modules are a sequence of views. Nothing is ever copied.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reap_kernels.errors import DtypeError, ShapeError
+from reap_kernels.gates import GateFormula
+
+Matrices = Tensor | Sequence[Tensor]
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _dims(name: str, matrices: Matrices) -> tuple[int, int, int]:
+    """(E, N, K) of one matrix an expert, checked."""
+    if isinstance(matrices, Tensor):
+        if matrices.ndim != 3:
+            raise ShapeError(
+                f"ExpertWeights.{name} has shape {tuple(matrices.shape)}; give a stacked [E, N, K] "
+                "view or a sequence of E [N, K] views"
+            )
+        return matrices.shape[0], matrices.shape[1], matrices.shape[2]
+    shapes = {tuple(m.shape) for m in matrices}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+        raise ShapeError(
+            f"ExpertWeights.{name} is a sequence of shapes {sorted(shapes)}; every expert needs the "
+            "same [N, K]"
+        )
+    rows, cols = next(iter(shapes))
+    return len(matrices), rows, cols
+
+
+def _tensors(matrices: Matrices | None) -> tuple[Tensor, ...]:
+    if matrices is None:
+        return ()
+    return (matrices,) if isinstance(matrices, Tensor) else tuple(matrices)
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The experts of one MoE layer, as views of the model's own storage.
+
+    Attributes:
+        up: [E, 2I, H] fused gate and up, or [E, I, H] up alone; stacked or one [N, K] an expert.
+        down: [E, H, I], stacked or one an expert.
+        formula: the function between the products.
+        gate: [E, I, H] where gate and up are separate matrices, else None.
+        up_bias: [E, N] with the rows of `up`, or None.
+        gate_bias: [E, I] with the rows of `gate`, or None.
+        down_bias: [E, H], or None.
+        interleaved: rows of a fused `up` are g0, u0, g1, u1, ... instead of gates, then ups.
+
+    Raises:
+        ShapeError: the shapes do not describe one expert layer; the message names the tensor.
+        DtypeError: a tensor is not bf16, fp16, fp32 or fp64, or they differ.
+    """
+
+    up: Matrices
+    down: Matrices
+    formula: GateFormula
+    gate: Matrices | None = None
+    up_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        experts, hidden, inner = _dims("down", self.down)
+        count, rows, cols = _dims("up", self.up)
+        if (count, cols) != (experts, hidden):
+            raise ShapeError(
+                f"ExpertWeights.up is [{count}, {rows}, {cols}] but down is [{experts}, {hidden}, "
+                f"{inner}]; up must be [{experts}, N, {hidden}]"
+            )
+        allowed = {inner} if self.gate is not None else {inner, 2 * inner}
+        gated = self.formula.gated
+        if gated is not None and self.gate is None:
+            allowed = {2 * inner if gated else inner}
+        if rows not in allowed:
+            raise ShapeError(
+                f"ExpertWeights.up has {rows} rows an expert; formula {self.formula.kind!r} with "
+                f"intermediate size {inner} needs {' or '.join(map(str, sorted(allowed)))}"
+            )
+        if self.gate is not None and _dims("gate", self.gate) != (experts, inner, hidden):
+            raise ShapeError(
+                f"ExpertWeights.gate is {_dims('gate', self.gate)}; it must match up: "
+                f"{(experts, inner, hidden)}"
+            )
+        if self.gate is not None and (self.interleaved or gated is False):
+            raise ShapeError(
+                "ExpertWeights.gate is a separate matrix, so `interleaved` and an ungated formula "
+                "have no meaning; drop one of them"
+            )
+        biases = {"up_bias": rows, "gate_bias": inner, "down_bias": hidden}
+        for name, width in biases.items():
+            bias = getattr(self, name)
+            if bias is not None and tuple(bias.shape) != (experts, width):
+                raise ShapeError(
+                    f"ExpertWeights.{name} is {tuple(bias.shape)}; expected {(experts, width)}"
+                )
+        if self.gate_bias is not None and self.gate is None:
+            raise ShapeError("ExpertWeights.gate_bias needs a separate `gate`; use up_bias instead")
+        dtypes = {t.dtype for t in self.tensors()}
+        if len(dtypes) != 1 or not dtypes <= set(FLOATS):
+            raise DtypeError(
+                f"ExpertWeights tensors have dtypes {sorted(map(str, dtypes))}; they must share "
+                "one of bf16, fp16, fp32, fp64 (dequantise first)"
+            )
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return _dims("down", self.down)[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the width of a token."""
+        return _dims("down", self.down)[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        """I, the width of an expert."""
+        return _dims("down", self.down)[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype all weights share."""
+        return _tensors(self.down)[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device the weights lie on."""
+        return _tensors(self.down)[0].device
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor described, in a fixed order."""
+        biases = (self.up_bias, self.gate_bias, self.down_bias)
+        return (
+            *_tensors(self.up),
+            *_tensors(self.gate),
+            *_tensors(self.down),
+            *(b for b in biases if b is not None),
+        )
+
+    def project(self, expert: int, x: Tensor) -> Tensor:
+        """f(x) of one expert, before the routing gate, computed in `x`'s dtype.
+
+        Args:
+            expert: 0 <= expert < E.
+            x: [n, H]; weights are converted to its dtype where they differ.
+
+        Returns:
+            [n, H].
+        """
+
+        def product(a: Tensor, matrices: Matrices, bias: Tensor | None) -> Tensor:
+            own = None if bias is None else bias[expert].to(x.dtype)
+            return torch.nn.functional.linear(a, matrices[expert].to(x.dtype), own)
+
+        projected = product(x, self.up, self.up_bias)
+        if self.gate is not None:
+            projected = torch.cat([product(x, self.gate, self.gate_bias), projected], dim=-1)
+        inner = self.formula.apply(projected, interleaved=self.interleaved)
+        return product(inner, self.down, self.down_bias)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The (token, slot) rows of one batch, sorted by expert.
+
+    Attributes:
+        order: [S] int64, S = T * k: flat slot t * k + j of each sorted row, ascending within an
+            expert; slots nobody here serves (foreign id, weight exactly 0) come last.
+        offsets: [E + 1] int64: rows of expert e are `order[offsets[e] : offsets[e + 1]]`.
+        top_k: k, so that `order // top_k` are token indices.
+
+    Worked example, T = 2, k = 2, E = 3, ids [[2, 0], [0, 7]]: sorted rows are slots 1 (expert 0),
+    2 (expert 0), 0 (expert 2), then the foreign slot 3, so order = [1, 2, 0, 3] and
+    offsets = [0, 2, 2, 3].
+    """
+
+    order: Tensor
+    offsets: Tensor
+    top_k: int
