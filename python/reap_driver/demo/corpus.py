@@ -1,0 +1,181 @@
+"""Text for the demo: what every Python installation carries, in three splits that share no text.
+
+Four domains, so that experts have something to specialise in:
+
+- ``code``: library sources without their docstrings,
+- ``docstrings``: the docstrings of the same modules,
+- ``reference``: the language reference that ``help()`` shows (``pydoc_data.topics``),
+- ``tables``: the character tables of the ``encodings`` package.
+
+A document's split follows from a hash of its name alone, so a module that is held out under one
+Python version is held out under all of them. Packages that some installations leave out (tkinter,
+idlelib, ...) are used for training only; the test suite is not used at all.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from reap_kernels.errors import DataError
+
+DOMAINS = ("code", "docstrings", "reference", "tables")
+SPLITS = ("train", "calibration", "held_out")
+
+# Present in some installations only: seen in training, never measured on.
+_OPTIONAL = frozenset({"distutils", "idlelib", "lib2to3", "tkinter", "turtle", "turtledemo"})
+# Tests, third-party code, generated data of one machine, vendored wheels.
+_EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages",
+                       "ensurepip", "__phello__", "pydoc_data", "__pycache__"})  # fmt: skip
+_EXCLUDED_PREFIXES = ("config-", "_sysconfigdata", "lib-dynload")
+_MIN_PARAGRAPH = (
+    40  # shorter paragraphs ("try:", "import sys") repeat everywhere and identify nothing
+)
+_MIN_DOCUMENTS = 20  # a stripped installation has a handful of files at most
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of the corpus. ``name`` decides ``split``; ``domain`` is one of ``DOMAINS``."""
+
+    domain: str
+    name: str
+    split: str
+    text: str
+
+
+def split_of(name: str) -> str:
+    """The split (80 % train, 10 % calibration, 10 % held out) of a document name, by hash."""
+    bucket = int.from_bytes(hashlib.sha256(f"reap-demo:{name}".encode()).digest()[:8], "big") % 10
+    return {8: "calibration", 9: "held_out"}.get(bucket, "train")
+
+
+def load_corpus(
+    splits: Sequence[str] = SPLITS[1:], *, stdlib: Path | None = None
+) -> list[Document]:
+    """Read the documents of some splits from the running Python's library, or from ``stdlib``.
+
+    A paragraph that occurs in several splits is kept in the first of held-out, calibration, train,
+    whichever splits are asked for. Reading only the default two takes well under a second.
+
+    Raises:
+        DataError: the folder holds no library sources.
+    """
+    root = Path(stdlib or sysconfig.get_paths()["stdlib"])
+    wanted = SPLITS[min(SPLITS.index(s) for s in splits) :]  # and those they yield paragraphs to
+    documents = [*_modules(root, wanted), *_topics(root, wanted)]
+    found = {d.domain for d in documents}
+    if len(documents) < _MIN_DOCUMENTS or found != set(DOMAINS):
+        raise DataError(
+            f"{root}: found {len(documents)} documents in the domains {sorted(found)}, the demo"
+            f" needs Python's library sources (.py files) with all of {list(DOMAINS)}; use a Python"
+            " installation that carries them (most do; embeddable and zipped ones do not)"
+        )
+    return [d for d in _without_shared_paragraphs(documents) if d.split in splits]
+
+
+def _modules(root: Path, splits: Sequence[str]) -> Iterator[Document]:
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if _EXCLUDED.intersection(parts) or parts[0].startswith(_EXCLUDED_PREFIXES):
+            continue
+        name, is_codec = ".".join(parts), parts[0] == "encodings"
+        module = name if is_codec else _stable_name(parts[0])
+        split = "train" if module in _OPTIONAL else split_of(module)
+        if split in splits:
+            texts = _codec_texts if is_codec else _module_texts
+            for domain, text in texts(_read(path)):
+                yield Document(domain, name, split, text)
+
+
+def _stable_name(module: str) -> str:
+    """One name for a module's versions: ``datetime.py`` became ``_pydatetime.py`` in 3.12."""
+    return re.sub(r"^_(py)?(?=.)", "", module)
+
+
+def _read(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", errors="replace")
+
+
+def _parse(text: str) -> ast.Module | None:
+    """The syntax tree, or None: some library files are deliberately not valid Python."""
+    try:
+        return ast.parse(text)
+    except (SyntaxError, ValueError):
+        return None
+
+
+def _codec_texts(source: str) -> Iterator[tuple[str, str]]:
+    """The part of a charmap codec below its boilerplate: its decoding table, where it has one."""
+    start = re.search(r"^decoding_(table|map) = ", source, re.MULTILINE)
+    if start:
+        yield "tables", source[start.start() :]
+
+
+def _module_texts(source: str) -> Iterator[tuple[str, str]]:
+    """A module's code and its docstrings; nothing for the few files that are not valid Python."""
+    tree = _parse(source)
+    if tree:
+        code, docs = _separate(source, tree)
+        if code.strip():
+            yield "code", code
+        if docs:
+            yield "docstrings", docs
+
+
+def _separate(text: str, tree: ast.Module) -> tuple[str, str]:
+    """Split a source into its code without docstrings, and its docstrings."""
+    drop: set[int] = set()
+    docs = []
+    scopes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if not isinstance(node, scopes):
+            continue
+        docstring = ast.get_docstring(node)
+        if docstring is None:
+            continue
+        docs.append(docstring)
+        if len(node.body) > 1:  # a body of nothing but its docstring keeps it
+            first = node.body[0]
+            drop.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    lines = text.splitlines()
+    code = "\n".join(line for i, line in enumerate(lines, 1) if i not in drop)
+    code = re.sub(r"\n{4,}", "\n\n\n", code).strip() + "\n"
+    return code, "\n\n".join(docs) + "\n" if docs else ""
+
+
+def _topics(root: Path, splits: Sequence[str]) -> Iterator[Document]:
+    path = root / "pydoc_data" / "topics.py"
+    tree = _parse(_read(path)) if path.exists() else None
+    for node in tree.body if tree else ():
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            topics: dict[str, str] = ast.literal_eval(node.value)
+            for name, text in sorted(topics.items()):
+                if split_of(name) in splits:
+                    yield Document("reference", name, split_of(name), text.strip() + "\n")
+
+
+def _without_shared_paragraphs(documents: list[Document]) -> list[Document]:
+    """Drop from each split the paragraphs that a more protected split has.
+
+    Topics quote each other and modules share headers, so names alone do not keep text apart.
+    """
+    seen: set[str] = set()
+    kept: dict[int, Document] = {}
+    for split in reversed(SPLITS):
+        own: set[str] = set()
+        for i, document in enumerate(documents):
+            if document.split != split:
+                continue
+            paragraphs = document.text.split("\n\n")
+            fresh = [p for p in paragraphs if p.strip() not in seen]
+            own.update(p.strip() for p in fresh if len(p.strip()) >= _MIN_PARAGRAPH)
+            if any(p.strip() for p in fresh):
+                kept[i] = replace(document, text="\n\n".join(fresh))
+        seen |= own
+    return [kept[i] for i in sorted(kept)]

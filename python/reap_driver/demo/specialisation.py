@@ -1,0 +1,94 @@
+"""Do the experts of a small model differ: who is used for which text, and what is lost without one.
+
+Two measurements on text windows by domain:
+
+- routing: each expert's share of the routed slots per domain, and from it the information (bits)
+  that knowing the expert gives about the domain, I(expert; domain), per layer;
+- ablation: how much each domain's loss grows when one expert is taken out of its router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reap_driver.demo.evaluate import Progress, evaluate
+
+
+def routers(model: Any) -> list[nn.Module]:
+    """The router of every MoE layer, in order."""
+    return [layer.mlp.gate for layer in model.model.layers]
+
+
+@torch.no_grad()
+def routing_shares(model: Any, windows: dict[str, Tensor]) -> Tensor:
+    """Share of a domain's routed slots that each expert takes: float64 [layers, domains, E].
+
+    Read from the model's own routers by forward hooks; each row sums to 1.
+    """
+    chosen: list[Tensor] = []
+    hooks = [
+        r.register_forward_hook(lambda _m, _i, out: chosen.append(out[2])) for r in routers(model)
+    ]
+    experts = model.config.num_experts
+    by_domain = []
+    try:
+        for ids in windows.values():
+            chosen.clear()
+            model(input_ids=ids, use_cache=False)
+            by_domain.append(
+                torch.stack([torch.bincount(c.flatten(), minlength=experts) for c in chosen])
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    counts = torch.stack(by_domain, dim=1).double()
+    return counts / counts.sum(-1, keepdim=True)
+
+
+def domain_information(shares: Tensor) -> Tensor:
+    """I(expert; domain) in bits for domains of equal weight: float64 [layers].
+
+    At most log2(domains); 0 means that every domain uses the experts alike.
+    """
+    mean = shares.mean(1, keepdim=True)
+    terms = torch.where(shares > 0, shares * (shares / mean).log2(), 0.0)
+    return terms.sum(-1).mean(-1)
+
+
+@contextmanager
+def without_expert(router: Any, expert: int) -> Iterator[None]:
+    """Take one expert out of a Qwen3-MoE router's choice; the next in line takes its place."""
+
+    def reroute(_module: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        logits = output[0].clone()
+        logits[:, expert] = -torch.inf
+        scores, chosen = torch.topk(logits.softmax(-1, dtype=torch.float), router.top_k, dim=-1)
+        if router.norm_topk_prob:
+            scores = scores / scores.sum(-1, keepdim=True)
+        return logits, scores.to(logits.dtype), chosen
+
+    handle = router.register_forward_hook(reroute)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def ablation(model: Any, windows: dict[str, Tensor], progress: Progress | None = None) -> Tensor:
+    """Growth of each domain's loss in nats without one expert: float64 [layers, E, domains]."""
+    base = evaluate(model, windows).domain_loss
+    experts = model.config.num_experts
+    growth = torch.zeros(len(routers(model)), experts, len(windows), dtype=torch.float64)
+    for layer, router in enumerate(routers(model)):
+        for expert in range(experts):
+            with without_expert(router, expert):
+                loss = evaluate(model, windows).domain_loss
+            growth[layer, expert] = torch.tensor([loss[d] - base[d] for d in windows])
+            if progress:
+                progress(layer * experts + expert + 1, len(growth) * experts)
+    return growth
