@@ -30,8 +30,8 @@ def _dims(name: str, matrices: Matrices) -> tuple[int, int, int]:
     shapes = {tuple(m.shape) for m in matrices}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
         raise ShapeError(
-            f"ExpertWeights.{name} is a sequence of shapes {sorted(shapes)}; every expert needs the "
-            "same [N, K]"
+            f"ExpertWeights.{name} is a sequence of shapes {sorted(shapes)}; every expert "
+            "needs the same [N, K]"
         )
     rows, cols = next(iter(shapes))
     return len(matrices), rows, cols

@@ -1,0 +1,198 @@
+"""Every fast backend against the float64 reference, on every case, layout, formula and dtype.
+
+Bounds: float32 arithmetic 1e-6 for every sum; native half precision 1e-3 (kernels round the
+intermediate activation to the model's dtype, as eager models do).
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import reap_kernels as rk
+from reap_kernels.testing import (
+    CASES,
+    FORMULAS,
+    LAYOUTS,
+    Case,
+    largest_relative_error,
+    make_experts,
+    make_inputs,
+    relative_error,
+)
+
+HALF = (torch.bfloat16, torch.float16)
+BACKENDS = ["cpu"]
+
+
+def observe(case, experts, inputs, backend, stats=True):
+    collected = rk.LayerStats(case.experts, case.groups) if stats else None
+    out = rk.observe_layer(
+        inputs.hidden,
+        inputs.topk_ids,
+        inputs.topk_weights,
+        experts,
+        collected,
+        mask=inputs.mask,
+        group=inputs.group,
+        backend=backend,
+    )
+    return out, collected
+
+
+def check(case, experts, inputs, backend, sums: float, output: float) -> None:
+    out, stats = observe(case, experts, inputs, backend)
+    want_out, want = observe(case, experts, inputs, "reference")
+    assert out.dtype == inputs.hidden.dtype
+    assert out.shape == inputs.hidden.shape
+    assert relative_error(out, want_out) <= output
+    for name in (*rk.stats.COUNTS, "tokens"):
+        assert torch.equal(stats.fields()[name], want.fields()[name]), name
+    for name in rk.stats.SUMS:
+        assert largest_relative_error(stats.fields()[name], want.fields()[name]) <= sums, name
+    used = want.count > 0
+    for name in rk.stats.EXTREMA:
+        got, reference = stats.fields()[name], want.fields()[name]
+        assert torch.equal(got[~used], reference[~used]), name
+        torch.testing.assert_close(got[used], reference[used], rtol=10 * output, atol=10 * output)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_cases(case: Case, dtype: torch.dtype, backend: str) -> None:
+    output = {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 5e-3)
+    inputs, experts = make_inputs(case, dtype), make_experts(case, dtype=dtype)
+    check(case, experts, inputs, backend, sums=1e-6, output=output)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.kind)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_and_formulas(layout: str, formula: rk.GateFormula, backend: str) -> None:
+    if (formula.kind == "relu2") != (layout == "ungated"):
+        return  # relu2 is the one formula without a gate half
+    case = CASES[-1]
+    check(
+        case,
+        make_experts(case, layout, formula),
+        make_inputs(case),
+        backend,
+        sums=1e-6,
+        output=1e-6,
+    )
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_native_half_precision(monkeypatch, dtype: torch.dtype) -> None:
+    """The path CPUs with matrix instructions take; torch emulates it elsewhere."""
+    monkeypatch.setenv("REAP_CPU_DTYPE", "native")
+    case = Case("native", "rounding averages out", tokens=1024, hidden=256, intermediate=128)
+    inputs, experts = make_inputs(case, dtype), make_experts(case, dtype=dtype)
+    check(case, experts, inputs, "cpu", sums=1e-3, output=5e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_run_to_run_and_without_statistics(backend: str) -> None:
+    case = CASES[-1]
+    inputs, experts = make_inputs(case), make_experts(case)
+    first, one = observe(case, experts, inputs, backend)
+    again, two = observe(case, experts, inputs, backend)
+    plain, _ = observe(case, experts, inputs, backend, stats=False)
+    assert torch.equal(first, again)
+    assert torch.equal(first, plain)
+    for name in rk.stats.FIELDS:
+        assert torch.equal(one.fields()[name], two.fields()[name]), name
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_nonfinite_rows_are_counted_apart(backend: str) -> None:
+    """A NaN token reaches `nonfinite` of its experts and no other field."""
+    case = CASES[0]
+    inputs, experts = make_inputs(case), make_experts(case)
+    broken = inputs.hidden.clone()
+    broken[5] = float("nan")
+    _, stats = observe(case, experts, replace(inputs, hidden=broken), backend)
+    mask = torch.ones(case.tokens, dtype=torch.bool)
+    mask[5] = False
+    _, clean = observe(case, experts, replace(inputs, mask=mask), backend)
+    assert int(stats.nonfinite.sum()) == case.top_k
+    assert set(stats.nonfinite[0].nonzero().flatten().tolist()) == set(inputs.topk_ids[5].tolist())
+    for name in (*rk.stats.SUMS, *rk.stats.EXTREMA, "count"):
+        torch.testing.assert_close(stats.fields()[name], clean.fields()[name], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_masked_tokens_are_still_computed(backend: str) -> None:
+    case = next(case for case in CASES if case.name == "masked")
+    inputs, experts = make_inputs(case), make_experts(case)
+    out, stats = observe(case, experts, inputs, backend)
+    unmasked, _ = observe(case, experts, replace(inputs, mask=None), backend)
+    assert torch.equal(out, unmasked)
+    assert int(stats.tokens.sum()) == int(inputs.mask.sum())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_routing_is_stable_and_complete(backend: str) -> None:
+    for case in CASES:
+        inputs = make_inputs(case)
+        got = rk.route(
+            inputs.topk_ids, case.experts, topk_weights=inputs.topk_weights, backend=backend
+        )
+        want = rk.route(
+            inputs.topk_ids, case.experts, topk_weights=inputs.topk_weights, backend="reference"
+        )
+        assert torch.equal(got.order, want.order), case.name
+        assert torch.equal(got.offsets, want.offsets), case.name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expert_outputs_match_reference(backend: str) -> None:
+    for case in CASES:
+        inputs, experts = make_inputs(case), make_experts(case)
+        routing = rk.route(inputs.topk_ids, case.experts, topk_weights=inputs.topk_weights)
+        got = rk.expert_outputs(inputs.hidden, routing, experts, backend=backend)
+        want = rk.expert_outputs(inputs.hidden, routing, experts, backend="reference")
+        assert relative_error(got, want) <= 1e-6, case.name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_accumulate_takes_rows_in_any_order(backend: str, dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(2)
+    y = torch.randn(300, 24, generator=rng).to(dtype)
+    ids = torch.randint(-1, 9, (300,), generator=rng)
+    gates = torch.rand(300, generator=rng)
+    gates[::7] = 0
+    mask = torch.rand(300, generator=rng) > 0.2
+    group = torch.randint(0, 2, (300,), generator=rng)
+    got, want, shuffled = (rk.LayerStats(8, 2) for _ in range(3))
+    rk.accumulate(y, ids, gates, got, mask=mask, group=group, backend=backend)
+    rk.accumulate(y, ids, gates, want, mask=mask, group=group, backend="reference")
+    mix = torch.randperm(300, generator=rng)
+    rk.accumulate(y[mix], ids[mix], gates[mix], shuffled, mask=mask[mix], group=group[mix])
+    assert torch.equal(got.count, want.count)
+    assert torch.equal(got.tokens, torch.zeros(2, dtype=torch.int64))
+    for name in rk.stats.SUMS:
+        assert largest_relative_error(got.fields()[name], want.fields()[name]) <= 1e-6
+        assert largest_relative_error(shuffled.fields()[name], got.fields()[name]) <= 1e-12
+    for name in rk.stats.EXTREMA:
+        assert torch.equal(got.fields()[name], want.fields()[name])
+
+
+def test_opaque_gate_runs_between_the_products() -> None:
+    case = CASES[-1]
+    inputs = make_inputs(case)
+    named = make_experts(case, formula=rk.GateFormula("gelu_tanh"))
+
+    def own(projected):
+        gate, up = projected.chunk(2, dim=-1)
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+    opaque = make_experts(case, formula=rk.GateFormula("opaque", fn=own))
+    out, stats = observe(case, named, inputs, "cpu")
+    same, other = observe(case, opaque, inputs, "cpu")
+    assert torch.equal(out, same)
+    assert torch.equal(stats.sums, other.sums)

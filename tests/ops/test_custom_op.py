@@ -1,0 +1,75 @@
+"""The layer op as a torch operator: opcheck, torch.compile, inference mode, no gradient."""
+
+import pytest
+import torch
+
+import reap_kernels as rk
+from reap_kernels.testing import CASES, LAYOUTS, make_experts, make_inputs
+
+CASE = CASES[-1]
+
+
+def arguments(layout: str, with_stats: bool) -> tuple:
+    """The operator's flat arguments for one layout."""
+    inputs = make_inputs(CASE)
+    kind = "relu2" if layout == "ungated" else "silu"
+    experts = make_experts(CASE, layout, rk.GateFormula(kind))
+
+    def flat(matrices):
+        if matrices is None:
+            return []
+        return [matrices] if isinstance(matrices, torch.Tensor) else list(matrices)
+
+    return (
+        inputs.hidden,
+        inputs.topk_ids,
+        inputs.topk_weights,
+        flat(experts.up),
+        flat(experts.gate),
+        flat(experts.down),
+        experts.up_bias,
+        experts.gate_bias,
+        experts.down_bias,
+        kind,
+        None,
+        1.702,
+        experts.interleaved,
+        rk.LayerStats(CASE.experts, CASE.groups).packed() if with_stats else [],
+        inputs.mask,
+        inputs.group if with_stats else None,
+        None,
+    )
+
+
+@pytest.mark.parametrize("with_stats", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout: str, with_stats: bool) -> None:
+    result = torch.library.opcheck(
+        torch.ops.reap_kernels.observe_layer.default, arguments(layout, with_stats)
+    )
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_compiles_without_a_graph_break() -> None:
+    inputs, experts = make_inputs(CASE), make_experts(CASE)
+    compiled, eager = (rk.LayerStats(CASE.experts, CASE.groups) for _ in range(2))
+
+    def layer(hidden, stats):
+        out = rk.observe_layer(
+            hidden, inputs.topk_ids, inputs.topk_weights, experts, stats, group=0
+        )
+        return out * 2
+
+    fast = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(fast(inputs.hidden, compiled), layer(inputs.hidden, eager))
+    assert torch.equal(compiled.sums, eager.sums)
+
+
+def test_inference_mode_adds_to_ordinary_statistics() -> None:
+    inputs, experts = make_inputs(CASE), make_experts(CASE)
+    with torch.inference_mode():
+        stats = rk.LayerStats(CASE.experts)
+        rk.observe_layer(inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts, stats)
+    assert not stats.sums.is_inference()
+    stats.merge_(stats.to("cpu"))
+    assert int(stats.count.sum()) > 0
