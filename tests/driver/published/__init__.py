@@ -1,0 +1,1 @@
+"""Published configurations, checkpoints in their disk layout, and the pipeline run on them."""
