@@ -16,6 +16,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from reap_driver.compat.fp8 import partial_blocks
+
 # Auto mappings tried, in order, for a config whose `architectures` names no class we can use.
 _AUTO_MAPPINGS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING",
@@ -71,7 +73,10 @@ def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> P
             with _quiet(
                 "transformers.configuration_utils"
             ):  # "model of type kimi_k2 to instantiate deepseek_v3"
-                return native.config_class.from_pretrained(str(path_or_id))
+                config = native.config_class.from_pretrained(str(path_or_id))
+            # The library looks up a model's key conversions by this name; an alias has none.
+            config.model_type = native.config_class.model_type
+            return config
         if "auto_map" in raw and trust_remote_code:
             return AutoConfig.from_pretrained(str(path_or_id), trust_remote_code=True)
     except ReapError:
@@ -160,7 +165,8 @@ def load_model(
     if device_map is not None:
         options["device_map"] = device_map
     try:  # transformers' report of missing keys is checked, and raised, below; its tensor-parallel advice is noise
-        with _quiet("transformers.modeling_utils", "transformers.distributed.tensor_parallel"):
+        noisy = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
+        with _quiet(*noisy), partial_blocks():
             model, info = cls.from_pretrained(
                 str(path_or_id), config=config, dtype=dtype, output_loading_info=True, **options
             )
