@@ -1,0 +1,43 @@
+# Set-up, demo, tests and checks. Each target builds its own virtual environment first, once.
+
+# The first interpreter that is new enough; `make PYTHON=/path/to/python` chooses another.
+ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c '$(ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+RUN := env -u PYTHONPATH -u PYTHONHOME -u VIRTUAL_ENV $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check --no-input
+READY := $(VENV)/.ready
+# One OpenMP thread a test worker: two spinning teams on the same cores run many times slower.
+WORKERS ?= 2
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	$(RUN) -m reap_driver demo --out out/demo
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) $(TESTS)
+
+lint: $(VENV)/.lint
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(READY)
+	$(RUN) -m bench
+
+clean:
+	rm -rf $(VENV) build out *.egg-info
+
+$(READY): pyproject.toml setup.py constraints.txt
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(ENOUGH)' || { echo "reap-kernels needs Python 3.11 or \
+	newer, found '$(PYTHON)'; run: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.lint: $(READY)
+	$(PIP) install -q -c constraints.txt -e '.[lint]'
+	@touch $@

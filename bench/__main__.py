@@ -1,0 +1,25 @@
+"""Runs one benchmark by name: `python -m bench NAME [options]`."""
+
+import importlib
+import sys
+
+BENCHMARKS = {
+    "observe_cpu": "observed forward beside transformers' unobserved one and all-experts, CPU",
+    "accuracy_cpu": "error of every statistic against a float64 oracle, CPU",
+    "startup": "import and --help time beside `import torch`",
+    "bench_writer": "checkpoint writer beside cp, 8 GB",
+}
+
+
+def main() -> None:
+    """Dispatches to the benchmark's own `main`."""
+    if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
+        print(__doc__)
+        for name, what in BENCHMARKS.items():
+            print(f"  {name:14} {what}")
+        sys.exit(0 if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help") else 2)
+    importlib.import_module(f"bench.{sys.argv[1]}").main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

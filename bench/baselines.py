@@ -1,0 +1,53 @@
+"""The all-experts algorithm: what observing costs when every expert runs on every token.
+
+For every MoE layer, after the layer's own forward, every expert runs on every token and its outputs
+are kept as [E, T, H] float32; then, per expert, a mask of its tokens, norms and sums. Written from
+that description to be timed beside ours, with the same statistics.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def all_experts(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Observes a Qwen3-MoE model by the all-experts algorithm while the context is open.
+
+    Yields:
+        Layer name -> [3, E] float64: count, sum ||f||, sum g ||f||; filled as the model runs.
+    """
+    sums: dict[str, Tensor] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if name.endswith("mlp.experts"):
+            sums[name] = torch.zeros(3, module.num_experts, dtype=torch.float64)
+            hooks.append(module.register_forward_hook(_hook(sums[name])))
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _hook(total: Tensor) -> Any:
+    def observe(module: Any, args: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        hidden, ids, weights = args
+        outputs = torch.zeros(module.num_experts, *hidden.shape, dtype=torch.float32)
+        for expert in range(module.num_experts):
+            gate_up = nn.functional.linear(hidden, module.gate_up_proj[expert])
+            inner = module._apply_gate(gate_up)
+            outputs[expert] = nn.functional.linear(inner, module.down_proj[expert])
+        for expert in range(module.num_experts):
+            chosen = ids == expert
+            mask = chosen.any(dim=-1)
+            norms = torch.linalg.vector_norm(outputs[expert][mask], dim=-1).double()
+            gates = (weights * chosen).sum(dim=-1)[mask].double()
+            total[0, expert] += mask.sum()
+            total[1, expert] += norms.sum()
+            total[2, expert] += (gates * norms).sum()
+
+    return observe

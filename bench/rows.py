@@ -1,0 +1,70 @@
+"""Result rows: what was measured, where and with which software, in bench/results/*.csv."""
+
+import csv
+import datetime
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def cpu_name() -> str:
+    """The processor's own name, as the system reports it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, str]:
+    """Commit, date, machine and versions: the columns every row begins with."""
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    dirty = "no" if status == "unknown" else "yes"
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": _git("rev-parse", "--short=10", "HEAD"),
+        "dirty": dirty,
+        "cpu": f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+    }
+
+
+def write(name: str, rows: list[dict[str, object]]) -> Path:
+    """Appends `rows` to bench/results/NAME.csv and prints them.
+
+    The file's header is fixed by its first row: a run with other columns is refused, so that one
+    file stays one table.
+    """
+    path = RESULTS / f"{name}.csv"
+    full = [{**environment(), **row} for row in rows]
+    columns = list(full[0])
+    RESULTS.mkdir(exist_ok=True)
+    if path.exists():
+        with path.open(newline="") as file:
+            header = next(csv.reader(file))
+        if header != columns:
+            raise ValueError(f"{path} has columns {header}, this run has {columns}; rename one")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(full)
+    for row in rows:
+        print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    return path

@@ -1,0 +1,85 @@
+"""What this machine offers: versions, CPU features, GPUs, and which backend serves and why."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from reap_kernels.dispatch import explain
+from reap_kernels.experts.cpu import compute_dtype
+
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "accelerate", "tokenizers")
+
+
+def _versions() -> dict[str, str | None]:
+    """Installed version of each package, None where it is absent."""
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _nvcc() -> str | None:
+    """Release line of nvcc, or None where it is not on the PATH."""
+    path = shutil.which("nvcc")
+    if path is None:
+        return None
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if "release" in line]
+    return lines[0].strip() if lines else f"{path} did not state a release"
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    return [
+        {
+            "name": (device := torch.cuda.get_device_properties(index)).name,
+            "capability": f"{device.major}.{device.minor}",
+            "memory_bytes": device.total_memory,
+        }
+        for index in range(torch.cuda.device_count())
+    ]
+
+
+def report() -> dict[str, Any]:
+    """Everything a bug report needs, as a JSON-serialisable dictionary.
+
+    Returns:
+        `python`, `platform`, `packages` (version or None), `nvcc`, `cpu` (capability, threads, the
+        dtype half precision is computed in), `gpus`, and `backends`: for each device kind, dtype,
+        op and backend the reason it is not chosen (None: it is).
+    """
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": _versions(),
+        "nvcc": _nvcc(),
+        "cpu": {
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "computes": {str(d).removeprefix("torch."): str(compute_dtype(d)) for d in dtypes},
+        },
+        "gpus": _gpus(),
+        "backends": [
+            {
+                "device": device,
+                "dtype": str(dtype).removeprefix("torch."),
+                "op": verdict.op,
+                "backend": verdict.backend,
+                "reason": verdict.reason,
+            }
+            for device in devices
+            for dtype in dtypes
+            for verdict in explain(device, dtype)
+        ],
+    }

@@ -1,0 +1,29 @@
+"""The report of `doctor`: complete, serialisable, and true to what dispatch does."""
+
+import json
+
+import torch
+
+from reap_kernels import dispatch, doctor
+
+
+def test_report_is_complete_and_serialisable() -> None:
+    report = json.loads(json.dumps(doctor.report()))
+    assert report["packages"]["torch"] == torch.__version__
+    assert report["cpu"]["threads"] == torch.get_num_threads()
+    assert set(report["cpu"]["computes"]) == {"bfloat16", "float16", "float32"}
+    rows = [row for row in report["backends"] if row["device"] == "cpu"]
+    for op in dispatch.OPS:
+        chosen = {row["backend"] for row in rows if row["op"] == op and row["reason"] is None}
+        request = dispatch.Request(op, torch.device("cpu"), torch.float32)
+        assert chosen == {dispatch.select(request).name}
+
+
+def test_absent_packages_are_named_not_hidden(monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
+    assert doctor.report()["packages"]["no-such-package"] is None
+
+
+def test_nvcc_absent(monkeypatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert doctor.report()["nvcc"] is None
