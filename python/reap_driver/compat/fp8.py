@@ -26,8 +26,9 @@ def partial_blocks() -> Iterator[None]:
         whole = [count * block for count, block in zip(grid, blocks, strict=False)]
         margins = [end - size for end, size in zip(whole, sizes, strict=False)]
         explained = all(0 <= m < block for m, block in zip(margins, blocks, strict=False))
+        partial = any(margin and count > 1 for margin, count in zip(margins, grid, strict=False))
         # Packed 4-bit experts are integers and have another block size.
-        if not (explained and any(margins) and quantized.is_floating_point()):
+        if not (explained and partial and quantized.is_floating_point()):
             return original(self, quantized, scales, *args, **kwargs)
         padded = torch.nn.functional.pad(quantized.float(), (0, margins[1], 0, margins[0]))
         floats = original(self, padded, scales, *args, **kwargs)
