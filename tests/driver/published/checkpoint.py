@@ -203,7 +203,7 @@ def _write_shards(state: State, folder: Path, shards: int) -> None:
     for key, tensor in state.items():
         groups[min(shards - 1, written * shards // total)][key] = tensor
         written += tensor.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05}-of-{shards:05}.safetensors"
         save_file(group, str(folder / file), metadata={"format": "pt"})

@@ -13,14 +13,12 @@ class Mtp:
         block: disk prefix of layer `{i}`; `{n}` stands for `num_hidden_layers + i`.
         like: disk prefix of the decoder layer whose tensors it repeats.
         extras: disk names of its own tensors, with their shapes in H (hidden size), V (vocabulary).
-        fields: dotted config fields that count these layers.
         count: how many there are.
     """
 
     block: str
     like: str
     extras: Mapping[str, tuple[str, ...]]
-    fields: tuple[str, ...]
     count: int = 1
 
 
@@ -35,7 +33,7 @@ def nextn(like: int, *, own_embedding: bool = False) -> Mtp:
     if own_embedding:
         extras["model.layers.{n}.embed_tokens.weight"] = ("V", "H")
         extras["model.layers.{n}.shared_head.head.weight"] = ("V", "H")
-    return Mtp("model.layers.{n}.", f"model.layers.{like}.", extras, ("num_nextn_predict_layers",))
+    return Mtp("model.layers.{n}.", f"model.layers.{like}.", extras)
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,8 @@ class Published:
         stacked: names under the block that hold all experts in dim 0.
         routers: names under the block with one entry an expert, and the dim it lies in.
         names: samples of published tensor names, which the written checkpoint must have.
+        cleared: dotted config field -> value without MTP layers.
+        per_layer: dotted config fields that list one value a layer, MTP layers included.
         revert: whether save_pretrained's key conversion leads to the published names.
         renames: regular expression -> replacement, applied to every key after that.
         splits: regular expression of a tensor -> replacements for its halves along dim 1.
@@ -67,13 +67,15 @@ class Published:
     counts: tuple[str, ...]
     kept: int
     overrides: Mapping[str, Any]
-    moe_layers: tuple[int, ...]
     names: tuple[str, ...]
+    moe_layers: tuple[int, ...] = (0, 1)
     top_k: str = "num_experts_per_tok"
     block: str = "model.layers.{i}.mlp."
     stacked: tuple[str, ...] = ()
     routers: Mapping[str, int] = field(default_factory=lambda: {"gate.weight": 0})
     mtp: Mtp | None = None
+    cleared: Mapping[str, Any] = field(default_factory=dict)
+    per_layer: tuple[str, ...] = ()
     revert: bool = True
     renames: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[str, tuple[str, str]] = field(default_factory=dict)

@@ -27,6 +27,7 @@ LATENT_ATTENTION = {
 }
 INDEXER = {"index_head_dim": 16, "index_n_heads": 2}
 NARROW_EXPERTS = {"moe_intermediate_size": 32}
+NO_NEXTN = {"num_nextn_predict_layers": 0}
 
 CONFIG_COPY = "Every field as in a stored copy of the published config.json."
 BIASED = {"gate.weight": 0, "gate.e_score_correction_bias": 0}
@@ -40,7 +41,6 @@ MODELS: dict[str, Published] = {
         kept=96,
         ratio=0.25,
         overrides={**ATTENTION, **NARROW_EXPERTS, "num_hidden_layers": 2},
-        moe_layers=(0, 1),
         names=PER_EXPERT,
     ),
     "qwen3-coder-480b-a35b": Published(
@@ -49,7 +49,6 @@ MODELS: dict[str, Published] = {
         counts=("num_experts",),
         kept=80,
         overrides={**ATTENTION, **NARROW_EXPERTS, "num_hidden_layers": 2},
-        moe_layers=(0, 1),
         names=PER_EXPERT,
     ),
     "qwen3.5-397b-a17b": Published(
@@ -83,7 +82,6 @@ MODELS: dict[str, Published] = {
             "vision_config.out_hidden_size": 64,
             "vision_config.patch_size": 4,
         },
-        moe_layers=(0, 1),
         block="model.language_model.layers.{i}.mlp.",
         stacked=("experts.gate_up_proj", "experts.down_proj"),
         names=(
@@ -103,8 +101,8 @@ MODELS: dict[str, Published] = {
                 "mtp.pre_fc_norm_embedding.weight": ("H",),
                 "mtp.pre_fc_norm_hidden.weight": ("H",),
             },
-            fields=("text_config.mtp_num_hidden_layers",),
         ),
+        cleared={"text_config.mtp_num_hidden_layers": 0},
         float32=r"A_log$|linear_attn\.norm\.weight$",
     ),
     "glm-4.5-air": Published(
@@ -120,6 +118,7 @@ MODELS: dict[str, Published] = {
         moe_layers=(1, 2),
         routers=BIASED,
         mtp=nextn(2, own_embedding=True),
+        cleared=NO_NEXTN,
         names=(
             *PER_EXPERT,
             "model.layers.3.eh_proj.weight",
@@ -138,6 +137,7 @@ MODELS: dict[str, Published] = {
         moe_layers=(3, 4),
         routers=BIASED,
         mtp=nextn(4, own_embedding=True),
+        cleared=NO_NEXTN,
         names=(
             "model.layers.2.mlp.gate_proj.weight",
             "model.layers.3.mlp.experts.159.gate_proj.weight",
@@ -157,6 +157,7 @@ MODELS: dict[str, Published] = {
         moe_layers=(1, 2),
         routers=BIASED,
         mtp=nextn(2, own_embedding=True),
+        cleared=NO_NEXTN,
         names=(*PER_EXPERT, "model.layers.3.enorm.weight"),
     ),
     "glm-5": Published(
@@ -175,6 +176,7 @@ MODELS: dict[str, Published] = {
         moe_layers=(3, 4),
         routers=BIASED,
         mtp=nextn(4),
+        cleared=NO_NEXTN,
         names=(
             "model.layers.3.mlp.experts.255.down_proj.weight",
             "model.layers.0.self_attn.indexer.weights_proj.weight",
@@ -202,6 +204,7 @@ MODELS: dict[str, Published] = {
         moe_layers=(3, 4),
         routers=BIASED,
         mtp=nextn(4, own_embedding=True),
+        cleared=NO_NEXTN,
         names=(
             "model.layers.3.mlp.experts.255.gate_proj.weight_scale_inv",
             "model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv",
@@ -219,10 +222,7 @@ MODELS: dict[str, Published] = {
         overrides={**LATENT_ATTENTION, **NARROW_EXPERTS, "num_hidden_layers": 3},
         moe_layers=(1, 2),
         routers=BIASED,
-        names=(
-            "model.layers.1.mlp.experts.383.gate_proj.weight_scale_inv",
-            "model.layers.1.mlp.gate.e_score_correction_bias",
-        ),
+        names=("model.layers.1.mlp.experts.383.gate_proj.weight_scale_inv",),
         quantised="fp8",
     ),
     "kimi-linear-48b-a3b": Published(
@@ -273,9 +273,9 @@ MODELS: dict[str, Published] = {
             "rotary_dim": 8,
             "num_hidden_layers": 2,
         },
-        moe_layers=(0, 1),
         block="model.layers.{i}.block_sparse_moe.",
         routers={"gate.weight": 0, "e_score_correction_bias": 0},
+        cleared={"use_mtp": False, "num_mtp_modules": 0},
         names=(
             "model.layers.1.block_sparse_moe.experts.255.w2.weight_scale_inv",
             "model.layers.1.block_sparse_moe.e_score_correction_bias",
@@ -340,8 +340,15 @@ MODELS: dict[str, Published] = {
                 "model.layers.{n}.transformer.shared_head.norm.weight": ("H",),
                 "model.layers.{n}.transformer.shared_head.output.weight": ("V", "H"),
             },
-            fields=("num_nextn_predict_layers",),
             count=3,
+        ),
+        cleared=NO_NEXTN,
+        per_layer=(
+            "layer_types",
+            "rope_theta",
+            "partial_rotary_factors",
+            "swiglu_limits",
+            "swiglu_limits_shared",
         ),
         float32=r"router_bias$",
     ),
@@ -356,7 +363,6 @@ MODELS: dict[str, Published] = {
             "layer_types": ["sliding_attention", "full_attention"],
             "num_hidden_layers": 2,
         },
-        moe_layers=(0, 1),
         stacked=tuple(
             f"experts.{weight}_{part}"
             for weight in ("gate_up_proj", "down_proj")
@@ -393,7 +399,6 @@ MODELS: dict[str, Published] = {
             "vision_config.num_hidden_layers": 1,
             "vision_config.position_embedding_size": 64,
         },
-        moe_layers=(0, 1),
         block="model.language_model.layers.{i}.",
         stacked=("experts.gate_up_proj", "experts.down_proj"),
         routers={"router.proj.weight": 0, "router.per_expert_scale": 0},
@@ -425,7 +430,6 @@ MODELS: dict[str, Published] = {
             "vision_config.projector_output_dim": 32,
             "vision_config.vision_output_dim": 32,
         },
-        moe_layers=(0, 1),
         block="language_model.model.layers.{i}.feed_forward.",
         stacked=("experts.gate_up_proj", "experts.down_proj"),
         routers={"router.weight": 0},
@@ -442,12 +446,8 @@ MODELS: dict[str, Published] = {
         counts=("num_local_experts",),
         kept=4,
         overrides={**GROUPED_HEADS, "num_hidden_layers": 2},
-        moe_layers=(0, 1),
         block="model.layers.{i}.block_sparse_moe.",
-        names=(
-            "model.layers.1.block_sparse_moe.experts.7.w3.weight",
-            "model.layers.1.block_sparse_moe.gate.weight",
-        ),
+        names=("model.layers.1.block_sparse_moe.experts.7.w3.weight",),
     ),
     "ernie-4.5-21b-a3b": Published(
         hub_id="baidu/ERNIE-4.5-21B-A3B-PT",
@@ -480,8 +480,8 @@ MODELS: dict[str, Published] = {
                 "model.mtp_hidden_norm.{i}.weight": ("H",),
                 "model.mtp_linear_proj.{i}.weight": ("H", "2H"),
             },
-            fields=("num_nextn_predict_layers",),
         ),
+        cleared=NO_NEXTN,
         float32=r"e_score_correction_bias$|mlp\.gate\.weight$",
     ),
     "olmoe-1b-7b": Published(
@@ -493,7 +493,6 @@ MODELS: dict[str, Published] = {
         counts=("num_experts",),
         kept=32,
         overrides={**GROUPED_HEADS, "intermediate_size": 32, "num_hidden_layers": 2},
-        moe_layers=(0, 1),
         names=PER_EXPERT,
     ),
 }
