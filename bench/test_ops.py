@@ -1,4 +1,4 @@
-"""pytest-benchmark entry: the single ops at small and medium sizes, each checked before it is timed.
+"""pytest-benchmark entry: the single ops at small and medium sizes, checked, then timed.
 
 `pytest bench --benchmark-only`
 """
