@@ -1,0 +1,220 @@
+"""Writes a pruned checkpoint from a checkpoint's files and a plan."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from reap_driver.checkpoint.actions import Drop, Relabel
+from reap_driver.checkpoint.card import model_card
+from reap_driver.checkpoint.checks import check_model, check_routing, expert_counts, served_warning
+from reap_driver.checkpoint.config_edit import ExpertNames, clear_mtp, differences, expert_numbers
+from reap_driver.checkpoint.keys import KeyActions, KeyDecider
+from reap_driver.checkpoint.models import PrunedModel, derive_model
+from reap_driver.checkpoint.mtp import MtpKeys
+from reap_driver.checkpoint.report import ApplyReport
+from reap_driver.checkpoint.shards import plan_shards, write_index
+from reap_driver.checkpoint.source import Source, open_source, read_json, resolve_folder
+from reap_driver.checkpoint.staging import check_space, check_target, clean_stale, publish, staged
+from reap_driver.checkpoint.stream import OutShard, write_shard
+from reap_driver.checkpoint.verify import Checked, check_output, check_source
+from reap_driver.compat.models import load_config
+from reap_kernels.errors import PlanError
+
+if TYPE_CHECKING:
+    from reap_driver.plan import Plan
+
+# Small JSON files beside config.json in which quantisers name modules.
+_QUANTISER_FILES = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
+
+
+def apply_plan(
+    model_path: str | Path,
+    plan: "Plan",
+    out_path: str | Path,
+    *,
+    mtp: Literal["drop", "keep"] = "drop",
+    shard_size: int | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ApplyReport:
+    """Write the checkpoint that a plan leaves of a model, from its files, in constant memory.
+
+    The output appears under its name only when it is complete, flushed to disk and verified;
+    whatever happens, the source is not touched. Kept tensors are the source's bytes, in whatever
+    format they are.
+
+    Args:
+        model_path: folder of a Hugging Face checkpoint in safetensors, or a hub id.
+        plan: which experts each layer keeps; the same number in every layer.
+        out_path: folder to create.
+        mtp: multi-token-prediction layers are dropped, and the fields that announce them cleared,
+            or kept: then the plan must name the experts of those that have any.
+        shard_size: bytes of tensor data in a file; None keeps the source's division.
+        overwrite: replace a checkpoint that is at `out_path`, once the new one is complete.
+        trust_remote_code: run model code that comes with the checkpoint.
+        progress: called with (bytes written, bytes to write).
+
+    Returns:
+        What was done.
+
+    Raises:
+        PlanError: the plan does not belong to the model or cannot be applied to it.
+        CheckpointError: the source is damaged or inconsistent, or the target cannot be written.
+        UnsupportedModel: the model cannot be pruned correctly by files.
+        ResourceError: the disk is full.
+    """
+    started = time.perf_counter()
+    if mtp not in ("drop", "keep"):
+        raise PlanError(f"mtp {mtp!r}: give 'drop' or 'keep'.")
+    out = Path(out_path).absolute()
+    folder = resolve_folder(model_path)
+    check_target(out, folder, overwrite=overwrite)
+    job = _prepare(folder, plan, mtp == "keep", shard_size, trust_remote_code)
+    needed = job.bytes_needed()
+    cleaned = clean_stale(out)
+    check_space(out, needed)
+    with staged(out, needed=needed) as staging:
+        report = _write(job, plan, staging, out, _counter(progress, needed))
+        publish(staging, out, overwrite=overwrite)
+    report.cleaned = [str(path) for path in cleaned]
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything decided before the first byte is written."""
+
+    source: Source
+    model: PrunedModel
+    keys: KeyActions
+    checked: Checked
+    shards: list[OutShard]
+    json_files: Mapping[str, dict[str, Any]]  # rewritten: config.json and quantisers' files
+
+    def bytes_needed(self) -> int:
+        """Size of the output: shards, and what is copied beside them."""
+        weights = sum(shard.nbytes + len(shard.header()) for shard in self.shards)
+        small = sum((self.source.folder / path).stat().st_size for path in self.source.small_files)
+        return weights + small
+
+
+def _prepare(
+    folder: Path, plan: "Plan", keep_mtp: bool, shard_size: int | None, trust: bool
+) -> _Job:
+    """Read, check and decide; nothing is written."""
+    source = open_source(folder)
+    config = load_config(folder, trust_remote_code=trust)
+    check_model(plan, config, folder)
+    counts = expert_counts(plan)
+    check_routing(config, plan)
+    kept = {name: layer.kept for name, layer in plan.layers.items()}
+    model = derive_model(
+        folder, config, source.config, plan.layers, counts, trust_remote_code=trust
+    )
+    mtp = MtpKeys(model.layout, model.old.shapes, kept)
+    _check_extra_layers(model.other_layers, mtp)
+    decider = KeyDecider(source.tensors, model.old, model.new, model.layout, kept)
+    keys = decider.decide(mtp, keep_mtp=keep_mtp)
+    checked = check_source(source.tensors, model.old, str(folder / "config.json"))
+    if keys.dropped("mtp"):
+        clear_mtp(model.raw_config)
+    names = ExpertNames(expert_numbers(keys.lists, _renamed(keys)))
+    files = {"config.json": _rewrite_quantisation(model.raw_config, names, folder)}
+    for path in source.small_files:
+        if path.as_posix() in _QUANTISER_FILES:
+            content = read_json(folder / path, "restore the file")
+            files[path.as_posix()] = names.rewrite(content, str(folder / path))
+    shards = plan_shards(source, keys.actions, shard_size)
+    return _Job(source, model, keys, checked, shards, files)
+
+
+def _write(
+    job: _Job, plan: "Plan", staging: Path, out: Path, progress: Callable[[int], None]
+) -> ApplyReport:
+    """Write everything into the temporary folder, then verify it."""
+    written = sum(write_shard(staging, shard, progress) for shard in job.shards)
+    written += write_index(staging, job.shards, job.source.index_metadata)
+    for path in job.source.small_files:
+        target = staging / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.as_posix() not in job.json_files:
+            shutil.copyfile(job.source.folder / path, target)
+            progress(target.stat().st_size)
+            written += target.stat().st_size
+    for name, content in job.json_files.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        written += (staging / name).write_text(text, encoding="utf-8")
+    tensors = [tensor for shard in job.shards for tensor in shard.tensors]
+    check_output(tensors, job.model.new, job.checked, _renamed(job.keys))
+    report = _report(job, out, written)
+    card = model_card(job.source.folder / "README.md", plan, report)
+    report.bytes_written += (staging / "README.md").write_text(card, encoding="utf-8")
+    return report
+
+
+def _report(job: _Job, out: Path, written: int) -> ApplyReport:
+    """The report, but for what happens after writing."""
+    warning = served_warning(job.model.layout.after)
+    return ApplyReport(
+        source=job.source.folder,
+        out_path=out,
+        layers=len(job.model.layout.layers),
+        experts_before=job.model.layout.before,
+        experts_after=job.model.layout.after,
+        tensors=sum(len(shard.tensors) for shard in job.shards),
+        tensor_bytes=sum(shard.nbytes for shard in job.shards),
+        source_tensors=len(job.source.tensors),
+        source_tensor_bytes=job.source.nbytes,
+        bytes_written=written,
+        shards=len(job.shards),
+        edited_config=differences(job.source.config, job.json_files["config.json"]),
+        expert_keys_dropped=len(job.keys.dropped("expert")),
+        tables_rewritten=sum(isinstance(a, Relabel) for a in job.keys.actions.values()),
+        mtp_dropped=job.keys.dropped("mtp"),
+        left_out=[path.as_posix() for path in job.source.left_out],
+        warnings=[warning] if warning else [],
+    )
+
+
+def _check_extra_layers(names: tuple[str, ...], mtp: MtpKeys) -> None:
+    """Layers of the plan that the main model lacks must be MTP layers."""
+    for name in names:
+        if not mtp.owns(name, name + "."):
+            raise PlanError(
+                f"plan: layer {name!r} does not exist in this model; make the plan from statistics "
+                "of this model."
+            )
+
+
+def _rewrite_quantisation(
+    config: dict[str, Any], names: ExpertNames, folder: Path
+) -> dict[str, Any]:
+    """config.json with the experts that its quantisation settings name renumbered."""
+    if "quantization_config" not in config:
+        return config
+    where = f"{folder / 'config.json'}: quantization_config"
+    return {**config, "quantization_config": names.rewrite(config["quantization_config"], where)}
+
+
+def _renamed(keys: KeyActions) -> dict[str, str]:
+    """Old name -> new name of every tensor that is kept."""
+    return {key: a.name for key, a in keys.actions.items() if not isinstance(a, Drop)}
+
+
+def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    """Adds up byte counts for the caller's progress function."""
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(min(done, total), total)
+
+    return add

@@ -1,0 +1,182 @@
+"""Which tensors of a model depend on the number of experts, found by building it twice on the meta
+device.
+
+The same configuration with E and with E' experts: a tensor whose length along one dimension differs
+holds experts there, `length = E * block + tail`. `block` is the rows one expert takes, `tail` rows
+that belong to no routed expert (identity experts, shared rows of a router, a skip class). No
+architecture is named here.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from reap_kernels.errors import PlanError, UnsupportedModel
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ExpertDim:
+    """Where a tensor holds experts: `block` rows each along `dim`, then `tail` rows that stay."""
+
+    layer: str
+    dim: int
+    block: int
+    tail: int
+
+    def length(self, num_experts: int) -> int:
+        """Length of the dimension with that many experts."""
+        return num_experts * self.block + self.tail
+
+    def rows(self, kept: Iterable[int], before: int, block: int | None = None) -> tuple[int, ...]:
+        """Positions to keep along `dim`, the tail included. `block` differs for scales of blocks of
+        rows.
+        """
+        size = self.block if block is None else block
+        end = before * size
+        experts = (old * size + i for old in kept for i in range(size))
+        return (*experts, *range(end, end + self.tail))
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """Every tensor (and every per-expert module list) that depends on the number of experts."""
+
+    before: int
+    after: int
+    tensors: Mapping[str, ExpertDim]  # name in the model's state dict
+    lists: Mapping[str, str]  # prefix "...experts." of modules kept in a ModuleList -> layer
+
+    def block_layer(self, name: str) -> str | None:
+        """The layer whose MoE block (`...mlp.` of `...mlp.experts`) a tensor or module is in."""
+        for layer in self.layers:
+            if name.startswith(_block_of(layer)):
+                return layer
+        return None
+
+    @cached_property
+    def layers(self) -> set[str]:
+        """Layers found."""
+        return {dim.layer for dim in self.tensors.values()} | set(self.lists.values())
+
+
+def derive_layout(
+    old: Mapping[str, Shape],
+    new: Mapping[str, Shape],
+    *,
+    before: int,
+    after: int,
+    layers: Iterable[str],
+) -> ExpertLayout:
+    """Compare tensor shapes of the model with `before` and with `after` experts.
+
+    Raises:
+        PlanError: a layer of the plan holds no experts, or a MoE layer of the model is not in the
+            plan.
+        UnsupportedModel: a shape depends on the count in a way that is not rows per expert.
+    """
+    names = sorted(layers)
+    tensors: dict[str, ExpertDim] = {}
+    for name, shape in old.items():
+        if name in new and new[name] != shape:
+            dim, block, tail = _split(name, shape, new[name], before, after)
+            tensors[name] = ExpertDim(_owner(name, names), dim, block, tail)
+    lists = {}
+    for name in old.keys() - new.keys():
+        prefix = _list_prefix(name, after)
+        lists[prefix] = _owner(prefix, names)
+    layout = ExpertLayout(before, after, tensors, lists)
+    idle = [name for name in names if name not in layout.layers]
+    if idle:
+        raise PlanError(
+            f"plan: layer {idle[0]!r} holds nothing that depends on the number of experts in this "
+            "model; "
+            "make the plan from statistics of this very model."
+        )
+    return layout
+
+
+def unowned(
+    old: Mapping[str, Shape], new: Mapping[str, Shape], layers: Iterable[str], after: int
+) -> list[str]:
+    """Tensors that depend on the count but belong to none of the layers."""
+    names = sorted(layers)
+    strangers = []
+    for name, shape in old.items():
+        if name not in new:
+            name = _list_prefix(name, after)
+        elif new[name] == shape:
+            continue
+        if _find_owner(name, names) is None:
+            strangers.append(name)
+    return strangers
+
+
+def _split(name: str, old: Shape, new: Shape, before: int, after: int) -> tuple[int, int, int]:
+    """(dim, block, tail) of one tensor."""
+    differing = [d for d in range(len(old)) if len(old) == len(new) and old[d] != new[d]]
+    if len(differing) == 1:
+        dim = differing[0]
+        block, rest = divmod(old[dim] - new[dim], before - after)
+        tail = old[dim] - before * block
+        if rest == 0 and block > 0 and tail >= 0:
+            return dim, block, tail
+    raise UnsupportedModel(
+        f"{name}: shape {list(old)} with {before} experts and {list(new)} with {after} is not a "
+        "number of rows "
+        "per expert; this architecture cannot be pruned by files."
+    )
+
+
+def _owner(name: str, layers: list[str]) -> str:
+    """The layer a tensor belongs to."""
+    owner = _find_owner(name, layers)
+    if owner is None:
+        raise PlanError(
+            f"plan: the model's {name} depends on the number of experts but belongs to no layer of "
+            "the plan "
+            f"({len(layers)} layers, first {layers[0] if layers else 'none'}); all MoE layers "
+            "share one count, "
+            "so plan every one of them."
+        )
+    return owner
+
+
+def _find_owner(name: str, layers: list[str]) -> str | None:
+    """The layer with the longest common path, if the tensor is inside that layer's block."""
+    path = name.split(".")
+    shared = {layer: _common(path, layer.split(".")) for layer in layers}
+    best = max(shared.values(), default=0)
+    owners = [layer for layer, length in shared.items() if length == best]
+    if len(owners) == 1 and name.startswith(_block_of(owners[0])):
+        return owners[0]
+    return None
+
+
+def _block_of(layer: str) -> str:
+    """`model.layers.3.mlp.` for the experts module `model.layers.3.mlp.experts`."""
+    return layer.rpartition(".")[0] + "."
+
+
+def _common(left: list[str], right: list[str]) -> int:
+    """Length of the common beginning."""
+    for position, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return position
+    return min(len(left), len(right))
+
+
+def _list_prefix(name: str, after: int) -> str:
+    """`...experts.` for a tensor of a list element that vanished with the smaller count."""
+    path = name.split(".")
+    for position in range(len(path) - 1, 0, -1):
+        if path[position].isdigit():
+            if int(path[position]) >= after:
+                return ".".join(path[:position]) + "."
+            break
+    raise UnsupportedModel(
+        f"{name}: exists only with the larger number of experts, but is no element of a list of "
+        "experts; "
+        "this architecture cannot be pruned by files."
+    )

@@ -1,0 +1,282 @@
+"""Decides, for every tensor of a checkpoint, what pruning does to it.
+
+Keys that transformers loads follow the derived layout. Keys it ignores (scales and packed data of
+quantised experts, multi-token-prediction layers) follow the tensor or the expert they accompany. A
+key inside a MoE block that nothing explains is refused: copying it unchanged would write a
+checkpoint that is silently wrong.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from reap_driver.checkpoint.actions import Action, Copy, Drop, Relabel, Select
+from reap_driver.checkpoint.derive import ExpertDim, ExpertLayout
+from reap_driver.checkpoint.lists import ExpertList, list_prefixes
+from reap_driver.checkpoint.mtp import MtpKeys
+from reap_driver.checkpoint.safetensors_file import TensorEntry
+from reap_driver.compat.conversion import KeyMap, Target
+from reap_kernels.errors import CheckpointError, UnsupportedModel
+
+# Tables of expert ids by token: the one meaning of numbers inside a router that shapes cannot show
+# (DeepSeek-V4).
+_ID_TABLES = frozenset({"tid2eid"})
+_INTEGERS = frozenset({"U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
+
+
+@dataclass
+class KeyActions:
+    """The decision for every key, and the per-expert lists found on disk."""
+
+    actions: dict[str, Action] = field(default_factory=dict)
+    lists: dict[str, ExpertList] = field(default_factory=dict)  # by prefix "...experts."
+
+    def dropped(self, reason: str) -> list[str]:
+        """Keys dropped for a reason."""
+        return [k for k, a in self.actions.items() if isinstance(a, Drop) and a.reason == reason]
+
+
+class KeyDecider:
+    """Chooses an action for every tensor of one checkpoint.
+
+    Args:
+        tensors: every tensor of the source.
+        old, new: key rules of the model with all and with the kept experts.
+        layout: which model tensors hold experts, and where.
+        kept: kept ids of each layer, ascending.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorEntry],
+        old: KeyMap,
+        new: KeyMap,
+        layout: ExpertLayout,
+        kept: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self._tensors, self._old, self._new = tensors, old, new
+        self._layout, self._kept = layout, kept
+        self._old_shapes, self._new_shapes = old.shapes, new.shapes
+        self._modules = _module_paths(self._old_shapes)
+        self._covered: set[str] = set()  # layout tensors found on disk
+        self._selected: dict[str, ExpertDim] = {}  # disk key -> where it holds experts
+
+    def decide(self, mtp: MtpKeys, *, keep_mtp: bool) -> KeyActions:
+        """Decide every key; MTP layers last, as their rules are learnt from the main layers.
+
+        Raises:
+            CheckpointError: experts or routers missing, or of a shape config.json does not give
+                them.
+            UnsupportedModel: a tensor of a MoE block that nothing explains.
+            PlanError: `keep_mtp` without kept experts for an MTP layer that has experts.
+        """
+        result = KeyActions()
+        pending: list[str] = []
+        for key in self._tensors:
+            if self._listed(key, result.lists):
+                continue
+            target = self._old.locate(key)
+            if not self._old.known(target) and mtp.owns(key, target.name):
+                pending.append(key)
+            else:
+                result.actions[key] = self._action(key, target)
+        for prefix, experts in result.lists.items():
+            result.actions.update(self._renumber(prefix, experts))
+        self._check_covered()
+        if keep_mtp:
+            mtp.learn(self._selected, result.lists)
+            result.actions.update(mtp.prune(pending, self._tensors))
+        else:
+            result.actions.update({key: Drop("mtp") for key in pending})
+        return result
+
+    def _listed(self, key: str, lists: dict[str, ExpertList]) -> bool:
+        """Whether a key belongs to a per-expert list; a list is learnt from its first key.
+
+        `experts.<i>.<anything>` moves as a unit: weights, scales, zero points, packed data, biases.
+        """
+        prefixes = list(list_prefixes(key))
+        for prefix, index in prefixes:
+            if prefix in lists:
+                lists[prefix].keys[key] = index
+                return True
+        if not prefixes:
+            return False
+        prefix, index = prefixes[0]
+        for name in (key, _with_leaf(key, "weight")):
+            target = self._old.locate(name)
+            if target.per_expert and target.name in self._layout.tensors:
+                owners = [self._layout.tensors[made].layer for made in target.names]
+            else:
+                owners = [
+                    self._layout.lists[p]
+                    for p, _ in list_prefixes(target.name)
+                    if p in self._layout.lists
+                ]
+            if owners:
+                lists[prefix] = ExpertList(tuple(dict.fromkeys(owners)), {key: index})
+                return True
+        return False
+
+    def _renumber(self, prefix: str, experts: ExpertList) -> dict[str, Action]:
+        """Actions of a list of the main model."""
+        inside = {n: d.tail for n, d in self._layout.tensors.items() if d.layer in experts.layers}
+        own = tuple(layer + "." for layer in experts.layers)
+        self._covered.update(name for name in inside if name.startswith(own))
+        experts.tail = max(inside.values(), default=0)
+        kept = [self._kept[layer] for layer in experts.layers]
+        return experts.renumber(prefix, kept, self._layout.before, self._folder)
+
+    def _action(self, key: str, target: Target) -> Action:
+        """Action of a key outside per-expert lists."""
+        dims = [self._layout.tensors[name] for name in target.names if name in self._layout.tensors]
+        if dims:
+            self._covered.update(target.names)
+            return self._select(key, target, dims)
+        if self._old.known(target):
+            return self._inside_block(key, target)
+        companion = self._companion(key, target)
+        if companion is not None:
+            self._covered.add(companion)
+            return self._select_companion(key, companion)
+        self._refuse_unexplained(key, target)
+        return Copy(key)
+
+    def _select(self, key: str, target: Target, dims: list[ExpertDim]) -> Action:
+        """Rows of a tensor that the model loads."""
+        entry, length = self._tensors[key], dims[0].length(self._layout.before)
+        if len(target.names) == 1 and target.pattern is None:
+            candidates = [dims[0].dim] if entry.shape == self._old_shapes[target.name] else []
+        else:
+            candidates = [d for d, n in enumerate(entry.shape) if n == length]
+        if len(candidates) > 1:
+            candidates = [d for d in candidates if self._fits(key, target, d, dims[0])]
+        if len(candidates) != 1:
+            raise CheckpointError(
+                f"{entry.file}: tensor {key!r} has shape {list(entry.shape)}, but config.json "
+                "gives "
+                f"{target.name} the shape {list(self._old_shapes[target.name])}; use config.json "
+                "and weights of "
+                "one checkpoint."
+            )
+        dim = candidates[0]
+        if len({d.layer for d in dims}) > 1 and (dim == 0 or entry.shape[0] % len(dims)):
+            raise UnsupportedModel(
+                f"{key}: holds experts of {len(dims)} layers in a way that cannot be split."
+            )
+        rows = tuple(d.rows(self._kept[d.layer], self._layout.before) for d in dims)
+        if len(target.names) == 1:
+            self._selected[key] = replace(dims[0], dim=dim)
+        return Select(key, dim, rows if len(set(rows)) > 1 else rows[:1])
+
+    def _fits(self, key: str, target: Target, dim: int, expert: ExpertDim) -> bool:
+        """Whether shortening this disk dimension gives the smaller model's shape, through the
+        library's conversion.
+        """
+        group = self._old.loaded_shapes({k: self._tensors[k].shape for k in self._siblings(target)})
+        shapes = {}
+        for k in group.sources.get(target.name, [key]):
+            shape = list(self._tensors[k].shape)
+            shape[dim] = expert.length(self._layout.after)
+            shapes[k] = tuple(shape)
+        made = self._new.loaded_shapes(shapes).shapes
+        return all(made.get(name) == self._new_shapes[name] for name in target.names)
+
+    def _siblings(self, target: Target) -> list[str]:
+        """Keys that are converted together with this one."""
+        return [k for k in self._tensors if self._old.locate(k).name == target.name]
+
+    def _inside_block(self, key: str, target: Target) -> Action:
+        """A tensor the model loads whose shape does not depend on the count; its values might."""
+        layer = self._layout.block_layer(target.name)
+        entry = self._tensors[key]
+        if layer is None or entry.dtype not in _INTEGERS:
+            return Copy(key)
+        if target.name.rpartition(".")[2] in _ID_TABLES:
+            return Relabel(key, self._kept[layer], self._layout.before)
+        raise UnsupportedModel(
+            f"{key}: integers ({entry.dtype} {list(entry.shape)}) inside a MoE block of {layer} "
+            "may be expert ids; "
+            "this architecture cannot be pruned by files."
+        )
+
+    def _companion(self, key: str, target: Target) -> str | None:
+        """The stacked experts (or the router) that a key unknown to the model goes with.
+
+        Scales and packed data: `gate_up_proj_blocks`, `down_proj_scale_inv`, `gate.weight_scale`,
+        `input_linear.qweight`.
+        """
+        for name in self._layout.tensors:
+            if target.name.startswith((name + "_", name + ".")):
+                return name
+        beside = self._old.locate(_with_leaf(key, "weight")).name
+        return beside if beside in self._layout.tensors else None
+
+    def _select_companion(self, key: str, companion: str) -> Action:
+        """Rows of a companion: by the same dimension, in blocks of its own length."""
+        expert, entry = self._layout.tensors[companion], self._tensors[key]
+        if math.prod(entry.shape) == 1:
+            return Copy(key)  # one scale for all experts
+        for dim in dict.fromkeys((expert.dim, 0)):
+            block, rest = (
+                divmod(entry.shape[dim] - expert.tail, self._layout.before)
+                if dim < len(entry.shape)
+                else (0, 1)
+            )
+            if rest == 0 and block > 0:
+                self._selected[key] = replace(expert, dim=dim)
+                kept = self._kept[expert.layer]
+                return Select(key, dim, (expert.rows(kept, self._layout.before, block),))
+        raise UnsupportedModel(
+            f"{key}: goes with {companion}, but its shape {list(entry.shape)} does not divide "
+            "among "
+            f"{self._layout.before} experts; dequantise the checkpoint first."
+        )
+
+    def _refuse_unexplained(self, key: str, target: Target) -> None:
+        """Refuse a key the model ignores if it lies inside a MoE block, or looks like routed
+        experts elsewhere.
+        """
+        module = target.name
+        while module and module not in self._modules:
+            module = module.rpartition(".")[0]
+        inside = self._layout.block_layer(module + ".") is not None and any(
+            name.startswith(module + ".") for name in self._layout.tensors
+        )
+        routed = any(prefix.endswith("experts.") for prefix, _ in list_prefixes(key))
+        if inside or routed:
+            raise UnsupportedModel(
+                f"{key}: is inside a MoE block but matches nothing the model loads (renamed: "
+                f"{target.name}); "
+                "pruning cannot know whether it depends on the experts."
+            )
+
+    def _check_covered(self) -> None:
+        """Every tensor that holds experts was found on disk."""
+        missing = sorted(self._layout.tensors.keys() - self._covered)
+        if missing:
+            raise CheckpointError(
+                f"{self._folder}: no tensor on disk for {missing[0]} ({len(missing)} such); "
+                "the checkpoint is incomplete or belongs to another config.json."
+            )
+
+    @property
+    def _folder(self) -> Path:
+        return next(iter(self._tensors.values())).file.parent
+
+
+def _with_leaf(key: str, leaf: str) -> str:
+    """The key with its last segment replaced."""
+    return f"{key.rpartition('.')[0]}.{leaf}"
+
+
+def _module_paths(names: Mapping[str, object]) -> set[str]:
+    """Every module that holds a tensor, directly or below."""
+    paths = set()
+    for name in names:
+        parent = name.rpartition(".")[0]
+        while parent and parent not in paths:
+            paths.add(parent)
+            parent = parent.rpartition(".")[0]
+    return paths

@@ -1,0 +1,108 @@
+"""The model with all and with the kept experts, both on meta: what to edit in config.json, and what
+that changes.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from reap_driver.checkpoint.config_edit import Site, count_sites, with_count
+from reap_driver.checkpoint.derive import ExpertLayout, Shape, derive_layout, unowned
+from reap_driver.compat.conversion import KeyMap
+from reap_driver.compat.models import load_config, meta_model
+from reap_kernels.errors import CheckpointError, UnsupportedModel
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """Key rules of both models, the edited configuration, and the tensors that hold experts."""
+
+    old: KeyMap
+    new: KeyMap
+    config: PretrainedConfig  # of the smaller model
+    raw_config: dict[str, Any]  # config.json with the new count
+    layout: ExpertLayout
+    other_layers: tuple[
+        str, ...
+    ]  # layers of the plan that the main model lacks: MTP layers, or a mistake
+
+
+def derive_model(
+    folder: Path,
+    config: PretrainedConfig,
+    raw: Mapping[str, Any],
+    layers: Collection[str],
+    counts: tuple[int, int],
+    *,
+    trust_remote_code: bool,
+) -> PrunedModel:
+    """Build both models and compare them. The smaller one is built from the edited config.json
+    itself.
+
+    Args:
+        folder: the source.
+        config, raw: its configuration, loaded and as written.
+        layers: layers of the plan.
+        counts: experts of a layer before and after.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: config.json does not say the number of experts the plan counts.
+        PlanError, UnsupportedModel: see `derive_layout`.
+    """
+    before, after = counts
+    old = KeyMap(meta_model(config))
+    names = [name for name in layers if any(t.startswith(name + ".") for t in old.shapes)]
+
+    def build(sites: list[Site]) -> tuple[dict[str, Any], PretrainedConfig, KeyMap]:
+        edited = with_count(raw, sites, after)
+        smaller = _load_edited(folder, edited, trust_remote_code)
+        return edited, smaller, KeyMap(meta_model(smaller))
+
+    sites = count_sites(raw, before) or count_sites(config.to_dict(), before)
+    if not sites:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: no field says {before}, the number of experts in the plan; "
+            "the plan belongs to another model."
+        )
+    edited, smaller, new = build(sites)
+    if unowned(old.shapes, new.shapes, names, after):
+        edited, smaller, new = build(_own_sites(sites, old.shapes, names, after, build))
+    layout = derive_layout(old.shapes, new.shapes, before=before, after=after, layers=names)
+    if not layout.layers:
+        raise UnsupportedModel(f"{folder}: no tensor depends on the number of experts.")
+    others = tuple(name for name in layers if name not in names)
+    return PrunedModel(old, new, smaller, edited, layout, others)
+
+
+def _own_sites(
+    sites: list[Site], old: Mapping[str, Shape], layers: list[str], after: int, build: Any
+) -> list[Site]:
+    """Fields of the planned layers: a second stack of experts (a talker, a tower) has a count of
+    its own.
+    """
+    own: list[Site] = []
+    for _, group in groupby(sorted(sites), key=lambda site: site[:-1]):
+        part = list(group)
+        _, _, new = build(part)
+        if not unowned(old, new.shapes, layers, after):
+            own += part
+    return own
+
+
+def _load_edited(folder: Path, edited: Mapping[str, Any], trust: bool) -> PretrainedConfig:
+    """Load an edited config.json the way the output's will be, beside the model code that comes
+    with it.
+    """
+    with tempfile.TemporaryDirectory(prefix="reap-config-") as name:
+        (Path(name) / "config.json").write_text(json.dumps(edited), encoding="utf-8")
+        for code in folder.glob("*.py") if trust else ():
+            shutil.copy(code, name)
+        return load_config(name, trust_remote_code=trust)

@@ -1,0 +1,127 @@
+"""Multi-token-prediction (MTP) layers: keys that transformers' main model ignores.
+
+Engines build MTP layers from the same expert count as the main model, so they are dropped (the
+default) or pruned to the same count. Which of their experts matter cannot be inferred from other
+layers: they are kept only when the plan names the experts of every MTP layer, as
+`model.layers.61.mlp.experts` (the layer's place on disk, then the name the main layers use). An MTP
+layer without experts is kept as it is.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from reap_driver.checkpoint.actions import Action, Copy, Select
+from reap_driver.checkpoint.derive import ExpertDim, ExpertLayout, Shape
+from reap_driver.checkpoint.lists import ExpertList, split_layer
+from reap_driver.checkpoint.safetensors_file import TensorEntry
+from reap_kernels.errors import PlanError
+
+
+class MtpKeys:
+    """Recognises MTP keys and prunes them by the rules learnt from the main layers.
+
+    Args:
+        layout: the main model's.
+        shapes: tensors of the main model.
+        kept: kept ids by layer, MTP layers included where the plan has them.
+    """
+
+    def __init__(
+        self,
+        layout: ExpertLayout,
+        shapes: Mapping[str, Shape],
+        kept: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self._before, self._kept = layout.before, kept
+        self._depths = _stack_depths(layout, shapes)
+        self._lists: dict[str, str] = {}  # "mlp.experts." on disk -> "mlp.experts" in memory
+        self._selects: dict[str, ExpertDim] = {}  # "mlp.gate.weight" on disk -> its rows
+
+    def owns(self, key: str, name: str) -> bool:
+        """Whether a key the model does not know (`name` when renamed) is an MTP layer's.
+
+        It lies past the last layer of a stack that has experts, or under a module called `mtp`.
+        """
+        if any(part == "mtp" or part.startswith("mtp_") for part in key.split(".")):
+            return True
+        stack, _ = split_layer(name)
+        depth = self._depths.get(_parent(stack))
+        return depth is not None and int(stack.split(".")[-2]) >= depth
+
+    def learn(self, selected: Mapping[str, ExpertDim], lists: Mapping[str, ExpertList]) -> None:
+        """Take names and dimensions of experts and routers from the main layers' decisions."""
+        for prefix, experts in lists.items():
+            self._lists[split_layer(prefix + "0.")[1][: -len("0.")]] = split_layer(
+                experts.layers[0] + "."
+            )[1].rstrip(".")
+        for key, expert in selected.items():
+            self._selects[split_layer(key)[1]] = expert
+
+    def prune(self, keys: Iterable[str], tensors: Mapping[str, TensorEntry]) -> dict[str, Action]:
+        """Actions of MTP keys that are to stay.
+
+        Raises:
+            PlanError: an MTP layer has experts, and the plan does not say which of them to keep.
+        """
+        actions: dict[str, Action] = {}
+        lists: dict[str, ExpertList] = {}
+        for key in keys:
+            found = self._list_of(key)
+            if found is not None:
+                prefix, layer, index = found
+                lists.setdefault(prefix, ExpertList((layer,))).keys[key] = index
+            else:
+                actions[key] = self._action(key, tensors[key])
+        for prefix, experts in lists.items():
+            where = tensors[next(iter(experts.keys))].file.parent
+            kept = [self._kept_of(experts.layers[0])]
+            actions.update(experts.renumber(prefix, kept, self._before, where))
+        return actions
+
+    def _list_of(self, key: str) -> tuple[str, str, int] | None:
+        """(prefix, layer name, expert) of a per-expert key."""
+        for suffix, name in self._lists.items():
+            root, found, rest = key.partition("." + suffix)
+            index = rest.partition(".")[0]
+            if found and index.isdigit():
+                return f"{root}.{suffix}", f"{root}.{name}", int(index)
+        return None
+
+    def _action(self, key: str, entry: TensorEntry) -> Action:
+        """A stacked tensor or router of an MTP layer is cut like the main layers'; anything else
+        stays.
+        """
+        for suffix, expert in self._selects.items():
+            if not key.endswith("." + suffix):
+                continue
+            layer = key[: -len(suffix)] + split_layer(expert.layer + ".")[1].rstrip(".")
+            block = (entry.shape[expert.dim] - expert.tail) // self._before
+            return Select(
+                key, expert.dim, (expert.rows(self._kept_of(layer), self._before, block),)
+            )
+        return Copy(key)
+
+    def _kept_of(self, layer: str) -> tuple[int, ...]:
+        """Kept experts of an MTP layer."""
+        if layer not in self._kept:
+            raise PlanError(
+                f"plan: has no entry {layer!r}, so which experts of that multi-token-prediction "
+                "layer matter is "
+                "unknown; drop MTP layers (mtp='drop', --mtp drop), or add the entry to the plan."
+            )
+        return self._kept[layer]
+
+
+def _stack_depths(layout: ExpertLayout, shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Number of layers in each stack (`model.layers.`) that has experts."""
+    stacks = {_parent(split_layer(layer + ".")[0]) for layer in layout.layers} - {""}
+    depths = dict.fromkeys(stacks, 0)
+    for name in shapes:
+        root = split_layer(name)[0]
+        if _parent(root) in depths:
+            depths[_parent(root)] = max(depths[_parent(root)], int(root.split(".")[-2]) + 1)
+    return depths
+
+
+def _parent(root: str) -> str:
+    """`model.layers.` of `model.layers.3.`."""
+    return root[:-1].rpartition(".")[0] + "." if root else ""

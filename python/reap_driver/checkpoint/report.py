@@ -1,0 +1,36 @@
+"""What `apply_plan` did."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class ApplyReport:
+    """Result of writing one pruned checkpoint."""
+
+    source: Path
+    out_path: Path
+    layers: int
+    experts_before: int  # routed experts of a layer
+    experts_after: int
+    tensors: int  # written
+    tensor_bytes: int  # data of these tensors
+    bytes_written: int  # all files
+    source_tensors: int
+    source_tensor_bytes: int
+    shards: int
+    edited_config: Mapping[str, tuple[Any, Any]]  # dotted field of config.json -> (old, new)
+    expert_keys_dropped: int  # tensors of removed experts
+    tables_rewritten: int = 0  # tables of expert ids by token (DeepSeek-V4)
+    mtp_dropped: list[str] = field(default_factory=list)  # keys of MTP layers left out
+    left_out: list[str] = field(default_factory=list)  # files of the source in other weight formats
+    cleaned: list[str] = field(default_factory=list)  # leftovers of killed runs, removed
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def dropped_keys(self) -> int:
+        """Tensors of the source that were not written."""
+        return self.expert_keys_dropped + len(self.mtp_dropped)

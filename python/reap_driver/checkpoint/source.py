@@ -1,0 +1,186 @@
+"""The checkpoint that is read: its files, checked before anything is written."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from reap_driver.checkpoint.safetensors_file import SafetensorsFile, TensorEntry, read_header
+from reap_kernels.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+# Weights in other formats, and other copies of the weights: pruning does not reach them, so they
+# are left out.
+_OTHER_WEIGHTS = frozenset(
+    {".bin", ".ckpt", ".ggml", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".onnx_data"}
+    | {".ot", ".pt", ".pth", ".safetensors", ".tflite"}
+)
+_REWRITTEN = frozenset({"config.json", INDEX_NAME, "README.md"})
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint folder in Hugging Face format. Read only."""
+
+    folder: Path
+    config: Mapping[str, Any]  # config.json as written
+    shards: tuple[
+        SafetensorsFile, ...
+    ]  # in the order of the index; names are relative to the folder
+    small_files: tuple[Path, ...]  # copied along, relative to the folder
+    left_out: tuple[Path, ...]  # weights in other formats, relative to the folder
+    index_metadata: Mapping[str, Any]
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """Every tensor of the checkpoint."""
+        return {key: entry for shard in self.shards for key, entry in shard.tensors.items()}
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    def relative(self, shard: SafetensorsFile) -> str:
+        """A shard's name inside the folder."""
+        return shard.path.relative_to(self.folder).as_posix()
+
+
+def resolve_folder(path_or_id: str | Path) -> Path:
+    """The checkpoint's folder; a hub id is downloaded (or found in the cache), weights as
+    safetensors only.
+    """
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_id)):
+        raise CheckpointError(f"{path_or_id}: no such folder; give the folder of a checkpoint.")
+    from huggingface_hub import snapshot_download
+
+    ignored = [f"*{suffix}" for suffix in sorted(_OTHER_WEIGHTS - {".safetensors"})]
+    try:
+        return Path(snapshot_download(str(path_or_id), ignore_patterns=ignored))
+    except (OSError, ValueError) as error:  # the hub's errors derive from these
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path_or_id}: neither a folder nor a hub id that can be downloaded ({reason})."
+        ) from error
+
+
+def open_source(folder: Path) -> Source:
+    """Read every header of a checkpoint folder and check that files, index and headers agree.
+
+    Raises:
+        CheckpointError: no config or weights, an index that leaves the folder or does not match, a
+            damaged file.
+    """
+    config = read_json(folder / "config.json", "give the folder of a Hugging Face checkpoint")
+    names, weight_map, index_metadata = _shard_names(folder)
+    shards = tuple(read_header(folder / name) for name in names)
+    _check_index(folder, shards, weight_map)
+    _check_duplicates(shards)
+    small, left_out = _other_files(folder, {folder / name for name in names})
+    return Source(folder, config, shards, small, left_out, index_metadata)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object from a file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; {remedy}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable JSON ({error}); {remedy}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a JSON object.")
+    return content
+
+
+def is_weight_file(path: Path) -> bool:
+    """Whether a file holds weights, in whatever format, or indexes such files."""
+    return path.suffix.lower() in _OTHER_WEIGHTS or path.name.endswith(".index.json")
+
+
+def _shard_names(folder: Path) -> tuple[list[str], dict[str, str] | None, dict[str, Any]]:
+    """Shards to read: the single file if there is one (as transformers prefers), else what the
+    index names.
+    """
+    if (folder / SINGLE_NAME).is_file():
+        return [SINGLE_NAME], None, {}
+    index_path = folder / INDEX_NAME
+    if not index_path.is_file():
+        raise CheckpointError(
+            f"{folder}: holds neither {SINGLE_NAME} nor {INDEX_NAME}; "
+            "convert the checkpoint to safetensors, or download its safetensors files."
+        )
+    index = read_json(index_path, "restore the file")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_path}: has no weight_map; restore the file.")
+    names = sorted({_inside(index_path, key, name) for key, name in weight_map.items()})
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder / name}: missing, though {INDEX_NAME} names it; download it again."
+            )
+    metadata = index.get("metadata")
+    return names, weight_map, metadata if isinstance(metadata, dict) else {}
+
+
+def _inside(index_path: Path, key: str, name: Any) -> str:
+    """A shard name from the index, refused when it is not a plain path below the folder."""
+    path = PurePosixPath(name) if isinstance(name, str) and name and "\\" not in name else None
+    if path is None or path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{index_path}: {key!r} is said to be in {name!r}, which is not a safetensors file "
+            "inside the folder; "
+            "correct the index."
+        )
+    return path.as_posix()
+
+
+def _check_index(
+    folder: Path, shards: tuple[SafetensorsFile, ...], weight_map: dict[str, str] | None
+) -> None:
+    """Every key of the index is in the shard it names."""
+    held = {shard.path: shard.tensors for shard in shards}
+    for key, name in (weight_map or {}).items():
+        if key not in held[folder / PurePosixPath(name)]:
+            raise CheckpointError(
+                f"{folder / name}: lacks tensor {key!r}, which {INDEX_NAME} places there; "
+                "download index and shards of one and the same checkpoint."
+            )
+
+
+def _check_duplicates(shards: tuple[SafetensorsFile, ...]) -> None:
+    """No tensor is in two shards: which one counts would depend on the reader."""
+    seen: dict[str, Path] = {}
+    for shard in shards:
+        for key in shard.tensors:
+            if key in seen:
+                raise CheckpointError(
+                    f"{shard.path}: tensor {key!r} is also in {seen[key].name}; remove one of the "
+                    "two."
+                )
+            seen[key] = shard.path
+
+
+def _other_files(folder: Path, shards: set[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Files beside the shards: those to copy, and weights in other formats, to leave out.
+
+    Hidden folders (version control, download caches) are not part of a checkpoint and are skipped.
+    """
+    small: list[Path] = []
+    left_out: list[Path] = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts[:-1])
+        if hidden or not path.is_file() or path in shards or relative.as_posix() in _REWRITTEN:
+            continue
+        (left_out if is_weight_file(path) else small).append(relative)
+    return tuple(small), tuple(left_out)

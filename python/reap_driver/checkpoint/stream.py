@@ -1,0 +1,260 @@
+"""Writes output shards: byte ranges of the source, copied by the kernel where bytes are unchanged.
+
+Memory does not grow with the checkpoint: whole tensors and rows of dimension 0 are ranges of the
+source file and never enter the process; rows of other dimensions and id tables pass through one
+bounded buffer.
+"""
+
+import contextlib
+import errno
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from reap_driver.checkpoint.actions import Action, Copy, Drop, Relabel, Select
+from reap_driver.checkpoint.routing_table import relabel
+from reap_driver.checkpoint.safetensors_file import (
+    DTYPE_BITS,
+    TensorEntry,
+    encode_header,
+    tensor_bytes,
+)
+from reap_kernels.errors import CheckpointError, UnsupportedModel
+
+BUFFER_BYTES = 16 << 20
+_CHUNK_BYTES = 64 << 20  # one kernel copy; small enough that progress moves and Ctrl-C is heard
+_MIN_RANGE_BYTES = 64 << 10  # rows at least this long are copied by the kernel one by one
+# Errors by which a system says that it cannot copy between these two files itself.
+_NO_KERNEL_COPY = frozenset(
+    {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
+)
+_NUMPY_INTEGERS = {
+    f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "UI" for bits in (8, 16, 32, 64)
+}
+Progress = Callable[[int], None]  # bytes written since the last call
+
+
+@dataclass(frozen=True, slots=True)
+class OutTensor:
+    """One tensor to write: where its bytes come from and what is done to them."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorEntry
+    action: Action
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return tensor_bytes(self.dtype, self.shape)
+
+
+@dataclass
+class OutShard:
+    """One file to write."""
+
+    name: str
+    tensors: list[OutTensor] = field(default_factory=list)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def header(self) -> bytes:
+        """The file's header."""
+        return encode_header({t.name: (t.dtype, t.shape) for t in self.tensors}, self.metadata)
+
+
+def out_tensor(key: str, entry: TensorEntry, action: Action) -> OutTensor | None:
+    """The tensor an action makes, None for a dropped one."""
+    if isinstance(action, Drop):
+        return None
+    shape = list(entry.shape)
+    if isinstance(action, Select):
+        shape[action.dim] = len(action.rows[0])
+        inner = math.prod(entry.shape[action.dim + 1 :]) * DTYPE_BITS[entry.dtype]
+        if inner % 8:
+            raise UnsupportedModel(
+                f"{key}: dtype {entry.dtype} packs rows of dimension {action.dim} into shared "
+                "bytes; "
+                "unpack the checkpoint first."
+            )
+    return OutTensor(action.name, entry.dtype, tuple(shape), entry, action)
+
+
+def write_shard(folder: Path, shard: OutShard, progress: Progress) -> int:
+    """Write one file and flush it to disk. Returns its size in bytes."""
+    path = folder / shard.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb", buffering=0) as out:
+        header = shard.header()
+        write_all(out, header)
+        progress(len(header))
+        _write_tensors(out, shard.tensors, progress)
+        os.fsync(out.fileno())
+        return os.fstat(out.fileno()).st_size
+
+
+def write_all(out: BinaryIO, data: bytes) -> None:
+    """Write every byte of `data` to an unbuffered file."""
+    view = memoryview(data)
+    while view:
+        view = view[out.write(view) :]
+
+
+class _Range(NamedTuple):
+    """Bytes of a source file that are copied as they are."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+def _write_tensors(out: BinaryIO, tensors: Iterable[OutTensor], progress: Progress) -> None:
+    """Write tensors in order. Every source file is opened once."""
+    with contextlib.ExitStack() as stack:
+        opened: dict[Path, BinaryIO] = {}
+        for piece in _pieces(tensors):
+            path = piece.path if isinstance(piece, _Range) else piece.source.file
+            if path not in opened:
+                opened[path] = stack.enter_context(path.open("rb", buffering=0))
+            if isinstance(piece, _Range):
+                copy_range(opened[path], out, piece.start, piece.stop, progress)
+                continue
+            for block in _computed(opened[path], piece):
+                write_all(out, block)
+                progress(len(block))
+
+
+def copy_range(source: BinaryIO, out: BinaryIO, start: int, stop: int, progress: Progress) -> None:
+    """Append bytes [start, stop) of `source` to `out`, inside the kernel where the system can."""
+    while start < stop:
+        copied = _copy_some(source, out, start, min(stop - start, _CHUNK_BYTES))
+        if copied == 0:
+            raise CheckpointError(
+                f"{source.name}: ended at byte {start} while it was read, {stop} expected; "
+                "do not change the source while it is pruned."
+            )
+        start += copied
+        progress(copied)
+
+
+def _copy_some(source: BinaryIO, out: BinaryIO, start: int, count: int) -> int:
+    """Copy up to `count` bytes; returns how many."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source.fileno(), out.fileno(), count, offset_src=start)
+        except OSError as error:
+            if error.errno not in _NO_KERNEL_COPY:
+                raise
+    data = os.pread(source.fileno(), min(count, BUFFER_BYTES), start)
+    write_all(out, data)
+    return len(data)
+
+
+def _pieces(tensors: Iterable[OutTensor]) -> Iterator[_Range | OutTensor]:
+    """Ranges to copy, joined where one continues the other, and tensors to compute."""
+    pending: _Range | None = None
+    for piece in itertools.chain.from_iterable(map(_raw_pieces, tensors)):
+        if pending is not None:
+            if isinstance(piece, _Range) and piece[:2] == (pending.path, pending.stop):
+                pending = pending._replace(stop=piece.stop)
+                continue
+            yield pending
+            pending = None
+        if isinstance(piece, _Range):
+            pending = piece
+        else:
+            yield piece
+    if pending is not None:
+        yield pending
+
+
+def _raw_pieces(tensor: OutTensor) -> Iterator[_Range | OutTensor]:
+    """Pieces of one tensor, not joined."""
+    source, action = tensor.source, tensor.action
+    if isinstance(action, Copy):
+        yield _Range(source.file, source.start, source.stop)
+        return
+    if isinstance(action, Select):
+        outer, length, row = _extents(source, action.dim)
+        if outer == 1 or row >= _MIN_RANGE_BYTES:
+            for part in range(outer):
+                begin = source.start + part * length * row
+                for index in action.rows[part * len(action.rows) // outer]:
+                    yield _Range(source.file, begin + index * row, begin + (index + 1) * row)
+            return
+    yield tensor
+
+
+def _computed(source: BinaryIO, tensor: OutTensor) -> Iterator[bytes]:
+    """Bytes of a tensor whose rows are scattered, or whose values change, block by block."""
+    if isinstance(tensor.action, Relabel):
+        yield from _relabelled(source, tensor, tensor.action)
+    elif isinstance(tensor.action, Select):
+        yield from _gathered(source, tensor, tensor.action)
+
+
+def _gathered(source: BinaryIO, tensor: OutTensor, action: Select) -> Iterator[bytes]:
+    """Rows of an inner dimension: read whole slabs, keep the rows."""
+    outer, length, row = _extents(tensor.source, action.dim)
+    per_part = outer // len(action.rows)
+    step = max(1, BUFFER_BYTES // (length * row))
+    for part, rows in enumerate(action.rows):
+        index = np.asarray(rows)
+        for first in range(part * per_part, (part + 1) * per_part, step):
+            count = min(step, (part + 1) * per_part - first)
+            begin = tensor.source.start + first * length * row
+            data = _read(source, begin, count * length * row)
+            slabs = np.frombuffer(data, np.uint8).reshape(count, length, row)
+            yield slabs[:, index].tobytes()
+
+
+def _relabelled(source: BinaryIO, tensor: OutTensor, action: Relabel) -> Iterator[bytes]:
+    """An id table, its values rewritten."""
+    entry = tensor.source
+    dtype = np.dtype(_NUMPY_INTEGERS[entry.dtype])
+    rows, k = math.prod(entry.shape[:-1]), entry.shape[-1]
+    step = max(1, BUFFER_BYTES // (k * dtype.itemsize))
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        width = k * dtype.itemsize
+        data = _read(source, entry.start + first * width, count * width)
+        table = np.frombuffer(data, dtype).reshape(count, k)
+        new = relabel(
+            table,
+            action.kept,
+            action.num_experts,
+            first_row=first,
+            where=f"{entry.file}: {tensor.name}",
+        )
+        yield new.tobytes()
+
+
+def _extents(source: TensorEntry, dim: int) -> tuple[int, int, int]:
+    """(slabs before `dim`, its length, bytes of one row behind it)."""
+    row = math.prod(source.shape[dim + 1 :]) * DTYPE_BITS[source.dtype] // 8
+    return math.prod(source.shape[:dim]), source.shape[dim], row
+
+
+def _read(source: BinaryIO, start: int, count: int) -> bytes:
+    """Exactly `count` bytes."""
+    data = os.pread(source.fileno(), count, start)
+    while len(data) < count:
+        more = os.pread(source.fileno(), count - len(data), start + len(data))
+        if not more:
+            raise CheckpointError(
+                f"{source.name}: ended at byte {start + len(data)} while it was read; "
+                "do not change the source while it is pruned."
+            )
+        data += more
+    return data

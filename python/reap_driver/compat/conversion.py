@@ -1,0 +1,141 @@
+"""How transformers maps the keys of a checkpoint on disk to the tensors of a model in memory.
+
+The only file that touches the library's conversion API (`get_model_conversion_mapping`,
+`rename_source_key`, weight converters). Works on shapes alone: tensors on the meta device go
+through the library's own operations.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a disk key goes: the model tensors its converter makes (one, unless the converter
+    splits).
+    """
+
+    names: tuple[str, ...]
+    pattern: str | None = None  # the converter's source pattern; None for a plain renaming
+    per_expert: bool = False  # one disk tensor per list element, merged into a stacked tensor
+
+    @property
+    def name(self) -> str:
+        """The first (usually only) model tensor."""
+        return self.names[0]
+
+
+@dataclass
+class LoadedShapes:
+    """What a set of disk tensors becomes in memory."""
+
+    shapes: dict[str, Shape] = field(default_factory=dict)  # model tensor -> shape after conversion
+    sources: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # model tensor -> disk keys it is made of
+    failed: dict[str, str] = field(
+        default_factory=dict
+    )  # model tensor -> why its conversion failed
+    unknown: list[str] = field(default_factory=list)  # disk keys the model has no tensor for
+
+
+class KeyMap:
+    """The library's key renaming and conversion rules for one model (on meta or not)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._state = model.state_dict()
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._by_pattern = {
+            pattern: converter
+            for converter in self._converters
+            for pattern in converter.source_patterns
+        }
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Every tensor of the model's state dict with its shape."""
+        return {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+
+    def locate(self, disk_key: str) -> Target:
+        """Rename a disk key as loading does. The result may name tensors the model does not
+        have.
+        """
+        prefix = self._model.base_model_prefix
+        name, pattern = rename_source_key(
+            disk_key, self._renamings, self._converters, prefix, self._state
+        )
+        if name not in self._state and disk_key in self._state:
+            name, pattern = rename_source_key(disk_key, [], [], prefix, self._state)
+        if pattern is None:
+            return Target((name,))
+        targets = self._by_pattern[pattern].target_patterns
+        names = tuple(name.replace(targets[0], other) for other in targets)
+        return Target(names, pattern, "*" in pattern)
+
+    def known(self, target: Target) -> bool:
+        """Whether the model has a tensor of that name."""
+        return target.name in self._state
+
+    def loaded_shapes(self, shapes: Mapping[str, Shape]) -> LoadedShapes:
+        """Run the library's conversions on meta tensors of these disk shapes, in the order loading
+        uses.
+        """
+        result = LoadedShapes()
+        groups: dict[str, list[tuple[str, Target]]] = defaultdict(list)
+        for key in sorted(shapes, key=dot_natural_key):
+            target = self.locate(key)
+            if self.known(target):
+                groups[target.name].append((key, target))
+            else:
+                result.unknown.append(key)
+        for name, members in groups.items():
+            keys = [key for key, _ in members]
+            for made in members[0][1].names:
+                result.sources[made] = keys
+            pattern = members[0][1].pattern
+            if pattern is None:
+                result.shapes[name] = tuple(shapes[keys[-1]])
+            else:
+                self._convert(name, pattern, members, shapes, result)
+        return result
+
+    def _convert(
+        self,
+        name: str,
+        pattern: str,
+        members: Iterable[tuple[str, Target]],
+        shapes: Mapping[str, Shape],
+        result: LoadedShapes,
+    ) -> None:
+        """One converter on meta tensors; a failure is recorded, not raised, for the caller to
+        word.
+        """
+        converter = copy.deepcopy(self._by_pattern[pattern])
+        for key, target in members:
+            tensor = torch.empty(shapes[key], device="meta")
+            converter.add_tensor(name, key, str(target.pattern), tensor)
+        try:
+            made = converter.convert(name, model=self._model, config=self._model.config)
+        except Exception as error:  # noqa: BLE001 - an operation may raise anything on odd shapes
+            result.failed[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return
+        for full_name, tensor in made.items():
+            tensor = tensor[0] if isinstance(tensor, list) else tensor
+            result.shapes[full_name] = tuple(tensor.shape)
