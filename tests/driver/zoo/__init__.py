@@ -30,7 +30,7 @@ def core_names() -> list[str]:
 def tiny(
     name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config_overrides: Any
 ) -> tuple[PretrainedConfig, PreTrainedModel]:
-    """A random model in eval mode with eager attention, the same for the same arguments.
+    """A random model in eval mode, attention and experts eager, the same for the same arguments.
 
     `config_overrides` are fields of the (text) configuration, by the names its class uses.
     """

@@ -105,13 +105,14 @@ def _shrunk(cls: type[PretrainedConfig], fields: dict[str, Any]) -> PretrainedCo
 def make_model(
     spec: Spec, config: PretrainedConfig, seed: int, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A random model of `config` in eval mode with eager attention, reproducible from `seed`."""
+    """A random model of `config` in eval mode, attention and experts eager, reproducible from `seed`."""
     cls = _model_class(spec)
     generator = torch.Generator().manual_seed(seed)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
         config._attn_implementation = "eager"
+        config._experts_implementation = "eager"
         model = cls(config)
     finally:
         torch.random.set_rng_state(state)

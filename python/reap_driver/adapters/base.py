@@ -1,0 +1,151 @@
+"""What an adapter knows about one kind of experts module, and what it may ask of the recorder."""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from reap_driver.compat.experts import Forward
+from reap_kernels import ExpertWeights, GateFormula, LayerStats
+from reap_kernels.errors import UnsupportedModel
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """E, H and I of one experts module, as its weights have them."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+
+class Recorder(Protocol):
+    """Statistics of one layer, during one observation; made by `observe.py`, used by adapters."""
+
+    def observe(self, hidden: Tensor, ids: Tensor, weights: Tensor, eager: Forward) -> Tensor:
+        """Routed output [T, H] of a call, recorded; the first call is compared with `eager`."""
+        ...
+
+    def weights(self) -> ExpertWeights:
+        """The module's weights as they lie now (fetched at every call: offloading moves them)."""
+        ...
+
+    def token_mask(self, tokens: int, device: torch.device) -> Tensor | None:
+        """[tokens] bool, those that count; None for all."""
+        ...
+
+    def open(self, device: torch.device) -> tuple[LayerStats, int]:
+        """The layer's statistics and the current group's index."""
+        ...
+
+    def compare(self, own: Tensor, eager: Tensor) -> None:
+        """Refuse unless our rows equal the module's own within the dtype's tolerance."""
+        ...
+
+    def sample(self, tokens: int, mask: Tensor | None) -> Tensor | None:
+        """Rows to compare on the first call with counted tokens; None once compared."""
+        ...
+
+    @property
+    def backend(self) -> str | None:
+        """Backend that was asked for."""
+        ...
+
+
+class Adapter(ABC):
+    """One kind of experts module: recognise it, describe its weights, bind a recorder to it."""
+
+    name: str
+
+    @abstractmethod
+    def serves(self, module: nn.Module, block: nn.Module) -> bool:
+        """Whether `module`, a child of `block`, is of this kind."""
+
+    @abstractmethod
+    def sizes(self, module: nn.Module) -> Sizes:
+        """E, H, I; works on meta tensors."""
+
+    @abstractmethod
+    def formula(self, module: nn.Module) -> GateFormula:
+        """The function between the two products, found by probing the module's own."""
+
+    @abstractmethod
+    def weights(self, module: nn.Module, formula: GateFormula) -> ExpertWeights:
+        """Views of the module's weights as they lie now."""
+
+    @abstractmethod
+    def bind(
+        self, module: nn.Module, block: nn.Module, recorder: Recorder
+    ) -> AbstractContextManager[None]:
+        """Inside the context, calls of the module go through `recorder`; undone on exit."""
+
+    def check(self, name: str, module: nn.Module) -> None:
+        """Raises UnsupportedModel if the module cannot be observed correctly."""
+        check_tensors(name, module)
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether tokens can be left out of the statistics of this kind of module."""
+        return True
+
+
+def check_tensors(name: str, module: nn.Module) -> None:
+    """Raises UnsupportedModel unless every tensor below `module` is a plain, whole, float tensor.
+
+    Quantised weights would be read as numbers they are not; a shard of an expert gives a part of
+    its output, and a norm of a part is no part of the norm.
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    for leaf, tensor in tensors:
+        kind = type(tensor)
+        if _is_sharded(tensor):
+            raise UnsupportedModel(
+                f"{name}.{leaf} is sharded ({getattr(tensor, 'placements', '?')}): a shard of an "
+                "expert gives no norm; load the model without tensor parallelism"
+            )
+        plain = kind in (Tensor, nn.Parameter, nn.Buffer) and tensor.dtype in _FLOATS
+        if not plain:
+            raise UnsupportedModel(
+                f"{name}.{leaf} is a {kind.__name__} of {tensor.dtype}, not plain bf16, fp16, "
+                "fp32 or fp64 numbers; load the model dequantised (reap_driver's load_model does "
+                "it for FP8 and MXFP4; elsewhere pass a quantization_config with dequantize=True)"
+            )
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a torch.distributed DTensor, without importing distributed."""
+    return any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
+
+
+@contextlib.contextmanager
+def forward_replaced(
+    module: nn.Module, forward: Callable[..., Any], method: str = "forward"
+) -> Any:
+    """Replaces a method of one module instance, for kinds the experts interface does not cover.
+
+    accelerate keeps the method it wrapped as `_old_forward` and loads weights around it, so with
+    its hook in place that is the one to replace.
+    """
+    slot = "_old_forward" if method == "forward" and "_old_forward" in vars(module) else method
+    missing = object()
+    before = vars(module).get(slot, missing)
+    if getattr(before, "_reap_bound", False):
+        raise UnsupportedModel(
+            "this model is being observed already; leave the first observe() before another"
+        )
+    forward._reap_bound = True  # type: ignore[attr-defined]
+    setattr(module, slot, forward)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(module, slot)
+        else:
+            setattr(module, slot, before)

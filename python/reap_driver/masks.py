@@ -1,0 +1,119 @@
+"""Which tokens count: read from the model's own arguments, applied in every MoE layer."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reap_kernels.errors import DataError, UnsupportedModel
+
+# Sparse-attention models whose indexer sees padded keys: their own logits change with padding, so
+# statistics of padded batches would not be those of the sequences.
+_PADDING_SENSITIVE = {"deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4"}
+
+
+class TokenMask:
+    """The token mask of the forward in flight."""
+
+    def __init__(self, model: PreTrainedModel, unmaskable: list[str]) -> None:
+        """`unmaskable`: names of layers from which no token can be left out."""
+        self._model = model
+        self._unmaskable = unmaskable
+        self._given: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._inside = False
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Follow the model's forwards."""
+        before = self._model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        after = self._model.register_forward_hook(self._leave, always_call=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+            self._mask, self._inside = None, False
+
+    @contextlib.contextmanager
+    def restricted_to(self, given: Tensor | None) -> Iterator[None]:
+        """Count only tokens of `given` [batch, seq] bool in the forward inside the context."""
+        self._given = given
+        try:
+            yield
+        finally:
+            self._given = None
+
+    def for_layer(self, name: str, tokens: int, device: torch.device) -> Tensor | None:
+        """[tokens] bool for a layer that received `tokens` tokens; None when all count."""
+        if not self._inside:
+            raise UnsupportedModel(
+                f"{name} ran outside a forward of the observed {type(self._model).__name__}; call "
+                "the model itself, not a part of it, so that its attention mask is seen"
+            )
+        if self._mask is None:
+            return None
+        if self._mask.numel() != tokens:
+            raise UnsupportedModel(
+                f"{name} received {tokens} tokens but the mask covers {self._mask.numel()}; this "
+                "model reorders or splits tokens before its experts: pass sequences of equal "
+                "length without padding"
+            )
+        return self._mask.to(device)
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Bound by the class's signature: hooks of offloading wrap the instance's forward.
+        bound = inspect.signature(type(self._model).forward).bind_partial(None, *args, **kwargs)
+        named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        inputs = named.get("input_ids")
+        inputs = named.get("inputs_embeds") if inputs is None else inputs
+        attention = named.get("attention_mask")
+        self._mask = self._combine(inputs, attention)
+        self._inside = True
+
+    def _leave(self, *_: Any) -> None:
+        self._mask, self._inside = None, False
+
+    def _combine(self, inputs: Tensor | None, attention: Any) -> Tensor | None:
+        """Flattened mask of the tokens of this call; None when every token counts."""
+        given = self._given
+        masks = [] if given is None else [given.bool()]
+        if attention is not None and inputs is not None:
+            if isinstance(attention, Tensor) and attention.ndim == 2:
+                seen = attention[:, -inputs.shape[1] :].bool()
+                if not bool(attention.bool().all()):
+                    self._check_padding()
+                masks.append(seen)
+            elif given is None:
+                raise DataError(
+                    "attention_mask is not [batch, seq], so it does not say which tokens count; "
+                    "pass token_mask [batch, seq] to the observer, or a 2-D attention_mask"
+                )
+        for mask in masks:
+            if inputs is not None and mask.shape != inputs.shape[:2]:
+                raise DataError(
+                    f"a token mask of shape {tuple(mask.shape)} does not fit inputs of "
+                    f"{tuple(inputs.shape[:2])}; give one entry a token"
+                )
+        masks = [mask for mask in masks if not bool(mask.all())]
+        if not masks:
+            return None
+        if self._unmaskable:
+            raise UnsupportedModel(
+                f"{self._unmaskable[0]} routes inside its block, so tokens cannot be left out "
+                "there; pass sequences of equal length without padding, one at a time if need be"
+            )
+        combined = masks[0].to(masks[-1].device) & masks[-1]
+        return combined.reshape(-1)
+
+    def _check_padding(self) -> None:
+        kind = self._model.config.get_text_config().model_type
+        if kind in _PADDING_SENSITIVE:
+            raise UnsupportedModel(
+                f"{kind} gives other outputs for padded sequences than for the same ones alone; "
+                "pass sequences of equal length without padding, one at a time if need be"
+            )

@@ -1,0 +1,297 @@
+"""Observe a model: run it on calibration batches and collect statistics of every expert.
+
+The model computes what it always computes; the experts' function is swapped for one that yields the
+same output and the statistics in one pass, and swapped back on exit whatever happens.
+"""
+
+import contextlib
+import datetime
+import inspect
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import reap_kernels
+from reap_driver.compat.experts import Forward
+from reap_driver.compat.models import config_digest
+from reap_driver.discover import MoELayer, adapter_of, block_of, find_moe_layers
+from reap_driver.masks import TokenMask
+from reap_kernels import ExpertWeights, GateFormula, LayerStats, SaliencyStats, observe_layer
+from reap_kernels.errors import DataError, UnsupportedModel
+
+DEFAULT_GROUP = "default"
+
+# Tokens on which a layer's first call is compared with the module's own forward.
+_SAMPLE = 16
+
+# Largest accepted ||ours - eager|| / ||eager|| on the sample. Rounding explains a tenth of each; a
+# dropped expert or a wrong gate gives more than 0.1.
+_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 5e-3,
+    torch.bfloat16: 2e-2,
+}
+
+
+class Observer:
+    """The context `observe()` returns. Statistics accumulate over every forward inside it."""
+
+    def __init__(self, model: PreTrainedModel, backend: str | None = None) -> None:
+        self.model = model
+        self.backend = backend
+        self.layers = find_moe_layers(model)
+        self.groups: list[str] = []
+        self.current = DEFAULT_GROUP
+        self.tokens = TokenMask(
+            model, [la.name for la in self.layers if not adapter_of(la).takes_mask]
+        )
+        self._recorders = {layer.name: LayerRecorder(self, layer) for layer in self.layers}
+        self._sources: list[dict[str, Any]] = []
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> "Observer":
+        if self.model.training:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} is in training mode, where routers may add noise; "
+                "call model.eval() first"
+            )
+        with contextlib.ExitStack() as stack:
+            for layer in self.layers:
+                recorder = self._recorders[layer.name]
+                block = block_of(self.model, layer)
+                stack.enter_context(adapter_of(layer).bind(layer.module, block, recorder))
+            stack.enter_context(self.tokens.hooked())
+            handle = self.model.register_forward_hook(self._after_forward)
+            stack.callback(handle.remove)
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._exit.close()
+
+    def __call__(self, *, token_mask: Tensor | None = None, **batch: Any) -> Any:
+        """Run the model on one batch and return its output.
+
+        Args:
+            token_mask: [batch, seq] bool, tokens to count (answer tokens only, say); combined with
+                `attention_mask` if both are given. Tokens left out are computed, not counted.
+            **batch: the model's own arguments (`input_ids` [batch, seq] int64, ...), moved to its
+                device.
+
+        Raises:
+            DataError: empty batch, a token id outside the vocabulary, masks that do not fit.
+            UnsupportedModel: a layer's output differs from the module's own, or padding in a model
+                whose own output changes with padding.
+        """
+        device = self.model.device
+        if device.type != "meta":
+            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        _check_ids(self.model, batch.get("input_ids"))
+        accepted = inspect.signature(type(self.model).forward).parameters
+        options: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in accepted and "labels" not in batch:
+            options["logits_to_keep"] = 1
+        with torch.no_grad(), self.tokens.restricted_to(token_mask):
+            return self.model(**{**options, **batch})
+
+    @contextlib.contextmanager
+    def group(self, name: str) -> Iterator[None]:
+        """Forwards inside the context are counted under the calibration group `name`."""
+        before, self.current = self.current, name
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def add_source(self, source: dict[str, Any]) -> None:
+        """Record where calibration data came from, in the provenance of the statistics."""
+        self._sources.append(source)
+
+    def group_index(self) -> int:
+        """Index of the current group, which exists from its first use."""
+        if self.current not in self.groups:
+            self.groups.append(self.current)
+        return self.groups.index(self.current)
+
+    @property
+    def stats(self) -> SaliencyStats:
+        """Statistics of everything observed so far, on the CPU, with their provenance.
+
+        Layers that no token reached while others were reached (vision experts, on text) are left
+        out and named under `provenance["unobserved"]`: they have no scores, good or bad.
+
+        Raises:
+            DataError: an expert's output was NaN or Inf; names layer, group and count.
+        """
+        groups = self.groups or [DEFAULT_GROUP]
+        collected = {
+            name: recorder.collect(len(groups)) for name, recorder in self._recorders.items()
+        }
+        reached = {name for name, layer in collected.items() if int(layer.tokens.sum())}
+        kept = {name: la for name, la in collected.items() if name in reached or not reached}
+        stats = SaliencyStats(kept, list(groups), self._provenance(list(kept)))
+        stats.check_finite()
+        return stats
+
+    def _after_forward(self, *_: Any) -> None:
+        """Refuse a model that runs without calling any of the experts we bound."""
+        if not any(recorder.called for recorder in self._recorders.values()):
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} ran, but none of its {len(self.layers)} MoE layers "
+                f"({self.layers[0].name}, ...) was called: something replaced their block; load "
+                "the model without hub kernels (use_kernels) and without torch.compile"
+            )
+
+    def _provenance(self, names: list[str]) -> dict[str, Any]:
+        config = self.model.config
+        facts: dict[str, Any] = {
+            "model": {
+                "id": str(getattr(config, "_name_or_path", "") or ""),
+                "config_digest": config_digest(config),
+                "model_type": type(config).model_type,
+                "architecture": type(self.model).__name__,
+            },
+            "layers": {la.name: la.provenance() for la in self.layers if la.name in names},
+            "data": [dict(source) for source in self._sources],
+            "gate": "model",
+            "software": {
+                "reap_kernels": reap_kernels.__version__,
+                "torch": str(torch.__version__),
+                "transformers": transformers.__version__,
+            },
+            "backend": self.backend or "auto",
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        unobserved = [layer.name for layer in self.layers if layer.name not in names]
+        return {**facts, "unobserved": unobserved} if unobserved else facts
+
+
+class LayerRecorder:
+    """Statistics of one layer during one observation, and the check of its first call."""
+
+    def __init__(self, observer: Observer, layer: MoELayer) -> None:
+        self._observer = observer
+        self._layer = layer
+        self._adapter = adapter_of(layer)
+        self._formula: GateFormula | None = None
+        self._stats: LayerStats | None = None
+        self._compared = False
+
+    @property
+    def called(self) -> bool:
+        """Whether the layer has run."""
+        return self._stats is not None
+
+    @property
+    def backend(self) -> str | None:
+        """The kernel backend asked for."""
+        return self._observer.backend
+
+    def observe(self, hidden: Tensor, ids: Tensor, weights: Tensor, eager: Forward) -> Tensor:
+        """Routed output [T, H] of one call, recorded; the first is compared with `eager`."""
+        mask = self.token_mask(len(hidden), hidden.device)
+        experts = self.weights()
+        stats, group = self.open(hidden.device)
+        out = observe_layer(
+            hidden, ids, weights, experts, stats, mask=mask, group=group, backend=self.backend
+        )
+        rows = self.sample(len(hidden), mask)
+        if rows is not None:
+            self.compare(out[rows], eager(hidden[rows], ids[rows], weights[rows]))
+        return out
+
+    def weights(self) -> ExpertWeights:
+        """The module's weights as they lie now."""
+        module = self._layer.module
+        if self._formula is None:
+            self._formula = self._adapter.formula(module)
+        return self._adapter.weights(module, self._formula)
+
+    def token_mask(self, tokens: int, device: torch.device) -> Tensor | None:
+        """[tokens] bool on `device`; None when all count."""
+        return self._observer.tokens.for_layer(self._layer.name, tokens, device)
+
+    def open(self, device: torch.device) -> tuple[LayerStats, int]:
+        """The layer's statistics on `device`, and the index of the current group."""
+        group = self._observer.group_index()
+        if self._stats is None:
+            self._stats = LayerStats(self._layer.num_experts, len(self._observer.groups), device)
+        self._stats.grow_groups(len(self._observer.groups))
+        return self._stats, group
+
+    def sample(self, tokens: int, mask: Tensor | None) -> Tensor | None:
+        """Rows for the first call's comparison, spread over the counted tokens."""
+        if self._compared:
+            return None
+        rows = torch.arange(tokens) if mask is None else mask.cpu().nonzero().flatten()
+        if not len(rows):
+            return None
+        self._compared = True
+        return rows[torch.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows))).long()]
+
+    def compare(self, own: Tensor, eager: Tensor) -> None:
+        """Raise unless our rows are the module's own, within the dtype's tolerance."""
+        name, tolerance = self._layer.name, _TOLERANCE[own.dtype]
+        truth = eager.double()
+        if not bool(truth.isfinite().all()):
+            bad = int((~truth.isfinite().all(dim=-1)).sum())
+            raise DataError(
+                f"{name}: the model's own experts give NaN or Inf for {bad} of {len(truth)} "
+                f"tokens in {own.dtype}; check the checkpoint's weights, or load it in a wider dtype"
+            )
+        scale = float(truth.norm())
+        error = float((own.double() - truth).norm()) / (scale or 1.0)
+        if not error <= tolerance:
+            raise UnsupportedModel(
+                f"{name} ({type(self._layer.module).__name__}): our output differs from the "
+                f"module's own by {error:.2e} relative, {tolerance:.0e} is allowed for {own.dtype}; "
+                "this model computes something this version does not know, so it is refused"
+            )
+
+    def collect(self, groups: int) -> LayerStats:
+        """A copy on the CPU with `groups` groups; empty if the layer never ran."""
+        if self._stats is None:
+            return LayerStats(self._layer.num_experts, groups)
+        copy = self._stats.to("cpu")
+        copy.grow_groups(groups)
+        return copy
+
+
+def observe(model: PreTrainedModel, *, backend: str | None = None) -> Observer:
+    """Collect expert statistics of every forward of `model` inside the context.
+
+    Args:
+        model: a loaded MoE model in eval mode.
+        backend: kernel backend, never falling back; default the best one for each call.
+
+    Raises:
+        UnsupportedModel: see `find_moe_layers`.
+    """
+    return Observer(model, backend)
+
+
+def _check_ids(model: PreTrainedModel, ids: Tensor | None) -> None:
+    """Raise DataError for an empty batch or a token id the model has no embedding for."""
+    if ids is None:
+        return
+    if not ids.numel():
+        raise DataError(f"input_ids is empty (shape {tuple(ids.shape)}); give at least one token")
+    embeddings = model.get_input_embeddings()
+    size = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
+    low, high = (int(v) for v in torch.aminmax(ids))
+    if size is not None and not 0 <= low <= high < size:
+        raise DataError(
+            f"input_ids holds token id {high if high >= size else low}, outside the model's "
+            f"vocabulary of {size}; tokenise with the model's own tokenizer"
+        )
