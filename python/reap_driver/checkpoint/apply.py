@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from reap_driver.checkpoint.actions import Drop, Relabel
 from reap_driver.checkpoint.card import model_card
-from reap_driver.checkpoint.checks import check_model, check_routing, expert_counts, served_warning
+from reap_driver.checkpoint.checks import check_layers, check_model, expert_counts, served_warning
 from reap_driver.checkpoint.config_edit import ExpertNames, clear_mtp, differences, expert_numbers
 from reap_driver.checkpoint.keys import KeyActions, KeyDecider
 from reap_driver.checkpoint.models import PrunedModel, derive_model
@@ -21,7 +21,8 @@ from reap_driver.checkpoint.source import Source, open_source, read_json, resolv
 from reap_driver.checkpoint.staging import check_space, check_target, clean_stale, publish, staged
 from reap_driver.checkpoint.stream import OutShard, write_shard
 from reap_driver.checkpoint.verify import Checked, check_output, check_source
-from reap_driver.compat.models import load_config
+from reap_driver.compat.models import load_config, meta_model
+from reap_driver.discover import find_moe_layers
 from reap_kernels.errors import PlanError
 
 if TYPE_CHECKING:
@@ -112,17 +113,26 @@ def _prepare(
     config = load_config(folder, trust_remote_code=trust)
     check_model(plan, config, folder)
     counts = expert_counts(plan)
-    check_routing(config, plan)
-    kept = {name: layer.kept for name, layer in plan.layers.items()}
+    full = meta_model(config)
+    layers = find_moe_layers(full)
+    extra = check_layers(plan, layers)
     model = derive_model(
-        folder, config, source.config, plan.layers, counts, trust_remote_code=trust
+        folder,
+        full,
+        source.config,
+        [layer.name for layer in layers],
+        counts,
+        trust_remote_code=trust,
     )
+    kept = {name: layer.kept for name, layer in plan.layers.items()}
     mtp = MtpKeys(model.layout, model.old.shapes, kept)
-    _check_extra_layers(model.other_layers, mtp)
+    _check_extra_layers(extra, mtp)
     decider = KeyDecider(source.tensors, model.old, model.new, model.layout, kept)
     keys = decider.decide(mtp, keep_mtp=keep_mtp)
     checked = check_source(source.tensors, model.old, str(folder / "config.json"))
-    if keys.dropped("mtp"):
+    if (
+        not keep_mtp
+    ):  # also where no MTP tensor came with the fields: MiniMax-M2 announces what it lacks
         clear_mtp(model.raw_config)
     names = ExpertNames(expert_numbers(keys.lists, _renamed(keys)))
     files = {"config.json": _rewrite_quantisation(model.raw_config, names, folder)}

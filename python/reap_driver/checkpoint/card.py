@@ -62,7 +62,7 @@ def model_card(source_card: Path, plan: "Plan", report: "ApplyReport") -> str:
     """README.md of the output.
 
     Args:
-        source_card: README.md of the source, which need not exist; its licence and language are kept.
+        source_card: README.md of the source, which need not exist; its licence stays.
         plan: what was applied.
         report: of this run, complete but for its duration.
     """

@@ -1,49 +1,34 @@
 """Checks of a plan against the model it is applied to, before anything is written."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
 
 from reap_driver.compat.models import config_digest
-from reap_kernels.errors import PlanError, UnsupportedModel
+from reap_driver.discover import MoELayer
+from reap_kernels.errors import PlanError
 
 if TYPE_CHECKING:
     from reap_driver.plan import Plan
 
-_TOP_K_FIELDS = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_k",
-    "moe_top_k",
-    "top_k_experts",
-)
-# Attention that mixes experts of its own under the same count: its experts are not observed, yet
-# would be cut.
-_REFUSED = {"jetmoe": "its attention has experts too, and one field counts both"}
 # Expert counts that serving kernels are commonly instantiated for: powers of two up to 64, then
 # multiples of 64.
 _SERVED_STEP = 64
 
 
 def check_model(plan: "Plan", config: PretrainedConfig, where: object) -> None:
-    """The plan was made for this model, and the model can be pruned by files.
+    """The plan was made for this model.
 
     Raises:
-        PlanError: the plan is another model's.
-        UnsupportedModel: a model whose count also governs something else.
+        PlanError: it was made for another one.
     """
-    if config.model_type in _REFUSED:
-        raise UnsupportedModel(
-            f"{where}: {config.model_type} cannot be pruned by files: "
-            f"{_REFUSED[config.model_type]}."
-        )
     digest = config_digest(config)
     if plan.model.get("config_digest") != digest:
         raise PlanError(
             f"plan: made for {plan.model.get('id')!r} with config digest "
-            f"{plan.model.get('config_digest')}, but "
-            f"{where} has {digest}; make the plan from statistics of this model."
+            f"{plan.model.get('config_digest')}, but {where} has {digest}; make the plan from "
+            "statistics of this model."
         )
 
 
@@ -87,24 +72,37 @@ def expert_counts(plan: "Plan") -> tuple[int, int]:
     return before, after
 
 
-def check_routing(config: PretrainedConfig, plan: "Plan") -> None:
-    """The smaller model can route: enough experts for top-k, and equal groups where groups are
-    used.
+def check_layers(plan: "Plan", layers: Sequence[MoELayer]) -> tuple[str, ...]:
+    """The plan covers the model's MoE layers, and the smaller model can route in each of them.
+
+    Returns:
+        Layers of the plan that the model does not have: MTP layers, or a mistake.
 
     Raises:
         PlanError: naming layer, counts and remedy.
     """
-    text: Any = config.get_text_config()
-    before, after = expert_counts(plan)
-    top_k = max((_largest(getattr(text, f, None)) for f in _TOP_K_FIELDS), default=0)
-    if after < top_k:
-        raise PlanError(
-            f"plan: keeps {after} experts, but a token is routed to {top_k}; lower the ratio to "
-            f"{1 - top_k / before:.3g} or less."
-        )
-    groups = getattr(text, "n_group", None) or 1
-    if groups > 1 and before % groups == 0:
-        _check_groups(plan, before, groups, getattr(text, "topk_group", None) or groups, top_k)
+    for layer in layers:
+        planned = plan.layers.get(layer.name)
+        if planned is None:
+            raise PlanError(
+                f"plan: says nothing about {layer.name!r}, one of the model's {len(layers)} MoE "
+                "layers; all of them share one count, so plan every one."
+            )
+        if planned.num_experts != layer.num_experts:
+            raise PlanError(
+                f"plan: counts {planned.num_experts} experts in {layer.name!r}, the model has "
+                f"{layer.num_experts}; make the plan from statistics of this model."
+            )
+        if len(planned.kept) < layer.top_k:
+            raise PlanError(
+                f"plan: keeps {len(planned.kept)} experts in {layer.name!r}, but a token is routed "
+                f"to {layer.top_k}; lower the ratio to {1 - layer.top_k / layer.num_experts:.3g} "
+                "or less."
+            )
+        if layer.n_group > 1:
+            _check_groups(layer, planned.kept)
+    known = {layer.name for layer in layers}
+    return tuple(name for name in plan.layers if name not in known)
 
 
 def served_warning(after: int) -> str | None:
@@ -119,27 +117,20 @@ def served_warning(after: int) -> str | None:
     )
 
 
-def _check_groups(plan: "Plan", before: int, groups: int, topk_group: int, top_k: int) -> None:
+def _check_groups(layer: MoELayer, kept: Sequence[int]) -> None:
     """Groups are consecutive ids; membership survives only if every group keeps the same number."""
-    size = before // groups
-    for name, layer in plan.layers.items():
-        counts = [0] * groups
-        for expert in layer.kept:
-            counts[expert // size] += 1
-        if len(set(counts)) > 1:
-            raise PlanError(
-                f"plan: layer {name!r} keeps {counts} experts in its {groups} routing groups; "
-                "they must be equal, so plan with group-limited allocation."
-            )
-        if counts[0] < min(2, size) or topk_group * counts[0] < top_k:
-            raise PlanError(
-                f"plan: layer {name!r} keeps {counts[0]} experts in each of {groups} groups; "
-                "routing takes the top 2 of "
-                f"a group and needs {top_k} experts in {topk_group} groups; lower the ratio."
-            )
-
-
-def _largest(value: Any) -> int:
-    """A count that may be given per layer."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return max((v for v in values if isinstance(v, int)), default=0)
+    size = layer.num_experts // layer.n_group
+    counts = [0] * layer.n_group
+    for expert in kept:
+        counts[expert // size] += 1
+    if len(set(counts)) > 1:
+        raise PlanError(
+            f"plan: layer {layer.name!r} keeps {counts} experts in its {layer.n_group} routing "
+            "groups; they must be equal, so plan with group-limited allocation."
+        )
+    if counts[0] < min(2, size) or layer.topk_group * counts[0] < layer.top_k:
+        raise PlanError(
+            f"plan: layer {layer.name!r} keeps {counts[0]} experts in each routing group; a group "
+            f"is ranked by its two best, and {layer.topk_group} groups must hold {layer.top_k} "
+            "experts; lower the ratio."
+        )

@@ -61,28 +61,24 @@ def with_count(config: Mapping[str, Any], sites: list[Site], after: int) -> dict
     return edited
 
 
-def clear_mtp(config: dict[str, Any]) -> dict[str, Any]:
-    """Set the fields that announce MTP layers to none, in place. Returns what was there, by dotted
-    name.
+def clear_mtp(config: dict[str, Any]) -> None:
+    """Set the fields that announce MTP layers to none, in place.
 
     Lists of one value a layer (Step-3.5's `layer_types`, `rope_theta`) that count the MTP layers in
-    end with the main
-    layers: a config class cuts them only while the field that announces MTP layers is set.
+    are cut behind the main layers: the config class does so only while the field says how many.
     """
-    cleared = {}
     for path, value in list(_walk(config)):
-        if path[-1] in _MTP_FIELDS and value:
-            cleared[".".join(path)] = value
-            parent = _at(config, list(path[:-1]))
-            parent[path[-1]] = False if isinstance(value, bool) else 0
-            layers = parent.get("num_hidden_layers")
-            if isinstance(layers, int) and not isinstance(value, bool):
-                _cut_lists(parent, layers + value, layers)
-    return cleared
+        if path[-1] not in _MTP_FIELDS or not value:
+            continue
+        parent = _at(config, list(path[:-1]))
+        parent[path[-1]] = False if isinstance(value, bool) else 0
+        layers = parent.get("num_hidden_layers")
+        if isinstance(layers, int) and not isinstance(value, bool):
+            _cut_lists(parent, layers + value, layers)
 
 
 def _cut_lists(config: dict[str, Any], length: int, kept: int) -> None:
-    """Keep the first entries of every list of this length (ids of special tokens are no such list)."""
+    """Keep the first entries of every list of this length; lists of token ids are not by layer."""
     for name, value in config.items():
         if isinstance(value, list) and len(value) == length and not name.endswith("_id"):
             config[name] = value[:kept]

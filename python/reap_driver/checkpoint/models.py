@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_driver.checkpoint.config_edit import Site, count_sites, with_count
 from reap_driver.checkpoint.derive import ExpertLayout, Shape, derive_layout, unowned
@@ -29,14 +29,11 @@ class PrunedModel:
     config: PretrainedConfig  # of the smaller model
     raw_config: dict[str, Any]  # config.json with the new count
     layout: ExpertLayout
-    other_layers: tuple[
-        str, ...
-    ]  # layers of the plan that the main model lacks: MTP layers, or a mistake
 
 
 def derive_model(
     folder: Path,
-    config: PretrainedConfig,
+    model: PreTrainedModel,
     raw: Mapping[str, Any],
     layers: Collection[str],
     counts: tuple[int, int],
@@ -48,8 +45,9 @@ def derive_model(
 
     Args:
         folder: the source.
-        config, raw: its configuration, loaded and as written.
-        layers: layers of the plan.
+        model: the source's model, on meta.
+        raw: its config.json as written.
+        layers: its MoE layers.
         counts: experts of a layer before and after.
         trust_remote_code: run model code that comes with the checkpoint.
 
@@ -58,15 +56,15 @@ def derive_model(
         PlanError, UnsupportedModel: see `derive_layout`.
     """
     before, after = counts
-    old = KeyMap(meta_model(config))
-    names = [name for name in layers if any(t.startswith(name + ".") for t in old.shapes)]
+    old = KeyMap(model)
+    names = list(layers)
 
     def build(sites: list[Site]) -> tuple[dict[str, Any], PretrainedConfig, KeyMap]:
         edited = with_count(raw, sites, after)
         smaller = _load_edited(folder, edited, trust_remote_code)
         return edited, smaller, KeyMap(meta_model(smaller))
 
-    sites = count_sites(raw, before) or count_sites(config.to_dict(), before)
+    sites = count_sites(raw, before) or count_sites(model.config.to_dict(), before)
     if not sites:
         raise CheckpointError(
             f"{folder / 'config.json'}: no field says {before}, the number of experts in the plan; "
@@ -78,8 +76,7 @@ def derive_model(
     layout = derive_layout(old.shapes, new.shapes, before=before, after=after, layers=names)
     if not layout.layers:
         raise UnsupportedModel(f"{folder}: no tensor depends on the number of experts.")
-    others = tuple(name for name in layers if name not in names)
-    return PrunedModel(old, new, smaller, edited, layout, others)
+    return PrunedModel(old, new, smaller, edited, layout)
 
 
 def _own_sites(
