@@ -1,0 +1,86 @@
+"""reap-kernels, the driver: from a Mixture-of-Experts checkpoint to a smaller one.
+
+    with rd.observe(model) as obs:
+        for batch in batches:
+            obs(**batch)
+    plan = rd.make_plan(rd.score(obs.stats), ratio=0.5)
+    rd.apply_plan("path/to/model", plan, "path/to/out")
+
+Names load what they need on first use, so importing the package costs nothing.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reap_driver.checkpoint import ApplyReport, apply_plan
+    from reap_driver.compat.models import load_config, load_model
+    from reap_driver.criteria import Scores, score
+    from reap_driver.discover import MoELayer, find_moe_layers
+    from reap_driver.observe import Observer, observe
+    from reap_driver.plan import LayerPlan, Plan, make_plan, random_plan
+    from reap_kernels import LayerStats, SaliencyStats, __version__
+
+_HOMES = {
+    "ApplyReport": "reap_driver.checkpoint",
+    "LayerPlan": "reap_driver.plan",
+    "LayerStats": "reap_kernels",
+    "MoELayer": "reap_driver.discover",
+    "Observer": "reap_driver.observe",
+    "Plan": "reap_driver.plan",
+    "SaliencyStats": "reap_kernels",
+    "__version__": "reap_kernels",
+    "Scores": "reap_driver.criteria",
+    "apply_plan": "reap_driver.checkpoint",
+    "find_moe_layers": "reap_driver.discover",
+    "load_config": "reap_driver.compat.models",
+    "load_model": "reap_driver.compat.models",
+    "make_plan": "reap_driver.plan",
+    "observe": "reap_driver.observe",
+    "random_plan": "reap_driver.plan",
+    "score": "reap_driver.criteria",
+}
+
+__all__ = [
+    "ApplyReport",
+    "LayerPlan",
+    "LayerStats",
+    "MoELayer",
+    "Observer",
+    "Plan",
+    "SaliencyStats",
+    "Scores",
+    "__version__",
+    "apply_plan",
+    "find_moe_layers",
+    "load_config",
+    "load_model",
+    "make_plan",
+    "observe",
+    "random_plan",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
+
+
+class _Package(ModuleType):
+    """This package, where a name of the public API means that, not a submodule called the same."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing reap_driver.observe would otherwise put the module in the function's place.
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

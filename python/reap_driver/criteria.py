@@ -1,0 +1,200 @@
+"""Criteria: from the statistics of a layer to one score an expert, the higher the worthier.
+
+All but one are members of one family. With g the gate weight and f the output of an expert, over
+the n rows routed to it,
+
+    S(b, alpha, p) = n^-b * sum g^alpha ||f||^p
+
+so that b = 1 takes a mean and b = 0 a sum. `reap` is S(1, 1, 1), equation 9 of the REAP paper
+(arXiv 2510.13999). An expert that no row was routed to scores 0.
+
+Nothing here imports torch when the module is imported: `--help` lists the criteria.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reap_kernels import LayerStats, SaliencyStats
+
+    _Values = dict[str, Tensor]
+else:
+    _Values = dict
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One way to score experts.
+
+    Attributes:
+        formula: how people write it.
+        field: the recorded sum it starts from (see `reap_kernels.LayerStats`); `out_max` stands for
+            the largest absolute element, which is no sum.
+        mean: whether it divides by the number of rows (b = 1).
+    """
+
+    formula: str
+    field: str
+    mean: bool = False
+
+
+CRITERIA: dict[str, Criterion] = {
+    "reap": Criterion("mean g ||f||", "gate_norm_sum", mean=True),  # S(1, 1, 1), paper eq. 9
+    "reap_l2": Criterion("mean (g ||f||)^2", "gate_norm_sq_sum", mean=True),  # S(1, 2, 2)
+    "frequency": Criterion("n, rows routed", "count"),  # S(0, 0, 0)
+    "weighted_frequency": Criterion("sum g", "gate_sum"),  # S(0, 1, 0)
+    "ean_sum": Criterion("sum ||f||", "norm_sum"),  # S(0, 0, 1)
+    "ean_mean": Criterion("mean ||f||", "norm_sum", mean=True),  # S(1, 0, 1)
+    "weighted_ean": Criterion("sum g ||f||", "gate_norm_sum"),  # S(0, 1, 1)
+    "msan": Criterion("mean ||f||^2", "norm_sq_sum", mean=True),  # S(1, 0, 2)
+    "max_activation": Criterion("largest |element of f|", "out_max"),
+}
+
+
+class Scores(_Values):
+    """Scores of every MoE layer: {layer name: float64 tensor [E]}, with where they came from.
+
+    Attributes:
+        criterion: name of the criterion.
+        weights: share of each calibration group the scores were made for; None: as observed.
+        model: provenance of the model (`id`, `config_digest`, ...).
+        layers: what is known of each layer (`num_experts`, `top_k`, `n_group`, `topk_group`, ...).
+        data: provenance of the calibration data, one entry a source.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        *,
+        criterion: str,
+        weights: Mapping[str, float] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(values)
+        known = provenance or {}
+        self.criterion = criterion
+        self.weights = dict(weights) if weights is not None else None
+        self.model: dict[str, Any] = dict(known.get("model") or {})
+        self.layers: dict[str, dict[str, Any]] = dict(known.get("layers") or {})
+        self.data: list[dict[str, Any]] = list(known.get("data") or [])
+
+    def digest(self) -> str:
+        """`sha256:...` over criterion, weights, layer names and the bits of every score."""
+        head = json.dumps([self.criterion, self.weights, list(self)], sort_keys=True)
+        digest = hashlib.sha256(head.encode())
+        for values in self.values():
+            digest.update(values.cpu().contiguous().numpy().astype("<f8").tobytes())
+        return "sha256:" + digest.hexdigest()
+
+
+def score(
+    stats: SaliencyStats, criterion: str = "reap", weights: Mapping[str, float] | None = None
+) -> Scores:
+    """Scores the experts of every layer.
+
+    Args:
+        stats: observed statistics.
+        criterion: a name of `CRITERIA`.
+        weights: {group: share}, one for every observed group, not negative; they are divided by
+            their sum. Sums and counts of group G are then multiplied by share_G * T / T_G, where
+            T_G are the tokens the layer saw in the group and T those of all groups: the scores are
+            what a calibration set with those shares of tokens would have given. A share of 0 leaves
+            a group out. None takes the groups as they were observed. Extrema have no amount:
+            `max_activation` takes the maximum over groups with a share above 0.
+
+    Returns:
+        {layer: float64 [E]} on the CPU.
+
+    Raises:
+        PlanError: unknown criterion; weights that do not name exactly the observed groups, or are
+            negative, not finite or all 0.
+        DataError: an expert produced NaN or Inf; a layer saw no token, or no token of a group with
+            a share above 0.
+    """
+    from reap_kernels.errors import PlanError
+
+    if criterion not in CRITERIA:
+        raise PlanError(f"criterion {criterion!r} is unknown; choose one of {', '.join(CRITERIA)}")
+    shares = None if weights is None else _shares(stats.groups, weights)
+    stats.check_finite()
+    values = {
+        name: _score_layer(name, layer, stats.groups, CRITERIA[criterion], shares)
+        for name, layer in stats.layers.items()
+    }
+    return Scores(values, criterion=criterion, weights=weights, provenance=stats.provenance)
+
+
+def _shares(groups: list[str], weights: Mapping[str, float]) -> list[float]:
+    """Weights in the order of the groups, divided by their sum."""
+    from reap_kernels.errors import PlanError
+
+    unknown, missing = sorted(set(weights) - set(groups)), sorted(set(groups) - set(weights))
+    if unknown or missing:
+        raise PlanError(
+            f"weights name the groups {sorted(weights)}, but the statistics have {sorted(groups)}; "
+            "give each observed group a weight (0 leaves a group out)"
+        )
+    values = [float(weights[group]) for group in groups]
+    total = sum(values)
+    if not math.isfinite(total) or min(values) < 0 or total <= 0:
+        raise PlanError(
+            f"weights are {dict(weights)}; they must be finite, not negative, and not all 0"
+        )
+    return [value / total for value in values]
+
+
+def _score_layer(
+    name: str,
+    layer: LayerStats,
+    groups: list[str],
+    criterion: Criterion,
+    shares: list[float] | None,
+) -> Tensor:
+    """Scores of one layer, float64 [E], checked."""
+    from reap_kernels.errors import DataError
+
+    layer = layer.to("cpu")
+    factors = layer.tokens.double() * 0 + 1  # [G]
+    if shares is not None:
+        factors = factors.new_tensor(shares) * layer.tokens.sum()
+        if any(share > 0 and not seen for share, seen in zip(shares, layer.tokens, strict=True)):
+            counted = dict(zip(groups, layer.tokens.tolist(), strict=True))
+            raise DataError(
+                f"layer {name}: a group with a weight above 0 has no tokens ({counted}); observe "
+                "data of that group, or give it the weight 0"
+            )
+        factors = factors / layer.tokens.clamp(min=1)
+    rows = _mixed(layer.count.double(), factors)
+    if not rows.any():
+        raise DataError(
+            f"layer {name}: no token was routed to any of its {layer.num_experts} experts, so they "
+            "cannot be ranked; calibrate with data that reaches the layer (vision experts need "
+            "images)"
+        )
+    if criterion.field == "out_max":
+        used = factors > 0
+        peak = layer.extrema[:, used].abs().amax(dim=(0, 1)).double()  # [E]; Inf where never routed
+        values = peak.where(rows > 0, peak.new_zeros(()))
+    else:
+        values = _mixed(getattr(layer, criterion.field).double(), factors)
+        values = values / rows.clamp(min=1e-300) if criterion.mean else values
+    if not values.isfinite().all():
+        experts = (~values.isfinite()).nonzero().flatten().tolist()
+        raise DataError(
+            f"layer {name}: scores of experts {experts[:8]} are not finite; check the router's "
+            "weights, or load the model in a wider dtype"
+        )
+    return values
+
+
+def _mixed(sums: Tensor, factors: Tensor) -> Tensor:
+    """Groups [G, E] added with one factor each, float64 [E]."""
+    return (sums * factors[:, None]).sum(dim=0)
