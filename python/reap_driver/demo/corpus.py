@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -33,9 +34,8 @@ _OPTIONAL = frozenset({"distutils", "idlelib", "lib2to3", "tkinter", "turtle", "
 _EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages",
                        "ensurepip", "__phello__", "pydoc_data", "__pycache__"})  # fmt: skip
 _EXCLUDED_PREFIXES = ("config-", "_sysconfigdata", "lib-dynload")
-_MIN_PARAGRAPH = (
-    40  # shorter paragraphs ("try:", "import sys") repeat everywhere and identify nothing
-)
+# Shorter paragraphs ("try:", "import sys") repeat everywhere and identify nothing.
+_MIN_PARAGRAPH = 40
 _MIN_DOCUMENTS = 20  # a stripped installation has a handful of files at most
 
 
@@ -80,10 +80,8 @@ def load_corpus(
 
 
 def _modules(root: Path, splits: Sequence[str]) -> Iterator[Document]:
-    for path in sorted(root.rglob("*.py")):
+    for path in _sources(root):
         parts = path.relative_to(root).with_suffix("").parts
-        if _EXCLUDED.intersection(parts) or parts[0].startswith(_EXCLUDED_PREFIXES):
-            continue
         name, is_codec = ".".join(parts), parts[0] == "encodings"
         module = name if is_codec else _stable_name(parts[0])
         split = "train" if module in _OPTIONAL else split_of(module)
@@ -91,6 +89,19 @@ def _modules(root: Path, splits: Sequence[str]) -> Iterator[Document]:
             texts = _codec_texts if is_codec else _module_texts
             for domain, text in texts(_read(path)):
                 yield Document(domain, name, split, text)
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    """Library files below ``root`` in a fixed order; excluded folders are not even listed."""
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(f for f in subfolders if not _is_excluded(f))
+        for name in sorted(files):
+            if name.endswith(".py") and not _is_excluded(name):
+                yield Path(folder, name)
+
+
+def _is_excluded(name: str) -> bool:
+    return name in _EXCLUDED or name.startswith(_EXCLUDED_PREFIXES)
 
 
 def _stable_name(module: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Evaluation:
     domain_loss: dict[str, float]
     agreement: float
     tokens: int
-    predictions: Tensor
+    predictions: Tensor = field(repr=False)
 
     @property
     def perplexity(self) -> float:

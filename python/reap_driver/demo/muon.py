@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, with decoupled weight decay.
 
     Parameters are [..., rows, columns]. A group's ``blocks`` says how many matrices its parameters
-    hold above one another (2 for a fused gate and up projection); each is orthogonalised for itself.
+    hold above one another (2 for a fused gate and up projection), each orthogonalised for itself.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ Two measurements on text windows by domain:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,12 +61,12 @@ def domain_information(shares: Tensor) -> Tensor:
 
 
 @contextmanager
-def without_expert(router: Any, expert: int) -> Iterator[None]:
-    """Take one expert out of a Qwen3-MoE router's choice; the next in line takes its place."""
+def without_experts(router: Any, experts: Sequence[int]) -> Iterator[None]:
+    """Take experts out of a Qwen3-MoE router's choice; the next in line take their places."""
 
     def reroute(_module: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         logits = output[0].clone()
-        logits[:, expert] = -torch.inf
+        logits[:, list(experts)] = -torch.inf
         scores, chosen = torch.topk(logits.softmax(-1, dtype=torch.float), router.top_k, dim=-1)
         if router.norm_topk_prob:
             scores = scores / scores.sum(-1, keepdim=True)
@@ -86,7 +86,7 @@ def ablation(model: Any, windows: dict[str, Tensor], progress: Progress | None =
     growth = torch.zeros(len(routers(model)), experts, len(windows), dtype=torch.float64)
     for layer, router in enumerate(routers(model)):
         for expert in range(experts):
-            with without_expert(router, expert):
+            with without_experts(router, [expert]):
                 loss = evaluate(model, windows).domain_loss
             growth[layer, expert] = torch.tensor([loss[d] - base[d] for d in windows])
             if progress:

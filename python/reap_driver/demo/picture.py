@@ -1,0 +1,70 @@
+"""The demo's picture: every expert's score, and which experts each plan keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch import Tensor
+
+matplotlib.use("Agg")  # draws to files; a demo must not need a display
+
+from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+
+Kept = Mapping[str, Sequence[int]]
+
+
+def draw_scores(
+    panels: Mapping[str, tuple[Mapping[str, Tensor], Kept, Kept]], path: Path, title: str
+) -> None:
+    """Save one picture with a layers x experts heat map per criterion.
+
+    panels: {criterion: (scores {layer: [E]}, kept by the lighter plan, kept by the heavier plan)};
+    the heavier plan keeps a subset of the lighter one's experts. Scores are shown relative to the
+    best of their layer, since plans compare experts within a layer only.
+    """
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(11, 1.1 + 2.3 * len(panels)), squeeze=False, layout="constrained"
+    )
+    for axis, (name, (scores, light, heavy)) in zip(axes[:, 0], panels.items(), strict=True):
+        relative = torch.stack([s / s.max() for s in scores.values()])
+        # cividis: one ordering of lightness, equal for colour-blind readers and in grey print
+        image = axis.imshow(relative, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        _mark(axis, list(scores), light, heavy)
+        axis.set(title=name, ylabel="MoE layer", xlabel="expert")
+        axis.set_yticks(range(len(scores)), range(len(scores)))
+        axis.set_xticks(range(0, relative.shape[1], 4))
+        figure.colorbar(image, ax=axis, label="score / layer's best", pad=0.01)
+    figure.suptitle(title)
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+# Two shapes, filled and hollow, are told apart without colour. What the heavier plan removes scores
+# low, so the hollow mark lies on the dark end of the scale.
+_KEPT = {"marker": "o", "s": 42, "facecolor": "white", "edgecolor": "black", "linewidth": 1.2}
+_LIGHT_ONLY = {"marker": "s", "s": 26, "facecolor": "none", "edgecolor": "white", "linewidth": 1.4}
+
+
+def _mark(axis: Any, layers: Sequence[str], light: Kept, heavy: Kept) -> None:
+    for row, layer in enumerate(layers):
+        only_light = sorted(set(light[layer]) - set(heavy[layer]))
+        axis.scatter(only_light, [row] * len(only_light), **_LIGHT_ONLY)
+        axis.scatter(heavy[layer], [row] * len(heavy[layer]), **_KEPT)
+
+
+def _legend() -> list[Line2D]:
+    def mark(label: str, shape: str) -> Line2D:
+        return Line2D([], [], marker=shape, linestyle="", label=label, markersize=7,
+                      markerfacecolor="white", markeredgecolor="black")  # fmt: skip
+
+    return [
+        mark("kept by both plans", "o"),
+        mark("removed by the heavier plan only", "s"),
+        Line2D([], [], linestyle="", label="no mark: removed by both"),
+    ]
