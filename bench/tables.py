@@ -1,0 +1,95 @@
+"""Tables of the README from result rows: `python -m bench.tables` rewrites them in place.
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`. `tests/test_readme.py` fails when a
+table differs from what its newest rows say.
+"""
+
+import csv
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.rows import RESULTS, ROOT
+
+Row = dict[str, str]
+BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _rows(name: str, *keys: str) -> list[Row]:
+    """The newest row for each value of `keys`, in order of first appearance."""
+    newest: dict[tuple[str, ...], Row] = {}
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            newest[tuple(row[key] for key in keys)] = row
+    return list(newest.values())
+
+
+def _markdown(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def observe_cpu() -> str:
+    """Observed forward beside transformers' and the all-experts algorithm."""
+    rows = _rows("observe_cpu", "dtype", "batch")
+    body = [
+        [
+            row["dtype"],
+            row["batch"],
+            f"{float(row['observed_s']):.1f} s",
+            f"{float(row['fastest_unobserved_s']):.1f} s ({row['fastest_unobserved']})",
+            f"**{float(row['observed/unobserved']):.2f}**",
+            f"{float(row['all_experts_s']):.0f} s",
+            f"**{float(row['all_experts/observed']):.1f}x**",
+        ]
+        for row in rows
+    ]
+    head = [
+        "dtype",
+        "batch",
+        "observed",
+        "fastest unobserved of transformers",
+        "observed / unobserved",
+        "all experts on all tokens",
+        "we are faster by",
+    ]
+    first = rows[0]
+    where = (
+        f"\n{first['sequences']} x {first['length']} tokens, H=512, I=256, E=64, k=8, 4 layers; "
+        f"{first['cpu']}, {first['threads']} thread, torch {first['torch']}, transformers "
+        f"{first['transformers']}, commit {first['commit']}; `python -m bench observe_cpu`.\n"
+    )
+    return _markdown(head, body) + where
+
+
+def accuracy_cpu() -> str:
+    """Largest relative error of each sum against the float64 oracle."""
+    fields = ("gate_sum", "norm_sum", "gate_norm_sum", "norm_sq_sum", "gate_norm_sq_sum")
+    body = [
+        [row["dtype"], "exact" if row["counts_exact"] == "True" else "wrong"]
+        + [row[field] for field in fields]
+        for row in _rows("accuracy_cpu", "dtype")
+    ]
+    return _markdown(["dtype", "counts", *(f"`{field}`" for field in fields)], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {"observe_cpu": observe_cpu, "accuracy_cpu": accuracy_cpu}
+
+
+def rewritten(text: str) -> str:
+    """`text` with every table as the newest rows have it."""
+    return BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+
+def main() -> None:
+    """Rewrites README.md, or with `--check` only says whether it is current."""
+    readme = Path(ROOT / "README.md")
+    text = readme.read_text()
+    if rewritten(text) != text and "--check" in sys.argv:
+        sys.exit("README.md has tables older than bench/results; run: python -m bench.tables")
+    readme.write_text(rewritten(text))
+
+
+if __name__ == "__main__":
+    main()
