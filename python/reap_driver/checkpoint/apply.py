@@ -130,9 +130,7 @@ def _prepare(
     decider = KeyDecider(source.tensors, model.old, model.new, model.layout, kept)
     keys = decider.decide(mtp, keep_mtp=keep_mtp)
     checked = check_source(source.tensors, model.old, str(folder / "config.json"))
-    if (
-        not keep_mtp
-    ):  # also where no MTP tensor came with the fields: MiniMax-M2 announces what it lacks
+    if not keep_mtp:  # whether or not MTP tensors were there: MiniMax-M2 announces what it lacks
         clear_mtp(model.raw_config)
     names = ExpertNames(expert_numbers(keys.lists, _renamed(keys)))
     files = {"config.json": _rewrite_quantisation(model.raw_config, names, folder)}
