@@ -1,4 +1,4 @@
-"""Configurations and models: resolve, digest, load, build on meta. The one place that picks a class for a config."""
+"""Configurations and models: resolve, digest, load, build on meta; the class for a config."""
 
 import contextlib
 import hashlib
@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import transformers
-from reap_kernels.errors import CheckpointError, ReapError, UnsupportedModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from reap_driver.compat.fp8 import partial_blocks
+from reap_kernels.errors import CheckpointError, ReapError, UnsupportedModel
 
 # Auto mappings tried, in order, for a config whose `architectures` names no class we can use.
 _AUTO_MAPPINGS = (
@@ -46,18 +46,22 @@ _VOLATILE_KEYS = frozenset(
         "attn_implementation",
         "experts_implementation",
         "experts_impl",
+        "base_model_ep_plan",  # loading FP8 weights adds entries
+        "base_model_pp_plan",
+        "base_model_tp_plan",
     }
 )
 
-# Quantised formats that transformers can unpack to plain floats while loading, by their own config class.
+# Quantised formats that transformers can unpack to plain floats while loading, by config class.
 _DEQUANTISE_ON_LOAD = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 
 
 def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """Read the configuration of a local checkpoint folder or of a hub id.
 
-    A `model_type` unknown to transformers (Kimi-K2's `kimi_k2`) is resolved through `architectures[0]`
-    when that names a class the library has; native classes are preferred to code shipped with a checkpoint.
+    A `model_type` unknown to transformers (Kimi-K2's `kimi_k2`) is resolved through
+    `architectures[0]` when that names a class the library has; native classes are preferred to code
+    shipped with a checkpoint.
 
     Raises:
         CheckpointError: no readable `config.json` there.
@@ -70,9 +74,7 @@ def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> P
             return CONFIG_MAPPING[model_type].from_pretrained(str(path_or_id))
         native = _native_class(architecture)
         if native is not None and native.config_class is not None:
-            with _quiet(
-                "transformers.configuration_utils"
-            ):  # "model of type kimi_k2 to instantiate deepseek_v3"
+            with _quiet("transformers.configuration_utils"):  # warns of the alias
                 config = native.config_class.from_pretrained(str(path_or_id))
             # The library looks up a model's key conversions by this name; an alias has none.
             config.model_type = native.config_class.model_type
@@ -84,10 +86,11 @@ def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> P
     except Exception as error:  # a config class may raise anything on a field it does not like
         raise CheckpointError(
             f"{path_or_id}: config.json (model_type {model_type!r}) is not a valid configuration: "
-            f"{_first_line(error)}. Correct the field, or use the transformers version the checkpoint was made for."
+            f"{_first_line(error)}. Correct the field, or use the transformers version the "
+            "checkpoint was made for."
         ) from error
     remedy = (
-        "pass trust_remote_code=True (--trust-remote-code) to run the code shipped with the checkpoint"
+        "pass trust_remote_code=True (--trust-remote-code) to run the checkpoint's own code"
         if "auto_map" in raw
         else "use a transformers version that knows it"
     )
@@ -98,7 +101,7 @@ def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> P
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class to build for `config`: what `architectures[0]` names if it fits, else the Auto mappings' choice.
+    """The class to build for `config`: the one `architectures[0]` names if it fits, else Auto's.
 
     Raises:
         UnsupportedModel: transformers has no model class for this configuration.
@@ -122,17 +125,17 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
             return chosen
     raise UnsupportedModel(
-        f"transformers {transformers.__version__} has no model class for architecture {architecture!r} "
-        f"({type(config).__name__}); use a version that has one."
+        f"transformers {transformers.__version__} has no model class for architecture "
+        f"{architecture!r} ({type(config).__name__}); use a version that has one."
     )
 
 
 def config_digest(config: PretrainedConfig) -> str:
-    """`sha256:...` over what identifies the model: fields that differ from the config class's defaults.
+    """`sha256:...` over what identifies the model: fields that differ from its class's defaults.
 
-    Fields that say how the model is stored or run (dtype, cache, quantisation, version, paths) are left out at
-    every level, so a config in memory, saved, reloaded, dequantised, or read by another transformers
-    version that only added fields, keeps its digest.
+    Fields that say how the model is stored or run (dtype, cache, quantisation, version, paths) are
+    left out at every level, so a config in memory, saved, reloaded, dequantised, or read by another
+    transformers version that only added fields, keeps its digest.
     """
     text = json.dumps(_identity(config), sort_keys=True, separators=(",", ":"), default=str)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
@@ -146,11 +149,11 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint for observation, in eval mode, FP8 and MXFP4 experts dequantised to plain floats.
+    """Load a checkpoint for observation, in eval mode, FP8 and MXFP4 weights as plain floats.
 
     Raises:
-        CheckpointError: a shard is missing or truncated, a shape does not match the config, or the checkpoint
-            lacks tensors the model needs or brings tensors it does not know.
+        CheckpointError: a shard is missing or truncated, a shape does not match the config, or the
+            checkpoint lacks tensors the model needs, or brings experts it does not know.
         UnsupportedModel: see `load_config` and `model_class`.
     """
     config = load_config(path_or_id, trust_remote_code=trust_remote_code)
@@ -164,7 +167,7 @@ def load_model(
         )
     if device_map is not None:
         options["device_map"] = device_map
-    try:  # transformers' report of missing keys is checked, and raised, below; its tensor-parallel advice is noise
+    try:  # its report of missing keys is raised below; its tensor-parallel advice is noise
         noisy = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
         with _quiet(*noisy), partial_blocks():
             model, info = cls.from_pretrained(
@@ -182,7 +185,7 @@ def load_model(
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Build the model of `config` on the meta device: shapes and names of every tensor, no memory."""
+    """Build the model of `config` on the meta device: names and shapes of tensors, no memory."""
     from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
     cls = model_class(config)
@@ -244,10 +247,10 @@ def _remote_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def _identity(config: PretrainedConfig) -> dict[str, Any]:
-    """Fields of one (sub) config that differ from its class's defaults, volatile ones removed, recursively."""
+    """Fields of one (sub) config that differ from its class's defaults, less volatile ones."""
     try:
         defaults = _plain(type(config)().to_dict())
-    except Exception:  # a remote or composite config without a default: every field identifies it
+    except (TypeError, ValueError, AttributeError, KeyError):  # no default: every field counts
         defaults = {}
     kept: dict[str, Any] = {
         "model_type": type(config).model_type
@@ -318,7 +321,8 @@ def _check_shards(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{file}: damaged or truncated ({file.stat().st_size} bytes; {_first_line(error)}); download it again."
+                f"{file}: damaged or truncated ({file.stat().st_size} bytes; "
+                f"{_first_line(error)}); download it again."
             ) from error
 
 
@@ -349,7 +353,8 @@ def _check_loading(path_or_id: str | Path, info: dict[str, Any], model: PreTrain
 def _is_routed(key: str, layers: set[str]) -> bool:
     """Whether a key unknown to the model belongs to experts or a router of a layer the model has.
 
-    Multi-token-prediction layers sit past the model's last layer or under a module of their own, and may be ignored.
+    Multi-token-prediction layers sit past the model's last layer or under a module of their own,
+    and may be ignored.
     """
     mentions = any(part in key for part in ("expert", "router", ".gate.", ".moe."))
     return mentions and any(key.startswith(layer + ".") for layer in layers)
