@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from reap_driver.compat.models import load_config, model_class
 from tests.driver.published.entry import Published
 from tests.driver.published.models import MODELS
-from tests.driver.published.reduce import VOCAB, get_field, small_config
+from tests.driver.published.reduce import VOCAB, small_config
 
 State = dict[str, torch.Tensor]
 
@@ -210,9 +210,3 @@ def _write_shards(state: State, folder: Path, shards: int) -> None:
         weight_map |= dict.fromkeys(group, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def expert_count(name: str) -> int:
-    """Number of routed experts a layer of the published model has."""
-    count: int = get_field(small_config(name), MODELS[name].counts[0])
-    return count

@@ -19,7 +19,7 @@ def expected_tensors(
     entry: Published,
     config: dict[str, Any],
     source: State,
-    kept: Mapping[int, tuple[int, ...]],
+    kept: Mapping[str, tuple[int, ...]],
     *,
     mtp: bool = False,
 ) -> State:
@@ -29,16 +29,15 @@ def expected_tensors(
         entry: the model's table entry.
         config: its `config.json` before pruning.
         source: its tensors before pruning.
-        kept: kept experts of each MoE layer, MTP layers included where they stay and have experts.
+        kept: kept experts by the disk prefix of their MoE block (MTP layers that stay included).
         mtp: whether MTP layers stay.
     """
-    blocks = {entry.block.format(i=i): experts for i, experts in kept.items()}
     expected: State = {}
     for key, tensor in source.items():
         if is_mtp(key, entry, config) and not mtp:
             continue
-        block = next((prefix for prefix in blocks if key.startswith(prefix)), "")
-        name, experts = key.removeprefix(block), blocks.get(block, ())
+        block = next((prefix for prefix in kept if key.startswith(prefix)), "")
+        name, experts = key.removeprefix(block), kept.get(block, ())
         one_expert = re.match(r"experts\.(\d+)\.(.+)", name)
         dim = 0 if name in entry.stacked else entry.routers.get(name)
         if not block:

@@ -1,0 +1,187 @@
+"""Observe, plan, apply, load and generate, on every published model through the public API."""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import reap_driver as rd
+from reap_kernels import errors
+from tests.driver.published.checkpoint import is_mtp
+from tests.driver.published.entry import Published
+from tests.driver.published.expected import (
+    digests,
+    expected_config,
+    expected_tensors,
+    read_tensors,
+    same_bytes,
+)
+from tests.driver.published.models import MODELS
+from tests.driver.published.reduce import get_field
+
+Checkpoints = Callable[[str], Path]
+TEXT = "def merge(left, right):\n    return [*left, *right]\n"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prune(name: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    entry, source, out = MODELS[name], checkpoint(name), tmp_path / "pruned"
+    before = digests(source)
+    plan = rd.make_plan(rd.score(observed(source, entry)), ratio=entry.ratio)
+    kept = kept_by_block(plan, entry)
+    assert list(kept) == [entry.block.format(i=i) for i in entry.moe_layers]
+    assert {len(experts) for experts in kept.values()} == {entry.kept}
+    check_groups(json.loads((source / "config.json").read_text()), entry, kept)
+
+    report = rd.apply_plan(source, plan, out)
+
+    assert digests(source) == before
+    check_written(entry, source, out, kept)
+    check_report(entry, report, source, out)
+    generates(load(entry, out), out)
+
+
+@pytest.mark.parametrize("name", ["step-3.5-flash", "ernie-4.5-21b-a3b"])
+def test_mtp_layers_without_experts_can_stay(
+    name: str, checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    entry, source, out = MODELS[name], checkpoint(name), tmp_path / "pruned"
+    plan = rd.make_plan(rd.score(observed(source, entry)), ratio=entry.ratio)
+    rd.apply_plan(source, plan, out, mtp="keep")
+    check_written(entry, source, out, kept_by_block(plan, entry), mtp=True)
+    generates(load(entry, out), out)
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "layer", "block"),
+    [
+        (
+            "deepseek-v3.2",
+            "model.layers.4.mlp.experts",
+            "model.layers.5.mlp.experts",
+            "model.layers.5.mlp.",
+        ),
+        (
+            "qwen3.5-397b-a17b",
+            "model.language_model.layers.1.mlp.experts",
+            "mtp.layers.0.mlp.experts",
+            "mtp.layers.0.mlp.",
+        ),
+    ],
+)
+def test_mtp_layer_with_experts_stays_when_the_plan_covers_it(
+    name: str, like: str, layer: str, block: str, checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """Per-expert matrices with scales at the end of the stack; stacked ones in a module apart."""
+    entry, source, out = MODELS[name], checkpoint(name), tmp_path / "pruned"
+    plan = rd.make_plan(rd.score(observed(source, entry)), ratio=entry.ratio)
+    with pytest.raises(errors.PlanError, match=re.escape(layer)):
+        rd.apply_plan(source, plan, out, mtp="keep")
+    assert not out.exists()
+    kept = {**kept_by_block(plan, entry), block: plan.layers[like].kept}
+    covered = {**plan.layers, layer: plan.layers[like]}
+    rd.apply_plan(source, dataclasses.replace(plan, layers=covered), out, mtp="keep")
+    check_written(entry, source, out, kept, mtp=True)
+    generates(rd.load_model(out), out)
+
+
+def observed(source: Path, entry: Published) -> Any:
+    """Statistics of the model over a few rows of random tokens, every slot counted."""
+    model = rd.load_model(source)
+    tokens = torch.randint(3, 259, (2, 96), generator=torch.Generator().manual_seed(0))
+    with rd.observe(model) as observer:
+        for row in tokens:
+            observer(input_ids=row[None])
+    top_k = get_field(json.loads((source / "config.json").read_text()), entry.top_k)
+    assert len(observer.stats.layers) == len(entry.moe_layers)
+    for stats in observer.stats.layers.values():
+        assert int(stats.count.sum()) == tokens.numel() * top_k
+    return observer.stats
+
+
+def kept_by_block(plan: Any, entry: Published) -> dict[str, tuple[int, ...]]:
+    """Kept experts of the main layers by the disk prefix of their MoE block."""
+    return {
+        entry.block.format(i=name.partition("layers.")[2].partition(".")[0]): kept
+        for name, kept in plan.kept.items()
+    }
+
+
+def check_groups(
+    config: dict[str, Any], entry: Published, kept: dict[str, tuple[int, ...]]
+) -> None:
+    """Routing groups are consecutive ids; each keeps the same number, so membership survives."""
+    groups = config.get("n_group") or 1
+    size = get_field(config, entry.counts[0]) // groups
+    for experts in kept.values():
+        counts = Counter(expert // size for expert in experts)
+        assert counts == dict.fromkeys(range(groups), entry.kept // groups)
+
+
+def check_written(
+    entry: Published,
+    source: Path,
+    out: Path,
+    kept: dict[str, tuple[int, ...]],
+    *,
+    mtp: bool = False,
+) -> None:
+    """Every tensor byte for byte and every config field as worked out from the table."""
+    config = json.loads((source / "config.json").read_text())
+    assert json.loads((out / "config.json").read_text()) == expected_config(entry, config, mtp=mtp)
+    expected = expected_tensors(entry, config, read_tensors(source), kept, mtp=mtp)
+    written = read_tensors(out)
+    assert written.keys() == expected.keys()
+    wrong = [key for key, tensor in written.items() if not same_bytes(tensor, expected[key])]
+    assert not wrong
+
+
+def check_report(entry: Published, report: Any, source: Path, out: Path) -> None:
+    """The report says what happened to experts, MTP layers and the configuration."""
+    config = json.loads((source / "config.json").read_text())
+    before, after = read_tensors(source), read_tensors(out)
+    assert report.experts_before == get_field(config, entry.counts[0])
+    assert report.experts_after == entry.kept
+    assert set(report.mtp_dropped) == {key for key in before if is_mtp(key, entry, config)}
+    assert report.tensors == len(after)
+    assert report.bytes_written == sum(file.stat().st_size for file in out.iterdir())
+    edited = {field: get_field(config, field) for field in (*entry.counts, *entry.cleared)}
+    edited |= {field: get_field(config, field) for field in entry.per_layer}
+    pruned = expected_config(entry, config)
+    assert report.edited_config == {
+        field: (old, get_field(pruned, field))
+        for field, old in edited.items()
+        if old != get_field(pruned, field)
+    }
+
+
+def load(entry: Published, folder: Path) -> PreTrainedModel:
+    """The pruned model as plain transformers loads it, where it loads such checkpoints at all."""
+    config = json.loads((folder / "config.json").read_text())
+    cls = getattr(transformers, config["architectures"][0], None)
+    if cls is None or entry.not_plain:
+        return rd.load_model(folder)
+    model, loading = cls.from_pretrained(str(folder), output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert not loading["mismatched_keys"]
+    return model
+
+
+def generates(model: PreTrainedModel, folder: Path) -> None:
+    """The pruned model continues a text through the tokenizer copied with it."""
+    inputs = PreTrainedTokenizerFast.from_pretrained(str(folder))(TEXT, return_tensors="pt")
+    output = model.generate(
+        input_ids=inputs["input_ids"], max_new_tokens=3, min_new_tokens=3, do_sample=False
+    )
+    assert output.shape[1] == inputs["input_ids"].shape[1] + 3
+    with torch.no_grad():
+        assert model(input_ids=output, use_cache=False).logits.isfinite().all()
