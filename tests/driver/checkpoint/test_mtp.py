@@ -1,0 +1,107 @@
+"""Multi-token-prediction layers: dropped with their config fields, or pruned when the plan names
+them.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from reap_driver.checkpoint import apply_plan
+from reap_driver.compat.models import load_config, meta_model
+from reap_driver.plan import LayerPlan, Plan
+from reap_kernels.errors import PlanError
+from tests.driver.checkpoint import support
+
+MTP = "model.layers.3."  # the tiny model has layers 0 to 2
+LAYER = "model.layers.3.mlp.experts"
+KEPT = (0, 2, 3, 4, 6, 7)  # three of each routing group
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    """GLM-4.5 shape with an MTP layer of the same kind as layer 1, as published checkpoints have
+    it.
+    """
+    folder = tmp_path / "full"
+    support.save("glm4_moe", folder)
+
+    def add(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        copied = {
+            key.replace("model.layers.1.", MTP): torch.randn_like(value)
+            for key, value in tensors.items()
+            if key.startswith("model.layers.1.")
+        }
+        extra = {f"{MTP}eh_proj.weight": torch.randn(32, 64), f"{MTP}enorm.weight": torch.randn(32)}
+        return {**tensors, **copied, **extra}
+
+    support.change_tensors(folder, add)
+    support.change_config(folder, num_nextn_predict_layers=1)
+    return folder
+
+
+def plan_for(full: Path) -> Plan:
+    return support.make_plan(full, meta_model(load_config(full)))
+
+
+def test_dropped_by_default_and_reported(full: Path, tmp_path: Path) -> None:
+    before = support.read_all(full)
+    report = apply_plan(full, plan_for(full), tmp_path / "out")
+    after = support.read_all(tmp_path / "out")
+    assert set(report.mtp_dropped) == {key for key in before if key.startswith(MTP)}
+    assert not [key for key in after if key.startswith(MTP)]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+    assert report.edited_config["num_nextn_predict_layers"] == (1, 0)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{len(report.mtp_dropped)} tensors of multi-token" in card
+
+
+def test_kept_when_the_plan_names_its_experts(full: Path, tmp_path: Path) -> None:
+    plan = plan_for(full)
+    plan = replace(plan, layers={**plan.layers, LAYER: LayerPlan.keeping(8, KEPT)})
+    before = support.read_all(full)
+    report = apply_plan(full, plan, tmp_path / "out", mtp="keep")
+    after = support.read_all(tmp_path / "out")
+    kept = plan.layers[LAYER].kept
+    assert report.mtp_dropped == []
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 1
+    for new, old in enumerate(kept):
+        for projection in ("gate_proj", "up_proj", "down_proj"):
+            name = f"{projection}.weight"
+            assert torch.equal(after[f"{LAYER}.{new}.{name}"], before[f"{LAYER}.{old}.{name}"])
+    assert f"{LAYER}.{len(kept)}.up_proj.weight" not in after
+    for name in ("mlp.gate.weight", "mlp.gate.e_score_correction_bias"):
+        assert torch.equal(after[MTP + name], before[MTP + name][list(kept)])
+    for name in ("eh_proj.weight", "enorm.weight", "mlp.shared_experts.up_proj.weight"):
+        assert torch.equal(after[MTP + name], before[MTP + name])
+
+
+def test_keeping_unplanned_experts_is_refused(full: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=rf"no entry '{LAYER}'.*--mtp drop"):
+        apply_plan(full, plan_for(full), tmp_path / "out", mtp="keep")
+    assert not (tmp_path / "out").exists()
+
+
+def test_layer_without_experts_can_be_kept(tmp_path: Path) -> None:
+    """Qwen3-Next style: a module called `mtp`, here dense."""
+    model = support.save("qwen3_next", tmp_path / "full")
+    dense = {
+        "mtp.fc.weight": torch.randn(32, 64),
+        "mtp.layers.0.mlp.up_proj.weight": torch.randn(40, 32),
+    }
+    support.change_tensors(tmp_path / "full", lambda tensors: {**tensors, **dense})
+    plan = support.make_plan(tmp_path / "full", model)
+    apply_plan(tmp_path / "full", plan, tmp_path / "kept", mtp="keep")
+    after = support.read_all(tmp_path / "kept")
+    assert all(torch.equal(after[key], value) for key, value in dense.items())
+    report = apply_plan(tmp_path / "full", plan, tmp_path / "dropped")
+    assert set(report.mtp_dropped) == set(dense)
+
+
+def test_unknown_choice_is_refused(full: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="mtp 'prune': give 'drop' or 'keep'"):
+        apply_plan(full, plan_for(full), tmp_path / "out", mtp="prune")  # type: ignore[arg-type]
