@@ -1,5 +1,6 @@
 """The fixtures themselves: published fields and tensor names, and transformers loads them."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,11 +8,50 @@ import pytest
 import torch
 import transformers
 
-from reap_driver.compat.models import load_model
+from reap_driver.compat.models import load_config, load_model, meta_model
+from reap_driver.discover import find_moe_layers
 from tests.driver.published.checkpoint import is_mtp
 from tests.driver.published.expected import read_tensors
 from tests.driver.published.models import MODELS
 from tests.driver.published.reduce import get_field, published_config, small_config
+
+# MoE layers, and parameters in billions as the publisher's name or card gives them.
+FULL_SIZE = {
+    "qwen3-30b-a3b": (48, 30.5),
+    "qwen3-coder-480b-a35b": (62, 480),
+    "qwen3.5-397b-a17b": (60, 397),
+    "glm-4.5-air": (45, 106),
+    "glm-4.7": (89, 355),
+    "glm-4.7-flash": (46, 30),
+    "glm-5": (75, 744),
+    "deepseek-v3.2": (58, 671),
+    "kimi-k2": (60, 1000),
+    "kimi-linear-48b-a3b": (26, 48),
+    "minimax-m2": (62, 230),
+    "step-3.5-flash": (42, 196),
+    "gpt-oss-120b": (36, 117),
+    "gemma-4-26b-a4b": (30, 26),
+    "llama-4-scout-17b-16e": (48, 109),
+    "mixtral-8x7b": (32, 46.7),
+    "ernie-4.5-21b-a3b": (27, 21),
+    "olmoe-1b-7b": (16, 7),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_published_config_describes_the_published_model(name: str, tmp_path: Path) -> None:
+    """Built at full size without memory; a wrong or unread field would show in the size."""
+    (tmp_path / "config.json").write_text(json.dumps(published_config(name)))
+    model = meta_model(load_config(tmp_path))
+    tied = set(model.all_tied_weights_keys)
+    size = sum(p.numel() for key, p in model.named_parameters() if key not in tied)
+    layers = find_moe_layers(model)
+    depth, billions = FULL_SIZE[name]
+    assert len(layers) == depth
+    assert size == pytest.approx(billions * 1e9, rel=0.05)
+    entry, config = MODELS[name], published_config(name)
+    assert {layer.num_experts for layer in layers} == {get_field(config, entry.counts[0])}
+    assert {layer.top_k for layer in layers} == {get_field(config, entry.top_k)}
 
 
 @pytest.mark.parametrize("name", MODELS)
