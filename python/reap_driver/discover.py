@@ -158,7 +158,7 @@ def _first_int(sources: list[Any], names: tuple[str, ...]) -> int | None:
     return None
 
 
-def _post_scale(block: nn.Module) -> float:
+def _post_scale(block: Any) -> float:
     """The constant a block multiplies the routed sum by. Read from what each block's forward does.
 
     laguna, minimax_m3_vl and step3p7 scale in the block what other models scale in the router;

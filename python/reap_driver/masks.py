@@ -11,9 +11,16 @@ from transformers import PreTrainedModel
 
 from reap_kernels.errors import DataError, UnsupportedModel
 
-# Sparse-attention models whose indexer sees padded keys: their own logits change with padding, so
-# statistics of padded batches would not be those of the sequences.
-_PADDING_SENSITIVE = {"deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4"}
+# Sparse-attention models whose choice of keys moves with padding (blocks and top-k are taken over
+# padded positions): statistics of a padded batch would not be those of its sequences.
+_PADDING_SENSITIVE = {
+    "axk2",
+    "deepseek_v32",
+    "deepseek_v4",
+    "glm_moe_dsa",
+    "hy_v4",
+    "minimax_m3_vl_text",
+}
 
 
 class TokenMask:

@@ -198,6 +198,16 @@ class LayerRecorder:
         """The kernel backend asked for."""
         return self._observer.backend
 
+    @property
+    def name(self) -> str:
+        """Name of the layer."""
+        return self._layer.name
+
+    @property
+    def top_k(self) -> int:
+        """Experts a token is routed to."""
+        return self._layer.top_k
+
     def observe(self, hidden: Tensor, ids: Tensor, weights: Tensor, eager: Forward) -> Tensor:
         """Routed output [T, H] of one call, recorded; the first is compared with `eager`."""
         mask = self.token_mask(len(hidden), hidden.device)
@@ -248,15 +258,17 @@ class LayerRecorder:
             bad = int((~truth.isfinite().all(dim=-1)).sum())
             raise DataError(
                 f"{name}: the model's own experts give NaN or Inf for {bad} of {len(truth)} "
-                f"tokens in {own.dtype}; check the checkpoint's weights, or load it in a wider dtype"
+                f"tokens in {own.dtype}; check the checkpoint's weights, or load it in a wider "
+                "dtype"
             )
         scale = float(truth.norm())
         error = float((own.double() - truth).norm()) / (scale or 1.0)
         if not error <= tolerance:
             raise UnsupportedModel(
                 f"{name} ({type(self._layer.module).__name__}): our output differs from the "
-                f"module's own by {error:.2e} relative, {tolerance:.0e} is allowed for {own.dtype}; "
-                "this model computes something this version does not know, so it is refused"
+                f"module's own by {error:.2e} relative, {tolerance:.0e} is allowed for "
+                f"{own.dtype}; this model computes something this version does not know, so it is "
+                "refused"
             )
 
     def collect(self, groups: int) -> LayerStats:

@@ -14,6 +14,9 @@ from reap_driver.compat.experts import Forward
 from reap_kernels import ExpertWeights, GateFormula, LayerStats
 from reap_kernels.errors import UnsupportedModel
 
+# An nn.Module whose attributes differ by kind: adapters know which they are.
+ExpertsModule = Any
+
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -58,6 +61,16 @@ class Recorder(Protocol):
         """Backend that was asked for."""
         ...
 
+    @property
+    def name(self) -> str:
+        """Name of the layer."""
+        ...
+
+    @property
+    def top_k(self) -> int:
+        """Experts a token is routed to."""
+        ...
+
 
 class Adapter(ABC):
     """One kind of experts module: recognise it, describe its weights, bind a recorder to it."""
@@ -65,28 +78,28 @@ class Adapter(ABC):
     name: str
 
     @abstractmethod
-    def serves(self, module: nn.Module, block: nn.Module) -> bool:
+    def serves(self, module: ExpertsModule, block: ExpertsModule) -> bool:
         """Whether `module`, a child of `block`, is of this kind."""
 
     @abstractmethod
-    def sizes(self, module: nn.Module) -> Sizes:
+    def sizes(self, module: ExpertsModule) -> Sizes:
         """E, H, I; works on meta tensors."""
 
     @abstractmethod
-    def formula(self, module: nn.Module) -> GateFormula:
+    def formula(self, module: ExpertsModule) -> GateFormula:
         """The function between the two products, found by probing the module's own."""
 
     @abstractmethod
-    def weights(self, module: nn.Module, formula: GateFormula) -> ExpertWeights:
+    def weights(self, module: ExpertsModule, formula: GateFormula) -> ExpertWeights:
         """Views of the module's weights as they lie now."""
 
     @abstractmethod
     def bind(
-        self, module: nn.Module, block: nn.Module, recorder: Recorder
+        self, module: ExpertsModule, block: ExpertsModule, recorder: Recorder
     ) -> AbstractContextManager[None]:
         """Inside the context, calls of the module go through `recorder`; undone on exit."""
 
-    def check(self, name: str, module: nn.Module) -> None:
+    def check(self, name: str, module: ExpertsModule) -> None:
         """Raises UnsupportedModel if the module cannot be observed correctly."""
         check_tensors(name, module)
 
@@ -96,7 +109,7 @@ class Adapter(ABC):
         return True
 
 
-def check_tensors(name: str, module: nn.Module) -> None:
+def check_tensors(name: str, module: ExpertsModule) -> None:
     """Raises UnsupportedModel unless every tensor below `module` is a plain, whole, float tensor.
 
     Quantised weights would be read as numbers they are not; a shard of an expert gives a part of
@@ -126,7 +139,7 @@ def _is_sharded(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def forward_replaced(
-    module: nn.Module, forward: Callable[..., Any], method: str = "forward"
+    module: ExpertsModule, forward: Callable[..., Any], method: str = "forward"
 ) -> Any:
     """Replaces a method of one module instance, for kinds the experts interface does not cover.
 

@@ -2,9 +2,9 @@
 
 from contextlib import AbstractContextManager
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from reap_driver.adapters.base import Adapter, Recorder, Sizes, forward_replaced
+from reap_driver.adapters.base import Adapter, ExpertsModule, Recorder, Sizes, forward_replaced
 from reap_driver.compat.experts import eager_forward
 from reap_kernels import ExpertWeights, GateFormula, probe_gate
 
@@ -14,15 +14,15 @@ class DbrxExperts(Adapter):
 
     name = "dbrx"
 
-    def serves(self, module: nn.Module, block: nn.Module) -> bool:
+    def serves(self, module: ExpertsModule, block: ExpertsModule) -> bool:
         mlp = getattr(module, "mlp", None)
         return all(getattr(getattr(mlp, leaf, None), "ndim", 0) == 2 for leaf in ("w1", "v1", "w2"))
 
-    def sizes(self, module: nn.Module) -> Sizes:
+    def sizes(self, module: ExpertsModule) -> Sizes:
         rows, hidden = module.mlp.w1.shape
         return Sizes(module.num_experts, hidden, rows // module.num_experts)
 
-    def formula(self, module: nn.Module) -> GateFormula:
+    def formula(self, module: ExpertsModule) -> GateFormula:
         mlp = module.mlp
 
         def function(projected: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class DbrxExperts(Adapter):
             device=mlp.w1.device,
         )
 
-    def weights(self, module: nn.Module, formula: GateFormula) -> ExpertWeights:
+    def weights(self, module: ExpertsModule, formula: GateFormula) -> ExpertWeights:
         sizes = self.sizes(module)
         blocks = (sizes.num_experts, sizes.intermediate_size, sizes.hidden_size)
         gate, up, down = (
@@ -46,7 +46,7 @@ class DbrxExperts(Adapter):
         return ExpertWeights(up, down.transpose(1, 2), formula, gate=gate)
 
     def bind(
-        self, module: nn.Module, block: nn.Module, recorder: Recorder
+        self, module: ExpertsModule, block: ExpertsModule, recorder: Recorder
     ) -> AbstractContextManager[None]:
         own = eager_forward(module)
 

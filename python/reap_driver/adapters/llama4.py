@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reap_driver.adapters.base import Adapter, Recorder, Sizes, forward_replaced
+from reap_driver.adapters.base import Adapter, ExpertsModule, Recorder, Sizes, forward_replaced
 from reap_kernels import ExpertWeights, GateFormula, LayerStats, observe_layer, probe_gate
 
 
@@ -22,14 +22,14 @@ class Llama4Experts(Adapter):
 
     name = "llama4"
 
-    def serves(self, module: nn.Module, block: nn.Module) -> bool:
+    def serves(self, module: ExpertsModule, block: ExpertsModule) -> bool:
         return type(module).__name__ == "Llama4TextExperts"
 
-    def sizes(self, module: nn.Module) -> Sizes:
+    def sizes(self, module: ExpertsModule) -> Sizes:
         experts, inner, hidden = module.down_proj.shape
         return Sizes(experts, hidden, inner)
 
-    def formula(self, module: nn.Module) -> GateFormula:
+    def formula(self, module: ExpertsModule) -> GateFormula:
         def function(projected: Tensor) -> Tensor:
             gate, up = projected.chunk(2, dim=-1)
             activated: Tensor = module.act_fn(gate)
@@ -42,12 +42,14 @@ class Llama4Experts(Adapter):
             device=module.down_proj.device,
         )
 
-    def weights(self, module: nn.Module, formula: GateFormula) -> ExpertWeights:
+    def weights(self, module: ExpertsModule, formula: GateFormula) -> ExpertWeights:
         up, down = module.gate_up_proj.detach(), module.down_proj.detach()
         return ExpertWeights(up.transpose(1, 2), down.transpose(1, 2), formula)
 
     @contextlib.contextmanager
-    def bind(self, module: nn.Module, block: nn.Module, recorder: Recorder) -> Iterator[None]:
+    def bind(
+        self, module: ExpertsModule, block: ExpertsModule, recorder: Recorder
+    ) -> Iterator[None]:
         gates: list[Tensor] = []
 
         def remember(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:

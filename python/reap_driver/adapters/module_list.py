@@ -1,8 +1,8 @@
 """One module an expert: blocks of remote code and of transformers 4.x.
 
-Where the block hands (hidden, ids, weights) to a method of its own (`moe_infer`, `moe`), that method
-is replaced and the experts' matrices are read as a table. Where routing is inline in the block, the
-block runs as it is: each expert returns a tensor that knows whose output it is, and the
+Where the block hands (hidden, ids, weights) to a method of its own (`moe_infer`, `moe`), that
+method is replaced and the experts' matrices are read as a table. Where routing is inline in the
+block, the block runs as it is: each expert returns a tensor that knows whose output it is, and the
 multiplication by the gate is where the statistics are taken. That is exact and needs no knowledge
 of the router, at the block's own speed.
 """
@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from reap_driver.adapters.base import Adapter, Recorder, Sizes, forward_replaced
+from reap_driver.adapters.base import Adapter, ExpertsModule, Recorder, Sizes, forward_replaced
 from reap_kernels import ExpertWeights, GateFormula, accumulate, probe_gate
 from reap_kernels.errors import UnsupportedModel
 
@@ -25,7 +26,7 @@ _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _METHODS = ("moe_infer", "moe")
 
 
-def is_expert_list(module: nn.Module) -> bool:
+def is_expert_list(module: ExpertsModule) -> bool:
     """A list of at least two modules of one class that carry weights."""
     if not isinstance(module, nn.ModuleList) or len(module) < 2:
         return False
@@ -37,16 +38,18 @@ class MethodExperts(Adapter):
 
     name = "module-list"
 
-    def serves(self, module: nn.Module, block: nn.Module) -> bool:
+    def serves(self, module: ExpertsModule, block: ExpertsModule) -> bool:
         return is_expert_list(module) and _method(block) is not None and _names(module) is not None
 
-    def sizes(self, module: nn.Module) -> Sizes:
+    def sizes(self, module: ExpertsModule) -> Sizes:
         down = self._projections(module[0])[2].weight
         return Sizes(len(module), down.shape[0], down.shape[1])
 
-    def formula(self, module: nn.Module) -> GateFormula:
+    def formula(self, module: ExpertsModule) -> GateFormula:
         expert = module[0]
-        act = getattr(expert, "act_fn", None) or getattr(expert, "activation_fn", torch.nn.SiLU())
+        # Without a named activation the expert calls one itself; the first call's check tells.
+        named = (getattr(expert, key, None) for key in ("act_fn", "activation_fn"))
+        act: Any = next((found for found in named if found is not None), functional.silu)
 
         def function(projected: Tensor) -> Tensor:
             gate, up = projected.chunk(2, dim=-1)
@@ -61,7 +64,7 @@ class MethodExperts(Adapter):
             device=weight.device,
         )
 
-    def weights(self, module: nn.Module, formula: GateFormula) -> ExpertWeights:
+    def weights(self, module: ExpertsModule, formula: GateFormula) -> ExpertWeights:
         gates, ups, downs = zip(*(self._projections(expert) for expert in module), strict=True)
         return ExpertWeights(
             [up.weight.detach() for up in ups],
@@ -74,7 +77,7 @@ class MethodExperts(Adapter):
         )
 
     def bind(
-        self, module: nn.Module, block: nn.Module, recorder: Recorder
+        self, module: ExpertsModule, block: ExpertsModule, recorder: Recorder
     ) -> AbstractContextManager[None]:
         method = _method(block)
         assert method is not None  # serves() said so
@@ -85,7 +88,7 @@ class MethodExperts(Adapter):
 
         return forward_replaced(block, run, method)
 
-    def _projections(self, expert: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    def _projections(self, expert: ExpertsModule) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         names = _names_of(expert)
         assert names is not None  # serves() said so
         gate, up, down = (getattr(expert, name) for name in names)
@@ -101,47 +104,76 @@ class InlineExperts(Adapter):
     def takes_mask(self) -> bool:
         return False
 
-    def serves(self, module: nn.Module, block: nn.Module) -> bool:
+    def serves(self, module: ExpertsModule, block: ExpertsModule) -> bool:
         return is_expert_list(module) and bool(_linears(module[0]))
 
-    def sizes(self, module: nn.Module) -> Sizes:
+    def sizes(self, module: ExpertsModule) -> Sizes:
         last = _linears(module[0])[-1]
         names = _names_of(module[0])
         if names is not None:
             last = getattr(module[0], names[2])
         return Sizes(len(module), last.out_features, last.in_features)
 
-    def formula(self, module: nn.Module) -> GateFormula:
+    def formula(self, module: ExpertsModule) -> GateFormula:
         raise NotImplementedError("inline experts run as they are; nothing asks for their formula")
 
-    def weights(self, module: nn.Module, formula: GateFormula) -> ExpertWeights:
+    def weights(self, module: ExpertsModule, formula: GateFormula) -> ExpertWeights:
         raise NotImplementedError("inline experts run as they are; nothing asks for their weights")
 
     @contextlib.contextmanager
-    def bind(self, module: nn.Module, block: nn.Module, recorder: Recorder) -> Iterator[None]:
-        rows: list[int] = []
-
-        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            stats, group = recorder.open(hidden.device)
-            stats.add_tokens(hidden.numel() // hidden.shape[-1], group)
-            rows.clear()
-
-        def output_of(expert: int) -> Callable[..., Tensor]:
-            def record(y: Tensor, gates: Tensor) -> None:
-                stats, group = recorder.open(y.device)
-                ids = torch.full((len(y),), expert, device=y.device)
-                accumulate(y, ids, gates, stats, group=group, backend=recorder.backend)
-                rows.append(len(y))
-
-            return lambda _, __, output: _Output.of(output, record)
-
+    def bind(
+        self, module: ExpertsModule, block: ExpertsModule, recorder: Recorder
+    ) -> Iterator[None]:
+        call = _InlineCall(recorder)
         with contextlib.ExitStack() as stack:
-            handles = [block.register_forward_pre_hook(begin, with_kwargs=True)]
-            handles += [e.register_forward_hook(output_of(i)) for i, e in enumerate(module)]
+            handles = [block.register_forward_pre_hook(call.begin, with_kwargs=True)]
+            handles += [
+                expert.register_forward_hook(call.output_of(index))
+                for index, expert in enumerate(module)
+            ]
+            handles.append(block.register_forward_hook(call.end))
             for handle in handles:
                 stack.callback(handle.remove)
             yield
+
+
+class _InlineCall:
+    """Hooks that follow one call of a block: its tokens, its experts' outputs, its end."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._tokens = 0
+        self._rows = 0
+
+    def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count the block's tokens."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self._tokens = hidden.numel() // hidden.shape[-1]
+        self._rows = 0
+        self._recorder.token_mask(self._tokens, hidden.device)
+        stats, group = self._recorder.open(hidden.device)
+        stats.add_tokens(self._tokens, group)
+
+    def output_of(self, expert: int) -> Callable[..., Tensor]:
+        """A hook that makes an expert's output tell when it is multiplied by its gates."""
+
+        def record(y: Tensor, gates: Tensor) -> None:
+            stats, group = self._recorder.open(y.device)
+            ids = torch.full((len(y),), expert, device=y.device)
+            accumulate(y, ids, gates, stats, group=group, backend=self._recorder.backend)
+            self._rows += len(y)
+
+        return lambda _, __, output: _Output.of(output, record)
+
+    def end(self, *_: Any) -> None:
+        """Refuse a block that did not gate every slot, as capacity limits do."""
+        expected = self._tokens * self._recorder.top_k
+        if self._rows != expected:
+            raise UnsupportedModel(
+                f"{self._recorder.name} gated {self._rows} rows for {self._tokens} tokens, "
+                f"expected {expected}: some reach no expert, or not through a product; use a model "
+                "class that transformers ships"
+            )
 
 
 class _Output(Tensor):
@@ -196,7 +228,7 @@ def _column(own: Tensor, others: list[Any]) -> Tensor:
     )
 
 
-def _method(block: nn.Module) -> str | None:
+def _method(block: ExpertsModule) -> str | None:
     """The block's method of three arguments that runs the experts, if it has one."""
     for name in _METHODS:
         method = getattr(block, name, None)
@@ -205,11 +237,11 @@ def _method(block: nn.Module) -> str | None:
     return None
 
 
-def _names(experts: nn.Module) -> tuple[str, str, str] | None:
+def _names(experts: ExpertsModule) -> tuple[str, str, str] | None:
     return _names_of(next(experts.children()))
 
 
-def _names_of(expert: nn.Module) -> tuple[str, str, str] | None:
+def _names_of(expert: ExpertsModule) -> tuple[str, str, str] | None:
     """The names of one expert's three linear projections, if it has exactly these weights."""
     for names in _PROJECTIONS:
         projections = [getattr(expert, name, None) for name in names]
@@ -218,7 +250,7 @@ def _names_of(expert: nn.Module) -> tuple[str, str, str] | None:
     return None
 
 
-def _linears(expert: nn.Module) -> list[nn.Linear]:
+def _linears(expert: ExpertsModule) -> list[nn.Linear]:
     return [child for child in expert.modules() if isinstance(child, nn.Linear)]
 
 

@@ -9,9 +9,16 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from reap_driver.adapters.base import Adapter, Recorder, Sizes, check_tensors, forward_replaced
+from reap_driver.adapters.base import (
+    Adapter,
+    ExpertsModule,
+    Recorder,
+    Sizes,
+    check_tensors,
+    forward_replaced,
+)
 from reap_driver.compat.experts import eager_forward, experts_bound, is_interface
 from reap_kernels import ExpertWeights, GateFormula, probe_gate
 from reap_kernels.errors import UnsupportedModel
@@ -33,15 +40,15 @@ class StackedExperts(Adapter):
 
     name = "stacked"
 
-    def serves(self, module: nn.Module, block: nn.Module) -> bool:
+    def serves(self, module: ExpertsModule, block: ExpertsModule) -> bool:
         return is_interface(module) or _looks_alike(module)
 
-    def sizes(self, module: nn.Module) -> Sizes:
+    def sizes(self, module: ExpertsModule) -> Sizes:
         down = module.down_proj
         hidden, inner = _out_in(down, module)[1:]
         return Sizes(down.shape[0], hidden, inner)
 
-    def check(self, name: str, module: nn.Module) -> None:
+    def check(self, name: str, module: ExpertsModule) -> None:
         unknown = sorted(
             flag
             for flag, value in vars(module).items()
@@ -62,7 +69,7 @@ class StackedExperts(Adapter):
         check_tensors(name, module)
         self._check_whole(name, module)
 
-    def formula(self, module: nn.Module) -> GateFormula:
+    def formula(self, module: ExpertsModule) -> GateFormula:
         gated = _is_gated(module)
         if not gated:
             function = module.act_fn
@@ -81,7 +88,7 @@ class StackedExperts(Adapter):
             device=down.device,
         )
 
-    def weights(self, module: nn.Module, formula: GateFormula) -> ExpertWeights:
+    def weights(self, module: ExpertsModule, formula: GateFormula) -> ExpertWeights:
         leaf = "gate_up_proj" if _is_gated(module) else "up_proj"
         up, down = getattr(module, leaf), module.down_proj
         up = up[: down.shape[0]]  # longcat_flash keeps unused rows for its identity experts
@@ -97,7 +104,7 @@ class StackedExperts(Adapter):
         )
 
     def bind(
-        self, module: nn.Module, block: nn.Module, recorder: Recorder
+        self, module: ExpertsModule, block: ExpertsModule, recorder: Recorder
     ) -> AbstractContextManager[None]:
         eager = eager_forward(module)
 
@@ -120,7 +127,7 @@ class StackedExperts(Adapter):
         identity = getattr(module, "zero_expert_num", 0)
         return forward_replaced(module, run_with_identity if identity else run)
 
-    def _check_whole(self, name: str, module: nn.Module) -> None:
+    def _check_whole(self, name: str, module: ExpertsModule) -> None:
         """Raise if the weights' intermediate size is not the one the module was built with."""
         declared = getattr(module, "intermediate_dim", getattr(module, "intermediate_size", None))
         actual = self.sizes(module).intermediate_size
@@ -131,7 +138,7 @@ class StackedExperts(Adapter):
             )
 
 
-def _looks_alike(module: nn.Module) -> bool:
+def _looks_alike(module: ExpertsModule) -> bool:
     """An undecorated class with the interface's tensors and its three arguments."""
     if not type(module).__name__.endswith("Experts"):
         return False
@@ -143,7 +150,7 @@ def _looks_alike(module: nn.Module) -> bool:
     return len(inspect.signature(type(module).forward).parameters) == 4
 
 
-def _out_in(down: Tensor, module: nn.Module) -> tuple[int, int, int]:
+def _out_in(down: Tensor, module: ExpertsModule) -> tuple[int, int, int]:
     """(E, out, in) of the down projection, whichever way it is stored."""
     experts, rows, cols = down.shape
     return (
@@ -151,15 +158,15 @@ def _out_in(down: Tensor, module: nn.Module) -> tuple[int, int, int]:
     )
 
 
-def _is_gated(module: nn.Module) -> bool:
+def _is_gated(module: ExpertsModule) -> bool:
     return bool(getattr(module, "has_gate", True))
 
 
-def _interleaved(module: nn.Module) -> bool:
+def _interleaved(module: ExpertsModule) -> bool:
     return not getattr(module, "is_concatenated", True)
 
 
-def _split_gate(module: nn.Module) -> Any:
+def _split_gate(module: ExpertsModule) -> Any:
     """`act(gate) * up` for classes without a gate method of their own."""
 
     def function(projected: Tensor) -> Tensor:
@@ -170,7 +177,7 @@ def _split_gate(module: nn.Module) -> Any:
     return function
 
 
-def _numbers(module: nn.Module, word: str) -> list[float]:
+def _numbers(module: ExpertsModule, word: str) -> list[float]:
     """Values of the module's own attributes whose name contains `word`."""
     return [
         float(value)

@@ -1,1 +1,1 @@
-"""Everything that touches transformers' semi-private API, in one place, so that a new release is checked here."""
+"""Everything that touches transformers' semi-private API, so that a new release is checked here."""

@@ -1,10 +1,11 @@
-"""Step-3.5-Flash as a causal language model: transformers ships its text stack but no head class for it.
+"""Step-3.5-Flash as a causal language model: transformers ships its text stack but no head for it.
 
-The published checkpoint says `architectures: ["Step3p5ForCausalLM"]`, `model_type: "step3p5"`. transformers maps that
-type to `Step3p7TextConfig` and has `Step3p7TextModel`; only the class that adds the language-model head is missing.
+The published checkpoint says `architectures: ["Step3p5ForCausalLM"]`, `model_type: "step3p5"`.
+transformers maps that type to `Step3p7TextConfig` and has `Step3p7TextModel`; only the class that
+adds the language-model head is missing.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,18 +19,18 @@ from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 from transformers.models.step3p7.modeling_step3p7 import Step3p7PreTrainedModel, Step3p7TextModel
 
 
-class Step3p5ForCausalLM(Step3p7PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """`Step3p7TextModel` under `model`, a linear head under `lm_head`: the published checkpoint's own layout."""
+class Step3p5ForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
+    """`Step3p7TextModel` under `model`, a linear head under `lm_head`, as published."""
 
     config: Step3p7TextConfig
     config_class = Step3p7TextConfig
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: Step3p7TextConfig) -> None:
         super().__init__(config)
         self.model = Step3p7TextModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # The text model declares the checkpoint's MTP layers as ignorable; loading asks the outermost class.
+        # The text model declares the MTP layers ignorable; loading asks the outermost class.
         self._keys_to_ignore_on_load_unexpected = self.model._keys_to_ignore_on_load_unexpected
         self.post_init()
 
@@ -50,7 +51,7 @@ class Step3p5ForCausalLM(Step3p7PreTrainedModel, GenerationMixin):  # type: igno
 
 
 def _register_conversion() -> None:
-    """Give the class step3p7's key conversions, less those that insert the multimodal model's prefixes."""
+    """Give the class step3p7's key conversions, less those that insert multimodal prefixes."""
     conversions = [
         conversion
         for conversion in get_checkpoint_conversion_mapping("step3p7")

@@ -126,7 +126,8 @@ def _llama4_outputs(module: nn.Module, hidden: Tensor, gate: Tensor, expert: int
 
 
 def assert_matches(layer: Any, truth: dict[str, Tensor], bound: float) -> None:
-    """Counts and tokens exact, sums within `bound` relative, extrema within it of their scale."""
+    """Counts and tokens exact, sums within `bound` relative (squares: twice, as squaring doubles a
+    relative error), extrema within ten times it of their scale."""
     total = layer.total()
     assert torch.equal(total.count[0].double(), truth["count"]), "counts differ"
     assert int(total.tokens[0]) == int(truth["tokens"])
@@ -135,7 +136,8 @@ def assert_matches(layer: Any, truth: dict[str, Tensor], bound: float) -> None:
         got, want = getattr(total, key)[0], truth[key]
         error = ((got - want).abs() / want.abs().clamp_min(1e-30))[want != 0]
         worst = float(error.max()) if error.numel() else 0.0
-        assert worst <= bound, f"{key}: relative error {worst:.2e} above {bound:.0e}"
+        allowed = 2 * bound if "_sq_" in key else bound
+        assert worst <= allowed, f"{key}: relative error {worst:.2e} above {allowed:.0e}"
         assert torch.equal(got == 0, want == 0), f"{key}: zeros differ"
     reached = truth["count"] > 0
     for key in ("out_max", "out_min"):

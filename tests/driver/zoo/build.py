@@ -105,7 +105,7 @@ def _shrunk(cls: type[PretrainedConfig], fields: dict[str, Any]) -> PretrainedCo
 def make_model(
     spec: Spec, config: PretrainedConfig, seed: int, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A random model of `config` in eval mode, attention and experts eager, reproducible from `seed`."""
+    """A random eval-mode model of `config`, attention and experts eager, the same for a `seed`."""
     cls = _model_class(spec)
     generator = torch.Generator().manual_seed(seed)
     state = torch.random.get_rng_state()
