@@ -1,7 +1,7 @@
 """Measure the trained model, write its card: ``python -m reap_driver.demo.measure DIR``.
 
 Held-out perplexity, how evenly the experts are used, and how far they have specialised; the figures
-go to ``measurements.json`` and into the card, ``README.md``.
+are printed as JSON and go into the card, ``README.md``.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ Modules are split by a hash of their name into training (80 %), calibration (10 
 
 ## Measured on {held_out_tokens:,} held-out tokens
 
-`python -m reap_driver.demo.measure DIR` writes these figures (`measurements.json`).
+`python -m reap_driver.demo.measure DIR` measures and writes this page.
 
 | | all | {domain_names} |
 |---|---|{rule}
@@ -164,7 +164,6 @@ def main() -> None:
     folder: Path = parser.parse_args().model
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     figures = measure(model, AutoTokenizer.from_pretrained(folder))
-    (folder / "measurements.json").write_text(json.dumps(figures, indent=1) + "\n")
     training = json.loads((folder / "training.json").read_text())
     (folder / "README.md").write_text(render_card(model.config, training, figures))
     print(json.dumps(figures, indent=1))

@@ -27,13 +27,13 @@ def draw_scores(
     the heavier plan keeps a subset of the lighter one's experts. Scores are shown relative to the
     best of their layer, since plans compare experts within a layer only.
     """
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(11, 1.1 + 2.3 * len(panels)), squeeze=False, layout="constrained"
-    )
+    # a figure without pyplot draws to files with Agg: no display needed, no global state touched
+    figure = Figure(figsize=(11, 1.1 + 2.3 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)
     for axis, (name, (scores, light, heavy)) in zip(axes[:, 0], panels.items(), strict=True):
         relative = torch.stack([s / s.max() for s in scores.values()])
         # cividis: one ordering of lightness, equal for colour-blind readers and in grey print
-        image = axis.imshow(relative, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        image = axis.imshow(relative.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto")
         _mark(axis, list(scores), light, heavy)
         axis.set(title=name, ylabel="MoE layer", xlabel="expert")
         axis.set_yticks(range(len(scores)), range(len(scores)))
@@ -42,7 +42,6 @@ def draw_scores(
     figure.suptitle(title)
     figure.legend(handles=_legend(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 # Two shapes, filled and hollow, are told apart without colour. What the heavier plan removes scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-_COLUMNS = "{:<22} {:>7} {:>8} {:>24} {:>24}"
+_COLUMNS = "{:<26} {:>7} {:>8} {:>24} {:>24}"
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -32,7 +32,7 @@ def format_report(report: dict[str, Any]) -> str:
         "",
         f"A sample from {report['checkpoints'][-1]}, loaded with AutoModelForCausalLM:",
         "",
-        *("    " + line for line in report["sample"].splitlines()),
+        *(f"    {line}".rstrip() for line in report["sample"].splitlines()),
         "",
         f"Picture: {report['picture']}    Checkpoints: {', '.join(report['checkpoints'])}",
         f"{report['seconds']} seconds",
