@@ -6,14 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from torch import Tensor
-
-matplotlib.use("Agg")  # draws to files; a demo must not need a display
-
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from torch import Tensor
 
 Kept = Mapping[str, Sequence[int]]
 
