@@ -8,7 +8,7 @@ shards, stream, staging    writing: files, bytes, and the folder that gets its n
 verify, card, report       what came out
 """
 
-from reap_driver.checkpoint.apply import apply_plan
+from reap_driver.checkpoint.apply import apply_plan, check_plan
 from reap_driver.checkpoint.report import ApplyReport
 
-__all__ = ["ApplyReport", "apply_plan"]
+__all__ = ["ApplyReport", "apply_plan", "check_plan"]

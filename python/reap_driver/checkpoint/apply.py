@@ -18,7 +18,7 @@ from reap_driver.checkpoint.mtp import MtpKeys
 from reap_driver.checkpoint.report import ApplyReport
 from reap_driver.checkpoint.shards import plan_shards, write_index
 from reap_driver.checkpoint.source import Source, open_source, read_json, resolve_folder
-from reap_driver.checkpoint.staging import check_space, check_target, clean_stale, publish, staged
+from reap_driver.checkpoint.staging import check_target, clean_stale, publish, rehearse, staged
 from reap_driver.checkpoint.stream import OutShard, write_shard
 from reap_driver.checkpoint.verify import Checked, check_output, check_source
 from reap_driver.compat.models import load_config, meta_model
@@ -78,13 +78,34 @@ def apply_plan(
     job = _prepare(folder, plan, mtp == "keep", shard_size, trust_remote_code)
     needed = job.bytes_needed()
     cleaned = clean_stale(out)
-    check_space(out, needed)
     with staged(out, needed=needed) as staging:
         report = _write(job, plan, staging, out, _counter(progress, needed))
         publish(staging, out, overwrite=overwrite)
     report.cleaned = [str(path) for path in cleaned]
     report.seconds = time.perf_counter() - started
     return report
+
+
+def check_plan(
+    model_path: str | Path,
+    plan: "Plan",
+    out_path: str | Path,
+    *,
+    mtp: Literal["drop", "keep"] = "drop",
+    shard_size: int | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Raise what `apply_plan` with these arguments would raise before it writes its first byte.
+
+    Plans that remove as many experts pass alike, so a long observation can check first that its
+    outcome will be written.
+    """
+    out = Path(out_path).absolute()
+    folder = resolve_folder(model_path)
+    check_target(out, folder, overwrite=overwrite)
+    job = _prepare(folder, plan, mtp == "keep", shard_size, trust_remote_code)
+    rehearse(out, needed=job.bytes_needed())
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import yaml  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
-    from reap_driver.plan import Plan
-
     from reap_driver.checkpoint.report import ApplyReport
+    from reap_driver.plan import Plan
 
 # Fields of the source's card that stay true for the pruned model.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")

@@ -56,25 +56,19 @@ def check_target(out: Path, source: Path, *, overwrite: bool) -> None:
         )
 
 
-def check_space(out: Path, needed: int) -> None:
-    """Refuse when the file system of the target cannot hold `needed` bytes."""
-    parent = _existing(out.parent)
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise _no_space(out, needed, free)
-
-
 @contextlib.contextmanager
 def staged(out: Path, *, needed: int) -> Iterator[Path]:
     """A temporary sibling of `out`, removed unless the block ends normally and has renamed it.
 
     Raises:
         CheckpointError: the target's parent cannot be written.
-        ResourceError: the disk or the quota is full; nothing is left behind.
+        ResourceError: fewer than `needed` bytes are free, or the disk or a quota fills up on the
+            way; nothing is left behind.
     """
     made = _make_parents(out.parent)
     try:
-        with _make_folder(out) as folder, _terminations_raised():
+        with _terminations_raised(), _make_folder(out) as folder:
+            _check_space(out, needed)
             yield folder
     except OSError as error:
         _remove_empty(made)
@@ -87,6 +81,14 @@ def staged(out: Path, *, needed: int) -> Iterator[Path]:
     except BaseException:
         _remove_empty(made)
         raise
+
+
+def rehearse(out: Path, *, needed: int) -> None:
+    """Raise what `staged` would raise at its beginning; leaves nothing behind."""
+    made = [path for path in (out.parent, *out.parent.parents) if not path.exists()]
+    with staged(out, needed=needed):
+        pass
+    _remove_empty(made)
 
 
 def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
@@ -180,6 +182,13 @@ def _terminations_raised() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _check_space(out: Path, needed: int) -> None:
+    """Refuse when the file system of the target cannot hold `needed` bytes."""
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise _no_space(out, needed, free)
 
 
 def _make_parents(parent: Path) -> list[Path]:

@@ -40,7 +40,7 @@ class RouterMask(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if func in _PRODUCTS:
             for arg in (*args, *(kwargs or {}).values()):
-                address = arg.data_ptr() if isinstance(arg, torch.Tensor) else None
+                address = arg.data_ptr() if isinstance(arg, torch.Tensor) else 0
                 if address in self.removed:
                     self.unused.discard(self._names[address])
                     out = out.clone()

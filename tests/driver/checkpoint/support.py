@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,7 +26,7 @@ _SAVED_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
-def save(name: str, folder: Path, **overrides: object) -> PreTrainedModel:
+def save(name: str, folder: Path, **overrides: Any) -> PreTrainedModel:
     """Save a tiny random model of an architecture under its published key names."""
     _, model = zoo.tiny(name, **overrides)
     model.save_pretrained(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from reap_driver.checkpoint import apply_plan
 from reap_driver.checkpoint.card import read_front_matter

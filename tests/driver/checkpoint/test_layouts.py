@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tests.driver.checkpoint import support
 Tensors = dict[str, torch.Tensor]
 
 
-def prune(full: Path, model: PreTrainedModel, **options: object) -> tuple[Plan, Tensors, Tensors]:
+def prune(full: Path, model: PreTrainedModel, **options: Any) -> tuple[Plan, Tensors, Tensors]:
     """(plan, tensors before, tensors after) of one run."""
     plan = support.make_plan(full, model)
     before = support.read_all(full)

@@ -1,0 +1,244 @@
+"""Runs that do not finish: killed, interrupted, out of space, not allowed. Nothing is left under
+the final name, the source is untouched, and only a kill -9 leaves something behind, which the next
+run removes."""
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from reap_driver.checkpoint import apply_plan, staging
+from reap_driver.checkpoint.staging import clean_stale
+from reap_driver.compat.models import load_config, meta_model
+from reap_driver.plan import Plan
+from reap_kernels.errors import CheckpointError, ResourceError
+from tests.driver.checkpoint import support
+
+
+def write_half(full: Path, plan: Plan, out: Path, half_way: Path) -> None:
+    """Runs in a process of its own: stops in the middle of writing, says so, waits for its end."""
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            half_way.touch()
+            time.sleep(60)
+
+    apply_plan(full, plan, out, progress=stop)
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    support.save("mixtral", tmp_path / "full")
+    support.shard(tmp_path / "full", 4)
+    return tmp_path / "full"
+
+
+@pytest.fixture
+def plan(full: Path) -> Plan:
+    return support.make_plan(full, meta_model(load_config(full)))
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Temporary folders."""
+    return sorted(path.name for path in folder.iterdir() if "reap-" in path.name)
+
+
+def interrupt(full: Path, plan: Plan, number: signal.Signals) -> int | None:
+    """Send a signal to a writer in the middle of its work; returns its exit status."""
+    half_way = full.parent / "half-way"
+    # A fork has everything imported already; the writer starts no threads that it could miss.
+    process = multiprocessing.get_context("fork").Process(
+        target=write_half, args=(full, plan, full.parent / "pruned", half_way)
+    )
+    process.start()
+    assert process.pid is not None
+    try:
+        deadline = time.monotonic() + 60
+        while not half_way.exists():
+            assert process.is_alive(), "the writer ended before it was interrupted"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(process.pid, number)
+        process.join(30)
+        return process.exitcode
+    finally:
+        process.kill()
+        process.join()
+        half_way.unlink(missing_ok=True)
+
+
+def test_kill_leaves_no_result_and_the_next_run_cleans_up(full: Path, plan: Plan) -> None:
+    before = support.snapshot(full)
+    assert interrupt(full, plan, signal.SIGKILL) == -signal.SIGKILL
+    assert not (full.parent / "pruned").exists()
+    left = leftovers(full.parent)
+    assert len(left) == 1
+    assert support.snapshot(full) == before
+
+    report = apply_plan(full, plan, full.parent / "pruned")
+    assert [Path(path).name for path in report.cleaned] == left
+    assert leftovers(full.parent) == []
+    assert len(support.read_all(full.parent / "pruned")) == report.tensors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_termination_leaves_nothing(full: Path, plan: Plan, number: signal.Signals) -> None:
+    before = support.snapshot(full)
+    assert interrupt(full, plan, number) not in (0, None)
+    assert not (full.parent / "pruned").exists()
+    assert leftovers(full.parent) == []
+    assert support.snapshot(full) == before
+
+
+def test_handlers_are_restored(full: Path, plan: Plan, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    apply_plan(full, plan, tmp_path / "pruned")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_folder_of_a_running_writer_is_left_alone(full: Path, plan: Plan, tmp_path: Path) -> None:
+    cleaned: list[Path] = []
+    apply_plan(
+        full,
+        plan,
+        tmp_path / "pruned",
+        progress=lambda *_: cleaned.extend(clean_stale(tmp_path / "pruned")),
+    )
+    assert cleaned == []
+    assert (tmp_path / "pruned" / "config.json").is_file()
+
+
+def test_failure_leaves_nothing_not_even_new_parents(
+    full: Path, plan: Plan, tmp_path: Path
+) -> None:
+    def fail(done: int, _: int) -> None:
+        if done > 1000:
+            raise RuntimeError("from the caller")
+
+    with pytest.raises(RuntimeError, match="from the caller"):
+        apply_plan(full, plan, tmp_path / "new" / "deeper" / "pruned", progress=fail)
+    assert not (tmp_path / "new").exists()
+
+
+def test_failed_replacement_keeps_the_old_checkpoint(
+    full: Path, plan: Plan, tmp_path: Path
+) -> None:
+    out = tmp_path / "pruned"
+    apply_plan(full, plan, out)
+    (out / "mark").write_text("first")
+
+    def fail(*_: int) -> None:
+        raise RuntimeError("from the caller")
+
+    with pytest.raises(RuntimeError, match="from the caller"):
+        apply_plan(full, plan, out, overwrite=True, progress=fail)
+    assert (out / "mark").read_text() == "first"
+    assert leftovers(tmp_path) == []
+    apply_plan(full, plan, out, overwrite=True)
+    assert not (out / "mark").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_failed_rename_brings_the_old_checkpoint_back(
+    full: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "pruned"
+    apply_plan(full, plan, out)
+    (out / "mark").write_text("first")
+    rename = Path.rename
+
+    def fail_partial(self: Path, target: Path) -> Path:
+        if "reap-partial" in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_partial)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        apply_plan(full, plan, out, overwrite=True)
+    assert (out / "mark").read_text() == "first"
+    assert leftovers(tmp_path) == []
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, size: str) -> Iterator[None]:
+    """A file system of that size, where mounting is allowed."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root on Linux; the file size limit test covers it")
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here; the file size limit test covers it")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_full_disk(
+    full: Path, plan: Plan, tmp_path: Path, foreseen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused up front; and when the space goes while writing, all is removed again."""
+    if not foreseen:
+        monkeypatch.setattr(staging, "_check_space", lambda *_: None)
+    before = support.snapshot(full)
+    with small_disk(tmp_path / "disk", "64k"):
+        out = tmp_path / "disk" / "pruned"
+        with pytest.raises(
+            ResourceError, match=rf"{out}: needs \d+ bytes, \d+ are free.*free some"
+        ):
+            apply_plan(full, plan, out)
+        assert list((tmp_path / "disk").iterdir()) == []
+    assert support.snapshot(full) == before
+
+
+def test_file_size_limit(full: Path, plan: Plan, tmp_path: Path) -> None:
+    """A limit (quotas behave alike) that is hit in the middle of a file."""
+    before = support.snapshot(full)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
+    try:
+        with pytest.raises(ResourceError, match="quota or file size limit"):
+            apply_plan(full, plan, tmp_path / "pruned")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert not (tmp_path / "pruned").exists()
+    assert leftovers(tmp_path) == []
+    assert support.snapshot(full) == before
+
+
+def test_unwritable_target(full: Path, plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"file: cannot be created"):
+        apply_plan(full, plan, tmp_path / "file" / "pruned")
+    assert (tmp_path / "file").read_text() == "mine"
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(0o500)
+    target = (
+        closed if os.geteuid() else Path("/proc")
+    )  # root may write anywhere but in a view of the kernel
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        apply_plan(full, plan, target / "pruned")
+
+
+def test_source_that_shrinks_while_it_is_read(full: Path, plan: Plan, tmp_path: Path) -> None:
+    victim = full / "model-00004-of-00004.safetensors"
+
+    def shrink(*_: int) -> None:
+        os.truncate(victim, 2000)
+
+    with pytest.raises(
+        CheckpointError, match=r"00004.*ended at byte 2000.*do not change the source"
+    ):
+        apply_plan(full, plan, tmp_path / "pruned", progress=shrink)
+    assert not (tmp_path / "pruned").exists()
+    assert leftovers(tmp_path) == []
