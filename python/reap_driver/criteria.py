@@ -68,6 +68,7 @@ class Scores(_Values):
         model: provenance of the model (`id`, `config_digest`, ...).
         layers: what is known of each layer (`num_experts`, `top_k`, `n_group`, `topk_group`, ...).
         data: provenance of the calibration data, one entry a source.
+        unobserved: MoE layers of the model that no token reached, so they have no scores.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Scores(_Values):
         self.model: dict[str, Any] = dict(known.get("model") or {})
         self.layers: dict[str, dict[str, Any]] = dict(known.get("layers") or {})
         self.data: list[dict[str, Any]] = list(known.get("data") or [])
+        self.unobserved: list[str] = list(known.get("unobserved") or [])
 
     def digest(self) -> str:
         """`sha256:...` over criterion, weights, layer names and the bits of every score."""
@@ -123,17 +125,21 @@ def score(
 
     if criterion not in CRITERIA:
         raise PlanError(f"criterion {criterion!r} is unknown; choose one of {', '.join(CRITERIA)}")
-    shares = None if weights is None else _shares(stats.groups, weights)
+    wanted = None if weights is None else shares(stats.groups, weights)
     stats.check_finite()
     values = {
-        name: _score_layer(name, layer, stats.groups, CRITERIA[criterion], shares)
+        name: _score_layer(name, layer, stats.groups, CRITERIA[criterion], wanted)
         for name, layer in stats.layers.items()
     }
     return Scores(values, criterion=criterion, weights=weights, provenance=stats.provenance)
 
 
-def _shares(groups: list[str], weights: Mapping[str, float]) -> list[float]:
-    """Weights in the order of the groups, divided by their sum."""
+def shares(groups: list[str], weights: Mapping[str, float]) -> list[float]:
+    """Weights in the order of the groups, divided by their sum.
+
+    Raises:
+        PlanError: they do not name exactly the groups, are negative, not finite or all 0.
+    """
     from reap_kernels.errors import PlanError
 
     unknown, missing = sorted(set(weights) - set(groups)), sorted(set(groups) - set(weights))

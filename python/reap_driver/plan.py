@@ -158,6 +158,12 @@ def make_plan(scores: Scores, ratio: float = 0.5, *, allocation: str = "uniform"
         raise PlanError(
             f"allocation {allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}"
         )
+    if scores.unobserved:
+        raise PlanError(
+            f"layer {scores.unobserved[0]} ({len(scores.unobserved)} in all) was reached by no "
+            "token, so its experts cannot be ranked; calibrate with data that reaches it (vision "
+            "experts need images)"
+        )
     missing = [name for name in scores if name not in scores.layers]
     if missing:
         raise PlanError(

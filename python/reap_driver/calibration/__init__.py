@@ -1,0 +1,13 @@
+"""Calibration data: local files to batches of token ids.
+
+source   what `--data [group=]SOURCE[:N]` means
+records  records of JSON lines, Parquet and text files, with their places
+encode   records to token ids
+pack     token ids to sequences and batches
+"""
+
+from reap_driver.calibration.encode import Encoder
+from reap_driver.calibration.pack import PackedSource, pack
+from reap_driver.calibration.source import DataSource
+
+__all__ = ["DataSource", "Encoder", "PackedSource", "pack"]

@@ -1,0 +1,12 @@
+"""The commands of `reap-kernels`, a module each.
+
+A command module has NAME, SUMMARY, DESCRIPTION, EXAMPLES, `configure(parser)` for its arguments,
+and `run(args, console)`, which does the work, tells a human through the console, and returns what
+`--json` prints. No module imports torch before `run`.
+"""
+
+from types import ModuleType
+
+from reap_driver.commands import apply, demo, doctor, observe, plan, prune
+
+COMMANDS: tuple[ModuleType, ...] = (demo, prune, observe, plan, apply, doctor)

@@ -1,0 +1,91 @@
+"""`reap-kernels apply`: write the checkpoint a plan leaves."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reap_driver.commands import options
+from reap_driver.commands.console import Console, short
+
+if TYPE_CHECKING:
+    from reap_driver.checkpoint import ApplyReport
+
+NAME = "apply"
+SUMMARY = "write the smaller checkpoint that a plan leaves of a model"
+DESCRIPTION = """\
+Writes a new checkpoint with the experts the plan keeps. Works on files, at the speed of the disk
+and with little memory, whatever the size or the quantisation of the model. The source is never
+touched; the output appears under its name when it is complete and verified.
+"""
+EXAMPLES = """\
+examples:
+  reap-kernels apply MODEL plan.json --out MODEL-half
+  reap-kernels apply MODEL plan.json --out MODEL-half --shard-size 5GB
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Model, plan, output."""
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="file that `plan` wrote")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the new checkpoint"
+    )
+    options.add_overwrite(parser)
+    options.add_trust(parser)
+    options.add_writing(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Writes the checkpoint."""
+    from reap_driver.checkpoint import apply_plan
+    from reap_driver.plan import Plan
+
+    plan = Plan.load(args.plan)
+    with console.progress("writing", "B") as progress:
+        report = apply_plan(
+            args.model,
+            plan,
+            args.out,
+            mtp=args.mtp,
+            shard_size=args.shard_size,
+            overwrite=args.overwrite,
+            trust_remote_code=args.trust_remote_code,
+            progress=progress.reach,
+        )
+    for warning in report.warnings:
+        console.note(warning)
+    console.say(describe(report))
+    return {"out": str(args.out), **facts(report)}
+
+
+def facts(report: "ApplyReport") -> dict[str, Any]:
+    """The report in numbers, for machines."""
+    return {
+        "layers": report.layers,
+        "experts_before": report.experts_before,
+        "experts_after": report.experts_after,
+        "tensor_bytes_before": report.source_tensor_bytes,
+        "tensor_bytes_after": report.tensor_bytes,
+        "bytes_written": report.bytes_written,
+        "shards": report.shards,
+        "edited_config": dict(report.edited_config),
+        "mtp_dropped": len(report.mtp_dropped),
+        "left_out": report.left_out,
+        "warnings": report.warnings,
+        "apply_seconds": round(report.seconds, 3),
+    }
+
+
+def describe(report: "ApplyReport") -> str:
+    """The report in a few lines, for people."""
+    lines = [
+        f"wrote {report.out_path} in {report.seconds:.1f} s: {report.experts_after} of "
+        f"{report.experts_before} experts in each of {report.layers} layers, "
+        f"{short(report.tensor_bytes)}B of {short(report.source_tensor_bytes)}B"
+    ]
+    if report.mtp_dropped:
+        lines.append(f"left out {len(report.mtp_dropped)} tensors of multi-token-prediction layers")
+    if report.left_out:
+        lines.append(f"left out files in other weight formats: {', '.join(report.left_out)}")
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""`reap-kernels observe`: run the model on calibration data and save statistics of its experts."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from reap_driver.commands import options
+from reap_driver.commands.console import Console
+
+NAME = "observe"
+SUMMARY = "run a model on calibration data, save statistics of its experts"
+DESCRIPTION = """\
+Runs the model once over your data and saves, for every expert, how often it was used and how much
+it contributed. The slow step, and the only one that loads the weights: plans made from the
+statistics later cost seconds, whatever criterion, ratio or weights of groups you try.
+
+Records are JSON lines, Parquet rows or text files. A record has `input_ids` (token ids), `text`,
+or `messages` (put through the model's chat template). Documents are packed end to end into
+sequences of --seq-len tokens; nothing is padded and nothing is cut off.
+"""
+EXAMPLES = """\
+examples:
+  reap-kernels observe MODEL --data code.jsonl --out stats.safetensors
+  reap-kernels observe MODEL --data code=src.parquet:700 --data tools=calls.jsonl:330 \\
+      --seq-len 2048 --out stats.safetensors
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Model, data, output."""
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="where to save the statistics"
+    )
+    options.add_overwrite(parser)
+    options.add_trust(parser)
+    options.add_calibration(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Observes and saves; what can be checked early is."""
+    from reap_driver.calibration import DataSource
+    from reap_driver.commands import calibrate
+    from reap_driver.commands.outputs import check_file
+
+    wanted = [DataSource.parse(text) for text in args.data]
+    check_file(args.out, overwrite=args.overwrite)
+    model = calibrate.inspect_model(args)
+    seq_len = calibrate.check_options(args, model.config)
+    sources = calibrate.read_data(args, wanted, model.config, seq_len, console)
+    stats, seconds = calibrate.run_model(args, sources, console)
+    stats.save(args.out)
+    facts, text = calibrate.summary(stats, seconds)
+    console.say(text)
+    console.say(f"wrote {args.out}; next: reap-kernels plan {args.out} --ratio 0.5 --out plan.json")
+    return {"out": str(args.out), **facts}

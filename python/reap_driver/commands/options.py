@@ -1,0 +1,150 @@
+"""Options that several commands share, and the types of their values."""
+
+import argparse
+import re
+
+from reap_driver.criteria import CRITERIA
+
+SEQ_LEN = 2048
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """--json and --quiet, of every command."""
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--json", action="store_true", help="print one JSON object on stdout (errors too)"
+    )
+    group.add_argument(
+        "-q", "--quiet", action="store_true", help="print no progress, notes or results"
+    )
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """--overwrite."""
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what is there, once the new is complete"
+    )
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """--trust-remote-code."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run model or tokenizer code that comes with the checkpoint; read it first",
+    )
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """What is observed, and how the model runs."""
+    data = parser.add_argument_group("calibration data")
+    data.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        metavar="[GROUP=]SOURCE[:N]",
+        help="a .jsonl, .parquet or .txt file, or a folder of them; N takes a random sample of N "
+        "records; GROUP names the statistics (default: the file's name); give it again for more",
+    )
+    data.add_argument(
+        "--seq-len",
+        type=positive,
+        metavar="L",
+        help=f"tokens in a sequence (default: {SEQ_LEN}, or the model's maximum if that is less)",
+    )
+    data.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    run = parser.add_argument_group("running the model")
+    run.add_argument(
+        "--batch-size",
+        type=positive,
+        default=1,
+        metavar="B",
+        help="sequences at a time (default: 1)",
+    )
+    run.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)",
+    )
+    run.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="of the weights in memory (default: as in the checkpoint)",
+    )
+    run.add_argument(
+        "--backend", help="kernels to use, without falling back; `reap-kernels doctor` lists them"
+    )
+
+
+def add_ranking(parser: argparse.ArgumentParser) -> None:
+    """How many experts go, and which."""
+    group = parser.add_argument_group("which experts go")
+    group.add_argument(
+        "--ratio",
+        type=float,
+        default=0.5,
+        help="share of each layer's experts to remove, above 0 and below 1 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--criterion",
+        choices=tuple(CRITERIA),
+        default="reap",
+        metavar="NAME",
+        help="what experts are ranked by (default: %(default)s); one of "
+        + "; ".join(f"{name}: {c.formula}" for name, c in CRITERIA.items()),
+    )
+    group.add_argument(
+        "--weights",
+        type=weights,
+        metavar="GROUP=W,...",
+        help="count the groups as if their tokens had these shares (default: as observed)",
+    )
+
+
+def add_writing(parser: argparse.ArgumentParser) -> None:
+    """How the checkpoint is written."""
+    group = parser.add_argument_group("writing the checkpoint")
+    group.add_argument(
+        "--mtp",
+        choices=("drop", "keep"),
+        default="drop",
+        help="multi-token-prediction layers: leave them out (default), or keep them where they "
+        "have no experts of their own",
+    )
+    group.add_argument(
+        "--shard-size",
+        type=size,
+        metavar="BYTES",
+        help="largest weight file, such as 5GB (default: as the source is divided)",
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not re.fullmatch(r"\d+", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def size(text: str) -> int:
+    """Bytes, with kB, MB, GB or TB (powers of 1000)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
+    value = float(match[1]) * 1000 ** " kMGT".index(match[2] or " ") if match else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 800MB")
+    return int(value)
+
+
+def weights(text: str) -> dict[str, float]:
+    """GROUP=NUMBER, separated by commas."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = part.rpartition("=")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise argparse.ArgumentTypeError(f"{part!r} is not GROUP=NUMBER, such as code=0.7")
+    return found

@@ -1,0 +1,92 @@
+"""`reap-kernels prune`: observe, plan and apply in one."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from reap_driver.commands import apply, options, plan
+from reap_driver.commands.console import Console
+
+NAME = "prune"
+SUMMARY = "make a model smaller in one command: observe, plan, apply"
+DESCRIPTION = """\
+Runs the model once over your data, ranks its experts, and writes a new checkpoint without the
+ones that matter least. Everything that could refuse the model, the data or the output is checked
+before the weights are loaded. The output also holds the statistics and the plan it came from, in
+DIR/reap.
+
+Records are JSON lines, Parquet rows or text files. A record has `input_ids` (token ids), `text`, or
+`messages` (put through the model's chat template).
+"""
+EXAMPLES = """\
+examples:
+  reap-kernels prune MODEL --data code.jsonl --ratio 0.5 --out MODEL-half
+  reap-kernels prune MODEL --data code.jsonl:1000 --data chat.parquet:500 --ratio 0.25 --out OUT
+  reap-kernels prune MODEL --data notes/ --dtype bfloat16 --device cuda --ratio 0.4 --out OUT
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Model, data, ranking, output."""
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the new checkpoint"
+    )
+    parser.add_argument(
+        "--stats",
+        type=Path,
+        metavar="FILE",
+        help="save the statistics here too, as soon as there are any: for long runs",
+    )
+    options.add_overwrite(parser)
+    options.add_trust(parser)
+    options.add_ranking(parser)
+    options.add_calibration(parser)
+    options.add_writing(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Checks, observes, plans, writes."""
+    from reap_driver.calibration import DataSource
+    from reap_driver.checkpoint import apply_plan, check_plan
+    from reap_driver.commands import calibrate
+    from reap_driver.commands.outputs import check_file
+    from reap_driver.criteria import score
+    from reap_driver.plan import make_plan
+
+    wanted = [DataSource.parse(text) for text in args.data]
+    if args.stats is not None:
+        check_file(args.stats, overwrite=args.overwrite)
+    model = calibrate.inspect_model(args)
+    writing = {
+        "mtp": args.mtp,
+        "shard_size": args.shard_size,
+        "overwrite": args.overwrite,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    # Any plan of this ratio needs the same space and passes the same checks.
+    check_plan(args.model, make_plan(model.blank_scores(), args.ratio), args.out, **writing)
+    calibrate.check_groups(wanted, args.weights)
+    seq_len = calibrate.check_options(args, model.config)
+    sources = calibrate.read_data(args, wanted, model.config, seq_len, console)
+
+    stats, seconds = calibrate.run_model(args, sources, console)
+    observed, text = calibrate.summary(stats, seconds)
+    console.say(text)
+    if args.stats is not None:
+        stats.save(args.stats)
+    chosen = make_plan(score(stats, args.criterion, args.weights), args.ratio)
+    for note in chosen.notes:
+        console.note(note)
+    console.say(plan.describe(chosen))
+
+    with console.progress("writing", "B") as progress:
+        report = apply_plan(args.model, chosen, args.out, progress=progress.reach, **writing)
+    record = args.out / "reap"
+    record.mkdir(exist_ok=True)
+    stats.save(record / "stats.safetensors")
+    chosen.save(record / "plan.json")
+    for warning in report.warnings:
+        console.note(warning)
+    console.say(apply.describe(report))
+    return {"out": str(args.out), **observed, **plan.facts(chosen), **apply.facts(report)}
