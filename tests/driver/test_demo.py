@@ -25,7 +25,17 @@ from reap_driver.demo.specialisation import (
     without_experts,
 )
 from reap_driver.demo.table import format_report
-from reap_driver.demo.train import Recipe, balance_loss, batches, learning_rate
+from reap_driver.demo.train import (
+    Recipe,
+    balance_loss,
+    batches,
+    build_model,
+    learning_rate,
+    save,
+    token_streams,
+    train,
+    train_tokenizer,
+)
 from reap_driver.plan import Plan
 from reap_kernels.errors import DataError
 from reap_kernels.stats import SaliencyStats
@@ -211,6 +221,34 @@ def test_learning_rate_warms_up_and_decays():
     assert max(rates) == rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 0.03
+
+
+def test_training_learns_and_saves_the_published_format(tmp_path):
+    text = {
+        d: f"{d} " + "the quick brown fox jumps over the lazy dog; " * 40 for d in corpus.DOMAINS
+    }
+    documents = [corpus.Document(d, d, "train", t) for d, t in text.items()]
+    recipe = Recipe(vocab_size=300, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16,
+                    experts=8, experts_per_token=2, expert_size=16, seq_len=32, batch=4, steps=30,
+                    warmup=5)  # fmt: skip
+    tokenizer = train_tokenizer(documents, recipe.vocab_size)
+    losses = train(small := build_model(recipe), token_streams(documents, tokenizer, 0), recipe)
+    assert losses[0] == pytest.approx(math.log(300), rel=0.1)
+    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
+    save(small, tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["num_experts"] == 8
+    assert "num_local_experts" not in config
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    for name, tensor in small.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    sentence = "naïve dog 犬\n\t\tindent"
+    assert again.decode(again(sentence)["input_ids"]) == sentence
+    chat = [{"role": "user", "content": "fox?"}]
+    shown = again.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert shown == "user: fox?\n\nassistant: "
 
 
 @pytest.mark.parametrize("shape", [(48, 160), (160, 48), (3, 32, 32)])

@@ -24,28 +24,34 @@ def routers(model: Any) -> list[nn.Module]:
     return [layer.mlp.gate for layer in model.model.layers]
 
 
+@contextmanager
+def router_outputs(model: Any) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Record what the routers return: a list of (logits [T, E], gates [T, k], ids [T, k])."""
+    outputs: list[tuple[Tensor, ...]] = []
+    hooks = [
+        r.register_forward_hook(lambda _m, _i, out: outputs.append(out)) for r in routers(model)
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def routing_shares(model: Any, windows: dict[str, Tensor]) -> Tensor:
     """Share of a domain's routed slots that each expert takes: float64 [layers, domains, E].
 
-    Read from the model's own routers by forward hooks; each row sums to 1.
+    Read from the model's own routers; each row sums to 1.
     """
-    chosen: list[Tensor] = []
-    hooks = [
-        r.register_forward_hook(lambda _m, _i, out: chosen.append(out[2])) for r in routers(model)
-    ]
     experts = model.config.num_experts
     by_domain = []
-    try:
+    with router_outputs(model) as routed:
         for ids in windows.values():
-            chosen.clear()
+            routed.clear()
             model(input_ids=ids, use_cache=False)
-            by_domain.append(
-                torch.stack([torch.bincount(c.flatten(), minlength=experts) for c in chosen])
-            )
-    finally:
-        for hook in hooks:
-            hook.remove()
+            chosen = [out[2].flatten() for out in routed]
+            by_domain.append(torch.stack([torch.bincount(c, minlength=experts) for c in chosen]))
     counts = torch.stack(by_domain, dim=1).double()
     return counts / counts.sum(-1, keepdim=True)
 
