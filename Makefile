@@ -11,13 +11,20 @@ READY := $(VENV)/.ready
 # One OpenMP thread a test worker: two spinning teams on the same cores run many times slower.
 WORKERS ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test support lint bench clean
 
 demo: $(READY)
 	$(RUN) -m reap_driver demo --out out/demo
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) $(TESTS)
+
+# Rewrites the README's support matrix from what the tests prove.
+support: $(READY)
+	@mkdir -p out && rm -f out/support.jsonl
+	OMP_NUM_THREADS=1 REAP_SUPPORT_MATRIX=out/support.jsonl \
+		$(RUN) -m pytest -q -n $(WORKERS) tests/driver
+	$(RUN) -m tests.support_matrix out/support.jsonl
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .
