@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error.usage, end="", file=sys.stderr)
         return _fail("UsageError", str(error), USAGE, as_json)
     except KeyboardInterrupt:
-        text = "interrupted; nothing was written under the names given with --out"
+        text = "interrupted; no half-written output is left behind"
         return _fail("KeyboardInterrupt", text, INTERRUPTED, as_json)
     except Exception as error:
         known = _explain(error)

@@ -187,7 +187,8 @@ def _score_layer(
         )
     if criterion.field == "out_max":
         used = factors > 0
-        peak = layer.extrema[:, used].abs().amax(dim=(0, 1)).double()  # [E]; Inf where never routed
+        high, low = layer.out_max[used].amax(dim=0), layer.out_min[used].amin(dim=0)  # [E]
+        peak = high.maximum(-low).double()  # -inf where never routed
         values = peak.where(rows > 0, peak.new_zeros(()))
     else:
         values = _mixed(getattr(layer, criterion.field).double(), factors)

@@ -85,7 +85,7 @@ class Encoder:
     def _load_tokenizer(self, record: Record) -> Any:
         if self._tokenizer is None:
             try:
-                # With the config at hand, AutoTokenizer need not resolve a model_type it does not know.
+                # Given the config, AutoTokenizer need not resolve a model_type it does not know.
                 self._tokenizer = AutoTokenizer.from_pretrained(
                     str(self._model), config=self._config, trust_remote_code=self._trust
                 )

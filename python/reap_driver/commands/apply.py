@@ -9,13 +9,15 @@ from reap_driver.commands.console import Console, short
 
 if TYPE_CHECKING:
     from reap_driver.checkpoint import ApplyReport
+    from reap_driver.plan import Plan
 
 NAME = "apply"
 SUMMARY = "write the smaller checkpoint that a plan leaves of a model"
 DESCRIPTION = """\
 Writes a new checkpoint with the experts the plan keeps. Works on files, at the speed of the disk
 and with little memory, whatever the size or the quantisation of the model. The source is never
-touched; the output appears under its name when it is complete and verified.
+touched; the output appears under its name when it is complete and verified. It also holds the
+plan, in DIR/reap.
 """
 EXAMPLES = """\
 examples:
@@ -53,10 +55,19 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             trust_remote_code=args.trust_remote_code,
             progress=progress.reach,
         )
+    save_record(args.out, plan)
     for warning in report.warnings:
         console.note(warning)
     console.say(describe(report))
     return {"out": str(args.out), **facts(report)}
+
+
+def save_record(out: Path, plan: "Plan") -> Path:
+    """Keeps the plan with the checkpoint it made, in the folder `reap`; returns that folder."""
+    folder = out / "reap"
+    folder.mkdir(exist_ok=True)
+    plan.save(folder / "plan.json")
+    return folder
 
 
 def facts(report: "ApplyReport") -> dict[str, Any]:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 _SILENT = 2.0  # seconds before progress shows: what is quicker needs none
-_LINE_EVERY = 60.0  # seconds between lines where stderr is no terminal, or a tenth of the work
+# Where stderr is no terminal: a line for each tenth of the work, or each minute.
+_SHORTEST, _LONGEST = 5.0, 60.0
 
 
 class Console:
@@ -108,7 +109,9 @@ class Progress:
         now = time.monotonic()
         tenth = 10 * self._done // self._total if self._total else 0
         waited = now - self._said
-        if self.seconds > _SILENT and (waited > _LINE_EVERY or tenth > self._tenth):
+        due = tenth > self._tenth and waited > _SHORTEST
+        first = self._said == self._began
+        if waited > _LONGEST or due or (first and waited > _SILENT):
             self._said, self._tenth = now, tenth
             print(self._line(), file=sys.stderr, flush=True)
 

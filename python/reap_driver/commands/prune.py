@@ -82,10 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     with console.progress("writing", "B") as progress:
         report = apply_plan(args.model, chosen, args.out, progress=progress.reach, **writing)
-    record = args.out / "reap"
-    record.mkdir(exist_ok=True)
-    stats.save(record / "stats.safetensors")
-    chosen.save(record / "plan.json")
+    stats.save(apply.save_record(args.out, chosen) / "stats.safetensors")
     for warning in report.warnings:
         console.note(warning)
     console.say(apply.describe(report))

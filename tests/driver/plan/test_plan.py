@@ -1,0 +1,221 @@
+"""Plans: made from scores, saved, loaded, and every way a file can be wrong."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reap_driver.criteria import Scores, score
+from reap_driver.plan import LayerPlan, Plan, make_plan, random_plan
+from reap_kernels.errors import PlanError
+from tests.driver.plan.statistics import EXPERTS, MODEL, Rows, model_stats
+
+LAYERS = ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+
+
+def scores(**facts: int) -> Scores:
+    rows = {name: Rows(2, seed) for seed, name in enumerate(LAYERS)}
+    stats = model_stats(rows, ["x", "y"], **facts)
+    stats.provenance["data"] = [{"group": "x", "source": "x.jsonl", "tokens": 5}]
+    return score(stats, "reap", {"x": 0.25, "y": 0.75})
+
+
+def test_a_plan_keeps_the_best_and_says_why() -> None:
+    known = scores()
+    plan = make_plan(known, 0.5)
+    for name in LAYERS:
+        best = sorted(known[name].argsort(descending=True)[:3].tolist())
+        assert plan.layers[name].kept == plan.kept[name] == tuple(best)
+        assert sorted(plan.layers[name].kept + plan.layers[name].removed) == list(range(EXPERTS))
+    assert plan.model == MODEL
+    assert (plan.criterion, plan.allocation, plan.ratio) == ("reap", "uniform", 0.5)
+    assert plan.scores_digest == known.digest()
+    assert plan.weights == {"x": 0.25, "y": 0.75}
+    assert plan.data == [{"group": "x", "source": "x.jsonl", "tokens": 5}]
+    assert plan.notes == []
+
+
+def test_rounding_by_groups_is_noted() -> None:
+    plan = make_plan(scores(n_group=2, topk_group=1, top_k=1), 0.5)
+    assert {len(layer.removed) for layer in plan.layers.values()} == {2}
+    assert plan.notes == [
+        "2 layers remove 2 instead of 3 of 6 experts: "
+        "their 2 routing groups must stay equal in size"
+    ]
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    plan = make_plan(scores(), 1 / 3)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["format"] == "reap-plan"
+    assert content["version"] == 1
+    assert set(content["layers"][LAYERS[0]]) == {"num_experts", "kept", "removed"}
+
+
+def test_saving_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(scores(), 0.5)
+    plan.save(tmp_path / "plan.json")
+    before = (tmp_path / "plan.json").read_bytes()
+
+    def full_disk(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        dataclasses.replace(plan, notes=["new"]).save(tmp_path / "plan.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert (tmp_path / "plan.json").read_bytes() == before
+
+
+def test_random_plans_are_seeded_and_differ() -> None:
+    known = scores()
+    plans = [random_plan(known, 0.5, seed) for seed in (0, 0, 1)]
+    assert plans[0] == plans[1]
+    assert plans[0].kept != plans[2].kept
+    assert plans[0].criterion == "random"
+    assert plans[0].model == MODEL
+    # The same on every machine: the values are written down.
+    assert plans[0].kept == {LAYERS[0]: (0, 1, 4), LAYERS[1]: (0, 3, 4)}
+
+
+def test_random_plans_use_all_experts_alike() -> None:
+    known, kept = scores(), torch.zeros(EXPERTS)
+    for seed in range(400):
+        for layer in random_plan(known, 0.5, seed).layers.values():
+            kept[list(layer.kept)] += 1
+    assert kept.sum() == 400 * 2 * 3
+    assert (kept / 400 - 1).abs().max() < 0.12  # 3.4 standard deviations of a fair draw
+
+
+def test_random_plans_respect_groups() -> None:
+    known = scores(n_group=2, topk_group=1, top_k=1)
+    for seed in range(20):
+        for layer in random_plan(known, 0.4, seed).layers.values():
+            assert sum(expert < 3 for expert in layer.kept) == 2
+
+
+@pytest.mark.parametrize(
+    ("kept", "removed", "says"),
+    [
+        ((0, 1), (2,), "do not share out"),  # 3 is nowhere
+        ((0, 1), (1, 2, 3), "do not share out"),
+        ((0, 4), (1, 2, 3), "do not share out"),
+        ((-1, 0), (1, 2, 3), "do not share out"),
+        ((1, 0), (2, 3), "not ascending"),
+        ((0, 0), (1, 2, 3), "not ascending"),
+        ((), (0, 1, 2, 3), "kept is empty"),
+    ],
+)
+def test_kept_and_removed_share_out_the_experts(
+    kept: tuple[int, ...], removed: tuple[int, ...], says: str
+) -> None:
+    with pytest.raises(PlanError, match=says):
+        LayerPlan(4, kept, removed)
+
+
+LAYER = f"layers.{LAYERS[0]}"
+FIELDS = (
+    "model",
+    "criterion",
+    "weights",
+    "allocation",
+    "ratio",
+    "scores_digest",
+    "data",
+    "notes",
+    "layers",
+)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_is_needed(tmp_path: Path, field: str) -> None:
+    path, content = saved(tmp_path)
+    del content[field]
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match=rf"plan.json: field '{field}' is missing"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize("field", ["num_experts", "kept", "removed"])
+def test_every_field_of_a_layer_is_needed(tmp_path: Path, field: str) -> None:
+    path, content = saved(tmp_path)
+    del content["layers"][LAYERS[0]][field]
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match=rf"plan.json: layer {LAYERS[0]}: field '{field}' is miss"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("format", "reap-stats", "is not a plan"),
+        ("version", 2, "version 2.*reads 1"),
+        ("version", None, "version None"),
+        ("ratio", "half", "field 'ratio' is 'half'"),
+        ("ratio", True, "field 'ratio' is True"),
+        ("ratio", 1.5, "ratio 1.5"),
+        ("model", [], r"field 'model' is \[\]; expected dict"),
+        ("weights", [], r"field 'weights' is \[\]"),
+        ("layers", {}, "'layers' is empty"),
+        ("layers", {"a": [1]}, r"layer a is \[1\]"),
+        (f"{LAYER}.kept", [0, 1, 2, 3, "4"], "field 'kept' holds other things"),
+        (f"{LAYER}.kept", [0, True], "field 'kept' holds other things"),
+        (f"{LAYER}.kept", [0, 1], "do not share out"),
+        (f"{LAYER}.removed", [5, 4, 3], "not ascending"),
+        (f"{LAYER}.num_experts", 7, "do not share out"),
+        (f"{LAYER}.num_experts", 6.0, "field 'num_experts' is 6.0"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path: Path, field: str, value: Any, says: str) -> None:
+    path, content = saved(tmp_path)
+    if field.startswith(LAYER):
+        content["layers"][LAYERS[0]][field.rpartition(".")[2]] = value
+    else:
+        content[field] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match=says) as caught:
+        Plan.load(path)
+    if field != "ratio":
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("", "is not JSON"), ("{", "is not JSON"), ("[]", "is not a plan"), ("\xff\xfe", "not JSON")],
+)
+def test_files_that_are_no_plans(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(PlanError, match=says):
+        Plan.load(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"none.json cannot be read: No such file"):
+        Plan.load(tmp_path / "none.json")
+
+
+def test_what_cannot_be_planned() -> None:
+    with pytest.raises(PlanError, match=r"allocation 'global' is unknown; choose one of uniform"):
+        make_plan(scores(), 0.5, allocation="global")
+    known = scores()
+    known.layers = {}
+    with pytest.raises(PlanError, match=r"layer model.layers.0.mlp.experts: the statistics do not"):
+        make_plan(known, 0.5)
+    known = scores()
+    known.unobserved = ["model.layers.1.vision"]
+    with pytest.raises(PlanError, match=r"layer model.layers.1.vision .* reached by no token"):
+        make_plan(known, 0.5)
+
+
+def saved(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A plan's file and its content, to be spoiled."""
+    path = folder / "plan.json"
+    make_plan(scores(), 0.5).save(path)
+    return path, json.loads(path.read_text())
