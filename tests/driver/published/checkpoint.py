@@ -90,8 +90,8 @@ def _published_state(model: PreTrainedModel, entry: Published, generator: torch.
     for tensor in state.values():
         if tensor.is_floating_point():
             noise = torch.randn(tensor.shape, generator=generator)
-            matrix = tensor.ndim > 1
-            tensor.copy_(noise / math.sqrt(tensor.shape[-1]) if matrix else tensor + 0.1 * noise)
+            matrix = tensor.ndim > 1 and tensor.shape[0] > 1  # ERNIE's correction bias is [1, E]
+            tensor.copy_(noise / math.sqrt(tensor.shape[-1]) if matrix else tensor + 0.02 * noise)
     if entry.revert:
         state = revert_weight_conversion(model, state)
     renamed: State = {}

@@ -91,3 +91,20 @@ def test_published_layout_loads(name: str, checkpoint: Callable[[str], Path]) ->
     with torch.no_grad():
         logits = model(input_ids=torch.arange(3, 19)[None], use_cache=False).logits
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [n for n, entry in MODELS.items() if entry.quantised == "fp8"])
+def test_fp8_matrices_load_as_stored_times_scale(
+    name: str, checkpoint: Callable[[str], Path]
+) -> None:
+    """Also where the last block of 128 rows or columns is partial."""
+    folder = checkpoint(name)
+    tensors, parameters = read_tensors(folder), dict(load_model(folder).named_parameters())
+    scaled = {key.removesuffix("_scale_inv") for key in tensors if key.endswith("_scale_inv")}
+    loaded = scaled & parameters.keys()  # not the experts, which are stacked, nor MTP layers
+    assert any("self_attn" in key for key in loaded)
+    for key in loaded:
+        rows, columns = tensors[key].shape
+        blocks = tensors[key + "_scale_inv"]
+        scale = blocks.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+        assert torch.equal(parameters[key], (tensors[key].float() * scale).bfloat16()), key

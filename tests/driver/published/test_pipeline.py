@@ -14,6 +14,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import reap_driver as rd
+from reap_driver.cli import main
 from reap_kernels import errors
 from tests.driver.published.checkpoint import is_mtp
 from tests.driver.published.entry import Published
@@ -76,6 +77,7 @@ def test_mtp_layers_without_experts_can_stay(
             "mtp.layers.0.mlp.",
         ),
     ],
+    ids=["per-expert", "stacked"],
 )
 def test_mtp_layer_with_experts_stays_when_the_plan_covers_it(
     name: str, like: str, layer: str, block: str, checkpoint: Checkpoints, tmp_path: Path
@@ -90,6 +92,19 @@ def test_mtp_layer_with_experts_stays_when_the_plan_covers_it(
     covered = {**plan.layers, layer: plan.layers[like]}
     rd.apply_plan(source, dataclasses.replace(plan, layers=covered), out, mtp="keep")
     check_written(entry, source, out, kept, mtp=True)
+    generates(rd.load_model(out), out)
+
+
+def test_command_line_prunes_a_model_type_unknown_to_transformers(
+    checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """Kimi-K2: config, model, key conversion and tokenizer all found through its architecture."""
+    entry, source, out = MODELS["kimi-k2"], checkpoint("kimi-k2"), tmp_path / "pruned"
+    data = tmp_path / "data.txt"
+    data.write_text(TEXT * 8)
+    options = ["--seq-len", "64", "--ratio", "0.5", "--out", str(out), "--quiet"]
+    assert main(["prune", str(source), "--data", str(data), *options]) == 0
+    assert json.loads((out / "config.json").read_text())["n_routed_experts"] == entry.kept
     generates(rd.load_model(out), out)
 
 
