@@ -3,11 +3,11 @@
 source   what `--data [group=]SOURCE[:N]` means
 records  records of JSON lines, Parquet and text files, with their places
 encode   records to token ids
-pack     token ids to sequences and batches
+packing  token ids to sequences and batches
 """
 
 from reap_driver.calibration.encode import Encoder
-from reap_driver.calibration.pack import PackedSource, pack
+from reap_driver.calibration.packing import PackedSource, pack
 from reap_driver.calibration.source import DataSource
 
 __all__ = ["DataSource", "Encoder", "PackedSource", "pack"]

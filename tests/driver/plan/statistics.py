@@ -20,7 +20,7 @@ class Rows:
         tokens: [G] int64.
     """
 
-    def __init__(self, groups: int, seed: int, rows: int = 200) -> None:
+    def __init__(self, groups: int, seed: int, rows: int = 60) -> None:
         draw = torch.Generator().manual_seed(seed)
         self.group = torch.randint(groups, (rows,), generator=draw)
         self.expert = torch.randint(EXPERTS, (rows,), generator=draw)
@@ -35,17 +35,21 @@ class Rows:
         """The statistics an observation of these rows leaves."""
         stats = LayerStats(EXPERTS, len(self.tokens))
         stats.tokens.copy_(self.tokens)
+        at = (self.group, self.expert)
+        sums = {
+            "count": torch.ones_like(self.group),
+            "gate_sum": self.gate,
+            "norm_sum": self.norm,
+            "gate_norm_sum": self.gate * self.norm,
+            "norm_sq_sum": self.norm**2,
+            "gate_norm_sq_sum": (self.gate * self.norm) ** 2,
+        }
+        for name, values in sums.items():
+            getattr(stats, name).index_put_(at, values, accumulate=True)
         for row in range(len(self.group)):
-            at = (self.group[row], self.expert[row])
-            g, f = self.gate[row], self.norm[row]
-            stats.count[at] += 1
-            stats.gate_sum[at] += g
-            stats.norm_sum[at] += f
-            stats.gate_norm_sum[at] += g * f
-            stats.norm_sq_sum[at] += f**2
-            stats.gate_norm_sq_sum[at] += (g * f) ** 2
-            stats.out_max[at] = max(stats.out_max[at], self.high[row])
-            stats.out_min[at] = min(stats.out_min[at], self.low[row])
+            place = (self.group[row], self.expert[row])
+            stats.out_max[place] = max(stats.out_max[place], self.high[row])
+            stats.out_min[place] = min(stats.out_min[place], self.low[row])
         return stats
 
     def of(self, expert: int) -> Tensor:

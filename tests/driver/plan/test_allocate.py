@@ -46,7 +46,7 @@ def test_a_fraction_that_means_whole_experts_removes_them() -> None:
 
 def test_properties_of_every_allocation() -> None:
     draw, planned = random.Random(0), 0
-    for _ in range(600):
+    for _ in range(300):
         n_group = draw.choice([1, 1, 2, 4, 8])
         size = draw.randint(1, 32)
         topk_group = draw.randint(1, n_group)
@@ -73,7 +73,7 @@ def test_properties_of_every_allocation() -> None:
                 assert all((scores[a], -a) > (scores[b], -b) for b in go)
             if n_group > 1:
                 assert len(stay) >= min(2, size)
-    assert planned > 200
+    assert planned > 100
 
 
 def test_ties_keep_the_lower_index() -> None:

@@ -1,0 +1,123 @@
+"""Records to token ids, and what a record can have wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PretrainedConfig
+
+from reap_driver.calibration import Encoder
+from reap_driver.calibration.records import Record
+from reap_kernels.errors import DataError
+from tests.driver.calibration.conftest import EOS
+
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+
+
+def encode(encoder: Encoder, *records: dict[str, Any]) -> list[list[int]]:
+    """Token ids of records that stand at data.jsonl:1, 2, ..."""
+    placed = [Record(f"data.jsonl:{n}", fields) for n, fields in enumerate(records, start=1)]
+    return list(encoder.encode(placed))
+
+
+def test_every_kind_in_its_place(encoder: Encoder, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rendered = "<bos>user:hi<bos>assistant:yes"
+    assert encode(
+        encoder,
+        {"text": "abc"},
+        {"input_ids": [5, 6]},
+        {"messages": TALK},
+        {"text": ""},
+        {"text": "déjà"},
+    ) == [
+        tokenizer("abc")["input_ids"],
+        [5, 6],
+        tokenizer(rendered, add_special_tokens=False)["input_ids"],
+        [],
+        tokenizer("déjà")["input_ids"],
+    ]
+
+
+def test_the_first_known_field_counts_and_null_is_absent(encoder: Encoder) -> None:
+    text, ids = encode(encoder, {"text": "abc"}, {"input_ids": [7]})
+    assert encode(encoder, {"input_ids": [7], "text": "abc", "messages": TALK}) == [ids]
+    assert encode(encoder, {"input_ids": None, "text": "abc", "messages": TALK}) == [text]
+
+
+def test_messages_as_parquet_and_json_text_give_them(encoder: Encoder) -> None:
+    [plain] = encode(encoder, {"messages": TALK})
+    padded = [{**message, "name": None} for message in TALK]  # Arrow's way to say "no such key"
+    assert encode(encoder, {"messages": padded}) == [plain]
+    assert encode(encoder, {"messages": json.dumps(TALK)}) == [plain]
+
+
+def test_tools_reach_the_template(encoder: Encoder, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = tokenizer("[add]<bos>user:hi", add_special_tokens=False)["input_ids"]
+    assert encode(encoder, {"messages": TALK[:1], "tools": [{"name": "add"}]}) == [expected]
+    assert encode(encoder, {"messages": TALK[:1], "tools": '[{"name": "add"}]'}) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        (
+            {"content": "a", "id": 1},
+            "has none of the fields input_ids, text, messages .*content, id",
+        ),
+        ({}, "it has none at all"),
+        ({"text": None}, "has none of the fields"),
+        ({"text": 5}, "text is a int; it must be a string"),
+        ({"input_ids": "1 2"}, "input_ids must be a flat list of integers"),
+        ({"input_ids": [[1, 2]]}, "input_ids must be a flat list of integers"),
+        ({"input_ids": [1.0]}, "input_ids must be a flat list of integers"),
+        ({"input_ids": [True]}, "input_ids must be a flat list of integers"),
+        ({"input_ids": [1, 259]}, r"token id 259 is outside the vocabulary of .*\(259 tokens\)"),
+        ({"input_ids": [-1, 2]}, "token id -1 is outside the vocabulary"),
+        ({"messages": []}, "messages must be a list of objects, at least one"),
+        ({"messages": ["hi"]}, "messages must be a list of objects"),
+        ({"messages": "{broken"}, "messages is text but not JSON"),
+        ({"messages": [{"role": "judge", "content": "a"}]}, "refuses the messages .no such role"),
+        ({"messages": TALK, "tools": "add"}, "tools is text but not JSON"),
+    ],
+)
+def test_what_is_wrong_is_named(encoder: Encoder, record: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError, match=rf"data.jsonl:2: .*{says}"):
+        encode(encoder, {"text": "fine"}, record)
+
+
+def test_no_chat_template(encoder: Encoder, folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(
+        DataError, match=r"data.jsonl:1: has messages, but .* no chat template; add"
+    ):
+        encode(encoder, {"messages": TALK})
+
+
+def test_no_tokenizer_is_needed_for_ids_only(tmp_path: Path, config: PretrainedConfig) -> None:
+    bare = Encoder(tmp_path, config)
+    assert encode(bare, {"input_ids": [3, 4]}) == [[3, 4]]
+    with pytest.raises(DataError, match=r"data.jsonl:1: needs the tokenizer of .*or give records"):
+        encode(bare, {"text": "abc"})
+
+
+@pytest.mark.parametrize(
+    ("eos", "separator"), [(EOS, EOS), ([7, 8], 7), (None, EOS), ([], EOS), (0, 0)]
+)
+def test_the_separator_is_the_config_s_end_of_sequence_or_the_tokenizer_s(
+    folder: Path, config: PretrainedConfig, eos: Any, separator: int
+) -> None:
+    config.eos_token_id = eos
+    encoder = Encoder(folder, config)
+    encode(encoder, {"text": "a"})
+    assert encoder.separator == separator
+
+
+def test_a_model_without_vocabulary_size(folder: Path, config: PretrainedConfig) -> None:
+    del config.vocab_size
+    encoder = Encoder(folder, config)
+    assert encode(encoder, {"input_ids": [70000]}) == [[70000]]
+    with pytest.raises(DataError, match="token id 2147483648"):
+        encode(encoder, {"input_ids": [2**31]})
