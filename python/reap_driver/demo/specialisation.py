@@ -9,14 +9,14 @@ Two measurements on text windows by domain:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reap_driver.demo.evaluate import Progress, evaluate
+from reap_driver.demo.evaluate import evaluate
 
 
 def routers(model: Any) -> list[nn.Module]:
@@ -85,8 +85,13 @@ def without_experts(router: Any, experts: Sequence[int]) -> Iterator[None]:
         handle.remove()
 
 
-def ablation(model: Any, windows: dict[str, Tensor], progress: Progress | None = None) -> Tensor:
-    """Growth of each domain's loss in nats without one expert: float64 [layers, E, domains]."""
+def ablation(
+    model: Any, windows: dict[str, Tensor], progress: Callable[[int, int], None]
+) -> Tensor:
+    """Growth of each domain's loss in nats without one expert: float64 [layers, E, domains].
+
+    Calls ``progress(done, total)`` after each expert.
+    """
     base = evaluate(model, windows).domain_loss
     experts = model.config.num_experts
     growth = torch.zeros(len(routers(model)), experts, len(windows), dtype=torch.float64)
@@ -95,6 +100,5 @@ def ablation(model: Any, windows: dict[str, Tensor], progress: Progress | None =
             with without_experts(router, [expert]):
                 loss = evaluate(model, windows).domain_loss
             growth[layer, expert] = torch.tensor([loss[d] - base[d] for d in windows])
-            if progress:
-                progress(layer * experts + expert + 1, len(growth) * experts)
+            progress(layer * experts + expert + 1, len(growth) * experts)
     return growth
