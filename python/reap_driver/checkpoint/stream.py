@@ -28,7 +28,7 @@ from reap_driver.checkpoint.safetensors_file import (
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 
 BUFFER_BYTES = 16 << 20
-_CHUNK_BYTES = 64 << 20  # one kernel copy; small enough that progress moves and Ctrl-C is heard
+_CHUNK_BYTES = 16 << 20  # one kernel copy; small, so that progress moves and Ctrl-C is heard
 _MIN_RANGE_BYTES = 64 << 10  # rows at least this long are copied by the kernel one by one
 # Errors by which a system says that it cannot copy between these two files itself.
 _NO_KERNEL_COPY = frozenset(
@@ -92,7 +92,11 @@ def out_tensor(key: str, entry: TensorEntry, action: Action) -> OutTensor | None
 
 
 def write_shard(folder: Path, shard: OutShard, progress: Progress) -> int:
-    """Write one file and flush it to disk. Returns its size in bytes."""
+    """Write one file. Returns its size in bytes.
+
+    It is flushed when all files are written: waiting for the disk after each would leave it idle
+    while the next is read.
+    """
     path = folder / shard.name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb", buffering=0) as out:
@@ -100,7 +104,6 @@ def write_shard(folder: Path, shard: OutShard, progress: Progress) -> int:
         write_all(out, header)
         progress(len(header))
         _write_tensors(out, shard.tensors, progress)
-        os.fsync(out.fileno())
         return os.fstat(out.fileno()).st_size
 
 
@@ -120,24 +123,32 @@ class _Range(NamedTuple):
 
 
 def _write_tensors(out: BinaryIO, tensors: Iterable[OutTensor], progress: Progress) -> None:
-    """Write tensors in order. Every source file is opened once."""
+    """Write tensors in order. Every source file is opened once, and what is read next is announced
+    to the system, so that reading overlaps with writing."""
     with contextlib.ExitStack() as stack:
         opened: dict[Path, BinaryIO] = {}
-        for piece in _pieces(tensors):
+
+        def source_of(piece: _Range | OutTensor) -> BinaryIO:
             path = piece.path if isinstance(piece, _Range) else piece.source.file
             if path not in opened:
                 opened[path] = stack.enter_context(path.open("rb", buffering=0))
+            return opened[path]
+
+        for piece, following in itertools.pairwise(itertools.chain(_pieces(tensors), [None])):
+            if isinstance(following, _Range):
+                _announce(source_of(following), following.start, following.stop)
             if isinstance(piece, _Range):
-                copy_range(opened[path], out, piece.start, piece.stop, progress)
-                continue
-            for block in _computed(opened[path], piece):
-                write_all(out, block)
-                progress(len(block))
+                copy_range(source_of(piece), out, piece.start, piece.stop, progress)
+            elif piece is not None:
+                for block in _computed(source_of(piece), piece):
+                    write_all(out, block)
+                    progress(len(block))
 
 
 def copy_range(source: BinaryIO, out: BinaryIO, start: int, stop: int, progress: Progress) -> None:
     """Append bytes [start, stop) of `source` to `out`, inside the kernel where the system can."""
     while start < stop:
+        _announce(source, start + _CHUNK_BYTES, stop)
         copied = _copy_some(source, out, start, min(stop - start, _CHUNK_BYTES))
         if copied == 0:
             raise CheckpointError(
@@ -146,6 +157,13 @@ def copy_range(source: BinaryIO, out: BinaryIO, start: int, stop: int, progress:
             )
         start += copied
         progress(copied)
+
+
+def _announce(source: BinaryIO, start: int, stop: int) -> None:
+    """Ask the system to begin reading [start, stop), or as much of it as is copied at once."""
+    if start < stop and hasattr(os, "posix_fadvise"):
+        count = min(stop - start, _CHUNK_BYTES)
+        os.posix_fadvise(source.fileno(), start, count, os.POSIX_FADV_WILLNEED)
 
 
 def _copy_some(source: BinaryIO, out: BinaryIO, start: int, count: int) -> int:
