@@ -86,7 +86,7 @@ def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> P
     except Exception as error:  # a config class may raise anything on a field it does not like
         raise CheckpointError(
             f"{path_or_id}: config.json (model_type {model_type!r}) is not a valid configuration: "
-            f"{_first_line(error)}. Correct the field, or use the transformers version the "
+            f"{_one_line(error)}. Correct the field, or use the transformers version the "
             "checkpoint was made for."
         ) from error
     remedy = (
@@ -171,13 +171,18 @@ def load_model(
         noisy = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
         with _quiet(*noisy), partial_blocks():
             model, info = cls.from_pretrained(
-                str(path_or_id), config=config, dtype=dtype, output_loading_info=True, **options
+                str(path_or_id),
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, and refused by _check_loading
+                **options,
             )
     except ReapError:
         raise
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path_or_id}: cannot load the weights: {_first_line(error)}."
+            f"{path_or_id}: cannot load the weights: {_one_line(error)}."
         ) from error
     _check_loading(path_or_id, info, model)
     model = model.eval()
@@ -220,7 +225,7 @@ def _raw_config(path_or_id: str | Path) -> dict[str, Any]:
         return dict(PretrainedConfig.get_config_dict(str(path_or_id))[0])
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path_or_id}: neither a folder nor a hub id that can be read ({_first_line(error)})."
+            f"{path_or_id}: neither a folder nor a hub id that can be read ({_one_line(error)})."
         ) from error
 
 
@@ -322,7 +327,7 @@ def _check_shards(folder: Path) -> None:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file}: damaged or truncated ({file.stat().st_size} bytes; "
-                f"{_first_line(error)}); download it again."
+                f"{_one_line(error)}); download it again."
             ) from error
 
 
@@ -331,7 +336,7 @@ def _check_loading(path_or_id: str | Path, info: dict[str, Any], model: PreTrain
     errors = info.get("conversion_errors") or info.get("error_msgs")
     if errors:
         raise CheckpointError(
-            f"{path_or_id}: weights could not be converted: {_first_line(str(errors))}"
+            f"{path_or_id}: weights could not be converted: {_one_line(str(errors))}"
         )
     layers = {name for name, _ in model.named_modules() if name.rpartition(".")[2].isdigit()}
     unused = (key for key in info.get("unexpected_keys") or () if _is_routed(str(key), layers))
@@ -339,7 +344,8 @@ def _check_loading(path_or_id: str | Path, info: dict[str, Any], model: PreTrain
         "missing from the checkpoint": sorted(str(key) for key in info.get("missing_keys") or ()),
         "experts or routers unknown to the model": sorted(unused),
         "of another shape than config.json says": sorted(
-            str(entry) for entry in info.get("mismatched_keys") or ()
+            f"{key} ({list(found)} instead of {list(wanted)})"
+            for key, found, wanted in info.get("mismatched_keys") or ()
         ),
     }
     for what, keys in problems.items():
@@ -374,6 +380,7 @@ def _quiet(*loggers: str) -> Iterator[None]:
             target.setLevel(level)
 
 
-def _first_line(error: object) -> str:
-    """First line of an error's text, without a closing full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+def _one_line(error: object) -> str:
+    """An error's text on one line of at most 300 characters, without a closing full stop."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 300 else text[:297] + "...").rstrip(". ")
