@@ -1,0 +1,119 @@
+"""What only a process of its own shows: help without torch, Ctrl-C, exit codes, progress."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import reap_driver as rd
+
+ROOT = Path(__file__).parents[3]
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]),
+}
+COMMANDS = ("demo", "prune", "observe", "plan", "apply", "doctor")
+HEAVY = ("torch", "transformers", "numpy", "pyarrow", "matplotlib")
+
+
+def python(*words: str) -> subprocess.CompletedProcess[str]:
+    """A Python process that must not hang."""
+    return subprocess.run(
+        [sys.executable, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_teaches_and_is_quick(command: str | None) -> None:
+    """No heavy import, so under a second; the best of three, as others use the machine too."""
+    script = f"""
+import sys
+from reap_driver.cli import main
+try:
+    main({[command, "--help"] if command else ["--help"]!r})
+except SystemExit as stop:
+    loaded = [name for name in {HEAVY!r} if name in sys.modules]
+    sys.exit(stop.code or " ".join(loaded) or 0)
+"""
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = python("-c", script)
+        took.append(time.perf_counter() - began)
+        assert (done.returncode, done.stderr) == (0, "")
+        if took[-1] < 1:
+            break
+    assert min(took) < 1
+    assert "examples:" in done.stdout or command is None
+    example = f"reap-kernels {command}" if command else "reap-kernels prune MODEL --data"
+    assert f"  {example}" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    done = python(
+        "-c",
+        f"""
+import sys, reap_driver
+assert not [name for name in {HEAVY!r} if name in sys.modules]
+assert set(reap_driver.__all__) <= set(dir(reap_driver))
+""",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_public_names_are_not_hidden_by_modules_of_the_same_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Importing the module `observe` must not put it in the place of the function `observe`."""
+    monkeypatch.delitem(sys.modules, "reap_driver.observe", raising=False)
+    module = importlib.import_module("reap_driver.observe")
+    assert rd.observe is module.observe
+    for name in rd.__all__:
+        assert getattr(rd, name) is not module
+    with pytest.raises(AttributeError, match="'reap_driver' has no attribute 'nothing'"):
+        _ = rd.nothing
+
+
+def test_python_m_is_the_command() -> None:
+    done = python("-m", "reap_driver", "plan", "/nowhere/stats", "--out", "/nowhere/plan")
+    assert done.returncode == 3
+    assert done.stderr.startswith("reap-kernels: error: /nowhere/plan: the folder /nowhere does")
+    assert done.stdout == ""
+
+
+def test_interrupting_an_observation_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "long.jsonl"
+    data.write_text((json.dumps({"input_ids": [i % 250 for i in range(2000)]}) + "\n") * 300)
+    before = sorted(tmp_path.rglob("*"))
+    words = ["prune", model, "--data", data, "--seq-len", "16", "--out", tmp_path / "out"]
+    words += ["--stats", tmp_path / "stats.safetensors"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "reap_driver", *map(str, words)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    try:
+        assert line.startswith("observing: "), line  # the first line of progress, after two seconds
+        assert "tok/s" in line
+        assert "left" in line
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert err.splitlines()[-1].startswith("reap-kernels: error: interrupted; no half-written")
+    assert "Traceback" not in err
+    assert out == ""
+    assert sorted(tmp_path.rglob("*")) == before
