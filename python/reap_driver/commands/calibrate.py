@@ -18,7 +18,7 @@ from reap_driver.discover import find_moe_layers
 from reap_driver.observe import observe
 from reap_kernels import SaliencyStats
 from reap_kernels.dispatch import Request, select
-from reap_kernels.errors import DataError
+from reap_kernels.errors import DataError, UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,10 @@ def inspect_model(args: argparse.Namespace) -> Model:
     """
     config = load_config(args.model, trust_remote_code=args.trust_remote_code)
     meta = meta_model(config)
-    layers = {layer.name: layer.provenance() for layer in find_moe_layers(meta)}
+    try:
+        layers = {layer.name: layer.provenance() for layer in find_moe_layers(meta)}
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{args.model}: {error}") from error
     facts = {
         "id": str(args.model),
         "config_digest": config_digest(config),

@@ -71,16 +71,20 @@ def index_leaves(model: Path) -> None:
 def nan_weights(model: Path) -> None:
     path = shard(model)
     tensors = load_file(path)
-    key = next(key for key in tensors if "down_proj" in key)
-    tensors[key].view(-1)[0] = torch.nan
+    for key in tensors:
+        if "down_proj" in key:
+            tensors[key].view(-1)[0] = torch.nan
     save_file(tensors, path, metadata={"format": "pt"})
 
 
 MODELS: dict[str, tuple[Spoil, str]] = {
-    "not a MoE": (dense, r"Qwen3ForCausalLM has no mixture-of-experts layer; only models with"),
+    "not a MoE": (
+        dense,
+        r"model: Qwen3ForCausalLM has no mixture-of-experts layer; only models with",
+    ),
     "dense layers only": (
         edit_config(mlp_only_layers=[0, 1]),
-        r"Qwen3MoeForCausalLM has no mixture-of-experts layer",
+        r"model: Qwen3MoeForCausalLM has no mixture-of-experts layer",
     ),
     "unknown architecture": (
         edit_config(model_type="martian", architectures=["MartianForCausalLM"]),
