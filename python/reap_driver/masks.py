@@ -29,6 +29,8 @@ class TokenMask:
     def __init__(self, model: PreTrainedModel, unmaskable: list[str]) -> None:
         """`unmaskable`: names of layers from which no token can be left out."""
         self._model = model
+        # The class's signature: hooks of offloading wrap the instance's forward.
+        self._signature = inspect.signature(type(model).forward)
         self._unmaskable = unmaskable
         self._given: Tensor | None = None
         self._mask: Tensor | None = None
@@ -73,8 +75,7 @@ class TokenMask:
         return self._mask.to(device)
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Bound by the class's signature: hooks of offloading wrap the instance's forward.
-        bound = inspect.signature(type(self._model).forward).bind_partial(None, *args, **kwargs)
+        bound = self._signature.bind_partial(None, *args, **kwargs)
         named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         inputs = named.get("input_ids")
         inputs = named.get("inputs_embeds") if inputs is None else inputs

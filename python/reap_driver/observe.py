@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import reap_kernels
+from reap_driver.adapters import KernelAdapter
 from reap_driver.compat.experts import Forward
 from reap_driver.compat.models import config_digest
 from reap_driver.discover import MoELayer, adapter_of, block_of, find_moe_layers
@@ -98,10 +99,7 @@ class Observer:
         if device.type != "meta":
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         _check_ids(self.model, batch.get("input_ids"))
-        accepted = inspect.signature(type(self.model).forward).parameters
-        options: dict[str, Any] = {"use_cache": False}
-        if "logits_to_keep" in accepted and "labels" not in batch:
-            options["logits_to_keep"] = 1
+        options = _economies(self.model, batch)
         with torch.no_grad(), self.tokens.restricted_to(token_mask):
             return self.model(**{**options, **batch})
 
@@ -183,7 +181,6 @@ class LayerRecorder:
     def __init__(self, observer: Observer, layer: MoELayer) -> None:
         self._observer = observer
         self._layer = layer
-        self._adapter = adapter_of(layer)
         self._formula: GateFormula | None = None
         self._stats: LayerStats | None = None
         self._compared = False
@@ -223,10 +220,12 @@ class LayerRecorder:
 
     def weights(self) -> ExpertWeights:
         """The module's weights as they lie now."""
-        module = self._layer.module
+        module, adapter = self._layer.module, adapter_of(self._layer)
+        if not isinstance(adapter, KernelAdapter):
+            raise TypeError(f"adapter {adapter.name!r} does not describe its weights to kernels")
         if self._formula is None:
-            self._formula = self._adapter.formula(module)
-        return self._adapter.weights(module, self._formula)
+            self._formula = adapter.formula(module)
+        return adapter.weights(module, self._formula)
 
     def token_mask(self, tokens: int, device: torch.device) -> Tensor | None:
         """[tokens] bool on `device`; None when all count."""
@@ -291,6 +290,18 @@ def observe(model: PreTrainedModel, *, backend: str | None = None) -> Observer:
         UnsupportedModel: see `find_moe_layers`.
     """
     return Observer(model, backend)
+
+
+def _economies(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that spare the model work nobody looks at: its cache, and all logits but one."""
+    parameters = inspect.signature(type(model).forward).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    options: dict[str, Any] = {}
+    if "use_cache" in parameters or open_ended:
+        options["use_cache"] = False
+    if "logits_to_keep" in parameters and "labels" not in batch:  # a loss needs them all
+        options["logits_to_keep"] = 1
+    return options
 
 
 def _check_ids(model: PreTrainedModel, ids: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """Adapters: the few things that differ between kinds of experts modules, one file a kind."""
 
-from reap_driver.adapters.base import Adapter, Recorder, Sizes
+from reap_driver.adapters.base import Adapter, KernelAdapter, Recorder, Sizes
 from reap_driver.adapters.dbrx import DbrxExperts
 from reap_driver.adapters.llama4 import Llama4Experts
 from reap_driver.adapters.module_list import InlineExperts, MethodExperts
@@ -15,4 +15,4 @@ ADAPTERS: tuple[Adapter, ...] = (
     InlineExperts(),
 )
 
-__all__ = ["ADAPTERS", "Adapter", "Recorder", "Sizes"]
+__all__ = ["ADAPTERS", "Adapter", "KernelAdapter", "Recorder", "Sizes"]

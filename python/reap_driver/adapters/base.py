@@ -86,14 +86,6 @@ class Adapter(ABC):
         """E, H, I; works on meta tensors."""
 
     @abstractmethod
-    def formula(self, module: ExpertsModule) -> GateFormula:
-        """The function between the two products, found by probing the module's own."""
-
-    @abstractmethod
-    def weights(self, module: ExpertsModule, formula: GateFormula) -> ExpertWeights:
-        """Views of the module's weights as they lie now."""
-
-    @abstractmethod
     def bind(
         self, module: ExpertsModule, block: ExpertsModule, recorder: Recorder
     ) -> AbstractContextManager[None]:
@@ -107,6 +99,18 @@ class Adapter(ABC):
     def takes_mask(self) -> bool:
         """Whether tokens can be left out of the statistics of this kind of module."""
         return True
+
+
+class KernelAdapter(Adapter):
+    """A kind whose experts the kernel library computes, from a description of their weights."""
+
+    @abstractmethod
+    def formula(self, module: ExpertsModule) -> GateFormula:
+        """The function between the two products, found by probing the module's own."""
+
+    @abstractmethod
+    def weights(self, module: ExpertsModule, formula: GateFormula) -> ExpertWeights:
+        """Views of the module's weights as they lie now."""
 
 
 def check_tensors(name: str, module: ExpertsModule) -> None:

@@ -4,12 +4,18 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from reap_driver.adapters.base import Adapter, ExpertsModule, Recorder, Sizes, forward_replaced
+from reap_driver.adapters.base import (
+    ExpertsModule,
+    KernelAdapter,
+    Recorder,
+    Sizes,
+    forward_replaced,
+)
 from reap_driver.compat.experts import eager_forward
 from reap_kernels import ExpertWeights, GateFormula, probe_gate
 
 
-class DbrxExperts(Adapter):
+class DbrxExperts(KernelAdapter):
     """`mlp.w1` gate, `mlp.v1` up, `mlp.w2` down, each [E * I, H]; batched hidden states."""
 
     name = "dbrx"

@@ -13,11 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reap_driver.adapters.base import Adapter, ExpertsModule, Recorder, Sizes, forward_replaced
+from reap_driver.adapters.base import (
+    ExpertsModule,
+    KernelAdapter,
+    Recorder,
+    Sizes,
+    forward_replaced,
+)
 from reap_kernels import ExpertWeights, GateFormula, LayerStats, observe_layer, probe_gate
 
 
-class Llama4Experts(Adapter):
+class Llama4Experts(KernelAdapter):
     """`experts(hidden [E * T, H])`, rows scaled by the router and sorted by expert."""
 
     name = "llama4"

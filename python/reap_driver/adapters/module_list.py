@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reap_driver.adapters.base import Adapter, ExpertsModule, Recorder, Sizes, forward_replaced
+from reap_driver.adapters.base import (
+    Adapter,
+    ExpertsModule,
+    KernelAdapter,
+    Recorder,
+    Sizes,
+    forward_replaced,
+)
 from reap_kernels import ExpertWeights, GateFormula, accumulate, probe_gate
 from reap_kernels.errors import UnsupportedModel
 
@@ -33,7 +40,7 @@ def is_expert_list(module: ExpertsModule) -> bool:
     return len({type(child) for child in module}) == 1 and any(True for _ in module[0].parameters())
 
 
-class MethodExperts(Adapter):
+class MethodExperts(KernelAdapter):
     """A block whose own method takes (hidden [T, H], ids [T, k], weights [T, k])."""
 
     name = "module-list"
@@ -113,12 +120,6 @@ class InlineExperts(Adapter):
         if names is not None:
             last = getattr(module[0], names[2])
         return Sizes(len(module), last.out_features, last.in_features)
-
-    def formula(self, module: ExpertsModule) -> GateFormula:
-        raise NotImplementedError("inline experts run as they are; nothing asks for their formula")
-
-    def weights(self, module: ExpertsModule, formula: GateFormula) -> ExpertWeights:
-        raise NotImplementedError("inline experts run as they are; nothing asks for their weights")
 
     @contextlib.contextmanager
     def bind(

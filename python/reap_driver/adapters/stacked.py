@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from reap_driver.adapters.base import (
-    Adapter,
     ExpertsModule,
+    KernelAdapter,
     Recorder,
     Sizes,
     check_tensors,
@@ -35,7 +35,7 @@ _KNOWN_TENSORS = {
 }
 
 
-class StackedExperts(Adapter):
+class StackedExperts(KernelAdapter):
     """`gate_up_proj` [E, 2I, H] (or `up_proj` [E, I, H]) and `down_proj` [E, H, I]."""
 
     name = "stacked"

@@ -168,7 +168,7 @@ def test_model_may_be_called_directly() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "openai_privacy_filter", "nemotron_h"])
 def test_low_precision(name: str, dtype: torch.dtype) -> None:
-    """Low precision passes the check of the first call; sums within 1e-3 (bf16 on CPU: 1e-3)."""
+    """Low precision passes the check of the first call; counts exact, sums within 1e-3."""
     config, model = zoo.tiny(name, dtype=dtype)
     obs = observe(model)
     names = [layer.name for layer in obs.layers]
@@ -179,7 +179,7 @@ def test_low_precision(name: str, dtype: torch.dtype) -> None:
         total: LayerStats = stats.total()
         assert torch.equal(total.count[0].double(), truth["count"])
         error = (total.gate_norm_sum[0] - truth["gate_norm_sum"]).abs()
-        assert float((error / truth["gate_norm_sum"].clamp_min(1e-30)).max()) < 5e-3
+        assert float((error / truth["gate_norm_sum"].clamp_min(1e-30)).max()) < 1e-3
 
 
 def test_masks_that_do_not_fit() -> None:
