@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from reap_driver.checkpoint.config_edit import Site, count_sites, with_count
 from reap_driver.checkpoint.derive import ExpertLayout, Shape, derive_layout, unowned
@@ -26,7 +26,6 @@ class PrunedModel:
 
     old: KeyMap
     new: KeyMap
-    config: PretrainedConfig  # of the smaller model
     raw_config: dict[str, Any]  # config.json with the new count
     layout: ExpertLayout
 
@@ -59,10 +58,9 @@ def derive_model(
     old = KeyMap(model)
     names = list(layers)
 
-    def build(sites: list[Site]) -> tuple[dict[str, Any], PretrainedConfig, KeyMap]:
+    def build(sites: list[Site]) -> tuple[dict[str, Any], KeyMap]:
         edited = with_count(raw, sites, after)
-        smaller = _load_edited(folder, edited, trust_remote_code)
-        return edited, smaller, KeyMap(meta_model(smaller))
+        return edited, _smaller_keys(folder, edited, trust_remote_code)
 
     sites = count_sites(raw, before) or count_sites(model.config.to_dict(), before)
     if not sites:
@@ -70,13 +68,13 @@ def derive_model(
             f"{folder / 'config.json'}: no field says {before}, the number of experts in the plan; "
             "the plan belongs to another model."
         )
-    edited, smaller, new = build(sites)
+    edited, new = build(sites)
     if unowned(old.shapes, new.shapes, names, after):
-        edited, smaller, new = build(_own_sites(sites, old.shapes, names, after, build))
+        edited, new = build(_own_sites(sites, old.shapes, names, after, build))
     layout = derive_layout(old.shapes, new.shapes, before=before, after=after, layers=names)
     if not layout.layers:
         raise UnsupportedModel(f"{folder}: no tensor depends on the number of experts.")
-    return PrunedModel(old, new, smaller, edited, layout)
+    return PrunedModel(old, new, edited, layout)
 
 
 def _own_sites(
@@ -88,18 +86,19 @@ def _own_sites(
     own: list[Site] = []
     for _, group in groupby(sorted(sites), key=lambda site: site[:-1]):
         part = list(group)
-        _, _, new = build(part)
+        _, new = build(part)
         if not unowned(old, new.shapes, layers, after):
             own += part
     return own
 
 
-def _load_edited(folder: Path, edited: Mapping[str, Any], trust: bool) -> PretrainedConfig:
-    """Load an edited config.json the way the output's will be, beside the model code that comes
-    with it.
+def _smaller_keys(folder: Path, edited: Mapping[str, Any], trust: bool) -> KeyMap:
+    """Build the smaller model from an edited config.json, the way the output's will be read.
+
+    The model code that comes with a checkpoint is found through the folder of its config.
     """
-    with tempfile.TemporaryDirectory(prefix="reap-config-") as name:
+    with tempfile.TemporaryDirectory(prefix="reap_config_") as name:
         (Path(name) / "config.json").write_text(json.dumps(edited), encoding="utf-8")
         for code in folder.glob("*.py") if trust else ():
             shutil.copy(code, name)
-        return load_config(name, trust_remote_code=trust)
+        return KeyMap(meta_model(load_config(name, trust_remote_code=trust)))

@@ -68,7 +68,7 @@ def check_output(
         for name, problem in _problems(loaded, keys).items()
         if name not in before.packed
     }
-    missing = sorted(before.loaded - loaded.sources.keys())
+    missing = sorted((before.loaded & keys.shapes.keys()) - loaded.sources.keys())
     unexpected = sorted(
         set(loaded.unknown) - {renamed[key] for key in before.unknown if key in renamed}
     )

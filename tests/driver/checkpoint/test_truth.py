@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel
 
 from reap_driver.checkpoint import apply_plan
@@ -20,6 +22,8 @@ from tests.driver.checkpoint.masking import masked_routers
 # from_pretrained itself resets the last entry of zaya's `balancing_biases`, so the original is read
 # back from disk too.
 _CHANGED_BY_LOADING = frozenset({"zaya"})
+# aria joined the experts interface in transformers 5.18; before, it is refused by name.
+_REFUSED = {"aria_text"} if Version(transformers.__version__) < Version("5.18") else set()
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -44,7 +48,7 @@ def use_table_of(original: PreTrainedModel, pruned: PreTrainedModel, plan: Plan)
             table.copy_(torch.tensor(plan.layers[layer].kept)[tables[name]])
 
 
-@pytest.mark.parametrize("name", zoo.names())
+@pytest.mark.parametrize("name", [name for name in zoo.names() if name not in _REFUSED])
 def test_pruned_checkpoint_equals_masked_original(name: str, tmp_path: Path) -> None:
     original = support.save(name, tmp_path / "full")
     plan = support.make_plan(tmp_path / "full", original)
