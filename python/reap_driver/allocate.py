@@ -7,13 +7,16 @@ is removed than was asked for. Among equal scores the lower index stays.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from reap_kernels.errors import PlanError
+
+# Serving engines build their kernels for these numbers of experts: powers of two, then multiples.
+SERVED_STEP = 64
 
 # A product such as 100 * 0.29 falls short of the integer it means by less than this.
 _ROUNDING = 1e-9
@@ -28,6 +31,7 @@ class Budget:
         num_experts: E.
         removed: experts to remove, a multiple of `n_group`.
         asked: floor(E * ratio); more than `removed` where groups made it round down.
+        most: the most that may go.
         n_group: routing groups, consecutive runs of E / n_group ids; 1 where the router has none.
     """
 
@@ -35,6 +39,7 @@ class Budget:
     num_experts: int
     removed: int
     asked: int
+    most: int
     n_group: int
 
 
@@ -45,6 +50,34 @@ def check_ratio(ratio: float) -> None:
             f"ratio {ratio:g} is not the share of experts to remove; give a number above 0 and "
             "below 1, such as 0.5"
         )
+
+
+def is_served(experts: int) -> bool:
+    """Whether serving engines usually have kernels for this number of experts in a layer."""
+    return experts % SERVED_STEP == 0 if experts > SERVED_STEP else experts & (experts - 1) == 0
+
+
+def served_advice(budgets: Sequence[Budget]) -> list[str]:
+    """For each number of experts engines may not serve, the ratios of the next ones they do."""
+    advice = {}
+    for budget in budgets:
+        total, kept = budget.num_experts, budget.num_experts - budget.removed
+        possible = range(total - budget.most, total)
+        fit = [n for n in possible if is_served(n) and n % budget.n_group == 0]
+        near = [max((n for n in fit if n < kept), default=0)]
+        near += [min((n for n in fit if n > kept), default=0)]
+        if not is_served(kept) and any(near):
+            offers = [f"{n} (ratio {ratio_of(total - n, total):g})" for n in near if n]
+            advice[kept, total] = (
+                f"keeps {kept} of {total} experts a layer; serving engines are surest to have "
+                f"kernels for {' or '.join(offers)}"
+            )
+    return list(advice.values())
+
+
+def ratio_of(removed: int, experts: int) -> float:
+    """The ratio, in as few digits as do, that removes exactly so many."""
+    return math.ceil(removed / experts * 1e4 - _ROUNDING) / 1e4
 
 
 def uniform(layers: Mapping[str, Mapping[str, Any]], ratio: float) -> list[Budget]:
@@ -108,7 +141,6 @@ def _budget(name: str, layer: Mapping[str, Any], ratio: float) -> Budget:
     removed = asked // n_group * n_group
     most = _most_removable(experts, top_k, n_group, topk_group)
     if removed == 0 or removed > most:
-        least = n_group / experts
         unit = f"{n_group} routing groups of equal size" if n_group > 1 else "whole experts"
         problem = (
             f"removes none ({unit})"
@@ -117,14 +149,14 @@ def _budget(name: str, layer: Mapping[str, Any], ratio: float) -> Budget:
             + (f" from {topk_group} of {n_group} groups" if n_group > 1 else "")
         )
         remedy = (
-            f"use a ratio from {least:.4g} to {most / experts:.4g}"
+            f"use a ratio from {ratio_of(n_group, experts):g} to {ratio_of(most, experts):g}"
             if most
             else "this model cannot lose experts"
         )
         raise PlanError(
             f"ratio {ratio:g} of the {experts} experts of layer {name} {problem}; {remedy}"
         )
-    return Budget(name, experts, removed, asked, n_group)
+    return Budget(name, experts, removed, asked, most, n_group)
 
 
 def _most_removable(experts: int, top_k: int, n_group: int, topk_group: int) -> int:

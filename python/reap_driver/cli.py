@@ -61,7 +61,13 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     shape = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG, formatter_class=shape)
+    parser = _Parser(
+        prog=PROGRAM,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=shape,
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for command in COMMANDS:
@@ -71,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
             description=command.DESCRIPTION,
             epilog=command.EXAMPLES,
             formatter_class=shape,
+            allow_abbrev=False,
         )
         command.configure(sub)
         add_common(sub)

@@ -5,16 +5,13 @@ from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
 
+from reap_driver.allocate import SERVED_STEP, is_served
 from reap_driver.compat.models import config_digest
 from reap_driver.discover import MoELayer
 from reap_kernels.errors import PlanError
 
 if TYPE_CHECKING:
     from reap_driver.plan import Plan
-
-# Expert counts that serving kernels are commonly instantiated for: powers of two up to 64, then
-# multiples of 64.
-_SERVED_STEP = 64
 
 
 def check_model(plan: "Plan", config: PretrainedConfig, where: object) -> None:
@@ -107,11 +104,10 @@ def check_layers(plan: "Plan", layers: Sequence[MoELayer]) -> tuple[str, ...]:
 
 def served_warning(after: int) -> str | None:
     """A warning when kernels of serving engines may not exist for this number of experts."""
-    served = after % _SERVED_STEP == 0 if after > _SERVED_STEP else after & (after - 1) == 0
-    if served:
+    if is_served(after):
         return None
     return (
-        f"{after} experts per layer is no multiple of {_SERVED_STEP} (below it: no power of two); "
+        f"{after} experts per layer is no multiple of {SERVED_STEP} (below it: no power of two); "
         "some serving engines "
         "have no kernel for such counts. transformers loads any."
     )

@@ -39,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Scores, decides, saves."""
+    from reap_driver.allocate import served_advice, uniform
     from reap_driver.commands.outputs import check_file
     from reap_driver.criteria import score
     from reap_driver.plan import make_plan
@@ -46,9 +47,10 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     check_file(args.out, overwrite=args.overwrite)
     stats = SaliencyStats.load(args.stats)
-    plan = make_plan(score(stats, args.criterion, args.weights), args.ratio)
+    scores = score(stats, args.criterion, args.weights)
+    plan = make_plan(scores, args.ratio)
     plan.save(args.out)
-    for note in plan.notes:
+    for note in [*plan.notes, *served_advice(uniform(scores.layers, args.ratio))]:
         console.note(note)
     console.say(describe(plan))
     console.say(f"wrote {args.out}; next: reap-kernels apply MODEL {args.out} --out DIR")

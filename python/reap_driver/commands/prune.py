@@ -47,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Checks, observes, plans, writes."""
+    from reap_driver.allocate import served_advice, uniform
     from reap_driver.calibration import DataSource
     from reap_driver.checkpoint import apply_plan, check_plan
     from reap_driver.commands import calibrate
@@ -66,6 +67,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     # Any plan of this ratio needs the same space and passes the same checks.
     check_plan(args.model, make_plan(model.blank_scores(), args.ratio), args.out, **writing)
+    for advice in served_advice(uniform(model.provenance["layers"], args.ratio)):
+        console.note(advice)
     calibrate.check_groups(wanted, args.weights)
     seq_len = calibrate.check_options(args, model.config)
     sources = calibrate.read_data(args, wanted, model.config, seq_len, console)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config
+from transformers import Qwen3Config, Qwen3MoeForCausalLM
 
 from tests.driver.cli.conftest import Run, write_model
 
@@ -272,6 +272,45 @@ def test_a_disk_that_is_full_is_a_matter_of_resources(
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: not enough memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_is_a_matter_of_resources(
+    run: Run,
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    before = listing(tmp_path)
+    raise_from_observing(monkeypatch, error)
+    done = run("prune", model, "--data", data, "--out", tmp_path / "out")
+    assert done.code == 4
+    assert f"out of memory ({str(error) or 'MemoryError'})" in done.error
+    assert "use a smaller --seq-len or --batch-size" in done.error
+    assert listing(tmp_path) == before
+
+
+def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(
+    run: Run, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("prune", model, "--data", data, "--out", tmp_path / "out")
+    raise_from_observing(monkeypatch, KeyboardInterrupt())
+    done = run(*words, "--json")
+    assert done.code == done.json["error"]["exit_code"] == 130
+    raise_from_observing(monkeypatch, AssertionError("a bug"))
+    with pytest.raises(AssertionError, match="a bug"):
+        run(*words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         ((), "a COMMAND is missing"),
@@ -305,6 +344,15 @@ def test_errors_as_json(run: Run, model: Path, data: Path, tmp_path: Path) -> No
     assert (error["type"], error["exit_code"]) == ("PlanError", 3)
     assert done.error == f"reap-kernels: error: {error['message']}"
     assert run("prune", "--json").json["error"]["exit_code"] == 2
+
+
+def raise_from_observing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Makes every forward of the tiny model end with an error."""
+
+    def forward(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Qwen3MoeForCausalLM, "forward", forward)
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:

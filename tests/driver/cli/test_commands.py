@@ -101,6 +101,15 @@ def test_grouped_routers_keep_equal_counts(
         assert [sum(e // 4 == group for e in layer.kept) for group in range(4)] == [3] * 4
 
 
+def test_numbers_that_engines_serve_are_suggested(
+    run: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    done = run("prune", model, "--data", data, "--ratio", 0.4, "--out", tmp_path / "out")
+    assert done.code == 0
+    advice = "keeps 5 of 8 experts a layer; serving engines are surest to have kernels for 4 (ratio"
+    assert advice in done.err
+
+
 def test_json_is_one_object_and_all_of_stdout(
     run: Run, model: Path, data: Path, tmp_path: Path
 ) -> None:

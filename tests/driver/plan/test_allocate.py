@@ -1,12 +1,13 @@
 """Allocation: how many experts go, and which, as properties over many layers and ratios."""
 
 import random
+import re
 from fractions import Fraction
 
 import pytest
 import torch
 
-from reap_driver.allocate import kept_experts, uniform
+from reap_driver.allocate import is_served, kept_experts, ratio_of, served_advice, uniform
 from reap_kernels.errors import PlanError
 
 PUBLISHED = [(288, 0.4, 173), (128, 0.25, 96), (160, 0.5, 80), (512, 0.5, 256), (100, 0.29, 71)]
@@ -119,6 +120,36 @@ def test_the_ratios_a_refusal_offers_work() -> None:
         low, high = (float(word) for word in str(caught.value).rpartition("from ")[2].split(" to "))
         for ratio in (low, high):
             uniform({"a": layer}, ratio)
+
+
+def test_a_ratio_in_few_digits_removes_exactly_so_many() -> None:
+    for experts in (8, 60, 72, 128, 160, 256, 288, 384, 512):
+        for removed in range(1, experts):
+            [budget] = uniform({"a": facts(experts)}, ratio_of(removed, experts))
+            assert budget.removed == removed
+
+
+@pytest.mark.parametrize(
+    ("layer", "ratio", "advice"),
+    [
+        (facts(128), 0.5, None),
+        (facts(288), 0.4, "keeps 173 of 288 experts a layer; .* 128 .ratio 0.5556. or 192 .ratio"),
+        (facts(24, n_group=3), 0.5, None),  # no number that engines serve has three equal groups
+        (facts(6), 0.5, "keeps 3 of 6 experts a layer; .*kernels for 2 .ratio 0.6667. or 4 .ratio"),
+        (facts(6, 3), 0.5, "for 4 .ratio 0.3334.$"),  # two are fewer than the router chooses
+        (facts(6, n_group=2), 0.5, None),
+    ],
+)
+def test_numbers_of_experts_that_engines_serve(
+    layer: dict[str, int], ratio: float, advice: str | None
+) -> None:
+    found = served_advice(uniform({"a": layer, "b": layer}, ratio))
+    assert len(found) == (advice is not None)
+    assert advice is None or re.search(advice, found[0])
+    for kept, offered in re.findall(r"(\d+) \(ratio ([\d.]+)\)", " ".join(found)):
+        [budget] = uniform({"a": layer}, float(offered))
+        assert budget.num_experts - budget.removed == int(kept)
+        assert is_served(int(kept))
 
 
 def test_scores_of_another_model_are_refused() -> None:
