@@ -116,10 +116,11 @@ def test_layer_facts(name: str, facts: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(_REFUSED))
-def test_refused_on_this_version(name: str) -> None:
+def test_refused_on_this_version(name: str, support: Support) -> None:
     """Architectures this transformers version keeps off the interface are refused by name."""
     with pytest.raises(UnsupportedModel, match="AriaExperts"):
         observe(zoo.tiny(name)[1])
+    support(name, "statistics", "refused")
 
 
 def test_text_leaves_vision_experts_out() -> None:

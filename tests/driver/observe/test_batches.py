@@ -9,7 +9,7 @@ from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import DataError, UnsupportedModel
 from tests.driver import zoo
 from tests.driver.observe import oracle, runs
-from tests.driver.observe.test_architectures import NAMES
+from tests.driver.observe.test_architectures import NAMES, Support
 
 PADDING_SENSITIVE = {
     "axk2",
@@ -43,7 +43,7 @@ def _assert_same(got: SaliencyStats, want: SaliencyStats, rtol: float) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in PADDING_SENSITIVE])
-def test_padded_batch_equals_sequences(name: str, side: str) -> None:
+def test_padded_batch_equals_sequences(name: str, side: str, support: Support) -> None:
     """A padded batch with its mask gives the statistics of the sequences one by one."""
     model, padded, mask, rows = _padded(name, side)
     with observe(model) as batched:
@@ -52,10 +52,11 @@ def test_padded_batch_equals_sequences(name: str, side: str) -> None:
         for row in rows:
             single(input_ids=row)
     _assert_same(batched.stats, single.stats, 5e-6)
+    support(name, f"{side} padding", "pass")
 
 
 @pytest.mark.parametrize("name", sorted(PADDING_SENSITIVE))
-def test_padding_is_refused_where_it_changes_the_model(name: str) -> None:
+def test_padding_is_refused_where_it_changes_the_model(name: str, support: Support) -> None:
     """Sparse attention over padded positions: refused by name, and fine without padding."""
     model, padded, mask, rows = _padded(name, "left")
     with observe(model) as obs:
@@ -63,6 +64,8 @@ def test_padding_is_refused_where_it_changes_the_model(name: str) -> None:
         with pytest.raises(UnsupportedModel, match="without padding"):
             obs(input_ids=padded, attention_mask=mask)
     assert int(next(iter(obs.stats.layers.values())).tokens.sum()) == 12
+    for refused in ("left padding", "right padding"):
+        support(name, refused, "refused")
 
 
 def test_token_mask_counts_only_its_tokens() -> None:

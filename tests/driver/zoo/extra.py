@@ -14,6 +14,33 @@ _VISION = {
     "num_position_embeddings": 16,
     "deepstack_visual_indexes": (0,),
 }
+_OMNI = "qwen3_omni_moe.configuration_qwen3_omni_moe.Qwen3OmniMoe"
+_AUDIO = {
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "d_model": 16,
+    "output_dim": 32,
+    "downsample_hidden_size": 8,
+}
+_OCR = "deepseek_ocr2.configuration_deepseek_ocr2.DeepseekOcr2"
+_VISION_ENCODER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 16,
+}
+_SAM = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "output_channels": 8,
+    "mlp_dim": 16,
+    "global_attn_indexes": [0],
+    "downsample_channels": [8, 16],
+}
 _INTERMEDIATE = {"intermediate_size": 24}
 _HYPER = {"hc_mult": 2}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -207,6 +234,31 @@ EXTRA: dict[str, Spec] = {
                 },
             ),
             "vision_config": ("Ernie4_5_VLMoeVisionConfig", _VISION),
+        },
+    ),
+    "qwen3_omni_moe": Spec(
+        "Qwen3OmniMoeThinkerConfig",
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        {"vision_start_token_id": 151652},  # in published configs, not in the class
+        {
+            "text_config": (
+                f"{_OMNI}TextConfig",
+                {"rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]}},
+            ),
+            "vision_config": (f"{_OMNI}VisionEncoderConfig", _VISION),
+            "audio_config": (f"{_OMNI}AudioEncoderConfig", _AUDIO),
+        },
+    ),
+    "deepseek_ocr2": Spec(
+        "DeepseekOcr2Config",
+        "DeepseekOcr2ForConditionalGeneration",
+        {},
+        {
+            "text_config": (f"{_OCR}TextConfig", {**_DENSE_TYPES, **_MLA}),
+            "vision_config": (
+                f"{_OCR}VisionConfig",
+                {"sam_config": _SAM, "encoder_config": _VISION_ENCODER},
+            ),
         },
     ),
     "step3p7": Spec(
