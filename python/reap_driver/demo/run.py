@@ -83,7 +83,7 @@ def run_demo(out: Path, *, seed: int = 0, quiet: bool = False) -> dict[str, Any]
 
     Args:
         out: folder for the results, created if missing.
-        seed: first of the seeds of the random plans, and seed of the generated sample.
+        seed: first of the seeds of the random plans, and seed of the samples.
         quiet: print nothing.
 
     Raises:
@@ -109,7 +109,7 @@ def run_demo(out: Path, *, seed: int = 0, quiet: bool = False) -> dict[str, Any]
             results.append(_prune(plan, plan_seed, out, held_out, base))
         stage("drawing and generating")
         _draw(scores, plans, out / "scores.png")
-        sample = generate(out / "reap-50", seed)
+        samples = {f.name: generate(f, seed) for f in (MODEL, out / "reap-50")}
     report = {
         "unpruned": {
             "path": str(MODEL),
@@ -120,7 +120,7 @@ def run_demo(out: Path, *, seed: int = 0, quiet: bool = False) -> dict[str, Any]
         "calibration_tokens": sum(w.numel() for w in calibration.values()),
         "held_out_tokens": base.tokens,
         "pruned": [r.row() for r in results],
-        "sample": sample,
+        "samples": samples,
         "picture": str(out / "scores.png"),
         "checkpoints": [str(out / f"reap-{ratio * 100:.0f}") for ratio in RATIOS],
         "seconds": round(time.perf_counter() - began, 1),

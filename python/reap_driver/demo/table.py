@@ -9,7 +9,7 @@ _COLUMNS = "{:<26} {:>7} {:>8} {:>24} {:>24}"
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The table, the sample and where the results are; ``report`` is ``run_demo``'s result."""
+    """The table, the samples and where the results are; ``report`` is ``run_demo``'s result."""
     base, pruned = report["unpruned"], report["pruned"]
     lines = [
         _COLUMNS.format("", "experts", "size", "held-out perplexity", "next-token agreement"),
@@ -30,14 +30,16 @@ def format_report(report: dict[str, Any]) -> str:
         " model's",
         "most likely next token is the unpruned model's.",
         "",
-        f"A sample from {report['checkpoints'][-1]}, loaded with AutoModelForCausalLM:",
-        "",
-        *(f"    {line}".rstrip() for line in report["sample"].splitlines()),
-        "",
+        *(line for name, text in report["samples"].items() for line in _sample(name, text)),
         f"Picture: {report['picture']}    Checkpoints: {', '.join(report['checkpoints'])}",
         f"{report['seconds']} seconds",
     ]
     return "\n".join(lines)
+
+
+def _sample(name: str, text: str) -> list[str]:
+    lines = (f"    {line}".rstrip() for line in text.splitlines())
+    return [f"A sample of {name}, loaded with AutoModelForCausalLM:", "", *lines, ""]
 
 
 def _line(name: str, rows: list[dict[str, Any]]) -> str:
