@@ -308,7 +308,7 @@ def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
     assert {entry["tokens"] for entry in stats.provenance["data"]} == {32 * 256}
     assert plt.imread(out / "scores.png").std() > 0.1
     assert not list(out.glob("compared-*"))
-    assert set(report["samples"]) == {"model", "reap-50"}
+    assert set(report["samples"]) == {"the unpruned model", "reap-50"}
     assert all(s.startswith("def read_lines(path):") for s in report["samples"].values())
 
 

@@ -89,8 +89,8 @@ shown in seconds; it writes text that looks like Python and means nothing.
 ## Training
 
 `python -m reap_driver.demo.train --out DIR`, seed {seed}, read {tokens_seen:,} tokens in
-{cpu_minutes:.1f} minutes of CPU time with {threads} thread(s); {minutes:.1f} minutes by the clock, on
-{cores} cores busy with other work too. Python {python}, torch {torch}; the recipe is in
+{cpu_minutes:.1f} minutes of CPU time with {threads} thread(s); {minutes:.1f} minutes by the clock,
+on {cores} cores busy with other work too. Python {python}, torch {torch}; the recipe is in
 `training.json`.
 
 The text is the library that comes with Python, in four domains; training tokens available:

@@ -79,7 +79,7 @@ def run_demo(out: Path, *, seed: int = 0, quiet: bool = False) -> dict[str, Any]
 
     Writes to ``out``: ``reap-25`` and ``reap-50`` (pruned checkpoints), ``plan-*.json``,
     ``stats.safetensors`` and ``scores.png``; what an earlier run left there is replaced. Prints a
-    table and a generated sample on stdout unless ``quiet``; progress goes to stderr.
+    table and generated samples on stdout unless ``quiet``; progress goes to stderr.
 
     Args:
         out: folder for the results, created if missing.
@@ -109,7 +109,8 @@ def run_demo(out: Path, *, seed: int = 0, quiet: bool = False) -> dict[str, Any]
             results.append(_prune(plan, plan_seed, out, held_out, base))
         stage("drawing and generating")
         _draw(scores, plans, out / "scores.png")
-        samples = {f.name: generate(f, seed) for f in (MODEL, out / "reap-50")}
+        sources = {"the unpruned model": MODEL, "reap-50": out / "reap-50"}
+        samples = {name: generate(folder, seed) for name, folder in sources.items()}
     report = {
         "unpruned": {
             "path": str(MODEL),
