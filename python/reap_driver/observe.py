@@ -23,6 +23,7 @@ from reap_driver.compat.models import config_digest
 from reap_driver.discover import MoELayer, adapter_of, block_of, find_moe_layers
 from reap_driver.masks import TokenMask
 from reap_kernels import ExpertWeights, GateFormula, LayerStats, SaliencyStats, observe_layer
+from reap_kernels.dispatch import Request, select
 from reap_kernels.errors import DataError, UnsupportedModel
 
 DEFAULT_GROUP = "default"
@@ -168,7 +169,9 @@ class Observer:
                 "torch": str(torch.__version__),
                 "transformers": transformers.__version__,
             },
-            "backend": self.backend or "auto",
+            "backend": "+".join(
+                sorted({r.served_by for r in self._recorders.values() if r.called})
+            ),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         unobserved = [layer.name for layer in self.layers if layer.name not in names]
@@ -194,6 +197,14 @@ class LayerRecorder:
     def backend(self) -> str | None:
         """The kernel backend asked for."""
         return self._observer.backend
+
+    @property
+    def served_by(self) -> str:
+        """The backend that serves this layer, which has run."""
+        assert self._stats is not None
+        dtype = next(self._layer.module.parameters()).dtype
+        op, kind = ("saliency", "") if self._formula is None else ("layer", self._formula.kind)
+        return select(Request(op, self._stats.device, dtype, kind), self.backend).name
 
     @property
     def name(self) -> str:

@@ -192,22 +192,18 @@ class _Output(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        own = next(a for a in args if isinstance(a, cls))
-        with torch._C.DisableTorchFunctionSubclass():
-            plain = [a.as_subclass(Tensor) if isinstance(a, cls) else a for a in args]
-            result = func(*plain, **kwargs)
-            name = getattr(func, "__name__", "")
-            if name in _PRODUCTS:
-                others = [a for a in args if a is not own]
-                own._record(own.as_subclass(Tensor), _column(own, others))
-                return result
-            if name in _CASTS and isinstance(result, Tensor) and result.shape == own.shape:
-                return cls.of(result, own._record)
-            if name in _QUERIES:
-                return result
+        own = next((a for a in args if isinstance(a, cls)), None)
+        name = getattr(func, "__name__", "")
+        if own is not None and name in _PRODUCTS | _CASTS | _QUERIES:
+            with torch._C.DisableTorchFunctionSubclass():
+                if name in _PRODUCTS:  # before the product, which may be in place
+                    gates = _column(own, [a for a in args if a is not own])
+                    own._record(own.as_subclass(Tensor), gates)
+                plain = [a.as_subclass(Tensor) if isinstance(a, cls) else a for a in args]
+                result = func(*plain, **(kwargs or {}))
+                return cls.of(result, own._record) if name in _CASTS else result
         raise UnsupportedModel(
-            f"an expert's output reached {name or func} before being multiplied by its gate; this "
+            f"an expert's output reached {name} before being multiplied by its gate; this "
             "block cannot be observed, use a model class that transformers ships"
         )
 

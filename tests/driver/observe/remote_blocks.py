@@ -100,6 +100,30 @@ class InlineBlock(_Block):
         return out.reshape(hidden.shape)
 
 
+class InPlaceBlock(InlineBlock):
+    """Multiplies an expert's output where it lies, in another dtype and from the left."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        flat = hidden.reshape(-1, WIDTH)
+        ids, weights = self.route(flat)
+        out = self.shared_experts(flat)
+        for index, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == index)
+            gate = weights[token, slot, None]
+            current = expert(flat[token])
+            current = current.float().mul_(gate) if index % 2 else gate * current
+            out.index_add_(0, token, current.to(flat.dtype))
+        return out.reshape(hidden.shape)
+
+
+class GatheredBlock(InlineBlock):
+    """Concatenates expert outputs before any gate: cannot be observed."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        flat = hidden.reshape(-1, WIDTH)
+        return torch.stack([expert(flat) for expert in self.experts]).sum(0)
+
+
 class UngatedBlock(InlineBlock):
     """Adds expert outputs without a gate that could be seen: cannot be observed."""
 
@@ -126,6 +150,8 @@ class CapacityBlock(InlineBlock):
 BLOCKS = {
     "method": MethodBlock,
     "inline": InlineBlock,
+    "in place": InPlaceBlock,
+    "gathered": GatheredBlock,
     "ungated": UngatedBlock,
     "row gate": RowGateBlock,
     "capacity": CapacityBlock,

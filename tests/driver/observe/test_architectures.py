@@ -1,5 +1,6 @@
 """Every architecture: statistics against a float64 oracle, outputs against a float64 model."""
 
+import datetime
 import functools
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import torch
 import transformers
 from packaging.version import Version
 
+from reap_driver.compat.models import config_digest
 from reap_driver.observe import observe
 from reap_kernels.errors import UnsupportedModel
 from tests.driver import zoo
@@ -128,6 +130,28 @@ def test_text_leaves_vision_experts_out() -> None:
     stats = runs.run("ernie4_5_vl_moe").stats
     assert all("text_moe" in layer for layer in stats.layers)
     assert [name.split(".")[-2] for name in stats.provenance["unobserved"]] == ["vision_moe"] * 2
+
+
+def test_provenance() -> None:
+    """What a plan and a merge rely on: the model, its layers, the software, the backend."""
+    run = runs.run("qwen3_moe")
+    record = run.stats.provenance
+    assert record["model"] == {
+        "id": "",
+        "config_digest": config_digest(run.model.config),
+        "model_type": "qwen3_moe",
+        "architecture": "Qwen3MoeForCausalLM",
+    }
+    assert list(record["layers"]) == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    assert (record["gate"], record["data"], record["backend"]) == ("model", [], "cpu")
+    assert record["software"]["transformers"] == transformers.__version__
+    assert datetime.datetime.fromisoformat(record["created"]).tzinfo is not None
+    assert "unobserved" not in record
+    with observe(run.model, backend="reference") as obs:
+        obs.add_source({"group": "default", "source": "x.jsonl"})
+        obs(**run.inputs)
+    assert obs.stats.provenance["backend"] == "reference"
+    assert obs.stats.provenance["data"] == [{"group": "default", "source": "x.jsonl"}]
 
 
 def test_zaya_skips_are_not_counted() -> None:

@@ -12,7 +12,7 @@ from reap_kernels.errors import UnsupportedModel
 from tests.driver.observe import remote_blocks as remote
 from tests.driver.observe.oracle import assert_matches
 
-SHAPES = {"method": "module-list", "inline": "module-list-inline"}
+SHAPES = {"method": "module-list", "inline": "module-list-inline", "in place": "module-list-inline"}
 
 
 def _ids(batch: int = 2, seq: int = 12) -> Tensor:
@@ -119,6 +119,7 @@ def test_masks_reach_a_method_and_are_refused_inline() -> None:
 @pytest.mark.parametrize(
     ("block", "message"),
     [
+        ("gathered", "reached stack before being multiplied by its gate"),
         ("ungated", "before being multiplied by its gate"),
         ("row gate", "not by a column of gates"),
         ("capacity", "gated 48 rows for 24 tokens, expected 72"),
