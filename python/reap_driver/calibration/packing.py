@@ -2,7 +2,7 @@
 
 Documents follow each other with the model's end-of-sequence token between them. Nothing is padded
 and nothing lost: the last sequence of a source is shorter when the tokens do not fill it, and is a
-batch of its own.
+batch of its own. Attention crosses documents, as in the reference implementation of REAP.
 """
 
 import hashlib

@@ -91,7 +91,7 @@ def test_python_m_is_the_command() -> None:
 
 def test_interrupting_an_observation_leaves_nothing(model: Path, tmp_path: Path) -> None:
     data = tmp_path / "long.jsonl"
-    data.write_text((json.dumps({"input_ids": [i % 250 for i in range(2000)]}) + "\n") * 300)
+    data.write_text((json.dumps({"input_ids": [i % 250 for i in range(2000)]}) + "\n") * 100)
     before = sorted(tmp_path.rglob("*"))
     words = ["prune", model, "--data", data, "--seq-len", "16", "--out", tmp_path / "out"]
     words += ["--stats", tmp_path / "stats.safetensors"]
