@@ -121,7 +121,7 @@ def _details(plan: "Plan", report: "ApplyReport") -> list[str]:
         f"Calibration data: {entry.get('source')} (group {entry.get('group')}), "
         f"{entry.get('records')} records, {entry.get('tokens')} tokens, "
         f"digest `{entry.get('digest')}`."
-        for entry in getattr(plan, "data", None) or ()
+        for entry in plan.data
     ]
     edited = ", ".join(
         f"`{name}` {old!r} -> {new!r}" for name, (old, new) in report.edited_config.items()
@@ -137,5 +137,5 @@ def _details(plan: "Plan", report: "ApplyReport") -> list[str]:
             f"{report.tables_rewritten} tables route tokens to experts by token id; in them every "
             "removed expert was replaced by a kept one."
         )
-    lines += report.warnings
+    lines += [*plan.notes, *report.warnings]
     return lines

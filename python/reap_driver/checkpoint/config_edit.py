@@ -2,7 +2,7 @@
 experts.
 
 The JSON is edited in place, field by field: writing it through a config class would rename fields
-and move others (hf: `num_experts` becomes `num_local_experts`), which older readers then miss.
+and move others (Qwen3's `num_experts` becomes `num_local_experts`), which older readers then miss.
 """
 
 import copy

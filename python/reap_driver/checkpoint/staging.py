@@ -92,8 +92,10 @@ def rehearse(out: Path, *, needed: int) -> None:
 
 
 def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
-    """Give the finished folder its final name; an old target is set aside first and removed
-    last.
+    """Flush the finished folder to disk and give it its final name.
+
+    An old target is set aside as `.<name>.reap-replaced-XXXX` first and removed last; after a kill
+    between the two renames, that is where it is found.
     """
     for path in [*folder.rglob("*"), folder]:
         _fsync(path)
