@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from reap_driver.commands import COMMANDS
-from reap_driver.commands.console import Console
+from reap_driver.commands.console import Console, emit
 from reap_driver.commands.options import add_common
 
 PROGRAM = "reap-kernels"
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(type(error).__name__, *known, as_json)
     if as_json:
-        print(json.dumps({"command": args.command, **result}))
+        emit(json.dumps({"command": args.command, **result}))
     return 0
 
 
@@ -128,7 +128,7 @@ def _fail(kind: str, message: str, code: int, as_json: bool) -> int:
     line = " ".join(message.split())
     print(f"{PROGRAM}: error: {line}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"error": {"type": kind, "message": line, "exit_code": code}}))
+        emit(json.dumps({"error": {"type": kind, "message": line, "exit_code": code}}))
     return code
 
 

@@ -209,12 +209,13 @@ def random_plan(scores: Scores, ratio: float, seed: int) -> Plan:
 
 def _notes(budgets: list[Budget]) -> list[str]:
     """Where routing groups made a number smaller than asked."""
-    cut = [budget for budget in budgets if budget.removed < budget.asked]
-    return [
-        f"{len(cut)} layers remove {b.removed} instead of {b.asked} of {b.num_experts} experts: "
-        f"their {b.n_group} routing groups must stay equal in size"
-        for b in cut[:1]
-    ]
+    notes = {
+        f"removes {b.removed} instead of {b.asked} of {b.num_experts} experts a layer: the "
+        f"{b.n_group} routing groups must stay equal in size"
+        for b in budgets
+        if b.removed < b.asked
+    }
+    return sorted(notes)
 
 
 def _checked(path: Any, content: Mapping[str, Any], name: str, kind: Any) -> Any:

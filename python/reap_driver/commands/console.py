@@ -1,5 +1,6 @@
 """What a command tells a human: results on stdout, progress and notes on stderr."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ class Console:
     def say(self, text: str) -> None:
         """A result, on stdout."""
         if not self.quiet and not self.as_json:
-            print(text, flush=True)
+            emit(text)
 
     def note(self, text: str) -> None:
         """Something to know that is no error, on stderr."""
@@ -123,6 +124,14 @@ class Progress:
             share = 100 * self._done // self._total
             text += f", {share} % of {short(self._total)}{self._unit}, {clock(left)} left"
         return text
+
+
+def emit(text: str) -> None:
+    """Prints a result on stdout; when its reader has gone (`| head`), the work still goes on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def short(number: float) -> str:

@@ -96,7 +96,7 @@ def test_grouped_routers_keep_equal_counts(
     out = tmp_path / "out"
     done = run("prune", grouped, "--data", data, "--ratio", 0.4, "--out", out)
     assert done.code == 0, done.err
-    assert "remove 4 instead of 6 of 16 experts" in done.err
+    assert "removes 4 instead of 6 of 16 experts a layer" in done.err
     for layer in rd.Plan.load(out / "reap/plan.json").layers.values():
         assert [sum(e // 4 == group for e in layer.kept) for group in range(4)] == [3] * 4
 

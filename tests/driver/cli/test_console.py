@@ -1,5 +1,7 @@
 """Progress where stderr is no terminal, and the words numbers are put in."""
 
+import os
+
 import pytest
 
 from reap_driver.commands import console
@@ -91,6 +93,15 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown[0]["delay"] == 2
     assert (shown[0]["total"], shown[0]["unit"]) == (10, "tok")
     assert shown[1:] == [4, 6, "closed"]
+
+
+def test_work_goes_on_when_nobody_reads_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        for line in ("first", "second"):
+            Console().say(line)
 
 
 def test_words_for_numbers() -> None:

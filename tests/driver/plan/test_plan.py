@@ -42,8 +42,7 @@ def test_rounding_by_groups_is_noted() -> None:
     plan = make_plan(scores(n_group=2, topk_group=1, top_k=1), 0.5)
     assert {len(layer.removed) for layer in plan.layers.values()} == {2}
     assert plan.notes == [
-        "2 layers remove 2 instead of 3 of 6 experts: "
-        "their 2 routing groups must stay equal in size"
+        "removes 2 instead of 3 of 6 experts a layer: the 2 routing groups must stay equal in size"
     ]
 
 
