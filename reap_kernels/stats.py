@@ -6,10 +6,8 @@ and counts int64: splitting batches differently moves a sum by at most about 1e-
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reap_kernels.errors import DataError, ShapeError
+from reap_kernels.files import replaced
 
 COUNTS = ("count", "nonfinite")
 SUMS = ("gate_sum", "norm_sum", "gate_norm_sum", "norm_sq_sum", "gate_norm_sq_sum")
@@ -210,7 +209,6 @@ class SaliencyStats:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file (temporary sibling, fsync, rename)."""
-        target = Path(path)
         tensors = {
             f"{name}|{key}": value.detach().cpu().contiguous()
             for name, layer in self.layers.items()
@@ -223,16 +221,8 @@ class SaliencyStats:
             "groups": json.dumps(self.groups),
             "provenance": json.dumps(self.provenance),
         }
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            os.close(handle)
+        with replaced(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SaliencyStats":

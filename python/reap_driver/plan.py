@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import random
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from reap_driver.allocate import Budget, check_ratio, kept_experts, uniform
 from reap_driver.criteria import Scores
 from reap_kernels.errors import PlanError
+from reap_kernels.files import replaced
 
 FORMAT = "reap-plan"
 VERSION = 1
@@ -98,7 +98,8 @@ class Plan:
             for name, layer in self.layers.items()
         ]
         text = json.dumps(head, indent=2)[:-2] + ',\n  "layers": {\n' + ",\n".join(lines)
-        _write_atomically(Path(path), text + "\n  }\n}\n")
+        with replaced(path) as temporary:
+            temporary.write_text(text + "\n  }\n}\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
@@ -249,16 +250,3 @@ def _short(value: Any) -> str:
     """A value as a message can show it."""
     text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -9,7 +9,7 @@ from reap_kernels import dispatch, doctor
 
 def test_report_is_complete_and_serialisable() -> None:
     report = json.loads(json.dumps(doctor.report()))
-    assert report["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(report["packages"]["torch"].split("+")[0])
     assert report["cpu"]["threads"] == torch.get_num_threads()
     assert set(report["cpu"]["computes"]) == {"bfloat16", "float16", "float32"}
     rows = [row for row in report["backends"] if row["device"] == "cpu"]

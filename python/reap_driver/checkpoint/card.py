@@ -66,6 +66,8 @@ def model_card(source_card: Path, plan: "Plan", report: "ApplyReport") -> str:
         report: of this run, complete but for its duration.
     """
     source = str(plan.model.get("id") or report.source.name)
+    if Path(source).is_absolute():  # cards are published; where somebody keeps files is not
+        source = Path(source).name
     front = yaml.safe_dump(_front_matter(source_card, source), sort_keys=False, allow_unicode=True)
     body = _TEMPLATE.format(
         title=report.out_path.name,

@@ -18,7 +18,7 @@ from reap_driver.compat.models import config_digest, load_config, meta_model
 from reap_driver.plan import LayerPlan, Plan
 from reap_kernels.errors import CheckpointError, PlanError, ReapError, UnsupportedModel
 from tests.driver import zoo
-from tests.driver.checkpoint import support
+from tests.driver.checkpoint import saved
 
 Header = dict[str, Any]
 EXPERTS = "model.layers.1.mlp.experts"
@@ -27,13 +27,13 @@ SHARD = "model-00002-of-00003.safetensors"
 
 @pytest.fixture
 def full(tmp_path: Path) -> Path:
-    support.save("qwen3_moe", tmp_path / "full")
+    saved.save("qwen3_moe", tmp_path / "full")
     return tmp_path / "full"
 
 
 @pytest.fixture
 def plan(full: Path) -> Plan:
-    return support.make_plan(full, meta_model(load_config(full)))
+    return saved.make_plan(full, meta_model(load_config(full)))
 
 
 def assert_refused(
@@ -43,14 +43,14 @@ def assert_refused(
     anywhere.
     """
     out = options.pop("out", full.parent / "pruned")
-    before, around = support.snapshot(full), sorted(full.parent.iterdir())
+    before, around = saved.snapshot(full), sorted(full.parent.iterdir())
     with pytest.raises(error) as caught:
         apply_plan(full, plan, out, **options)
     message = str(caught.value)
     assert "\n" not in message
     for part in parts:
         assert part in message, message
-    assert support.snapshot(full) == before
+    assert saved.snapshot(full) == before
     assert sorted(full.parent.iterdir()) == around
 
 
@@ -73,14 +73,14 @@ def test_no_safetensors(full: Path, plan: Plan) -> None:
 
 
 def test_missing_shard(full: Path, plan: Plan) -> None:
-    support.shard(full, 3)
+    saved.shard(full, 3)
     (full / SHARD).unlink()
     assert_refused(full, plan, CheckpointError, SHARD, "missing", "download it again")
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/x.safetensors", "a.bin", "", 7])
 def test_index_leaving_the_folder(full: Path, plan: Plan, name: object) -> None:
-    support.shard(full, 3)
+    saved.shard(full, 3)
     index = json.loads((full / INDEX_NAME).read_text())
     key = next(iter(index["weight_map"]))
     index["weight_map"][key] = name
@@ -89,7 +89,7 @@ def test_index_leaving_the_folder(full: Path, plan: Plan, name: object) -> None:
 
 
 def test_index_naming_a_tensor_its_shard_lacks(full: Path, plan: Plan) -> None:
-    support.shard(full, 3)
+    saved.shard(full, 3)
     index = json.loads((full / INDEX_NAME).read_text())
     index["weight_map"]["model.ghost.weight"] = SHARD
     (full / INDEX_NAME).write_text(json.dumps(index))
@@ -97,9 +97,9 @@ def test_index_naming_a_tensor_its_shard_lacks(full: Path, plan: Plan) -> None:
 
 
 def test_tensor_in_two_shards(full: Path, plan: Plan) -> None:
-    support.shard(full, 3)
-    tensors = support.read_all_of(full / SHARD)
-    first = support.read_all_of(full / SHARD.replace("00002", "00001", 1))
+    saved.shard(full, 3)
+    tensors = saved.read_all_of(full / SHARD)
+    first = saved.read_all_of(full / SHARD.replace("00002", "00001", 1))
     key = next(iter(first))
     save_file({**tensors, key: first[key]}, full / SHARD)
     assert_refused(full, plan, CheckpointError, repr(key), "is also in")
@@ -192,13 +192,13 @@ def test_damaged_file(full: Path, plan: Plan, damage: Callable[[bytes], bytes], 
 def test_shape_not_matching_config(
     full: Path, plan: Plan, key: str, shape: tuple[int, ...]
 ) -> None:
-    support.change_tensors(full, lambda t: {**t, key: torch.zeros(shape)})
+    saved.change_tensors(full, lambda t: {**t, key: torch.zeros(shape)})
     stem = "experts" if ".experts." in key else key
     assert_refused(full, plan, CheckpointError, "model.safetensors", stem, "config.json")
 
 
 def test_missing_expert(full: Path, plan: Plan) -> None:
-    support.change_tensors(
+    saved.change_tensors(
         full, lambda t: {k: v for k, v in t.items() if "1.mlp.experts.7." not in k}
     )
     assert_refused(full, plan, CheckpointError, f"{EXPERTS}.7 is missing", "8 experts")
@@ -206,19 +206,19 @@ def test_missing_expert(full: Path, plan: Plan) -> None:
 
 def test_more_experts_than_config_says(full: Path, plan: Plan) -> None:
     extra = f"{EXPERTS}.8.up_proj.weight"
-    support.change_tensors(full, lambda t: {**t, extra: torch.zeros(24, 32)})
+    saved.change_tensors(full, lambda t: {**t, extra: torch.zeros(24, 32)})
     assert_refused(full, plan, CheckpointError, f"{EXPERTS}.8 is present", "8 experts")
 
 
 def test_missing_router(full: Path, plan: Plan) -> None:
-    support.change_tensors(full, lambda t: {k: v for k, v in t.items() if "1.mlp.gate." not in k})
+    saved.change_tensors(full, lambda t: {k: v for k, v in t.items() if "1.mlp.gate." not in k})
     assert_refused(full, plan, CheckpointError, "model.layers.1.mlp.gate.weight", "incomplete")
 
 
 def test_table_naming_an_expert_that_does_not_exist(tmp_path: Path) -> None:
-    model = support.save("deepseek_v4", tmp_path / "full")
-    plan = support.make_plan(tmp_path / "full", model)
-    support.change_tensors(
+    model = saved.save("deepseek_v4", tmp_path / "full")
+    plan = saved.make_plan(tmp_path / "full", model)
+    saved.change_tensors(
         tmp_path / "full", lambda t: {k: v + 1 if "tid2eid" in k else v for k, v in t.items()}
     )
     assert_refused(tmp_path / "full", plan, CheckpointError, "tid2eid", "names expert 8", "[0, 8)")
@@ -287,8 +287,8 @@ def test_plan_keeping_fewer_than_top_k(full: Path, plan: Plan) -> None:
     ("kept", "part"), [((0, 1, 2, 3, 4, 5), "[4, 2]"), ((0, 4), "keeps 2"), ((1, 5), "keeps 2")]
 )
 def test_plan_breaking_routing_groups(tmp_path: Path, kept: tuple[int, ...], part: str) -> None:
-    model = support.save("deepseek_v3", tmp_path / "full")
-    good = support.make_plan(tmp_path / "full", model)
+    model = saved.save("deepseek_v3", tmp_path / "full")
+    good = saved.make_plan(tmp_path / "full", model)
     layers = dict.fromkeys(good.layers, LayerPlan.keeping(8, kept))
     assert_refused(tmp_path / "full", replace(good, layers=layers), PlanError, part)
 

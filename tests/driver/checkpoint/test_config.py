@@ -15,7 +15,7 @@ from reap_driver.checkpoint.checks import served_warning
 from reap_driver.checkpoint.config_edit import ExpertNames, count_sites, with_count
 from reap_driver.compat.models import load_config, meta_model
 from reap_kernels.errors import CheckpointError
-from tests.driver.checkpoint import support
+from tests.driver.checkpoint import saved
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -25,12 +25,12 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def full(tmp_path: Path) -> Path:
-    support.save("qwen3_moe", tmp_path / "full")
+    saved.save("qwen3_moe", tmp_path / "full")
     return tmp_path / "full"
 
 
 def apply(full: Path, out: Path, **options: Any) -> Any:
-    return apply_plan(full, support.make_plan(full, meta_model(load_config(full))), out, **options)
+    return apply_plan(full, saved.make_plan(full, meta_model(load_config(full))), out, **options)
 
 
 def test_published_alias_keeps_its_name_and_nothing_else_changes(
@@ -47,7 +47,7 @@ def test_published_alias_keeps_its_name_and_nothing_else_changes(
 
 
 def test_every_alias_present_is_edited(full: Path, tmp_path: Path) -> None:
-    support.change_config(full, num_experts=8)
+    saved.change_config(full, num_experts=8)
     apply(full, tmp_path / "out")
     config = config_of(tmp_path / "out")
     assert (config["num_experts"], config["num_local_experts"]) == (5, 5)
@@ -55,7 +55,7 @@ def test_every_alias_present_is_edited(full: Path, tmp_path: Path) -> None:
 
 def test_count_left_to_its_default_is_written(tmp_path: Path) -> None:
     """A config that relies on the class default gets the field."""
-    support.save("mixtral", tmp_path / "full")
+    saved.save("mixtral", tmp_path / "full")
     config = config_of(tmp_path / "full")
     assert config.pop("num_local_experts") == 8  # Mixtral's default
     (tmp_path / "full" / "config.json").write_text(json.dumps(config))
@@ -77,13 +77,13 @@ def test_quantisation_entries_follow_their_expert(full: Path, tmp_path: Path) ->
     names = [f"{plan_layer}.{i}.up_proj" for i in range(8)]
     escaped = [rf"re:model\.layers\.1\.mlp\.experts\.{i}\." for i in range(8)]
     settings = {"quant_method": "auto-round", "ignore": ["lm_head", *names, *escaped]}
-    support.change_config(
+    saved.change_config(
         full, quantization_config={**settings, "extra_config": {n: {"bits": 16} for n in names}}
     )
     (full / "hf_quant_config.json").write_text(
         json.dumps({"quantization": {"exclude_modules": names}})
     )
-    plan = support.make_plan(full, meta_model(load_config(full)))
+    plan = saved.make_plan(full, meta_model(load_config(full)))
     apply_plan(full, plan, tmp_path / "out")
     kept = plan.layers[plan_layer].kept
     result = config_of(tmp_path / "out")["quantization_config"]

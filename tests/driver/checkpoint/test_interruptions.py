@@ -20,7 +20,7 @@ from reap_driver.checkpoint.staging import clean_stale
 from reap_driver.compat.models import load_config, meta_model
 from reap_driver.plan import Plan
 from reap_kernels.errors import CheckpointError, ResourceError
-from tests.driver.checkpoint import support
+from tests.driver.checkpoint import saved
 
 
 def write_half(full: Path, plan: Plan, out: Path, half_way: Path) -> None:
@@ -36,14 +36,14 @@ def write_half(full: Path, plan: Plan, out: Path, half_way: Path) -> None:
 
 @pytest.fixture
 def full(tmp_path: Path) -> Path:
-    support.save("mixtral", tmp_path / "full")
-    support.shard(tmp_path / "full", 4)
+    saved.save("mixtral", tmp_path / "full")
+    saved.shard(tmp_path / "full", 4)
     return tmp_path / "full"
 
 
 @pytest.fixture
 def plan(full: Path) -> Plan:
-    return support.make_plan(full, meta_model(load_config(full)))
+    return saved.make_plan(full, meta_model(load_config(full)))
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -76,26 +76,26 @@ def interrupt(full: Path, plan: Plan, number: signal.Signals) -> int | None:
 
 
 def test_kill_leaves_no_result_and_the_next_run_cleans_up(full: Path, plan: Plan) -> None:
-    before = support.snapshot(full)
+    before = saved.snapshot(full)
     assert interrupt(full, plan, signal.SIGKILL) == -signal.SIGKILL
     assert not (full.parent / "pruned").exists()
     left = leftovers(full.parent)
     assert len(left) == 1
-    assert support.snapshot(full) == before
+    assert saved.snapshot(full) == before
 
     report = apply_plan(full, plan, full.parent / "pruned")
     assert [Path(path).name for path in report.cleaned] == left
     assert leftovers(full.parent) == []
-    assert len(support.read_all(full.parent / "pruned")) == report.tensors
+    assert len(saved.read_all(full.parent / "pruned")) == report.tensors
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_termination_leaves_nothing(full: Path, plan: Plan, number: signal.Signals) -> None:
-    before = support.snapshot(full)
+    before = saved.snapshot(full)
     assert interrupt(full, plan, number) not in (0, None)
     assert not (full.parent / "pruned").exists()
     assert leftovers(full.parent) == []
-    assert support.snapshot(full) == before
+    assert saved.snapshot(full) == before
 
 
 def test_handlers_are_restored(full: Path, plan: Plan, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_full_disk(
     """Refused up front; and when the space goes while writing, all is removed again."""
     if not foreseen:
         monkeypatch.setattr(staging, "_check_space", lambda *_: None)
-    before = support.snapshot(full)
+    before = saved.snapshot(full)
     with small_disk(tmp_path / "disk", "64k"):
         out = tmp_path / "disk" / "pruned"
         with pytest.raises(
@@ -197,12 +197,12 @@ def test_full_disk(
         ):
             apply_plan(full, plan, out)
         assert list((tmp_path / "disk").iterdir()) == []
-    assert support.snapshot(full) == before
+    assert saved.snapshot(full) == before
 
 
 def test_file_size_limit(full: Path, plan: Plan, tmp_path: Path) -> None:
     """A limit (quotas behave alike) that is hit in the middle of a file."""
-    before = support.snapshot(full)
+    before = saved.snapshot(full)
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
     try:
@@ -212,7 +212,7 @@ def test_file_size_limit(full: Path, plan: Plan, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert not (tmp_path / "pruned").exists()
     assert leftovers(tmp_path) == []
-    assert support.snapshot(full) == before
+    assert saved.snapshot(full) == before
 
 
 def test_unwritable_target(full: Path, plan: Plan, tmp_path: Path) -> None:

@@ -15,17 +15,17 @@ from reap_driver.checkpoint import apply_plan, stream
 from reap_driver.compat.models import load_config, model_class
 from reap_driver.plan import LayerPlan, Plan
 from reap_kernels.errors import UnsupportedModel
-from tests.driver.checkpoint import support
+from tests.driver.checkpoint import saved
 
 Tensors = dict[str, torch.Tensor]
 
 
 def prune(full: Path, model: PreTrainedModel, **options: Any) -> tuple[Plan, Tensors, Tensors]:
     """(plan, tensors before, tensors after) of one run."""
-    plan = support.make_plan(full, model)
-    before = support.read_all(full)
+    plan = saved.make_plan(full, model)
+    before = saved.read_all(full)
     apply_plan(full, plan, full.parent / "pruned", **options)
-    return plan, before, support.read_all(full.parent / "pruned")
+    return plan, before, saved.read_all(full.parent / "pruned")
 
 
 def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -103,8 +103,8 @@ def as_packed(leaves: dict[str, torch.dtype]) -> Callable[[Tensors], Tensors]:
 
 
 def test_fp8_scales_move_with_their_expert(tmp_path: Path) -> None:
-    model = support.save("deepseek_v3", tmp_path / "full")
-    support.change_tensors(tmp_path / "full", as_fp8)
+    model = saved.save("deepseek_v3", tmp_path / "full")
+    saved.change_tensors(tmp_path / "full", as_fp8)
     plan, before, after = prune(tmp_path / "full", model)
     leaves = [f"{p}.{leaf}" for p in PROJECTIONS for leaf in ("weight", "weight_scale_inv")]
     assert_listed(plan, before, after, leaves)
@@ -136,8 +136,8 @@ def test_fp8_scales_move_with_their_expert(tmp_path: Path) -> None:
 def test_packed_experts_move_whole(
     name: str, leaves: dict[str, torch.dtype], tmp_path: Path
 ) -> None:
-    model = support.save(name, tmp_path / "full")
-    support.change_tensors(tmp_path / "full", as_packed(leaves))
+    model = saved.save(name, tmp_path / "full")
+    saved.change_tensors(tmp_path / "full", as_packed(leaves))
     plan, before, after = prune(tmp_path / "full", model)
     assert_listed(plan, before, after, [f"{p}.{leaf}" for p in PROJECTIONS for leaf in leaves])
     assert_rest_unchanged(plan, before, after)
@@ -160,8 +160,8 @@ def as_mxfp4(tensors: Tensors) -> Tensors:
 
 
 def test_mxfp4_blocks_scales_and_biases_are_cut_alike(tmp_path: Path) -> None:
-    model = support.save("gpt_oss", tmp_path / "full")
-    support.change_tensors(tmp_path / "full", as_mxfp4)
+    model = saved.save("gpt_oss", tmp_path / "full")
+    saved.change_tensors(tmp_path / "full", as_mxfp4)
     plan, before, after = prune(tmp_path / "full", model)
     assert before.keys() == after.keys()
     for layer, entry in plan.layers.items():
@@ -178,7 +178,7 @@ def test_mxfp4_blocks_scales_and_biases_are_cut_alike(tmp_path: Path) -> None:
 
 def test_stacked_fp8_scales_are_cut_alike(tmp_path: Path) -> None:
     """Step-3.5 stores gate and up separately, stacked, each with its scale."""
-    model = support.save("step3p7", tmp_path / "full")
+    model = saved.save("step3p7", tmp_path / "full")
 
     def change(tensors: Tensors) -> Tensors:
         out = dict(tensors)
@@ -188,7 +188,7 @@ def test_stacked_fp8_scales_are_cut_alike(tmp_path: Path) -> None:
                 out[f"{key}_scale_inv"] = torch.randn(value.shape[0], 2, 3)
         return out
 
-    support.change_tensors(tmp_path / "full", change)
+    saved.change_tensors(tmp_path / "full", change)
     plan, before, after = prune(tmp_path / "full", model)
     assert before.keys() == after.keys()
     checked = 0
@@ -209,7 +209,7 @@ def test_expert_dimension_is_found_when_sizes_agree(name: str, tmp_path: Path) -
     """With as many experts as hidden units, lengths cannot tell the dimensions apart; the library's
     own conversion can."""
     fields = {"num_local_experts": 32} if name == "qwen3_vl_moe" else {"moe_num_experts": 32}
-    model = support.save(name, tmp_path / "full", **fields)
+    model = saved.save(name, tmp_path / "full", **fields)
     plan, _, _ = prune(tmp_path / "full", model)
     config = load_config(tmp_path / "pruned")
     loaded, info = model_class(config).from_pretrained(
@@ -225,13 +225,13 @@ def test_expert_dimension_is_found_when_sizes_agree(name: str, tmp_path: Path) -
 
 
 def test_shards_keep_their_division(tmp_path: Path) -> None:
-    model = support.save("qwen3_moe", tmp_path / "full")
-    single = support.make_plan(tmp_path / "full", model)
+    model = saved.save("qwen3_moe", tmp_path / "full")
+    single = saved.make_plan(tmp_path / "full", model)
     apply_plan(tmp_path / "full", single, tmp_path / "single")
-    support.shard(tmp_path / "full", 3)
+    saved.shard(tmp_path / "full", 3)
     apply_plan(tmp_path / "full", single, tmp_path / "pruned")
 
-    expected, actual = support.read_all(tmp_path / "single"), support.read_all(tmp_path / "pruned")
+    expected, actual = saved.read_all(tmp_path / "single"), saved.read_all(tmp_path / "pruned")
     assert expected.keys() == actual.keys()
     assert all(same_bytes(expected[key], actual[key]) for key in expected)
     source = json.loads((tmp_path / "full" / "model.safetensors.index.json").read_text())
@@ -240,21 +240,21 @@ def test_shards_keep_their_division(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in actual.values())
     for name in set(index["weight_map"].values()):
         assert {k for k, file in index["weight_map"].items() if file == name} == set(
-            support.read_all_of(tmp_path / "pruned" / name)
+            saved.read_all_of(tmp_path / "pruned" / name)
         )
 
 
 def test_shard_size_divides_anew(tmp_path: Path) -> None:
-    model = support.save("qwen3_moe", tmp_path / "full")
-    plan = support.make_plan(tmp_path / "full", model)
+    model = saved.save("qwen3_moe", tmp_path / "full")
+    plan = saved.make_plan(tmp_path / "full", model)
     one = apply_plan(tmp_path / "full", plan, tmp_path / "one")
     many = apply_plan(tmp_path / "full", plan, tmp_path / "many", shard_size=20_000)
     assert (one.shards, many.shards > 4) == (1, True)
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert files[0].name == f"model-00001-of-{many.shards:05d}.safetensors"
-    sizes = [sum(t.nbytes for t in support.read_all_of(file).values()) for file in files]
+    sizes = [sum(t.nbytes for t in saved.read_all_of(file).values()) for file in files]
     assert max(sizes) <= 20_000
-    left, right = support.read_all(tmp_path / "one"), support.read_all(tmp_path / "many")
+    left, right = saved.read_all(tmp_path / "one"), saved.read_all(tmp_path / "many")
     assert left.keys() == right.keys()
     assert all(same_bytes(left[key], right[key]) for key in left)
 
@@ -265,8 +265,8 @@ def test_result_does_not_depend_on_buffers(
 ) -> None:
     """Rows of inner dimensions and id tables pass through a buffer; its size changes nothing, nor
     does copying without the kernel's help."""
-    model = support.save(name, tmp_path / "full")
-    plan = support.make_plan(tmp_path / "full", model)
+    model = saved.save(name, tmp_path / "full")
+    plan = saved.make_plan(tmp_path / "full", model)
     apply_plan(tmp_path / "full", plan, tmp_path / "a")
     monkeypatch.setattr(stream, "BUFFER_BYTES", 64)
     apply_plan(tmp_path / "full", plan, tmp_path / "b")
@@ -282,7 +282,7 @@ def test_tables_by_token_keep_kept_experts(tmp_path: Path) -> None:
     """DeepSeek-V4's first layers route by token id: kept ids stay, removed ones become kept
     ones.
     """
-    model = support.save("deepseek_v4", tmp_path / "full")
+    model = saved.save("deepseek_v4", tmp_path / "full")
     plan, before, after = prune(tmp_path / "full", model)
     tables = [key for key in before if key.endswith("tid2eid")]
     assert tables
@@ -298,9 +298,9 @@ def test_tables_by_token_keep_kept_experts(tmp_path: Path) -> None:
 
 
 def test_unexplained_tensor_in_a_block_is_refused(tmp_path: Path) -> None:
-    model = support.save("qwen3_moe", tmp_path / "full")
-    plan = support.make_plan(tmp_path / "full", model)
-    support.change_tensors(
+    model = saved.save("qwen3_moe", tmp_path / "full")
+    plan = saved.make_plan(tmp_path / "full", model)
+    saved.change_tensors(
         tmp_path / "full", lambda t: {**t, "model.layers.1.mlp.mystery.weight": torch.zeros(8, 4)}
     )
     with pytest.raises(UnsupportedModel, match=r"mlp\.mystery\.weight.*matches nothing"):
@@ -309,8 +309,8 @@ def test_unexplained_tensor_in_a_block_is_refused(tmp_path: Path) -> None:
 
 
 def test_ignored_tensors_elsewhere_are_kept(tmp_path: Path) -> None:
-    model = support.save("qwen3_moe", tmp_path / "full")
+    model = saved.save("qwen3_moe", tmp_path / "full")
     key = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    support.change_tensors(tmp_path / "full", lambda t: {**t, key: torch.arange(4.0)})
+    saved.change_tensors(tmp_path / "full", lambda t: {**t, key: torch.arange(4.0)})
     _, before, after = prune(tmp_path / "full", model)
     assert torch.equal(before[key], after[key])

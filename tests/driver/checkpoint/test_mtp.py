@@ -13,7 +13,7 @@ from reap_driver.checkpoint import apply_plan
 from reap_driver.compat.models import load_config, meta_model
 from reap_driver.plan import LayerPlan, Plan
 from reap_kernels.errors import PlanError
-from tests.driver.checkpoint import support
+from tests.driver.checkpoint import saved
 
 MTP = "model.layers.3."  # the tiny model has layers 0 to 2
 LAYER = "model.layers.3.mlp.experts"
@@ -26,7 +26,7 @@ def full(tmp_path: Path) -> Path:
     it.
     """
     folder = tmp_path / "full"
-    support.save("glm4_moe", folder)
+    saved.save("glm4_moe", folder)
 
     def add(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         copied = {
@@ -37,19 +37,19 @@ def full(tmp_path: Path) -> Path:
         extra = {f"{MTP}eh_proj.weight": torch.randn(32, 64), f"{MTP}enorm.weight": torch.randn(32)}
         return {**tensors, **copied, **extra}
 
-    support.change_tensors(folder, add)
-    support.change_config(folder, num_nextn_predict_layers=1)
+    saved.change_tensors(folder, add)
+    saved.change_config(folder, num_nextn_predict_layers=1)
     return folder
 
 
 def plan_for(full: Path) -> Plan:
-    return support.make_plan(full, meta_model(load_config(full)))
+    return saved.make_plan(full, meta_model(load_config(full)))
 
 
 def test_dropped_by_default_and_reported(full: Path, tmp_path: Path) -> None:
-    before = support.read_all(full)
+    before = saved.read_all(full)
     report = apply_plan(full, plan_for(full), tmp_path / "out")
-    after = support.read_all(tmp_path / "out")
+    after = saved.read_all(tmp_path / "out")
     assert set(report.mtp_dropped) == {key for key in before if key.startswith(MTP)}
     assert not [key for key in after if key.startswith(MTP)]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -62,9 +62,9 @@ def test_dropped_by_default_and_reported(full: Path, tmp_path: Path) -> None:
 def test_kept_when_the_plan_names_its_experts(full: Path, tmp_path: Path) -> None:
     plan = plan_for(full)
     plan = replace(plan, layers={**plan.layers, LAYER: LayerPlan.keeping(8, KEPT)})
-    before = support.read_all(full)
+    before = saved.read_all(full)
     report = apply_plan(full, plan, tmp_path / "out", mtp="keep")
-    after = support.read_all(tmp_path / "out")
+    after = saved.read_all(tmp_path / "out")
     kept = plan.layers[LAYER].kept
     assert report.mtp_dropped == []
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -88,15 +88,15 @@ def test_keeping_unplanned_experts_is_refused(full: Path, tmp_path: Path) -> Non
 
 def test_layer_without_experts_can_be_kept(tmp_path: Path) -> None:
     """Qwen3-Next style: a module called `mtp`, here dense."""
-    model = support.save("qwen3_next", tmp_path / "full")
+    model = saved.save("qwen3_next", tmp_path / "full")
     dense = {
         "mtp.fc.weight": torch.randn(32, 64),
         "mtp.layers.0.mlp.up_proj.weight": torch.randn(40, 32),
     }
-    support.change_tensors(tmp_path / "full", lambda tensors: {**tensors, **dense})
-    plan = support.make_plan(tmp_path / "full", model)
+    saved.change_tensors(tmp_path / "full", lambda tensors: {**tensors, **dense})
+    plan = saved.make_plan(tmp_path / "full", model)
     apply_plan(tmp_path / "full", plan, tmp_path / "kept", mtp="keep")
-    after = support.read_all(tmp_path / "kept")
+    after = saved.read_all(tmp_path / "kept")
     assert all(torch.equal(after[key], value) for key, value in dense.items())
     report = apply_plan(tmp_path / "full", plan, tmp_path / "dropped")
     assert set(report.mtp_dropped) == set(dense)

@@ -13,7 +13,7 @@ from reap_driver.checkpoint import apply_plan
 from reap_driver.compat.models import config_digest, load_config
 from reap_driver.plan import LayerPlan, Plan
 from reap_kernels.errors import UnsupportedModel
-from tests.driver.checkpoint import remote_code, support
+from tests.driver.checkpoint import remote_code, saved
 
 KEPT = {"layers.0.mlp.experts": (0, 2, 3, 5, 7), "layers.1.mlp.experts": (1, 2, 4, 6, 7)}
 
@@ -27,7 +27,7 @@ def save(folder: Path, **fields: Any) -> remote_code.TinyRemoteForCausalLM:
     model.save_pretrained(folder)
     shutil.copy(remote_code.__file__, folder / "remote_code.py")
     classes = {"AutoConfig": "TinyRemoteConfig", "AutoModelForCausalLM": "TinyRemoteForCausalLM"}
-    support.change_config(
+    saved.change_config(
         folder,
         architectures=["TinyRemoteForCausalLM"],
         auto_map={auto: f"remote_code.{name}" for auto, name in classes.items()},
@@ -82,5 +82,5 @@ def test_another_stack_keeps_its_count(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_experts"] == 5
     assert config["tower"] == {"num_experts": 8}
-    before, after = support.read_all(tmp_path / "full"), support.read_all(tmp_path / "out")
+    before, after = saved.read_all(tmp_path / "full"), saved.read_all(tmp_path / "out")
     assert torch.equal(before["tower.scores.weight"], after["tower.scores.weight"])

@@ -1,6 +1,7 @@
 """The truth test of the writer, for every architecture: a checkpoint pruned by files, loaded by
 transformers, computes what the original computes with its router masked to the kept experts."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from reap_driver.compat.models import load_config, meta_model, model_class
 from reap_driver.discover import find_moe_layers
 from reap_driver.plan import Plan
 from tests.driver import zoo
-from tests.driver.checkpoint import support
+from tests.driver.checkpoint import saved
 from tests.driver.checkpoint.masking import masked_routers
 
 # from_pretrained itself resets the last entry of zaya's `balancing_biases`, so the original is read
@@ -49,9 +50,11 @@ def use_table_of(original: PreTrainedModel, pruned: PreTrainedModel, plan: Plan)
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.names() if name not in _REFUSED])
-def test_pruned_checkpoint_equals_masked_original(name: str, tmp_path: Path) -> None:
-    original = support.save(name, tmp_path / "full")
-    plan = support.make_plan(tmp_path / "full", original)
+def test_pruned_checkpoint_equals_masked_original(
+    name: str, tmp_path: Path, support: Callable[[str, str, str], None]
+) -> None:
+    original = saved.save(name, tmp_path / "full")
+    plan = saved.make_plan(tmp_path / "full", original)
 
     report = apply_plan(tmp_path / "full", plan, tmp_path / "pruned")
 
@@ -76,13 +79,14 @@ def test_pruned_checkpoint_equals_masked_original(name: str, tmp_path: Path) -> 
     assert {layer.num_experts for layer in find_moe_layers(pruned)} == {after}
     assert not torch.allclose(unmasked, expected, rtol=1e-3, atol=1e-3), "masking changed nothing"
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+    support(name, "checkpoint", "pass")
 
 
 def test_masked_logits_tell_plans_apart(tmp_path: Path) -> None:
     """The comparison's own tool: another choice of experts gives other logits, so a writer that
     mixed experts up would be seen."""
-    original = support.save("qwen3_moe", tmp_path / "full")
-    plans = [support.make_plan(tmp_path / "full", original, seed=seed) for seed in (0, 1)]
+    original = saved.save("qwen3_moe", tmp_path / "full")
+    plans = [saved.make_plan(tmp_path / "full", original, seed=seed) for seed in (0, 1)]
     config = load_config(tmp_path / "full")
     config.num_experts = 5
     layout = derive_layout(

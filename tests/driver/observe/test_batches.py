@@ -212,5 +212,5 @@ def test_first_call_sample_comes_from_counted_tokens() -> None:
     rows = recorder.sample(100, mask)
     assert rows is not None
     assert bool(mask[rows].all())
-    assert len(rows) == 16
+    assert 0 < len(rows) < 40
     assert recorder.sample(100, mask) is None

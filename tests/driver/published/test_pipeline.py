@@ -33,7 +33,9 @@ TEXT = "def merge(left, right):\n    return [*left, *right]\n"
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_prune(name: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_prune(
+    name: str, checkpoint: Checkpoints, tmp_path: Path, support: Callable[[str, str, str], None]
+) -> None:
     entry, source, out = MODELS[name], checkpoint(name), tmp_path / "pruned"
     before = digests(source)
     plan = rd.make_plan(rd.score(observed(source, entry)), ratio=entry.ratio)
@@ -48,6 +50,7 @@ def test_prune(name: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
     check_written(entry, source, out, kept)
     check_report(entry, report, source, out)
     generates(load(entry, out), out)
+    support(name, "published", name)
 
 
 @pytest.mark.parametrize("name", ["step-3.5-flash", "ernie-4.5-21b-a3b"])

@@ -1,0 +1,34 @@
+"""Files that appear under their name only when they are complete."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary sibling to write, flushed to disk and renamed to `path` when the block ends.
+
+    On any exception, Ctrl-C included, it is removed and `path` stays as it was.
+
+    Args:
+        path: the final name; its folder must exist.
+
+    Yields:
+        Path of an empty file with the permissions the process gives new files.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
+    try:
+        yield temporary
+        temporary.chmod(mode)  # writers that replace the file make it private
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
