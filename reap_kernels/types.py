@@ -161,8 +161,10 @@ class ExpertWeights:
         """
 
         def product(a: Tensor, matrices: Matrices, bias: Tensor | None) -> Tensor:
-            own = None if bias is None else bias[expert].to(x.dtype)
-            return torch.nn.functional.linear(a, matrices[expert].to(x.dtype), own)
+            matrix, own = matrices[expert], None if bias is None else bias[expert].to(x.dtype)
+            if matrix.dtype != x.dtype:  # asking is cheaper than a conversion that does nothing
+                matrix = matrix.to(x.dtype)
+            return torch.nn.functional.linear(a, matrix, own)
 
         projected = product(x, self.up, self.up_bias)
         if self.gate is not None:

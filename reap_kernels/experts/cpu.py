@@ -6,6 +6,7 @@ matrix instructions for it (AMX, AVX512); elsewhere torch's half products are em
 slower than converting one expert's weights and computing in float32.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -31,37 +32,42 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
+def partition(offsets: Tensor) -> list[tuple[int, int]]:
+    """(expert, rows) of each piece in sorted row order: experts with rows, in equal parts."""
+    bounds = offsets.tolist()
+    parts = []
+    for expert, (first, last) in enumerate(itertools.pairwise(bounds)):
+        number = -(-(last - first) // PIECE)
+        cuts = [(last - first) * part // number for part in range(number + 1)] if number else []
+        parts += [(expert, stop - start) for start, stop in itertools.pairwise(cuts)]
+    return parts
+
+
 def pieces(
-    hidden: Tensor, routing: Routing, experts: ExpertWeights
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    hidden: Tensor, routing: Routing, experts: ExpertWeights, parts: list[tuple[int, int]]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Expert outputs piece by piece, in sorted row order.
 
     Args:
         hidden: [T, H].
         routing: the batch's sorted rows.
         experts: the layer's weights.
+        parts: from `partition`.
 
     Yields:
-        (rows, tokens, y): the slice of sorted rows, their token indices [n], their outputs [n, H]
-        in the compute dtype, owned by the caller.
+        (tokens, y): token indices [n] of a piece's rows, and their outputs [n, H] in the compute
+        dtype, owned by the caller.
     """
-    dtype = compute_dtype(hidden.dtype)
-    bounds = routing.offsets.tolist()
-    tokens = routing.order[: bounds[-1]] // routing.top_k
-    for expert in range(experts.num_experts):
-        first, last = bounds[expert], bounds[expert + 1]
-        parts = -(-(last - first) // PIECE)
-        for part in range(parts):
-            rows = slice(
-                first + (last - first) * part // parts, first + (last - first) * (part + 1) // parts
-            )
-            x = hidden.index_select(0, tokens[rows]).to(dtype)
-            yield rows, tokens[rows], experts.project(expert, x)
+    hidden = hidden.to(compute_dtype(hidden.dtype))
+    sizes = [rows for _, rows in parts]
+    tokens = (routing.order[: sum(sizes)] // routing.top_k).split(sizes)
+    for (expert, _), rows in zip(parts, tokens, strict=True):
+        yield rows, experts.project(expert, hidden.index_select(0, rows))
 
 
 def expert_outputs(hidden: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     """See `reap_kernels.experts.op.expert_outputs`."""
-    y = torch.zeros(len(routing.order), hidden.shape[1], dtype=compute_dtype(hidden.dtype))
-    for rows, _, piece in pieces(hidden, routing, experts):
-        y[rows] = piece
-    return y
+    found = [y for _, y in pieces(hidden, routing, experts, partition(routing.offsets))]
+    foreign = len(routing.order) - int(routing.offsets[-1])
+    tail = torch.zeros(foreign, hidden.shape[1], dtype=compute_dtype(hidden.dtype))
+    return torch.cat([*found, tail])

@@ -7,7 +7,7 @@ and forgotten.
 import torch
 from torch import Tensor
 
-from reap_kernels.experts.cpu import pieces
+from reap_kernels.experts.cpu import partition, pieces
 from reap_kernels.route import cpu as route_cpu
 from reap_kernels.saliency.cpu import RowMeasures, reduce_rows
 from reap_kernels.stats import LayerStats
@@ -28,16 +28,20 @@ def observe_layer(
     slots = routing.order[: int(routing.offsets[-1])]
     accumulator = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     gates = topk_weights.reshape(-1)[slots].to(accumulator)
-    measures = RowMeasures.empty(len(slots), accumulator) if stats is not None else None
+    parts = partition(routing.offsets)
+    columns = gates.unsqueeze(1).split([rows for _, rows in parts])
+    measures: list[RowMeasures] = []
     out = torch.zeros_like(hidden, dtype=accumulator)
-    for rows, tokens, y in pieces(hidden, routing, experts):
-        if measures is not None:
-            measures.measure(rows, y)
-        out.index_add_(0, tokens, y.to(accumulator).mul_(gates[rows, None]))
-    if stats is not None and measures is not None and group is not None:
+    for column, (rows, y) in zip(columns, pieces(hidden, routing, experts, parts), strict=True):
+        if stats is not None:
+            measures.append(RowMeasures.of(y))
+        wide = y if y.dtype == accumulator else y.to(accumulator)
+        out.index_add_(0, rows, wide.mul_(column))
+    if stats is not None and group is not None:
         tokens = slots // routing.top_k
         key = group[tokens] * stats.num_experts + topk_ids.reshape(-1)[slots]
-        reduce_rows(measures, key, gates, None if mask is None else mask[tokens], stats)
-        counted = group if mask is None else group[mask]
-        stats.tokens.add_(torch.bincount(counted, minlength=stats.num_groups))
+        counted = None if mask is None else mask[tokens]
+        reduce_rows(RowMeasures.joined(measures), key, gates, counted, stats)
+        seen = group if mask is None else group[mask]
+        stats.tokens.add_(torch.bincount(seen, minlength=stats.num_groups))
     return out.to(hidden.dtype)

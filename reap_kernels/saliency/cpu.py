@@ -8,7 +8,7 @@ from torch import Tensor
 from reap_kernels.stats import LayerStats
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RowMeasures:
     """Per routed row: norm ||f||, largest and smallest element of f; each [S]."""
 
@@ -17,15 +17,18 @@ class RowMeasures:
     low: Tensor
 
     @classmethod
-    def empty(cls, rows: int, dtype: torch.dtype) -> "RowMeasures":
-        """Unfilled measures of `rows` rows; float64 for float64 outputs, else float32."""
-        return cls(*(torch.empty(rows, dtype=dtype) for _ in range(3)))
+    def of(cls, y: Tensor) -> "RowMeasures":
+        """Measures of rows `y` [n, H], in float64 for float64 outputs, else in float32."""
+        dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+        norm = torch.linalg.vector_norm(y, dim=1, dtype=dtype)
+        return cls(norm, y.amax(dim=1), y.amin(dim=1))
 
-    def measure(self, rows: slice, y: Tensor) -> None:
-        """Fills `rows` from their outputs `y` [n, H]."""
-        torch.linalg.vector_norm(y, dim=1, dtype=self.norm.dtype, out=self.norm[rows])
-        self.high[rows] = y.amax(dim=1)
-        self.low[rows] = y.amin(dim=1)
+    @classmethod
+    def joined(cls, parts: "list[RowMeasures]") -> "RowMeasures":
+        """Measures of all parts' rows, in order."""
+        if not parts:
+            return cls(*(torch.empty(0) for _ in range(3)))
+        return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in cls.__slots__))
 
 
 def reduce_rows(
@@ -70,11 +73,8 @@ def accumulate(
     group: Tensor,
 ) -> None:
     """See `reap_kernels.saliency.op.accumulate`; `group` is [S] here."""
-    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-    rows = RowMeasures.empty(len(y), dtype)
-    rows.measure(slice(None), y)
     counted = (expert_ids >= 0) & (expert_ids < stats.num_experts) & (gates != 0)
     if mask is not None:
         counted &= mask
     key = group * stats.num_experts + expert_ids.to(torch.int64)
-    reduce_rows(rows, key, gates, counted, stats)
+    reduce_rows(RowMeasures.of(y), key, gates, counted, stats)
