@@ -74,7 +74,46 @@ def accuracy_cpu() -> str:
     return _markdown(["dtype", "counts", *(f"`{field}`" for field in fields)], body)
 
 
-TABLES: dict[str, Callable[[], str]] = {"observe_cpu": observe_cpu, "accuracy_cpu": accuracy_cpu}
+def writer() -> str:
+    """The checkpoint writer beside cp."""
+    row = _rows("writer", "cpu")[-1]
+    return (
+        f"Writing {row['written_gb']} GB out of {row['source_gb']} GB ({row['tensors']} tensors) "
+        f"runs at {row['writer_mb_s']} MB/s beside {row['cp_mb_s']} MB/s of `cp` on the same disk "
+        f"(ratio {row['ratio']}), with {row['memory_mb']} MB of memory above the interpreter and "
+        "torch.\n"
+    )
+
+
+def _spread(row: Row, key: str, unit: str = "") -> str:
+    middle = f"{row[key]}{unit}"
+    return (
+        middle if row["seeds"] == "1" else f"{middle} ({row[key + '_min']} to {row[key + '_max']})"
+    )
+
+
+def demo() -> str:
+    """What pruning the bundled model costs, by criterion."""
+    body = [
+        [
+            row["criterion"] + (f", {row['seeds']} seeds" if row["seeds"] != "1" else ""),
+            f"{float(row['ratio']):.0%}",
+            row["experts"],
+            _spread(row, "perplexity"),
+            _spread(row, "agreement", " %"),
+        ]
+        for row in _rows("demo", "criterion", "ratio")
+    ]
+    head = ["criterion", "removed", "experts", "held-out perplexity", "next-token agreement"]
+    return _markdown(head, body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "observe_cpu": observe_cpu,
+    "accuracy_cpu": accuracy_cpu,
+    "demo": demo,
+    "writer": writer,
+}
 
 
 def rewritten(text: str) -> str:

@@ -97,10 +97,11 @@ class Observer:
             UnsupportedModel: a layer's output differs from the module's own, or padding in a model
                 whose own output changes with padding.
         """
+        # Before the batch moves: on a GPU, reading the ids would wait for it.
+        _check_ids(self.model, batch.get("input_ids"))
         device = self.model.device
         if device.type != "meta":
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        _check_ids(self.model, batch.get("input_ids"))
         options = _economies(self.model, batch)
         with torch.no_grad(), self.tokens.restricted_to(token_mask):
             return self.model(**{**options, **batch})

@@ -21,6 +21,7 @@ _OTHER_WEIGHTS = frozenset(
     | {".ot", ".pt", ".pth", ".safetensors", ".tflite"}
 )
 _REWRITTEN = frozenset({"config.json", INDEX_NAME, "README.md"})
+_RECORD = "reap"  # folder in which our commands keep the statistics and the plan of an output
 
 
 @dataclass(frozen=True)
@@ -173,14 +174,21 @@ def _check_duplicates(shards: tuple[SafetensorsFile, ...]) -> None:
 def _other_files(folder: Path, shards: set[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """Files beside the shards: those to copy, and weights in other formats, to leave out.
 
-    Hidden folders (version control, download caches) are not part of a checkpoint and are skipped.
+    Hidden folders (version control, download caches) and `reap/` (our record of how a source was
+    itself pruned) are not part of a checkpoint and are skipped.
     """
     small: list[Path] = []
     left_out: list[Path] = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts[:-1])
-        if hidden or not path.is_file() or path in shards or relative.as_posix() in _REWRITTEN:
+        if (
+            hidden
+            or relative.parts[0] == _RECORD
+            or not path.is_file()
+            or path in shards
+            or relative.as_posix() in _REWRITTEN
+        ):
             continue
         (left_out if is_weight_file(path) else small).append(relative)
     return tuple(small), tuple(left_out)

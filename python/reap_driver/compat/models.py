@@ -158,7 +158,7 @@ def load_model(
     """
     config = load_config(path_or_id, trust_remote_code=trust_remote_code)
     cls = model_class(config)
-    _check_shards(Path(path_or_id))
+    check_shards(Path(path_or_id))
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     method = _quant_method(config)
     if method in _DEQUANTISE_ON_LOAD:
@@ -293,8 +293,14 @@ def _quant_method(config: PretrainedConfig) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def _check_shards(folder: Path) -> None:
-    """Every safetensors file the index names is there and as long as its header says."""
+def check_shards(folder: Path) -> None:
+    """Raise unless every safetensors file the index names is there and whole.
+
+    Reads headers only; a hub id, which is no folder, is left to the loader.
+
+    Raises:
+        CheckpointError: names the file and the remedy.
+    """
     if not folder.is_dir():
         return
     index = folder / "model.safetensors.index.json"

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import math
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -230,10 +231,13 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
     loading_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # fifteen models load under this one bar
     try:
-        with tqdm(total=plans + 4, disable=quiet, bar_format=layout) as bar:
+        shown = not quiet and sys.stderr.isatty()
+        with tqdm(total=plans + 4, disable=not shown, bar_format=layout) as bar:
             begun = itertools.count()
 
             def stage(name: str) -> None:
+                if not quiet and not shown:  # a log file gets lines, not a bar redrawn
+                    print(f"demo: {name}", file=sys.stderr, flush=True)
                 bar.update(min(next(begun), 1))  # the stage before this one is done
                 bar.set_description_str(name)
 

@@ -1,8 +1,9 @@
-"""Weights that exist only while their module runs, as accelerate's offloading leaves them."""
+"""Weights that exist only while their module runs: accelerate's offloading, and a model of it."""
 
 import functools
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -59,3 +60,18 @@ def test_offloaded_experts(name: str) -> None:
         assert all(p.device.type == "meta" for p in layer.module.parameters())
         mine, theirs = (s.layers[layer.name].fields() for s in (obs.stats, resident.stats))
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_offloaded_by_accelerate(name: str) -> None:
+    """accelerate's own hooks: the same bits as with resident weights."""
+    config, model = zoo.tiny(name)
+    inputs = zoo.tiny_inputs(name, config)
+    with observe(model) as resident:
+        want = resident(**inputs).logits
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with observe(model) as obs:
+        got = obs(**inputs).logits
+    assert torch.equal(got, want)
+    for layer, stats in resident.stats.layers.items():
+        assert torch.equal(stats.sums, obs.stats.layers[layer].sums)
