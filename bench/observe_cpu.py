@@ -53,10 +53,16 @@ def _baseline(model: torch.nn.Module, batches: list[Tensor]) -> dict[str, Tensor
     return sums
 
 
-def _verify(model: torch.nn.Module, batches: list[Tensor], bound: float) -> None:
-    """No figure before the statistics of both observers agree."""
+def _verify(model: torch.nn.Module, batches: list[Tensor]) -> None:
+    """No figure before the statistics of both observers agree.
+
+    In half precision only the first MoE layer sees the same inputs from both: rounding there moves
+    the hidden states, and the random routers after it choose other experts.
+    """
     ours, theirs = _observed(model, batches[:1]), _baseline(model, batches[:1])
-    for name, want in theirs.items():
+    exact = model.dtype == torch.float32
+    bound = 1e-5 if exact else 2e-2
+    for name, want in list(theirs.items())[: None if exact else 1]:
         error = float(((ours[name] - want).abs() / want.clamp_min(1)).max())
         if error > bound:
             raise SystemExit(f"{name}: statistics differ by {error:.2e}, more than {bound:.0e}")
@@ -66,8 +72,7 @@ def measure(dtype: torch.dtype, batch: int, sequences: int, rounds: int) -> dict
     """One row: seconds of each variant and their ratios to the observed forward."""
     model = cpu_model.build(dtype)
     batches = cpu_model.tokens(sequences, 512, batch)
-    # bf16 routing flips at top-k ties between implementations: a few counts may differ.
-    _verify(model, batches, 1e-5 if dtype == torch.float32 else 0.5)
+    _verify(model, batches)
     # One short sequence finds implementations that are out of the race (batched_mm on CPUs).
     probe = [batches[0][:1, :64]]
     trial = {
