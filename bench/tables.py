@@ -55,10 +55,11 @@ def observe_cpu() -> str:
         "we are faster by",
     ]
     first = rows[0]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     where = (
         f"\n{first['sequences']} x {first['length']} tokens, H=512, I=256, E=64, k=8, 4 layers; "
         f"{first['cpu']}, {first['threads']} thread, torch {first['torch']}, transformers "
-        f"{first['transformers']}, commit {first['commit']}; `python -m bench observe_cpu`.\n"
+        f"{first['transformers']}, commit {commits}; `python -m bench observe_cpu`.\n"
     )
     return _markdown(head, body) + where
 

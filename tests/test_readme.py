@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import tables
+
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = ("README.md", "CONTRIBUTING.md")
@@ -28,6 +30,12 @@ def workplace(tmp_path_factory) -> Path:
     lines = [f'{{"text": "def add_{i}(a, b):\\n    return a + b + {i}\\n"}}' for i in range(200)]
     (folder / "code.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def test_tables_are_what_the_newest_rows_say() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert tables.BLOCK.findall(text), "the README has lost its tables"
+    assert tables.rewritten(text) == text, "run: python -m bench.tables"
 
 
 def test_commands_run_in_order(workplace, monkeypatch, capsys) -> None:
