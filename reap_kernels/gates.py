@@ -17,7 +17,7 @@ from reap_kernels.errors import ShapeError, UnsupportedModel
 Gated = Callable[[Tensor, Tensor, float, float], Tensor]
 
 
-# Each first result is fresh, so the product goes into it: one buffer less a piece.
+# The first factor is a fresh tensor, so the product goes into it: one buffer less a piece.
 
 
 def _silu(gate: Tensor, up: Tensor, limit: float, alpha: float) -> Tensor:

@@ -29,8 +29,3 @@ class ApplyReport:
     cleaned: list[str] = field(default_factory=list)  # leftovers of killed runs, removed
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
-
-    @property
-    def dropped_keys(self) -> int:
-        """Tensors of the source that were not written."""
-        return self.expert_keys_dropped + len(self.mtp_dropped)
