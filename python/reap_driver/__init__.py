@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from reap_driver.discover import MoELayer, find_moe_layers
     from reap_driver.observe import Observer, observe
     from reap_driver.plan import LayerPlan, Plan, make_plan, random_plan
+    from reap_driver.router_mask import masked_experts
     from reap_kernels import LayerStats, SaliencyStats, __version__
 
 _HOMES = {
@@ -38,6 +39,7 @@ _HOMES = {
     "load_config": "reap_driver.compat.models",
     "load_model": "reap_driver.compat.models",
     "make_plan": "reap_driver.plan",
+    "masked_experts": "reap_driver.router_mask",
     "observe": "reap_driver.observe",
     "random_plan": "reap_driver.plan",
     "score": "reap_driver.criteria",
@@ -58,6 +60,7 @@ __all__ = [
     "load_config",
     "load_model",
     "make_plan",
+    "masked_experts",
     "observe",
     "random_plan",
     "score",

@@ -2,6 +2,7 @@
 
 safetensors_file, source   reading and checking what is there
 derive, models             which tensors hold experts: the model built with E and with E' experts
+loaded                     the same of a model in memory
 keys, lists, mtp, actions  what happens to each tensor
 checks, config_edit        the plan against the model; edits of config.json
 shards, stream, staging    writing: files, bytes, and the folder that gets its name last

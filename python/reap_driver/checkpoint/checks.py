@@ -97,24 +97,19 @@ def check_layers(plan: "Plan", layers: Sequence[MoELayer]) -> tuple[str, ...]:
                 "or less."
             )
         if layer.n_group > 1:
-            _check_groups(layer, planned.kept)
+            check_groups(layer, planned.kept)
     known = {layer.name for layer in layers}
     return tuple(name for name in plan.layers if name not in known)
 
 
-def served_warning(after: int) -> str | None:
-    """A warning when kernels of serving engines may not exist for this number of experts."""
-    if is_served(after):
-        return None
-    return (
-        f"{after} experts per layer is no multiple of {SERVED_STEP} (below it: no power of two); "
-        "some serving engines "
-        "have no kernel for such counts. transformers loads any."
-    )
+def check_groups(layer: MoELayer, kept: Sequence[int]) -> None:
+    """The layer's routing groups can choose among the kept experts.
 
+    Groups are consecutive ids; membership survives only if every group keeps the same number.
 
-def _check_groups(layer: MoELayer, kept: Sequence[int]) -> None:
-    """Groups are consecutive ids; membership survives only if every group keeps the same number."""
+    Raises:
+        PlanError: they do not, or too few are left in a group.
+    """
     size = layer.num_experts // layer.n_group
     counts = [0] * layer.n_group
     for expert in kept:
@@ -130,3 +125,14 @@ def _check_groups(layer: MoELayer, kept: Sequence[int]) -> None:
             f"is ranked by its two best, and {layer.topk_group} groups must hold {layer.top_k} "
             "experts; lower the ratio."
         )
+
+
+def served_warning(after: int) -> str | None:
+    """A warning when kernels of serving engines may not exist for this number of experts."""
+    if is_served(after):
+        return None
+    return (
+        f"{after} experts per layer is no multiple of {SERVED_STEP} (below it: no power of two); "
+        "some serving engines "
+        "have no kernel for such counts. transformers loads any."
+    )

@@ -15,13 +15,11 @@ from reap_driver.checkpoint.actions import Action, Copy, Drop, Relabel, Select
 from reap_driver.checkpoint.derive import ExpertDim, ExpertLayout
 from reap_driver.checkpoint.lists import ExpertList, list_prefixes
 from reap_driver.checkpoint.mtp import MtpKeys
+from reap_driver.checkpoint.routing_table import ID_TABLES
 from reap_driver.checkpoint.safetensors_file import TensorEntry
 from reap_driver.compat.conversion import KeyMap, Target
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 
-# Tables of expert ids by token: the one meaning of numbers inside a router that shapes cannot show
-# (DeepSeek-V4).
-_ID_TABLES = frozenset({"tid2eid"})
 _INTEGERS = frozenset({"U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 
@@ -193,7 +191,7 @@ class KeyDecider:
         entry = self._tensors[key]
         if layer is None or entry.dtype not in _INTEGERS:
             return Copy(key)
-        if target.name.rpartition(".")[2] in _ID_TABLES:
+        if target.name.rpartition(".")[2] in ID_TABLES:
             return Relabel(key, self._kept[layer], self._layout.before)
         raise UnsupportedModel(
             f"{key}: integers ({entry.dtype} {list(entry.shape)}) inside a MoE block of {layer} "

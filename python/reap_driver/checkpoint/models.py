@@ -2,10 +2,11 @@
 that changes.
 """
 
+import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -58,8 +59,9 @@ def derive_model(
     old = KeyMap(model)
     names = list(layers)
 
-    def build(sites: list[Site]) -> tuple[dict[str, Any], KeyMap]:
-        edited = with_count(raw, sites, after)
+    @functools.cache
+    def build(sites: tuple[Site, ...]) -> tuple[dict[str, Any], KeyMap]:
+        edited = with_count(raw, list(sites), after)
         return edited, _smaller_keys(folder, edited, trust_remote_code)
 
     sites = count_sites(raw, before) or count_sites(model.config.to_dict(), before)
@@ -68,26 +70,37 @@ def derive_model(
             f"{folder / 'config.json'}: no field says {before}, the number of experts in the plan; "
             "the plan belongs to another model."
         )
-    edited, new = build(sites)
-    if unowned(old.shapes, new.shapes, names, after):
-        edited, new = build(_own_sites(sites, old.shapes, names, after, build))
+    sites = own_sites(sites, old.shapes, names, after, lambda part: build(tuple(part))[1].shapes)
+    edited, new = build(tuple(sites))
     layout = derive_layout(old.shapes, new.shapes, before=before, after=after, layers=names)
     if not layout.layers:
         raise UnsupportedModel(f"{folder}: no tensor depends on the number of experts.")
     return PrunedModel(old, new, edited, layout)
 
 
-def _own_sites(
-    sites: list[Site], old: Mapping[str, Shape], layers: list[str], after: int, build: Any
+def own_sites(
+    sites: list[Site],
+    old: Mapping[str, Shape],
+    layers: list[str],
+    after: int,
+    shapes_of: Callable[[list[Site]], Mapping[str, Shape]],
 ) -> list[Site]:
-    """Fields of the planned layers: a second stack of experts (a talker, a tower) has a count of
-    its own.
+    """Those of the fields that count the planned layers' experts: a second stack of experts (a
+    talker, a tower) has a count of its own.
+
+    Args:
+        sites: fields that hold the count before.
+        old: shapes before.
+        layers: the planned layers.
+        after: the other count.
+        shapes_of: builds the model with that count at some fields.
     """
+    if not unowned(old, shapes_of(sites), layers, after):
+        return sites
     own: list[Site] = []
     for _, group in groupby(sorted(sites), key=lambda site: site[:-1]):
         part = list(group)
-        _, new = build(part)
-        if not unowned(old, new.shapes, layers, after):
+        if not unowned(old, shapes_of(part), layers, after):
             own += part
     return own
 

@@ -9,6 +9,10 @@ import numpy.typing as npt
 
 from reap_kernels.errors import CheckpointError, PlanError
 
+# Tables of expert ids by token: the one meaning of numbers inside a router that shapes cannot show
+# (DeepSeek-V4).
+ID_TABLES = frozenset({"tid2eid"})
+
 
 def relabel(
     table: npt.NDArray[np.integer],

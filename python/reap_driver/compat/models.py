@@ -189,13 +189,20 @@ def load_model(
     return model if device_map is not None else model.to(device)
 
 
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Build the model of `config` on the meta device: names and shapes of tensors, no memory."""
+def meta_model(
+    config: PretrainedConfig, cls: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
+    """Build the model of `config` on the meta device: names and shapes of tensors, no memory.
+
+    Args:
+        config: the configuration.
+        cls: the class to build, by default `model_class(config)`.
+    """
     from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
-    cls = model_class(config)
+    chosen = model_class(config) if cls is None else cls
     with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
-        return cls(config)
+        return chosen(config)
 
 
 def _raw_config(path_or_id: str | Path) -> dict[str, Any]:

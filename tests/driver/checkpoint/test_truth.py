@@ -10,15 +10,12 @@ import transformers
 from packaging.version import Version
 from transformers import PreTrainedModel
 
+import reap_driver as rd
 from reap_driver.checkpoint import apply_plan
-from reap_driver.checkpoint.derive import derive_layout
-from reap_driver.compat.conversion import KeyMap
-from reap_driver.compat.models import load_config, meta_model, model_class
+from reap_driver.compat.models import load_config, model_class
 from reap_driver.discover import find_moe_layers
-from reap_driver.plan import Plan
 from tests.driver import zoo
 from tests.driver.checkpoint import saved
-from tests.driver.checkpoint.masking import masked_routers
 
 # from_pretrained itself resets the last entry of zaya's `balancing_biases`, so the original is read
 # back from disk too.
@@ -38,17 +35,6 @@ def load(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def use_table_of(original: PreTrainedModel, pruned: PreTrainedModel, plan: Plan) -> None:
-    """Route by the pruned model's tables (DeepSeek-V4): kept ids as they were, removed ones as
-    substituted.
-    """
-    tables = {name: table for name, table in pruned.named_buffers() if "tid2eid" in name}
-    for name, table in original.named_buffers():
-        if name in tables:
-            layer = f"{name.removesuffix('.gate.tid2eid')}.experts"
-            table.copy_(torch.tensor(plan.layers[layer].kept)[tables[name]])
-
-
 @pytest.mark.parametrize("name", [name for name in zoo.names() if name not in _REFUSED])
 def test_pruned_checkpoint_equals_masked_original(
     name: str, tmp_path: Path, support: Callable[[str, str, str], None]
@@ -61,22 +47,16 @@ def test_pruned_checkpoint_equals_masked_original(
     pruned = load(tmp_path / "pruned")
     if name in _CHANGED_BY_LOADING:
         original = load(tmp_path / "full")
-    use_table_of(original, pruned, plan)
-    before, after = report.experts_before, report.experts_after
-    kept = plan.kept
-    layout = derive_layout(
-        KeyMap(original).shapes, KeyMap(pruned).shapes, before=before, after=after, layers=kept
-    )
     inputs = zoo.tiny_inputs(name, original.config)
     with torch.no_grad():
         unmasked = original(**inputs).logits
-        with masked_routers(original, layout.tensors, kept, before) as mask:
+        with rd.masked_experts(original, plan.kept) as mask:
             expected = original(**inputs).logits
         actual = pruned(**inputs).logits
 
     assert mask.removed, "no router was found, so the comparison would prove nothing"
     assert not {router for router in mask.unused if "vision" not in router}, "router not masked"
-    assert {layer.num_experts for layer in find_moe_layers(pruned)} == {after}
+    assert {layer.num_experts for layer in find_moe_layers(pruned)} == {report.experts_after}
     assert not torch.allclose(unmasked, expected, rtol=1e-3, atol=1e-3), "masking changed nothing"
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
     support(name, "checkpoint", "pass")
@@ -87,18 +67,9 @@ def test_masked_logits_tell_plans_apart(tmp_path: Path) -> None:
     mixed experts up would be seen."""
     original = saved.save("qwen3_moe", tmp_path / "full")
     plans = [saved.make_plan(tmp_path / "full", original, seed=seed) for seed in (0, 1)]
-    config = load_config(tmp_path / "full")
-    config.num_experts = 5
-    layout = derive_layout(
-        KeyMap(original).shapes,
-        KeyMap(meta_model(config)).shapes,
-        before=8,
-        after=5,
-        layers=plans[0].layers,
-    )
     inputs, logits = zoo.tiny_inputs("qwen3_moe", original.config), []
     for plan in plans:
-        with torch.no_grad(), masked_routers(original, layout.tensors, plan.kept, 8) as mask:
+        with torch.no_grad(), rd.masked_experts(original, plan.kept) as mask:
             logits.append(original(**inputs).logits)
         assert len(mask.removed) == len(plan.layers)
         assert not mask.unused

@@ -1,0 +1,254 @@
+"""Route as if only some experts existed, for any router, without knowing its formula: what a search
+over plans needs, and what pruned checkpoints are tested against.
+
+Whatever a router computes, its numbers per expert come out of one matrix product with its weight,
+and what it adds for selection only comes from one vector per expert. So: entries of removed experts
+in every product with a router's weight are set to a very low number, and so are their entries of
+selection biases. Softmax then gives exactly 0, sigmoid gives 0, top-k never selects them; -inf
+would make 0 * inf in some routers.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedModel
+
+from reap_driver.checkpoint.checks import check_groups
+from reap_driver.checkpoint.derive import ExpertDim
+from reap_driver.checkpoint.loaded import expert_dims
+from reap_driver.checkpoint.routing_table import ID_TABLES, relabel
+from reap_driver.discover import MoELayer, block_of, find_moe_layers
+from reap_kernels.errors import PlanError, UnsupportedModel
+
+# Products whose second operand is the weight.
+_PRODUCTS = frozenset(
+    {
+        torch.nn.functional.linear,
+        torch.matmul,
+        torch.mm,
+        Tensor.matmul,
+        Tensor.mm,
+        Tensor.__matmul__,
+    }
+)
+
+
+@dataclass(frozen=True)
+class _Router:
+    """One weight that scores experts: its products have `length` entries, `removed` of no expert
+    that is kept.
+    """
+
+    name: str
+    layer: str
+    length: int
+    removed: Tensor
+
+
+class RouterMask(TorchFunctionMode):
+    """Lowers the outputs of removed experts wherever a router's weight is multiplied with.
+
+    Attributes:
+        removed: name of a router's weight -> ids of removed experts, on its device.
+        unused: names of router weights of which no product has been seen yet.
+    """
+
+    def __init__(self, routers: Sequence[tuple[Tensor, _Router]]) -> None:
+        super().__init__()
+        self.removed = {router.name: router.removed for _, router in routers}
+        self.unused = set(self.removed)
+        # Weights and what is made of them: routers transpose them, or cast them at every call.
+        self._routers = WeakIdKeyDictionary(dict(routers))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not isinstance(out, Tensor):
+            return out
+        if func in _PRODUCTS:
+            weight = args[1] if len(args) > 1 else next(iter(kwargs.values()), None)
+            router = self._routers.get(weight) if isinstance(weight, Tensor) else None
+            return out if router is None else self._masked(out, router)
+        source = args[0] if args else None
+        if isinstance(source, Tensor) and out.shape in (source.shape, source.shape[::-1]):
+            router = self._routers.get(source)
+            if router is not None:
+                self._routers[out] = router
+        return out
+
+    def _masked(self, out: Tensor, router: _Router) -> Tensor:
+        """A product with a router's weight, its entries of removed experts lowered."""
+        if out.shape[-1] != router.length:  # a sum over experts, not a number for each
+            return out
+        self.unused.discard(router.name)
+        return out.index_fill(-1, router.removed, _low(out.dtype))
+
+    @contextlib.contextmanager
+    def checked(self, what: str, module: nn.Module, routers: list[str]) -> Iterator[None]:
+        """Refuses, inside the context, a forward of `module` that used none of its routers."""
+
+        def check(*_: Any) -> None:
+            if routers and self.unused.issuperset(routers):
+                raise UnsupportedModel(
+                    f"{what}: ran without a matrix product with its router {routers[0]}, so its "
+                    "experts cannot be masked; load the model with plain weights, without hub "
+                    "kernels (use_kernels) and without torch.compile"
+                )
+
+        handle = module.register_forward_hook(check)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def masked_experts(
+    model: PreTrainedModel, kept: Mapping[str, Sequence[int]]
+) -> Iterator[RouterMask]:
+    """Inside the context the model routes as if only the kept experts existed: the others receive
+    no token, so they cost nothing and observation counts none for them.
+
+    Outside it the model is what it was, bit by bit. Layers may keep different numbers of experts;
+    layers that are not named keep all. Contexts nest, and may lie in or around `observe`.
+
+    Args:
+        model: a loaded MoE model. Its selection biases and tables of expert ids are overwritten
+            while the context is open, so nothing else may use it meanwhile.
+        kept: name of an experts module (as in plans and statistics) -> ids that stay.
+
+    Raises:
+        PlanError: an unknown layer, an id that does not exist or comes twice, or too few ids for
+            the router to choose from.
+        UnsupportedModel: a layer whose router is not found, or (while the model runs) one that
+            uses it in no matrix product.
+    """
+    layers = {layer.name: layer for layer in find_moe_layers(model)}
+    removed = {name: ids for name in kept if (ids := _removed(layers, name, kept[name]))}
+    dims = expert_dims(model, {name: layer.num_experts for name, layer in layers.items()})
+    state = model.state_dict(keep_vars=True)
+    routers = [pair for name in removed for pair in _routers(name, removed[name], dims, state)]
+    mask = RouterMask(routers)
+    with contextlib.ExitStack() as stack:
+        for name, ids in removed.items():
+            for tensor, value in _selection(layers[name], ids, dims, state):
+                stack.enter_context(_overwritten(tensor, value))
+            own = [router.name for _, router in routers if router.layer == name]
+            stack.enter_context(mask.checked(name, block_of(model, layers[name]), own))
+        stack.enter_context(mask.checked(type(model).__name__, model, list(mask.removed)))
+        yield stack.enter_context(mask)
+
+
+def _removed(layers: Mapping[str, MoELayer], name: str, kept: Sequence[int]) -> list[int]:
+    """The ids of a layer that are not kept, ascending."""
+    if name not in layers:
+        raise PlanError(
+            f"kept: layer {name!r} is none of the model's {len(layers)} MoE layers (first "
+            f"{next(iter(layers))!r}); use the names that find_moe_layers gives"
+        )
+    layer, ids = layers[name], list(kept)
+    bad = next((e for e in ids if not 0 <= e < layer.num_experts), None)
+    if bad is not None:
+        raise PlanError(
+            f"kept: layer {name!r} names expert {bad}, outside [0, {layer.num_experts}); name "
+            "experts of this model"
+        )
+    twice = next((e for e in ids if ids.count(e) > 1), None)
+    if twice is not None:
+        raise PlanError(f"kept: layer {name!r} names expert {twice} twice; name each once")
+    if len(ids) < layer.top_k:
+        raise PlanError(
+            f"kept: layer {name!r} keeps {len(ids)} experts, but a token is routed to "
+            f"{layer.top_k}; keep at least {layer.top_k}"
+        )
+    if layer.n_group > 1:
+        check_groups(layer, ids)
+    return sorted(set(range(layer.num_experts)) - set(ids))
+
+
+def _routers(
+    layer: str, removed: list[int], dims: Mapping[str, ExpertDim], state: Mapping[str, Tensor]
+) -> list[tuple[Tensor, _Router]]:
+    """The weights that score a layer's experts: matrices outside the experts, a row for each."""
+    found = []
+    for name, dim in dims.items():
+        weight = state[name]
+        inside = name.startswith(layer + ".")
+        if dim.layer == layer and not inside and weight.squeeze().dim() == 2 and dim.block == 1:
+            _check_resident(name, weight)
+            rows = torch.tensor(removed, device=weight.device)
+            found.append((weight, _Router(name, layer, weight.shape[dim.dim], rows)))
+    if not found:
+        raise UnsupportedModel(
+            f"{layer}: no matrix in its block has a row for each expert, so its router cannot be "
+            "masked; prune the checkpoint instead (apply_plan)"
+        )
+    return found
+
+
+def _selection(
+    layer: MoELayer, removed: list[int], dims: Mapping[str, ExpertDim], state: Mapping[str, Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What else decides the selection in a layer, and its values without the removed experts.
+
+    Raises:
+        UnsupportedModel: integers that may be expert ids, of unknown meaning.
+    """
+    kept = torch.tensor(sorted(set(range(layer.num_experts)) - set(removed)))
+    for name, tensor in state.items():
+        if not name.startswith(layer.name.rpartition(".")[0] + "."):
+            continue
+        dim, values = dims.get(name), tensor.detach()
+        if dim is not None and dim.layer == layer.name and _is_bias(name, tensor, dim):
+            _check_resident(name, tensor)
+            rows = torch.tensor(removed, device=tensor.device)
+            yield tensor, values.index_fill(dim.dim, rows, _low(tensor.dtype))
+        elif dim is None and tensor.dtype in (torch.int32, torch.int64):
+            _check_resident(name, tensor)
+            if name.rpartition(".")[2] not in ID_TABLES:
+                raise UnsupportedModel(
+                    f"{name}: integers ({tensor.dtype} {list(tensor.shape)}) in the block of "
+                    f"{layer.name} may be expert ids, of a meaning this version does not know; "
+                    "its router cannot be masked"
+                )
+            table = values.cpu().numpy()
+            table = relabel(table, kept.tolist(), layer.num_experts, first_row=0, where=name)
+            yield tensor, kept[torch.from_numpy(table).long()]
+
+
+def _is_bias(name: str, tensor: Tensor, dim: ExpertDim) -> bool:
+    """Whether a tensor is a vector of biases, one for each expert."""
+    return dim.block == 1 and tensor.numel() == tensor.shape[dim.dim] and "bias" in name
+
+
+def _check_resident(name: str, tensor: Tensor) -> None:
+    """Raises UnsupportedModel for a tensor whose values are elsewhere."""
+    if tensor.is_meta:
+        raise UnsupportedModel(
+            f"{name}: is offloaded (on the meta device between calls), so routing cannot be "
+            "masked; keep the routers on a device, by device_map"
+        )
+
+
+@contextlib.contextmanager
+def _overwritten(tensor: Tensor, values: Tensor) -> Iterator[None]:
+    """The tensor holds other values inside the context."""
+    before = tensor.detach().clone()
+    try:
+        with torch.no_grad():
+            tensor.copy_(values)
+        yield
+    finally:
+        with torch.no_grad():
+            tensor.copy_(before)
+
+
+def _low(dtype: torch.dtype) -> float:
+    """Below every score, and finite: half of float16's least, for a bias is added to it."""
+    return max(-1e9, torch.finfo(dtype).min / 2)
