@@ -97,11 +97,12 @@ class Observer:
             UnsupportedModel: a layer's output differs from the module's own, or padding in a model
                 whose own output changes with padding.
         """
-        # Before the batch moves: on a GPU, reading the ids would wait for it.
+        # Before the batch moves: on a GPU, reading the ids there would wait for all queued work, as
+        # would the move itself from memory that is not pinned.
         _check_ids(self.model, batch.get("input_ids"))
         device = self.model.device
         if device.type != "meta":
-            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            batch = {k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         options = _economies(self.model, batch)
         with torch.no_grad(), self.tokens.restricted_to(token_mask):
             return self.model(**{**options, **batch})
@@ -315,6 +316,11 @@ def _economies(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
     if "logits_to_keep" in parameters and "labels" not in batch:  # a loss needs them all
         options["logits_to_keep"] = 1
     return options
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; the move from pinned memory is queued, not waited for."""
+    return tensor.to(device, non_blocking=tensor.is_pinned())
 
 
 def _check_ids(model: PreTrainedModel, ids: Tensor | None) -> None:

@@ -1,13 +1,15 @@
 """Calibration data: local files to batches of token ids.
 
-source   what `--data [group=]SOURCE[:N]` means
-records  records of JSON lines, Parquet and text files, with their places
-encode   records to token ids
-packing  token ids to sequences and batches
+source    what `--data [group=]SOURCE[:N]` means
+records   records of JSON lines, Parquet and text files, with their places
+encode    records to token ids
+packing   token ids to sequences and batches
+prefetch  batches made ready while the model runs
 """
 
 from reap_driver.calibration.encode import Encoder
 from reap_driver.calibration.packing import PackedSource, pack
+from reap_driver.calibration.prefetch import prefetched
 from reap_driver.calibration.source import DataSource
 
-__all__ = ["DataSource", "Encoder", "PackedSource", "pack"]
+__all__ = ["DataSource", "Encoder", "PackedSource", "pack", "prefetched"]

@@ -1,6 +1,7 @@
 """What `observe` and `prune` share: check what is cheap to check, read the data, run the model."""
 
 import argparse
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from reap_driver.calibration import DataSource, Encoder, PackedSource, pack
+from reap_driver.calibration import DataSource, Encoder, PackedSource, pack, prefetched
 from reap_driver.commands.console import Console, short
 from reap_driver.commands.options import SEQ_LEN
 from reap_driver.compat.models import config_digest, load_config, load_model, meta_model
@@ -152,8 +153,9 @@ def run_model(
         observe(model, backend=args.backend) as observer,
     ):
         for source in sources:
-            with observer.group(source.source.group):
-                for batch in source.batches(args.batch_size):
+            batches = prefetched(source.batches(args.batch_size), model.device)
+            with observer.group(source.source.group), contextlib.closing(batches):
+                for batch in batches:
                     observer(input_ids=batch)
                     progress.add(batch.numel())
             observer.add_source(source.provenance())

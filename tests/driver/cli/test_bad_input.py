@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3MoeForCausalLM
 
+from reap_driver.calibration.prefetch import THREAD
 from tests.driver.cli.conftest import Run, write_model
 
 Spoil = Callable[[Path], None]
@@ -304,6 +306,7 @@ def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(
     raise_from_observing(monkeypatch, KeyboardInterrupt())
     done = run(*words, "--json")
     assert done.code == done.json["error"]["exit_code"] == 130
+    assert not [t for t in threading.enumerate() if t.name.startswith(THREAD)]
     raise_from_observing(monkeypatch, AssertionError("a bug"))
     with pytest.raises(AssertionError, match="a bug"):
         run(*words)
@@ -324,7 +327,7 @@ def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(
         (("observe", "m", "--data", "d", "--out", "o", "--seq-len", "0"), "'0' is not a whole"),
         (
             ("observe", "m", "--data", "d", "--out", "o", "--batch-size", "-1"),
-            "'-1' is not a whole",
+            "'-1' is not a whole number above 0, nor auto",
         ),
     ],
 )

@@ -214,3 +214,23 @@ def test_first_call_sample_comes_from_counted_tokens() -> None:
     assert bool(mask[rows].all())
     assert 0 < len(rows) < 40
     assert recorder.sample(100, mask) is None
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_only_pinned_batches_are_moved_without_waiting(
+    pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From memory that is not pinned, a move that does not wait could read what has changed."""
+    config, model = zoo.tiny("qwen3_moe")
+    ids, moves, to = zoo.tiny_inputs("qwen3_moe", config)["input_ids"], [], Tensor.to
+
+    def spied(tensor: Tensor, *args: object, **options: object) -> Tensor:
+        if tensor is ids:
+            moves.append(options)
+        return to(tensor, *args, **options)
+
+    monkeypatch.setattr(Tensor, "is_pinned", lambda _: pinned)
+    monkeypatch.setattr(Tensor, "to", spied)
+    with observe(model) as obs:
+        obs(input_ids=ids)
+    assert moves[0] == {"non_blocking": pinned}

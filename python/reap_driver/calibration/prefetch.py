@@ -1,0 +1,34 @@
+"""Preparing batches while the model runs: one ahead, in one background thread."""
+
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+THREAD = "reap-prefetch"  # what the thread's name begins with
+
+
+def prefetched(batches: Iterable[Tensor], device: torch.device) -> Generator[Tensor, None, None]:
+    """The same batches in the same order, each made while the one before is being used.
+
+    For a CUDA device they are pinned, so that moving them there waits for nothing. An exception of
+    `batches` is raised here, with its own traceback. Close the generator (`contextlib.closing`) to
+    be sure that the thread ends with the loop: it finishes the batch in hand, and no other.
+
+    Args:
+        batches: made one at a time, never more than one ahead.
+        device: where the model is.
+    """
+    source = iter(batches)
+    with ThreadPoolExecutor(1, thread_name_prefix=THREAD) as pool:
+        coming = pool.submit(_next, source, device)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(_next, source, device)
+            yield batch
+
+
+def _next(source: Iterator[Tensor], device: torch.device) -> Tensor | None:
+    """The next batch, ready to be moved; None after the last."""
+    batch = next(source, None)
+    return batch.pin_memory() if batch is not None and device.type == "cuda" else batch
