@@ -43,6 +43,11 @@ class PackedSource:
     seed: int
     separator: int | None
 
+    @property
+    def sequences(self) -> int:
+        """Sequences of `seq_len` tokens; 1 where the tokens do not fill one."""
+        return max(1, len(self.ids) // self.seq_len)
+
     def batches(self, batch_size: int = 1) -> Iterator[Tensor]:
         """input_ids [up to batch_size, seq_len] int64, then the shorter rest [1, rest]."""
         full = len(self.ids) // self.seq_len * self.seq_len

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from reap_driver.batching import batch_sizes
 from reap_driver.calibration import DataSource, Encoder, PackedSource, pack, prefetched
 from reap_driver.commands.console import Console, short
 from reap_driver.commands.options import SEQ_LEN
 from reap_driver.compat.models import config_digest, load_config, load_model, meta_model
 from reap_driver.criteria import Scores, shares
 from reap_driver.discover import find_moe_layers
-from reap_driver.observe import observe
+from reap_driver.observe import Observer, observe
 from reap_kernels import SaliencyStats
 from reap_kernels.dispatch import Request, select
 from reap_kernels.errors import DataError, UnsupportedModel
@@ -152,14 +153,24 @@ def run_model(
         console.progress("observing", "tok", total) as progress,
         observe(model, backend=args.backend) as observer,
     ):
-        for source in sources:
-            batches = prefetched(source.batches(args.batch_size), model.device)
+        for source, size in zip(sources, _batch_sizes(args, observer, sources), strict=True):
+            batches = prefetched(source.batches(size), model.device)
             with observer.group(source.source.group), contextlib.closing(batches):
                 for batch in batches:
                     observer(input_ids=batch)
                     progress.add(batch.numel())
-            observer.add_source(source.provenance())
+            observer.add_source({**source.provenance(), "batch_size": size})
     return observer.stats, time.perf_counter() - began
+
+
+def _batch_sizes(
+    args: argparse.Namespace, observer: Observer, sources: Sequence[PackedSource]
+) -> list[int]:
+    """Sequences at a time for each source: as asked, or chosen."""
+    counts = [source.sequences for source in sources]
+    if args.batch_size is not None:
+        return [min(args.batch_size, count) for count in counts]
+    return batch_sizes(observer.model, observer.layers, counts, sources[0].seq_len)
 
 
 def summary(stats: SaliencyStats, seconds: float) -> tuple[dict[str, Any], str]:

@@ -65,6 +65,24 @@ def test_statistics_do_not_depend_on_the_batch_size(
         torch.testing.assert_close(layer.sums, other.sums, rtol=1e-5, atol=0)
 
 
+def test_the_batch_size_is_chosen_and_recorded(
+    run: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    """8 experts, 3 a token: 683 tokens give each 256 rows; a short source has fewer sequences."""
+    chat = tmp_path / "b.jsonl"
+    chat.write_text('{"input_ids": [10, 11, 12, 13, 14, 15, 16, 17]}\n' * 2)
+    words = ("--data", data, "--data", chat, "--seq-len", 32)
+    sizes = {}
+    for asked in ((), ("--batch-size", "auto"), ("--batch-size", 5)):
+        out = tmp_path / "-".join(map(str, ("s", *asked)))
+        done = run("observe", model, *words, *asked, "--out", out, "--json").json
+        sizes[asked] = [source["batch_size"] for source in done["data"]]
+        assert rd.SaliencyStats.load(out).provenance["data"] == done["data"]
+    tokens = done["data"][0]["tokens"]
+    assert tokens > 22 * 32
+    assert sizes == {(): [22, 1], ("--batch-size", "auto"): [22, 1], ("--batch-size", 5): [5, 1]}
+
+
 def test_groups_are_kept_apart_and_weighed(
     run: Run, model: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,167 @@
+"""How many sequences to run at a time: enough to keep the processor busy, few enough to fit."""
+
+import inspect
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from reap_driver.discover import MoELayer
+
+# Rows (tokens times top-k) an expert should get on average. With fewer, the grouped products wait
+# for the experts' weights to be read; on an H200, arithmetic takes longer from 200 to 270 rows on.
+ROWS_PER_EXPERT = 256
+# On an accelerator also: what everything else (attention, norms, launches) needs to be efficient.
+ACCELERATOR_TOKENS = 16384
+
+# Vectors a token has at once in a decoder layer, by their width; peaks of Qwen3-MoE, Qwen3-Next and
+# DeepSeek-V3 layers were measured at 0.3 to 0.95 of what they add up to. As wide as the model:
+# residual, the norm's float32 copies, attention's output, routed and shared sums, temporaries.
+_HIDDEN_VECTORS = 16
+# As wide as the widest projection: queries, keys and values before and after rotation, and their
+# parts; or gate, up and their product in a dense or shared MLP.
+_WIDE_VECTORS = 8
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of activations a token takes in a forward.
+
+    Attributes:
+        held: for as long as its layer runs.
+        experts: for what lies between the experts' products, which the kernels compute in parts
+            where all of it would take more than a quarter of the free memory.
+    """
+
+    held: int
+    experts: int
+
+    def tokens_within(self, free: int) -> int:
+        """Tokens whose activations fit in half of `free` bytes."""
+        undivided = free // 2 // (self.held + self.experts)
+        divided = free // 4 // self.held  # the other quarter is the kernels'
+        return max(undivided, divided)
+
+
+def choose_batch_size(
+    *,
+    sequences: int,
+    seq_len: int,
+    experts_per_choice: float,
+    accelerator: bool,
+    footprint: Footprint,
+    free: int | None,
+) -> int:
+    """Sequences to run at a time; the same for the same arguments.
+
+    Args:
+        sequences: how many there are; never more are chosen.
+        seq_len: tokens in each.
+        experts_per_choice: num_experts / top_k, the largest of any layer.
+        accelerator: whether the model is on one.
+        footprint: of a token.
+        free: bytes of memory that are free with the model loaded; None where nobody can tell, and
+            one sequence is chosen.
+    """
+    if free is None:
+        return 1
+    wanted = math.ceil(ROWS_PER_EXPERT * experts_per_choice)
+    if accelerator:
+        wanted = max(wanted, ACCELERATOR_TOKENS)
+    fitting = footprint.tokens_within(free) // seq_len
+    return max(1, min(math.ceil(wanted / seq_len), fitting, sequences))
+
+
+def token_footprint(
+    *,
+    itemsize: int,
+    hidden_size: int,
+    widest: int,
+    logits: int,
+    eager_scores: int,
+    expert_values: int,
+) -> Footprint:
+    """Estimates what a token takes, on the safe side: an estimate, not a bound.
+
+    Args:
+        itemsize: bytes of a number.
+        hidden_size: width H of the model.
+        widest: outputs of the widest linear layer, the logits' apart.
+        logits: logits computed for every token; 0 where only the last token's are.
+        eager_scores: heads * sequence length where attention keeps all scores, else 0.
+        expert_values: the largest top_k * (H + I) of any layer.
+    """
+    held = itemsize * (_HIDDEN_VECTORS * hidden_size + _WIDE_VECTORS * widest)
+    # Scores and logits are copied to float32, for the softmax.
+    held += (itemsize + 4) * (logits + eager_scores)
+    return Footprint(held, itemsize * expert_values)
+
+
+def batch_sizes(
+    model: PreTrainedModel, layers: Sequence[MoELayer], sequences: Sequence[int], seq_len: int
+) -> list[int]:
+    """The size chosen for each source of calibration data, by what the machine has free now.
+
+    Args:
+        model: on its device.
+        layers: its MoE layers.
+        sequences: how many each source has.
+        seq_len: tokens in each.
+    """
+    free = free_memory(model.device)
+    footprint = footprint_of(model, layers, seq_len)
+    return [
+        choose_batch_size(
+            sequences=count,
+            seq_len=seq_len,
+            experts_per_choice=max(layer.num_experts / layer.top_k for layer in layers),
+            accelerator=model.device.type != "cpu",
+            footprint=footprint,
+            free=free,
+        )
+        for count in sequences
+    ]
+
+
+def footprint_of(model: PreTrainedModel, layers: Sequence[MoELayer], seq_len: int) -> Footprint:
+    """The footprint of a token in this model."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    linear = (m for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    hidden = int(getattr(config, "hidden_size", layers[0].hidden_size))
+    all_logits = "logits_to_keep" not in inspect.signature(type(model).forward).parameters
+    eager = config._attn_implementation == "eager"
+    itemsize = int(model.dtype.itemsize)
+    return token_footprint(
+        # CPUs without half-precision instructions compute in float32.
+        itemsize=max(itemsize, 4) if model.device.type == "cpu" else itemsize,
+        hidden_size=hidden,
+        widest=max((m.out_features for m in linear), default=hidden),
+        logits=int(config.vocab_size) if all_logits else 0,
+        eager_scores=int(config.num_attention_heads) * seq_len if eager else 0,
+        expert_values=max(la.top_k * (la.hidden_size + la.intermediate_size) for la in layers),
+    )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes a forward on `device` could still allocate; None where the system does not say."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return _free_ram(Path("/proc/meminfo")) if device.type == "cpu" else None
+
+
+def _free_ram(meminfo: Path) -> int | None:
+    """Free main memory, with what the system would give up of its caches where it says so."""
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None

@@ -1,0 +1,115 @@
+"""The automatic batch size: enough rows an expert, within the memory there is."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reap_driver import batching
+from reap_driver.batching import Footprint, choose_batch_size, footprint_of, token_footprint
+from reap_driver.discover import find_moe_layers
+from tests.driver import zoo
+from tests.driver.observe.test_architectures import NAMES
+
+PLENTY = 1 << 50
+SMALL = Footprint(held=1000, experts=1000)
+
+
+def choose(**changed: Any) -> int:
+    """The choice for 128 experts, 8 a token, on the CPU: 4096 tokens give each 256 rows."""
+    known: dict[str, Any] = {
+        "sequences": 1000,
+        "seq_len": 512,
+        "experts_per_choice": 16.0,
+        "accelerator": False,
+        "footprint": SMALL,
+        "free": PLENTY,
+    }
+    return choose_batch_size(**{**known, **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "size"),
+    [
+        ({}, 8),
+        ({"seq_len": 500}, 9),  # rounded up: 4096 tokens are needed
+        ({"seq_len": 8192}, 1),
+        ({"sequences": 3}, 3),
+        ({"experts_per_choice": 8 / 3}, 2),
+        ({"accelerator": True}, 32),  # 16384 tokens
+        ({"accelerator": True, "experts_per_choice": 128.0}, 64),  # 32768 tokens for 256 rows
+        ({"free": None}, 1),
+        ({"free": 0}, 1),
+        ({"free": 2 * 2000 * 512 * 5}, 5),  # half of it holds five sequences
+        ({"free": 2 * 2000 * 512 * 5 - 1}, 4),
+    ],
+)
+def test_size(changed: dict[str, Any], size: int) -> None:
+    assert choose(**changed) == size
+
+
+@pytest.mark.parametrize("held", [1, 300, 1000, 5000])
+@pytest.mark.parametrize("experts", [1, 300, 1000, 5000])
+def test_the_most_that_fits(held: int, experts: int) -> None:
+    """By trying: experts take what they need, at most a quarter; everything together, half."""
+    free = 4_000_000
+    fits = [n for n in range(1, free) if n * held + min(n * experts, free // 4) <= free // 2]
+    assert abs(Footprint(held, experts).tokens_within(free) - fits[-1]) <= 1
+
+
+def test_more_memory_never_gives_less() -> None:
+    sizes = [choose(free=free) for free in range(0, 2 * 2000 * 512 * 10, 100_000)]
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == (1, 8)
+
+
+def test_what_a_token_takes() -> None:
+    plain = {"itemsize": 2, "hidden_size": 2048, "widest": 4096, "logits": 0, "eager_scores": 0}
+    base = token_footprint(**plain, expert_values=8 * (2048 + 768))
+    assert base.experts == 2 * 8 * 2816
+    assert base.held == 2 * (16 * 2048 + 8 * 4096)
+    eager = token_footprint(**{**plain, "eager_scores": 32 * 512}, expert_values=0)
+    assert eager.held - base.held == 32 * 512 * (4 + 2)
+    logits = token_footprint(**{**plain, "logits": 1000}, expert_values=0)
+    assert logits.held - base.held == 1000 * (4 + 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_architecture_has_a_footprint(name: str) -> None:
+    """Widths are found whatever they are called; eager attention costs more the longer the text."""
+    config, model = zoo.tiny(name)
+    layers = find_moe_layers(model)
+    text = config.get_text_config()
+    short, long = (footprint_of(model, layers, seq_len) for seq_len in (100, 200))
+    assert long.held - short.held == 8 * 100 * text.num_attention_heads > 0
+    assert short.held > 4 * 16 * text.hidden_size
+    k = layers[0].top_k
+    assert short.experts == 4 * k * (layers[0].hidden_size + layers[0].intermediate_size)
+    text._attn_implementation = "sdpa"
+    assert footprint_of(model, layers, 200).held < short.held
+    [size] = batching.batch_sizes(model, layers, [1000], 16)
+    assert size == math.ceil(256 * 8 / k / 16)
+
+
+def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  900 kB\nMemFree:  100 kB\nMemAvailable:   300 kB\n")
+    assert batching._free_ram(meminfo) == 300 * 1024
+    assert (batching.free_memory(torch.device("cpu")) or 0) > 1 << 20
+    old = tmp_path / "old"  # Linux before 3.14
+    old.write_text("MemTotal:  900 kB\n")
+    monkeypatch.setattr("os.sysconf", {"SC_AVPHYS_PAGES": 7, "SC_PAGE_SIZE": 4096}.__getitem__)
+    for absent in (old, tmp_path / "none"):
+        assert batching._free_ram(absent) == 7 * 4096
+    monkeypatch.setattr("os.sysconf_names", {})
+    assert batching._free_ram(old) is None
+    assert batching.free_memory(torch.device("meta")) is None
+
+
+def test_free_memory_of_a_gpu_counts_torchs_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (1000, 9000))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 500)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 200)
+    assert batching.free_memory(torch.device("cuda")) == 1300
