@@ -136,6 +136,8 @@ def footprint_of(model: PreTrainedModel, layers: Sequence[MoELayer], seq_len: in
     hidden = int(getattr(config, "hidden_size", layers[0].hidden_size))
     all_logits = "logits_to_keep" not in inspect.signature(type(model).forward).parameters
     eager = config._attn_implementation == "eager"
+    # A checkpoint's own code may call its heads otherwise; they are hardly ever narrower than 64.
+    heads = int(getattr(config, "num_attention_heads", hidden // 64))
     itemsize = int(model.dtype.itemsize)
     return token_footprint(
         # CPUs without half-precision instructions compute in float32.
@@ -143,7 +145,7 @@ def footprint_of(model: PreTrainedModel, layers: Sequence[MoELayer], seq_len: in
         hidden_size=hidden,
         widest=max((m.out_features for m in linear), default=hidden),
         logits=int(config.vocab_size) if all_logits else 0,
-        eager_scores=int(config.num_attention_heads) * seq_len if eager else 0,
+        eager_scores=heads * seq_len if eager else 0,
         expert_values=max(la.top_k * (la.hidden_size + la.intermediate_size) for la in layers),
     )
 

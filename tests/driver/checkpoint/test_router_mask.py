@@ -15,7 +15,7 @@ from reap_driver.checkpoint import apply_plan
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import PlanError, ReapError, UnsupportedModel
 from tests.driver import zoo
-from tests.driver.checkpoint import saved
+from tests.driver.checkpoint import saved, test_remote
 from tests.driver.checkpoint.test_truth import load
 
 # Plain; groups and selection biases; biased products; tables of ids; the router called by the
@@ -100,6 +100,21 @@ def test_layers_may_keep_different_numbers_or_all() -> None:
     assert used[0] == {0, 3, 6}
     assert used[1] <= set(kept[SECOND])
     assert len(used[2]) > 5  # not named, so not masked
+
+
+def test_code_of_a_checkpoint_and_a_second_stack(tmp_path: Path) -> None:
+    """One module an expert, and a tower that counts as many experts in a field of its own."""
+    model = test_remote.save(tmp_path, tower={"num_experts": 8})
+    inputs = {"input_ids": torch.arange(3, 40)[None]}
+    with rd.masked_experts(model, test_remote.KEPT) as mask, rd.observe(model) as obs:
+        (masked,) = forwards(model, inputs)
+    assert len(mask.removed) == 2
+    for name, kept in test_remote.KEPT.items():
+        rows = torch.tensor(sorted(set(range(8)) - set(kept)))
+        assert not obs.stats.layers[name].count[:, rows].any()
+        gate = model.get_submodule(name.replace("experts", "gate"))
+        gate.register_forward_hook(lambda _m, _i, out, rows=rows: out.index_fill(1, rows, -1e9))
+    torch.testing.assert_close(masked, forwards(model, inputs)[0], rtol=2e-5, atol=2e-5)
 
 
 def forwards(model: PreTrainedModel, *batches: dict[str, Tensor]) -> list[Tensor]:
