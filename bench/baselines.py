@@ -5,7 +5,7 @@ are kept as [E, T, H] float32; then, per expert, a mask of its tokens, norms and
 that description to be timed beside ours, with the same statistics.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,8 @@ def all_experts(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     hooks = []
     for name, module in model.named_modules():
         if name.endswith("mlp.experts"):
-            sums[name] = torch.zeros(3, module.num_experts, dtype=torch.float64)
+            where = module.down_proj.device
+            sums[name] = torch.zeros(3, module.num_experts, dtype=torch.float64, device=where)
             hooks.append(module.register_forward_hook(_hook(sums[name])))
     try:
         yield sums
@@ -35,19 +36,48 @@ def all_experts(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def _hook(total: Tensor) -> Any:
     def observe(module: Any, args: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        hidden, ids, weights = args
-        outputs = torch.zeros(module.num_experts, *hidden.shape, dtype=torch.float32)
-        for expert in range(module.num_experts):
-            gate_up = nn.functional.linear(hidden, module.gate_up_proj[expert])
-            inner = module._apply_gate(gate_up)
-            outputs[expert] = nn.functional.linear(inner, module.down_proj[expert])
-        for expert in range(module.num_experts):
-            chosen = ids == expert
-            mask = chosen.any(dim=-1)
-            norms = torch.linalg.vector_norm(outputs[expert][mask], dim=-1).double()
-            gates = (weights * chosen).sum(dim=-1)[mask].double()
-            total[0, expert] += mask.sum()
-            total[1, expert] += norms.sum()
-            total[2, expert] += (gates * norms).sum()
+        observe_module(total, module, *args)
 
     return observe
+
+
+def observe_module(
+    total: Tensor, module: Any, hidden: Tensor, ids: Tensor, weights: Tensor
+) -> None:
+    """Adds one call of a Qwen3-MoE experts module to `total`, by its own weights and gate."""
+
+    def run(expert: int, x: Tensor) -> Tensor:
+        gate_up = nn.functional.linear(x, module.gate_up_proj[expert])
+        return nn.functional.linear(module._apply_gate(gate_up), module.down_proj[expert])
+
+    observe_all(total, run, hidden, ids, weights)
+
+
+def observe_all(
+    total: Tensor,
+    run: Callable[[int, Tensor], Tensor],
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+) -> None:
+    """Every expert on every token, then its own tokens' norms and sums.
+
+    Args:
+        total: [3, E] float64: count, sum ||f||, sum g ||f||; added to.
+        run: (expert, [n, H]) -> [n, H], an expert's output before the gate.
+        hidden: [T, H].
+        ids: [T, k].
+        weights: [T, k].
+    """
+    experts = total.shape[1]
+    outputs = torch.zeros(experts, *hidden.shape, dtype=torch.float32, device=hidden.device)
+    for expert in range(experts):
+        outputs[expert] = run(expert, hidden)
+    for expert in range(experts):
+        chosen = ids == expert
+        mask = chosen.any(dim=-1)
+        norms = torch.linalg.vector_norm(outputs[expert][mask], dim=-1).double()
+        gates = (weights * chosen).sum(dim=-1)[mask].double()
+        total[0, expert] += mask.sum()
+        total[1, expert] += norms.sum()
+        total[2, expert] += (gates * norms).sum()

@@ -13,11 +13,22 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
+def _git(*arguments: str) -> str | None:
+    """What git prints, or None where it fails: no git, or a copy without its history."""
+    command = ["git", "-C", str(ROOT), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def version(package: str) -> str:
+    """Version of an installed package, or `absent`."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def cpu_name() -> str:
@@ -33,28 +44,43 @@ def cpu_name() -> str:
 def environment() -> dict[str, str]:
     """Commit, date, machine and versions: the columns every row begins with."""
     status = _git("status", "--porcelain", "--untracked-files=no")
-    dirty = "no" if status == "unknown" else "yes"
+    dirty = "unknown" if status is None else "yes" if status else "no"
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": _git("rev-parse", "--short=10", "HEAD"),
+        "commit": _git("rev-parse", "--short=10", "HEAD") or "unknown",
         "dirty": dirty,
         "cpu": f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
+        "transformers": version("transformers"),
     }
 
 
-def write(name: str, rows: list[dict[str, object]]) -> Path:
-    """Appends `rows` to bench/results/NAME.csv and prints them.
+def write(
+    name: str,
+    rows: list[dict[str, object]],
+    *,
+    folder: Path = RESULTS,
+    facts: dict[str, str] | None = None,
+    echo: bool = True,
+) -> Path:
+    """Appends `rows` to NAME.csv in `folder` and prints them.
 
     The file's header is fixed by its first row: a run with other columns is refused, so that one
     file stays one table.
+
+    Args:
+        name: of the file, without its ending.
+        rows: all with the same columns.
+        folder: made where it does not exist.
+        facts: columns every row begins with; default `environment()`.
+        echo: whether to print the rows.
     """
-    path = RESULTS / f"{name}.csv"
-    full = [{**environment(), **row} for row in rows]
+    path = folder / f"{name}.csv"
+    shared = environment() if facts is None else facts
+    full = [{**shared, **row} for row in rows]
     columns = list(full[0])
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         with path.open(newline="") as file:
             header = next(csv.reader(file))
@@ -65,6 +91,6 @@ def write(name: str, rows: list[dict[str, object]]) -> Path:
         if file.tell() == 0:
             writer.writeheader()
         writer.writerows(full)
-    for row in rows:
+    for row in rows if echo else ():
         print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     return path

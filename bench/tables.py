@@ -25,7 +25,8 @@ def _rows(name: str, *keys: str) -> list[Row]:
     return list(newest.values())
 
 
-def _markdown(head: list[str], body: list[list[str]]) -> str:
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    """A table."""
     lines = [head, ["---"] * len(head), *body]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -61,7 +62,7 @@ def observe_cpu() -> str:
         f"{first['cpu']}, {first['threads']} thread, torch {first['torch']}, transformers "
         f"{first['transformers']}, commit {commits}; `python -m bench observe_cpu`.\n"
     )
-    return _markdown(head, body) + where
+    return markdown(head, body) + where
 
 
 def accuracy_cpu() -> str:
@@ -72,7 +73,7 @@ def accuracy_cpu() -> str:
         + [row[field] for field in fields]
         for row in _rows("accuracy_cpu", "dtype")
     ]
-    return _markdown(["dtype", "counts", *(f"`{field}`" for field in fields)], body)
+    return markdown(["dtype", "counts", *(f"`{field}`" for field in fields)], body)
 
 
 def writer() -> str:
@@ -106,7 +107,37 @@ def demo() -> str:
         for row in _rows("demo", "criterion", "ratio")
     ]
     head = ["criterion", "removed", "experts", "held-out perplexity", "next-token agreement"]
-    return _markdown(head, body)
+    return markdown(head, body)
+
+
+_PROVIDER = ("provider", "variant", "observed")
+
+
+def _gpu(name: str, table: Callable[[list[Row]], str], *keys: str) -> str:
+    """What `bench.gpu` measured, and on which machine."""
+    rows = _rows(name, "gpu", *keys, *_PROVIDER)
+    first = rows[0]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    gpus = ", ".join(dict.fromkeys(row["gpu"] for row in rows))
+    software = f"driver {first['driver']}, CUDA {first['cuda']}, torch {first['torch']}, Triton "
+    software += f"{first['triton']}, transformers {first['transformers']}"
+    peaks = f"measured peaks {first['peak_tflops']} TFLOP/s and {first['copy_gb_s']} GB/s"
+    where = f"\n{gpus}; {software}, commit {commits}; {peaks}; `python -m bench.gpu`.\n"
+    return table(rows) + where
+
+
+def gpu_layer() -> str:
+    """One layer on a GPU, every provider."""
+    from bench.gpu import report
+
+    return _gpu("gpu_layer", report.layer, "shape", "tokens", "routing")
+
+
+def gpu_end_to_end() -> str:
+    """A whole model on a GPU."""
+    from bench.gpu import report
+
+    return _gpu("gpu_end_to_end", report.end_to_end, "model")
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -114,6 +145,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy_cpu": accuracy_cpu,
     "demo": demo,
     "writer": writer,
+    "gpu_layer": gpu_layer,
+    "gpu_end_to_end": gpu_end_to_end,
 }
 
 

@@ -1,7 +1,9 @@
 """pytest-benchmark entry: the single ops at small and medium sizes, checked, then timed.
 
-`pytest bench --benchmark-only`
+`pytest bench --benchmark-only`; each on the CPU and, where there is one, on a GPU.
 """
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,37 +25,63 @@ SHAPES = (
         skew="zipf",
     ),
 )
+_NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+pytestmark = [
+    pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=_NO_GPU)]),
+    pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name),
+]
+
+
+def finished(call: Callable[[], object], device: str) -> Callable[[], None]:
+    """The call, until the device has done its work."""
+
+    def run() -> None:
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("observed", [False, True], ids=["plain", "observed"])
-@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
-def test_observe_layer(benchmark, case: Case, observed: bool, dtype: torch.dtype) -> None:
-    inputs, experts = make_inputs(case, dtype), make_experts(case, dtype=dtype)
-    call = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts)
-    stats = rk.LayerStats(case.experts) if observed else None
+def test_observe_layer(
+    benchmark, case: Case, observed: bool, dtype: torch.dtype, device: str
+) -> None:
+    inputs = make_inputs(case, dtype, device=device)
+    call = (inputs.hidden, inputs.topk_ids, inputs.topk_weights)
+    call = (*call, make_experts(case, dtype=dtype, device=device))
+    stats = rk.LayerStats(case.experts, device=device) if observed else None
     want = rk.observe_layer(*call, backend="reference")
     assert relative_error(rk.observe_layer(*call, stats), want) < 5e-3
-    benchmark(rk.observe_layer, *call, stats)
+    benchmark(finished(lambda: rk.observe_layer(*call, stats), device))
 
 
-@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
-def test_route(benchmark, case: Case) -> None:
-    inputs = make_inputs(case)
-    want = rk.route(inputs.topk_ids, case.experts, backend="reference")
-    assert torch.equal(rk.route(inputs.topk_ids, case.experts).order, want.order)
-    benchmark(rk.route, inputs.topk_ids, case.experts)
+def test_route(benchmark, case: Case, device: str) -> None:
+    ids = make_inputs(case, device=device).topk_ids
+    want = rk.route(ids, case.experts, backend="reference")
+    assert torch.equal(rk.route(ids, case.experts).order, want.order)
+    benchmark(finished(lambda: rk.route(ids, case.experts), device))
 
 
-@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
-def test_accumulate(benchmark, case: Case) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_expert_outputs(benchmark, case: Case, dtype: torch.dtype, device: str) -> None:
+    inputs = make_inputs(case, dtype, device=device)
+    experts = make_experts(case, dtype=dtype, device=device)
+    routing = rk.route(inputs.topk_ids, case.experts)
+    want = rk.expert_outputs(inputs.hidden, routing, experts, backend="reference")
+    assert relative_error(rk.expert_outputs(inputs.hidden, routing, experts), want) < 5e-3
+    benchmark(finished(lambda: rk.expert_outputs(inputs.hidden, routing, experts), device))
+
+
+def test_accumulate(benchmark, case: Case, device: str) -> None:
     rng = torch.Generator().manual_seed(0)
     rows = case.tokens * case.top_k
-    y = torch.randn(rows, case.hidden, generator=rng)
-    ids = torch.randint(0, case.experts, (rows,), generator=rng)
-    gates = torch.rand(rows, generator=rng)
-    got, want = rk.LayerStats(case.experts), rk.LayerStats(case.experts)
+    y = torch.randn(rows, case.hidden, generator=rng).to(device)
+    ids = torch.randint(0, case.experts, (rows,), generator=rng).to(device)
+    gates = torch.rand(rows, generator=rng).to(device)
+    got, want = (rk.LayerStats(case.experts, device=device) for _ in range(2))
     rk.accumulate(y, ids, gates, got)
     rk.accumulate(y, ids, gates, want, backend="reference")
     assert relative_error(got.sums, want.sums) < 1e-6
-    benchmark(rk.accumulate, y, ids, gates, got)
+    benchmark(finished(lambda: rk.accumulate(y, ids, gates, got), device))

@@ -1,0 +1,21 @@
+"""One command for a GPU: is everything right, how fast is it, beside what.
+
+`python -m bench.gpu` runs from a checkout, nothing installed, in less than eight minutes: the
+machine's peaks, then correctness, then one layer's timings, then a whole model. Exit codes: 0; 1
+where a check failed (and nothing after it was timed); 4 without a CUDA device.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+for _folder in (str(ROOT / "python"), str(ROOT)):
+    if _folder not in sys.path:
+        sys.path.insert(0, _folder)
+
+
+def main(arguments: list[str]) -> None:
+    """See `bench.gpu.command`."""
+    from bench.gpu import command
+
+    sys.exit(command.main(arguments))

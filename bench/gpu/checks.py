@@ -1,0 +1,350 @@
+"""Stage 1, correctness: every case, layout, formula and dtype against float64, before any timing.
+
+A check is a function that returns what it found, or raises. Checks run in several processes, since
+nearly all of their time is the compilation of kernels.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import reap_kernels as rk
+from bench.gpu.clock import Deadline
+from bench.gpu.machine import Machine
+from reap_kernels import LayerStats
+from reap_kernels.errors import BackendUnavailable
+from reap_kernels.stats import COUNTS, EXTREMA, FIELDS, SUMS
+from reap_kernels.testing import (
+    CASES,
+    FORMULAS,
+    LAYOUTS,
+    Case,
+    Inputs,
+    largest_relative_error,
+    make_experts,
+    make_inputs,
+    relative_error,
+)
+from reap_kernels.types import ExpertWeights
+
+BACKENDS = ("triton", "grouped_mm")
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+# From here on rounding averages out over an expert's rows.
+MANY_ROWS = 64
+# Seconds that checks which began before the deadline may still take.
+_GRACE = 45
+
+
+class CheckFailed(Exception):
+    """A check found something wrong; the message says what and by how much."""
+
+
+class NotHere(Exception):
+    """A check, or a provider, has no meaning on this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: `run(device, *arguments)` returns what it found."""
+
+    name: str
+    backend: str
+    dtype: torch.dtype
+    run: Callable[..., str]
+    arguments: tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Largest accepted relative errors against float64.
+
+    Attributes:
+        output: of the output, Frobenius.
+        sums: of any expert's sums of first powers.
+        squares: of any expert's sums of squares, where errors count twice.
+    """
+
+    output: float
+    sums: float
+    squares: float
+
+
+def bounds_of(dtype: torch.dtype, backend: str, rows: int = 0) -> Bounds:
+    """Bounds of one backend; `rows` is the fewest an expert has.
+
+    torch's grouped_mm rounds both halves of the first product before the activation, which our
+    kernel keeps in float32: 5.7e-3 was measured for one token of 32 elements.
+    """
+    if dtype == torch.float32:
+        return Bounds(1e-6, 1e-6, 1e-6)
+    output = 8e-3 if backend == "grouped_mm" else 5e-3
+    return Bounds(output, 2e-4, 4e-4) if rows >= MANY_ROWS else Bounds(output, 1e-2, 2e-2)
+
+
+def is_red(backend: str, reason: str) -> bool:
+    """Whether a refusal means wrong numbers: `triton` serves every case here, and any backend may
+    refuse only for what it does not do, never for a failed self-check.
+    """
+    return backend == "triton" or "self-check" in reason
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """`torch.empty` yields NaN (integers: their maximum), so a value nobody wrote shows.
+
+    `warn_only`, since cuBLAS is deterministic on one stream and torch cannot know there is one.
+    """
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(False)
+
+
+def observe(
+    inputs: Inputs,
+    experts: ExpertWeights,
+    backend: str,
+    groups: int = 1,
+    chunk: int | None = None,
+    observed: bool = True,
+) -> tuple[Tensor, LayerStats | None]:
+    """Output and statistics of one call."""
+    stats = LayerStats(experts.num_experts, groups, inputs.hidden.device) if observed else None
+    out = rk.observe_layer(
+        inputs.hidden,
+        inputs.topk_ids,
+        inputs.topk_weights,
+        experts,
+        stats,
+        mask=inputs.mask,
+        group=inputs.group,
+        chunk=chunk,
+        backend=backend,
+    )
+    return out, stats
+
+
+def differences(got: LayerStats, want: LayerStats, bounds: Bounds) -> tuple[list[str], float]:
+    """What is wrong with statistics, and the largest error of gate_norm_sum."""
+    ours, theirs = got.fields(), want.fields()
+    exact = (*COUNTS, "tokens")
+    found = [f"{name} differs" for name in exact if not torch.equal(ours[name], theirs[name])]
+    for name in SUMS:
+        error = largest_relative_error(ours[name], theirs[name])
+        bound = bounds.squares if name.endswith("_sq_sum") else bounds.sums
+        if not error <= bound:
+            found.append(f"{name} is off by {error:.1e}, {bound:.0e} is allowed")
+    used = want.count > 0
+    for name in EXTREMA:
+        mine, true = ours[name], theirs[name]
+        near = torch.isclose(
+            mine[used], true[used], rtol=10 * bounds.output, atol=10 * bounds.output
+        )
+        if not (bool(near.all()) and torch.equal(mine[~used], true[~used])):
+            found.append(f"{name} differs")
+    return found, largest_relative_error(got.gate_norm_sum, want.gate_norm_sum)
+
+
+def same_bits(first: LayerStats | None, second: LayerStats | None) -> list[str]:
+    """Fields whose bits differ."""
+    assert first is not None
+    assert second is not None
+    pairs = ((name, first.fields()[name], second.fields()[name]) for name in FIELDS)
+    return [f"{name} has other bits the second time" for name, a, b in pairs if not a.equal(b)]
+
+
+def compare(
+    device: torch.device,
+    backend: str,
+    dtype: torch.dtype,
+    case: Case,
+    layout: str = "stacked",
+    formula: rk.GateFormula | None = None,
+    fewest_rows: int = 0,
+) -> str:
+    """One call against the float64 reference on the same inputs, then again for the same bits."""
+    inputs = make_inputs(case, dtype, device=device)
+    experts = make_experts(case, layout, formula, dtype, device=device)
+    with poisoned():
+        out, stats = observe(inputs, experts, backend, case.groups)
+        again, twice = observe(inputs, experts, backend, case.groups)
+        plain, _ = observe(inputs, experts, backend, observed=False)
+    want_out, want = observe(inputs, experts, "reference", case.groups)
+    assert stats is not None
+    assert want is not None
+    if fewest_rows and int(want.count.min()) < fewest_rows:
+        raise CheckFailed(f"the case gives an expert {int(want.count.min())} rows only")
+    bounds = bounds_of(dtype, backend, fewest_rows)
+    found, saliency = differences(stats, want, bounds)
+    error = relative_error(out, want_out)
+    if not error <= bounds.output:
+        found.append(f"the output is off by {error:.1e}, {bounds.output:.0e} is allowed")
+    if not (torch.equal(out, again) and torch.equal(out, plain)):
+        found.append("the output has other bits the second time, or without statistics")
+    found += same_bits(stats, twice)
+    if found:
+        raise CheckFailed("; ".join(found))
+    return f"output {error:.1e}, gate_norm_sum {saliency:.1e}"
+
+
+def single_ops(device: torch.device, backend: str, dtype: torch.dtype, case: Case) -> str:
+    """route, expert_outputs and accumulate on their own."""
+    inputs = make_inputs(case, dtype, device=device)
+    experts = make_experts(case, dtype=dtype, device=device)
+    ids, gates = inputs.topk_ids, inputs.topk_weights
+    bounds, found = bounds_of(dtype, backend), []
+    y = torch.randn(ids.numel(), case.hidden, dtype=dtype, device=device)
+    every = {"mask": inputs.mask, "group": inputs.group}
+    rows = {k: v.repeat_interleave(case.top_k) for k, v in every.items() if isinstance(v, Tensor)}
+    got, want = (LayerStats(case.experts, case.groups, device) for _ in range(2))
+    with poisoned():
+        routing = rk.route(ids, case.experts, topk_weights=gates, backend=backend)
+        outputs = rk.expert_outputs(inputs.hidden, routing, experts, backend=backend)
+        rk.accumulate(y, ids.flatten(), gates.flatten(), got, **rows, backend=backend)
+    truth = rk.route(ids, case.experts, topk_weights=gates, backend="reference")
+    if not (torch.equal(routing.order, truth.order) and truth.offsets.equal(routing.offsets)):
+        found.append("route differs")
+    else:
+        wanted = rk.expert_outputs(inputs.hidden, truth, experts, backend="reference")
+        error = relative_error(outputs, wanted)
+        if not error <= bounds.output:
+            found.append(f"expert_outputs is off by {error:.1e}")
+    rk.accumulate(y, ids.flatten(), gates.flatten(), want, **rows, backend="reference")
+    # Norms of given rows accumulate in float32, whatever the rows' dtype.
+    found += differences(got, want, bounds_of(torch.float32, backend))[0]
+    if found:
+        raise CheckFailed("; ".join(found))
+    return "route equal, outputs and sums within bounds"
+
+
+LARGE = Case("large", "rounding averages out", 2048, 32, 4, 2048, 768)
+_SMOKE_CASES = (
+    Case("no-tokens", "an empty batch is legal", tokens=0),
+    replace(CASES[-1], tokens=16, experts=4, top_k=2, groups=2),
+)
+
+
+def plan(smoke: bool) -> list[Check]:
+    """Every check but the GPU's own facts, which `bench.gpu.facts` lists; weightiest first."""
+    forms = [
+        (layout, formula)
+        for layout in LAYOUTS
+        for formula in FORMULAS
+        if (formula.kind == "relu2") == (layout == "ungated")
+    ]
+    if smoke:
+        return _smoke_plan(*forms[0])
+    checks, cases = [], CASES
+    for dtype in DTYPES:
+        for backend in BACKENDS:
+            checks += [Check(c.name, backend, dtype, compare, (c,)) for c in cases]
+            if dtype != torch.float32:
+                many = (LARGE, "stacked", None, MANY_ROWS)
+                checks.append(Check("large", backend, dtype, compare, many))
+        checks += [Check(f"ops {c.name}", "triton", dtype, single_ops, (c,)) for c in cases]
+    for dtype in DTYPES:
+        for backend in BACKENDS:
+            checks += [
+                Check(f"{layout} {form.kind}", backend, dtype, compare, (cases[-1], layout, form))
+                for layout, form in forms
+            ]
+    return checks
+
+
+def _smoke_plan(layout: str, formula: rk.GateFormula) -> list[Check]:
+    """What the interpreter computes in seconds: one dtype and form, since each other combination
+    has a self-check of its own, and no rows enough for rounding to average out.
+    """
+    arguments = [(case,) for case in _SMOKE_CASES] + [(_SMOKE_CASES[0], layout, formula)]
+    return [
+        Check(own[0].name, backend, DTYPES[0], compare, own)
+        for own in arguments
+        for backend in BACKENDS
+    ]
+
+
+def outcome(check: Check, device: torch.device, deadline: Deadline) -> dict[str, object]:
+    """The row of one check: pass, failed, refused (a limit of the backend's) or skipped."""
+    start = time.perf_counter()
+    if deadline.passed():
+        result, detail = "skipped", deadline.reason
+    else:
+        try:
+            result, detail = "pass", check.run(device, check.backend, check.dtype, *check.arguments)
+        except NotHere as error:
+            result, detail = "skipped", str(error)
+        except BackendUnavailable as error:
+            result = "failed" if is_red(check.backend, str(error)) else "refused"
+            detail = str(error)
+        except CheckFailed as error:
+            result, detail = "failed", str(error)
+        except Exception as error:  # noqa: BLE001  whatever a kernel or a compiler does is red
+            result, detail = (
+                "failed",
+                f"{type(error).__name__}: {' '.join(str(error).split())[:500]}",
+            )
+    return _row(check, result, detail, time.perf_counter() - start)
+
+
+def _row(check: Check, result: str, detail: str, seconds: float) -> dict[str, object]:
+    return {
+        "check": check.name,
+        "backend": check.backend,
+        "dtype": str(check.dtype).removeprefix("torch."),
+        "result": result,
+        "detail": detail,
+        "seconds": f"{seconds:.2f}",
+    }
+
+
+def run(
+    machine: Machine, checks: list[Check], deadline: Deadline, workers: int | None = None
+) -> list[dict[str, object]]:
+    """Rows of all checks, in order.
+
+    Args:
+        machine: where.
+        checks: what to run.
+        deadline: checks that have not begun by then are skipped.
+        workers: processes; default none on the CPU, else half as many as cores, at most 8.
+    """
+    if workers is None:
+        workers = 0 if machine.device.type == "cpu" else max(1, min(8, (os.cpu_count() or 2) // 2))
+    if not workers:
+        return [outcome(check, machine.device, deadline) for check in checks]
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    pool = ProcessPoolExecutor(workers, mp_context=context)
+    try:
+        futures = [pool.submit(outcome, check, machine.device, deadline) for check in checks]
+        pairs = zip(checks, futures, strict=True)
+        return [_result(check, future, deadline) for check, future in pairs]
+    finally:
+        # A kernel that hangs must not hang the run: what is at work now is at work too long.
+        children = multiprocessing.active_children()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in children:
+            child.kill()
+
+
+def _result(check: Check, future: Future[dict[str, object]], end: Deadline) -> dict[str, object]:
+    """The row of a check that ran in another process, which may have died or hung."""
+    try:
+        return future.result(timeout=max(0.0, end.left()) + _GRACE)
+    except TimeoutError:
+        return _row(check, "failed", f"it had no result {_GRACE} s after the deadline", 0.0)
+    except Exception as error:  # noqa: BLE001  a dead process raises several kinds
+        return _row(check, "failed", f"its process died: {type(error).__name__}: {error}", 0.0)

@@ -1,0 +1,114 @@
+"""`python -m bench.gpu`: checks, then timings, then rows and a page; nothing is timed on red."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import gpu, rows
+from bench.gpu.clock import Deadline
+
+STAGES = ("checks", "layer", "end2end")
+FILES = {"checks": "gpu_checks", "layer": "gpu_layer", "end2end": "gpu_end_to_end"}
+# Shares of the budget by whose end a stage starts nothing more; the last one may take what is left.
+_ENDS = {"checks": 0.45, "layer": 0.72, "end2end": 0.97}
+RED, NO_GPU = 1, 4
+
+Rows = list[dict[str, object]]
+
+
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """The parsed command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=gpu.__doc__)
+    parser.add_argument("--only", default=",".join(STAGES), help="stages, comma-separated")
+    parser.add_argument("--budget", type=float, default=440, help="seconds for everything")
+    parser.add_argument(
+        "--out", type=Path, help="folder for rows and gpu.md; default bench/results"
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, also without a GPU")
+    parser.add_argument("--commit", help="what to record where git cannot say")
+    options = parser.parse_args(arguments)
+    options.only = [stage for stage in options.only.split(",") if stage]
+    unknown = set(options.only) - set(STAGES)
+    if unknown or not options.only:
+        parser.error(
+            f"--only takes {', '.join(STAGES)}; got {', '.join(sorted(unknown)) or 'none'}"
+        )
+    if options.smoke and options.out is None:
+        parser.error("--smoke needs --out: its rows are never written to bench/results")
+    return options
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the stages asked for; 0, RED or NO_GPU."""
+    options = options_of(arguments)
+    device = _device(options.smoke)
+    if device is None:
+        print(
+            "python -m bench.gpu needs a CUDA device, and torch "
+            f"{torch.__version__} sees none (or TRITON_INTERPRET=1 is set, which is for the CPU); "
+            "run it on a GPU, or with --smoke --out DIR to see that everything runs",
+            file=sys.stderr,
+        )
+        return NO_GPU
+    from bench.gpu.machine import survey
+
+    last = max(options.only, key=STAGES.index)
+    ends = {**_ENDS, last: _ENDS["end2end"]}
+    budget = {stage: Deadline(share * options.budget) for stage, share in ends.items()}
+    machine = survey(device, options.smoke, options.commit)
+    print("  ".join(f"{key}={value}" for key, value in machine.facts.items()), flush=True)
+    stages: dict[str, Rows] = {}
+    for stage in STAGES:
+        if stage in options.only:
+            stages[stage] = _stage(stage, machine, budget)
+            _report(options.out or rows.RESULTS, stage, machine.facts, stages)
+            if any(_status(row) == "failed" for row in stages[stage]):
+                return RED
+    return 0
+
+
+def _device(smoke: bool) -> torch.device | None:
+    """The current CUDA device; in smoke mode else the CPU, with Triton interpreted."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if torch.cuda.is_available() and not interpreted:
+        return torch.device("cuda", torch.cuda.current_device())
+    if not smoke:
+        return None
+    os.environ["TRITON_INTERPRET"] = "1"
+    return torch.device("cpu")
+
+
+def _stage(stage: str, machine: Any, budget: dict[str, Deadline]) -> Rows:
+    """Rows of one stage."""
+    from bench.gpu import checks, end_to_end, facts, layer
+
+    if stage == "checks":
+        planned = [*facts.plan(machine.smoke), *checks.plan(machine.smoke)]
+        return checks.run(machine, planned, budget[stage])
+    if stage == "layer":
+        return layer.run(machine, layer.plan(machine.smoke), budget[stage])
+    return end_to_end.run(machine, budget[stage])
+
+
+def _status(row: dict[str, object]) -> object:
+    return row["result"] if "result" in row else row["status"]
+
+
+def _report(folder: Path, stage: str, facts: dict[str, str], stages: dict[str, Rows]) -> None:
+    """Appends the stage's rows, rewrites gpu.md, prints what is not green."""
+    from bench.gpu import report
+
+    rows.write(FILES[stage], stages[stage], folder=folder, facts=facts, echo=stage == "end2end")
+    (folder / "gpu.md").write_text(report.page(facts, stages))
+    for row in stages[stage]:
+        if _status(row) == "failed":
+            print("FAILED  " + "  ".join(f"{k}={v}" for k, v in row.items() if v), flush=True)
+    if stage == "checks":
+        print(report.checks(stages[stage]), flush=True)
+    elif stage == "end2end":
+        print(report.end_to_end(stages[stage]), flush=True)

@@ -1,0 +1,327 @@
+"""Stage 3, a whole model: Qwen3-30B-A3B with random weights, observed beside its plain forward.
+
+transformers and reap_driver are imported inside functions: a machine without them runs the rest.
+"""
+
+import contextlib
+import gc
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import reap_kernels as rk
+from bench.baselines import observe_module
+from bench.gpu.checks import CheckFailed, bounds_of
+from bench.gpu.clock import Deadline, times
+from bench.gpu.machine import Machine
+
+Row = dict[str, object]
+SEQUENCES, LENGTH, ROUNDS = 231, 2048, 2
+IMPLEMENTATIONS = ("grouped_mm", "eager")
+_QWEN3_30B = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+}
+_TINY = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
+}
+# What of the free memory weights may take; the rest is for activations and the kernels' scratch.
+_WEIGHTS_SHARE = 0.88
+
+
+def missing() -> str | None:
+    """Why this stage cannot run here, or None."""
+    try:
+        import reap_driver.batching
+        import reap_driver.observe  # noqa: F401
+    except ImportError as error:
+        return f"transformers (5.17 or newer) or reap_driver cannot be imported: {error}"
+    return None
+
+
+class Bench:
+    """The model, its tokens, and every way to run them.
+
+    Attributes:
+        model: on the device, in bf16.
+        batch: sequences at a time, as the driver chooses.
+        batches: token ids on the CPU, [batch, length] each.
+        note: what a reader of any row must know.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        from reap_driver.batching import batch_sizes
+        from reap_driver.discover import find_moe_layers
+
+        self.machine = machine
+        sizes = dict(_TINY if machine.smoke else _QWEN3_30B)
+        sequences, length = (3, 16) if machine.smoke else (SEQUENCES, LENGTH)
+        wanted = sizes["num_hidden_layers"]
+        sizes["num_hidden_layers"] = min(wanted, fitting_layers(sizes, machine.free_bytes()))
+        self.note = f"{sizes['num_hidden_layers']} of {wanted} layers, random weights"
+        self.note = f"smoke: tiny; {self.note}" if machine.smoke else self.note
+        self.layers, self.length = sizes["num_hidden_layers"], length
+        self.model = build(sizes, machine.device)
+        found = find_moe_layers(self.model)
+        self.batch = batch_sizes(self.model, found, [sequences], length)[0]
+        rng = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, sizes["vocab_size"], (sequences, length), generator=rng)
+        self.batches = list(ids.split(self.batch))
+
+    @property
+    def experts(self) -> list[Any]:
+        """The experts modules, in order."""
+        return [layer.mlp.experts for layer in self.model.model.layers]
+
+    def plain(self, implementation: str, batches: list[Tensor]) -> None:
+        """transformers' own forward."""
+        self.model.set_experts_implementation(implementation)
+        self.forward(batches)
+
+    def forward(self, batches: list[Tensor]) -> None:
+        """The model as it is bound now, with what `observe` spares it spared too."""
+        with torch.no_grad():
+            for ids in batches:
+                own = ids.to(self.machine.device, non_blocking=True)
+                self.model(input_ids=own, use_cache=False, logits_to_keep=1)
+
+    def observed(self, batches: list[Tensor]) -> rk.SaliencyStats:
+        """`reap_driver.observe`, from entering it to statistics on the CPU."""
+        from reap_driver import observe
+
+        with observe(self.model) as obs:
+            for ids in batches:
+                obs(input_ids=ids)
+        return obs.stats
+
+    def unobserved(self, batches: list[Tensor]) -> None:
+        """Our kernels without statistics."""
+        with _bound(self.experts):
+            self.forward(batches)
+
+    def variants(self) -> dict[tuple[str, str, str], Callable[[list[Tensor]], object]]:
+        """(provider, variant, observed) -> how to run it."""
+        theirs = {
+            ("transformers", name, "no"): lambda batches, n=name: self.plain(n, batches)
+            for name in IMPLEMENTATIONS
+        }
+        ours = {("reap", "automatic", "no"): self.unobserved}
+        return {("reap", "automatic", "yes"): self.observed, **ours, **theirs}
+
+
+@contextlib.contextmanager
+def _bound(modules: list[Any]) -> Iterator[None]:
+    """The experts run our kernels, unobserved."""
+    from reap_driver.compat.experts import experts_bound
+
+    formula = rk.GateFormula("silu")
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            own = rk.ExpertWeights(module.gate_up_proj.data, module.down_proj.data, formula)
+            stack.enter_context(
+                experts_bound(
+                    module,
+                    lambda hidden, ids, gates, e=own: rk.observe_layer(hidden, ids, gates, e),
+                )
+            )
+        yield
+
+
+def fitting_layers(sizes: dict[str, int], free: int) -> int:
+    """Layers whose bf16 weights fit, beside embeddings and head."""
+    h, width = sizes["hidden_size"], sizes["moe_intermediate_size"]
+    attention = 2 * h * sizes["head_dim"]
+    attention *= sizes["num_attention_heads"] + sizes["num_key_value_heads"]
+    layer = 2 * (sizes["num_experts"] * (3 * h * width + h) + attention + 2 * h)
+    rest = 2 * 2 * sizes["vocab_size"] * h
+    return max(1, int((_WEIGHTS_SHARE * free - rest) // layer))
+
+
+def build(sizes: dict[str, int], device: torch.device) -> Any:
+    """The model in bf16, its weights drawn by transformers' own initialisation on the device."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(**sizes, norm_topk_prob=True, initializer_range=0.02)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def captured(bench: Bench, modules: list[Any], ids: Tensor) -> list[tuple[Tensor, ...]]:
+    """What each module receives when transformers runs the model on `ids`."""
+    seen: dict[Any, tuple[Tensor, ...]] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda m, args: seen.__setitem__(m, args))
+        for module in modules
+    ]
+    bench.plain("grouped_mm", [ids])
+    for hook in hooks:
+        hook.remove()
+    return [seen[module] for module in modules]
+
+
+def verify(bench: Bench) -> str:
+    """The first layer's statistics against the all-experts algorithm's; counts exact.
+
+    Later layers see other inputs: rounding moves hidden states, and random routers choose by it.
+    """
+    ids, module = bench.batches[0][:1], bench.experts[0]
+    arguments = captured(bench, [module], ids)[0]
+    want = _zeros(module)
+    observe_module(want, module, *arguments)
+    got = next(iter(bench.observed([ids]).layers.values()))
+    want = want.cpu()
+    if not torch.equal(got.count[0].double(), want[0]):
+        raise CheckFailed("the first layer's counts differ from the all-experts algorithm's")
+    sums = torch.stack([got.norm_sum[0], got.gate_norm_sum[0]])
+    error = float(((sums - want[1:]).abs() / want[1:].clamp_min(1e-30)).max())
+    # Both round: twice what one may be off by.
+    bound = 2 * bounds_of(torch.bfloat16, "").sums
+    if not error <= bound:
+        raise CheckFailed(f"the first layer's sums differ by {error:.1e}, {bound:.0e} is allowed")
+    return f"first layer's counts equal, sums within {error:.1e} of all-experts"
+
+
+def _zeros(module: Any) -> Tensor:
+    where = module.down_proj.device
+    return torch.zeros(3, module.num_experts, dtype=torch.float64, device=where)
+
+
+def all_experts_seconds(bench: Bench) -> float:
+    """Seconds a layer and sequence of the all-experts observation, from two layers."""
+    modules = bench.experts[:2]
+    taken = []
+    for module, arguments in zip(
+        modules, captured(bench, modules, bench.batches[0][:1]), strict=True
+    ):
+        total = _zeros(module)
+        call = [lambda t=total, m=module, a=arguments: observe_module(t, m, *a)]
+        times(call, bench.machine.device, 1)
+        taken.append(statistics.median(times(call, bench.machine.device, 3)))
+    return statistics.mean(taken)
+
+
+def run(machine: Machine, deadline: Deadline) -> list[Row]:
+    """Rows of every variant; one row that says why, where the stage cannot run."""
+    reason = missing() or (deadline.reason if deadline.passed() else None)
+    if reason is not None:
+        return [_row("reap", "automatic", "yes", status="skipped", note=reason)]
+    bench = None
+    try:
+        bench = Bench(machine)
+        checked = verify(bench)
+        return _measure(bench, deadline, checked)
+    except CheckFailed as error:
+        return [_row("reap", "automatic", "yes", status="failed", note=str(error))]
+    except torch.OutOfMemoryError as error:
+        note = f"out of memory: {' '.join(str(error).split())[:200]}"
+        return [_row("reap", "automatic", "yes", status="skipped", note=note)]
+    except Exception as error:  # noqa: BLE001  what earlier stages found must not be lost
+        note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return [_row("reap", "automatic", "yes", status="failed", note=note)]
+    finally:
+        del bench
+        gc.collect()
+
+
+def _measure(bench: Bench, deadline: Deadline, checked: str) -> list[Row]:
+    device, variants = bench.machine.device, bench.variants()
+    first = bench.batches[:1]
+    trial = {}
+    for key, work in variants.items():
+        times([lambda w=work: w(first)], device, 1)
+        trial[key] = times([lambda w=work: w(first)], device, 1)[0]
+    baseline = all_experts_seconds(bench)
+    slowest = _out_of_the_race(trial)
+    rounds = sum(seconds for key, seconds in trial.items() if key not in slowest) * ROUNDS
+    fit = max(1, math.floor(0.9 * deadline.left() / rounds))
+    batches = bench.batches[:fit]
+    taken: dict[tuple[str, str, str], list[float]] = {key: [] for key in variants}
+    peaks: dict[tuple[str, str, str], float] = {}
+    for _ in range(ROUNDS):
+        for key, work in variants.items():
+            if key in slowest:
+                continue
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            taken[key] += times([lambda w=work: w(batches)], device, 1)
+            if device.type == "cuda":
+                peaks[key] = torch.cuda.max_memory_allocated(device) / 1e9
+    return _rows(bench, batches, taken, peaks, trial, baseline, checked)
+
+
+def _out_of_the_race(trial: dict[tuple[str, str, str], float]) -> set[tuple[str, str, str]]:
+    """transformers' implementations but the fastest on one batch."""
+    theirs = [key for key in trial if key[0] == "transformers"]
+    return set(theirs) - {min(theirs, key=lambda key: trial[key])}
+
+
+def _rows(
+    bench: Bench,
+    batches: list[Tensor],
+    taken: dict[tuple[str, str, str], list[float]],
+    peaks: dict[tuple[str, str, str], float],
+    trial: dict[tuple[str, str, str], float],
+    baseline: float,
+    checked: str,
+) -> list[Row]:
+    done = sum(len(ids) for ids in batches)
+    middle = {key: statistics.median(seconds) for key, seconds in taken.items() if seconds}
+    theirs = next(key for key in middle if key[0] == "transformers")
+    note = bench.note
+    total = sum(len(ids) for ids in bench.batches)
+    if done < total:
+        note += f"; {done} of {total} sequences, as the budget allows"
+
+    def row(key: tuple[str, str, str], seconds: float, extra: str, calls: int) -> Row:
+        tokens = done * bench.length
+        figures: Row = {"layers": bench.layers, "sequences": done, "length": bench.length}
+        figures |= {"batch": bench.batch, "rounds": calls, "seconds": f"{seconds:.3f}"}
+        figures |= {"tokens_s": f"{tokens / seconds:.0f}"}
+        figures |= {"peak_gb": f"{peaks[key]:.1f}" if key in peaks else ""}
+        figures |= {"time/transformers": f"{seconds / middle[theirs]:.3f}"}
+        return {**_row(*key, status="timed", note=f"{note}; {extra}"), **figures}
+
+    rows = [row(key, middle[key], checked, ROUNDS) for key in middle]
+    for key in [key for key in taken if key not in middle]:
+        slower = f"{trial[key] / trial[theirs]:.2f} times transformers' fastest on one batch"
+        rows.append(_row(*key, status="skipped", note=f"{note}; {slower}"))
+    observed = middle[theirs] + baseline * bench.layers * done
+    extra = f"{baseline * 1e3:.1f} ms a layer and sequence, timed on two layers and one sequence, "
+    extra += f"extrapolated to all and added to transformers' {theirs[1]}"
+    rows.append(row(("all-experts", "eager", "yes"), observed, extra, 3))
+    return rows
+
+
+def _row(provider: str, variant: str, observed: str, status: str, note: str) -> Row:
+    figures = ("layers", "sequences", "length", "batch", "rounds", "seconds", "tokens_s")
+    who: Row = {"model": "Qwen3-30B-A3B's shape", "dtype": "bfloat16", "provider": provider}
+    who |= {"variant": variant, "observed": observed, "status": status}
+    blank = dict.fromkeys((*figures, "peak_gb", "time/transformers"), "")
+    return {**who, **blank, "note": note}

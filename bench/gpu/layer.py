@@ -1,0 +1,221 @@
+"""Stage 2, one layer: the seven shapes by three lengths by two routings, every provider in turn."""
+
+import gc
+import statistics
+from dataclasses import replace
+
+import torch
+
+from bench.gpu.checks import CheckFailed, NotHere, is_red
+from bench.gpu.clock import Deadline, times
+from bench.gpu.machine import Machine
+from bench.gpu.providers import PROVIDERS, Prepared, Provider, Work, checked
+from reap_kernels import ExpertWeights, GateFormula
+from reap_kernels.errors import BackendUnavailable
+from reap_kernels.testing import Case
+
+Row = dict[str, object]
+DTYPE = torch.bfloat16
+ROUNDS = 2
+_SLOW, _VERY_SLOW = 0.05, 0.5  # seconds a call from which on fewer calls are timed
+
+
+def _shape(name: str, experts: int, top_k: int, hidden: int, intermediate: int) -> Case:
+    return Case(name, "timed", 0, experts, top_k, hidden, intermediate)
+
+
+# The most important first: what the budget does not reach is skipped.
+SHAPES = (
+    _shape("Qwen3-30B-A3B", 128, 8, 2048, 768),
+    _shape("DeepSeek-V3", 256, 8, 7168, 2048),
+    _shape("Mixtral-8x7B", 8, 2, 4096, 14336),
+    _shape("Qwen3-Coder-480B", 160, 8, 6144, 2560),
+    _shape("GLM-4.5-Air", 128, 8, 4096, 1408),
+    _shape("Qwen3.5-397B", 512, 10, 4096, 1024),
+    _shape("gpt-oss-120b in bf16", 128, 4, 2880, 2880),
+)
+TOKENS = (16384, 65536, 2048)
+_SMOKE = _shape("tiny", 4, 2, 64, 32)
+
+
+def plan(smoke: bool) -> list[Case]:
+    """Every layer call, shape by shape, balanced routing before Zipf's."""
+    shapes, lengths = ((_SMOKE,), (16,)) if smoke else (SHAPES, TOKENS)
+    return [
+        replace(shape, tokens=tokens, skew=skew)
+        for skew in (("balanced",) if smoke else ("balanced", "zipf"))
+        for shape in shapes
+        for tokens in lengths
+    ]
+
+
+def weights(case: Case, device: torch.device) -> ExpertWeights:
+    """N(0, 1) experts of a shape made on the device, scaled so that outputs are of order 1."""
+    e, h, i = case.experts, case.hidden, case.intermediate
+    rng = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, std: float) -> torch.Tensor:
+        room = torch.empty(*shape, dtype=DTYPE, device=device)
+        return room.normal_(std=std, generator=rng)
+
+    up, down = normal(e, 2 * i, h, std=h**-0.5), normal(e, h, i, std=2 * i**-0.5)
+    return ExpertWeights(up, down, GateFormula("silu"))
+
+
+def run(machine: Machine, cases: list[Case], deadline: Deadline) -> list[Row]:
+    """Rows of all cases; those the deadline cuts off say so."""
+    rows: list[Row] = []
+    experts: ExpertWeights | None = None
+    before: Case | None = None
+    for case in cases:
+        if deadline.passed():
+            rows += [_row(case, p, status="skipped", note=deadline.reason) for p in PROVIDERS]
+            continue
+        shape = replace(case, tokens=0, skew="")
+        if shape != before:
+            experts = None  # freed before the next shape's are made
+            _release(machine)
+            experts, before = weights(case, machine.device), shape
+        assert experts is not None
+        with torch.no_grad():
+            rows += measure(Work(machine, case, experts), deadline)
+        _release(machine)
+    return rows
+
+
+def _release(machine: Machine) -> None:
+    gc.collect()
+    if machine.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure(work: Work, deadline: Deadline) -> list[Row]:
+    """Rows of one case: every provider, ROUNDS times in turn."""
+    rows = {provider: _row(work.case, provider) for provider in PROVIDERS}
+    taken: dict[Provider, list[float]] = {provider: [] for provider in PROVIDERS}
+    for turn in range(ROUNDS):
+        for provider, row in rows.items():
+            if row["status"] not in ("", "timed"):  # refused, skipped, failed or wrong
+                continue
+            if deadline.passed():
+                row["note"] = f"{row['note']}; round {turn + 1} skipped: {deadline.reason}"
+                row["status"] = row["status"] or "skipped"
+                continue
+            _attempt(work, provider, row, taken[provider], verify=turn == 0)
+            if row["status"] != "timed":
+                taken[provider].clear()
+                _release(work.machine)
+    for provider, row in rows.items():
+        if row["status"] == "timed":
+            row.update(_figures(work, taken[provider]))
+    _ratios(
+        rows, {p: statistics.median(t) for p, t in taken.items() if rows[p]["status"] == "timed"}
+    )
+    for row in rows.values():
+        print("  ".join(str(row[k]) for k in _PRINTED), flush=True)
+    return list(rows.values())
+
+
+def _attempt(work: Work, provider: Provider, row: Row, taken: list[float], verify: bool) -> None:
+    """One round of one provider; checked first, and never timed where the check fails."""
+    device = work.machine.device
+    try:
+        prepared = provider.prepare(work)
+        if verify:
+            row["error"] = f"{checked(work, prepared):.1e}"
+            row["note"] = prepared.note
+        own = times(prepared.calls, device, _repeats(work, prepared))
+        taken += [prepared.scale * seconds for seconds in own]
+        row["status"] = "timed"
+    except NotHere as error:
+        row.update(status="skipped", note=str(error))
+    except BackendUnavailable as error:
+        status = "failed" if is_red(provider.variant, str(error)) else "refused"
+        row.update(status=status, note=str(error))
+    except CheckFailed as error:
+        row.update(status=_red(provider), note=str(error))
+    except torch.OutOfMemoryError as error:
+        row.update(status="skipped", note=f"out of memory: {' '.join(str(error).split())[:160]}")
+    except Exception as error:  # noqa: BLE001  compilers and peers fail in any way
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        row.update(status=_red(provider), note=text)
+
+
+def _repeats(work: Work, prepared: Prepared) -> int:
+    """Calls to time in one round, after warming up: fewer of slow ones."""
+    if work.machine.smoke:
+        return 1
+    # The first call compiles what `verify` did not run.
+    trial = times(prepared.calls, work.machine.device, 3)[-1]
+    return 15 if trial < _SLOW else 3 if trial < _VERY_SLOW else 1
+
+
+def _red(provider: Provider) -> str:
+    """`failed` ends the run in red; what is wrong with others is said and not timed."""
+    return "failed" if provider.name == "reap" else "wrong"
+
+
+def _row(case: Case, provider: Provider, status: str = "", note: str = "") -> Row:
+    """A row before its figures."""
+    shape: Row = {"shape": case.name, "E": case.experts, "k": case.top_k, "H": case.hidden}
+    what: Row = {"I": case.intermediate, "tokens": case.tokens, "routing": case.skew}
+    who: Row = {"provider": provider.name, "variant": provider.variant}
+    head = {**shape, **what, "dtype": str(DTYPE).removeprefix("torch."), **who}
+    observed = "yes" if provider.observed else "no"
+    return {
+        **head,
+        "observed": observed,
+        "status": status,
+        **dict.fromkeys(_FIGURES, ""),
+        "note": note,
+    }
+
+
+_FIGURES = (
+    "calls",
+    "ms",
+    "ms_p20",
+    "ms_p80",
+    "tflops",
+    "pct_peak",
+    "gb_s",
+    "pct_copy",
+    "observed/unobserved",
+    "transformers/observed",
+    "error",
+)
+_PRINTED = ("shape", "tokens", "routing", "provider", "variant", "observed", "status", "ms", "note")
+
+
+def _figures(work: Work, taken: list[float]) -> Row:
+    """Median time, and what it means: useful work and compulsory bytes, whatever was done."""
+    case, machine = work.case, work.machine
+    seconds = statistics.median(taken)
+    ordered = sorted(taken)
+    size = DTYPE.itemsize
+    flops = 6 * work.slots * case.hidden * case.intermediate
+    read = work.touched * 3 * case.hidden * case.intermediate * size
+    moved = read + 2 * case.tokens * case.hidden * size + work.ids.nbytes + work.gates.nbytes
+    return {
+        "calls": len(taken),
+        "ms": f"{seconds * 1e3:.4g}",
+        "ms_p20": f"{ordered[int(0.2 * (len(ordered) - 1))] * 1e3:.4g}",
+        "ms_p80": f"{ordered[-1 - int(0.2 * (len(ordered) - 1))] * 1e3:.4g}",
+        "tflops": f"{flops / seconds / 1e12:.4g}",
+        "pct_peak": f"{100 * flops / seconds / machine.peak:.1f}",
+        "gb_s": f"{moved / seconds / 1e9:.4g}",
+        "pct_copy": f"{100 * moved / seconds / machine.copy:.1f}",
+    }
+
+
+def _ratios(rows: dict[Provider, Row], middle: dict[Provider, float]) -> None:
+    """Observed over unobserved of one backend, and transformers' fastest over our observed."""
+    plain = {p.variant: t for p, t in middle.items() if p.name == "reap" and not p.observed}
+    theirs = [t for p, t in middle.items() if p.name == "transformers"]
+    for provider, seconds in middle.items():
+        if provider.name == "reap" and provider.observed:
+            if provider.variant in plain:
+                ratio = f"{seconds / plain[provider.variant]:.4f}"
+                rows[provider]["observed/unobserved"] = ratio
+            if theirs:
+                rows[provider]["transformers/observed"] = f"{min(theirs) / seconds:.3f}"

@@ -1,0 +1,286 @@
+"""Everything timed on one MoE layer: one registry, each entry checked before it is timed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import reap_kernels as rk
+from bench.baselines import observe_all
+from bench.gpu.checks import CheckFailed, NotHere, bounds_of
+from bench.gpu.machine import Machine
+from reap_kernels import ExpertWeights, LayerStats
+from reap_kernels.dispatch import select
+from reap_kernels.experts.op import request_of
+from reap_kernels.experts.triton_backend import launches
+from reap_kernels.testing import Case, largest_relative_error, make_inputs, relative_error
+from reap_kernels.tuning import Launch
+
+# Tokens whose outputs and statistics are compared with float64.
+_SAMPLE = 16
+# transformers' eager loop adds k times in bf16, and every implementation rounds before it adds.
+_THEIR_OUTPUT = 2e-2
+# More tokens tell nothing about the all-experts algorithm, whose time is linear from far fewer.
+_ALL_EXPERTS_TOKENS = 8192
+
+
+class Work:
+    """One layer call to time: the same weights, ids and gates for every provider.
+
+    Attributes:
+        machine: where.
+        case: sizes and routing.
+        experts: the weights.
+        hidden: input sets [T, H], together twice as large as the L2 cache at least.
+        ids, gates: [T, k].
+    """
+
+    def __init__(self, machine: Machine, case: Case, experts: ExpertWeights) -> None:
+        self.machine, self.case, self.experts = machine, case, experts
+        device, dtype = machine.device, experts.dtype
+        routing = make_inputs(_with_hidden(case, 1), dtype, device=device)
+        self.ids, self.gates = routing.topk_ids, routing.topk_weights
+        rng = torch.Generator(device).manual_seed(1)
+        size = case.tokens * case.hidden * dtype.itemsize
+        sets = min(16, max(2, -(-2 * machine.cache_bytes // size)))
+        self.hidden = [
+            torch.randn(case.tokens, case.hidden, generator=rng, device=device, dtype=dtype)
+            for _ in range(sets)
+        ]
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """Sampled tokens of the first input set, the first and the last among them."""
+        last = self.case.tokens - 1
+        steps = range(_SAMPLE)
+        at = sorted({last * step // (_SAMPLE - 1) for step in steps})
+        return torch.tensor(at, device=self.machine.device)
+
+    @cached_property
+    def truth(self) -> tuple[Tensor, LayerStats]:
+        """Output and statistics of the sampled tokens alone, in float64."""
+        stats = LayerStats(self.case.experts, device=self.machine.device)
+        at = self.sample
+        call = (self.hidden[0][at], self.ids[at], self.gates[at], self.experts, stats)
+        return rk.observe_layer(*call, backend="reference"), stats
+
+    @property
+    def slots(self) -> int:
+        """S = T * k."""
+        return self.case.tokens * self.case.top_k
+
+    @cached_property
+    def touched(self) -> int:
+        """Experts with at least one token."""
+        return len(torch.unique(self.ids))
+
+
+def _with_hidden(case: Case, hidden: int) -> Case:
+    return Case(
+        case.name, case.why, case.tokens, case.experts, case.top_k, hidden, 1, skew=case.skew
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A provider ready to run.
+
+    Attributes:
+        calls: one an input set.
+        verify: output rows [n, H] of the sampled tokens, and their statistics where it has any:
+            [3, E] count, sum ||f||, sum g ||f||.
+        scale: time of the whole call / time of `calls`, where fewer tokens run.
+        output: largest accepted error of the output.
+        note: what a reader of the row must know.
+    """
+
+    calls: Sequence[Callable[[], object]]
+    verify: Callable[[], tuple[Tensor | None, Tensor | None]]
+    scale: float = 1.0
+    output: float = _THEIR_OUTPUT
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One entry: `prepare(work)` raises NotHere, BackendUnavailable or OutOfMemoryError."""
+
+    name: str
+    variant: str
+    observed: bool
+    prepare: Callable[[Work], Prepared] = field(repr=False)
+
+
+def checked(work: Work, prepared: Prepared) -> float:
+    """Error of the output on the sample (of the sums, where there is no output).
+
+    Raises:
+        CheckFailed: it, or a statistic, is further from float64 than allowed.
+    """
+    want, truth = work.truth
+    rows, sums = prepared.verify()
+    error = 0.0
+    if rows is not None:
+        error = relative_error(rows, want)
+        if not error <= prepared.output:
+            raise CheckFailed(f"the output is off by {error:.1e}, {prepared.output:.0e} is allowed")
+    if sums is not None:
+        if not torch.equal(sums[0], truth.count[0].double()):
+            raise CheckFailed("counts differ from float64's")
+        worst = largest_relative_error(
+            sums[1:], torch.stack([truth.norm_sum, truth.gate_norm_sum])[:, 0]
+        )
+        bound = bounds_of(work.experts.dtype, "").sums
+        if not worst <= bound:
+            raise CheckFailed(f"sums are off by {worst:.1e}, {bound:.0e} is allowed")
+        error = error if rows is not None else worst
+    return error
+
+
+def _ours(backend: str | None, observed: bool) -> Callable[[Work], Prepared]:
+    def prepare(work: Work) -> Prepared:
+        request = request_of("layer", work.hidden[0], work.case.top_k, work.experts)
+        served = select(request, backend).name
+        stats = LayerStats(work.case.experts, device=work.machine.device) if observed else None
+
+        def call(hidden: Tensor) -> Callable[[], Tensor]:
+            return lambda: rk.observe_layer(
+                hidden, work.ids, work.gates, work.experts, stats, backend=backend
+            )
+
+        def verify() -> tuple[Tensor, Tensor | None]:
+            if not observed:
+                return call(work.hidden[0])()[work.sample], None
+            # The whole call, of which only the sampled tokens count.
+            mask = torch.zeros(work.case.tokens, dtype=torch.bool, device=work.machine.device)
+            mask[work.sample] = True
+            own = LayerStats(work.case.experts, device=work.machine.device)
+            inputs = (work.hidden[0], work.ids, work.gates, work.experts, own)
+            out = rk.observe_layer(*inputs, mask=mask, backend=backend)
+            sums = torch.stack([own.count.double(), own.norm_sum, own.gate_norm_sum])[:, 0]
+            return out[work.sample], sums
+
+        chosen = launches(request)
+        tiles = f"; tiles {_tiles(chosen.up)}, {_tiles(chosen.down)}" if served == "triton" else ""
+        output = bounds_of(work.experts.dtype, served).output
+        calls = [call(hidden) for hidden in work.hidden]
+        return Prepared(calls, verify, output=output, note=f"served by {served}{tiles}")
+
+    return prepare
+
+
+def _tiles(launch: Launch) -> str:
+    """Rows x columns x depth, warps, stages."""
+    size = f"{launch.block_m}x{launch.block_n}x{launch.block_k}"
+    return f"{size} w{launch.num_warps} s{launch.num_stages}"
+
+
+def experts_module(experts: ExpertWeights, implementation: str) -> nn.Module:
+    """transformers' Qwen3-MoE experts on the same storage."""
+    try:
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+    except ImportError as error:
+        raise NotHere(f"transformers cannot be imported: {error}") from error
+    config = Qwen3MoeConfig(
+        hidden_size=experts.hidden_size,
+        moe_intermediate_size=experts.intermediate_size,
+        num_experts=experts.num_experts,
+        experts_implementation=implementation,
+    )
+    with torch.device("meta"):
+        module: Any = Qwen3MoeExperts(config)
+    module.gate_up_proj = nn.Parameter(experts.up, requires_grad=False)
+    module.down_proj = nn.Parameter(experts.down, requires_grad=False)
+    return module.eval()
+
+
+def _transformers(implementation: str) -> Callable[[Work], Prepared]:
+    def prepare(work: Work) -> Prepared:
+        if implementation == "batched_mm":
+            h, i = work.case.hidden, work.case.intermediate
+            gathered, free = (
+                work.slots * 3 * h * i * work.experts.dtype.itemsize,
+                work.machine.free_bytes(),
+            )
+            if gathered > free:
+                raise NotHere(
+                    f"it would gather {gathered / 1e9:.0f} GB of weights; {free / 1e9:.0f} GB free"
+                )
+        module = experts_module(work.experts, implementation)
+        calls = [lambda h=h: module(h, work.ids, work.gates) for h in work.hidden]
+        return Prepared(calls, lambda: (calls[0]()[work.sample], None))
+
+    return prepare
+
+
+def _products(work: Work) -> Prepared:
+    """torch's grouped_mm of both products on rows gathered and activated beforehand: what path A
+    cannot be faster than.
+    """
+    multiply = getattr(torch.nn.functional, "grouped_mm", None)
+    if multiply is None:
+        raise NotHere(f"torch {torch.__version__} has no grouped_mm")
+    routing = rk.route(work.ids, work.case.experts)
+    ends = routing.offsets[1:].to(torch.int32)
+    up, down = work.experts.up.transpose(1, 2), work.experts.down.transpose(1, 2)
+    rows = work.hidden[0].index_select(0, routing.order // work.case.top_k)
+    gate, own = multiply(rows, up, offs=ends).chunk(2, dim=-1)
+    inner = torch.nn.functional.silu(gate).mul_(own)
+    del gate, own
+
+    def call() -> Tensor:
+        multiply(rows, up, offs=ends)
+        return multiply(inner, down, offs=ends)
+
+    def verify() -> tuple[Tensor, None]:
+        inverse = torch.empty_like(routing.order)
+        inverse[routing.order] = torch.arange(work.slots, device=inverse.device)
+        y = call()[inverse.view(work.ids.shape)[work.sample]]
+        return (work.gates[work.sample].float()[:, :, None] * y.float()).sum(dim=1), None
+
+    note = "both products only: no routing, gather, activation or combination"
+    return Prepared([call], verify, note=note)
+
+
+def _all_experts(work: Work) -> Prepared:
+    case, device = work.case, work.machine.device
+    tokens = min(case.tokens, _ALL_EXPERTS_TOKENS)
+    while tokens > 1 and case.experts * tokens * case.hidden * 4 > work.machine.free_bytes() // 2:
+        tokens //= 2
+
+    def observe(at: Tensor | slice, total: Tensor, hidden: Tensor) -> Tensor:
+        observe_all(total, work.experts.project, hidden[at], work.ids[at], work.gates[at])
+        return total
+
+    def zeros() -> Tensor:
+        return torch.zeros(3, case.experts, dtype=torch.float64, device=device)
+
+    total, part = zeros(), slice(0, tokens)
+    note = "observation alone, to be added to the layer's own forward"
+    if tokens < case.tokens:
+        note += f"; timed on {tokens} tokens and scaled by {case.tokens / tokens:g}"
+    return Prepared(
+        [lambda h=h: observe(part, total, h) for h in work.hidden],
+        lambda: (None, observe(work.sample, zeros(), work.hidden[0])),
+        scale=case.tokens / tokens,
+        note=note,
+    )
+
+
+PROVIDERS = (
+    Provider("reap", "triton", True, _ours("triton", True)),
+    Provider("reap", "triton", False, _ours("triton", False)),
+    Provider("reap", "grouped_mm", True, _ours("grouped_mm", True)),
+    Provider("reap", "grouped_mm", False, _ours("grouped_mm", False)),
+    Provider("reap", "automatic", True, _ours(None, True)),
+    Provider("reap", "automatic", False, _ours(None, False)),
+    Provider("transformers", "grouped_mm", False, _transformers("grouped_mm")),
+    Provider("transformers", "eager", False, _transformers("eager")),
+    Provider("transformers", "batched_mm", False, _transformers("batched_mm")),
+    Provider("torch", "products only", False, _products),
+    Provider("all-experts", "eager", True, _all_experts),
+)

@@ -1,0 +1,110 @@
+"""gpu.md: what one run found, as a page: the machine, the checks, the tables, what was skipped."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from bench.tables import markdown
+
+Row = dict[str, Any]
+_MACHINE = ("gpu", "driver", "cuda", "torch", "triton", "transformers", "commit", "dirty", "date")
+
+
+def page(facts: dict[str, str], stages: dict[str, Sequence[Row]]) -> str:
+    """The whole page; `stages` holds the rows of those that ran: checks, layer, end2end."""
+    head = "# GPU run\n\n"
+    if facts["smoke"] == "yes":
+        head += "**Smoke run: tiny sizes; no figure here means anything.**\n\n"
+    names = [[name, facts[name]] for name in _MACHINE]
+    names.append(["dense bf16 product, 8192^3", f"{facts['peak_tflops']} TFLOP/s"])
+    names.append(["copy, read and written", f"{facts['copy_gb_s']} GB/s"])
+    parts = [head + markdown(["", ""], names)]
+    if "checks" in stages:
+        parts.append("## Checks\n\n" + checks(stages["checks"]))
+    else:
+        parts.append("The checks were not part of this run (`--only`).\n")
+    if "layer" in stages:
+        parts.append("## One layer\n\n" + layer(stages["layer"]))
+    if "end2end" in stages:
+        parts.append("## End to end\n\n" + end_to_end(stages["end2end"]))
+    return "\n".join(parts)
+
+
+def checks(rows: Sequence[Row]) -> str:
+    """How many checks passed, and every one that did not."""
+    counts = Counter(row["result"] for row in rows)
+    text = ", ".join(f"{number} {result}" for result, number in sorted(counts.items())) + ".\n"
+    others = [row for row in rows if row["result"] != "pass"]
+    # One line a reason: a limit of a backend refuses many checks alike.
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for row in sorted(others, key=lambda row: row["result"]):
+        key = (row["result"], row["backend"], row["detail"])
+        reasons.setdefault(key, []).append(f"{row['check']} ({row['dtype']})")
+    body = [[*key, _some(names)] for key, names in reasons.items()]
+    if body:
+        text += "\n" + markdown(["result", "backend", "why", "checks"], body)
+    return text
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def layer(rows: Sequence[Row]) -> str:
+    """Figures of one layer, then what was not timed and why."""
+    body = [
+        [
+            f"{row['shape']} (E={row['E']}, k={row['k']}, H={row['H']}, I={row['I']})",
+            str(row["tokens"]),
+            row["routing"],
+            f"{row['provider']}: {row['variant']}",
+            row["observed"],
+            row["ms"],
+            row["tflops"],
+            row["pct_peak"],
+            row["pct_copy"],
+            row["observed/unobserved"],
+            row["transformers/observed"],
+        ]
+        for row in rows
+        if row["status"] == "timed"
+    ]
+    head = ["shape", "tokens", "routing", "provider", "observed", "ms", "TFLOP/s", "% of peak"]
+    head += ["% of copy", "observed / unobserved", "fastest transformers / ours observed"]
+    return (markdown(head, body) if body else "") + _untimed(
+        rows, lambda row: f"{row['shape']} T={row['tokens']} {row['routing']}"
+    )
+
+
+def end_to_end(rows: Sequence[Row]) -> str:
+    """Figures of the whole model, then what was not timed and why."""
+    timed = [row for row in rows if row["status"] == "timed"]
+    body = [
+        [
+            f"{row['provider']}: {row['variant']}",
+            row["observed"],
+            f"{row['sequences']} x {row['length']}",
+            str(row["batch"]),
+            f"{row['seconds']} s",
+            row["tokens_s"],
+            f"{row['peak_gb']} GB" if row["peak_gb"] else "",
+            row["time/transformers"],
+            row["note"],
+        ]
+        for row in timed
+    ]
+    head = ["provider", "observed", "tokens", "batch", "time", "tokens/s", "peak memory"]
+    head += ["time / fastest transformers", "note"]
+    return (markdown(head, body) if body else "") + _untimed(rows, lambda row: str(row["model"]))
+
+
+def _untimed(rows: Sequence[Row], where: Any) -> str:
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row["status"] != "timed":
+            who = f"{row['provider']}: {row['variant']}"
+            reasons.setdefault((row["status"], who, row["note"]), []).append(where(row))
+    body = [[*key, _some(list(dict.fromkeys(names)))] for key, names in reasons.items()]
+    if not body:
+        return ""
+    return "\nNot timed:\n\n" + markdown(["status", "provider", "why", "where"], body)
