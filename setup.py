@@ -22,5 +22,8 @@ setup(
         *find_packages("python", include=["reap_driver", "reap_driver.*"]),
     ],
     package_dir={"reap_kernels": "reap_kernels", "reap_driver": "python/reap_driver"},
-    package_data={"reap_kernels": ["py.typed"], "reap_driver": ["py.typed", "demo/model/*"]},
+    package_data={
+        "reap_kernels": ["py.typed", "configs/*.json"],
+        "reap_driver": ["py.typed", "demo/model/*"],
+    },
 )

@@ -5,9 +5,20 @@ serve, the call fails with the reason. Default: automatic choice.
 
 `REAP_CPU_DTYPE`: arithmetic of the CPU backend on bf16 and fp16 input: `native` (the input's
 dtype), `float32`, or `auto` (native where the CPU has instructions for it). Default: `auto`.
+
+`REAP_TUNING`: a launch table that comes before the shipped ones; `reap-kernels tune` writes it.
+
+`REAP_SCRATCH_BYTES`: scratch a GPU backend may hold in one layer, in bytes; a call that needs more
+is computed in parts. Default: a quarter of free device memory.
+
+`REAP_CACHE_DIR`: where verdicts of the kernels' self-checks are kept. Default:
+`$XDG_CACHE_HOME/reap-kernels`, or `~/.cache/reap-kernels`.
+
+Triton's own `TRITON_INTERPRET=1` makes the `triton` backend serve the CPU, for tests.
 """
 
 import os
+from pathlib import Path
 
 from reap_kernels.errors import BackendUnavailable
 
@@ -31,3 +42,35 @@ def cpu_dtype() -> str:
             f"REAP_CPU_DTYPE={value!r} is not known; set it to one of {', '.join(CPU_DTYPES)}"
         )
     return value
+
+
+def tuning() -> Path | None:
+    """The launch table `REAP_TUNING` names, or None."""
+    value = os.environ.get("REAP_TUNING")
+    return Path(value) if value else None
+
+
+def scratch_bytes() -> int | None:
+    """The value of `REAP_SCRATCH_BYTES`, or None for the default.
+
+    Raises:
+        BackendUnavailable: the value is not a whole number above 0.
+    """
+    value = os.environ.get("REAP_SCRATCH_BYTES")
+    if not value:
+        return None
+    if not value.isdecimal() or int(value) == 0:
+        raise BackendUnavailable(
+            f"REAP_SCRATCH_BYTES={value!r} is not a number of bytes; set it to one, such as "
+            "4000000000, or unset it"
+        )
+    return int(value)
+
+
+def cache_dir() -> Path:
+    """Where verdicts of self-checks are kept."""
+    own = os.environ.get("REAP_CACHE_DIR")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "reap-kernels"

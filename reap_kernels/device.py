@@ -1,0 +1,98 @@
+"""What GPU backends must know of a machine: is Triton there, which architecture, which device.
+
+Imports no Triton, so that asking costs nothing where it is absent.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+
+import torch
+
+OLDEST_TRITON = (3, 4)
+# Below sm_80 there is no bf16 and no cp.async, which every kernel here is written for.
+OLDEST_NVIDIA = (8, 0)
+# Compiler options of every launch. Fusion is stated because its default changes between Triton
+# versions, and with it bits.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+@functools.cache
+def triton_version() -> str | None:
+    """Version of the installed Triton, or None; ROCm and XPU builds carry other names."""
+    for name in ("triton", "pytorch-triton-rocm", "pytorch-triton", "triton-rocm"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU (`TRITON_INTERPRET=1`)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def architecture(device: torch.device) -> str:
+    """`sm90` on NVIDIA, `gfx942` on AMD, `interpreter` on the CPU: a key of launch tables."""
+    if device.type == "cpu":
+        return "interpreter"
+    return _architecture(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm{properties.major}{properties.minor}"
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory one program may use on `device`."""
+    if device.type == "cpu":
+        return 1 << 20
+    properties = torch.cuda.get_device_properties(device)
+    # ROCm builds of torch do not state it; 64 KiB is what every CDNA and RDNA part has.
+    return int(getattr(properties, "shared_memory_per_block_optin", 1 << 16))
+
+
+def triton_refusal(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on `device`, or None."""
+    version = triton_version()
+    if version is None:
+        return "Triton is not installed (pip install 'triton>=3.4')"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {version} is older than 3.4; upgrade it"
+    if device.type == "cpu":
+        if interpreted():
+            return None
+        return "inputs are on the CPU, where Triton runs only interpreted (TRITON_INTERPRET=1)"
+    if device.type != "cuda":
+        return f"inputs are on {device}; Triton serves CUDA and ROCm devices"
+    if interpreted():
+        return "TRITON_INTERPRET=1 is set, which is for the CPU; unset it"
+    if torch.version.hip is None:
+        found = torch.cuda.get_device_capability(device)
+        if found < OLDEST_NVIDIA:
+            return f"compute capability {found[0]}.{found[1]} is below 8.0"
+    return None
+
+
+def written_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype kernels write results of `dtype` in: the same, but for bf16 under the interpreter,
+    which truncates to bf16 instead of rounding; there torch rounds, after the kernel.
+    """
+    return torch.float32 if dtype == torch.bfloat16 and interpreted() else dtype
+
+
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Makes `device` current: Triton launches on the current device's current stream."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield
+    else:
+        yield

@@ -1,0 +1,287 @@
+"""The launch table: which tiles a grouped product uses, and which products a layer takes.
+
+Nothing is timed while a model runs: equal calls get equal launches, so equal bits. A launch is
+looked up by architecture, dtype, op, width of an expert and mean rows an expert, first in the file
+`REAP_TUNING` names (`reap-kernels tune` writes one), then in `configs/`, and where neither has an
+entry it follows from the architecture's shared memory by arithmetic.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reap_kernels import device, env
+from reap_kernels.errors import DataError
+from reap_kernels.files import replaced
+
+CONFIGS = Path(__file__).parent / "configs"
+FORMAT = "reap-launch-table"
+VERSION = 1
+
+# gate_up: a gated product, two right operands and two accumulators. down: one of each.
+PRODUCTS = ("gate_up", "down")
+# Where a layer's products come from: our Triton kernel, or torch's grouped_mm with our glue.
+PATHS = ("triton", "grouped_mm")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tiles of one grouped product, and how a program computes one.
+
+    Attributes:
+        block_m, block_n, block_k: tile of rows, columns and depth; powers of two.
+        group_m: tiles of rows that share a column of the right operand before the next.
+        num_warps: warps of a program.
+        num_stages: blocks of K in flight.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+    def shared_bytes(self, op: str, itemsize: int) -> int:
+        """Shared memory of the operands in flight."""
+        operands = self.block_m + self.block_n * (2 if op == "gate_up" else 1)
+        return operands * self.block_k * itemsize * self.num_stages
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a table; `width` and `rows` are upper bounds of its bucket, None for no bound."""
+
+    op: str
+    dtype: str
+    width: int | None
+    rows: int | None
+    launch: Launch | None = None
+    path: str | None = None
+
+    def covers(self, op: str, dtype: str, width: int, rows: float) -> bool:
+        """Whether a call falls in this bucket."""
+        return (
+            (self.op, self.dtype) == (op, dtype)
+            and (self.width is None or width <= self.width)
+            and (self.rows is None or rows <= self.rows)
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """As a table file has it."""
+        bucket = {"op": self.op, "dtype": self.dtype, "width": self.width, "rows": self.rows}
+        return bucket | ({"path": self.path} if self.launch is None else asdict(self.launch))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Launches of one architecture.
+
+    Attributes:
+        arch: as `device.architecture` names it.
+        origin: how the entries came about, for people.
+        entries: the first that covers a call holds.
+    """
+
+    arch: str
+    origin: str
+    entries: tuple[Entry, ...]
+
+    def save(self, path: Path) -> None:
+        """Writes a file that `REAP_TUNING` can name."""
+        facts = {"format": FORMAT, "version": VERSION, "arch": self.arch, "origin": self.origin}
+        lines = ",\n    ".join(json.dumps(entry.as_json()) for entry in self.entries)
+        head = json.dumps(facts, indent=2)[:-2]
+        with replaced(path) as temporary:
+            Path(temporary).write_text(f'{head},\n  "entries": [\n    {lines}\n  ]\n}}\n')
+
+    @classmethod
+    def load(cls, path: Path) -> "Table":
+        """Reads a table.
+
+        Raises:
+            DataError: there is no such file, or it is not a table of this version.
+        """
+        try:
+            facts = json.loads(path.read_text())
+            if (facts.get("format"), facts.get("version")) != (FORMAT, VERSION):
+                raise ValueError(f"format {facts.get('format')!r}, version {facts.get('version')}")
+            entries = tuple(_entry(line) for line in facts["entries"])
+            return cls(str(facts["arch"]), str(facts["origin"]), entries)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"launch table {path} cannot be used: {type(error).__name__}: {error}; write one "
+                "with `reap-kernels tune`, or unset REAP_TUNING"
+            ) from error
+
+
+def _entry(line: dict[str, Any]) -> Entry:
+    """Checks and reads one line."""
+    line = dict(line)
+    bucket = {key: line.pop(key) for key in ("op", "dtype", "width", "rows")}
+    if bucket["op"] == "layer":
+        if line.get("path") not in PATHS:
+            raise ValueError(f"path {line.get('path')!r} is none of {', '.join(PATHS)}")
+        return Entry(**bucket, path=line["path"])
+    if bucket["op"] not in PRODUCTS:
+        raise ValueError(f"op {bucket['op']!r} is none of layer, {', '.join(PRODUCTS)}")
+    launch = Launch(**line)
+    for name in ("block_m", "block_n", "block_k", "num_warps"):
+        value = getattr(launch, name)
+        if not isinstance(value, int) or value < 1 or value & (value - 1):
+            raise ValueError(f"{name} {value!r} is not a power of two")
+    if launch.block_m < 16 or launch.block_n < 16 or launch.block_k < 16:
+        raise ValueError("blocks must be at least 16: tensor cores multiply no less")
+    if launch.num_stages < 1 or launch.group_m < 1:
+        raise ValueError("num_stages and group_m must be at least 1")
+    return Entry(**bucket, launch=launch)
+
+
+@functools.cache
+def _shipped(arch: str) -> Table | None:
+    path = CONFIGS / f"{arch}.json"
+    return Table.load(path) if path.exists() else None
+
+
+@functools.cache
+def _override(path: str, changed: int) -> Table:
+    """The file `REAP_TUNING` names; `changed` makes an edited file be read again."""
+    return Table.load(Path(path))
+
+
+def tables(arch: str) -> list[Table]:
+    """Tables that hold for an architecture, first choice first.
+
+    Raises:
+        DataError: `REAP_TUNING` names a file that is no table, or one of another architecture.
+    """
+    found = [_shipped(arch)]
+    path = env.tuning()
+    if path is not None:
+        changed = path.stat().st_mtime_ns if path.exists() else 0
+        table = _override(str(path), changed)
+        if table.arch != arch:
+            raise DataError(
+                f"REAP_TUNING={path} is a launch table for {table.arch}, this device is {arch}; "
+                "run `reap-kernels tune` here, or unset REAP_TUNING"
+            )
+        found.insert(0, table)
+    return [table for table in found if table is not None]
+
+
+def table_dtype(dtype: torch.dtype) -> str:
+    """`half` for bf16 and fp16, which launch alike; else the dtype's name."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return "half" if half else str(dtype).removeprefix("torch.")
+
+
+def choose(where: torch.device, op: str, dtype: torch.dtype, width: int, rows: float) -> Launch:
+    """The launch of one grouped product.
+
+    Args:
+        where: the device.
+        op: one of `PRODUCTS`.
+        dtype: of the operands.
+        width: I, the experts' width.
+        rows: mean rows an expert, T * k / E of the whole call.
+    """
+    name = table_dtype(dtype)
+    for table in tables(device.architecture(where)):
+        for entry in table.entries:
+            if entry.covers(op, name, width, rows) and entry.launch is not None:
+                return entry.launch
+    return fallback(op, dtype, rows, device.shared_memory(where))
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Launches of both products of a layer."""
+
+    up: Launch
+    down: Launch
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the launches of a layer's products are chosen by.
+
+    Attributes:
+        device: where it runs.
+        dtype: of the operands.
+        formula: kind of the gate formula; only a fused gated product has two accumulators.
+        hidden, intermediate: H and I.
+        rows: mean rows an expert, T * k / E of the whole call.
+        plain: no biases and no address table, which need registers of their own.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    formula: str
+    hidden: int
+    intermediate: int
+    rows: float
+    plain: bool
+
+    def launches(self) -> Launches:
+        """Launches of both products."""
+        if self.hidden * self.dtype.itemsize % 16 or self.intermediate * self.dtype.itemsize % 16:
+            return Launches(*2 * (_UNALIGNED[self.dtype.itemsize],))
+        fused = self.formula not in ("relu2", "opaque")
+        up = self._choose("gate_up" if fused else "down")
+        return Launches(up if self.plain or not fused else _roomier(up), self._choose("down"))
+
+    def _choose(self, op: str) -> Launch:
+        return choose(self.device, op, self.dtype, self.intermediate, self.rows)
+
+
+# Rows that do not begin at 16 bytes are loaded element by element, through registers.
+_UNALIGNED = {2: Launch(64, 32, 32, 8, 4, 2), 4: Launch(32, 16, 32, 8, 4, 2)}
+
+
+def _roomier(launch: Launch) -> Launch:
+    """Half as wide where two accumulators leave a thread no register for anything else."""
+    accumulators = 2 * launch.block_m * launch.block_n // (32 * launch.num_warps)
+    if accumulators < 128 or launch.block_n < 32:
+        return launch
+    return replace(launch, block_n=launch.block_n // 2)
+
+
+def choose_path(where: torch.device, dtype: torch.dtype, width: int, rows: float) -> str:
+    """Where a layer's products come from: one of `PATHS`; Triton where no table says."""
+    for table in tables(device.architecture(where)):
+        for entry in table.entries:
+            if entry.covers("layer", table_dtype(dtype), width, rows) and entry.path is not None:
+                return entry.path
+    return "triton"
+
+
+def fallback(op: str, dtype: torch.dtype, rows: float, shared_memory: int) -> Launch:
+    """Tiles as large as registers allow, no taller than an expert has rows, and as many stages as
+    fit in shared memory.
+    """
+    wide = 64 if op == "gate_up" else 128
+    if dtype == torch.float32:  # no tensor cores: small tiles keep the product in registers
+        launch = Launch(64, wide // 2, 32, 8, 4, 3)
+    else:
+        launch = Launch(64 if rows <= 64 else 128, wide, 64, 8, 4 if rows <= 64 else 8, 4)
+    one = replace(launch, num_stages=1).shared_bytes(op, dtype.itemsize)
+    return replace(launch, num_stages=max(1, min(launch.num_stages, shared_memory // one)))
+
+
+def merged(old: Sequence[Entry], new: Sequence[Entry]) -> tuple[Entry, ...]:
+    """`new` before `old`, one entry a bucket; fewer rows first, then narrower experts."""
+    found: dict[tuple[str, str, int | None, int | None], Entry] = {}
+    for entry in (*new, *old):
+        found.setdefault((entry.op, entry.dtype, entry.width, entry.rows), entry)
+    unbounded = 1 << 62
+    return tuple(
+        sorted(
+            found.values(),
+            key=lambda e: (e.op, e.dtype, e.rows or unbounded, e.width or unbounded),
+        )
+    )
