@@ -1,0 +1,111 @@
+"""Self-checks of compiled kernels: does this compiler, on this device, give the right numbers?
+
+Some Triton versions miscompile some tiles on some architectures. So before a GPU backend first
+serves a kind of call, it computes a small one and is compared with the float64 reference. The
+verdict is kept on disk, by op, device, versions, launch and the kernels' own source; a failed check
+refuses the backend and says why.
+"""
+
+import functools
+import hashlib
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reap_kernels import device, env
+from reap_kernels.files import replaced
+
+# None: the check passed. Filled from disk at first use.
+_VERDICTS: dict[str, str | None] = {}
+
+
+def path() -> Path:
+    """The file of verdicts."""
+    return env.cache_dir() / "selfcheck.json"
+
+
+def verdict(
+    op: str, where: torch.device, facts: dict[str, Any], check: Callable[[], str | None]
+) -> str | None:
+    """Reason for refusing a kernel, or None; runs `check` only where no verdict is known.
+
+    Args:
+        op: the op.
+        where: the device it would run on.
+        facts: what else the compiled kernels depend on: dtype, launch, formula, layout.
+        check: computes and compares; returns what is wrong, or None.
+    """
+    key = _key(op, where, facts)
+    if not _VERDICTS:
+        _VERDICTS.update(saved())
+    if key in _VERDICTS:
+        return _VERDICTS[key]
+    if where.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "it has not been checked on this device yet; call it once before capturing a graph"
+    try:
+        reason = check()
+    except torch.OutOfMemoryError as error:
+        return f"its self-check ran out of memory: {error}"
+    except Exception as error:  # noqa: BLE001  a compiler may fail in any way: all of them refuse
+        text = " ".join(str(error).split())[:500]
+        _VERDICTS[key] = f"its self-check failed: {type(error).__name__}: {text}"
+        return _VERDICTS[key]
+    _VERDICTS[key] = None if reason is None else f"its self-check gave wrong numbers: {reason}"
+    _save(key, _VERDICTS[key])
+    return _VERDICTS[key]
+
+
+def saved() -> dict[str, str | None]:
+    """Every verdict on disk; none where the file is absent or damaged."""
+    try:
+        found = json.loads(path().read_text())
+    except (OSError, ValueError):
+        return {}
+    return {str(k): v for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def forget() -> None:
+    """Drops the verdicts in memory, so that the next call reads them from disk again."""
+    _VERDICTS.clear()
+
+
+def _save(key: str, reason: str | None) -> None:
+    """Adds one verdict to the file; of two processes at once one may have to check again."""
+    try:
+        path().parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path()) as temporary:
+            Path(temporary).write_text(json.dumps({**saved(), key: reason}, indent=1))
+    except OSError as error:
+        warnings.warn(
+            f"the self-check's verdict cannot be kept in {path()}: {error}; it will run again in "
+            "every process: set REAP_CACHE_DIR to a folder that can be written",
+            stacklevel=2,
+        )
+
+
+def _key(op: str, where: torch.device, facts: dict[str, Any]) -> str:
+    name = "cpu" if where.type == "cpu" else torch.cuda.get_device_name(where)
+    known = {
+        "op": op,
+        "arch": device.architecture(where),
+        "device": name,
+        "triton": device.triton_version(),
+        "torch": torch.__version__,
+        "kernels": _source_digest(),
+        **facts,
+    }
+    return " ".join(f"{key}={value}" for key, value in known.items())
+
+
+@functools.cache
+def _source_digest() -> str:
+    """Changes whenever the source of a kernel or of its launches does."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for file in sorted([*here.glob("*/kernel_triton.py"), *here.glob("*/gpu.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
