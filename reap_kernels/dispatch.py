@@ -1,8 +1,8 @@
 """Which backend serves an op, and why the others do not.
 
 Each op registers its backends with a `supports` function that returns a reason for refusing a
-request, or None. Automatic choice takes the first backend, in registration order by priority, that
-has no reason. An explicit request (argument `backend=` or `REAP_BACKEND`) never falls back.
+request, or None. Automatic choice takes the backend of highest priority for the request that has
+no reason. An explicit request (argument `backend=` or `REAP_BACKEND`) never falls back.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,22 @@ OPS = ("route", "experts", "saliency", "layer")
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """T, k, E, H and I of a call; by default those of Qwen3-30B-A3B on 16,384 tokens."""
+
+    tokens: int = 16384
+    top_k: int = 8
+    experts: int = 128
+    hidden: int = 2048
+    intermediate: int = 768
+
+    @property
+    def rows(self) -> float:
+        """Mean rows an expert, which is what tiles are chosen by."""
+        return self.tokens * self.top_k / self.experts
+
+
+@dataclass(frozen=True)
 class Request:
     """What a call needs, as far as choosing a backend goes.
 
@@ -26,12 +42,18 @@ class Request:
         device: where the inputs lie.
         dtype: dtype of the hidden states (or of the expert outputs).
         formula: kind of the gate formula; empty where the op has none.
+        sizes: of the call, or typical ones where a question is asked without one.
+        layout: `ExpertWeights.layout`, where the op takes weights.
+        biased: whether the experts add biases.
     """
 
     op: str
     device: torch.device
     dtype: torch.dtype
     formula: str = ""
+    sizes: Sizes = Sizes()
+    layout: str = "stacked"
+    biased: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,25 +63,30 @@ class Backend:
     Attributes:
         op: the op it implements.
         name: backend name, as users request it.
-        priority: higher is tried first.
+        priority: of a request; higher is tried first.
         supports: reason for refusing a request, or None.
         run: the implementation.
+        note: how it would serve a request, where that needs saying; else empty.
     """
 
     op: str
     name: str
-    priority: int
+    priority: Callable[[Request], int]
     supports: Callable[[Request], str | None]
     run: Callable[..., Any]
+    note: Callable[[Request], str] = lambda request: ""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of `explain()`: a backend, and the reason it is not chosen (None: it is)."""
+    """One line of `explain()`: a backend, the reason it is not chosen (None: it is), and how it
+    serves where that needs saying.
+    """
 
     op: str
     backend: str
     reason: str | None
+    note: str = ""
 
 
 _REGISTRY: dict[str, list[Backend]] = {op: [] for op in OPS}
@@ -71,12 +98,16 @@ def register(backend: Backend) -> None:
     if any(peer.name == backend.name for peer in peers):
         raise ValueError(f"backend {backend.name!r} is already registered for op {backend.op!r}")
     peers.append(backend)
-    peers.sort(key=lambda peer: -peer.priority)
 
 
 def backends(op: str) -> list[str]:
-    """Names of the backends of an op, first choice first."""
+    """Names of the backends of an op."""
     return [backend.name for backend in _REGISTRY[op]]
+
+
+def _ranked(request: Request) -> list[Backend]:
+    """Backends of the request's op, first choice first."""
+    return sorted(_REGISTRY[request.op], key=lambda peer: -peer.priority(request))
 
 
 def select(request: Request, requested: str | None = None) -> Backend:
@@ -91,7 +122,7 @@ def select(request: Request, requested: str | None = None) -> Backend:
             carries every reason.
     """
     requested = requested or env.backend()
-    peers = _REGISTRY[request.op]
+    peers = _ranked(request)
     if requested is not None:
         for backend in peers:
             if backend.name == requested:
@@ -120,6 +151,9 @@ def explain(
     dtype: torch.dtype = torch.bfloat16,
     *,
     formula: str = "silu",
+    sizes: Sizes | None = None,
+    layout: str = "stacked",
+    biased: bool = False,
     backend: str | None = None,
 ) -> list[Verdict]:
     """Which backend each op would take for such a call, and why not the others.
@@ -127,7 +161,10 @@ def explain(
     Args:
         device: where the inputs would lie.
         dtype: dtype of the hidden states.
-        formula: kind of gate formula.
+        formula: kind of gate formula; `opaque` for one that only the model can compute.
+        sizes: T, k, E, H and I; default those of a typical call.
+        layout: `ExpertWeights.layout`.
+        biased: whether the experts add biases.
         backend: an explicit request, as in the ops.
 
     Returns:
@@ -136,9 +173,11 @@ def explain(
     verdicts = []
     requested = backend or env.backend()
     for op in OPS:
-        request = Request(op, torch.device(device), dtype, formula)
+        request = Request(
+            op, torch.device(device), dtype, formula, sizes or Sizes(), layout, biased
+        )
         chosen: str | None = None
-        for peer in _REGISTRY[op]:
+        for peer in _ranked(request):
             reason = peer.supports(request)
             if reason is None and requested is not None and peer.name != requested:
                 reason = f"{requested} was requested"
@@ -146,5 +185,5 @@ def explain(
                 reason = f"{chosen} comes first"
             if reason is None:
                 chosen = peer.name
-            verdicts.append(Verdict(op, peer.name, reason))
+            verdicts.append(Verdict(op, peer.name, reason, peer.note(request)))
     return verdicts

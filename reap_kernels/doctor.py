@@ -1,4 +1,6 @@
-"""What this machine offers: versions, CPU features, GPUs, and which backend serves and why."""
+"""What this machine offers: versions, CPU features, GPUs, which backend serves and why, which
+launch tables hold, and what the kernels' self-checks found.
+"""
 
 import platform
 import shutil
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 
+from reap_kernels import device, selfcheck, tuning
 from reap_kernels.dispatch import explain
 from reap_kernels.experts.cpu import compute_dtype
 
@@ -41,12 +44,21 @@ def _gpus() -> list[dict[str, Any]]:
         return []
     return [
         {
-            "name": (device := torch.cuda.get_device_properties(index)).name,
-            "capability": f"{device.major}.{device.minor}",
-            "memory_bytes": device.total_memory,
+            "name": (found := torch.cuda.get_device_properties(index)).name,
+            "capability": f"{found.major}.{found.minor}",
+            "memory_bytes": found.total_memory,
         }
         for index in range(torch.cuda.device_count())
     ]
+
+
+def _launch_tables() -> dict[str, list[str]]:
+    """Architecture of each GPU -> origin of each of its tables."""
+    found = {
+        device.architecture(torch.device("cuda", index))
+        for index in range(torch.cuda.device_count())
+    }
+    return {arch: [table.origin for table in tuning.tables(arch)] for arch in sorted(found)}
 
 
 def report() -> dict[str, Any]:
@@ -54,11 +66,28 @@ def report() -> dict[str, Any]:
 
     Returns:
         `python`, `platform`, `packages` (version or None), `nvcc`, `cpu` (capability, threads, the
-        dtype half precision is computed in), `gpus`, and `backends`: for each device kind, dtype,
-        op and backend the reason it is not chosen (None: it is).
+        dtype half precision is computed in), `gpus`; `backends`: for each device kind, dtype, op
+        and backend the reason it is not chosen (None: it is); `launch_tables`: for each GPU the
+        origins of its tables, first choice first; `selfcheck`: the file of verdicts and, by what
+        was checked, the reason a kernel is refused (None: it passed).
+
+    Raises:
+        DataError: `REAP_TUNING` names a file that cannot be used.
     """
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    backends = [
+        {
+            "device": kind,
+            "dtype": str(dtype).removeprefix("torch."),
+            "op": verdict.op,
+            "backend": verdict.backend,
+            "reason": verdict.reason,
+        }
+        for kind in devices
+        for dtype in dtypes
+        for verdict in explain(kind, dtype)
+    ]
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -70,16 +99,8 @@ def report() -> dict[str, Any]:
             "computes": {str(d).removeprefix("torch."): str(compute_dtype(d)) for d in dtypes},
         },
         "gpus": _gpus(),
-        "backends": [
-            {
-                "device": device,
-                "dtype": str(dtype).removeprefix("torch."),
-                "op": verdict.op,
-                "backend": verdict.backend,
-                "reason": verdict.reason,
-            }
-            for device in devices
-            for dtype in dtypes
-            for verdict in explain(device, dtype)
-        ],
+        "backends": backends,
+        "launch_tables": _launch_tables(),
+        # After `backends`: asking which backend serves runs the self-checks that are due.
+        "selfcheck": {"file": str(selfcheck.path()), "verdicts": selfcheck.saved()},
     }

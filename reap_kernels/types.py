@@ -37,6 +37,13 @@ def _dims(name: str, matrices: Matrices) -> tuple[int, int, int]:
     return len(matrices), rows, cols
 
 
+def _strides(matrices: Matrices) -> set[tuple[int, ...]]:
+    """Strides of the experts' matrices."""
+    if isinstance(matrices, Tensor):
+        return {matrices.stride()}
+    return {matrix.stride() for matrix in matrices}
+
+
 def _tensors(matrices: Matrices | None) -> tuple[Tensor, ...]:
     if matrices is None:
         return ()
@@ -138,6 +145,23 @@ class ExpertWeights:
     def device(self) -> torch.device:
         """The device the weights lie on."""
         return _tensors(self.down)[0].device
+
+    @property
+    def layout(self) -> str:
+        """`stacked` where every matrix is a view of one tensor, `table` where experts are separate
+        tensors; `mixed` where strides differ between experts, or between gate and up.
+        """
+        strides = [_strides(m) for m in (self.up, self.gate, self.down) if m is not None]
+        alike = all(len(own) == 1 for own in strides)
+        if not alike or (self.gate is not None and strides[0] != strides[1]):
+            return "mixed"
+        stacked = all(isinstance(m, Tensor) for m in (self.up, self.down))
+        return "stacked" if stacked else "table"
+
+    @property
+    def biased(self) -> bool:
+        """Whether any product adds a bias."""
+        return any(b is not None for b in (self.up_bias, self.gate_bias, self.down_bias))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor described, in a fixed order."""

@@ -1,8 +1,12 @@
 """Shared by all tests: one thread per worker, and uninitialised memory filled with NaN."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton kernels run in its interpreter, on the CPU; their self-checks' verdicts stay out of $HOME.
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("REAP_CACHE_DIR", str(Path(__file__).parent.parent / "out/test-cache"))
 
 import pytest
 import torch

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from reap_kernels.dispatch import Backend, Request, register, select
+from reap_kernels.dispatch import Backend, Request, Sizes, register, select
 from reap_kernels.errors import DtypeError, ShapeError
-from reap_kernels.experts import cpu, reference
+from reap_kernels.experts import cpu, reference, triton_backend
 from reap_kernels.route.op import cpu_only
 from reap_kernels.types import FLOATS, ExpertWeights, Routing
 
@@ -29,9 +29,25 @@ def expert_outputs(
         BackendUnavailable: no backend serves, or the requested one refuses.
     """
     check_experts(hidden, experts)
-    request = Request("experts", hidden.device, hidden.dtype, experts.formula.kind)
+    request = request_of("experts", hidden, routing.top_k, experts)
     y: Tensor = select(request, backend).run(hidden, routing, experts)
     return y
+
+
+def request_of(op: str, hidden: Tensor, top_k: int, experts: ExpertWeights) -> Request:
+    """The request of a call with these inputs."""
+    sizes = Sizes(
+        len(hidden), top_k, experts.num_experts, experts.hidden_size, experts.intermediate_size
+    )
+    return Request(
+        op,
+        hidden.device,
+        hidden.dtype,
+        experts.formula.kind,
+        sizes,
+        experts.layout,
+        experts.biased,
+    )
 
 
 def check_experts(hidden: Tensor, experts: ExpertWeights) -> None:
@@ -49,5 +65,6 @@ def check_experts(hidden: Tensor, experts: ExpertWeights) -> None:
         raise DtypeError(f"hidden is on {hidden.device}, the experts on {experts.device}; move one")
 
 
-register(Backend("experts", "reference", 0, lambda request: None, reference.expert_outputs))
-register(Backend("experts", "cpu", 10, cpu_only, cpu.expert_outputs))
+register(Backend("experts", "reference", lambda _: 0, lambda _: None, reference.expert_outputs))
+register(Backend("experts", "cpu", lambda _: 10, cpu_only, cpu.expert_outputs))
+register(triton_backend.BACKEND)

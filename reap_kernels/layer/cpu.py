@@ -21,9 +21,10 @@ def observe_layer(
     experts: ExpertWeights,
     stats: LayerStats | None,
     mask: Tensor | None,
-    group: Tensor | None,
+    group: int | Tensor,
+    chunk: int | None,
 ) -> Tensor:
-    """See `reap_kernels.layer.op.observe_layer`; `group` is [T] here, given with `stats`."""
+    """See `reap_kernels.layer.op.observe_layer`; `chunk` is for backends that hold whole calls."""
     routing = route_cpu.route(topk_ids, topk_weights, experts.num_experts)
     slots = routing.order[: int(routing.offsets[-1])]
     accumulator = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -37,11 +38,10 @@ def observe_layer(
             measures.append(RowMeasures.of(y))
         wide = y if y.dtype == accumulator else y.to(accumulator)
         out.index_add_(0, rows, wide.mul_(column))
-    if stats is not None and group is not None:
+    if stats is not None:
         tokens = slots // routing.top_k
-        key = group[tokens] * stats.num_experts + topk_ids.reshape(-1)[slots]
+        own = group[tokens] if isinstance(group, Tensor) else group
+        key = own * stats.num_experts + topk_ids.reshape(-1)[slots].to(torch.int64)
         counted = None if mask is None else mask[tokens]
         reduce_rows(RowMeasures.joined(measures), key, gates, counted, stats)
-        seen = group if mask is None else group[mask]
-        stats.tokens.add_(torch.bincount(seen, minlength=stats.num_groups))
     return out.to(hidden.dtype)

@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from reap_kernels.dispatch import Backend, Request, register, select
+from reap_kernels.dispatch import Backend, register, select
 from reap_kernels.errors import ShapeError
-from reap_kernels.experts.op import check_experts
+from reap_kernels.experts.op import check_experts, request_of
 from reap_kernels.gates import GateFormula
-from reap_kernels.layer import cpu, reference
+from reap_kernels.layer import cpu, reference, triton_backend
 from reap_kernels.route.op import check_routing, cpu_only
 from reap_kernels.saliency.op import check_mask, group_ids
 from reap_kernels.stats import LayerStats
@@ -25,6 +25,7 @@ def observe_layer(
     *,
     mask: Tensor | None = None,
     group: int | Tensor = 0,
+    chunk: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The routed part of an MoE layer, and what REAP needs to know of it, in one pass.
@@ -42,6 +43,9 @@ def observe_layer(
         stats: statistics to add to in place, on the same device; None for the plain forward.
         mask: [T] bool, tokens that count; the others are computed but not counted. Default all.
         group: calibration group of the batch, or [T] integers.
+        chunk: tokens computed at a time by backends that keep whole expert outputs (GPUs'); outputs
+            keep their bits, sums move by at most about 1e-12 relative. Default: as many as
+            `REAP_SCRATCH_BYTES` allows, see `env.py`.
         backend: explicit backend, never falls back. Default: see `explain()`.
 
     Returns:
@@ -58,7 +62,9 @@ def observe_layer(
             f"topk_ids has {len(topk_ids)} tokens and hidden {len(hidden)}; they must be the same"
         )
     check_mask("mask", mask, len(hidden))
-    groups = None
+    if chunk is not None and chunk < 1:
+        raise ShapeError(f"chunk is {chunk}; give a number of tokens above 0, or None")
+    groups: int | Tensor = 0
     if stats is not None:
         if stats.num_experts != experts.num_experts or stats.device != hidden.device:
             raise ShapeError(
@@ -69,7 +75,7 @@ def observe_layer(
     formula = experts.formula
     if formula.fn is not None:
         # A torch function cannot pass through an operator schema, so it runs as plain torch code.
-        return _run(hidden, topk_ids, topk_weights, experts, stats, mask, groups, backend)
+        return _run(hidden, topk_ids, topk_weights, experts, stats, mask, groups, chunk, backend)
     out: Tensor = torch.ops.reap_kernels.observe_layer(
         hidden,
         topk_ids,
@@ -86,7 +92,9 @@ def observe_layer(
         experts.interleaved,
         [] if stats is None else stats.packed(),
         mask,
-        groups,
+        0 if isinstance(groups, Tensor) else groups,
+        groups if isinstance(groups, Tensor) else None,
+        chunk,
         backend,
     )
     return out
@@ -99,15 +107,27 @@ def _run(
     experts: ExpertWeights,
     stats: LayerStats | None,
     mask: Tensor | None,
-    groups: Tensor | None,
+    group: int | Tensor,
+    chunk: int | None,
     backend: str | None,
 ) -> Tensor:
-    request = Request("layer", hidden.device, hidden.dtype, experts.formula.kind)
+    request = request_of("layer", hidden, topk_ids.shape[1], experts)
     with torch.no_grad():
         out: Tensor = select(request, backend).run(
-            hidden, topk_ids, topk_weights, experts, stats, mask, groups
+            hidden, topk_ids, topk_weights, experts, stats, mask, group, chunk
         )
+        if stats is not None:
+            _count_tokens(stats, len(hidden), mask, group)
     return out
+
+
+def _count_tokens(stats: LayerStats, tokens: int, mask: Tensor | None, group: int | Tensor) -> None:
+    """Adds the tokens that count to their groups, without waiting for the device."""
+    if isinstance(group, Tensor):
+        member = group[:, None] == torch.arange(stats.num_groups, device=group.device)
+        stats.tokens.add_((member if mask is None else member & mask[:, None]).sum(dim=0))
+    else:
+        stats.tokens[group].add_(tokens if mask is None else mask.sum())
 
 
 def _flat(matrices: Matrices | None) -> list[Tensor]:
@@ -138,7 +158,9 @@ def _observe_layer(
     interleaved: bool,
     stats: list[Tensor],
     mask: Tensor | None,
+    group: int,
     groups: Tensor | None,
+    chunk: int | None,
     backend: str | None,
 ) -> Tensor:
     experts = ExpertWeights(
@@ -152,7 +174,8 @@ def _observe_layer(
         interleaved,
     )
     layer = LayerStats.from_packed(stats) if stats else None
-    return _run(hidden, topk_ids, topk_weights, experts, layer, mask, groups, backend)
+    own = group if groups is None else groups
+    return _run(hidden, topk_ids, topk_weights, experts, layer, mask, own, chunk, backend)
 
 
 @_observe_layer.register_fake
@@ -160,5 +183,7 @@ def _(hidden: Tensor, *args: object) -> Tensor:
     return torch.empty_like(hidden)
 
 
-register(Backend("layer", "reference", 0, lambda request: None, reference.observe_layer))
-register(Backend("layer", "cpu", 10, cpu_only, cpu.observe_layer))
+register(Backend("layer", "reference", lambda _: 0, lambda _: None, reference.observe_layer))
+register(Backend("layer", "cpu", lambda _: 10, cpu_only, cpu.observe_layer))
+for _backend in triton_backend.BACKENDS:
+    register(_backend)

@@ -17,9 +17,10 @@ def observe_layer(
     experts: ExpertWeights,
     stats: LayerStats | None,
     mask: Tensor | None,
-    group: Tensor | None,
+    group: int | Tensor,
+    chunk: int | None,
 ) -> Tensor:
-    """See `reap_kernels.layer.op.observe_layer`; `group` is [T] here, given with `stats`."""
+    """See `reap_kernels.layer.op.observe_layer`; always whole, whatever `chunk`."""
     routing = route_reference.route(topk_ids, topk_weights, experts.num_experts)
     y = experts_reference.expert_outputs(hidden, routing, experts)
     served = int(routing.offsets[-1])
@@ -28,10 +29,9 @@ def observe_layer(
     gates = topk_weights.reshape(-1)[slots].double()
     out = torch.zeros_like(hidden, dtype=torch.float64)
     out.index_add_(0, tokens, gates[:, None] * y)
-    if stats is not None and group is not None:
+    if stats is not None:
         ids = topk_ids.reshape(-1)[slots]
         rows_mask = None if mask is None else mask[tokens]
-        saliency_reference.accumulate(y, ids, gates, stats, rows_mask, group[tokens])
-        counted = group if mask is None else group[mask]
-        stats.tokens.add_(torch.bincount(counted, minlength=stats.num_groups))
+        own = group[tokens] if isinstance(group, Tensor) else group
+        saliency_reference.accumulate(y, ids, gates, stats, rows_mask, own)
     return out.to(hidden.dtype)

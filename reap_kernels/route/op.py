@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from reap_kernels.dispatch import Backend, Request, register, select
+from reap_kernels.dispatch import Backend, Request, Sizes, register, select
 from reap_kernels.errors import DtypeError, ShapeError
-from reap_kernels.route import cpu, reference
+from reap_kernels.route import cpu, reference, triton_backend
 from reap_kernels.types import Routing
 
 
@@ -32,7 +32,9 @@ def route(
         BackendUnavailable: no backend serves, or the requested one refuses.
     """
     check_routing(topk_ids, topk_weights)
-    request = Request("route", topk_ids.device, topk_ids.dtype)
+    tokens, top_k = topk_ids.shape
+    sizes = Sizes(tokens, top_k, num_experts)
+    request = Request("route", topk_ids.device, topk_ids.dtype, sizes=sizes)
     routing: Routing = select(request, backend).run(topk_ids, topk_weights, num_experts)
     return routing
 
@@ -59,5 +61,6 @@ def cpu_only(request: Request) -> str | None:
     return None if request.device.type == "cpu" else f"inputs are on {request.device}, not the CPU"
 
 
-register(Backend("route", "reference", 0, lambda request: None, reference.route))
-register(Backend("route", "cpu", 10, cpu_only, cpu.route))
+register(Backend("route", "reference", lambda _: 0, lambda _: None, reference.route))
+register(Backend("route", "cpu", lambda _: 10, cpu_only, cpu.route))
+register(triton_backend.BACKEND)

@@ -70,9 +70,9 @@ def accumulate(
     gates: Tensor,
     stats: LayerStats,
     mask: Tensor | None,
-    group: Tensor,
+    group: int | Tensor,
 ) -> None:
-    """See `reap_kernels.saliency.op.accumulate`; `group` is [S] here."""
+    """See `reap_kernels.saliency.op.accumulate`."""
     counted = (expert_ids >= 0) & (expert_ids < stats.num_experts) & (gates != 0)
     if mask is not None:
         counted &= mask

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from reap_kernels.dispatch import Backend, Request, register, select
+from reap_kernels.dispatch import Backend, Request, Sizes, register, select
 from reap_kernels.errors import DtypeError, ShapeError
 from reap_kernels.route.op import cpu_only
-from reap_kernels.saliency import cpu, reference
+from reap_kernels.saliency import cpu, reference, triton_backend
 from reap_kernels.stats import LayerStats
 
 
@@ -49,7 +49,9 @@ def accumulate(
             raise ShapeError(f"{name} has shape {tuple(rows.shape)}; expected ({len(y)},)")
     check_mask("mask", mask, len(y))
     groups = group_ids(group, len(y), stats)
-    request = Request("saliency", y.device, y.dtype)
+    request = Request(
+        "saliency", y.device, y.dtype, sizes=Sizes(len(y), 1, stats.num_experts, y.shape[1])
+    )
     select(request, backend).run(y, expert_ids, gates, stats, mask, groups)
 
 
@@ -63,24 +65,24 @@ def check_mask(name: str, mask: Tensor | None, rows: int) -> None:
         raise DtypeError(f"{name} is {mask.dtype}; expected torch.bool")
 
 
-def group_ids(group: int | Tensor, rows: int, stats: LayerStats) -> Tensor:
-    """[rows] int64 group of each row, checked against the groups of `stats`."""
+def group_ids(group: int | Tensor, rows: int, stats: LayerStats) -> int | Tensor:
+    """The group of all rows, or [rows] int64, checked against the groups of `stats`."""
     if isinstance(group, int):
         if not 0 <= group < stats.num_groups:
             raise ShapeError(
                 f"group {group} leaves 0..{stats.num_groups - 1}; call stats.grow_groups first"
             )
-        return torch.full((rows,), group, dtype=torch.int64, device=stats.device)
+        return group
     if tuple(group.shape) != (rows,):
         raise ShapeError(f"group has shape {tuple(group.shape)}; expected an int or ({rows},)")
     if group.dtype.is_floating_point or group.dtype == torch.bool:
         raise DtypeError(f"group is {group.dtype}; expected an integer dtype")
-    # Reading values is free on the CPU; elsewhere it would synchronise, and kernels check instead.
-    if (
-        group.device.type == "cpu"
-        and rows
-        and not 0 <= int(group.min()) <= int(group.max()) < (stats.num_groups)
-    ):
+    if group.device.type != "cpu":
+        # Reading values would wait for the device; an assertion there stops it, as torch's own
+        # index checks do.
+        inside = (group >= 0) & (group < stats.num_groups)
+        torch._assert_async(inside.all(), "a group id is outside the groups of the statistics")
+    elif rows and not 0 <= int(group.min()) <= int(group.max()) < (stats.num_groups):
         raise ShapeError(
             f"group ids span {int(group.min())}..{int(group.max())} but the statistics have groups "
             f"0..{stats.num_groups - 1}; call stats.grow_groups first"
@@ -88,5 +90,6 @@ def group_ids(group: int | Tensor, rows: int, stats: LayerStats) -> Tensor:
     return group.to(torch.int64)
 
 
-register(Backend("saliency", "reference", 0, lambda request: None, reference.accumulate))
-register(Backend("saliency", "cpu", 10, cpu_only, cpu.accumulate))
+register(Backend("saliency", "reference", lambda _: 0, lambda _: None, reference.accumulate))
+register(Backend("saliency", "cpu", lambda _: 10, cpu_only, cpu.accumulate))
+register(triton_backend.BACKEND)

@@ -12,9 +12,10 @@ def accumulate(
     gates: Tensor,
     stats: LayerStats,
     mask: Tensor | None,
-    group: Tensor,
+    group: int | Tensor,
 ) -> None:
-    """See `reap_kernels.saliency.op.accumulate`; `group` is [S] here."""
+    """See `reap_kernels.saliency.op.accumulate`."""
+    group = group if isinstance(group, Tensor) else torch.full_like(expert_ids, group)
     counted = torch.ones_like(expert_ids, dtype=torch.bool) if mask is None else mask
     counted = counted & (gates != 0)
     for which in range(stats.num_groups):

@@ -36,7 +36,9 @@ def arguments(layout: str, with_stats: bool) -> tuple:
         experts.interleaved,
         rk.LayerStats(CASE.experts, CASE.groups).packed() if with_stats else [],
         inputs.mask,
+        0,
         inputs.group if with_stats else None,
+        None,
         None,
     )
 

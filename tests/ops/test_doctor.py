@@ -2,9 +2,16 @@
 
 import json
 
+import pytest
 import torch
 
 from reap_kernels import dispatch, doctor
+
+
+@pytest.fixture(autouse=True)
+def not_interpreted(monkeypatch):
+    """As for users: Triton does not serve the CPU then, so nothing is checked."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
 def test_report_is_complete_and_serialisable() -> None:

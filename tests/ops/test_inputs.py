@@ -139,7 +139,7 @@ def test_gate_formulas_refuse() -> None:
 def test_explicit_backend_never_falls_back(monkeypatch) -> None:
     inputs = make_inputs(CASE)
     call = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, EXPERTS)
-    with pytest.raises(BackendUnavailable, match=r"'warp'.*choose one of cpu, reference"):
+    with pytest.raises(BackendUnavailable, match=r"'warp'.*choose one of reference, cpu, triton"):
         rk.observe_layer(*call, backend="warp")
     monkeypatch.setenv("REAP_BACKEND", "warp")
     with pytest.raises(BackendUnavailable, match="warp"):
@@ -159,7 +159,8 @@ def test_a_refusal_carries_its_reason() -> None:
         dispatch.select(request, "cpu")
 
 
-def test_explain_gives_one_choice_and_reasons_for_the_rest() -> None:
+def test_explain_gives_one_choice_and_reasons_for_the_rest(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     for requested in (None, "reference"):
         verdicts = rk.explain("cpu", torch.bfloat16, backend=requested)
         for op in dispatch.OPS:
@@ -167,12 +168,18 @@ def test_explain_gives_one_choice_and_reasons_for_the_rest() -> None:
             assert chosen == [requested or "cpu"]
         assert all(v.reason for v in verdicts if v.backend not in (requested or "cpu",))
     elsewhere = {v.backend: v.reason for v in rk.explain("meta") if v.op == "layer"}
-    assert elsewhere == {"cpu": "inputs are on meta, not the CPU", "reference": None}
+    gpu = "inputs are on meta; Triton serves CUDA and ROCm devices"
+    assert elsewhere == {
+        "cpu": "inputs are on meta, not the CPU",
+        "triton": gpu,
+        "grouped_mm": gpu,
+        "reference": None,
+    }
 
 
 def test_a_backend_registers_once() -> None:
     with pytest.raises(ValueError, match="already registered"):
-        dispatch.register(dispatch.Backend("layer", "cpu", 1, lambda request: None, print))
+        dispatch.register(dispatch.Backend("layer", "cpu", lambda _: 1, lambda _: None, print))
 
 
 def test_errors_are_a_closed_set_with_exit_codes() -> None:

@@ -1,0 +1,297 @@
+"""GPU expert outputs: the weights as kernels take them, and the launches of the products.
+
+Two paths share everything but the products: our Triton kernel, which gathers rows and applies the
+gate inside, and torch's grouped_mm between a gather and a gate pass of ours.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reap_kernels import device
+from reap_kernels.experts import kernel_triton as kernels
+from reap_kernels.experts.triton_backend import tf32
+from reap_kernels.gates import GateFormula
+from reap_kernels.route.gpu import SortedSlots
+from reap_kernels.tuning import Launch, Launches, Problem
+from reap_kernels.types import ExpertWeights, Matrices, Routing
+
+
+@dataclass(frozen=True)
+class Operand:
+    """The right operand of a product: one [N, K] matrix an expert, and its bias.
+
+    Attributes:
+        base: the stacked tensor, or with `table` [E] int64 addresses.
+        strides: elements between experts, rows and columns.
+        shape: (N, K).
+        table: whether `base` holds addresses.
+        aligned: whether every address is a multiple of 16 bytes.
+        bias: [E, N] or None.
+    """
+
+    base: Tensor
+    strides: tuple[int, int, int]
+    shape: tuple[int, int]
+    table: bool
+    aligned: bool
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, matrices: Matrices, bias: Tensor | None) -> "Operand":
+        """Describes weights where they lie; nothing of them is copied."""
+        if isinstance(matrices, Tensor):
+            e, n, k = matrices.stride()
+            shape = (matrices.shape[1], matrices.shape[2])
+            return cls(matrices, (e, n, k), shape, False, True, bias)
+        first = matrices[0]
+        addresses = tuple(matrix.data_ptr() for matrix in matrices)
+        n, k = first.stride()
+        aligned = all(address % 16 == 0 for address in addresses)
+        table = _ADDRESSES.on_device(addresses, first.device)
+        return cls(table, (0, n, k), (first.shape[0], first.shape[1]), True, aligned, bias)
+
+    def added(self, biased: bool) -> Tensor:
+        """The bias as kernels take it: zeros where only the other half has one, a stand-in that is
+        not read where neither has.
+        """
+        if self.bias is not None:
+            return self.bias
+        return torch.zeros(1, dtype=torch.float32, device=self.base.device) if biased else self.base
+
+    def bias_strides(self) -> tuple[int, int]:
+        """Elements between experts and columns of the bias."""
+        return (0, 0) if self.bias is None else (self.bias.stride(0), self.bias.stride(1))
+
+
+class _AddressTables:
+    """Address tables on the device, kept by value, so that a model uploads each only once.
+
+    Values are the key: a table can never be stale. Bounded, since offloading moves weights about.
+    """
+
+    _LIMIT = 4096
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[tuple[torch.device, tuple[int, ...]], Tensor] = OrderedDict()
+
+    def on_device(self, addresses: tuple[int, ...], where: torch.device) -> Tensor:
+        """[E] int64 on `where`."""
+        key = (where, addresses)
+        if key not in self._tables:
+            table = torch.tensor(addresses, dtype=torch.int64)
+            if where.type == "cuda":  # pinned: from pageable memory the copy would wait
+                table = table.pin_memory().to(where, non_blocking=True)
+            self._tables[key] = table
+            if len(self._tables) > self._LIMIT:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(key)
+        return self._tables[key]
+
+
+_ADDRESSES = _AddressTables()
+
+
+def halves(experts: ExpertWeights) -> tuple[Operand, Operand]:
+    """(up, gate) of a gated layer: views of one fused tensor, or two tensors."""
+    bias = experts.up_bias
+    if experts.gate is not None:
+        return Operand.of(experts.up, bias), Operand.of(experts.gate, experts.gate_bias)
+    inner = experts.intermediate_size
+    gates, ups = (slice(0, inner), slice(inner, None))
+    if experts.interleaved:
+        gates, ups = slice(0, None, 2), slice(1, None, 2)
+
+    def part(rows: slice) -> Operand:
+        fused = experts.up
+        own = None if bias is None else bias[:, rows]
+        if isinstance(fused, Tensor):
+            return Operand.of(fused[:, rows], own)
+        return Operand.of([matrix[rows] for matrix in fused], own)
+
+    return part(ups), part(gates)
+
+
+def product(
+    a: Tensor,
+    b: Operand,
+    rows: SortedSlots,
+    launch: Launch,
+    *,
+    gate: Operand | None = None,
+    formula: GateFormula | None = None,
+    gather: bool = False,
+) -> Tensor:
+    """One grouped product with its epilogue.
+
+    Args:
+        a: [T, K] with `gather`, else [S, K] by sorted row.
+        b: the right operand.
+        rows: the routing.
+        launch: tiles.
+        gate: the gate half, for a gated formula.
+        formula: applied to the product; None for none.
+        gather: whether sorted rows are looked up in `a` by token.
+
+    Returns:
+        [S, N] in `a`'s dtype; rows that no expert serves are not written.
+    """
+    n, depth = b.shape
+    tiles = rows.tiles(launch.block_m)
+    dtype = device.written_dtype(a.dtype)
+    out = torch.empty(len(rows.order), n, dtype=dtype, device=a.device)
+    if not tiles.bound:
+        return out.to(a.dtype)
+    other = b if gate is None else gate
+    biased = b.bias is not None or other.bias is not None
+    with device.on(a.device):
+        kernels.grouped_product[(tiles.bound * -(-n // launch.block_n),)](
+            a,
+            b.base,
+            other.base,
+            b.added(biased),
+            other.added(biased),
+            out,
+            rows.order,
+            rows.offsets,
+            tiles.experts,
+            tiles.rows,
+            tiles.firsts[-1:],
+            n,
+            depth,
+            float("inf") if formula is None else formula.limit,
+            0.0 if formula is None else formula.alpha,
+            *a.stride(),
+            *b.strides,
+            *b.bias_strides(),
+            *other.bias_strides(),
+            TOP_K=rows.top_k,
+            GATHER=gather,
+            GATE="none" if formula is None else formula.kind,
+            BIASED=biased,
+            TABLE=b.table,
+            ALIGNED=b.aligned and other.aligned,
+            EVEN_N=n % launch.block_n == 0,
+            EVEN_K=depth % launch.block_k == 0,
+            PRECISION=_precision(a.dtype),
+            UPCAST=a.dtype == torch.bfloat16 and device.interpreted(),
+            BLOCK_M=launch.block_m,
+            BLOCK_N=launch.block_n,
+            BLOCK_K=launch.block_k,
+            GROUP_M=launch.group_m,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            **device.OPTIONS,
+        )
+    return out.to(a.dtype)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """TF32 for float32 only where the user asked torch for it."""
+    return "tf32" if tf32(dtype) else "ieee"
+
+
+def triton_outputs(
+    hidden: Tensor, rows: SortedSlots, experts: ExpertWeights, launches: Launches
+) -> Tensor:
+    """[S, H] expert outputs by sorted row, through h [S, I]; nothing else of that size."""
+    formula = experts.formula
+    if formula.kind == "opaque":
+        h = formula.apply(_projected(hidden, rows, experts, launches.up))
+    elif formula.gated:
+        up, gate = halves(experts)
+        h = product(hidden, up, rows, launches.up, gate=gate, formula=formula, gather=True)
+    else:
+        up = Operand.of(experts.up, experts.up_bias)
+        h = product(hidden, up, rows, launches.up, formula=formula, gather=True)
+    down = Operand.of(experts.down, experts.down_bias)
+    return product(h.contiguous(), down, rows, launches.down)
+
+
+def _projected(hidden: Tensor, rows: SortedSlots, experts: ExpertWeights, launch: Launch) -> Tensor:
+    """[S, 2 I] or [S, I] in the model's own layout, for a gate only the model can compute."""
+    up = Operand.of(experts.up, experts.up_bias)
+    projected = product(hidden, up, rows, launch, gather=True)
+    if experts.gate is None:
+        return projected
+    gate = Operand.of(experts.gate, experts.gate_bias)
+    return torch.cat([product(hidden, gate, rows, launch, gather=True), projected], dim=-1)
+
+
+def grouped_outputs(
+    hidden: Tensor, rows: SortedSlots, experts: ExpertWeights, launches: Launches
+) -> Tensor:
+    """[S, H] expert outputs by sorted row, products by torch's grouped_mm.
+
+    Holds gathered rows [S, H] beside the first product [S, 2 I] at its widest.
+    """
+    ends = rows.offsets[1:].to(torch.int32)
+    gathered = hidden.index_select(0, rows.order // rows.top_k)
+
+    def multiply(a: Tensor, matrices: Matrices) -> Tensor:
+        assert isinstance(matrices, Tensor)
+        return torch.nn.functional.grouped_mm(a, matrices.transpose(1, 2), offs=ends)
+
+    up = gate = multiply(gathered, experts.up)
+    if experts.gate is not None:
+        gate = multiply(gathered, experts.gate)
+    elif experts.formula.gated:
+        inner = experts.intermediate_size
+        if experts.interleaved:
+            gate, up = up[:, ::2], up[:, 1::2]
+        else:
+            gate, up = up[:, :inner], up[:, inner:]
+    del gathered
+    return multiply(activated(up, gate, experts.formula, rows), experts.down)
+
+
+def activated(up: Tensor, gate: Tensor, formula: GateFormula, rows: SortedSlots) -> Tensor:
+    """The gate on [S, I] halves, as one pass; rows that no expert serves are not written."""
+    out = torch.empty(up.shape, dtype=device.written_dtype(up.dtype), device=up.device)
+    block_m, block_n = 16, 128
+    grid = (-(-len(up) // block_m), -(-up.shape[1] // block_n))
+    if len(up):
+        with device.on(up.device):
+            kernels.activate_rows[grid](
+                up,
+                gate,
+                out,
+                rows.offsets[-1:],
+                up.shape[1],
+                formula.limit,
+                formula.alpha,
+                *up.stride(),
+                *gate.stride(),
+                GATE=formula.kind,
+                BLOCK_M=block_m,
+                BLOCK_N=block_n,
+                **device.OPTIONS,
+            )
+    return out.to(up.dtype)
+
+
+def launches_of(hidden: Tensor, experts: ExpertWeights, slots: int) -> Launches:
+    """Launches of a call; `slots` of the whole of it, so that its parts launch alike."""
+    return Problem(
+        hidden.device,
+        hidden.dtype,
+        experts.formula.kind,
+        experts.hidden_size,
+        experts.intermediate_size,
+        slots / experts.num_experts,
+        plain=experts.layout == "stacked" and not experts.biased,
+    ).launches()
+
+
+def expert_outputs(
+    hidden: Tensor, routing: Routing, experts: ExpertWeights, launches: Launches | None = None
+) -> Tensor:
+    """See `reap_kernels.experts.op.expert_outputs`; `launches` for self-checks and tuning."""
+    order = routing.order
+    rows = SortedSlots(order, order, routing.offsets, routing.top_k)
+    launches = launches or launches_of(hidden, experts, len(order))
+    y = triton_outputs(hidden, rows, experts, launches)
+    served = torch.arange(len(order), device=order.device) < routing.offsets[-1]
+    return torch.where(served[:, None], y, 0)

@@ -1,0 +1,139 @@
+"""When the `triton` backend serves `experts`, and the self-check of the grouped products."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reap_kernels import selfcheck
+from reap_kernels.dispatch import Backend, Request
+from reap_kernels.experts import reference
+from reap_kernels.gates import GateFormula
+from reap_kernels.route import reference as route_reference
+from reap_kernels.route.triton_backend import limits, priority
+from reap_kernels.testing import Case, make_experts, make_inputs, relative_error
+from reap_kernels.tuning import Launches, Problem
+from reap_kernels.types import ExpertWeights, Routing
+
+# ||got - want|| / ||want||. bf16 rounds the activation and the output to 8 bits.
+_OUTPUT_BOUND = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+# TF32 keeps 10 bits of each factor, and twice.
+_TF32_BOUND = 2e-3
+
+
+def refusal(request: Request) -> str | None:
+    """Why `experts` cannot be served, or None."""
+    return product_limits(request) or selfcheck.verdict(
+        "experts", request.device, facts(request), lambda: check(request)
+    )
+
+
+def product_limits(request: Request) -> str | None:
+    """Why the grouped products cannot serve, as far as is known without running them."""
+    if request.layout == "mixed":
+        return (
+            "the experts' matrices, or gate and up, differ in strides, and one launch reads all "
+            "of them alike; make them contiguous"
+        )
+    return limits(request)
+
+
+def note(request: Request) -> str:
+    """What a user should know of a call that is served."""
+    if request.formula == "opaque":
+        return "the gate is the model's own torch function, run between the two products"
+    return ""
+
+
+def launches(request: Request) -> Launches:
+    """Launches of the two products of a request."""
+    sizes = request.sizes
+    return Problem(
+        request.device,
+        request.dtype,
+        request.formula,
+        sizes.hidden,
+        sizes.intermediate,
+        sizes.rows,
+        plain=request.layout == "stacked" and not request.biased,
+    ).launches()
+
+
+def facts(request: Request) -> dict[str, Any]:
+    """What the compiled products depend on."""
+    chosen = launches(request)
+    return {
+        "dtype": request.dtype,
+        "formula": request.formula,
+        "layout": request.layout,
+        "biased": request.biased,
+        "tf32": tf32(request.dtype),
+        "up": ",".join(map(str, asdict(chosen.up).values())),
+        "down": ",".join(map(str, asdict(chosen.down).values())),
+    }
+
+
+def check_layer(request: Request) -> tuple[Case, ExpertWeights]:
+    """A small layer whose products take the request's launches over whole tiles, partly filled ones
+    and an empty expert.
+    """
+    chosen = launches(request)
+    up, down = chosen.up, chosen.down
+    tall, deep = max(up.block_m, down.block_m), 2 * max(up.block_k, down.block_k)
+    case = Case(
+        "self-check",
+        "every tile boundary once",
+        tokens=3 * tall + 5,
+        experts=5,
+        hidden=deep + down.block_n + 8,
+        intermediate=deep + up.block_n + 8,
+        skew="zipf",
+        foreign=0.1,
+    )
+    layout = {"table": "per-expert"}.get(
+        request.layout, "interleaved-biased" if request.biased else "stacked"
+    )
+    own = GateFormula("silu").apply if request.formula == "opaque" else None
+    formula = GateFormula(request.formula, limit=0.7, fn=own)
+    if request.formula == "relu2":
+        layout = "ungated"
+    experts = make_experts(case, layout, formula, request.dtype, device=request.device)
+    if not request.biased:
+        experts = replace(experts, up_bias=None, gate_bias=None, down_bias=None)
+    return case, experts
+
+
+def output_bound(dtype: torch.dtype) -> float:
+    """Largest relative error (Frobenius) of outputs computed in `dtype`."""
+    return _TF32_BOUND if tf32(dtype) else _OUTPUT_BOUND[dtype]
+
+
+def check(request: Request) -> str | None:
+    """Compares expert outputs with the reference's."""
+    case, experts = check_layer(request)
+    inputs = make_inputs(case, request.dtype, device=request.device)
+    routing = route_reference.route(inputs.topk_ids, inputs.topk_weights, case.experts)
+    want = reference.expert_outputs(inputs.hidden, routing, experts)
+    error = relative_error(_run(inputs.hidden, routing, experts, launches(request)), want)
+    bound = output_bound(request.dtype)
+    return None if error <= bound else f"outputs are off by {error:.1e}, {bound:.0e} is allowed"
+
+
+def tf32(dtype: torch.dtype) -> bool:
+    """Whether products of `dtype` run in TF32, as the user may ask torch for."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _run(
+    hidden: Tensor,
+    routing: Routing,
+    experts: ExpertWeights,
+    chosen: Launches | None = None,
+) -> Tensor:
+    from reap_kernels.experts import gpu
+
+    return gpu.expert_outputs(hidden, routing, experts, chosen)
+
+
+BACKEND = Backend("experts", "triton", priority, refusal, _run, note)

@@ -1,0 +1,126 @@
+"""GPU routing: launches of the counting sort, and the tile lists that grouped products walk."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from reap_kernels import device
+from reap_kernels.route import kernel_triton as kernels
+from reap_kernels.types import Routing
+
+# Slots of one program. 512 keeps the counts, (E + 1) * S / 512 int32, below 8 bytes a slot up to
+# E = 1024, and the comparisons of a block below the cost of reading it.
+_BLOCK = 512
+_CHUNK = 8
+# Bins below this give histograms fewer bins than threads, which some Triton versions reject.
+_FEWEST_BINS = 128
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of `block_m` sorted rows, each of one expert; see `kernel_triton` for the arrays."""
+
+    experts: Tensor
+    rows: Tensor
+    firsts: Tensor
+    block_m: int
+
+    @property
+    def bound(self) -> int:
+        """Most tiles there can be: the size of a launch, known without asking the device."""
+        return len(self.experts)
+
+
+@dataclass(frozen=True)
+class SortedSlots:
+    """A routing on the device, with what kernels need beyond `Routing`.
+
+    Attributes:
+        order: [S] int64, slot of each sorted row.
+        inverse: [S] int64, sorted row of each slot.
+        offsets: [E + 1] int64, first row of each expert; `offsets[E]` rows are served.
+        top_k: slots of a token.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    offsets: Tensor
+    top_k: int
+    _tiles: dict[int, Tiles] = field(default_factory=dict)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.offsets) - 1
+
+    def tiles(self, block_m: int) -> Tiles:
+        """The tile list for tiles of `block_m` rows, made once."""
+        if block_m not in self._tiles:
+            self._tiles[block_m] = _schedule(self.offsets, len(self.order), block_m)
+        return self._tiles[block_m]
+
+
+def sort_slots(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> SortedSlots:
+    """Sorts slots by expert, stably, without waiting for the device.
+
+    Args:
+        topk_ids: [T, k] integers; ids outside [0, E) are foreign.
+        topk_weights: [T, k] or None; slots of weight exactly 0 are foreign.
+        num_experts: E.
+    """
+    ids = topk_ids.contiguous()
+    weights = ids if topk_weights is None else topk_weights.contiguous()
+    slots, bins = ids.numel(), num_experts + 1
+    blocks = -(-slots // _BLOCK)
+    wide = max(_FEWEST_BINS, _power_of_two(bins))
+    counts, totals = (ids.new_empty(size, dtype=torch.int32) for size in ((blocks, bins), (bins,)))
+    offsets, order, inverse = (
+        ids.new_empty(size, dtype=torch.int64) for size in (bins, slots, slots)
+    )
+    options = {"E": num_experts, "BLOCK": _BLOCK, "WEIGHTED": topk_weights is not None}
+    options |= device.OPTIONS
+    with device.on(ids.device):
+        if blocks:
+            kernels.count_bins[(blocks,)](ids, weights, counts, slots, BINS=wide, **options)
+        kernels.scan_blocks[(-(-bins // 16),)](
+            counts, totals, blocks, E=num_experts, BLOCK_E=16, CHUNK=64, **device.OPTIONS
+        )
+        kernels.sum_bins[(1,)](totals, offsets, E=num_experts, BINS=wide, **device.OPTIONS)
+        if blocks:
+            kernels.place_slots[(blocks,)](
+                ids, weights, counts, offsets, order, inverse, slots, CHUNK=_CHUNK, **options
+            )
+    return SortedSlots(order, inverse, offsets, topk_ids.shape[1])
+
+
+def route(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> Routing:
+    """See `reap_kernels.route.op.route`."""
+    found = sort_slots(topk_ids, topk_weights, num_experts)
+    return Routing(found.order, found.offsets, found.top_k)
+
+
+def _schedule(offsets: Tensor, slots: int, block_m: int) -> Tiles:
+    """Lists the tiles; an expert's last tile may be partly empty, so E more than rows need."""
+    num_experts = len(offsets) - 1
+    bound = slots // block_m + min(num_experts, slots)
+    rows = torch.empty(2, bound, dtype=torch.int32, device=offsets.device)
+    firsts = torch.empty(num_experts + 1, dtype=torch.int32, device=offsets.device)
+    with device.on(offsets.device):
+        kernels.schedule_tiles[(num_experts,)](
+            offsets,
+            rows[0],
+            rows[1],
+            firsts,
+            E=num_experts,
+            BINS=_power_of_two(num_experts),
+            BLOCK_M=block_m,
+            CHUNK=64,
+            **device.OPTIONS,
+        )
+    return Tiles(rows[0], rows[1], firsts, block_m)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,168 @@
+"""GPU saliency: launches of the combination with norms, and of the reduction into statistics."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reap_kernels import device
+from reap_kernels.route.gpu import SortedSlots, sort_slots
+from reap_kernels.saliency import kernel_triton as kernels
+from reap_kernels.stats import LayerStats
+
+# Loads of 16 bytes that a thread of the combination has in flight: at k = 8, one of every row.
+_LOADS = 8
+# Rows a tile where no product gives tiles of its own.
+_TILE = 128
+_FIELDS = 9
+
+
+@dataclass(frozen=True)
+class SlotMeasures:
+    """||f||, largest and smallest element of f, by slot; each [S] float32.
+
+    Slots that no expert serves are not written.
+    """
+
+    norm: Tensor
+    high: Tensor
+    low: Tensor
+
+    @classmethod
+    def empty(cls, slots: int, where: torch.device) -> "SlotMeasures":
+        """Room for `slots` slots."""
+        room = torch.empty(3, slots, dtype=torch.float32, device=where)
+        return cls(room[0], room[1], room[2])
+
+
+def combine(
+    y: Tensor,
+    gates: Tensor,
+    rows: SortedSlots | None,
+    out: Tensor | None,
+    measures: SlotMeasures | None,
+) -> None:
+    """Reads every row of `y` once.
+
+    Args:
+        y: [S, H], by sorted row, or by slot where `rows` is None.
+        gates: [T, k] gate weights by slot, contiguous.
+        rows: the routing; None where every row of y is a slot of its own.
+        out: [T, H], receives the gate-weighted sums, where given.
+        measures: receives norms and extrema, where given.
+    """
+    tokens, top_k = gates.shape
+    if not tokens:
+        return
+    slots = 1 << (top_k - 1).bit_length()
+    vector = 16 // y.element_size()
+    if y.shape[1] % vector:  # rows that begin anywhere are loaded element by element
+        vector = 1
+    # One token fills a warp; an interpreter pays by the program, not by the element.
+    together = 64 if device.interpreted() else 1
+    # Stand-ins for what a launch does not use are never read or written.
+    unused = SlotMeasures(y, y, y)
+    into = measures or unused
+    with device.on(y.device):
+        kernels.combine_rows[(-(-tokens // together),)](
+            y,
+            gates,
+            gates if rows is None else rows.inverse,
+            gates if rows is None else rows.offsets[-1:],
+            y if out is None else out,
+            into.norm,
+            into.high,
+            into.low,
+            tokens,
+            y.shape[1],
+            TOP_K=top_k,
+            TOKENS=together,
+            SLOTS=slots,
+            BLOCK_H=max(32 * _LOADS * vector // slots, vector),
+            VECTOR=vector,
+            SORTED=rows is not None,
+            COMBINE=out is not None,
+            OBSERVE=measures is not None,
+            num_warps=1,
+            **device.OPTIONS,
+        )
+
+
+def reduce_slots(
+    measures: SlotMeasures,
+    gates: Tensor,
+    rows: SortedSlots,
+    stats: LayerStats,
+    mask: Tensor | None,
+    group: int | Tensor,
+    tile: int = _TILE,
+) -> None:
+    """Adds measured slots to the statistics, in place.
+
+    Args:
+        measures: of every slot.
+        gates: [T, k] by slot, contiguous.
+        rows: the routing.
+        stats: added to.
+        mask: [T] bool, tokens that count.
+        group: of every token, or [T] int64.
+        tile: rows reduced together; a tile list that is there already costs nothing.
+    """
+    tiles = rows.tiles(tile)
+    if not tiles.bound:
+        return
+    grouped = isinstance(group, Tensor)
+    groups = stats.num_groups if isinstance(group, Tensor) else 1
+    where = gates.device
+    partials = torch.empty(_FIELDS, groups, tiles.bound, dtype=torch.float64, device=where)
+    with device.on(where):
+        kernels.sum_tiles[(tiles.bound, groups)](
+            measures.norm,
+            measures.high,
+            measures.low,
+            gates,
+            rows.order,
+            rows.offsets,
+            tiles.experts,
+            tiles.rows,
+            tiles.firsts[-1:],
+            gates if mask is None else mask,
+            group if isinstance(group, Tensor) else gates,
+            partials,
+            tiles.bound,
+            TOP_K=rows.top_k,
+            MASKED=mask is not None,
+            GROUPED=grouped,
+            BLOCK_M=tile,
+            **device.OPTIONS,
+        )
+        kernels.add_partials[(rows.num_experts, groups)](
+            partials,
+            tiles.firsts,
+            stats.counts,
+            stats.sums,
+            stats.extrema,
+            tiles.bound,
+            stats.num_groups,
+            0 if isinstance(group, Tensor) else group,
+            E=rows.num_experts,
+            BLOCK=64,
+            num_warps=1,
+            **device.OPTIONS,
+        )
+
+
+def accumulate(
+    y: Tensor,
+    expert_ids: Tensor,
+    gates: Tensor,
+    stats: LayerStats,
+    mask: Tensor | None,
+    group: int | Tensor,
+) -> None:
+    """See `reap_kernels.saliency.op.accumulate`."""
+    column = gates.reshape(-1, 1).contiguous()
+    rows = sort_slots(expert_ids.reshape(-1, 1), column, stats.num_experts)
+    measures = SlotMeasures.empty(len(y), y.device)
+    combine(y.contiguous(), column, None, None, measures)
+    reduce_slots(measures, column, rows, stats, mask, group)

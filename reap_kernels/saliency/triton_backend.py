@@ -1,0 +1,62 @@
+"""When the `triton` backend serves `saliency`, and its self-check."""
+
+import torch
+from torch import Tensor
+
+from reap_kernels import selfcheck
+from reap_kernels.dispatch import Backend, Request
+from reap_kernels.route.triton_backend import limits, priority
+from reap_kernels.saliency import reference
+from reap_kernels.stats import COUNTS, SUMS, LayerStats
+from reap_kernels.testing import Case, largest_relative_error, make_inputs
+
+# Norms accumulate in float32, sums in float64.
+SUM_BOUND = 1e-6
+
+
+def refusal(request: Request) -> str | None:
+    """Why `accumulate` cannot be served, or None."""
+    return limits(request) or selfcheck.verdict(
+        "saliency", request.device, {"dtype": request.dtype}, lambda: check(request)
+    )
+
+
+def run(
+    y: Tensor,
+    expert_ids: Tensor,
+    gates: Tensor,
+    stats: LayerStats,
+    mask: Tensor | None,
+    group: int | Tensor,
+) -> None:
+    """See `reap_kernels.saliency.op.accumulate`."""
+    from reap_kernels.saliency import gpu
+
+    gpu.accumulate(y, expert_ids, gates, stats, mask, group)
+
+
+def check(request: Request) -> str | None:
+    """Compares statistics of given outputs with the reference's."""
+    case = Case("self-check", "all of it", 300, 7, 2, hidden=1100, skew="zipf", foreign=0.1)
+    inputs = make_inputs(case, request.dtype, device=request.device)
+    ids, gates = inputs.topk_ids[:, 0], inputs.topk_weights[:, 0]
+    mask, group = gates > 0.2, torch.arange(case.tokens, device=request.device) % 3
+    got, want = (LayerStats(case.experts, 3, request.device) for _ in range(2))
+    run(inputs.hidden, ids, gates, got, mask, group)
+    reference.accumulate(inputs.hidden, ids, gates, want, mask, group)
+    return difference(got, want, SUM_BOUND)
+
+
+def difference(got: LayerStats, want: LayerStats, bound: float) -> str | None:
+    """How statistics differ from the reference's, or None: counts exactly, sums within `bound`."""
+    for name in COUNTS:
+        if not torch.equal(getattr(got, name), getattr(want, name)):
+            return f"{name} differs from the reference's"
+    for name in SUMS:
+        error = largest_relative_error(getattr(got, name), getattr(want, name))
+        if not error <= bound:
+            return f"{name} is off by {error:.1e}, {bound:.0e} is allowed"
+    return None
+
+
+BACKEND = Backend("saliency", "triton", priority, refusal, run)

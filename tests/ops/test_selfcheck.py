@@ -1,0 +1,104 @@
+"""Self-checks: run once, kept on disk, and a backend whose numbers are wrong is refused."""
+
+import json
+
+import pytest
+import torch
+
+import reap_kernels as rk
+from reap_kernels import doctor, selfcheck
+from reap_kernels.errors import BackendUnavailable
+from reap_kernels.layer import gpu
+from reap_kernels.testing import CASES, make_experts, make_inputs
+
+CPU = torch.device("cpu")
+CASE = CASES[0]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("REAP_CACHE_DIR", str(tmp_path))
+    selfcheck.forget()
+    yield
+    selfcheck.forget()
+
+
+def observe(backend: str | None = "triton") -> torch.Tensor:
+    inputs = make_inputs(CASE)
+    call = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, make_experts(CASE))
+    return rk.observe_layer(*call, rk.LayerStats(CASE.experts), backend=backend)
+
+
+def test_runs_once_and_is_kept() -> None:
+    runs = []
+    for _ in range(2):
+        assert selfcheck.verdict("op", CPU, {"a": 1}, lambda: runs.append(1)) is None
+    selfcheck.forget()  # as a new process would
+    assert selfcheck.verdict("op", CPU, {"a": 1}, lambda: runs.append(1)) is None
+    assert len(runs) == 1
+    assert selfcheck.verdict("op", CPU, {"a": 2}, lambda: runs.append(1)) is None
+    assert len(runs) == 2
+    assert list(selfcheck.saved().values()) == [None, None]
+
+
+def test_wrong_numbers_refuse_the_backend(monkeypatch) -> None:
+    """A kernel that drops the gate, as a miscompiled one might, never serves."""
+    combine = gpu.combine
+    monkeypatch.setattr(
+        gpu, "combine", lambda y, gates, *rest: combine(y, torch.ones_like(gates), *rest)
+    )
+    with pytest.raises(
+        BackendUnavailable, match=r"self-check gave wrong numbers: the output is off"
+    ):
+        observe()
+    torch.testing.assert_close(observe(None), observe("reference"))
+    assert any("wrong numbers" in (reason or "") for reason in json_on_disk().values())
+
+
+def json_on_disk() -> dict:
+    return json.loads(selfcheck.path().read_text()) if selfcheck.path().exists() else {}
+
+
+def test_wrong_statistics_refuse_the_backend(monkeypatch) -> None:
+    reduce = gpu.reduce_slots
+    monkeypatch.setattr(
+        gpu,
+        "reduce_slots",
+        lambda m, g, rows, stats, mask, *rest: reduce(m, g, rows, stats, None, *rest),
+    )
+    with pytest.raises(BackendUnavailable, match=r"count differs from the reference's"):
+        observe()
+
+
+def test_a_kernel_that_does_not_compile_is_refused_with_its_error(monkeypatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("ptxas exited with 255")
+
+    monkeypatch.setattr(gpu, "combine", fails)
+    with pytest.raises(BackendUnavailable, match=r"self-check failed: RuntimeError: ptxas exited"):
+        observe()
+    assert json_on_disk() == {}, "an error may pass; only numbers are a verdict to keep"
+
+
+def test_damaged_file_is_no_verdict() -> None:
+    selfcheck.path().write_text("{")
+    runs = []
+    assert selfcheck.verdict("op", CPU, {}, lambda: runs.append(1)) is None
+    assert len(runs) == 1
+    assert list(json_on_disk().values()) == [None]
+
+
+def test_cache_that_cannot_be_written_warns(monkeypatch, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REAP_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="set REAP_CACHE_DIR"):
+        assert selfcheck.verdict("op", CPU, {}, lambda: None) is None
+
+
+def test_doctor_shows_verdicts(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    selfcheck.verdict("layer.triton", CPU, {"dtype": "x"}, lambda: "off by 3")
+    shown = doctor.report()["selfcheck"]
+    assert shown["file"] == str(selfcheck.path())
+    reasons = [reason for what, reason in shown["verdicts"].items() if "dtype=x" in what]
+    assert reasons == ["its self-check gave wrong numbers: off by 3"]

@@ -1,0 +1,188 @@
+"""Launch tables: buckets, overrides, bad files, the arithmetic fallback, and the search."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from reap_kernels import device, tuning
+from reap_kernels.errors import BackendUnavailable, DataError
+from reap_kernels.tune import Measured, Shape, candidates, tune
+from reap_kernels.tuning import CONFIGS, PRODUCTS, Entry, Launch, Table
+
+CPU = torch.device("cpu")
+SMALL = Launch(16, 16, 16, 1, 4, 2)
+
+
+@pytest.fixture
+def on_sm90(monkeypatch) -> None:
+    monkeypatch.setattr(device, "architecture", lambda where: "sm90")
+
+
+def test_shipped_tables_are_whole() -> None:
+    """Every architecture has a launch for every call, and stages that fit its shared memory."""
+    shared = {"sm80": 163, "sm89": 99, "sm90": 227, "sm100": 227, "sm120": 99, "interpreter": 1024}
+    assert {path.stem for path in CONFIGS.glob("*.json")} == set(shared)
+    for arch, kilobytes in shared.items():
+        table = Table.load(CONFIGS / f"{arch}.json")
+        assert table.arch == arch
+        assert table.entries == tuning.merged((), table.entries), "buckets are out of order"
+        for op in PRODUCTS:
+            for dtype in ("half", "float32"):
+                bounds = [
+                    (e.width, e.rows) for e in table.entries if (e.op, e.dtype) == (op, dtype)
+                ]
+                assert bounds[-1] == (None, None), f"{arch} {op} {dtype} has calls without a launch"
+        for entry in table.entries:
+            if entry.launch is not None:
+                itemsize = 2 if entry.dtype == "half" else 4
+                assert entry.launch.shared_bytes(entry.op, itemsize) <= kilobytes * 1024
+
+
+@pytest.mark.usefixtures("on_sm90")
+def test_buckets() -> None:
+    table = Table.load(CONFIGS / "sm90.json")
+
+    def launch(width: int, rows: float) -> Launch:
+        return tuning.choose(CPU, "down", torch.float16, width, rows)
+
+    half = [e for e in table.entries if (e.op, e.dtype) == ("down", "half")]
+    few, narrow, rest = (entry.launch for entry in half)
+    assert [launch(768, 64), launch(768, 64.1), launch(1024, 999)] == [few, narrow, narrow]
+    assert [launch(1025, 999), launch(1025, 1)] == [rest, few]
+    assert tuning.choose(CPU, "down", torch.bfloat16, 768, 64) == few
+
+
+@pytest.mark.usefixtures("on_sm90")
+def test_override_comes_first_and_need_not_be_whole(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "own.json"
+    Table("sm90", "by hand", (Entry("down", "half", None, None, SMALL),)).save(path)
+    shipped = tuning.choose(CPU, "gate_up", torch.float16, 768, 999)
+    monkeypatch.setenv("REAP_TUNING", str(path))
+    assert tuning.choose(CPU, "down", torch.float16, 768, 999) == SMALL
+    assert tuning.choose(CPU, "gate_up", torch.float16, 768, 999) == shipped
+    assert next(table.origin for table in tuning.tables("sm90")) == "by hand"
+
+
+def test_override_of_another_architecture_is_refused(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "own.json"
+    Table("sm80", "by hand", ()).save(path)
+    monkeypatch.setenv("REAP_TUNING", str(path))
+    with pytest.raises(DataError, match=r"for sm80, this device is sm90.*reap-kernels tune"):
+        tuning.tables("sm90")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"block_m": 48}, "block_m 48 is not a power of two"),
+        ({"block_k": 8}, "at least 16"),
+        ({"num_stages": 0}, "at least 1"),
+        ({"op": "up"}, "op 'up' is none of"),
+        ({"speed": 3}, "speed"),
+    ],
+)
+def test_bad_entries_are_named(tmp_path: Path, change: dict, word: str) -> None:
+    path = tmp_path / "own.json"
+    entry = Entry("down", "half", None, None, SMALL).as_json() | change
+    facts = {
+        "format": tuning.FORMAT,
+        "version": 1,
+        "arch": "sm90",
+        "origin": "",
+        "entries": [entry],
+    }
+    path.write_text(json.dumps(facts))
+    with pytest.raises(DataError, match=rf"own\.json cannot be used.*{word}"):
+        Table.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "reap-launch-table", "version": 2}'])
+def test_files_that_are_no_table(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"own\.json cannot be used.*unset REAP_TUNING"):
+        Table.load(path)
+    with pytest.raises(DataError, match="No such file"):
+        Table.load(tmp_path / "absent.json")
+
+
+def test_fallback_fits_any_shared_memory() -> None:
+    for op in PRODUCTS:
+        for dtype in (torch.float16, torch.float32):
+            for kilobytes in (48, 64, 99, 227):
+                launch = tuning.fallback(op, dtype, 500, kilobytes * 1024)
+                assert launch.shared_bytes(op, dtype.itemsize) <= kilobytes * 1024
+                assert launch.num_stages >= 1
+
+
+def test_unaligned_sizes_and_biases_get_launches_of_their_own() -> None:
+    def launches(hidden: int, plain: bool) -> tuning.Launches:
+        problem = tuning.Problem(CPU, torch.float16, "silu", hidden, 768, 500, plain)
+        return problem.launches()
+
+    assert launches(2048, True) == launches(2048, False)  # the fallback's tiles leave room
+    assert launches(2047, True).up == tuning._UNALIGNED[2]
+    full = Launch(128, 128, 64, 8, 8, 4)
+    assert tuning._roomier(full).block_n == 64
+    assert tuning._roomier(SMALL) == SMALL
+
+
+def test_candidates_fit() -> None:
+    for op in PRODUCTS:
+        found = candidates(op, torch.bfloat16, 99 * 1024)
+        assert found
+        assert all(launch.shared_bytes(op, 2) <= 99 * 1024 for launch in found)
+
+
+def test_tune_takes_the_fastest_that_is_right(tmp_path: Path, monkeypatch) -> None:
+    """In the interpreter, by a clock that prefers one launch, with a product that is wrong once."""
+    from reap_kernels.experts import gpu
+
+    quick, slow = Launch(16, 32, 32, 1, 4, 1), Launch(32, 32, 32, 1, 4, 1)
+    wrong = Launch(16, 16, 32, 1, 4, 1)
+    product = gpu.product
+
+    def broken(a, b, rows, launch, **options):
+        out = product(a, b, rows, launch, **options)
+        return out * 2 if launch == wrong else out
+
+    monkeypatch.setattr(gpu, "product", broken)
+    ran: list[Launch] = []
+    monkeypatch.setattr("reap_kernels.tune.BUCKETS", ((16, 4), (None, 6)))
+    seen: list[Measured] = []
+
+    def clock(call) -> float:
+        launch = call.__defaults__[0]
+        ran.append(launch)
+        return {quick: 1.0, slow: 2.0}.get(launch, 3.0)
+
+    shape = Shape(3, 2, 48, 32)
+    table = tune(
+        [shape],
+        torch.float32,
+        CPU,
+        timer=clock,
+        tried=lambda *_: [wrong, slow, quick],
+        seen=seen.append,
+    )
+    assert {e.launch for e in table.entries if e.op in PRODUCTS} == {quick}
+    assert wrong not in ran
+    refused = [m for m in seen if m.milliseconds is None]
+    assert {m.launch for m in refused} == {wrong}
+    assert all("wrong numbers" in m.reason for m in refused)
+    assert {e.path for e in table.entries if e.op == "layer"} <= {"triton", "grouped_mm"}
+    path = tmp_path / "table.json"
+    table.save(path)
+    assert Table.load(path) == table
+    assert asdict(table)["arch"] == "interpreter"
+
+
+def test_tune_needs_a_device_that_runs_kernels(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(
+        BackendUnavailable, match=r"cannot be measured on cpu.*run `tune` on the GPU"
+    ):
+        tune([Shape(3, 2, 48, 32)], torch.float32, CPU)
