@@ -25,6 +25,7 @@ from reap_driver.masks import TokenMask
 from reap_kernels import ExpertWeights, GateFormula, LayerStats, SaliencyStats, observe_layer
 from reap_kernels.dispatch import Request, select
 from reap_kernels.errors import DataError, UnsupportedModel
+from reap_kernels.experts.op import request_of
 
 DEFAULT_GROUP = "default"
 
@@ -173,7 +174,7 @@ class Observer:
                 "transformers": transformers.__version__,
             },
             "backend": "+".join(
-                sorted({r.served_by for r in self._recorders.values() if r.called})
+                sorted({name for r in self._recorders.values() if r.called for name in r.served_by})
             ),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
@@ -190,6 +191,7 @@ class LayerRecorder:
         self._formula: GateFormula | None = None
         self._stats: LayerStats | None = None
         self._compared = False
+        self._served: dict[int, str] = {}
 
     @property
     def called(self) -> bool:
@@ -202,12 +204,14 @@ class LayerRecorder:
         return self._observer.backend
 
     @property
-    def served_by(self) -> str:
-        """The backend that serves this layer, which has run."""
+    def served_by(self) -> set[str]:
+        """The backends that served this layer, which has run; they may differ by a call's size."""
         assert self._stats is not None
+        if self._served:
+            return set(self._served.values())
+        # An adapter that brings the experts' outputs: only their statistics are a kernel's.
         dtype = next(self._layer.module.parameters()).dtype
-        op, kind = ("saliency", "") if self._formula is None else ("layer", self._formula.kind)
-        return select(Request(op, self._stats.device, dtype, kind), self.backend).name
+        return {select(Request("saliency", self._stats.device, dtype), self.backend).name}
 
     @property
     def name(self) -> str:
@@ -224,6 +228,9 @@ class LayerRecorder:
         mask = self.token_mask(len(hidden), hidden.device)
         experts = self.weights()
         stats, group = self.open(hidden.device)
+        if len(hidden) not in self._served:
+            request = request_of("layer", hidden, ids.shape[1], experts)
+            self._served[len(hidden)] = select(request, self.backend).name
         out = observe_layer(
             hidden, ids, weights, experts, stats, mask=mask, group=group, backend=self.backend
         )

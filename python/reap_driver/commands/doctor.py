@@ -9,7 +9,8 @@ NAME = "doctor"
 SUMMARY = "show versions, devices, and which kernels serve here and why"
 DESCRIPTION = """\
 Shows what a bug report needs: versions, CPU features, GPUs, and for each device and dtype the
-kernel backend that serves, with the reason why the others do not.
+kernel backend that serves, with the reason why the others do not. On a GPU it runs the kernels'
+self-checks that are due and shows what they found.
 """
 EXAMPLES = """\
 examples:
@@ -50,4 +51,14 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         for b in facts["backends"]:
             if (b["device"], b["dtype"]) == (device, dtype):
                 console.say(f"    {b['op']:<10}{b['backend']:<11}{b['reason'] or 'chosen'}")
+    for arch, origins in facts["launch_tables"].items():
+        console.say(f"\nlaunches on {arch}: {'; then '.join(origins) or 'by arithmetic, no table'}")
+    checks = facts["selfcheck"]
+    console.say(f"\nself-checks of compiled kernels, kept in {checks['file']}")
+    for what, reason in checks["verdicts"].items():
+        console.say(f"  {'passed' if reason is None else 'FAILED'}  {what}")
+        if reason is not None:
+            console.say(f"          {reason}")
+    if not checks["verdicts"]:
+        console.say("  none yet: each runs once, before its kernel first serves a GPU")
     return dict(facts)
