@@ -1,0 +1,248 @@
+"""Measures a launch table on the GPU at hand: offline, once, for the shapes of given models.
+
+Each candidate launch is compared with a float32 product before it is timed, so that a tile the
+compiler gets wrong cannot win. Nothing here runs while a model is observed.
+"""
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reap_kernels import device
+from reap_kernels.dispatch import Request, Sizes
+from reap_kernels.errors import BackendUnavailable
+from reap_kernels.gates import GateFormula
+from reap_kernels.layer.triton_backend import grouped_limits
+from reap_kernels.testing import relative_error
+from reap_kernels.tuning import PRODUCTS, Entry, Launch, Launches, Table, merged, table_dtype
+from reap_kernels.types import ExpertWeights
+
+# Upper bounds of the buckets of rows an expert, and the rows each is measured at.
+BUCKETS = ((16, 16), (64, 64), (255, 192), (None, 1024))
+_BOUND = 1e-2
+_ROUNDS = 30
+
+# Milliseconds a call takes.
+Timer = Callable[[Callable[[], object]], float]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """E, k, H and I of one MoE layer."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One candidate: its launch, and milliseconds or why it is out of the race."""
+
+    op: str
+    launch: Launch
+    rows: int
+    milliseconds: float | None
+    reason: str = ""
+
+
+def cuda_timer(call: Callable[[], object]) -> float:
+    """Median milliseconds of a call, by device events, after it has warmed up."""
+    for _ in range(3):
+        call()
+    taken = []
+    for _ in range(_ROUNDS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end))
+    return statistics.median(taken)
+
+
+def candidates(op: str, dtype: torch.dtype, shared_memory: int) -> list[Launch]:
+    """Launches whose accumulators fit in registers and whose operands fit in shared memory."""
+    accumulators = 2 if op == "gate_up" else 1
+    found = []
+    sizes = itertools.product((16, 64, 128), (32, 64, 128, 256), (32, 64), (4, 8), (2, 3, 4))
+    for m, n, k, warps, stages in sizes:
+        launch = Launch(m, n, k, 8, warps, stages)
+        a_thread = accumulators * m * n // (32 * warps)
+        if 4 <= a_thread <= 128 and launch.shared_bytes(op, dtype.itemsize) <= shared_memory:
+            found.append(launch)
+    return found
+
+
+def tune(
+    shapes: Sequence[Shape],
+    dtype: torch.dtype,
+    where: torch.device,
+    *,
+    timer: Timer = cuda_timer,
+    tried: Callable[[str, torch.dtype, int], list[Launch]] = candidates,
+    seen: Callable[[Measured], None] = lambda measured: None,
+) -> Table:
+    """Measures the products of every shape and bucket, and which path a layer should take.
+
+    Args:
+        shapes: of the models' layers; the table's width buckets end at their I.
+        dtype: bf16, fp16 or fp32.
+        where: the device.
+        timer: how a call is timed.
+        tried: candidates of an op.
+        seen: called with every candidate that was measured or fell out.
+
+    Raises:
+        BackendUnavailable: Triton does not serve the device, or no candidate gives right numbers.
+    """
+    reason = device.triton_refusal(where)
+    if reason is not None:
+        raise BackendUnavailable(
+            f"launches cannot be measured on {where}: {reason}; run `tune` on the GPU that is to "
+            "use the table"
+        )
+    entries: list[Entry] = []
+    for shape in shapes:
+        weights = _weights(shape, dtype, where)
+        for bound, rows in BUCKETS:
+            best = {}
+            for op in PRODUCTS:
+                launches = tried(op, dtype, device.shared_memory(where))
+                best[op] = _best(op, launches, shape, weights, rows, timer, seen)
+                bucket = (op, table_dtype(dtype), shape.intermediate, bound)
+                entries.append(Entry(*bucket, launch=best[op]))
+            path = _path(Launches(best["gate_up"], best["down"]), shape, weights, rows, timer)
+            bucket = ("layer", table_dtype(dtype), shape.intermediate, bound)
+            entries.append(Entry(*bucket, path=path))
+    name = "the CPU, interpreted" if where.type == "cpu" else torch.cuda.get_device_name(where)
+    origin = f"measured on {name}, Triton {device.triton_version()}, torch {torch.__version__}"
+    return Table(device.architecture(where), origin, merged((), entries))
+
+
+def _weights(shape: Shape, dtype: torch.dtype, where: torch.device) -> ExpertWeights:
+    """Random experts of unit scale."""
+    e, h, i = shape.experts, shape.hidden, shape.intermediate
+
+    def normal(*size: int, scale: float) -> Tensor:
+        return torch.randn(*size, device=where, dtype=dtype).mul_(scale)
+
+    up = normal(e, 2 * i, h, scale=h**-0.5)
+    return ExpertWeights(up, normal(e, h, i, scale=2 * i**-0.5), GateFormula("silu"))
+
+
+def _inputs(shape: Shape, rows: int, like: ExpertWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden, ids and gates of as many tokens as give `rows` rows an expert, balanced."""
+    tokens = max(1, rows * shape.experts // shape.top_k)
+    hidden = torch.randn(tokens, shape.hidden, device=like.device, dtype=like.dtype)
+    order = torch.rand(tokens, shape.experts, device=like.device)
+    gates, ids = order.topk(shape.top_k, dim=-1)
+    return hidden, ids, gates
+
+
+def _best(
+    op: str,
+    launches: Sequence[Launch],
+    shape: Shape,
+    weights: ExpertWeights,
+    rows: int,
+    timer: Timer,
+    seen: Callable[[Measured], None],
+) -> Launch:
+    """The fastest launch of one product among those that compute it right."""
+    found = []
+    for measured in _measured(op, launches, shape, weights, rows, timer):
+        seen(measured)
+        if measured.milliseconds is not None:
+            found.append((measured.milliseconds, measured.launch))
+    if not found:
+        raise BackendUnavailable(
+            f"no launch of {op} computes {shape} right on {weights.device}; `reap-kernels doctor` "
+            "shows versions: report them"
+        )
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _measured(
+    op: str,
+    launches: Sequence[Launch],
+    shape: Shape,
+    weights: ExpertWeights,
+    rows: int,
+    timer: Timer,
+) -> Iterator[Measured]:
+    """Every candidate of one product, checked on the rows of one expert, then timed."""
+    from reap_kernels.experts import gpu
+    from reap_kernels.route.gpu import sort_slots
+
+    hidden, ids, gates = _inputs(shape, rows, weights)
+    slots = sort_slots(ids, gates, shape.experts)
+    gated = op == "gate_up"
+    a = (
+        hidden
+        if gated
+        else torch.randn(
+            len(slots.order), shape.intermediate, device=hidden.device, dtype=hidden.dtype
+        )
+    )
+    up, gate = gpu.halves(weights)
+    b = up if gated else gpu.Operand.of(weights.down, None)
+    want, rows_of_one = _truth(op, a, slots.order, slots.offsets, shape, weights)
+    for launch in launches:
+
+        def call(launch: Launch = launch) -> Tensor:
+            if gated:
+                formula = weights.formula
+                return gpu.product(a, b, slots, launch, gate=gate, formula=formula, gather=True)
+            return gpu.product(a, b, slots, launch)
+
+        try:
+            error = relative_error(call()[rows_of_one], want)
+        except Exception as failure:  # noqa: BLE001  compilers refuse launches in many ways
+            reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+            yield Measured(op, launch, rows, None, reason)
+            continue
+        if not error <= _BOUND:
+            yield Measured(op, launch, rows, None, f"wrong numbers: off by {error:.1e}")
+            continue
+        yield Measured(op, launch, rows, timer(call))
+
+
+def _truth(
+    op: str, a: Tensor, order: Tensor, offsets: Tensor, shape: Shape, weights: ExpertWeights
+) -> tuple[Tensor, slice]:
+    """What the last expert's rows of a product must be, in float64, and where they are."""
+    expert = shape.experts - 1
+    rows = slice(int(offsets[expert]), int(offsets[expert + 1]))
+    if op == "gate_up":
+        source = a[order[rows] // shape.top_k].double()
+        return weights.formula.apply(source @ weights.up[expert].double().T), rows
+    return a[rows].double() @ weights.down[expert].double().T, rows
+
+
+def _path(launches: Launches, shape: Shape, weights: ExpertWeights, rows: int, timer: Timer) -> str:
+    """Whether a whole layer is faster with our products or with torch's grouped_mm."""
+    from reap_kernels.layer import gpu
+    from reap_kernels.stats import LayerStats
+
+    hidden, ids, gates = _inputs(shape, rows, weights)
+    sizes = Sizes(len(hidden), shape.top_k, shape.experts, shape.hidden, shape.intermediate)
+    request = Request("layer", hidden.device, hidden.dtype, weights.formula.kind, sizes)
+    if grouped_limits(request) is not None:
+        return "triton"
+    stats = LayerStats(shape.experts, 1, hidden.device)
+    taken = {}
+    for name, products in (("triton", gpu.TRITON), ("grouped_mm", gpu.GROUPED_MM)):
+
+        def call(products: gpu.Products = products) -> Tensor:
+            return gpu.observe_layer(
+                products, hidden, ids, gates, weights, stats, None, 0, None, launches
+            )
+
+        taken[name] = timer(call)
+    return min(taken, key=lambda name: taken[name])
