@@ -1,0 +1,376 @@
+"""Compiles every launch of the tables without a GPU, and looks at the machine code.
+
+The launches are those of the real host code: it runs on CPU tensors with every kernel launch
+recorded instead of run, so arguments and specialisations are what a GPU would get, and host code
+that read a result would read garbage. Each recorded kernel is compiled for an architecture and its
+code inspected: no spills, no local memory, tensor-core instructions where operands have 16 bits.
+"""
+
+import argparse
+import contextlib
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import reap_kernels as rk
+from bench import rows
+from reap_kernels import device, tuning
+from reap_kernels.experts.gpu import activated
+from reap_kernels.layer import gpu
+from reap_kernels.route.gpu import SortedSlots
+from reap_kernels.saliency import gpu as saliency
+from reap_kernels.testing import FORMULAS, Case, make_experts, make_inputs
+from reap_kernels.tuning import Launch, Launches
+
+
+@dataclass(frozen=True)
+class Arch:
+    """An architecture: how to target it, what its code must show, shared memory of a program."""
+
+    name: str
+    target: GPUTarget
+    tensor_cores: str
+    shared: int
+
+
+ARCHS = {
+    arch.name: arch
+    for arch in (
+        Arch("sm80", GPUTarget("cuda", 80, 32), r"\bHMMA\.", 163 * 1024),
+        Arch("sm89", GPUTarget("cuda", 89, 32), r"\bHMMA\.", 99 * 1024),
+        Arch("sm90", GPUTarget("cuda", 90, 32), r"\bHGMMA\.", 227 * 1024),
+        Arch("sm100", GPUTarget("cuda", 100, 32), r"\bUTCHMMA\b", 227 * 1024),
+        Arch("sm120", GPUTarget("cuda", 120, 32), r"\bHMMA\.", 99 * 1024),
+    )
+}
+
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One recorded launch, reduced to what its code depends on.
+
+    Attributes:
+        kernel: module and function.
+        why: which use of the library launched it.
+        signature: (name, type) of every parameter; "constexpr" for constants.
+        constants: (name, value) of every constant.
+        divisible: indices of parameters that are multiples of 16.
+        options: (name, value) of compiler options.
+    """
+
+    kernel: tuple[str, str]
+    why: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def code(self) -> tuple[Any, ...]:
+        """What makes two launches the same code."""
+        return (self.kernel, self.signature, self.constants, self.divisible, self.options)
+
+
+def _described(function: JITFunction, why: str, args: tuple[Any, ...], kwargs: Any) -> Launched:
+    """A launch as Triton specialises it: 1 is a constant, multiples of 16 are known as such."""
+    names = function.arg_names
+    options = tuple(sorted((k, v) for k, v in kwargs.items() if k not in names))
+    values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+    if set(values) != set(names):
+        raise SystemExit(f"{function.__name__}: arguments {set(names) ^ set(values)} do not match")
+    constexpr = {param.name for param in function.params if param.is_constexpr}
+    signature, constants, divisible = [], [], []
+    for index, name in enumerate(names):
+        value = values[name]
+        if isinstance(value, Tensor):
+            signature.append((name, "*" + _TYPES[value.dtype]))
+            if value.data_ptr() % 16 == 0:
+                divisible.append(index)
+        elif name in constexpr or (value == 1 and not isinstance(value, float)):
+            signature.append((name, "constexpr"))
+            constants.append((name, value))
+        elif isinstance(value, float):
+            signature.append((name, "fp32"))
+        else:
+            signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            if value % 16 == 0:
+                divisible.append(index)
+    return Launched(
+        (function.fn.__module__, function.__name__),
+        why,
+        tuple(signature),
+        tuple(constants),
+        tuple(divisible),
+        options,
+    )
+
+
+@contextlib.contextmanager
+def recording(why: str, into: list[Launched]) -> Iterator[None]:
+    """Inside the context kernels are not run; each launch is added to `into` once."""
+    before = JITFunction.run
+    known = {launch.code for launch in into}
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch = _described(self, why, args, kwargs)
+        if launch.code not in known:
+            known.add(launch.code)
+            into.append(launch)
+
+    JITFunction.run = record
+    try:
+        yield
+    finally:
+        JITFunction.run = before
+
+
+# Sizes that every block divides; sizes of whole 16 bytes that none divides; and odd ones.
+EVEN = Case("even", "sizes of models", 256, 8, 8, hidden=1024, intermediate=512)
+UNEVEN = Case("uneven", "H and I of 1040 and 528", 256, 8, 8, hidden=1040, intermediate=528)
+ODD = Case("odd", "no size is a multiple of a block", 37, 6, 3, hidden=135, intermediate=77)
+
+
+def _observe(
+    case: Case,
+    dtype: torch.dtype,
+    layout: str = "stacked",
+    formula: rk.GateFormula | None = None,
+    observed: bool = True,
+    launches: Launches | None = None,
+) -> None:
+    """One call of the layer, through the host code; it chooses its launches unless given."""
+    inputs = make_inputs(case, dtype)
+    experts = make_experts(case, layout, formula, dtype)
+    stats = rk.LayerStats(case.experts, case.groups) if observed else None
+    call = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts, stats)
+    gpu.observe_layer(gpu.TRITON, *call, inputs.mask, inputs.group, None, launches)
+
+
+def _pairs(arch: Arch, dtype: torch.dtype) -> list[Launches]:
+    """Every launch of the architecture's table, and of the arithmetic fallback."""
+    found: dict[str, list[Launch]] = {op: [] for op in tuning.PRODUCTS}
+    for table in tuning.tables(arch.name):
+        for entry in table.entries:
+            if entry.dtype == tuning.table_dtype(dtype) and entry.launch is not None:
+                found[entry.op].append(entry.launch)
+    for op in tuning.PRODUCTS:
+        for many in (16, 1024):
+            found[op].append(tuning.fallback(op, dtype, many, arch.shared))
+    longest = max(len(launches) for launches in found.values())
+    ups, downs = (found[op] for op in tuning.PRODUCTS)
+    return [Launches(ups[i % len(ups)], downs[i % len(downs)]) for i in range(longest)]
+
+
+def launches_of(arch: Arch) -> list[Launched]:
+    """Every kernel the library launches on an architecture, once each."""
+    found: list[Launched] = []
+    with _pretending(arch):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            short = str(dtype).removeprefix("torch.")
+            # fp16 differs from bf16 in the type of an instruction; one launch shows that.
+            for pair in _pairs(arch, dtype)[: 1 if dtype == torch.float16 else None]:
+                with recording(f"table, {short}", found):
+                    _observe(EVEN, dtype, launches=pair)
+            with recording(f"sizes of no block, {short}", found):
+                _observe(UNEVEN, dtype)
+            with recording(f"odd sizes, {short}", found):
+                _observe(ODD, dtype)
+            with recording(f"accumulate, {short}", found):
+                y, ids, gates = torch.zeros(64, 256, dtype=dtype), torch.zeros(64), torch.ones(64)
+                saliency.accumulate(y, ids.long(), gates, rk.LayerStats(8), None, 0)
+        _variants(found)
+    return found
+
+
+@contextlib.contextmanager
+def _pretending(arch: Arch) -> Iterator[None]:
+    """Inside the context host code chooses launches as on `arch`."""
+    before = device.architecture, device.shared_memory
+    device.architecture, device.shared_memory = lambda _: arch.name, lambda _: arch.shared
+    try:
+        yield
+    finally:
+        device.architecture, device.shared_memory = before
+
+
+def _variants(found: list[Launched]) -> None:
+    """What tables do not vary: formulas, layouts, groups, grouped_mm's glue; in bf16."""
+    half = torch.bfloat16
+    for formula in FORMULAS:
+        with recording(f"formula {formula.kind}", found):
+            _observe(EVEN, half, "ungated" if formula.kind == "relu2" else "stacked", formula)
+    for layout in ("transposed", "interleaved-biased", "per-expert"):
+        with recording(f"layout {layout}", found):
+            _observe(EVEN, half, layout)
+    with recording("gpt-oss", found):
+        _observe(EVEN, half, "interleaved-biased", rk.GateFormula("swiglu_oai", limit=7.0))
+    opaque = rk.GateFormula("opaque", fn=rk.GateFormula("silu").apply)
+    with recording("opaque gate", found):
+        _observe(EVEN, half, formula=opaque)
+    with recording("groups and mask", found):
+        _observe(replace(EVEN, groups=3, masked=0.5), half)
+    with recording("unobserved", found):
+        _observe(EVEN, half, observed=False)
+    with recording("k = 16", found):
+        _observe(replace(EVEN, experts=1024, top_k=16, hidden=128, intermediate=128), half)
+    with recording("k = 1", found):
+        _observe(replace(EVEN, top_k=1), half)
+    with recording("grouped_mm", found):
+        up, order = torch.zeros(64, 128, dtype=half), torch.zeros(64, dtype=torch.int64)
+        slots = SortedSlots(order, order, order[:9], top_k=8)
+        activated(up, up, rk.GateFormula("silu"), slots)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the machine code of one launch shows.
+
+    Attributes:
+        launch: the launch.
+        registers: a thread's.
+        shared: bytes a program's.
+        local: bytes of stack and local memory a thread's: spills, or arrays that are indexed.
+        spills: loads and stores of local memory in the code.
+        tensor_cores: instructions that multiply on tensor cores.
+        seconds: to compile.
+    """
+
+    launch: Launched
+    registers: int
+    shared: int
+    local: int
+    spills: int
+    tensor_cores: int
+    seconds: float
+
+
+def compile_one(arch: Arch, launch: Launched) -> Compiled:
+    """Compiles one launch and inspects its code."""
+    module, name = launch.kernel
+    function = getattr(__import__(module, fromlist=[name]), name)
+    source = ASTSource(
+        function,
+        dict(launch.signature),
+        dict(launch.constants),
+        {(index,): [["tt.divisibility", 16]] for index in launch.divisible},
+    )
+    began = time.perf_counter()
+    compiled = triton.compile(source, target=arch.target, options=dict(launch.options))
+    seconds = time.perf_counter() - began
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+
+        def dump(option: str) -> str:
+            command = [str(tools / "cuobjdump"), option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, code = dump("--dump-resource-usage"), dump("-sass")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    return Compiled(
+        launch,
+        int(found[1]),
+        compiled.metadata.shared,
+        int(found[2]) + int(found[3]),
+        len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        len(re.findall(arch.tensor_cores, code)),
+        seconds,
+    )
+
+
+def problems(arch: Arch, compiled: Compiled) -> list[str]:
+    """What the code of one launch should not show."""
+    found = []
+    if compiled.spills or compiled.local:
+        found.append(f"{compiled.spills} local loads and stores, {compiled.local} bytes")
+    if compiled.shared > arch.shared:
+        found.append(f"{compiled.shared} bytes of shared memory, {arch.shared} are there")
+    operand = dict(compiled.launch.signature)["a_ptr"] if _is_product(compiled.launch) else ""
+    if operand in ("*bf16", "*fp16") and not compiled.tensor_cores:
+        found.append(f"no tensor-core instruction ({arch.tensor_cores})")
+    return found
+
+
+def _is_product(launch: Launched) -> bool:
+    return launch.kernel[1] == "grouped_product"
+
+
+def row(arch: Arch, compiled: Compiled) -> dict[str, object]:
+    """One line of bench/results/aot.csv."""
+    launch = compiled.launch
+    constants = dict(launch.constants)
+    blocks = [str(constants[key]) for key in constants if key.startswith("BLOCK")]
+    options = dict(launch.options)
+    operand = next(kind for _, kind in launch.signature if kind.startswith("*"))
+    return {
+        "arch": arch.name,
+        "triton": triton.__version__,
+        "kernel": launch.kernel[1],
+        "use": launch.why,
+        "operand": operand.removeprefix("*"),
+        "gate": constants.get("GATE", ""),
+        "blocks": "x".join(blocks),
+        "warps": options.get("num_warps", 4),
+        "stages": options.get("num_stages", 3),
+        "registers": compiled.registers,
+        "shared_bytes": compiled.shared,
+        "local_bytes": compiled.local,
+        "spills": compiled.spills,
+        "tensor_core_instructions": compiled.tensor_cores,
+        "compile_s": f"{compiled.seconds:.2f}",
+    }
+
+
+def main(arguments: list[str]) -> None:
+    """Compiles, prints a line a kernel, and fails if any has a problem."""
+    parser = argparse.ArgumentParser(prog="python -m bench aot", description=__doc__)
+    parser.add_argument("--arch", choices=ARCHS, action="append", help="default: all")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--record", action="store_true", help="append rows to bench/results")
+    options = parser.parse_args(arguments)
+    bad = 0
+    work = {ARCHS[name]: launches_of(ARCHS[name]) for name in options.arch or ARCHS}
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        queued = {
+            arch: [pool.submit(compile_one, arch, launch) for launch in launches]
+            for arch, launches in work.items()
+        }
+        for arch, futures in queued.items():
+            done = [future.result() for future in futures]
+            lines = [row(arch, compiled) for compiled in done]
+            if options.record:
+                rows.write("aot", lines)
+            for line, compiled in zip(lines, done, strict=True):
+                wrong = problems(arch, compiled)
+                bad += bool(wrong)
+                if wrong or not options.record:
+                    print("  ".join(str(v) for v in line.values()), "; ".join(wrong), flush=True)
+    if bad:
+        raise SystemExit(f"{bad} kernels have problems")
+    print(f"{len(options.arch or ARCHS)} architectures: every kernel compiles without spills")
