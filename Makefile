@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 # One OpenMP thread a test worker: two spinning teams on the same cores run many times slower.
 WORKERS ?= 2
 
-.PHONY: demo test support lint bench clean
+.PHONY: demo test support lint aot bench clean
 
 demo: $(READY)
 	$(RUN) -m reap_driver demo --out out/demo
@@ -30,6 +30,10 @@ lint: $(VENV)/.lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# Compiles every GPU kernel for five architectures and inspects the code; needs no GPU.
+aot: $(READY)
+	env -u TRITON_INTERPRET TRITON_CACHE_DIR=$(CURDIR)/out/triton OMP_NUM_THREADS=1 $(RUN) -m bench aot
 
 bench: $(READY)
 	$(RUN) -m bench

@@ -110,6 +110,32 @@ def demo() -> str:
     return markdown(head, body)
 
 
+def aot() -> str:
+    """What compilers make of the GPU kernels, by architecture: the newest run of each."""
+    found = _rows("aot", "arch", "kernel", "use", "operand", "gate", "blocks")
+    body = []
+    for arch in dict.fromkeys(row["arch"] for row in found):
+        rows = [row for row in found if row["arch"] == arch]
+        newest = max(row["run"] for row in rows)
+        rows = [row for row in rows if row["run"] == newest]
+        products = [row for row in rows if row["operand"] in ("bf16", "fp16") and row["gate"]]
+        products = [row for row in products if row["kernel"] == "grouped_product"]
+        body.append(
+            [
+                arch,
+                rows[0]["triton"],
+                str(len(rows)),
+                str(sum(int(row["spills"]) + int(row["local_bytes"]) for row in rows)),
+                f"{sum(int(row['tensor_core_instructions']) > 0 for row in products)} of "
+                f"{len(products)}",
+                str(max(int(row["registers"]) for row in rows)),
+                f"{max(int(row['shared_bytes']) for row in rows) // 1024} KiB",
+            ]
+        )
+    head = ["architecture", "Triton", "kernels", "spills", "16-bit products on tensor cores"]
+    return markdown([*head, "most registers", "most shared memory"], body)
+
+
 _PROVIDER = ("provider", "variant", "observed")
 
 
@@ -143,6 +169,7 @@ def gpu_end_to_end() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "observe_cpu": observe_cpu,
     "accuracy_cpu": accuracy_cpu,
+    "aot": aot,
     "demo": demo,
     "writer": writer,
     "gpu_layer": gpu_layer,

@@ -1,7 +1,8 @@
 """reap-kernels, the kernel library: MoE layer output and expert statistics in one pass.
 
 Tensors in, tensors out; imports torch, never transformers. Layers, lowest first: errors, env,
-gates, types -> dispatch, stats -> route -> experts -> saliency -> layer.
+gates, types -> dispatch, stats, device -> tuning, selfcheck -> route -> experts -> saliency ->
+layer.
 """
 
 from reap_kernels import errors

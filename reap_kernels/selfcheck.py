@@ -21,6 +21,8 @@ from reap_kernels.files import replaced
 
 # None: the check passed. Filled from disk at first use.
 _VERDICTS: dict[str, str | None] = {}
+# The same by value, for calls of a layer: writing out a key takes longer than launching a kernel.
+_KNOWN: dict[tuple[Any, ...], str | None] = {}
 
 
 def path() -> Path:
@@ -39,24 +41,38 @@ def verdict(
         facts: what else the compiled kernels depend on: dtype, launch, formula, layout.
         check: computes and compares; returns what is wrong, or None.
     """
-    key = _key(op, where, facts)
+    values = (op, where, *facts.values())
+    if values not in _KNOWN:
+        reason, lasting = _verdict(_key(op, where, facts), where, check)
+        if not lasting:
+            return reason
+        _KNOWN[values] = reason
+    return _KNOWN[values]
+
+
+def _verdict(
+    key: str, where: torch.device, check: Callable[[], str | None]
+) -> tuple[str | None, bool]:
+    """The reason, and whether it holds for as long as the process lives."""
     if not _VERDICTS:
         _VERDICTS.update(saved())
     if key in _VERDICTS:
-        return _VERDICTS[key]
+        return _VERDICTS[key], True
     if where.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return "it has not been checked on this device yet; call it once before capturing a graph"
+        return (
+            "it has not been checked on this device yet; call it once before capturing a graph",
+            False,
+        )
     try:
         reason = check()
     except torch.OutOfMemoryError as error:
-        return f"its self-check ran out of memory: {error}"
+        return f"its self-check ran out of memory: {error}", False
     except Exception as error:  # noqa: BLE001  a compiler may fail in any way: all of them refuse
         text = " ".join(str(error).split())[:500]
-        _VERDICTS[key] = f"its self-check failed: {type(error).__name__}: {text}"
-        return _VERDICTS[key]
+        return f"its self-check failed: {type(error).__name__}: {text}", True
     _VERDICTS[key] = None if reason is None else f"its self-check gave wrong numbers: {reason}"
     _save(key, _VERDICTS[key])
-    return _VERDICTS[key]
+    return _VERDICTS[key], True
 
 
 def saved() -> dict[str, str | None]:
@@ -71,6 +87,7 @@ def saved() -> dict[str, str | None]:
 def forget() -> None:
     """Drops the verdicts in memory, so that the next call reads them from disk again."""
     _VERDICTS.clear()
+    _KNOWN.clear()
 
 
 def _save(key: str, reason: str | None) -> None:

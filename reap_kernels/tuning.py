@@ -47,6 +47,9 @@ class Launch:
     num_warps: int
     num_stages: int
 
+    def __str__(self) -> str:
+        return ",".join(map(str, asdict(self).values()))
+
     def shared_bytes(self, op: str, itemsize: int) -> int:
         """Shared memory of the operands in flight."""
         operands = self.block_m + self.block_n * (2 if op == "gate_up" else 1)
@@ -264,11 +267,11 @@ def fallback(op: str, dtype: torch.dtype, rows: float, shared_memory: int) -> La
     """Tiles as large as registers allow, no taller than an expert has rows, and as many stages as
     fit in shared memory.
     """
-    wide = 64 if op == "gate_up" else 128
     if dtype == torch.float32:  # no tensor cores: small tiles keep the product in registers
-        launch = Launch(64, wide // 2, 32, 8, 4, 3)
+        launch = Launch(64, 32, 32, 8, 4, 3)
     else:
-        launch = Launch(64 if rows <= 64 else 128, wide, 64, 8, 4 if rows <= 64 else 8, 4)
+        wide = 64 if op == "gate_up" else 128
+        launch = Launch(64 if rows <= 64 else 128, wide, 64, 8, 8, 4)
     one = replace(launch, num_stages=1).shared_bytes(op, dtype.itemsize)
     return replace(launch, num_stages=max(1, min(launch.num_stages, shared_memory // one)))
 

@@ -86,7 +86,8 @@ def grouped_product(
     offsets_ptr,
     tile_experts_ptr,
     tile_rows_ptr,
-    num_tiles_ptr,
+    firsts_ptr,
+    E,
     N,
     K,
     limit,
@@ -122,7 +123,7 @@ def grouped_product(
     """
     GATED: tl.constexpr = GATE != "none" and GATE != "relu2"
     pid = tl.program_id(0)
-    num_tiles = tl.load(num_tiles_ptr)
+    num_tiles = tl.load(firsts_ptr + E)
     num_n = tl.cdiv(N, BLOCK_N)
     if pid >= num_tiles * num_n:
         return
@@ -188,7 +189,8 @@ def activate_rows(
     up_ptr,
     gate_ptr,
     out_ptr,
-    served_ptr,
+    offsets_ptr,
+    E,
     N,
     limit,
     alpha,
@@ -203,7 +205,7 @@ def activate_rows(
     """Grid (ceil(S / BLOCK_M), ceil(N / BLOCK_N)): the gate on [S, N] halves, as its own pass."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (rows < tl.load(served_ptr))[:, None] & (cols < N)[None, :]
+    mask = (rows < tl.load(offsets_ptr + E))[:, None] & (cols < N)[None, :]
     wide = rows.to(tl.int64)[:, None]
     at = wide * stride_um + cols[None, :] * stride_un
     up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)

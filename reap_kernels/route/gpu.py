@@ -104,13 +104,15 @@ def _schedule(offsets: Tensor, slots: int, block_m: int) -> Tiles:
     """Lists the tiles; an expert's last tile may be partly empty, so E more than rows need."""
     num_experts = len(offsets) - 1
     bound = slots // block_m + min(num_experts, slots)
-    rows = torch.empty(2, bound, dtype=torch.int32, device=offsets.device)
-    firsts = torch.empty(num_experts + 1, dtype=torch.int32, device=offsets.device)
+    # Tensors of their own, aligned whatever the sizes: Triton compiles for an alignment.
+    experts, rows, firsts = (
+        offsets.new_empty(size, dtype=torch.int32) for size in (bound, bound, num_experts + 1)
+    )
     with device.on(offsets.device):
         kernels.schedule_tiles[(num_experts,)](
             offsets,
-            rows[0],
-            rows[1],
+            experts,
+            rows,
             firsts,
             E=num_experts,
             BINS=_power_of_two(num_experts),
@@ -118,7 +120,7 @@ def _schedule(offsets: Tensor, slots: int, block_m: int) -> Tiles:
             CHUNK=64,
             **device.OPTIONS,
         )
-    return Tiles(rows[0], rows[1], firsts, block_m)
+    return Tiles(experts, rows, firsts, block_m)
 
 
 def _power_of_two(number: int) -> int:

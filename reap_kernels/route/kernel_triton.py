@@ -15,6 +15,7 @@ Arrays. S = T * k slots; E experts, and bin E for foreign slots (id outside [0, 
     firsts   [E + 1] int32     first tile of each expert; firsts[E] tiles are in use
 
 Nothing is atomic on global memory and no order depends on timing: the same ids give the same bits.
+Numbers that change from call to call are not specialised, so that a new length compiles nothing.
 """
 
 import triton
@@ -32,7 +33,7 @@ def _bins(ids_ptr, weights_ptr, slots, num_slots, E: tl.constexpr, WEIGHTED: tl.
     return tl.where(foreign, E, ids).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def count_bins(
     ids_ptr,
     weights_ptr,
@@ -52,7 +53,7 @@ def count_bins(
     tl.store(counts_ptr + block.to(tl.int64) * (E + 1) + e, found, mask=e <= E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def scan_blocks(
     counts_ptr,
     totals_ptr,
@@ -83,7 +84,7 @@ def sum_bins(totals_ptr, offsets_ptr, E: tl.constexpr, BINS: tl.constexpr):
     tl.store(offsets_ptr + e, tl.cumsum(totals, axis=0) - totals, mask=e <= E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def place_slots(
     ids_ptr,
     weights_ptr,

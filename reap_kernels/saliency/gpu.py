@@ -31,8 +31,8 @@ class SlotMeasures:
     @classmethod
     def empty(cls, slots: int, where: torch.device) -> "SlotMeasures":
         """Room for `slots` slots."""
-        room = torch.empty(3, slots, dtype=torch.float32, device=where)
-        return cls(room[0], room[1], room[2])
+        # Tensors of their own, aligned whatever the number of slots.
+        return cls(*(torch.empty(slots, dtype=torch.float32, device=where) for _ in range(3)))
 
 
 def combine(
@@ -68,12 +68,13 @@ def combine(
             y,
             gates,
             gates if rows is None else rows.inverse,
-            gates if rows is None else rows.offsets[-1:],
+            gates if rows is None else rows.offsets,
             y if out is None else out,
             into.norm,
             into.high,
             into.low,
             tokens,
+            0 if rows is None else rows.num_experts,
             y.shape[1],
             TOP_K=top_k,
             TOKENS=together,
@@ -125,11 +126,12 @@ def reduce_slots(
             rows.offsets,
             tiles.experts,
             tiles.rows,
-            tiles.firsts[-1:],
+            tiles.firsts,
             gates if mask is None else mask,
             group if isinstance(group, Tensor) else gates,
             partials,
             tiles.bound,
+            rows.num_experts,
             TOP_K=rows.top_k,
             MASKED=mask is not None,
             GROUPED=grouped,

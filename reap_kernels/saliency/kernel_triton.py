@@ -17,17 +17,18 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def combine_rows(
     y_ptr,
     gates_ptr,
     inverse_ptr,
-    served_ptr,
+    offsets_ptr,
     out_ptr,
     norm_ptr,
     high_ptr,
     low_ptr,
     T,
+    E,
     H,
     TOP_K: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -52,7 +53,7 @@ def combine_rows(
     rows = slots
     if SORTED:
         rows = tl.load(inverse_ptr + slots, mask=live, other=0)
-        live = live & (rows < tl.load(served_ptr))
+        live = live & (rows < tl.load(offsets_ptr + E))
     gate = tl.load(gates_ptr + slots, mask=live, other=0.0).to(tl.float32)
     if OBSERVE:
         square = tl.zeros((TOKENS, SLOTS, LANES), dtype=tl.float32)
@@ -80,7 +81,7 @@ def combine_rows(
         tl.store(low_ptr + slots, tl.min(low, axis=2), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def sum_tiles(
     norm_ptr,
     high_ptr,
@@ -90,11 +91,12 @@ def sum_tiles(
     offsets_ptr,
     tile_experts_ptr,
     tile_rows_ptr,
-    num_tiles_ptr,
+    firsts_ptr,
     mask_ptr,
     group_ptr,
     partials_ptr,
     max_tiles,
+    E,
     TOP_K: tl.constexpr,
     MASKED: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -102,7 +104,7 @@ def sum_tiles(
 ):
     """Grid (bound on tiles, groups): the nine sums of one tile's rows that belong to one group."""
     tile, which = tl.program_id(0), tl.program_id(1)
-    if tile >= tl.load(num_tiles_ptr):
+    if tile >= tl.load(firsts_ptr + E):
         return
     expert = tl.load(tile_experts_ptr + tile)
     rows = tl.load(tile_rows_ptr + tile) + tl.arange(0, BLOCK_M)
@@ -157,7 +159,7 @@ def _whole(base, first, stop, KIND: tl.constexpr, BLOCK: tl.constexpr):
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles", "group"])
 def add_partials(
     partials_ptr,
     firsts_ptr,
