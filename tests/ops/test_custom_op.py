@@ -9,7 +9,7 @@ from reap_kernels.testing import CASES, LAYOUTS, make_experts, make_inputs
 CASE = CASES[-1]
 
 
-def arguments(layout: str, with_stats: bool) -> tuple:
+def arguments(layout: str, with_stats: bool, backend: str | None = None) -> tuple:
     """The operator's flat arguments for one layout."""
     inputs = make_inputs(CASE)
     kind = "relu2" if layout == "ungated" else "silu"
@@ -39,7 +39,7 @@ def arguments(layout: str, with_stats: bool) -> tuple:
         0,
         inputs.group if with_stats else None,
         None,
-        None,
+        backend,
     )
 
 
@@ -49,6 +49,14 @@ def test_opcheck(layout: str, with_stats: bool) -> None:
     result = torch.library.opcheck(
         torch.ops.reap_kernels.observe_layer.default, arguments(layout, with_stats)
     )
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_opcheck_of_the_triton_backend() -> None:
+    """In the interpreter, whose kernels mutate nothing but what the operator says."""
+    operator = torch.ops.reap_kernels.observe_layer.default
+    tests = ("test_schema", "test_faketensor")
+    result = torch.library.opcheck(operator, arguments("stacked", True, "triton"), test_utils=tests)
     assert set(result.values()) == {"SUCCESS"}
 
 
