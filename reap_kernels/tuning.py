@@ -268,7 +268,8 @@ def fallback(op: str, dtype: torch.dtype, rows: float, shared_memory: int) -> La
     fit in shared memory.
     """
     if dtype == torch.float32:  # no tensor cores: small tiles keep the product in registers
-        launch = Launch(64, 32, 32, 8, 4, 3)
+        gated = op == "gate_up"
+        launch = Launch(64, 32 if gated else 64, 32, 8, 4, 3 if gated else 2)
     else:
         wide = 64 if op == "gate_up" else 128
         launch = Launch(64 if rows <= 64 else 128, wide, 64, 8, 8, 4)
