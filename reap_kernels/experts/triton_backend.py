@@ -63,8 +63,12 @@ def launches(request: Request) -> Launches:
 def facts(request: Request) -> dict[str, Any]:
     """What the compiled products depend on."""
     chosen = launches(request)
+    hidden, intermediate = _small_sizes(request)
     return {
         "dtype": request.dtype,
+        "hidden": hidden,
+        "intermediate": intermediate,
+        "top_k": request.sizes.top_k,
         "formula": request.formula,
         "layout": request.layout,
         "biased": request.biased,
@@ -74,20 +78,33 @@ def facts(request: Request) -> dict[str, Any]:
     }
 
 
+def _small_sizes(request: Request) -> tuple[int, int]:
+    """H and I of a small layer that compiles to the request's own code: the code depends on what
+    tiles leave over, so these leave over the same.
+    """
+    chosen = launches(request)
+    along_hidden = max(chosen.up.block_k, chosen.down.block_n)
+    along_intermediate = max(chosen.up.block_n, chosen.down.block_k)
+    return (
+        2 * along_hidden + request.sizes.hidden % along_hidden,
+        2 * along_intermediate + request.sizes.intermediate % along_intermediate,
+    )
+
+
 def check_layer(request: Request) -> tuple[Case, ExpertWeights]:
     """A small layer whose products take the request's launches over whole tiles, partly filled ones
     and an empty expert.
     """
     chosen = launches(request)
-    up, down = chosen.up, chosen.down
-    tall, deep = max(up.block_m, down.block_m), 2 * max(up.block_k, down.block_k)
+    hidden, intermediate = _small_sizes(request)
     case = Case(
         "self-check",
         "every tile boundary once",
-        tokens=3 * tall + 5,
-        experts=5,
-        hidden=deep + down.block_n + 8,
-        intermediate=deep + up.block_n + 8,
+        tokens=3 * max(chosen.up.block_m, chosen.down.block_m) + 5,
+        experts=request.sizes.top_k + 3,
+        top_k=request.sizes.top_k,
+        hidden=hidden,
+        intermediate=intermediate,
         skew="zipf",
         foreign=0.1,
     )

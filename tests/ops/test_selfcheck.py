@@ -1,13 +1,16 @@
 """Self-checks: run once, kept on disk, and a backend whose numbers are wrong is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import reap_kernels as rk
 from reap_kernels import doctor, selfcheck
+from reap_kernels.dispatch import Request, Sizes
 from reap_kernels.errors import BackendUnavailable
+from reap_kernels.experts.triton_backend import check_layer, launches
 from reap_kernels.layer import gpu
 from reap_kernels.testing import CASES, make_experts, make_inputs
 
@@ -102,3 +105,20 @@ def test_doctor_shows_verdicts(monkeypatch) -> None:
     assert shown["file"] == str(selfcheck.path())
     reasons = [reason for what, reason in shown["verdicts"].items() if "dtype=x" in what]
     assert reasons == ["its self-check gave wrong numbers: off by 3"]
+
+
+@pytest.mark.parametrize("hidden", [2048, 2040, 2880, 2047])
+def test_checks_the_code_that_would_run(hidden: int) -> None:
+    """A small layer leaves over of every tile what the real one does, so it compiles the same."""
+    sizes = Sizes(hidden=hidden, intermediate=776)
+    request = Request("layer", CPU, torch.float16, "silu", sizes)
+    case, experts = check_layer(request)
+    chosen = launches(request)
+    for block in (chosen.up.block_k, chosen.down.block_n, 16):
+        assert case.hidden % block == hidden % block
+        assert case.hidden >= 2 * block
+    for block in (chosen.up.block_n, chosen.down.block_k, 8):
+        assert case.intermediate % block == 776 % block
+    small = Sizes(case.tokens, case.top_k, case.experts, case.hidden, case.intermediate)
+    assert launches(replace(request, sizes=small)) == chosen
+    assert (experts.hidden_size, experts.intermediate_size) == (case.hidden, case.intermediate)
