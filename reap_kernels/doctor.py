@@ -102,5 +102,5 @@ def report() -> dict[str, Any]:
         "backends": backends,
         "launch_tables": _launch_tables(),
         # After `backends`: asking which backend serves runs the self-checks that are due.
-        "selfcheck": {"file": str(selfcheck.path()), "verdicts": selfcheck.saved()},
+        "selfcheck": {"file": str(selfcheck.path()), "verdicts": selfcheck.current()},
     }

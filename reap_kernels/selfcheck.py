@@ -84,6 +84,16 @@ def saved() -> dict[str, str | None]:
     return {str(k): v for k, v in found.items()} if isinstance(found, dict) else {}
 
 
+def current() -> dict[str, str | None]:
+    """Verdicts on disk of the kernels and the versions that are installed now."""
+    ours = _software().items()
+    return {
+        key: reason
+        for key, reason in saved().items()
+        if all(f"{name}={value}" in key.split(" ") for name, value in ours)
+    }
+
+
 def forget() -> None:
     """Drops the verdicts in memory, so that the next call reads them from disk again."""
     _VERDICTS.clear()
@@ -110,12 +120,19 @@ def _key(op: str, where: torch.device, facts: dict[str, Any]) -> str:
         "op": op,
         "arch": device.architecture(where),
         "device": name,
-        "triton": device.triton_version(),
-        "torch": torch.__version__,
-        "kernels": _source_digest(),
+        **_software(),
         **facts,
     }
     return " ".join(f"{key}={value}" for key, value in known.items())
+
+
+def _software() -> dict[str, Any]:
+    """What a verdict holds for, beside the device and the call."""
+    return {
+        "triton": device.triton_version(),
+        "torch": torch.__version__,
+        "kernels": _source_digest(),
+    }
 
 
 @functools.cache

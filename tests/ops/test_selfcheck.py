@@ -101,6 +101,8 @@ def test_cache_that_cannot_be_written_warns(monkeypatch, tmp_path) -> None:
 def test_doctor_shows_verdicts(monkeypatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     selfcheck.verdict("layer.triton", CPU, {"dtype": "x"}, lambda: "off by 3")
+    other = {"op=layer triton=3.3.0 dtype=x": "of another version", **selfcheck.saved()}
+    selfcheck.path().write_text(json.dumps(other))
     shown = doctor.report()["selfcheck"]
     assert shown["file"] == str(selfcheck.path())
     reasons = [reason for what, reason in shown["verdicts"].items() if "dtype=x" in what]
