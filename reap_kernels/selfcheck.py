@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from reap_kernels import device, env
+from reap_kernels.errors import ReapError
 from reap_kernels.files import replaced
 
 # None: the check passed. Filled from disk at first use.
@@ -65,6 +66,8 @@ def _verdict(
         )
     try:
         reason = check()
+    except ReapError:  # a wrong setting says nothing of the kernel, and its error all there is
+        raise
     except torch.OutOfMemoryError as error:
         return f"its self-check ran out of memory: {error}", False
     except Exception as error:  # noqa: BLE001  a compiler may fail in any way: all of them refuse

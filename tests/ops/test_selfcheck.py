@@ -83,6 +83,14 @@ def test_a_kernel_that_does_not_compile_is_refused_with_its_error(monkeypatch) -
     assert json_on_disk() == {}, "an error may pass; only numbers are a verdict to keep"
 
 
+def test_a_wrong_setting_is_no_verdict(monkeypatch) -> None:
+    monkeypatch.setenv("REAP_SCRATCH_BYTES", "4GB")
+    with pytest.raises(BackendUnavailable, match=r"^REAP_SCRATCH_BYTES='4GB' is not a number"):
+        observe()
+    monkeypatch.delenv("REAP_SCRATCH_BYTES")
+    torch.testing.assert_close(observe(), observe("reference"), rtol=1e-5, atol=1e-5)
+
+
 def test_damaged_file_is_no_verdict() -> None:
     selfcheck.path().write_text("{")
     runs = []
