@@ -18,7 +18,7 @@ from reap_kernels.errors import BackendUnavailable
 from reap_kernels.gates import GateFormula
 from reap_kernels.layer.triton_backend import grouped_limits
 from reap_kernels.testing import relative_error
-from reap_kernels.tuning import PRODUCTS, Entry, Launch, Launches, Table, merged, table_dtype
+from reap_kernels.tuning import PRODUCTS, Entry, Launch, Launches, Table, ordered, table_dtype
 from reap_kernels.types import ExpertWeights
 
 # Upper bounds of the buckets of rows an expert, and the rows each is measured at.
@@ -122,7 +122,7 @@ def tune(
             entries.append(Entry(*bucket, path=path))
     name = "the CPU, interpreted" if where.type == "cpu" else torch.cuda.get_device_name(where)
     origin = f"measured on {name}, Triton {device.triton_version()}, torch {torch.__version__}"
-    return Table(device.architecture(where), origin, merged((), entries))
+    return Table(device.architecture(where), origin, ordered(entries))
 
 
 def _weights(shape: Shape, dtype: torch.dtype, where: torch.device) -> ExpertWeights:

@@ -277,10 +277,10 @@ def fallback(op: str, dtype: torch.dtype, rows: float, shared_memory: int) -> La
     return replace(launch, num_stages=max(1, min(launch.num_stages, shared_memory // one)))
 
 
-def merged(old: Sequence[Entry], new: Sequence[Entry]) -> tuple[Entry, ...]:
-    """`new` before `old`, one entry a bucket; fewer rows first, then narrower experts."""
+def ordered(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+    """One entry a bucket, the first of it; fewer rows first, then narrower experts."""
     found: dict[tuple[str, str, int | None, int | None], Entry] = {}
-    for entry in (*new, *old):
+    for entry in entries:
         found.setdefault((entry.op, entry.dtype, entry.width, entry.rows), entry)
     unbounded = 1 << 62
     return tuple(

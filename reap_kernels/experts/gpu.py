@@ -12,10 +12,12 @@ from torch import Tensor
 
 from reap_kernels import device
 from reap_kernels.experts import kernel_triton as kernels
+from reap_kernels.experts.op import request_of
+from reap_kernels.experts.triton_backend import launches as chosen_launches
 from reap_kernels.experts.triton_backend import tf32
 from reap_kernels.gates import GateFormula
 from reap_kernels.route.gpu import SortedSlots
-from reap_kernels.tuning import Launch, Launches, Problem
+from reap_kernels.tuning import Launch, Launches
 from reap_kernels.types import ExpertWeights, Matrices, Routing
 
 
@@ -274,17 +276,9 @@ def activated(up: Tensor, gate: Tensor, formula: GateFormula, rows: SortedSlots)
     return out.to(up.dtype)
 
 
-def launches_of(hidden: Tensor, experts: ExpertWeights, slots: int) -> Launches:
-    """Launches of a call; `slots` of the whole of it, so that its parts launch alike."""
-    return Problem(
-        hidden.device,
-        hidden.dtype,
-        experts.formula.kind,
-        experts.hidden_size,
-        experts.intermediate_size,
-        slots / experts.num_experts,
-        plain=experts.layout == "stacked" and not experts.biased,
-    ).launches()
+def launches_of(hidden: Tensor, experts: ExpertWeights, top_k: int) -> Launches:
+    """Launches of a whole call, the same that its self-check ran with; its parts launch alike."""
+    return chosen_launches(request_of("experts", hidden, top_k, experts))
 
 
 def expert_outputs(
@@ -293,7 +287,7 @@ def expert_outputs(
     """See `reap_kernels.experts.op.expert_outputs`; `launches` for self-checks and tuning."""
     order = routing.order
     rows = SortedSlots(order, order, routing.offsets, routing.top_k)
-    launches = launches or launches_of(hidden, experts, len(order))
+    launches = launches or launches_of(hidden, experts, routing.top_k)
     y = triton_outputs(hidden, rows, experts, launches)
     served = torch.arange(len(order), device=order.device) < routing.offsets[-1]
     return torch.where(served[:, None], y, 0)

@@ -68,7 +68,7 @@ def observe_layer(
     `launches` from the table where a self-check or a search gives none.
     """
     tokens, top_k = topk_ids.shape
-    launches = launches or launches_of(hidden, experts, tokens * top_k)
+    launches = launches or launches_of(hidden, experts, top_k)
     slot_bytes = products.width(experts) * hidden.element_size() + _SLOT_BYTES
     size = chunk or fitting_tokens(tokens, top_k * slot_bytes, hidden.device)
     dtype = device.written_dtype(hidden.dtype)

@@ -19,12 +19,11 @@ _FEWEST_BINS = 128
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of `block_m` sorted rows, each of one expert; see `kernel_triton` for the arrays."""
+    """Tiles of sorted rows, each of one expert; see `kernel_triton` for the arrays."""
 
     experts: Tensor
     rows: Tensor
     firsts: Tensor
-    block_m: int
 
     @property
     def bound(self) -> int:
@@ -120,7 +119,7 @@ def _schedule(offsets: Tensor, slots: int, block_m: int) -> Tiles:
             CHUNK=64,
             **device.OPTIONS,
         )
-    return Tiles(experts, rows, firsts, block_m)
+    return Tiles(experts, rows, firsts)
 
 
 def _power_of_two(number: int) -> int:
