@@ -14,6 +14,12 @@ is computed in parts. Default: a quarter of free device memory.
 `REAP_CACHE_DIR`: where verdicts of the kernels' self-checks are kept. Default:
 `$XDG_CACHE_HOME/reap-kernels`, or `~/.cache/reap-kernels`.
 
+`REAP_CUDA_HOST`: path of the kernels of `csrc/` compiled for the CPU (`make host`), which makes the
+`cuda` backend serve the CPU, for tests.
+
+`REAP_BUILD_CUDA`: read by setup.py alone: `1` insists on building `reap_kernels._C`, `0` leaves it
+out, `auto` builds it where nvcc is. Default: `auto`.
+
 Triton's own `TRITON_INTERPRET=1` makes the `triton` backend serve the CPU, for tests.
 """
 
@@ -74,3 +80,9 @@ def cache_dir() -> Path:
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "reap-kernels"
+
+
+def cuda_host() -> Path | None:
+    """The module `REAP_CUDA_HOST` names, or None."""
+    value = os.environ.get("REAP_CUDA_HOST")
+    return Path(value) if value else None

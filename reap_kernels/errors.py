@@ -24,6 +24,12 @@ class BackendUnavailable(ReapError):
     exit_code = 4
 
 
+class KernelError(ReapError):
+    """A GPU refused to launch a kernel; the message names kernel, shape and CUDA's code."""
+
+    exit_code = 4
+
+
 class UnsupportedModel(ReapError):
     """The model cannot be observed or pruned correctly, so it is refused."""
 

@@ -14,7 +14,7 @@ KERNEL_ORDER = (
     ("env", "gates"),
     ("types",),
     ("dispatch", "stats", "device", "testing"),
-    ("tuning", "selfcheck"),
+    ("tuning", "selfcheck", "cuda"),
     ("route",),
     ("experts",),
     ("saliency",),

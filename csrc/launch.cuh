@@ -1,0 +1,51 @@
+// Launches: one call for CUDA and for the host, answering with a CUDA status.
+#pragma once
+
+#include <tuple>
+#include <utility>
+
+#include "device.cuh"
+#include "kernels.h"
+
+namespace reap {
+
+constexpr int SUCCESS = 0;
+constexpr int INVALID_VALUE = 1;  // cudaErrorInvalidValue: the caller passed what no kernel takes
+
+struct Grid {
+    unsigned x = 1, y = 1;
+};
+struct Threads {
+    unsigned x = 1, y = 1;
+};
+
+// The largest grid along x; along y it is 65535.
+constexpr std::int64_t MOST_BLOCKS = (std::int64_t{1} << 31) - 1;
+
+template <class... Params, class... Args>
+int launch(void (*kernel)(Params...), Grid grid, Threads threads, unsigned shared, Where where,
+           Args&&... args) {
+#ifdef __CUDACC__
+    // This module links its own runtime, whose current device is not torch's.
+    if (const cudaError_t status = cudaSetDevice(where.device); status != cudaSuccess)
+        return static_cast<int>(status);
+    std::tuple<Params...> values(std::forward<Args>(args)...);
+    const cudaError_t status = std::apply(
+        [&](auto&... held) {
+            void* pointers[] = {&held...};
+            return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid.x, grid.y),
+                                    dim3(threads.x, threads.y), pointers, shared,
+                                    reinterpret_cast<cudaStream_t>(where.stream));
+        },
+        values);
+    // Reported here, so that nobody meets it again later.
+    if (status != cudaSuccess) cudaGetLastError();
+    return static_cast<int>(status);
+#else
+    (void)where;
+    return host::run({grid.x, grid.y, 1}, {threads.x, threads.y, 1}, shared,
+                     [&] { kernel(static_cast<Params>(args)...); });
+#endif
+}
+
+}  // namespace reap

@@ -1,0 +1,160 @@
+// The Python module: launchers with named arguments, pointers and streams as integers.
+#include <pybind11/pybind11.h>
+
+#include "kernels.h"
+
+#ifdef REAP_HOST
+#include "host/emulation.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+namespace py = pybind11;
+using py::literals::operator""_a;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void define_route(py::module_& m) {
+    m.def(
+        "route",
+        [](Address ids, int ids_dtype, Address weights, int weights_dtype, std::int64_t slots,
+           int experts, Address counts, Address totals, Address offsets, Address order,
+           Address inverse, int device, Address stream) {
+            return reap::route(
+                {at<const void>(ids), ids_dtype, at<const void>(weights), weights_dtype, slots,
+                 experts, at<std::int32_t>(counts), at<std::int32_t>(totals),
+                 at<std::int64_t>(offsets), at<std::int64_t>(order), at<std::int64_t>(inverse)},
+                {device, stream});
+        },
+        py::kw_only(), "ids"_a, "ids_dtype"_a, "weights"_a, "weights_dtype"_a, "slots"_a,
+        "experts"_a, "counts"_a, "totals"_a, "offsets"_a, "order"_a, "inverse"_a, "device"_a,
+        "stream"_a);
+    m.def(
+        "schedule_tiles",
+        [](Address offsets, int experts, int block_m, Address tile_experts, Address tile_rows,
+           Address firsts, int device, Address stream) {
+            return reap::schedule_tiles(
+                {at<const std::int64_t>(offsets), experts, block_m, at<std::int32_t>(tile_experts),
+                 at<std::int32_t>(tile_rows), at<std::int32_t>(firsts)},
+                {device, stream});
+        },
+        py::kw_only(), "offsets"_a, "experts"_a, "block_m"_a, "tile_experts"_a, "tile_rows"_a,
+        "firsts"_a, "device"_a, "stream"_a);
+    m.attr("ROUTE_CHUNK") = reap::ROUTE_CHUNK;
+    m.attr("ROUTE_EXPERTS") = reap::ROUTE_EXPERTS;
+}
+
+void define_saliency(py::module_& m) {
+    m.def(
+        "combine_rows",
+        [](Address y, int y_dtype, Address gates, int gates_dtype, Address inverse, Address offsets,
+           Address out, Address norm, Address high, Address low, std::int64_t tokens, int top_k,
+           int experts, std::int64_t hidden, bool wide, int device, Address stream) {
+            return reap::combine_rows(
+                {at<const void>(y), y_dtype, at<const void>(gates), gates_dtype,
+                 at<const std::int64_t>(inverse), at<const std::int64_t>(offsets), at<void>(out),
+                 at<float>(norm), at<float>(high), at<float>(low), tokens, top_k, experts, hidden,
+                 wide},
+                {device, stream});
+        },
+        py::kw_only(), "y"_a, "y_dtype"_a, "gates"_a, "gates_dtype"_a, "inverse"_a, "offsets"_a,
+        "out"_a, "norm"_a, "high"_a, "low"_a, "tokens"_a, "top_k"_a, "experts"_a, "hidden"_a,
+        "wide"_a, "device"_a, "stream"_a);
+    m.def(
+        "reduce_slots",
+        [](Address norm, Address high, Address low, Address gates, int gates_dtype, Address order,
+           Address offsets, Address tile_experts, Address tile_rows, Address firsts, Address mask,
+           Address group, Address partials, Address counts, Address sums, Address extrema,
+           std::int64_t max_tiles, int block_m, int experts, int top_k, int groups, int first_group,
+           int device, Address stream) {
+            return reap::reduce_slots({at<const float>(norm),
+                                       at<const float>(high),
+                                       at<const float>(low),
+                                       at<const void>(gates),
+                                       gates_dtype,
+                                       at<const std::int64_t>(order),
+                                       at<const std::int64_t>(offsets),
+                                       at<const std::int32_t>(tile_experts),
+                                       at<const std::int32_t>(tile_rows),
+                                       at<const std::int32_t>(firsts),
+                                       at<const bool>(mask),
+                                       at<const std::int64_t>(group),
+                                       at<double>(partials),
+                                       at<std::int64_t>(counts),
+                                       at<double>(sums),
+                                       at<float>(extrema),
+                                       max_tiles,
+                                       block_m,
+                                       experts,
+                                       top_k,
+                                       groups,
+                                       first_group},
+                                      {device, stream});
+        },
+        py::kw_only(), "norm"_a, "high"_a, "low"_a, "gates"_a, "gates_dtype"_a, "order"_a,
+        "offsets"_a, "tile_experts"_a, "tile_rows"_a, "firsts"_a, "mask"_a, "group"_a, "partials"_a,
+        "counts"_a, "sums"_a, "extrema"_a, "max_tiles"_a, "block_m"_a, "experts"_a, "top_k"_a,
+        "groups"_a, "first_group"_a, "device"_a, "stream"_a);
+    m.attr("COMBINE_SLOTS") = reap::COMBINE_SLOTS;
+}
+
+void define_dtypes(py::module_& m) {
+    py::dict dtypes;
+    const auto name = [&](const char* torch, reap::Dtype dtype) {
+        dtypes[torch] = static_cast<int>(dtype);
+    };
+    name("bfloat16", reap::Dtype::bf16);
+    name("float16", reap::Dtype::fp16);
+    name("float32", reap::Dtype::fp32);
+    name("float64", reap::Dtype::fp64);
+    name("int32", reap::Dtype::int32);
+    name("int64", reap::Dtype::int64);
+    m.attr("DTYPES") = dtypes;
+}
+
+#ifdef REAP_HOST
+
+void define_platform(py::module_& m) {
+    m.attr("CUDA_VERSION") = "host";
+    m.def("error",
+          [](int status) { return "status " + std::to_string(status) + " of the host emulation"; });
+    m.def("set_order", &reap::host::set_order, "seed"_a,
+          "Another order of threads and blocks; 0 is the natural one.");
+}
+
+#else
+
+void define_platform(py::module_& m) {
+    m.attr("CUDA_VERSION") =
+        std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+    m.def(
+        "error",
+        [](int status) {
+            const auto code = static_cast<cudaError_t>(status);
+            return std::string(cudaGetErrorName(code)) + " (" + std::to_string(status) +
+                   "): " + cudaGetErrorString(code);
+        },
+        "status"_a);
+}
+
+#endif
+
+}  // namespace
+
+#ifdef REAP_HOST
+PYBIND11_MODULE(_host, m) {
+#else
+PYBIND11_MODULE(_C, m) {
+#endif
+    m.doc() = "Kernels of reap-kernels: pointers, sizes and a stream in, a CUDA status out.";
+    define_dtypes(m);
+    define_platform(m);
+    define_route(m);
+    define_saliency(m);
+}

@@ -1,0 +1,197 @@
+// Routing: a stable counting sort of slots by expert, and the tiles of sorted rows that follow.
+//
+// Arrays. S slots; E experts, and bin E for foreign slots (id outside [0, E), weight exactly 0).
+//
+//   ids      [S] int32/int64       expert of each slot
+//   weights  [S] any float         gate weight of each slot, or null
+//   counts   [C, E + 1] int32      slots of each bin in each chunk of ROUTE_CHUNK slots, then their
+//                                  exclusive sums over the chunks before
+//   totals   [E + 1] int32         slots of each bin
+//   offsets  [E + 1] int64         first sorted row of each expert; offsets[E] rows are served
+//   order    [S] int64             slot of each sorted row
+//   inverse  [S] int64             sorted row of each slot
+//
+// One warp walks one chunk alone, 32 slots at a time: lanes with equal bins find each other and
+// rank themselves, so there are no atomics and no barrier between warps, and equal ids give equal
+// bits. Three launches: count, scan the counts of a bin over chunks, place.
+#include "launch.cuh"
+#include "types.cuh"
+#include "warp.cuh"
+
+namespace reap {
+namespace {
+
+constexpr int PLACE_WARPS = 4;  // of a block, as far as shared memory has counters for them
+constexpr int SCAN_ROWS = 32;
+constexpr int SCHEDULE_THREADS = 128;
+
+// Bin of a slot: the expert that serves it, or E.
+REAP_DEVICE int bin_of(const Route& call, std::int64_t slot) {
+    const std::int64_t id = load_integer(call.ids, static_cast<Dtype>(call.ids_dtype), slot);
+    if (id < 0 || id >= call.experts) return call.experts;
+    if (call.weights == nullptr) return static_cast<int>(id);
+    const double weight = load_float(call.weights, static_cast<Dtype>(call.weights_dtype), slot);
+    return weight == 0.0 ? call.experts : static_cast<int>(id);
+}
+
+// Walks one chunk in order. `next` has, for every bin, the number its next slot gets; lanes past
+// the end hold a bin of their own, `bins`. `take(slot, number)` sees every slot once.
+template <class Take>
+REAP_DEVICE void walk_chunk(const Route& call, std::int64_t chunk, std::int32_t* next, int lane,
+                            Take take) {
+    const int bins = call.experts + 1;
+    for (int start = 0; start < ROUTE_CHUNK; start += WARP) {
+        const std::int64_t slot = chunk * ROUTE_CHUNK + start + lane;
+        const bool live = slot < call.slots;
+        const int bin = live ? bin_of(call, slot) : bins;
+        const unsigned equal = __match_any_sync(ALL_LANES, bin);
+        const int rank = __popc(equal & ((1u << lane) - 1u));
+        const std::int32_t first = live ? next[bin] : 0;
+        __syncwarp();  // every lane has read before the first of equals writes
+        if (live && rank == 0) next[bin] = first + __popc(equal);
+        __syncwarp();
+        if (live) take(slot, first + rank);
+    }
+}
+
+// Grid (C / warps): counts[chunk] = slots of each bin.
+__global__ void count_bins(Route call) {
+    REAP_SHARED(std::int32_t, counters);
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, bins = call.experts + 1;
+    const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * (blockDim.x / WARP) + warp;
+    if (chunk * ROUTE_CHUNK >= call.slots) return;
+    std::int32_t* const mine = counters + warp * bins;
+    for (int bin = lane; bin < bins; bin += WARP) mine[bin] = 0;
+    __syncwarp();
+    walk_chunk(call, chunk, mine, lane, [](std::int64_t, std::int32_t) {});
+    for (int bin = lane; bin < bins; bin += WARP) call.counts[chunk * bins + bin] = mine[bin];
+}
+
+// Grid (bins / 32), threads (32 bins, SCAN_ROWS runs of chunks): exclusive sums over chunks.
+__global__ void scan_chunks(Route call) {
+    REAP_SHARED(std::int32_t, runs);  // [SCAN_ROWS][WARP]
+    const int bins = call.experts + 1, bin = blockIdx.x * WARP + threadIdx.x;
+    const std::int64_t chunks = ceil_div(call.slots, ROUTE_CHUNK);
+    const std::int64_t length = ceil_div(chunks, SCAN_ROWS);
+    const std::int64_t first = threadIdx.y * length;
+    const std::int64_t last = first + length < chunks ? first + length : chunks;
+    std::int32_t total = 0;
+    if (bin < bins)
+        for (std::int64_t chunk = first; chunk < last; ++chunk)
+            total += call.counts[chunk * bins + bin];
+    runs[threadIdx.y * WARP + threadIdx.x] = total;
+    __syncthreads();
+    if (bin >= bins) return;
+    std::int32_t before = 0;
+    for (unsigned row = 0; row < threadIdx.y; ++row) before += runs[row * WARP + threadIdx.x];
+    if (threadIdx.y == SCAN_ROWS - 1) call.totals[bin] = before + total;
+    for (std::int64_t chunk = first; chunk < last; ++chunk) {
+        const std::int32_t own = call.counts[chunk * bins + bin];
+        call.counts[chunk * bins + bin] = before;
+        before += own;
+    }
+}
+
+// Exclusive sums of `totals` into `starts`, by the whole block; `sums` has a number a warp.
+REAP_DEVICE void scan_totals(const std::int32_t* totals, int bins, std::int32_t* starts,
+                             std::int32_t* sums) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int each = static_cast<int>(ceil_div(bins, blockDim.x));
+    const int first = threadIdx.x * each, last = first + each < bins ? first + each : bins;
+    std::int32_t own = 0;
+    for (int bin = first; bin < last; ++bin) own += totals[bin];
+    std::int32_t before = warp_exclusive_sum(own, lane);
+    if (lane == WARP - 1) sums[warp] = before + own;
+    __syncthreads();
+    for (int other = 0; other < warp; ++other) before += sums[other];
+    for (int bin = first; bin < last; ++bin) {
+        starts[bin] = before;
+        before += totals[bin];
+    }
+    __syncthreads();
+}
+
+// Grid (C / warps, at least 1): places every slot; each block finds the bins' first rows itself.
+__global__ void place_slots(Route call) {
+    REAP_SHARED(std::int32_t, memory);  // [bins] starts, [warps][bins] counters, [warps] sums
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int bins = call.experts + 1, warps = blockDim.x / WARP;
+    scan_totals(call.totals, bins, memory, memory + (1 + warps) * bins);
+    if (blockIdx.x == 0)
+        for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) call.offsets[bin] = memory[bin];
+    const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * warps + warp;
+    if (chunk * ROUTE_CHUNK >= call.slots) return;
+    std::int32_t* const mine = memory + (1 + warp) * bins;
+    for (int bin = lane; bin < bins; bin += WARP)
+        mine[bin] = memory[bin] + call.counts[chunk * bins + bin];
+    __syncwarp();
+    walk_chunk(call, chunk, mine, lane, [&](std::int64_t slot, std::int32_t row) {
+        call.order[row] = slot;
+        call.inverse[slot] = row;
+    });
+}
+
+REAP_DEVICE int tiles_of(const Schedule& call, int expert) {
+    const std::int64_t rows = call.offsets[expert + 1] - call.offsets[expert];
+    return static_cast<int>(ceil_div(rows, call.block_m));
+}
+
+// Grid (E): one block lists the tiles of one expert.
+__global__ void list_tiles(Schedule call) {
+    REAP_SHARED(int, sums);  // one a warp
+    const int expert = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int before = 0;
+    for (int other = threadIdx.x; other < expert; other += blockDim.x)
+        before += tiles_of(call, other);
+    before = warp_reduce(before, Sum{});
+    if (lane == 0) sums[warp] = before;
+    __syncthreads();
+    before = 0;
+    for (unsigned other = 0; other < blockDim.x / WARP; ++other) before += sums[other];
+    const int own = tiles_of(call, expert);
+    if (threadIdx.x == 0) {
+        call.firsts[expert] = before;
+        if (expert == call.experts - 1) call.firsts[call.experts] = before + own;
+    }
+    for (int tile = threadIdx.x; tile < own; tile += blockDim.x) {
+        call.tile_experts[before + tile] = expert;
+        call.tile_rows[before + tile] =
+            static_cast<std::int32_t>(call.offsets[expert] + std::int64_t{tile} * call.block_m);
+    }
+}
+
+bool is_float(int dtype) { return dtype >= int(Dtype::bf16) && dtype <= int(Dtype::fp64); }
+bool is_integer(int dtype) { return dtype == int(Dtype::int32) || dtype == int(Dtype::int64); }
+
+}  // namespace
+
+int route(const Route& call, Where where) {
+    const bool weighted = call.weights != nullptr;
+    if (!is_integer(call.ids_dtype) || (weighted && !is_float(call.weights_dtype)) ||
+        call.experts < 1 || call.experts > ROUTE_EXPERTS || call.slots < 0 ||
+        call.slots > MOST_BLOCKS)
+        return INVALID_VALUE;
+    const int bins = call.experts + 1;
+    // 48 KiB hold the counters of 4 warps up to 2456 experts, and of 2 up to the limit.
+    const unsigned bytes = 4u * static_cast<unsigned>(bins);
+    const unsigned warps = (PLACE_WARPS + 1) * bytes + 16 <= 48u << 10 ? PLACE_WARPS : 1;
+    const auto blocks = static_cast<unsigned>(ceil_div(ceil_div(call.slots, ROUTE_CHUNK), warps));
+    if (blocks) {
+        const int status = launch(count_bins, {blocks}, {warps * WARP}, warps * bytes, where, call);
+        if (status != SUCCESS) return status;
+    }
+    const auto columns = static_cast<unsigned>(ceil_div(bins, WARP));
+    const int status =
+        launch(scan_chunks, {columns}, {WARP, SCAN_ROWS}, 4u * WARP * SCAN_ROWS, where, call);
+    if (status != SUCCESS) return status;
+    return launch(place_slots, {blocks ? blocks : 1}, {warps * WARP},
+                  (warps + 1) * bytes + 4 * warps, where, call);
+}
+
+int schedule_tiles(const Schedule& call, Where where) {
+    if (call.experts < 1 || call.block_m < 1) return INVALID_VALUE;
+    return launch(list_tiles, {static_cast<unsigned>(call.experts)}, {SCHEDULE_THREADS},
+                  4u * SCHEDULE_THREADS / WARP, where, call);
+}
+
+}  // namespace reap
