@@ -32,8 +32,9 @@ from bench import rows
 from reap_kernels import device, tuning
 from reap_kernels.experts.gpu import activated
 from reap_kernels.layer import gpu
-from reap_kernels.route.gpu import SortedSlots
-from reap_kernels.saliency import gpu as saliency
+from reap_kernels.route.gpu import schedule
+from reap_kernels.route.slots import SortedSlots
+from reap_kernels.saliency import triton_backend
 from reap_kernels.testing import FORMULAS, Case, make_experts, make_inputs
 from reap_kernels.tuning import Launch, Launches
 
@@ -172,7 +173,9 @@ def _observe(
     experts = make_experts(case, layout, formula, dtype)
     stats = rk.LayerStats(case.experts, case.groups) if observed else None
     call = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts, stats)
-    gpu.observe_layer(gpu.TRITON, *call, inputs.mask, inputs.group, None, launches)
+    gpu.observe_layer(
+        gpu.TRITON, gpu.stages("triton", "triton"), *call, inputs.mask, inputs.group, None, launches
+    )
 
 
 def _pairs(arch: Arch, dtype: torch.dtype) -> list[Launches]:
@@ -206,7 +209,7 @@ def launches_of(arch: Arch) -> list[Launched]:
                 _observe(ODD, dtype)
             with recording(f"accumulate, {short}", found):
                 y, ids, gates = torch.zeros(64, 256, dtype=dtype), torch.zeros(64), torch.ones(64)
-                saliency.accumulate(y, ids.long(), gates, rk.LayerStats(8), None, 0)
+                triton_backend.run(y, ids.long(), gates, rk.LayerStats(8), None, 0)
         _variants(found)
     return found
 
@@ -246,7 +249,7 @@ def _variants(found: list[Launched]) -> None:
         _observe(replace(EVEN, top_k=1), half)
     with recording("grouped_mm", found):
         up, order = torch.zeros(64, 128, dtype=half), torch.zeros(64, dtype=torch.int64)
-        slots = SortedSlots(order, order, order[:9], top_k=8)
+        slots = SortedSlots(order, order, order[:9], 8, schedule)
         activated(up, up, rk.GateFormula("silu"), slots)
 
 

@@ -155,7 +155,7 @@ int run_float(const Combine& call, Where where) {
 }  // namespace
 
 int combine_rows(const Combine& call, Where where) {
-    if (call.top_k < 1 || call.top_k > COMBINE_SLOTS || call.tokens < 0 || call.hidden < 0)
+    if (call.top_k < 1 || call.top_k > COMBINE_SLOTS || call.tokens < 0 || call.hidden < 0 || (call.out != nullptr && call.out_dtype != call.y_dtype))
         return INVALID_VALUE;
     if (call.tokens == 0) return SUCCESS;
     switch (static_cast<Dtype>(call.y_dtype)) {

@@ -58,6 +58,7 @@ struct Combine {
     const std::int64_t* inverse;  // or null: every row of y is a slot of its own
     const std::int64_t* offsets;
     void* out;    // or null
+    int out_dtype;  // y's
     float* norm;  // or null, as are high and low then
     float* high;
     float* low;
@@ -95,5 +96,22 @@ struct Reduce {
     int first_group;
 };
 int reduce_slots(const Reduce& call, Where where);
+
+// Dequantises experts to bf16; see dequant.cu for the formats and arrays.
+struct Dequant {
+    const void* values;
+    const void* scales;
+    int scales_dtype;             // where a format has several
+    const std::int64_t* offsets;  // or null; experts without rows are skipped
+    void* out;                    // at a multiple of 16 bytes
+    int experts;
+    std::int64_t rows;
+    std::int64_t columns;
+    int block_rows;     // that share a scale: powers of two for E4M3, else 1
+    int block_columns;  // likewise; 32 for MXFP4, a multiple of 8 for integers
+};
+int dequantise_fp8(const Dequant& call, Where where);
+int dequantise_mxfp4(const Dequant& call, Where where);
+int dequantise_int4(const Dequant& call, Where where);
 
 }  // namespace reap

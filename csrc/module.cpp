@@ -54,17 +54,17 @@ void define_saliency(py::module_& m) {
     m.def(
         "combine_rows",
         [](Address y, int y_dtype, Address gates, int gates_dtype, Address inverse, Address offsets,
-           Address out, Address norm, Address high, Address low, std::int64_t tokens, int top_k,
+           Address out, int out_dtype, Address norm, Address high, Address low, std::int64_t tokens, int top_k,
            int experts, std::int64_t hidden, bool wide, int device, Address stream) {
             return reap::combine_rows(
                 {at<const void>(y), y_dtype, at<const void>(gates), gates_dtype,
-                 at<const std::int64_t>(inverse), at<const std::int64_t>(offsets), at<void>(out),
+                 at<const std::int64_t>(inverse), at<const std::int64_t>(offsets), at<void>(out), out_dtype,
                  at<float>(norm), at<float>(high), at<float>(low), tokens, top_k, experts, hidden,
                  wide},
                 {device, stream});
         },
         py::kw_only(), "y"_a, "y_dtype"_a, "gates"_a, "gates_dtype"_a, "inverse"_a, "offsets"_a,
-        "out"_a, "norm"_a, "high"_a, "low"_a, "tokens"_a, "top_k"_a, "experts"_a, "hidden"_a,
+        "out"_a, "out_dtype"_a, "norm"_a, "high"_a, "low"_a, "tokens"_a, "top_k"_a, "experts"_a, "hidden"_a,
         "wide"_a, "device"_a, "stream"_a);
     m.def(
         "reduce_slots",
@@ -102,6 +102,27 @@ void define_saliency(py::module_& m) {
         "counts"_a, "sums"_a, "extrema"_a, "max_tiles"_a, "block_m"_a, "experts"_a, "top_k"_a,
         "groups"_a, "first_group"_a, "device"_a, "stream"_a);
     m.attr("COMBINE_SLOTS") = reap::COMBINE_SLOTS;
+}
+
+void define_dequant(py::module_& m) {
+    const auto define = [&](const char* name, int (*run)(const reap::Dequant&, reap::Where)) {
+        m.def(
+            name,
+            [run](Address values, Address scales, int scales_dtype, Address offsets, Address out,
+                  int experts, std::int64_t rows, std::int64_t columns, int block_rows,
+                  int block_columns, int device, Address stream) {
+                return run({at<const void>(values), at<const void>(scales), scales_dtype,
+                            at<const std::int64_t>(offsets), at<void>(out), experts, rows, columns,
+                            block_rows, block_columns},
+                           {device, stream});
+            },
+            py::kw_only(), "values"_a, "scales"_a, "scales_dtype"_a, "offsets"_a, "out"_a,
+            "experts"_a, "rows"_a, "columns"_a, "block_rows"_a, "block_columns"_a, "device"_a,
+            "stream"_a);
+    };
+    define("dequantise_fp8", &reap::dequantise_fp8);
+    define("dequantise_mxfp4", &reap::dequantise_mxfp4);
+    define("dequantise_int4", &reap::dequantise_int4);
 }
 
 void define_dtypes(py::module_& m) {
@@ -157,4 +178,5 @@ PYBIND11_MODULE(_C, m) {
     define_platform(m);
     define_route(m);
     define_saliency(m);
+    define_dequant(m);
 }

@@ -5,6 +5,7 @@ Here tensors become addresses, after a check of each, and a status other than su
 """
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 from pathlib import Path
@@ -71,6 +72,12 @@ def refusal(where: torch.device) -> str | None:
     """Why compiled kernels cannot run on a device, or None."""
     found = serving(where)
     return found if isinstance(found, str) else None
+
+
+@functools.cache
+def digest(where: torch.device) -> str:
+    """Changes whenever the module that serves a device does: verdicts hold for one build."""
+    return hashlib.sha256(Path(str(_module(where).__file__)).read_bytes()).hexdigest()[:12]
 
 
 def constant(where: torch.device, name: str) -> int:

@@ -14,7 +14,7 @@ import torch
 from reap_kernels import env
 from reap_kernels.errors import BackendUnavailable
 
-OPS = ("route", "experts", "saliency", "layer")
+OPS = env.OPS
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def select(request: Request, requested: str | None = None) -> Backend:
         BackendUnavailable: the requested backend is unknown or refuses, or none serves; the message
             carries every reason.
     """
-    requested = requested or env.backend()
+    requested = requested or env.backend(request.op)
     peers = _ranked(request)
     if requested is not None:
         for backend in peers:
@@ -171,8 +171,8 @@ def explain(
         One `Verdict` per (op, backend), first choice first; `reason` is None for the one chosen.
     """
     verdicts = []
-    requested = backend or env.backend()
     for op in OPS:
+        requested = backend or env.backend(op)
         request = Request(
             op, torch.device(device), dtype, formula, sizes or Sizes(), layout, biased
         )

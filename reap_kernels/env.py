@@ -1,7 +1,8 @@
 """Every environment variable reap-kernels reads, in one place.
 
-`REAP_BACKEND`: backend of every op (`reference`, `cpu`, ...). An explicit request: where it cannot
-serve, the call fails with the reason. Default: automatic choice.
+`REAP_BACKEND`: backend of every op (`reference`, `cpu`, ...), or of some (`route=cuda`, with commas
+between). An explicit request: where it cannot serve, the call fails with the reason. Default:
+automatic choice.
 
 `REAP_CPU_DTYPE`: arithmetic of the CPU backend on bf16 and fp16 input: `native` (the input's
 dtype), `float32`, or `auto` (native where the CPU has instructions for it). Default: `auto`.
@@ -28,12 +29,27 @@ from pathlib import Path
 
 from reap_kernels.errors import BackendUnavailable
 
+OPS = ("route", "experts", "saliency", "layer")
 CPU_DTYPES = ("auto", "native", "float32")
 
 
-def backend() -> str | None:
-    """The backend `REAP_BACKEND` asks for, or None for automatic choice."""
-    return os.environ.get("REAP_BACKEND") or None
+def backend(op: str) -> str | None:
+    """The backend `REAP_BACKEND` asks for where `op` is concerned, or None for automatic choice.
+
+    Raises:
+        BackendUnavailable: the value is neither a name nor a list of `op=name`.
+    """
+    value = os.environ.get("REAP_BACKEND")
+    if not value or "=" not in value:
+        return value or None
+    pairs = [part.split("=") for part in value.split(",")]
+    wrong = [pair for pair in pairs if len(pair) != 2 or pair[0] not in OPS or not pair[1]]
+    if wrong:
+        raise BackendUnavailable(
+            f"REAP_BACKEND={value!r} has {'='.join(wrong[0])!r}; give one backend for all, or "
+            f"op=backend pairs with commas between, of the ops {', '.join(OPS)}"
+        )
+    return dict(pairs).get(op)
 
 
 def cpu_dtype() -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from reap_kernels import device, env
-from reap_kernels.errors import ReapError
+from reap_kernels.errors import KernelError, ReapError
 from reap_kernels.files import replaced
 
 # None: the check passed. Filled from disk at first use.
@@ -66,6 +66,8 @@ def _verdict(
         )
     try:
         reason = check()
+    except KernelError as error:
+        return f"its self-check could not be launched: {error}", True
     except ReapError:  # a wrong setting says nothing of the kernel, and its error all there is
         raise
     except torch.OutOfMemoryError as error:
@@ -143,6 +145,7 @@ def _source_digest() -> str:
     """Changes whenever the source of a kernel or of its launches does."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for file in sorted([*here.glob("*/kernel_triton.py"), *here.glob("*/gpu.py")]):
+    launching = ("kernel_triton.py", "kernel_cuda.py", "gpu.py", "stages.py", "slots.py")
+    for file in sorted(file for name in launching for file in here.glob(f"*/{name}")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reap_kernels import device
+from reap_kernels import cuda, device
 from reap_kernels.dispatch import Request, Sizes
 from reap_kernels.errors import BackendUnavailable
 from reap_kernels.gates import GateFormula
@@ -88,7 +88,7 @@ def tune(
     tried: Callable[[str, torch.dtype, int], list[Launch]] = candidates,
     seen: Callable[[Measured], None] = lambda measured: None,
 ) -> Table:
-    """Measures the products of every shape and bucket, and which path a layer should take.
+    """Measures the products of every shape and bucket, and whose kernels each stage should take.
 
     Args:
         shapes: of the models' layers; the table's width buckets end at their I.
@@ -113,13 +113,14 @@ def tune(
         for bound, rows in BUCKETS:
             best = {}
             for op in PRODUCTS:
-                launches = tried(op, dtype, device.shared_memory(where))
-                best[op] = _best(op, launches, shape, weights, rows, timer, seen)
+                options = tried(op, dtype, device.shared_memory(where))
+                best[op] = _best(op, options, shape, weights, rows, timer, seen)
                 bucket = (op, table_dtype(dtype), shape.intermediate, bound)
                 entries.append(Entry(*bucket, launch=best[op]))
-            path = _path(Launches(best["gate_up"], best["down"]), shape, weights, rows, timer)
-            bucket = ("layer", table_dtype(dtype), shape.intermediate, bound)
-            entries.append(Entry(*bucket, path=path))
+            launches = Launches(best["gate_up"], best["down"])
+            for op, path in _paths(launches, shape, weights, rows, timer).items():
+                name = None if op == "route" else table_dtype(dtype)
+                entries.append(Entry(op, name, shape.intermediate, bound, path=path))
     name = "the CPU, interpreted" if where.type == "cpu" else torch.cuda.get_device_name(where)
     origin = f"measured on {name}, Triton {device.triton_version()}, torch {torch.__version__}"
     return Table(device.architecture(where), origin, ordered(entries))
@@ -225,24 +226,29 @@ def _truth(
     return a[rows].double() @ weights.down[expert].double().T, rows
 
 
-def _path(launches: Launches, shape: Shape, weights: ExpertWeights, rows: int, timer: Timer) -> str:
-    """Whether a whole layer is faster with our products or with torch's grouped_mm."""
+def _paths(
+    launches: Launches, shape: Shape, weights: ExpertWeights, rows: int, timer: Timer
+) -> dict[str, str]:
+    """For each stage of a layer, the fastest of the paths that serve this device."""
     from reap_kernels.layer import gpu
     from reap_kernels.stats import LayerStats
 
     hidden, ids, gates = _inputs(shape, rows, weights)
     sizes = Sizes(len(hidden), shape.top_k, shape.experts, shape.hidden, shape.intermediate)
     request = Request("layer", hidden.device, hidden.dtype, weights.formula.kind, sizes)
-    if grouped_limits(request) is not None:
-        return "triton"
+    compiled = [] if cuda.refusal(hidden.device) else ["cuda"]
+    grouped = [] if grouped_limits(request) else ["grouped_mm"]
     stats = LayerStats(shape.experts, 1, hidden.device)
-    taken = {}
-    for name, products in (("triton", gpu.TRITON), ("grouped_mm", gpu.GROUPED_MM)):
 
-        def call(products: gpu.Products = products) -> Tensor:
-            return gpu.observe_layer(
-                products, hidden, ids, gates, weights, stats, None, 0, None, launches
-            )
+    def taken(route: str = "triton", layer: str = "triton", saliency: str = "triton") -> float:
+        around, products = gpu.stages(route, saliency), gpu.PRODUCTS[layer]
+        call = (hidden, ids, gates, weights, stats, None, 0, None, launches)
+        return timer(lambda: gpu.observe_layer(products, around, *call))
 
-        taken[name] = timer(call)
-    return min(taken, key=lambda name: taken[name])
+    # Stages follow each other without overlap, so each is judged beside the same others.
+    others = {"route": compiled, "layer": grouped, "saliency": compiled}
+    return {
+        op: min(["triton", *more], key=lambda path: taken(**{op: path}))
+        for op, more in others.items()
+        if more
+    }

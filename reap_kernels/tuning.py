@@ -1,4 +1,4 @@
-"""The launch table: which tiles a grouped product uses, and which products a layer takes.
+"""The launch table: which tiles a grouped product uses, and whose kernels a stage takes.
 
 Nothing is timed while a model runs: equal calls get equal launches, so equal bits. A launch is
 looked up by architecture, dtype, op, width of an expert and mean rows an expert, first in the file
@@ -25,8 +25,13 @@ VERSION = 1
 
 # gate_up: a gated product, two right operands and two accumulators. down: one of each.
 PRODUCTS = ("gate_up", "down")
-# Where a layer's products come from: our Triton kernel, or torch's grouped_mm with our glue.
-PATHS = ("triton", "grouped_mm")
+# Whose kernels a stage of a layer takes, the first where no table says: routing; the products, ours
+# or torch's grouped_mm; combination with reduction.
+PATHS = {
+    "route": ("cuda", "triton"),
+    "layer": ("triton", "grouped_mm"),
+    "saliency": ("cuda", "triton"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a table; `width` and `rows` are upper bounds of its bucket, None for no bound."""
+    """One line of a table; `width` and `rows` are upper bounds of its bucket, None for no bound;
+    a `dtype` of None is any.
+
+    A line has the launch of a product, or the path of a stage (one of `PATHS`).
+    """
 
     op: str
-    dtype: str
+    dtype: str | None
     width: int | None
     rows: int | None
     launch: Launch | None = None
@@ -70,7 +79,8 @@ class Entry:
     def covers(self, op: str, dtype: str, width: int, rows: float) -> bool:
         """Whether a call falls in this bucket."""
         return (
-            (self.op, self.dtype) == (op, dtype)
+            self.op == op
+            and self.dtype in (None, dtype)
             and (self.width is None or width <= self.width)
             and (self.rows is None or rows <= self.rows)
         )
@@ -127,12 +137,13 @@ def _entry(line: dict[str, Any]) -> Entry:
     """Checks and reads one line."""
     line = dict(line)
     bucket = {key: line.pop(key) for key in ("op", "dtype", "width", "rows")}
-    if bucket["op"] == "layer":
-        if line.get("path") not in PATHS:
-            raise ValueError(f"path {line.get('path')!r} is none of {', '.join(PATHS)}")
+    if bucket["op"] in PATHS:
+        paths = PATHS[bucket["op"]]
+        if line.get("path") not in paths:
+            raise ValueError(f"path {line.get('path')!r} is none of {', '.join(paths)}")
         return Entry(**bucket, path=line["path"])
     if bucket["op"] not in PRODUCTS:
-        raise ValueError(f"op {bucket['op']!r} is none of layer, {', '.join(PRODUCTS)}")
+        raise ValueError(f"op {bucket['op']!r} is none of {', '.join((*PATHS, *PRODUCTS))}")
     launch = Launch(**line)
     for name in ("block_m", "block_n", "block_k", "num_warps"):
         value = getattr(launch, name)
@@ -254,13 +265,13 @@ def _roomier(launch: Launch) -> Launch:
     return replace(launch, block_n=launch.block_n // 2)
 
 
-def choose_path(where: torch.device, dtype: torch.dtype, width: int, rows: float) -> str:
-    """Where a layer's products come from: one of `PATHS`; Triton where no table says."""
+def choose_path(where: torch.device, op: str, dtype: torch.dtype, width: int, rows: float) -> str:
+    """Whose kernels a stage takes: one of `PATHS[op]`; the first where no table says."""
     for table in tables(device.architecture(where)):
         for entry in table.entries:
-            if entry.covers("layer", table_dtype(dtype), width, rows) and entry.path is not None:
+            if entry.covers(op, table_dtype(dtype), width, rows) and entry.path is not None:
                 return entry.path
-    return "triton"
+    return PATHS[op][0]
 
 
 def fallback(op: str, dtype: torch.dtype, rows: float, shared_memory: int) -> Launch:
@@ -279,7 +290,7 @@ def fallback(op: str, dtype: torch.dtype, rows: float, shared_memory: int) -> La
 
 def ordered(entries: Sequence[Entry]) -> tuple[Entry, ...]:
     """One entry a bucket, the first of it; fewer rows first, then narrower experts."""
-    found: dict[tuple[str, str, int | None, int | None], Entry] = {}
+    found: dict[tuple[str, str | None, int | None, int | None], Entry] = {}
     for entry in entries:
         found.setdefault((entry.op, entry.dtype, entry.width, entry.rows), entry)
     unbounded = 1 << 62

@@ -16,7 +16,8 @@ from reap_kernels.experts.op import request_of
 from reap_kernels.experts.triton_backend import launches as chosen_launches
 from reap_kernels.experts.triton_backend import tf32
 from reap_kernels.gates import GateFormula
-from reap_kernels.route.gpu import SortedSlots
+from reap_kernels.route.gpu import schedule
+from reap_kernels.route.slots import SortedSlots
 from reap_kernels.tuning import Launch, Launches
 from reap_kernels.types import ExpertWeights, Matrices, Routing
 
@@ -286,7 +287,7 @@ def expert_outputs(
 ) -> Tensor:
     """See `reap_kernels.experts.op.expert_outputs`; `launches` for self-checks and tuning."""
     order = routing.order
-    rows = SortedSlots(order, order, routing.offsets, routing.top_k)
+    rows = SortedSlots(order, order, routing.offsets, routing.top_k, schedule)
     launches = launches or launches_of(hidden, experts, routing.top_k)
     y = triton_outputs(hidden, rows, experts, launches)
     served = torch.arange(len(order), device=order.device) < routing.offsets[-1]

@@ -1,4 +1,5 @@
-"""GPU MoE layer: route, two grouped products, one pass that combines and measures, one reduction.
+"""GPU MoE layer: route, two grouped products, one pass that combines and measures, one reduction;
+each by kernels of whatever kind serves it.
 
 Scratch beside input and output: h [S, I] and y [S, H] (grouped_mm: gathered rows and both halves
 too), and O(S). Where that is more than the budget the call is computed in parts of equal tokens,
@@ -13,8 +14,12 @@ from torch import Tensor
 
 from reap_kernels import device, env
 from reap_kernels.experts.gpu import grouped_outputs, launches_of, triton_outputs
-from reap_kernels.route.gpu import SortedSlots, sort_slots
-from reap_kernels.saliency.gpu import SlotMeasures, combine, reduce_slots
+from reap_kernels.route import gpu as route_gpu
+from reap_kernels.route import kernel_cuda as route_cuda
+from reap_kernels.route.slots import SortedSlots
+from reap_kernels.saliency import gpu as saliency_gpu
+from reap_kernels.saliency import kernel_cuda as saliency_cuda
+from reap_kernels.saliency.stages import SlotMeasures, Stages
 from reap_kernels.stats import LayerStats
 from reap_kernels.tuning import Launches
 from reap_kernels.types import ExpertWeights
@@ -42,6 +47,18 @@ TRITON = Products(triton_outputs, _triton_width)
 GROUPED_MM = Products(
     grouped_outputs, lambda experts: 2 * experts.hidden_size + 3 * experts.intermediate_size
 )
+PRODUCTS = {"triton": TRITON, "grouped_mm": GROUPED_MM}
+SORTS = {"triton": route_gpu.sort_slots, "cuda": route_cuda.sort_slots}
+
+
+def stages(route: str, saliency: str) -> Stages:
+    """The stages around the products: routing and saliency by `triton` or `cuda`."""
+    if saliency == "triton":
+        own = (saliency_gpu.combine, saliency_gpu.reduce_slots, device.written_dtype)
+    else:
+        own = (saliency_cuda.combine, saliency_cuda.reduce_slots, lambda dtype: dtype)
+    return Stages(SORTS[route], *own)
+
 
 # Scratch below this is not worth asking how much memory is free.
 _SMALL = 64 << 20
@@ -54,6 +71,7 @@ _SPLITS: dict[tuple[torch.device, int, int], int] = {}
 
 def observe_layer(
     products: Products,
+    around: Stages,
     hidden: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
@@ -64,26 +82,27 @@ def observe_layer(
     chunk: int | None,
     launches: Launches | None = None,
 ) -> Tensor:
-    """See `reap_kernels.layer.op.observe_layer`; the expert outputs come from `products`, and
-    `launches` from the table where a self-check or a search gives none.
+    """See `reap_kernels.layer.op.observe_layer`; the expert outputs come from `products`, what is
+    done with them from `around`, and `launches` from the table where a self-check or a search gives
+    none.
     """
     tokens, top_k = topk_ids.shape
     launches = launches or launches_of(hidden, experts, top_k)
     slot_bytes = products.width(experts) * hidden.element_size() + _SLOT_BYTES
     size = chunk or fitting_tokens(tokens, top_k * slot_bytes, hidden.device)
-    dtype = device.written_dtype(hidden.dtype)
+    dtype = around.written(hidden.dtype)
     out = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
     for start in range(0, tokens, size):
         part = slice(start, start + size)
         gates = topk_weights[part].contiguous()
-        rows = sort_slots(topk_ids[part], gates, experts.num_experts)
+        rows = around.sort(topk_ids[part], gates, experts.num_experts)
         y = products.outputs(hidden[part], rows, experts, launches)
         measures = None if stats is None else SlotMeasures.empty(gates.numel(), hidden.device)
-        combine(y, gates, rows, out[part], measures)
+        around.combine(y, gates, rows, out[part], measures)
         if stats is not None and measures is not None:
             counted = None if mask is None else mask[part]
             own = group[part] if isinstance(group, Tensor) else group
-            reduce_slots(measures, gates, rows, stats, counted, own, launches.down.block_m)
+            around.reduce(measures, gates, rows, stats, counted, own, launches.down.block_m)
     return out.to(hidden.dtype)
 
 

@@ -9,9 +9,9 @@ from reap_kernels.dispatch import Backend, register, select
 from reap_kernels.errors import ShapeError
 from reap_kernels.experts.op import check_experts, request_of
 from reap_kernels.gates import GateFormula
-from reap_kernels.layer import cpu, reference, triton_backend
+from reap_kernels.layer import cpu, cuda_backend, reference, triton_backend
 from reap_kernels.route.op import check_routing, cpu_only
-from reap_kernels.saliency.op import check_mask, group_ids
+from reap_kernels.saliency.op import checked_mask, group_ids
 from reap_kernels.stats import LayerStats
 from reap_kernels.types import ExpertWeights, Matrices
 
@@ -61,7 +61,7 @@ def observe_layer(
         raise ShapeError(
             f"topk_ids has {len(topk_ids)} tokens and hidden {len(hidden)}; they must be the same"
         )
-    check_mask("mask", mask, len(hidden))
+    mask = checked_mask(mask, len(hidden))
     if chunk is not None and chunk < 1:
         raise ShapeError(f"chunk is {chunk}; give a number of tokens above 0, or None")
     groups: int | Tensor = 0
@@ -187,3 +187,4 @@ register(Backend("layer", "reference", lambda _: 0, lambda _: None, reference.ob
 register(Backend("layer", "cpu", lambda _: 10, cpu_only, cpu.observe_layer))
 for _backend in triton_backend.BACKENDS:
     register(_backend)
+register(cuda_backend.BACKEND)

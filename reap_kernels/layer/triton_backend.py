@@ -4,6 +4,7 @@ Both run our kernels around the products; `grouped_mm` leaves the products to to
 table prefers where it is faster.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -40,7 +41,10 @@ def refusal(path: str, request: Request) -> str | None:
     if reason is None and path == "grouped_mm":
         reason = grouped_limits(request)
     return reason or selfcheck.verdict(
-        f"layer.{path}", request.device, facts(request), lambda: check(path, request)
+        f"layer.{path}",
+        request.device,
+        facts(request),
+        lambda: check(partial(run, path), path, request),
     )
 
 
@@ -71,7 +75,9 @@ def grouped_priority(request: Request) -> int:
     sizes = request.sizes
     if device.triton_refusal(request.device) is not None:
         return priority(request) - 1
-    path = tuning.choose_path(request.device, request.dtype, sizes.intermediate, sizes.rows)
+    path = tuning.choose_path(
+        request.device, "layer", request.dtype, sizes.intermediate, sizes.rows
+    )
     return priority(request) + (1 if path == "grouped_mm" else -1)
 
 
@@ -79,19 +85,24 @@ def run(path: str, *arguments: Any) -> Tensor:
     """See `reap_kernels.layer.op.observe_layer`; products by `path`, one of `tuning.PATHS`."""
     from reap_kernels.layer import gpu
 
-    products = {"triton": gpu.TRITON, "grouped_mm": gpu.GROUPED_MM}[path]
-    return gpu.observe_layer(products, *arguments)
+    return gpu.observe_layer(gpu.PRODUCTS[path], gpu.stages("triton", "triton"), *arguments)
 
 
-def check(path: str, request: Request) -> str | None:
-    """Compares output and statistics of a small layer with the reference's."""
+def check(run: Callable[..., Tensor], path: str, request: Request) -> str | None:
+    """Compares output and statistics of a small layer with the reference's.
+
+    Args:
+        run: computes the layer.
+        path: of its products, which rounding depends on.
+        request: the call.
+    """
     case, experts = check_layer(request)
     inputs = make_inputs(case, request.dtype, device=request.device)
     mask = inputs.hidden[:, 0] > -1.5
     group = torch.arange(case.tokens, device=request.device) % 2
     got, want = (LayerStats(case.experts, 2, request.device) for _ in range(2))
     call = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts)
-    out = run(path, *call, got, mask, group, None, launches(request))
+    out = run(*call, got, mask, group, None, launches(request))
     truth = reference.observe_layer(*call, want, mask, group, None)
     bound = _ROUNDED[path] * output_bound(request.dtype)
     error = relative_error(out, truth)
@@ -110,4 +121,4 @@ BACKENDS = (
         partial(run, "grouped_mm"),
     ),
 )
-assert {backend.name for backend in BACKENDS} == set(PATHS)
+assert {backend.name for backend in BACKENDS} == set(PATHS["layer"])

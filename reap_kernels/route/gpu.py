@@ -1,12 +1,11 @@
-"""GPU routing: launches of the counting sort, and the tile lists that grouped products walk."""
-
-from dataclasses import dataclass, field
+"""Triton routing: launches of the counting sort and of tile lists."""
 
 import torch
 from torch import Tensor
 
 from reap_kernels import device
 from reap_kernels.route import kernel_triton as kernels
+from reap_kernels.route.slots import SortedSlots, Tiles, empty_tiles
 from reap_kernels.types import Routing
 
 # Slots of one program. 512 keeps the counts, (E + 1) * S / 512 int32, below 8 bytes a slot up to
@@ -15,49 +14,6 @@ _BLOCK = 512
 _CHUNK = 8
 # Bins below this give histograms fewer bins than threads, which some Triton versions reject.
 _FEWEST_BINS = 128
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Tiles of sorted rows, each of one expert; see `kernel_triton` for the arrays."""
-
-    experts: Tensor
-    rows: Tensor
-    firsts: Tensor
-
-    @property
-    def bound(self) -> int:
-        """Most tiles there can be: the size of a launch, known without asking the device."""
-        return len(self.experts)
-
-
-@dataclass(frozen=True)
-class SortedSlots:
-    """A routing on the device, with what kernels need beyond `Routing`.
-
-    Attributes:
-        order: [S] int64, slot of each sorted row.
-        inverse: [S] int64, sorted row of each slot.
-        offsets: [E + 1] int64, first row of each expert; `offsets[E]` rows are served.
-        top_k: slots of a token.
-    """
-
-    order: Tensor
-    inverse: Tensor
-    offsets: Tensor
-    top_k: int
-    _tiles: dict[int, Tiles] = field(default_factory=dict)
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return len(self.offsets) - 1
-
-    def tiles(self, block_m: int) -> Tiles:
-        """The tile list for tiles of `block_m` rows, made once."""
-        if block_m not in self._tiles:
-            self._tiles[block_m] = _schedule(self.offsets, len(self.order), block_m)
-        return self._tiles[block_m]
 
 
 def sort_slots(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> SortedSlots:
@@ -90,7 +46,7 @@ def sort_slots(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) 
             kernels.place_slots[(blocks,)](
                 ids, weights, counts, offsets, order, inverse, slots, CHUNK=_CHUNK, **options
             )
-    return SortedSlots(order, inverse, offsets, topk_ids.shape[1])
+    return SortedSlots(order, inverse, offsets, topk_ids.shape[1], schedule)
 
 
 def route(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> Routing:
@@ -99,27 +55,23 @@ def route(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> Ro
     return Routing(found.order, found.offsets, found.top_k)
 
 
-def _schedule(offsets: Tensor, slots: int, block_m: int) -> Tiles:
-    """Lists the tiles; an expert's last tile may be partly empty, so E more than rows need."""
+def schedule(offsets: Tensor, slots: int, block_m: int) -> Tiles:
+    """Lists tiles of at most `block_m` sorted rows of one expert each."""
     num_experts = len(offsets) - 1
-    bound = slots // block_m + min(num_experts, slots)
-    # Tensors of their own, aligned whatever the sizes: Triton compiles for an alignment.
-    experts, rows, firsts = (
-        offsets.new_empty(size, dtype=torch.int32) for size in (bound, bound, num_experts + 1)
-    )
+    tiles = empty_tiles(offsets, slots, block_m)
     with device.on(offsets.device):
         kernels.schedule_tiles[(num_experts,)](
             offsets,
-            experts,
-            rows,
-            firsts,
+            tiles.experts,
+            tiles.rows,
+            tiles.firsts,
             E=num_experts,
             BINS=_power_of_two(num_experts),
             BLOCK_M=block_m,
             CHUNK=64,
             **device.OPTIONS,
         )
-    return Tiles(experts, rows, firsts)
+    return tiles
 
 
 def _power_of_two(number: int) -> int:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from reap_kernels.dispatch import Backend, Request, Sizes, register, select
 from reap_kernels.errors import DtypeError, ShapeError
-from reap_kernels.route import cpu, reference, triton_backend
+from reap_kernels.route import cpu, cuda_backend, reference, triton_backend
 from reap_kernels.types import Routing
 
 
@@ -64,3 +64,4 @@ def cpu_only(request: Request) -> str | None:
 register(Backend("route", "reference", lambda _: 0, lambda _: None, reference.route))
 register(Backend("route", "cpu", lambda _: 10, cpu_only, cpu.route))
 register(triton_backend.BACKEND)
+register(cuda_backend.BACKEND)

@@ -1,5 +1,7 @@
 """When the `triton` backend serves `route`, and its self-check; Triton is imported at first use."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def limits(request: Request) -> str | None:
 def refusal(request: Request) -> str | None:
     """Why `route` cannot be served, or None."""
     return limits(request) or selfcheck.verdict(
-        "route", request.device, {}, lambda: check(request.device)
+        "route", request.device, {}, lambda: check(run, request.device)
     )
 
 
@@ -41,7 +43,7 @@ def run(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> Rout
     return gpu.route(topk_ids, topk_weights, num_experts)
 
 
-def check(where: torch.device) -> str | None:
+def check(run: Callable[[Tensor, Tensor | None, int], Routing], where: torch.device) -> str | None:
     """Compares routings, which must be equal to the reference's."""
     for case in ROUTING_CASES:
         inputs = make_inputs(case)

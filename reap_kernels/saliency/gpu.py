@@ -1,38 +1,16 @@
-"""GPU saliency: launches of the combination with norms, and of the reduction into statistics."""
-
-from dataclasses import dataclass
+"""Triton saliency: launches of the combination with norms, and of the reduction into statistics."""
 
 import torch
 from torch import Tensor
 
 from reap_kernels import device
-from reap_kernels.route.gpu import SortedSlots, sort_slots
+from reap_kernels.route.slots import SortedSlots
 from reap_kernels.saliency import kernel_triton as kernels
+from reap_kernels.saliency.stages import FIELDS, SlotMeasures
 from reap_kernels.stats import LayerStats
 
 # Loads of 16 bytes that a thread of the combination has in flight: at k = 8, one of every row.
 _LOADS = 8
-# Rows a tile where no product gives tiles of its own.
-_TILE = 128
-_FIELDS = 9
-
-
-@dataclass(frozen=True)
-class SlotMeasures:
-    """||f||, largest and smallest element of f, by slot; each [S] float32.
-
-    Slots that no expert serves are not written.
-    """
-
-    norm: Tensor
-    high: Tensor
-    low: Tensor
-
-    @classmethod
-    def empty(cls, slots: int, where: torch.device) -> "SlotMeasures":
-        """Room for `slots` slots."""
-        # Tensors of their own, aligned whatever the number of slots.
-        return cls(*(torch.empty(slots, dtype=torch.float32, device=where) for _ in range(3)))
 
 
 def combine(
@@ -42,15 +20,7 @@ def combine(
     out: Tensor | None,
     measures: SlotMeasures | None,
 ) -> None:
-    """Reads every row of `y` once.
-
-    Args:
-        y: [S, H], by sorted row, or by slot where `rows` is None.
-        gates: [T, k] gate weights by slot, contiguous.
-        rows: the routing; None where every row of y is a slot of its own.
-        out: [T, H], receives the gate-weighted sums, where given.
-        measures: receives norms and extrema, where given.
-    """
+    """See `saliency.stages.Stages.combine`."""
     tokens, top_k = gates.shape
     if not tokens:
         return
@@ -96,26 +66,16 @@ def reduce_slots(
     stats: LayerStats,
     mask: Tensor | None,
     group: int | Tensor,
-    tile: int = _TILE,
+    tile: int,
 ) -> None:
-    """Adds measured slots to the statistics, in place.
-
-    Args:
-        measures: of every slot.
-        gates: [T, k] by slot, contiguous.
-        rows: the routing.
-        stats: added to.
-        mask: [T] bool, tokens that count.
-        group: of every token, or [T] int64.
-        tile: rows reduced together; a tile list that is there already costs nothing.
-    """
+    """See `saliency.stages.Stages.reduce`; a tile list that is there already costs nothing."""
     tiles = rows.tiles(tile)
     if not tiles.bound:
         return
     grouped = isinstance(group, Tensor)
     groups = stats.num_groups if isinstance(group, Tensor) else 1
     where = gates.device
-    partials = torch.empty(_FIELDS, groups, tiles.bound, dtype=torch.float64, device=where)
+    partials = torch.empty(FIELDS, groups, tiles.bound, dtype=torch.float64, device=where)
     with device.on(where):
         kernels.sum_tiles[(tiles.bound, groups)](
             measures.norm,
@@ -152,19 +112,3 @@ def reduce_slots(
             num_warps=1,
             **device.OPTIONS,
         )
-
-
-def accumulate(
-    y: Tensor,
-    expert_ids: Tensor,
-    gates: Tensor,
-    stats: LayerStats,
-    mask: Tensor | None,
-    group: int | Tensor,
-) -> None:
-    """See `reap_kernels.saliency.op.accumulate`."""
-    column = gates.reshape(-1, 1).contiguous()
-    rows = sort_slots(expert_ids.reshape(-1, 1), column, stats.num_experts)
-    measures = SlotMeasures.empty(len(y), y.device)
-    combine(y.contiguous(), column, None, None, measures)
-    reduce_slots(measures, column, rows, stats, mask, group)

@@ -6,7 +6,7 @@ from torch import Tensor
 from reap_kernels.dispatch import Backend, Request, Sizes, register, select
 from reap_kernels.errors import DtypeError, ShapeError
 from reap_kernels.route.op import cpu_only
-from reap_kernels.saliency import cpu, reference, triton_backend
+from reap_kernels.saliency import cpu, cuda_backend, reference, triton_backend
 from reap_kernels.stats import LayerStats
 
 
@@ -47,7 +47,7 @@ def accumulate(
     for name, rows in (("expert_ids", expert_ids), ("gates", gates)):
         if tuple(rows.shape) != (len(y),):
             raise ShapeError(f"{name} has shape {tuple(rows.shape)}; expected ({len(y)},)")
-    check_mask("mask", mask, len(y))
+    mask = checked_mask(mask, len(y))
     groups = group_ids(group, len(y), stats)
     request = Request(
         "saliency", y.device, y.dtype, sizes=Sizes(len(y), 1, stats.num_experts, y.shape[1])
@@ -55,14 +55,15 @@ def accumulate(
     select(request, backend).run(y, expert_ids, gates, stats, mask, groups)
 
 
-def check_mask(name: str, mask: Tensor | None, rows: int) -> None:
-    """Raises unless `mask` is None or [rows] bool."""
+def checked_mask(mask: Tensor | None, rows: int) -> Tensor | None:
+    """The mask as kernels read it, element after element, once it is [rows] bool or None."""
     if mask is None:
-        return
+        return None
     if tuple(mask.shape) != (rows,):
-        raise ShapeError(f"{name} has shape {tuple(mask.shape)}; expected ({rows},)")
+        raise ShapeError(f"mask has shape {tuple(mask.shape)}; expected ({rows},)")
     if mask.dtype != torch.bool:
-        raise DtypeError(f"{name} is {mask.dtype}; expected torch.bool")
+        raise DtypeError(f"mask is {mask.dtype}; expected torch.bool")
+    return mask.contiguous()
 
 
 def group_ids(group: int | Tensor, rows: int, stats: LayerStats) -> int | Tensor:
@@ -87,9 +88,10 @@ def group_ids(group: int | Tensor, rows: int, stats: LayerStats) -> int | Tensor
             f"group ids span {int(group.min())}..{int(group.max())} but the statistics have groups "
             f"0..{stats.num_groups - 1}; call stats.grow_groups first"
         )
-    return group.to(torch.int64)
+    return group.to(torch.int64).contiguous()
 
 
 register(Backend("saliency", "reference", lambda _: 0, lambda _: None, reference.accumulate))
 register(Backend("saliency", "cpu", lambda _: 10, cpu_only, cpu.accumulate))
 register(triton_backend.BACKEND)
+register(cuda_backend.BACKEND)

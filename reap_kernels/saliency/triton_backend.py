@@ -1,12 +1,15 @@
 """When the `triton` backend serves `saliency`, and its self-check."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from reap_kernels import selfcheck
+from reap_kernels import device, selfcheck
 from reap_kernels.dispatch import Backend, Request
 from reap_kernels.route.triton_backend import limits, priority
 from reap_kernels.saliency import reference
+from reap_kernels.saliency.stages import Stages, accumulate
 from reap_kernels.stats import COUNTS, SUMS, LayerStats
 from reap_kernels.testing import Case, largest_relative_error, make_inputs
 
@@ -17,7 +20,7 @@ SUM_BOUND = 1e-6
 def refusal(request: Request) -> str | None:
     """Why `accumulate` cannot be served, or None."""
     return limits(request) or selfcheck.verdict(
-        "saliency", request.device, {"dtype": request.dtype}, lambda: check(request)
+        "saliency", request.device, {"dtype": request.dtype}, lambda: check(run, request)
     )
 
 
@@ -30,12 +33,14 @@ def run(
     group: int | Tensor,
 ) -> None:
     """See `reap_kernels.saliency.op.accumulate`."""
+    from reap_kernels.route.gpu import sort_slots
     from reap_kernels.saliency import gpu
 
-    gpu.accumulate(y, expert_ids, gates, stats, mask, group)
+    stages = Stages(sort_slots, gpu.combine, gpu.reduce_slots, device.written_dtype)
+    accumulate(stages, y, expert_ids, gates, stats, mask, group)
 
 
-def check(request: Request) -> str | None:
+def check(run: Callable[..., None], request: Request) -> str | None:
     """Compares statistics of given outputs with the reference's."""
     case = Case("self-check", "all of it", 300, 7, 2, hidden=1100, skew="zipf", foreign=0.1)
     inputs = make_inputs(case, request.dtype, device=request.device)

@@ -61,10 +61,9 @@ def test_scratch_budget_splits_a_call(monkeypatch) -> None:
     monkeypatch.setenv("REAP_SCRATCH_BYTES", str(5 * token))
     assert gpu.fitting_tokens(CASE.tokens, token, torch.device("cpu")) == 5
     seen = []
-    sort = gpu.sort_slots
-    monkeypatch.setattr(
-        gpu, "sort_slots", lambda ids, *rest: seen.append(len(ids)) or sort(ids, *rest)
-    )
+    sort = gpu.SORTS["triton"]
+    seeing = lambda ids, *rest: seen.append(len(ids)) or sort(ids, *rest)  # noqa: E731
+    monkeypatch.setitem(gpu.SORTS, "triton", seeing)
     parts, other = observe(experts=whole_numbers(), whole=True)
     assert seen == [5, 5, 5, 5, 4]
     assert torch.equal(whole, parts)
@@ -154,7 +153,7 @@ def test_order_of_choice(monkeypatch) -> None:
         request = Request("layer", torch.device(where), torch.bfloat16, "silu", sizes)
         return [backend.name for backend in _ranked(request)]
 
-    assert first("cpu", Sizes()) == ["cpu", "triton", "grouped_mm", "reference"]
+    assert first("cpu", Sizes()) == ["cpu", "triton", "grouped_mm", "cuda", "reference"]
     monkeypatch.setattr(device, "architecture", lambda where: "sm90")
     monkeypatch.setattr(device, "triton_refusal", lambda where: None)
     assert first("cuda", Sizes())[:2] == ["triton", "grouped_mm"]  # Qwen3-30B-A3B

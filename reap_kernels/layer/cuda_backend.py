@@ -1,0 +1,89 @@
+"""When the `cuda` backend serves `layer`: compiled kernels around the products.
+
+Routing, combination and reduction are CUDA kernels where the launch table does not say otherwise;
+the products are Triton's, or torch's grouped_mm where the table prefers it: a hand-written product
+exists for no architecture yet.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from reap_kernels import cuda, selfcheck, tuning
+from reap_kernels.dispatch import Backend, Request
+from reap_kernels.experts.triton_backend import facts, note, product_limits
+from reap_kernels.layer.triton_backend import check, grouped_limits
+from reap_kernels.route.cuda_backend import limits
+from reap_kernels.route.cuda_backend import priority as stage_priority
+
+
+def paths(request: Request) -> dict[str, str]:
+    """Whose kernels each stage of a request takes, by the launch table."""
+    sizes = request.sizes
+    chosen = {
+        op: tuning.choose_path(request.device, op, request.dtype, sizes.intermediate, sizes.rows)
+        for op in tuning.PATHS
+    }
+    if chosen["layer"] == "grouped_mm" and grouped_limits(request) is not None:
+        chosen["layer"] = "triton"
+    return chosen
+
+
+def priority(request: Request) -> int:
+    """As its first stage has it."""
+    return stage_priority(replace(request, op="route"))
+
+
+def refusal(request: Request) -> str | None:
+    """Why `layer` cannot be served, or None."""
+    reason = limits(request)
+    if reason is None:
+        most = cuda.constant(request.device, "COMBINE_SLOTS")
+        if request.sizes.top_k > most:
+            reason = f"k = {request.sizes.top_k} is above {most}; `triton` has no limit"
+    if reason is None:
+        reason = product_limits(request)
+    if reason is not None:
+        return reason
+    chosen = paths(request)
+    return selfcheck.verdict(
+        "layer.cuda",
+        request.device,
+        {**facts(request), **chosen, "module": cuda.digest(request.device)},
+        lambda: check(_with(request), chosen["layer"], request),
+    )
+
+
+def served(request: Request) -> str:
+    """Whose kernels do what, where the products have something to add or are not Triton's."""
+    if cuda.refusal(request.device) is not None:
+        return ""
+    chosen = paths(request)
+    text = f"routing by {chosen['route']}, products by {chosen['layer']}, norms and sums by "
+    return "; ".join(part for part in (text + chosen["saliency"], note(request)) if part)
+
+
+def _with(request: Request) -> Any:
+    """The layer, computed as a request would be, whatever the sizes of the call."""
+    chosen = paths(request)
+
+    def compute(*arguments: Any) -> Tensor:
+        from reap_kernels.layer import gpu
+
+        around = gpu.stages(chosen["route"], chosen["saliency"])
+        return gpu.observe_layer(gpu.PRODUCTS[chosen["layer"]], around, *arguments)
+
+    return compute
+
+
+def run(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: Any, *rest: Any) -> Tensor:
+    """See `reap_kernels.layer.op.observe_layer`."""
+    from reap_kernels.experts.op import request_of
+
+    request = request_of("layer", hidden, topk_ids.shape[1], experts)
+    out: Tensor = _with(request)(hidden, topk_ids, topk_weights, experts, *rest)
+    return out
+
+
+BACKEND = Backend("layer", "cuda", priority, refusal, run, served)

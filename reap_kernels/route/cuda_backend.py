@@ -1,0 +1,57 @@
+"""When the `cuda` backend serves `route`, and its self-check."""
+
+from torch import Tensor
+
+from reap_kernels import cuda, selfcheck, tuning
+from reap_kernels.dispatch import Backend, Request
+from reap_kernels.route.triton_backend import check
+from reap_kernels.types import Routing
+
+
+def priority(request: Request) -> int:
+    """Before Triton on a GPU, unless a launch table says otherwise; last of the fast ones where
+    kernels run as built for tests.
+    """
+    if request.device.type != "cuda":
+        return 3
+    if cuda.refusal(request.device) is not None:
+        return 1
+    sizes = request.sizes
+    path = tuning.choose_path(
+        request.device, request.op, request.dtype, sizes.intermediate, sizes.rows
+    )
+    return 30 if path == "cuda" else 10
+
+
+def limits(request: Request) -> str | None:
+    """Why CUDA kernels cannot serve a request, as far as is known without running anything."""
+    reason = cuda.refusal(request.device)
+    if reason is not None:
+        return reason
+    sizes = request.sizes
+    most = cuda.constant(request.device, "ROUTE_EXPERTS")
+    if sizes.experts > most:
+        return f"{sizes.experts} experts are more than it counts, {most}; `triton` has no limit"
+    if sizes.tokens * sizes.top_k >= 1 << 31:
+        return "tokens * top_k reaches 2^31, where row numbers overflow; pass fewer tokens at once"
+    return None
+
+
+def refusal(request: Request) -> str | None:
+    """Why `route` cannot be served, or None."""
+    return limits(request) or selfcheck.verdict(
+        "route.cuda",
+        request.device,
+        {"module": cuda.digest(request.device)},
+        lambda: check(run, request.device),
+    )
+
+
+def run(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> Routing:
+    """See `reap_kernels.route.op.route`."""
+    from reap_kernels.route import kernel_cuda
+
+    return kernel_cuda.route(topk_ids, topk_weights, num_experts)
+
+
+BACKEND = Backend("route", "cuda", priority, refusal, run)

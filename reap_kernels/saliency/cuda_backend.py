@@ -1,0 +1,44 @@
+"""When the `cuda` backend serves `saliency`, and its self-check."""
+
+from torch import Tensor
+
+from reap_kernels import cuda, selfcheck
+from reap_kernels.dispatch import Backend, Request
+from reap_kernels.route.cuda_backend import limits, priority
+from reap_kernels.saliency.stages import Stages, accumulate
+from reap_kernels.saliency.triton_backend import check
+from reap_kernels.stats import LayerStats
+
+
+def refusal(request: Request) -> str | None:
+    """Why `accumulate` cannot be served, or None."""
+    reason = limits(request)
+    if reason is None and request.dtype not in cuda.FLOATS:
+        reason = f"it reads {', '.join(map(str, cuda.FLOATS))}, not {request.dtype}"
+    return reason or selfcheck.verdict(
+        "saliency.cuda",
+        request.device,
+        {"dtype": request.dtype, "module": cuda.digest(request.device)},
+        lambda: check(run, request),
+    )
+
+
+def run(
+    y: Tensor,
+    expert_ids: Tensor,
+    gates: Tensor,
+    stats: LayerStats,
+    mask: Tensor | None,
+    group: int | Tensor,
+) -> None:
+    """See `reap_kernels.saliency.op.accumulate`."""
+    from reap_kernels.route import kernel_cuda as route
+    from reap_kernels.saliency import kernel_cuda as saliency
+
+    stages = Stages(
+        route.sort_slots, saliency.combine, saliency.reduce_slots, written=lambda dtype: dtype
+    )
+    accumulate(stages, y, expert_ids, gates, stats, mask, group)
+
+
+BACKEND = Backend("saliency", "cuda", priority, refusal, run)
