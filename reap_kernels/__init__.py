@@ -1,15 +1,17 @@
 """reap-kernels, the kernel library: MoE layer output and expert statistics in one pass.
 
 Tensors in, tensors out; imports torch, never transformers. Layers, lowest first: errors, env,
-gates, types -> dispatch, stats, device -> tuning, selfcheck -> route -> experts -> saliency ->
-layer.
+gates, quantised -> types -> dispatch, stats, device -> tuning, selfcheck -> route, dequant ->
+experts -> saliency -> layer.
 """
 
 from reap_kernels import errors
+from reap_kernels.dequant import dequantise
 from reap_kernels.dispatch import explain
 from reap_kernels.experts import expert_outputs
 from reap_kernels.gates import GateFormula, probe_gate
 from reap_kernels.layer import observe_layer
+from reap_kernels.quantised import Quantised
 from reap_kernels.route import route
 from reap_kernels.saliency import accumulate
 from reap_kernels.stats import LayerStats, SaliencyStats
@@ -21,9 +23,11 @@ __all__ = [
     "ExpertWeights",
     "GateFormula",
     "LayerStats",
+    "Quantised",
     "Routing",
     "SaliencyStats",
     "accumulate",
+    "dequantise",
     "errors",
     "expert_outputs",
     "explain",

@@ -137,8 +137,17 @@ def select(request: Request, requested: str | None = None) -> Backend:
             f"backend {requested!r} does not exist for op {request.op!r}; "
             f"choose one of {', '.join(backends(request.op))}"
         )
+    return automatic(request)
+
+
+def automatic(request: Request) -> Backend:
+    """The backend of highest priority that serves `request`, whatever `REAP_BACKEND` says.
+
+    Raises:
+        BackendUnavailable: none serves; the message carries every reason.
+    """
     reasons = []
-    for backend in peers:
+    for backend in _ranked(request):
         reason = backend.supports(request)
         if reason is None:
             return backend

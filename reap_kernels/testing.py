@@ -6,12 +6,13 @@ balanced, Zipf-skewed or all to one expert. Every case says why it exists.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from reap_kernels.gates import GateFormula
+from reap_kernels.quantised import FORMATS, MX_BLOCK, Quantised
 from reap_kernels.types import ExpertWeights
 
 
@@ -228,6 +229,77 @@ def make_experts(
     """Random experts of `case` in one of `LAYOUTS`; `relu2` needs the ungated layout."""
     matrices = {name: m.to(device) for name, m in _matrices(case, seed, dtype).items()}
     return LAYOUTS[layout](matrices, formula or GateFormula("silu"))
+
+
+# Root of the mean square of a code drawn evenly: of E2M1, and of -8 to 7.
+_CODES = {"mxfp4": 2.93, "int4_group": 4.64}
+
+
+def make_quantised(
+    format: str,
+    experts: int,
+    rows: int,
+    columns: int,
+    *,
+    std: float = 1.0,
+    scales: torch.dtype | None = None,
+    group: int = 32,
+    block: tuple[int, int] = (128, 128),
+    seed: int = 0,
+) -> Quantised:
+    """Random matrices of about `std`, every code of 4 bits, and scales that differ.
+
+    Args:
+        format: one of `quantised.FORMATS`.
+        experts: E.
+        rows: N.
+        columns: K; for the formats of 4 bits a multiple of their groups.
+        std: of the elements, about.
+        scales: dtype of the scales; default the format's first.
+        group: elements that share a scale in `int4_group`.
+        block: of `fp8_block`.
+        seed: of the random numbers.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    dtype = scales or FORMATS[format][2][0]
+    shape = (experts, rows, columns)
+    if format == "fp8_block":
+        values = torch.randn(shape, generator=rng).to(torch.float8_e4m3fn)
+        blocks = (experts, -(-rows // block[0]), -(-columns // block[1]))
+        factors = (torch.rand(blocks, generator=rng) + 0.5) * std
+        return Quantised(values, factors.to(dtype), format, block)
+    std /= _CODES[format]
+    if format == "mxfp4":
+        packed = torch.randint(0, 256, (experts, rows, columns // 2), generator=rng)
+        spread = torch.randint(-1, 2, (experts, rows, columns // MX_BLOCK), generator=rng)
+        exponents = spread + 127 + round(math.log2(std))
+        return Quantised(packed.to(torch.uint8), exponents.to(torch.uint8), format)
+    words = torch.randint(-(1 << 31), 1 << 31, (experts, rows, columns // 8), generator=rng)
+    factors = (torch.rand(experts, rows, columns // group, generator=rng) + 0.5) * std
+    return Quantised(words.to(torch.int32), factors.to(dtype), format)
+
+
+def make_quantised_experts(
+    case: Case,
+    format: str,
+    layout: str = "stacked",
+    formula: GateFormula | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> ExpertWeights:
+    """Experts of `case` whose matrices are quantised; biases and shapes as `layout` has them."""
+    plain = make_experts(case, layout, formula, torch.bfloat16, seed, device)
+    hidden, inner = plain.hidden_size, plain.intermediate_size
+
+    def made(rows: int, columns: int, number: int) -> Quantised:
+        std = (2 if number == 2 else 1) * columns**-0.5
+        seeds = seed * 3 + number
+        sizes = (case.experts, rows, columns)
+        return make_quantised(format, *sizes, std=std, seed=seeds).to(device)
+
+    gate = None if plain.gate is None else made(inner, hidden, 1)
+    up = made(plain.up[0].shape[0], hidden, 0)
+    return replace(plain, up=up, gate=gate, down=made(hidden, inner, 2))
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

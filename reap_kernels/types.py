@@ -2,7 +2,8 @@
 
 `ExpertWeights` normalises every storage layout to one mechanism: for each expert a [N, K] matrix
 view (out x in) with free strides. A transposed tensor is a transposed view, a 2-D block tensor is a
-reshaped view, separate modules are a sequence of views. Nothing is ever copied.
+reshaped view, separate modules are a sequence of views. Nothing is ever copied; matrices that are
+stored quantised are a sequence that computes each when it is asked for.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from reap_kernels.errors import DtypeError, ShapeError
 from reap_kernels.gates import GateFormula
+from reap_kernels.quantised import Quantised
 
 Matrices = Tensor | Sequence[Tensor]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -27,6 +29,8 @@ def _dims(name: str, matrices: Matrices) -> tuple[int, int, int]:
                 "view or a sequence of E [N, K] views"
             )
         return matrices.shape[0], matrices.shape[1], matrices.shape[2]
+    if isinstance(matrices, Quantised):
+        return matrices.shape
     shapes = {tuple(m.shape) for m in matrices}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
         raise ShapeError(
@@ -38,16 +42,24 @@ def _dims(name: str, matrices: Matrices) -> tuple[int, int, int]:
 
 
 def _strides(matrices: Matrices) -> set[tuple[int, ...]]:
-    """Strides of the experts' matrices."""
+    """Strides of the experts' matrices; not of quantised ones, which have none."""
     if isinstance(matrices, Tensor):
         return {matrices.stride()}
     return {matrix.stride() for matrix in matrices}
 
 
-def _tensors(matrices: Matrices | None) -> tuple[Tensor, ...]:
-    if matrices is None:
-        return ()
+def _tensors(matrices: Matrices) -> tuple[Tensor, ...]:
+    """What the experts' matrices are stored in."""
+    if isinstance(matrices, Quantised):
+        return matrices.tensors()
     return (matrices,) if isinstance(matrices, Tensor) else tuple(matrices)
+
+
+def _dtypes(matrices: Matrices) -> set[torch.dtype]:
+    """Dtypes products read the experts' matrices in."""
+    if isinstance(matrices, Quantised):
+        return {matrices.dtype}
+    return {tensor.dtype for tensor in _tensors(matrices)}
 
 
 @dataclass(frozen=True)
@@ -55,8 +67,9 @@ class ExpertWeights:
     """The experts of one MoE layer, as views of the model's own storage.
 
     Attributes:
-        up: [E, 2I, H] fused gate and up, or [E, I, H] up alone; stacked or one [N, K] an expert.
-        down: [E, H, I], stacked or one an expert.
+        up: [E, 2I, H] fused gate and up, or [E, I, H] up alone; stacked, one [N, K] an expert, or
+            `Quantised`, as are all three matrices then, in one format.
+        down: [E, H, I], likewise.
         formula: the function between the products.
         gate: [E, I, H] where gate and up are separate matrices, else None.
         up_bias: [E, N] with the rows of `up`, or None.
@@ -66,7 +79,8 @@ class ExpertWeights:
 
     Raises:
         ShapeError: the shapes do not describe one expert layer; the message names the tensor.
-        DtypeError: a tensor is not bf16, fp16, fp32 or fp64, or they differ.
+        DtypeError: a tensor is not bf16, fp16, fp32 or fp64, or they differ, or some matrices are
+            quantised and others are not.
     """
 
     up: Matrices
@@ -114,12 +128,36 @@ class ExpertWeights:
                 )
         if self.gate_bias is not None and self.gate is None:
             raise ShapeError("ExpertWeights.gate_bias needs a separate `gate`; use up_bias instead")
-        dtypes = {t.dtype for t in self.tensors()}
+        self._check_formats()
+        dtypes = {bias.dtype for bias in self._biases()}.union(*map(_dtypes, self._matrices()))
         if len(dtypes) != 1 or not dtypes <= set(FLOATS):
             raise DtypeError(
                 f"ExpertWeights tensors have dtypes {sorted(map(str, dtypes))}; they must share "
-                "one of bf16, fp16, fp32, fp64 (dequantise first)"
+                "one of bf16, fp16, fp32, fp64 (quantised weights: wrap them in Quantised; they "
+                "are read in bf16)"
             )
+
+    def _check_formats(self) -> None:
+        """Raises unless all matrices are quantised alike, or none is."""
+        kinds = [
+            f"{m.format} in blocks of {m.block}" if isinstance(m, Quantised) else "not quantised"
+            for m in self._matrices()
+        ]
+        if len(set(kinds)) > 1:
+            names = "up, gate and down" if self.gate is not None else "up and down"
+            raise DtypeError(
+                f"ExpertWeights.{names} are {', '.join(kinds)}; give all of them in one format, or "
+                "dequantise them"
+            )
+
+    def _matrices(self) -> tuple[Matrices, ...]:
+        """Up, gate where it is separate, and down."""
+        return tuple(m for m in (self.up, self.gate, self.down) if m is not None)
+
+    def _biases(self) -> tuple[Tensor, ...]:
+        """Every bias there is."""
+        biases = (self.up_bias, self.gate_bias, self.down_bias)
+        return tuple(bias for bias in biases if bias is not None)
 
     @property
     def num_experts(self) -> int:
@@ -139,7 +177,7 @@ class ExpertWeights:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype all weights share."""
-        return _tensors(self.down)[0].dtype
+        return next(iter(_dtypes(self.down)))
 
     @property
     def device(self) -> torch.device:
@@ -149,9 +187,12 @@ class ExpertWeights:
     @property
     def layout(self) -> str:
         """`stacked` where every matrix is a view of one tensor, `table` where experts are separate
-        tensors; `mixed` where strides differ between experts, or between gate and up.
+        tensors; `mixed` where strides differ between experts, or between gate and up; `quantised`
+        where matrices must be dequantised before a product reads them.
         """
-        strides = [_strides(m) for m in (self.up, self.gate, self.down) if m is not None]
+        if isinstance(self.down, Quantised):
+            return "quantised"
+        strides = [_strides(m) for m in self._matrices()]
         alike = all(len(own) == 1 for own in strides)
         if not alike or (self.gate is not None and strides[0] != strides[1]):
             return "mixed"
@@ -161,17 +202,12 @@ class ExpertWeights:
     @property
     def biased(self) -> bool:
         """Whether any product adds a bias."""
-        return any(b is not None for b in (self.up_bias, self.gate_bias, self.down_bias))
+        return bool(self._biases())
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor described, in a fixed order."""
-        biases = (self.up_bias, self.gate_bias, self.down_bias)
-        return (
-            *_tensors(self.up),
-            *_tensors(self.gate),
-            *_tensors(self.down),
-            *(b for b in biases if b is not None),
-        )
+        matrices = (tensor for m in self._matrices() for tensor in _tensors(m))
+        return (*matrices, *self._biases())
 
     def project(self, expert: int, x: Tensor) -> Tensor:
         """f(x) of one expert, before the routing gate, computed in `x`'s dtype.

@@ -11,11 +11,11 @@ KERNELS, DRIVER = ROOT / "reap_kernels", ROOT / "python" / "reap_driver"
 # Lowest first: a module may import from its own level or one before it.
 KERNEL_ORDER = (
     ("errors", "files"),
-    ("env", "gates"),
+    ("env", "gates", "quantised"),
     ("types",),
     ("dispatch", "stats", "device", "testing"),
     ("tuning", "selfcheck", "cuda"),
-    ("route",),
+    ("route", "dequant"),
     ("experts",),
     ("saliency",),
     ("layer",),

@@ -165,8 +165,8 @@ def test_explain_gives_one_choice_and_reasons_for_the_rest(monkeypatch) -> None:
         verdicts = rk.explain("cpu", torch.bfloat16, backend=requested)
         for op in dispatch.OPS:
             chosen = [v.backend for v in verdicts if v.op == op and v.reason is None]
-            assert chosen == [requested or "cpu"]
-        assert all(v.reason for v in verdicts if v.backend not in (requested or "cpu",))
+            # To dequantise, plain torch operations are all a CPU needs.
+            assert chosen == [requested or ("reference" if op == "dequant" else "cpu")]
     elsewhere = {v.backend: v.reason for v in rk.explain("meta") if v.op == "layer"}
     gpu = "inputs are on meta; Triton serves CUDA and ROCm devices"
     assert elsewhere == {

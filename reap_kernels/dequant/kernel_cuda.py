@@ -1,0 +1,56 @@
+"""CUDA dequantisation: launches of `csrc/dequant.cu`."""
+
+import torch
+from torch import Tensor
+
+from reap_kernels import cuda
+from reap_kernels.errors import ShapeError
+from reap_kernels.quantised import Quantised
+
+_SHARED = {"offsets": torch.int64, "out": torch.bfloat16}
+_KERNELS = {
+    "fp8_block": cuda.Kernel(
+        "dequantise_fp8",
+        values=torch.float8_e4m3fn,
+        scales=(torch.float32, torch.bfloat16),
+        **_SHARED,
+    ),
+    "mxfp4": cuda.Kernel("dequantise_mxfp4", values=torch.uint8, scales=torch.uint8, **_SHARED),
+    "int4_group": cuda.Kernel(
+        "dequantise_int4",
+        values=torch.int32,
+        scales=(torch.bfloat16, torch.float16, torch.float32),
+        **_SHARED,
+    ),
+}
+
+
+def dequantise(matrices: Quantised, offsets: Tensor | None, out: Tensor) -> None:
+    """See `reap_kernels.dequant.op.dequantise`; experts without rows are not written.
+
+    Raises:
+        ShapeError: `out`, or the codes, begin at an address the kernel cannot store to or load
+            from at once.
+    """
+    for name, tensor, width in (("out", out, 16), ("values", matrices.values, 8)):
+        if tensor.data_ptr() % width:
+            raise ShapeError(
+                f"dequantise: {name} begins {tensor.data_ptr() % width} bytes past a multiple of "
+                f"{width}, at storage offset {tensor.storage_offset()}; pass {name}.clone()"
+            )
+    experts, rows, columns = matrices.shape
+    high, wide = matrices.scale_block
+    _KERNELS[matrices.format](
+        matrices.device,
+        f"E = {experts}, N = {rows}, K = {columns}, {matrices.format}",
+        values=matrices.values,
+        scales=matrices.scales,
+        **({"scales_dtype": 0} if matrices.format == "mxfp4" else {}),
+        offsets=offsets,
+        out=out,
+        experts=experts,
+        rows=rows,
+        columns=columns,
+        block_rows=high,
+        block_columns=wide,
+    )

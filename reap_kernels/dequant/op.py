@@ -1,0 +1,93 @@
+"""dequantise: experts' matrices in bf16, from the format they are stored in."""
+
+import torch
+from torch import Tensor
+
+from reap_kernels import env
+from reap_kernels.dequant import cuda_backend, reference
+from reap_kernels.dispatch import Backend, Request, Sizes, automatic, backends, register, select
+from reap_kernels.errors import DtypeError, ShapeError
+from reap_kernels.quantised import Quantised
+
+
+def dequantise(
+    matrices: Quantised,
+    *,
+    offsets: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Makes the bf16 matrices of quantised experts; waits for nothing.
+
+    Args:
+        matrices: E matrices [N, K] in one of the formats of `Quantised`.
+        offsets: [E + 1] int64 from `route`. The parts of `out` of experts without rows,
+            `offsets[e] == offsets[e + 1]`, need not be written: what they hold has no meaning.
+            Default: every expert is written.
+        out: [E, N, K] bf16, contiguous, on the same device; default a new tensor.
+        backend: explicit backend, never falls back. Default: see `explain()`.
+
+    Returns:
+        `out`. Every backend gives the same bits (NaN aside, of which there are many).
+
+    Raises:
+        ShapeError, DtypeError: `offsets` or `out` do not fit `matrices`.
+        BackendUnavailable: no backend serves, or the requested one refuses.
+    """
+    request = _request(matrices)
+    out = _checked(matrices, offsets, out)
+    with torch.no_grad():
+        select(request, backend).run(matrices, offsets, out)
+    return out
+
+
+def fill(matrices: Quantised, offsets: Tensor, out: Tensor) -> None:
+    """`dequantise` as a step of another op, whose arguments are known to fit: by the backend that
+    `REAP_BACKEND` asks for where this op has it, else by automatic choice.
+    """
+    request = _request(matrices)
+    wanted = env.backend("dequant")
+    chosen = select(request) if wanted in backends("dequant") else automatic(request)
+    chosen.run(matrices, offsets, out)
+
+
+def _request(matrices: Quantised) -> Request:
+    experts, rows, columns = matrices.shape
+    return Request(
+        "dequant",
+        matrices.device,
+        matrices.dtype,
+        sizes=Sizes(experts=experts, hidden=columns, intermediate=rows),
+        layout="quantised",
+    )
+
+
+def _checked(matrices: Quantised, offsets: Tensor | None, out: Tensor | None) -> Tensor:
+    """`out`, or a new one; raises where it or `offsets` do not fit."""
+    experts = len(matrices)
+    if offsets is not None:
+        if tuple(offsets.shape) != (experts + 1,):
+            raise ShapeError(
+                f"offsets has shape {tuple(offsets.shape)}; {experts} experts need ({experts + 1},)"
+            )
+        if offsets.dtype != torch.int64 or offsets.device != matrices.device:
+            raise DtypeError(
+                f"offsets is {offsets.dtype} on {offsets.device}; expected int64 on "
+                f"{matrices.device}"
+            )
+    if out is None:
+        return torch.empty(matrices.shape, dtype=matrices.dtype, device=matrices.device)
+    if tuple(out.shape) != matrices.shape or not out.is_contiguous():
+        raise ShapeError(
+            f"out has shape {tuple(out.shape)} and strides {out.stride()}; expected a contiguous "
+            f"{matrices.shape}"
+        )
+    if out.dtype != matrices.dtype or out.device != matrices.device:
+        raise DtypeError(
+            f"out is {out.dtype} on {out.device}; expected {matrices.dtype} on {matrices.device}"
+        )
+    return out
+
+
+register(Backend("dequant", "reference", lambda _: 0, lambda _: None, reference.dequantise))
+register(cuda_backend.BACKEND)
