@@ -41,6 +41,7 @@ struct Rows {
         live = __ballot_sync(ALL_LANES, served);
     }
 
+    REAP_DEVICE bool serves(int s) const { return live >> s & 1u; }
     REAP_DEVICE std::int64_t row_of(int s) const { return __shfl_sync(ALL_LANES, row, s); }
     REAP_DEVICE W gate_of(int s) const { return __shfl_sync(ALL_LANES, gate, s); }
 };
@@ -77,9 +78,12 @@ __global__ void __launch_bounds__(THREADS) combine_tokens(Combine call) {
     const Rows<T> rows(call, token, lane);
     const T* const y = static_cast<const T*>(call.y);
     T* const out = call.out == nullptr ? nullptr : static_cast<T*>(call.out) + token * call.hidden;
+    const bool observes = call.norm != nullptr;
     Measures<W, SLOTS> measures;
     // The same number of rounds for every lane: they exchange rows and gates in each.
     for (std::int64_t start = 0; start < call.hidden; start += WARP * VECTOR * COLUMNS) {
+        // Loads come first, and nothing is set where there is none to do: a value to fall back on
+        // would make each load wait for the one before.
         Loaded loaded[COLUMNS][SLOTS];
 #pragma unroll
         for (int s = 0; s < SLOTS; ++s) {
@@ -87,8 +91,7 @@ __global__ void __launch_bounds__(THREADS) combine_tokens(Combine call) {
 #pragma unroll
             for (int c = 0; c < COLUMNS; ++c) {
                 const std::int64_t at = start + (c * WARP + lane) * VECTOR;
-                loaded[c][s] = Loaded{};
-                if ((rows.live >> s & 1u) && at < call.hidden)
+                if (rows.serves(s) && at < call.hidden)
                     loaded[c][s] = load_once<T, VECTOR>(from + at);
             }
         }
@@ -98,12 +101,12 @@ __global__ void __launch_bounds__(THREADS) combine_tokens(Combine call) {
             const W gate = rows.gate_of(s);
 #pragma unroll
             for (int c = 0; c < COLUMNS; ++c) {
-                if (start + (c * WARP + lane) * VECTOR >= call.hidden) continue;
+                if (!rows.serves(s) || start + (c * WARP + lane) * VECTOR >= call.hidden) continue;
 #pragma unroll
                 for (int v = 0; v < VECTOR; ++v) {
                     const W x = widen(loaded[c][s].at[v]);
                     total[c][v] = fma(gate, x, total[c][v]);
-                    measures.add(s, x);
+                    if (observes) measures.add(s, x);
                 }
             }
         }
@@ -117,13 +120,13 @@ __global__ void __launch_bounds__(THREADS) combine_tokens(Combine call) {
             store(out + at, sum);
         }
     }
-    if (call.norm == nullptr) return;
+    if (!observes) return;
     const W square = warp_reduce_rows<SLOTS>(measures.square, lane, Sum{});
     const W high = warp_reduce_rows<SLOTS>(measures.high, lane, Max{});
     const W low = warp_reduce_rows<SLOTS>(measures.low, lane, Min{});
     constexpr int SHARE = WARP / SLOTS;  // lanes that hold the same slot's result
     const int s = lane / SHARE;
-    if (lane % SHARE || !(rows.live >> s & 1u)) return;
+    if (lane % SHARE || !rows.serves(s)) return;
     const std::int64_t slot = token * call.top_k + s;
     call.norm[slot] = static_cast<float>(sqrt(square));
     call.high[slot] = static_cast<float>(high);
@@ -155,7 +158,8 @@ int run_float(const Combine& call, Where where) {
 }  // namespace
 
 int combine_rows(const Combine& call, Where where) {
-    if (call.top_k < 1 || call.top_k > COMBINE_SLOTS || call.tokens < 0 || call.hidden < 0 || (call.out != nullptr && call.out_dtype != call.y_dtype))
+    if (call.top_k < 1 || call.top_k > COMBINE_SLOTS || call.tokens < 0 || call.hidden < 0 ||
+        (call.out != nullptr && call.out_dtype != call.y_dtype))
         return INVALID_VALUE;
     if (call.tokens == 0) return SUCCESS;
     switch (static_cast<Dtype>(call.y_dtype)) {
