@@ -152,7 +152,7 @@ int run_float(const Combine& call, Where where) {
     if (call.top_k <= 8) return run<T, 8, VECTOR>(call, where);
     // The more rows, the less of each at a time: measures of all of them stay in registers.
     if (call.top_k <= 16) return run<T, 16, 4>(call, where);
-    return run<T, 32, 2>(call, where);
+    return run<T, 32, 4 / sizeof(T)>(call, where);
 }
 
 }  // namespace
