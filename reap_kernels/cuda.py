@@ -59,7 +59,7 @@ def serving(where: torch.device) -> ModuleType | str:
         path = env.cuda_host()
         if path is not None:
             return host_module(path)
-        return "inputs are on the CPU, where CUDA kernels run only as `make host` builds them"
+        return "inputs are on the CPU, where CUDA kernels run only for tests (REAP_CUDA_HOST)"
     if where.type != "cuda" or torch.version.hip is not None:
         return f"inputs are on {where}; CUDA kernels serve NVIDIA devices"
     found = torch.cuda.get_device_capability(where)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from reap_kernels import device, selfcheck, tuning
+from reap_kernels import cuda, device, selfcheck, tuning
 from reap_kernels.dispatch import explain
 from reap_kernels.experts.cpu import compute_dtype
 
@@ -37,6 +37,14 @@ def _nvcc() -> str | None:
     done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if "release" in line]
     return lines[0].strip() if lines else f"{path} did not state a release"
+
+
+def _cuda_kernels() -> dict[str, str | None]:
+    """The CUDA version `reap_kernels._C` was built with, or None and why it is absent."""
+    found = cuda.module()
+    if isinstance(found, str):
+        return {"cuda": None, "reason": found}
+    return {"cuda": str(found.CUDA_VERSION), "reason": None}
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -65,7 +73,8 @@ def report() -> dict[str, Any]:
     """Everything a bug report needs, as a JSON-serialisable dictionary.
 
     Returns:
-        `python`, `platform`, `packages` (version or None), `nvcc`, `cpu` (capability, threads, the
+        `python`, `platform`, `packages` (version or None), `nvcc`, `cuda_kernels` (the CUDA version
+        they were built with, or None and the reason), `cpu` (capability, threads, the
         dtype half precision is computed in), `gpus`; `backends`: for each device kind, dtype, op
         and backend the reason it is not chosen (None: it is); `launch_tables`: for each GPU the
         origins of its tables, first choice first; `selfcheck`: the file of verdicts and, by what
@@ -93,6 +102,7 @@ def report() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": _versions(),
         "nvcc": _nvcc(),
+        "cuda_kernels": _cuda_kernels(),
         "cpu": {
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),

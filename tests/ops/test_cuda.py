@@ -255,7 +255,9 @@ def test_every_tensor_is_checked(change: dict, error: type, message: str) -> Non
 
 def test_without_the_module_the_reason_is_given(monkeypatch) -> None:
     monkeypatch.delenv("REAP_CUDA_HOST")
-    with pytest.raises(BackendUnavailable, match="inputs are on the CPU, where CUDA kernels run"):
+    with pytest.raises(
+        BackendUnavailable, match="inputs are on the CPU, where CUDA kernels run only for tests"
+    ):
         rk.route(torch.zeros(4, 1, dtype=torch.int64), 4, backend="cuda")
     absent = lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name))  # noqa: E731
     monkeypatch.setattr(cuda.importlib, "import_module", absent)

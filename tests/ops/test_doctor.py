@@ -1,6 +1,7 @@
 """The report of `doctor`: complete, serialisable, and true to what dispatch does."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -34,3 +35,11 @@ def test_absent_packages_are_named_not_hidden(monkeypatch) -> None:
 def test_nvcc_absent(monkeypatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     assert doctor.report()["nvcc"] is None
+
+
+def test_cuda_kernels_are_there_or_the_reason_is(monkeypatch) -> None:
+    built = types.SimpleNamespace(CUDA_VERSION="13.0")
+    monkeypatch.setattr(doctor.cuda, "module", lambda: built)
+    assert doctor.report()["cuda_kernels"] == {"cuda": "13.0", "reason": None}
+    monkeypatch.setattr(doctor.cuda, "module", lambda: "it was not built")
+    assert doctor.report()["cuda_kernels"] == {"cuda": None, "reason": "it was not built"}

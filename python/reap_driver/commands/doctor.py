@@ -32,6 +32,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     rows = [("python", facts["python"]), ("platform", facts["platform"])]
     rows += [(name, version or "not installed") for name, version in facts["packages"].items()]
     rows += [("nvcc", facts["nvcc"] or "not found")]
+    kernels = facts["cuda_kernels"]
+    rows += [("CUDA kernels", kernels["reason"] or f"built with CUDA {kernels['cuda']}")]
     rows += [("CPU", f"{cpu['capability']}, {cpu['threads']} threads")]
     rows += [
         ("", f"computes {dtype} in {used.removeprefix('torch.')}")
