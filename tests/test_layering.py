@@ -13,7 +13,7 @@ KERNEL_ORDER = (
     ("errors", "files"),
     ("env", "gates", "quantised"),
     ("types",),
-    ("dispatch", "stats", "device", "testing"),
+    ("dispatch", "stats", "device", "testing", "scratch"),
     ("tuning", "selfcheck", "cuda"),
     ("route", "dequant"),
     ("experts",),

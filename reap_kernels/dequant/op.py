@@ -1,5 +1,7 @@
 """dequantise: experts' matrices in bf16, from the format they are stored in."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -41,14 +43,13 @@ def dequantise(
     return out
 
 
-def fill(matrices: Quantised, offsets: Tensor, out: Tensor) -> None:
-    """`dequantise` as a step of another op, whose arguments are known to fit: by the backend that
-    `REAP_BACKEND` asks for where this op has it, else by automatic choice.
+def chosen(matrices: Quantised) -> Callable[[Quantised, Tensor | None, Tensor], None]:
+    """What writes parts of `matrices`, (part, offsets, out), as a step of another op: the backend
+    that `REAP_BACKEND` asks for where this op has it, else automatic choice.
     """
     request = _request(matrices)
-    wanted = env.backend("dequant")
-    chosen = select(request) if wanted in backends("dequant") else automatic(request)
-    chosen.run(matrices, offsets, out)
+    known = env.backend("dequant") in backends("dequant")
+    return (select(request) if known else automatic(request)).run
 
 
 def _request(matrices: Quantised) -> Request:

@@ -1,23 +1,30 @@
 """GPU expert outputs: the weights as kernels take them, and the launches of the products.
 
 Two paths share everything but the products: our Triton kernel, which gathers rows and applies the
-gate inside, and torch's grouped_mm between a gather and a gate pass of ours.
+gate inside, and torch's grouped_mm between a gather and a gate pass of ours. Quantised experts are
+dequantised by chunks into scratch that all chunks share; a chunk's products write the rows of its
+experts, in the tiles they would have anyway: the same bits whatever the chunks.
 """
 
+import math
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from reap_kernels import device
+from reap_kernels.dequant.op import chosen as chosen_dequantise
 from reap_kernels.experts import kernel_triton as kernels
 from reap_kernels.experts.op import request_of
 from reap_kernels.experts.triton_backend import launches as chosen_launches
 from reap_kernels.experts.triton_backend import tf32
 from reap_kernels.gates import GateFormula
+from reap_kernels.quantised import Quantised
 from reap_kernels.route.gpu import schedule
 from reap_kernels.route.slots import SortedSlots
+from reap_kernels.scratch import fitting
 from reap_kernels.tuning import Launch, Launches
 from reap_kernels.types import ExpertWeights, Matrices, Routing
 
@@ -96,23 +103,56 @@ class _AddressTables:
 
 _ADDRESSES = _AddressTables()
 
+# Matrices of some experts, and their bias.
+Side = tuple[Matrices, Tensor | None]
 
-def halves(experts: ExpertWeights) -> tuple[Operand, Operand]:
-    """(up, gate) of a gated layer: views of one fused tensor, or two tensors."""
-    bias = experts.up_bias
-    if experts.gate is not None:
-        return Operand.of(experts.up, bias), Operand.of(experts.gate, experts.gate_bias)
+
+def first_sides(experts: ExpertWeights) -> list[Side]:
+    """What the first product reads: up, fused or not, and gate where it is separate."""
+    up = (experts.up, experts.up_bias)
+    return [up] if experts.gate is None else [up, (experts.gate, experts.gate_bias)]
+
+
+def chunks(rows: SortedSlots, sides: list[Side]) -> Iterator[tuple[SortedSlots, list[Side]]]:
+    """All experts at once where products can read them; quantised ones some at a time, in scratch
+    that holds them until the next are asked for. Nothing waits for the device.
+    """
+    quantised = [(m, bias) for m, bias in sides if isinstance(m, Quantised)]
+    if not quantised:
+        yield rows, sides
+        return
+    experts, first = rows.num_experts, quantised[0][0]
+    each = sum(math.prod(m.shape[1:]) for m, _ in quantised) * first.dtype.itemsize
+    step = fitting(experts, each, first.device, quarters=1)
+    room = [torch.empty(step, *m.shape[1:], dtype=m.dtype, device=m.device) for m, _ in quantised]
+    dequantise = chosen_dequantise(first)
+    for start in range(0, experts, step):
+        stop = min(start + step, experts)
+        own = rows if step >= experts else rows.part(start, stop)
+        held = [out[: stop - start] for out in room]
+        for (matrices, _), out in zip(quantised, held, strict=True):
+            dequantise(matrices.part(start, stop), own.offsets, out)
+        biases = (None if bias is None else bias[start:stop] for _, bias in quantised)
+        yield own, list(zip(held, biases, strict=True))
+
+
+def halves(experts: ExpertWeights, sides: list[Side] | None = None) -> tuple[Operand, Operand]:
+    """(up, gate) of a gated layer: views of one fused tensor, or two tensors. `sides` are some of
+    the experts, from `chunks`; default all.
+    """
+    (up, bias), *gate = sides or first_sides(experts)
+    if gate:
+        return Operand.of(up, bias), Operand.of(*gate[0])
     inner = experts.intermediate_size
     gates, ups = (slice(0, inner), slice(inner, None))
     if experts.interleaved:
         gates, ups = slice(0, None, 2), slice(1, None, 2)
 
     def part(rows: slice) -> Operand:
-        fused = experts.up
         own = None if bias is None else bias[:, rows]
-        if isinstance(fused, Tensor):
-            return Operand.of(fused[:, rows], own)
-        return Operand.of([matrix[rows] for matrix in fused], own)
+        if isinstance(up, Tensor):
+            return Operand.of(up[:, rows], own)
+        return Operand.of([matrix[rows] for matrix in up], own)
 
     return part(ups), part(gates)
 
@@ -126,6 +166,7 @@ def product(
     gate: Operand | None = None,
     formula: GateFormula | None = None,
     gather: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """One grouped product with its epilogue.
 
@@ -137,14 +178,15 @@ def product(
         gate: the gate half, for a gated formula.
         formula: applied to the product; None for none.
         gather: whether sorted rows are looked up in `a` by token.
+        out: from `room_for`, whose rows of these experts are written and which is then returned as
+            `a`'s dtype has it; default new.
 
     Returns:
         [S, N] in `a`'s dtype; rows that no expert serves are not written.
     """
     n, depth = b.shape
     tiles = rows.tiles(launch.block_m)
-    dtype = device.written_dtype(a.dtype)
-    out = torch.empty(len(rows.order), n, dtype=dtype, device=a.device)
+    out = room_for(rows, n, a) if out is None else out
     if not tiles.bound:
         return out.to(a.dtype)
     other = b if gate is None else gate
@@ -197,31 +239,45 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32(dtype) else "ieee"
 
 
+def room_for(rows: SortedSlots, n: int, a: Tensor) -> Tensor:
+    """[S, N] for a product of `a`, in the dtype kernels write."""
+    dtype = device.written_dtype(a.dtype)
+    return torch.empty(len(rows.order), n, dtype=dtype, device=a.device)
+
+
 def triton_outputs(
     hidden: Tensor, rows: SortedSlots, experts: ExpertWeights, launches: Launches
 ) -> Tensor:
-    """[S, H] expert outputs by sorted row, through h [S, I]; nothing else of that size."""
+    """[S, H] expert outputs by sorted row, through h [S, I]; nothing else of that size. Every chunk
+    of quantised experts has its first product before any has its second, so that scratch holds the
+    matrices of one of them only.
+    """
     formula = experts.formula
     if formula.kind == "opaque":
-        h = formula.apply(_projected(hidden, rows, experts, launches.up))
-    elif formula.gated:
-        up, gate = halves(experts)
-        h = product(hidden, up, rows, launches.up, gate=gate, formula=formula, gather=True)
+        h = formula.apply(_projected(hidden, rows, experts, launches.up)).contiguous()
     else:
-        up = Operand.of(experts.up, experts.up_bias)
-        h = product(hidden, up, rows, launches.up, formula=formula, gather=True)
-    down = Operand.of(experts.down, experts.down_bias)
-    return product(h.contiguous(), down, rows, launches.down)
+        h = room_for(rows, experts.intermediate_size, hidden)
+        for own, sides in chunks(rows, first_sides(experts)):
+            up, gate = halves(experts, sides) if formula.gated else (Operand.of(*sides[0]), None)
+            product(hidden, up, own, launches.up, gate=gate, formula=formula, gather=True, out=h)
+        h = h.to(hidden.dtype)
+    y = room_for(rows, experts.hidden_size, hidden)
+    for own, (down,) in chunks(rows, [(experts.down, experts.down_bias)]):
+        product(h, Operand.of(*down), own, launches.down, out=y)
+    return y.to(hidden.dtype)
 
 
 def _projected(hidden: Tensor, rows: SortedSlots, experts: ExpertWeights, launch: Launch) -> Tensor:
     """[S, 2 I] or [S, I] in the model's own layout, for a gate only the model can compute."""
-    up = Operand.of(experts.up, experts.up_bias)
-    projected = product(hidden, up, rows, launch, gather=True)
-    if experts.gate is None:
-        return projected
-    gate = Operand.of(experts.gate, experts.gate_bias)
-    return torch.cat([product(hidden, gate, rows, launch, gather=True), projected], dim=-1)
+    found: list[Tensor] = []
+    # A separate gate comes first, as its half does in a fused matrix.
+    for matrices, bias in reversed(first_sides(experts)):
+        width = matrices.shape[1] if isinstance(matrices, Tensor | Quantised) else len(matrices[0])
+        out = room_for(rows, width, hidden)
+        for own, (some,) in chunks(rows, [(matrices, bias)]):
+            product(hidden, Operand.of(*some), own, launch, gather=True, out=out)
+        found.append(out.to(hidden.dtype))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
 def grouped_outputs(

@@ -41,9 +41,12 @@ def product_limits(request: Request) -> str | None:
 
 def note(request: Request) -> str:
     """What a user should know of a call that is served."""
+    notes = []
+    if request.layout == "quantised":
+        notes.append("experts are dequantised to bf16 by chunks")
     if request.formula == "opaque":
-        return "the gate is the model's own torch function, run between the two products"
-    return ""
+        notes.append("the gate is the model's own torch function, run between the two products")
+    return "; ".join(notes)
 
 
 def launches(request: Request) -> Launches:
@@ -56,8 +59,13 @@ def launches(request: Request) -> Launches:
         sizes.hidden,
         sizes.intermediate,
         sizes.rows,
-        plain=request.layout == "stacked" and not request.biased,
+        plain=_seen(request) == "stacked" and not request.biased,
     ).launches()
+
+
+def _seen(request: Request) -> str:
+    """The layout products see: quantised experts are dequantised into stacked ones."""
+    return "stacked" if request.layout == "quantised" else request.layout
 
 
 def facts(request: Request) -> dict[str, Any]:
@@ -70,7 +78,7 @@ def facts(request: Request) -> dict[str, Any]:
         "intermediate": intermediate,
         "top_k": request.sizes.top_k,
         "formula": request.formula,
-        "layout": request.layout,
+        "layout": _seen(request),
         "biased": request.biased,
         "tf32": tf32(request.dtype),
         "up": chosen.up,

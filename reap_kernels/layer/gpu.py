@@ -2,8 +2,9 @@
 each by kernels of whatever kind serves it.
 
 Scratch beside input and output: h [S, I] and y [S, H] (grouped_mm: gathered rows and both halves
-too), and O(S). Where that is more than the budget the call is computed in parts of equal tokens,
-which launch as the whole would: outputs keep their bits, sums move by at most 1e-12 relative.
+too), O(S), and for quantised experts one product's bf16 matrices of as many as fit. Where that is
+more than the budget the call is computed in parts of equal tokens, which launch as the whole would:
+outputs keep their bits, sums move by at most 1e-12 relative.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reap_kernels import device, env
+from reap_kernels import device
 from reap_kernels.experts.gpu import grouped_outputs, launches_of, triton_outputs
 from reap_kernels.route import gpu as route_gpu
 from reap_kernels.route import kernel_cuda as route_cuda
@@ -20,6 +21,7 @@ from reap_kernels.route.slots import SortedSlots
 from reap_kernels.saliency import gpu as saliency_gpu
 from reap_kernels.saliency import kernel_cuda as saliency_cuda
 from reap_kernels.saliency.stages import SlotMeasures, Stages
+from reap_kernels.scratch import fitting
 from reap_kernels.stats import LayerStats
 from reap_kernels.tuning import Launches
 from reap_kernels.types import ExpertWeights
@@ -60,13 +62,8 @@ def stages(route: str, saliency: str) -> Stages:
     return Stages(SORTS[route], *own)
 
 
-# Scratch below this is not worth asking how much memory is free.
-_SMALL = 64 << 20
 # O(S) arrays: order, inverse, counts, measures, partial sums and tile lists.
 _SLOT_BYTES = 64
-# Calls of one shape are split alike for as long as the process lives: same bits, and no question
-# to the driver within a captured graph.
-_SPLITS: dict[tuple[torch.device, int, int], int] = {}
 
 
 def observe_layer(
@@ -89,7 +86,9 @@ def observe_layer(
     tokens, top_k = topk_ids.shape
     launches = launches or launches_of(hidden, experts, top_k)
     slot_bytes = products.width(experts) * hidden.element_size() + _SLOT_BYTES
-    size = chunk or fitting_tokens(tokens, top_k * slot_bytes, hidden.device)
+    # The last quarter of the budget is for experts that are dequantised by chunks.
+    quarters = 3 if experts.layout == "quantised" else 4
+    size = chunk or fitting(tokens, top_k * slot_bytes, hidden.device, quarters)
     dtype = around.written(hidden.dtype)
     out = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
     for start in range(0, tokens, size):
@@ -104,30 +103,3 @@ def observe_layer(
             own = group[part] if isinstance(group, Tensor) else group
             around.reduce(measures, gates, rows, stats, counted, own, launches.down.block_m)
     return out.to(hidden.dtype)
-
-
-def fitting_tokens(tokens: int, token_bytes: int, where: torch.device) -> int:
-    """Tokens computed at a time, at least one: all where their scratch fits the budget.
-
-    The budget is `REAP_SCRATCH_BYTES`, by default a quarter of the memory that is free when a call
-    of this size is first made: free to the driver, or held by torch's allocator unused.
-    """
-    needed = tokens * token_bytes
-    budget = env.scratch_bytes()
-    if budget is None:
-        if needed <= _SMALL or where.type != "cuda":
-            return max(tokens, 1)
-        key = (where, tokens, token_bytes)
-        if key not in _SPLITS:
-            free, _ = torch.cuda.mem_get_info(where)
-            free += torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
-            _SPLITS[key] = _part(tokens, token_bytes, free // 4)
-        return _SPLITS[key]
-    return _part(tokens, token_bytes, budget)
-
-
-def _part(tokens: int, token_bytes: int, budget: int) -> int:
-    """Tokens of one of the fewest equal parts that each fit `budget`."""
-    most = max(1, budget // token_bytes)
-    parts = max(1, -(-tokens // most))
-    return max(1, -(-tokens // parts))

@@ -10,6 +10,7 @@ from reap_kernels.errors import ShapeError
 from reap_kernels.experts.op import check_experts, request_of
 from reap_kernels.gates import GateFormula
 from reap_kernels.layer import cpu, cuda_backend, reference, triton_backend
+from reap_kernels.quantised import FORMATS, Quantised
 from reap_kernels.route.op import check_routing, cpu_only
 from reap_kernels.saliency.op import checked_mask, group_ids
 from reap_kernels.stats import LayerStats
@@ -96,6 +97,7 @@ def observe_layer(
         groups if isinstance(groups, Tensor) else None,
         chunk,
         backend,
+        *_format(experts.down),
     )
     return out
 
@@ -131,13 +133,27 @@ def _count_tokens(stats: LayerStats, tokens: int, mask: Tensor | None, group: in
 
 
 def _flat(matrices: Matrices | None) -> list[Tensor]:
-    """As an operator takes them: one stacked tensor, or one an expert; empty for none."""
+    """As an operator takes them: one stacked tensor, one an expert, or values and scales; empty for
+    none. Values go as bytes: torch's own checks of operators cannot compare 8-bit floats.
+    """
     if matrices is None:
         return []
+    if isinstance(matrices, Quantised):
+        return [matrices.values.view(torch.uint8), matrices.scales]
     return [matrices] if isinstance(matrices, Tensor) else list(matrices)
 
 
-def _matrices(flat: list[Tensor]) -> Matrices:
+def _format(matrices: Matrices) -> tuple[str | None, int, int]:
+    """Format and block of quantised matrices, all of a layer's alike; no format for others."""
+    if isinstance(matrices, Quantised):
+        return (matrices.format, *matrices.block)
+    return None, 0, 0
+
+
+def _matrices(flat: list[Tensor], quantised: str | None, block: tuple[int, int]) -> Matrices:
+    """What `_flat` and `_format` describe."""
+    if quantised is not None:
+        return Quantised(flat[0].view(FORMATS[quantised][1]), flat[1], quantised, block)
     return flat[0] if len(flat) == 1 and flat[0].ndim == 3 else flat
 
 
@@ -162,12 +178,16 @@ def _observe_layer(
     groups: Tensor | None,
     chunk: int | None,
     backend: str | None,
+    quantised: str | None = None,
+    block_rows: int = 0,
+    block_columns: int = 0,
 ) -> Tensor:
+    stored = (quantised, (block_rows, block_columns))
     experts = ExpertWeights(
-        _matrices(up),
-        _matrices(down),
+        _matrices(up, *stored),
+        _matrices(down, *stored),
         GateFormula(kind, math.inf if limit is None else limit, alpha),
-        _matrices(gate) if gate else None,
+        _matrices(gate, *stored) if gate else None,
         up_bias,
         gate_bias,
         down_bias,

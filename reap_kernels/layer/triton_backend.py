@@ -57,6 +57,8 @@ def grouped_limits(request: Request) -> str | None:
             return f"torch's grouped_mm loops over experts on {arch}, waiting for the device"
         if request.dtype != torch.bfloat16:
             return f"torch's grouped_mm is fast for bfloat16 only, not for {request.dtype}"
+    if request.layout == "quantised":
+        return "torch's grouped_mm reads bf16 weights; `triton` dequantises experts by chunks"
     if request.layout != "stacked":
         return "torch's grouped_mm takes experts stacked in one tensor"
     if request.biased:

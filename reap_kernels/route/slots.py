@@ -54,6 +54,12 @@ class SortedSlots:
         """E."""
         return len(self.offsets) - 1
 
+    def part(self, first: int, last: int) -> "SortedSlots":
+        """The rows of experts first to last - 1, as experts 0, 1, ... of as many rows in all."""
+        # A tensor of its own, aligned whatever `first`: Triton compiles for an alignment.
+        offsets = self.offsets[first : last + 1].clone()
+        return SortedSlots(self.order, self.inverse, offsets, self.top_k, self.schedule)
+
     def tiles(self, block_m: int) -> Tiles:
         """The tile list for tiles of `block_m` rows, made once."""
         if block_m not in self._tiles:

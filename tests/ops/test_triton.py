@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reap_kernels as rk
-from reap_kernels import device
+from reap_kernels import device, scratch
 from reap_kernels.dispatch import Request, Sizes, _ranked
 from reap_kernels.errors import BackendUnavailable, ShapeError
 from reap_kernels.layer import gpu
@@ -59,7 +59,7 @@ def test_scratch_budget_splits_a_call(monkeypatch) -> None:
     whole, stats = observe(experts=whole_numbers(), whole=True)
     token = CASE.top_k * ((CASE.hidden + CASE.intermediate) * 4 + gpu._SLOT_BYTES)
     monkeypatch.setenv("REAP_SCRATCH_BYTES", str(5 * token))
-    assert gpu.fitting_tokens(CASE.tokens, token, torch.device("cpu")) == 5
+    assert scratch.fitting(CASE.tokens, token, torch.device("cpu")) == 5
     seen = []
     sort = gpu.SORTS["triton"]
     seeing = lambda ids, *rest: seen.append(len(ids)) or sort(ids, *rest)  # noqa: E731
@@ -79,7 +79,7 @@ def test_scratch_budget_must_be_a_number(monkeypatch, value: str) -> None:
 
 def test_a_token_is_never_split(monkeypatch) -> None:
     monkeypatch.setenv("REAP_SCRATCH_BYTES", "1")
-    assert gpu.fitting_tokens(10, 1000, torch.device("cpu")) == 1
+    assert scratch.fitting(10, 1000, torch.device("cpu")) == 1
 
 
 def test_chunk_must_be_positive() -> None:
