@@ -22,16 +22,65 @@ namespace reap {
 namespace {
 
 constexpr int PLACE_WARPS = 4;  // of a block, as far as shared memory has counters for them
+constexpr int ROUNDS = ROUTE_CHUNK / WARP;
 constexpr int SCAN_ROWS = 32;
+constexpr int SCAN_BATCH = 8;  // loads under way at once
 constexpr int SCHEDULE_THREADS = 128;
 
-// Bin of a slot: the expert that serves it, or E.
-REAP_DEVICE int bin_of(const Route& call, std::int64_t slot) {
-    const std::int64_t id = load_integer(call.ids, static_cast<Dtype>(call.ids_dtype), slot);
-    if (id < 0 || id >= call.experts) return call.experts;
-    if (call.weights == nullptr) return static_cast<int>(id);
-    const double weight = load_float(call.weights, static_cast<Dtype>(call.weights_dtype), slot);
-    return weight == 0.0 ? call.experts : static_cast<int>(id);
+// A lane's slots of a chunk: `first`, then every WARP-th; bit i of a result is slot i.
+template <class Test>
+REAP_DEVICE unsigned each_slot(std::int64_t first, std::int64_t slots, Test test) {
+    unsigned found = 0;
+#pragma unroll
+    for (int i = 0; i < ROUNDS; ++i) {
+        const std::int64_t slot = first + i * WARP;
+        found |= static_cast<unsigned>(slot < slots && test(slot)) << i;
+    }
+    return found;
+}
+
+template <class T>
+REAP_DEVICE unsigned zeros(const void* weights, std::int64_t first, std::int64_t slots) {
+    const T* const at = static_cast<const T*>(weights);
+    return each_slot(first, slots, [at](std::int64_t slot) { return widen(at[slot]) == 0; });
+}
+
+// Which of a lane's slots have weight exactly 0.
+REAP_DEVICE unsigned zero_weights(const Route& call, std::int64_t first) {
+    if (call.weights == nullptr) return 0;
+    switch (static_cast<Dtype>(call.weights_dtype)) {
+        case Dtype::bf16:
+            return zeros<bf16>(call.weights, first, call.slots);
+        case Dtype::fp16:
+            return zeros<fp16>(call.weights, first, call.slots);
+        case Dtype::fp32:
+            return zeros<float>(call.weights, first, call.slots);
+        default:
+            return zeros<double>(call.weights, first, call.slots);
+    }
+}
+
+template <class T>
+REAP_DEVICE void read_ids(const Route& call, std::int64_t first, int (&bins)[ROUNDS]) {
+    const T* const ids = static_cast<const T*>(call.ids);
+#pragma unroll
+    for (int i = 0; i < ROUNDS; ++i) {
+        const std::int64_t slot = first + i * WARP;
+        const std::int64_t id = slot < call.slots ? ids[slot] : -1;
+        bins[i] = id < 0 || id >= call.experts ? call.experts : static_cast<int>(id);
+    }
+}
+
+// Bins of a lane's slots: the expert that serves one, or E. All loads are under way at once.
+REAP_DEVICE void read_bins(const Route& call, std::int64_t first, int (&bins)[ROUNDS]) {
+    const unsigned zero = zero_weights(call, first);
+    if (static_cast<Dtype>(call.ids_dtype) == Dtype::int32)
+        read_ids<std::int32_t>(call, first, bins);
+    else
+        read_ids<std::int64_t>(call, first, bins);
+#pragma unroll
+    for (int i = 0; i < ROUNDS; ++i)
+        if (zero >> i & 1u) bins[i] = call.experts;
 }
 
 // Walks one chunk in order. `next` has, for every bin, the number its next slot gets; lanes past
@@ -39,18 +88,20 @@ REAP_DEVICE int bin_of(const Route& call, std::int64_t slot) {
 template <class Take>
 REAP_DEVICE void walk_chunk(const Route& call, std::int64_t chunk, std::int32_t* next, int lane,
                             Take take) {
-    const int bins = call.experts + 1;
-    for (int start = 0; start < ROUTE_CHUNK; start += WARP) {
-        const std::int64_t slot = chunk * ROUTE_CHUNK + start + lane;
+    const std::int64_t first = chunk * ROUTE_CHUNK + lane;
+    int bins[ROUNDS];
+    read_bins(call, first, bins);
+#pragma unroll
+    for (int i = 0; i < ROUNDS; ++i) {
+        const std::int64_t slot = first + i * WARP;
         const bool live = slot < call.slots;
-        const int bin = live ? bin_of(call, slot) : bins;
-        const unsigned equal = __match_any_sync(ALL_LANES, bin);
+        const unsigned equal = __match_any_sync(ALL_LANES, live ? bins[i] : call.experts + 1);
         const int rank = __popc(equal & ((1u << lane) - 1u));
-        const std::int32_t first = live ? next[bin] : 0;
+        const std::int32_t number = next[bins[i]];
         __syncwarp();  // every lane has read before the first of equals writes
-        if (live && rank == 0) next[bin] = first + __popc(equal);
+        if (live && rank == 0) next[bins[i]] = number + __popc(equal);
         __syncwarp();
-        if (live) take(slot, first + rank);
+        if (live) take(slot, number + rank);
     }
 }
 
@@ -75,20 +126,29 @@ __global__ void scan_chunks(Route call) {
     const std::int64_t length = ceil_div(chunks, SCAN_ROWS);
     const std::int64_t first = threadIdx.y * length;
     const std::int64_t last = first + length < chunks ? first + length : chunks;
+    const auto at = [&](std::int64_t chunk) -> std::int32_t& {
+        return call.counts[chunk * bins + bin];
+    };
     std::int32_t total = 0;
-    if (bin < bins)
-        for (std::int64_t chunk = first; chunk < last; ++chunk)
-            total += call.counts[chunk * bins + bin];
+    if (bin < bins) {
+#pragma unroll SCAN_BATCH
+        for (std::int64_t chunk = first; chunk < last; ++chunk) total += at(chunk);
+    }
     runs[threadIdx.y * WARP + threadIdx.x] = total;
     __syncthreads();
     if (bin >= bins) return;
     std::int32_t before = 0;
     for (unsigned row = 0; row < threadIdx.y; ++row) before += runs[row * WARP + threadIdx.x];
     if (threadIdx.y == SCAN_ROWS - 1) call.totals[bin] = before + total;
-    for (std::int64_t chunk = first; chunk < last; ++chunk) {
-        const std::int32_t own = call.counts[chunk * bins + bin];
-        call.counts[chunk * bins + bin] = before;
-        before += own;
+    for (std::int64_t chunk = first; chunk < last; chunk += SCAN_BATCH) {
+        std::int32_t own[SCAN_BATCH];
+#pragma unroll
+        for (int i = 0; i < SCAN_BATCH; ++i) own[i] = chunk + i < last ? at(chunk + i) : 0;
+#pragma unroll
+        for (int i = 0; i < SCAN_BATCH; ++i) {
+            if (chunk + i < last) at(chunk + i) = before;
+            before += own[i];
+        }
     }
 }
 

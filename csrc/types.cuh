@@ -91,9 +91,4 @@ REAP_DEVICE double load_float(const void* base, Dtype dtype, std::int64_t at) {
     }
 }
 
-REAP_DEVICE std::int64_t load_integer(const void* base, Dtype dtype, std::int64_t at) {
-    return dtype == Dtype::int32 ? static_cast<const std::int32_t*>(base)[at]
-                                 : static_cast<const std::int64_t*>(base)[at];
-}
-
 }  // namespace reap
