@@ -396,6 +396,7 @@ def test_chunks_of_experts_change_no_bit(monkeypatch, name, layout, kind) -> Non
 
 
 @needs_host
+@pytest.mark.usefixtures("poisoned")
 def test_layers_by_compiled_kernels_read_quantised_experts(monkeypatch) -> None:
     """Experts without rows stay poisoned in the scratch, and nobody reads them."""
     monkeypatch.setenv("REAP_BACKEND", "layer=cuda,dequant=cuda")
