@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from bench import rows, tables
-from bench.gpu import checks, command, layer, machine, report
+from bench.gpu import checks, command, kernels, layer, machine, parts, report
 from bench.gpu.checks import Check
 from bench.gpu.clock import Deadline
 from bench.gpu.providers import PROVIDERS, Prepared, Work
-from reap_kernels.testing import CASES, Case
+from reap_kernels.errors import BackendUnavailable, KernelError
+from reap_kernels.layer import cuda_backend, gpu
+from reap_kernels.testing import CASES, Case, make_experts, make_inputs
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -54,13 +56,17 @@ def test_smoke_mode_runs_every_stage(tmp_path: Path) -> None:
     done = bench_gpu("--smoke", "--out", str(tmp_path), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     found = {path.name for path in tmp_path.iterdir()}
-    assert found == {"gpu_checks.csv", "gpu_layer.csv", "gpu_end_to_end.csv", "gpu.md"}
-    for name in ("gpu_checks", "gpu_layer", "gpu_end_to_end"):
+    assert found == {f"{name}.csv" for name in command.FILES.values()} | {"gpu.md"}
+    for name in command.FILES.values():
         assert {row["smoke"] for row in read(tmp_path / f"{name}.csv")} == {"yes"}
     ran = read(tmp_path / "gpu_checks.csv")
     assert {row["backend"] for row in ran if row["result"] == "pass"} == set(checks.BACKENDS)
     skipped = {row["detail"] for row in ran if row["result"] != "pass"}
     assert skipped == {"needs a CUDA device"}
+    single = read(tmp_path / "gpu_kernels.csv")
+    assert {row["status"] for row in single} == {"timed"}
+    assert {row["variant"] for row in single} == {"triton", "cuda", "reference"}
+    assert all(float(row["us"]) > 0 and float(row["error"]) < 4e-3 for row in single)
     timed = [row for row in read(tmp_path / "gpu_layer.csv") if row["status"] == "timed"]
     keys = [(row["provider"], row["variant"], row["observed"]) for row in timed]
     assert keys == [(p.name, p.variant, "yes" if p.observed else "no") for p in PROVIDERS]
@@ -119,7 +125,17 @@ def test_a_wrong_result_ends_the_run_before_timings(tmp_path, monkeypatch, capsy
 
 def test_single_ops_are_checked() -> None:
     """Apart from the smoke mode, since the self-checks of three ops take the interpreter long."""
-    assert "equal" in checks.single_ops(CPU, "triton", torch.bfloat16, SMALL)
+    ran = checks.single_ops(CPU, "triton", torch.bfloat16, SMALL)
+    assert ran == "route equal, outputs and sums within bounds"
+    ran = checks.single_ops(CPU, "cuda", torch.bfloat16, SMALL)
+    assert ran == "route equal, sums within bounds"
+
+
+@pytest.mark.parametrize("format", ["fp8_block", "mxfp4", "int4_group"])
+def test_dequantisation_is_checked(format: str, monkeypatch) -> None:
+    assert "reference's bits" in checks.dequantised(CPU, "cuda", torch.bfloat16, format)
+    with pytest.raises(checks.CheckFailed, match="other bits"):  # it writes every expert
+        checks.dequantised(CPU, "reference", torch.bfloat16, format)
 
 
 def test_refusals_are_told_from_failures() -> None:
@@ -130,12 +146,156 @@ def test_refusals_are_told_from_failures() -> None:
     odd = next(case for case in CASES if case.name == "odd-sizes")
     assert row("grouped_mm", odd, torch.float32)["result"] == "refused"
     assert row("triton", odd, torch.float64)["result"] == "failed"
-    assert checks.is_red("grouped_mm", "its self-check gave wrong numbers: the output is off")
+    assert checks.is_red("grouped_mm", "its self-check gave wrong numbers: the output is off", CPU)
     late = checks.outcome(
         Check("late", "triton", torch.float32, checks.compare, (odd,)), CPU, Deadline(-1)
     )
     assert late["result"] == "skipped"
     assert "budget" in str(late["detail"])
+
+
+def test_refusals_of_cuda_are_red_where_its_kernels_are(monkeypatch) -> None:
+    """Absent kernels are a limit of the machine; everything else that goes wrong is red."""
+    refused = BackendUnavailable("k = 33 is above 32")
+    wrong = BackendUnavailable("its self-check could not be launched: no kernel image")
+    assert checks.outcome_of(refused, "cuda", CPU)[0] == "failed"
+    assert checks.outcome_of(wrong, "cuda", CPU)[0] == "failed"
+    assert checks.outcome_of(KernelError("no kernel image"), "cuda", CPU)[0] == "failed"
+    monkeypatch.setenv("REAP_CUDA_HOST", "/nowhere/_host.so")
+    assert checks.outcome_of(refused, "cuda", CPU)[0] == "failed"
+    monkeypatch.delenv("REAP_CUDA_HOST")
+    assert checks.outcome_of(refused, "cuda", CPU)[0] == "refused"
+    assert checks.outcome_of(KernelError("no kernel image"), "cuda", CPU)[0] == "failed"
+
+
+def test_without_cuda_kernels_their_rows_are_refused(monkeypatch) -> None:
+    monkeypatch.delenv("REAP_CUDA_HOST")
+    bed = parts.Bed(here(), kernels.plan(smoke=True)[0])
+    some = parts.of_layer(bed, ("cuda",))
+    some += parts.of_formats(bed.machine, kernels.quantised(smoke=True), ("cuda",))
+    found = kernels.measure(some, bed.machine, Deadline(100))
+    monkeypatch.setattr(layer, "PROVIDERS", [p for p in PROVIDERS if p.variant == "cuda"])
+    found += layer.run(bed.machine, layer.plan(smoke=True), Deadline(100))
+    planned = [check for check in checks.plan(smoke=True) if check.backend == "cuda"]
+    checked = checks.run(bed.machine, planned, Deadline(100))
+    assert len(found) == len(some) + 2
+    assert len(checked) == 7
+    assert {row["status"] for row in found} == {row["result"] for row in checked} == {"refused"}
+    reasons = {str(row.get("note", row.get("detail"))) for row in (*found, *checked)}
+    assert all("inputs are on the CPU" in reason for reason in reasons)
+    assert "refused" in report.kernels(found[: len(some)])
+
+
+def test_bounds_of_cuda_are_those_of_its_products(monkeypatch) -> None:
+    """Products of grouped_mm round twice, and take more scratch."""
+    inputs, experts = make_inputs(SMALL), make_experts(SMALL)
+    for path in ("triton", "grouped_mm"):
+        monkeypatch.setattr(cuda_backend, "paths", lambda request, path=path: {"layer": path})
+        assert checks.products_of("cuda", inputs.hidden, SMALL.top_k, experts) == path
+    assert checks.products_of("triton", inputs.hidden, SMALL.top_k, experts) == "triton"
+
+
+def broken_schedule(sort):
+    def broken(*arguments):
+        found = sort(*arguments)
+
+        def schedule(*sizes):
+            tiles = found.schedule(*sizes)
+            tiles.rows[0] += 1
+            return tiles
+
+        return replace(found, schedule=schedule)
+
+    return broken
+
+
+def broken_sort(sort):
+    def broken(*arguments):
+        found = sort(*arguments)
+        return replace(found, order=found.order.flip(0))
+
+    return broken
+
+
+def broken_combine(combine):
+    def broken(*arguments):
+        combine(*arguments)
+        if arguments[-1] is not None:
+            arguments[-1].norm.mul_(1.001)
+
+    return broken
+
+
+def broken_output(combine):
+    def broken(*arguments):
+        combine(*arguments)
+        if arguments[-2] is not None:
+            arguments[-2].mul_(1.01)
+
+    return broken
+
+
+def broken_reduce(reduce):
+    def broken(*arguments):
+        reduce(*arguments)
+        arguments[3].counts[0, 0, 0] += 1
+
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("stage", "wrap", "message", "wrong"),
+    [
+        ("sort", broken_sort, "slots are not sorted stably", {"route"}),
+        ("sort", broken_schedule, "the tile list differs", {"tile list"}),
+        ("combine", broken_combine, "norms are off by 1.0e-03", {"combine observed"}),
+        ("combine", broken_output, "the output is off", {"combine observed", "combine unobserved"}),
+        ("reduce", broken_reduce, "count differs", {"reduce", "route + saliency", "accumulate"}),
+    ],
+)
+def test_a_kernel_that_is_wrong_is_not_timed(stage, wrap, message, wrong, monkeypatch) -> None:
+    real = gpu.stages
+
+    def stages(*names):
+        around = real(*names)
+        return replace(around, **{stage: wrap(getattr(around, stage))})
+
+    monkeypatch.setattr(gpu, "stages", stages)
+    bed = parts.Bed(here(), kernels.plan(smoke=True)[0])
+    found = kernels.measure(parts.of_layer(bed, ("cuda",)), bed.machine, Deadline(100))
+    failed = {row["kernel"]: row for row in found if row["status"] == "failed"}
+    assert wrong <= set(failed)
+    assert all(message in str(failed[name]["note"]) and not failed[name]["us"] for name in wrong)
+    assert len(failed) < len(found), "what is right is timed"
+
+
+def test_dequantisation_that_is_wrong_is_not_timed(monkeypatch) -> None:
+    real = parts.rk.dequantise
+
+    def broken(matrices, *, out, backend):
+        real(matrices, out=out, backend=backend)
+        out[-1, -1, -1] = 5
+
+    shape = kernels.quantised(smoke=True)[0]
+    some = parts.of_formats(here(), [shape], ("cuda",))
+    monkeypatch.setattr(parts.rk, "dequantise", broken)
+    (row,) = kernels.measure(some, here(), Deadline(100))
+    assert row["status"] == "failed"
+    assert "expert 1 has other bits" in str(row["note"])
+
+
+def test_kernels_count_compulsory_bytes_and_rotate_past_the_cache() -> None:
+    """By hand: y read, out written, order and gates read, 3 measures."""
+    bed = parts.Bed(here(), Case("hand", "", 16, 4, 2, 64, 32))
+    own = {part.name: part.prepare() for part in parts.of_layer(bed, ("cuda",))}
+    plain = 32 * 64 * 2 + 16 * 64 * 2 + 32 * 8 + 32 * 2
+    assert own["combine unobserved"].moved == plain
+    assert own["combine observed"].moved == plain + 32 * 12
+    assert own["route"].moved == 32 * (8 + 2) + 32 * 16 + 5 * 8
+    large = replace(bed.machine, smoke=False)
+    assert parts.Bed(large, bed.case).calls(1000) == 25  # 1.5 times 16 KiB
+    assert parts.Bed(large, bed.case).calls(1 << 20) == 1
+    assert parts.Bed(large, bed.case).calls(1) == 256
 
 
 def test_checks_run_in_processes_and_a_dead_one_is_red() -> None:
@@ -166,6 +326,11 @@ def test_what_the_budget_cuts_off_is_said() -> None:
     assert len(found) == len(layer.plan(smoke=False)) * len(PROVIDERS)
     assert {row["status"] for row in found} == {"skipped"}
     assert "budget" in report.layer(found)
+    bed = parts.Bed(here(), kernels.plan(smoke=True)[0])
+    some = parts.of_layer(bed, kernels.BACKENDS)
+    single = kernels.measure(some, bed.machine, Deadline(-1))
+    assert {row["status"] for row in single} == {"skipped"}
+    assert "budget" in report.kernels(single)
 
 
 def test_readme_tables_are_made_from_rows(tmp_path, monkeypatch) -> None:

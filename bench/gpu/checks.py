@@ -19,8 +19,11 @@ from torch import Tensor
 import reap_kernels as rk
 from bench.gpu.clock import Deadline
 from bench.gpu.machine import Machine
-from reap_kernels import LayerStats
+from reap_kernels import LayerStats, cuda, quantised
+from reap_kernels.dispatch import backends
 from reap_kernels.errors import BackendUnavailable
+from reap_kernels.experts.op import request_of
+from reap_kernels.layer import cuda_backend
 from reap_kernels.stats import COUNTS, EXTREMA, FIELDS, SUMS
 from reap_kernels.testing import (
     CASES,
@@ -31,11 +34,15 @@ from reap_kernels.testing import (
     largest_relative_error,
     make_experts,
     make_inputs,
+    make_quantised,
+    make_quantised_experts,
     relative_error,
 )
 from reap_kernels.types import ExpertWeights
 
-BACKENDS = ("triton", "grouped_mm")
+BACKENDS = ("triton", "grouped_mm", "cuda")
+# Those with kernels of their own around the products.
+STAGES = ("triton", "cuda")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 # From here on rounding averages out over an expert's rows.
 MANY_ROWS = 64
@@ -78,7 +85,7 @@ class Bounds:
 
 
 def bounds_of(dtype: torch.dtype, backend: str, rows: int = 0) -> Bounds:
-    """Bounds of one backend; `rows` is the fewest an expert has.
+    """Bounds of one backend (of `cuda`: of its products); `rows` is the fewest an expert has.
 
     torch's grouped_mm rounds both halves of the first product before the activation, which our
     kernel keeps in float32: 5.7e-3 was measured for one token of 32 elements.
@@ -89,11 +96,42 @@ def bounds_of(dtype: torch.dtype, backend: str, rows: int = 0) -> Bounds:
     return Bounds(output, 2e-4, 4e-4) if rows >= MANY_ROWS else Bounds(output, 1e-2, 2e-2)
 
 
-def is_red(backend: str, reason: str) -> bool:
-    """Whether a refusal means wrong numbers: `triton` serves every case here, and any backend may
-    refuse only for what it does not do, never for a failed self-check.
+def is_red(backend: str, reason: str, device: torch.device) -> bool:
+    """Whether a refusal means that something is wrong: `triton` serves every case here, as `cuda`
+    does where its module is there, and any backend may refuse only for what it does not do, never
+    for a failed self-check.
     """
-    return backend == "triton" or "self-check" in reason
+    if backend == "cuda" and _absent(device):
+        return False
+    return backend in STAGES or "self-check" in reason
+
+
+def _absent(device: torch.device) -> bool:
+    """Whether no CUDA kernels are there for a device, which a wrong REAP_CUDA_HOST is not."""
+    try:
+        return cuda.refusal(device) is not None
+    except BackendUnavailable:
+        return False
+
+
+def outcome_of(
+    error: Exception, backend: str, device: torch.device, wrong: str = "failed"
+) -> tuple[str, str]:
+    """Result and detail of a row whose work raised; `wrong` is the result of what is not right."""
+    if isinstance(error, NotHere):
+        return "skipped", str(error)
+    if isinstance(error, BackendUnavailable):
+        return ("failed" if is_red(backend, str(error), device) else "refused"), str(error)
+    if isinstance(error, CheckFailed):
+        return wrong, str(error)
+    return wrong, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+def products_of(backend: str, hidden: Tensor, top_k: int, experts: ExpertWeights) -> str:
+    """Whose products a layer's backend takes, which its rounding and its scratch depend on."""
+    if backend != "cuda":
+        return backend
+    return cuda_backend.paths(request_of("layer", hidden, top_k, experts))["layer"]
 
 
 @contextlib.contextmanager
@@ -176,9 +214,15 @@ def compare(
     formula: rk.GateFormula | None = None,
     fewest_rows: int = 0,
 ) -> str:
-    """One call against the float64 reference on the same inputs, then again for the same bits."""
+    """One call against the float64 reference on the same inputs, then again for the same bits.
+
+    `layout` may be a format of quantised experts, which are bf16 once they are dequantised.
+    """
     inputs = make_inputs(case, dtype, device=device)
-    experts = make_experts(case, layout, formula, dtype, device=device)
+    if layout in quantised.FORMATS:
+        experts = make_quantised_experts(case, layout, formula=formula, device=device)
+    else:
+        experts = make_experts(case, layout, formula, dtype, device=device)
     with poisoned():
         out, stats = observe(inputs, experts, backend, case.groups)
         again, twice = observe(inputs, experts, backend, case.groups)
@@ -188,7 +232,8 @@ def compare(
     assert want is not None
     if fewest_rows and int(want.count.min()) < fewest_rows:
         raise CheckFailed(f"the case gives an expert {int(want.count.min())} rows only")
-    bounds = bounds_of(dtype, backend, fewest_rows)
+    products = products_of(backend, inputs.hidden, case.top_k, experts)
+    bounds = bounds_of(dtype, products, fewest_rows)
     found, saliency = differences(stats, want, bounds)
     error = relative_error(out, want_out)
     if not error <= bounds.output:
@@ -202,33 +247,51 @@ def compare(
 
 
 def single_ops(device: torch.device, backend: str, dtype: torch.dtype, case: Case) -> str:
-    """route, expert_outputs and accumulate on their own."""
+    """route, accumulate, and where the backend has products expert_outputs, on their own."""
     inputs = make_inputs(case, dtype, device=device)
-    experts = make_experts(case, dtype=dtype, device=device)
     ids, gates = inputs.topk_ids, inputs.topk_weights
-    bounds, found = bounds_of(dtype, backend), []
     y = torch.randn(ids.numel(), case.hidden, dtype=dtype, device=device)
     every = {"mask": inputs.mask, "group": inputs.group}
     rows = {k: v.repeat_interleave(case.top_k) for k, v in every.items() if isinstance(v, Tensor)}
     got, want = (LayerStats(case.experts, case.groups, device) for _ in range(2))
+    found = []
     with poisoned():
         routing = rk.route(ids, case.experts, topk_weights=gates, backend=backend)
-        outputs = rk.expert_outputs(inputs.hidden, routing, experts, backend=backend)
         rk.accumulate(y, ids.flatten(), gates.flatten(), got, **rows, backend=backend)
     truth = rk.route(ids, case.experts, topk_weights=gates, backend="reference")
+    own = backend in backends("experts")
     if not (torch.equal(routing.order, truth.order) and truth.offsets.equal(routing.offsets)):
         found.append("route differs")
-    else:
+    elif own:
+        experts = make_experts(case, dtype=dtype, device=device)
+        with poisoned():
+            outputs = rk.expert_outputs(inputs.hidden, routing, experts, backend=backend)
         wanted = rk.expert_outputs(inputs.hidden, truth, experts, backend="reference")
         error = relative_error(outputs, wanted)
-        if not error <= bounds.output:
+        if not error <= bounds_of(dtype, backend).output:
             found.append(f"expert_outputs is off by {error:.1e}")
     rk.accumulate(y, ids.flatten(), gates.flatten(), want, **rows, backend="reference")
     # Norms of given rows accumulate in float32, whatever the rows' dtype.
     found += differences(got, want, bounds_of(torch.float32, backend))[0]
     if found:
         raise CheckFailed("; ".join(found))
-    return "route equal, outputs and sums within bounds"
+    return f"route equal, {'outputs and ' if own else ''}sums within bounds"
+
+
+def dequantised(device: torch.device, backend: str, dtype: torch.dtype, format: str) -> str:
+    """Quantised matrices against the reference's on the CPU, bit by bit, for every dtype of scales;
+    experts without rows stay as they were.
+    """
+    for scales in quantised.FORMATS[format][2]:
+        made = make_quantised(format, 5, 192, 416, scales=scales)
+        offsets = torch.tensor([0, 3, 3, 4, 4, 9])
+        want = rk.dequantise(made, backend="reference")
+        want[1] = want[3] = 7
+        got = torch.full_like(want, 7).to(device)
+        rk.dequantise(made.to(device), offsets=offsets.to(device), out=got, backend=backend)
+        if not torch.equal(got.cpu().view(torch.int16), want.view(torch.int16)):
+            raise CheckFailed(f"{format} with scales {scales} gives other bits, {dtype}")
+    return "the reference's bits, skipped experts untouched"
 
 
 LARGE = Case("large", "rounding averages out", 2048, 32, 4, 2048, 768)
@@ -249,20 +312,29 @@ def plan(smoke: bool) -> list[Check]:
     if smoke:
         return _smoke_plan(*forms[0])
     checks, cases = [], CASES
+    bf16, formats = torch.bfloat16, tuple(quantised.FORMATS)
     for dtype in DTYPES:
         for backend in BACKENDS:
             checks += [Check(c.name, backend, dtype, compare, (c,)) for c in cases]
             if dtype != torch.float32:
                 many = (LARGE, "stacked", None, MANY_ROWS)
                 checks.append(Check("large", backend, dtype, compare, many))
-        checks += [Check(f"ops {c.name}", "triton", dtype, single_ops, (c,)) for c in cases]
+        checks += [
+            Check(f"ops {c.name}", b, dtype, single_ops, (c,)) for c in cases for b in STAGES
+        ]
     for dtype in DTYPES:
         for backend in BACKENDS:
             checks += [
                 Check(f"{layout} {form.kind}", backend, dtype, compare, (cases[-1], layout, form))
                 for layout, form in forms
             ]
-    return checks
+    checks += [Check(f"dequantise {name}", "cuda", bf16, dequantised, (name,)) for name in formats]
+    case = replace(cases[-1], hidden=64, intermediate=32)  # whole groups of every format
+    return checks + [
+        Check(f"{name} silu", backend, bf16, compare, (case, name))
+        for name in formats
+        for backend in STAGES
+    ]
 
 
 def _smoke_plan(layout: str, formula: rk.GateFormula) -> list[Check]:
@@ -270,10 +342,15 @@ def _smoke_plan(layout: str, formula: rk.GateFormula) -> list[Check]:
     has a self-check of its own, and no rows enough for rounding to average out.
     """
     arguments = [(case,) for case in _SMOKE_CASES] + [(_SMOKE_CASES[0], layout, formula)]
-    return [
+    checks = [
         Check(own[0].name, backend, DTYPES[0], compare, own)
         for own in arguments
         for backend in BACKENDS
+    ]
+    checks.append(Check("ops", "cuda", DTYPES[0], single_ops, (_SMOKE_CASES[1],)))
+    formats = tuple(quantised.FORMATS)
+    return checks + [
+        Check(f"dequantise {name}", "cuda", DTYPES[0], dequantised, (name,)) for name in formats
     ]
 
 
@@ -285,18 +362,8 @@ def outcome(check: Check, device: torch.device, deadline: Deadline) -> dict[str,
     else:
         try:
             result, detail = "pass", check.run(device, check.backend, check.dtype, *check.arguments)
-        except NotHere as error:
-            result, detail = "skipped", str(error)
-        except BackendUnavailable as error:
-            result = "failed" if is_red(check.backend, str(error)) else "refused"
-            detail = str(error)
-        except CheckFailed as error:
-            result, detail = "failed", str(error)
         except Exception as error:  # noqa: BLE001  whatever a kernel or a compiler does is red
-            result, detail = (
-                "failed",
-                f"{type(error).__name__}: {' '.join(str(error).split())[:500]}",
-            )
+            result, detail = outcome_of(error, check.backend, device)
     return _row(check, result, detail, time.perf_counter() - start)
 
 

@@ -12,10 +12,15 @@ import torch
 from bench import gpu, rows
 from bench.gpu.clock import Deadline
 
-STAGES = ("checks", "layer", "end2end")
-FILES = {"checks": "gpu_checks", "layer": "gpu_layer", "end2end": "gpu_end_to_end"}
+STAGES = ("checks", "kernels", "layer", "end2end")
+FILES = {
+    "checks": "gpu_checks",
+    "kernels": "gpu_kernels",
+    "layer": "gpu_layer",
+    "end2end": "gpu_end_to_end",
+}
 # Shares of the budget by whose end a stage starts nothing more; the last one may take what is left.
-_ENDS = {"checks": 0.45, "layer": 0.72, "end2end": 0.97}
+_ENDS = {"checks": 0.42, "kernels": 0.54, "layer": 0.75, "end2end": 0.97}
 RED, NO_GPU = 1, 4
 
 Rows = list[dict[str, object]]
@@ -85,11 +90,13 @@ def _device(smoke: bool) -> torch.device | None:
 
 def _stage(stage: str, machine: Any, budget: dict[str, Deadline]) -> Rows:
     """Rows of one stage."""
-    from bench.gpu import checks, end_to_end, facts, layer
+    from bench.gpu import checks, end_to_end, facts, kernels, layer
 
     if stage == "checks":
         planned = [*facts.plan(machine.smoke), *checks.plan(machine.smoke)]
         return checks.run(machine, planned, budget[stage])
+    if stage == "kernels":
+        return kernels.run(machine, budget[stage])
     if stage == "layer":
         return layer.run(machine, layer.plan(machine.smoke), budget[stage])
     return end_to_end.run(machine, budget[stage])

@@ -1,4 +1,4 @@
-"""Stage 3, a whole model: Qwen3-30B-A3B with random weights, observed beside its plain forward.
+"""Stage 4, a whole model: Qwen3-30B-A3B with random weights, observed beside its plain forward.
 
 transformers and reap_driver are imported inside functions: a machine without them runs the rest.
 """

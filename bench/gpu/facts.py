@@ -14,6 +14,7 @@ from bench.gpu.checks import (
     NotHere,
     bounds_of,
     observe,
+    products_of,
     same_bits,
 )
 from reap_kernels import LayerStats
@@ -174,7 +175,8 @@ def wide_offsets(device: torch.device, backend: str, dtype: torch.dtype, case: C
     at = torch.tensor([0, 1, last // 3, last // 2, last - 1, last], device=device)
     few = Inputs(inputs.hidden[at], inputs.topk_ids[at], inputs.topk_weights[at], None, 0)
     want, _ = observe(few, experts, "reference")
-    bounds, problems = bounds_of(dtype, backend), []
+    products = products_of(backend, inputs.hidden, case.top_k, experts)
+    bounds, problems = bounds_of(dtype, products), []
     error = relative_error(out[at], want)
     if not error <= bounds.output:
         problems.append(f"sampled outputs are off by {error:.1e}")
@@ -204,7 +206,8 @@ def memory(device: torch.device, backend: str, dtype: torch.dtype, case: Case) -
     used = torch.cuda.max_memory_allocated(device) - before - out.nbytes
     h, i = case.hidden, case.intermediate
     # grouped_mm also gathers its rows and keeps both halves of the first product.
-    width = {"triton": h + i, "grouped_mm": 2 * h + 3 * i}[backend]
+    products = products_of(backend, inputs.hidden, case.top_k, experts)
+    width = {"triton": h + i, "grouped_mm": 2 * h + 3 * i}[products]
     slots = case.tokens * case.top_k
     allowed = slots * (width * dtype.itemsize + 128) + _SLACK
     found = f"{used / 2**20:.1f} MiB of scratch, {allowed / 2**20:.1f} allowed"

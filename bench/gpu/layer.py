@@ -1,4 +1,4 @@
-"""Stage 2, one layer: the seven shapes by three lengths by two routings, every provider in turn."""
+"""Stage 3, one layer: the seven shapes by three lengths by two routings, every provider in turn."""
 
 import gc
 import statistics
@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from bench.gpu.checks import CheckFailed, NotHere, is_red
+from bench.gpu.checks import outcome_of
 from bench.gpu.clock import Deadline, times
 from bench.gpu.machine import Machine
 from bench.gpu.providers import PROVIDERS, Prepared, Provider, Work, checked
 from reap_kernels import ExpertWeights, GateFormula
-from reap_kernels.errors import BackendUnavailable
 from reap_kernels.testing import Case
 
 Row = dict[str, object]
@@ -127,18 +126,13 @@ def _attempt(work: Work, provider: Provider, row: Row, taken: list[float], verif
         own = times(prepared.calls, device, _repeats(work, prepared))
         taken += [prepared.scale * seconds for seconds in own]
         row["status"] = "timed"
-    except NotHere as error:
-        row.update(status="skipped", note=str(error))
-    except BackendUnavailable as error:
-        status = "failed" if is_red(provider.variant, str(error)) else "refused"
-        row.update(status=status, note=str(error))
-    except CheckFailed as error:
-        row.update(status=_red(provider), note=str(error))
     except torch.OutOfMemoryError as error:
         row.update(status="skipped", note=f"out of memory: {' '.join(str(error).split())[:160]}")
     except Exception as error:  # noqa: BLE001  compilers and peers fail in any way
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        row.update(status=_red(provider), note=text)
+        # What is wrong with ours ends the run in red; with others it is said and not timed.
+        wrong = "failed" if provider.name == "reap" else "wrong"
+        status, note = outcome_of(error, provider.variant, device, wrong)
+        row.update(status=status, note=note)
 
 
 def _repeats(work: Work, prepared: Prepared) -> int:
@@ -148,11 +142,6 @@ def _repeats(work: Work, prepared: Prepared) -> int:
     # The first call compiles what `verify` did not run.
     trial = times(prepared.calls, work.machine.device, 3)[-1]
     return 15 if trial < _SLOW else 3 if trial < _VERY_SLOW else 1
-
-
-def _red(provider: Provider) -> str:
-    """`failed` ends the run in red; what is wrong with others is said and not timed."""
-    return "failed" if provider.name == "reap" else "wrong"
 
 
 def _row(case: Case, provider: Provider, status: str = "", note: str = "") -> Row:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import reap_kernels as rk
 from bench.baselines import observe_all
-from bench.gpu.checks import CheckFailed, NotHere, bounds_of
+from bench.gpu.checks import CheckFailed, NotHere, bounds_of, products_of
 from bench.gpu.machine import Machine
 from reap_kernels import ExpertWeights, LayerStats
 from reap_kernels.dispatch import select
@@ -143,7 +143,7 @@ def checked(work: Work, prepared: Prepared) -> float:
 def _ours(backend: str | None, observed: bool) -> Callable[[Work], Prepared]:
     def prepare(work: Work) -> Prepared:
         request = request_of("layer", work.hidden[0], work.case.top_k, work.experts)
-        served = select(request, backend).name
+        served = select(request, backend)
         stats = LayerStats(work.case.experts, device=work.machine.device) if observed else None
 
         def call(hidden: Tensor) -> Callable[[], Tensor]:
@@ -163,11 +163,13 @@ def _ours(backend: str | None, observed: bool) -> Callable[[Work], Prepared]:
             sums = torch.stack([own.count.double(), own.norm_sum, own.gate_norm_sum])[:, 0]
             return out[work.sample], sums
 
-        chosen = launches(request)
-        tiles = f"; tiles {_tiles(chosen.up)}, {_tiles(chosen.down)}" if served == "triton" else ""
-        output = bounds_of(work.experts.dtype, served).output
+        products = products_of(served.name, work.hidden[0], work.case.top_k, work.experts)
+        chosen, note = launches(request), served.note(request)
+        tiles = f"tiles {_tiles(chosen.up)}, {_tiles(chosen.down)}" if products == "triton" else ""
+        output = bounds_of(work.experts.dtype, products).output
+        note = "; ".join(part for part in (f"served by {served.name}", note, tiles) if part)
         calls = [call(hidden) for hidden in work.hidden]
-        return Prepared(calls, verify, output=output, note=f"served by {served}{tiles}")
+        return Prepared(calls, verify, output=output, note=note)
 
     return prepare
 
@@ -276,6 +278,8 @@ PROVIDERS = (
     Provider("reap", "triton", False, _ours("triton", False)),
     Provider("reap", "grouped_mm", True, _ours("grouped_mm", True)),
     Provider("reap", "grouped_mm", False, _ours("grouped_mm", False)),
+    Provider("reap", "cuda", True, _ours("cuda", True)),
+    Provider("reap", "cuda", False, _ours("cuda", False)),
     Provider("reap", "automatic", True, _ours(None, True)),
     Provider("reap", "automatic", False, _ours(None, False)),
     Provider("transformers", "grouped_mm", False, _transformers("grouped_mm")),

@@ -1,7 +1,7 @@
 """gpu.md: what one run found, as a page: the machine, the checks, the tables, what was skipped."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.tables import markdown
@@ -11,7 +11,7 @@ _MACHINE = ("gpu", "driver", "cuda", "torch", "triton", "transformers", "commit"
 
 
 def page(facts: dict[str, str], stages: dict[str, Sequence[Row]]) -> str:
-    """The whole page; `stages` holds the rows of those that ran: checks, layer, end2end."""
+    """The whole page; `stages` holds the rows of those that ran, in order."""
     head = "# GPU run\n\n"
     if facts["smoke"] == "yes":
         head += "**Smoke run: tiny sizes; no figure here means anything.**\n\n"
@@ -23,6 +23,8 @@ def page(facts: dict[str, str], stages: dict[str, Sequence[Row]]) -> str:
         parts.append("## Checks\n\n" + checks(stages["checks"]))
     else:
         parts.append("The checks were not part of this run (`--only`).\n")
+    if "kernels" in stages:
+        parts.append("## Single kernels\n\n" + kernels(stages["kernels"]))
     if "layer" in stages:
         parts.append("## One layer\n\n" + layer(stages["layer"]))
     if "end2end" in stages:
@@ -48,6 +50,40 @@ def checks(rows: Sequence[Row]) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def kernels(rows: Sequence[Row]) -> str:
+    """Figures of single kernels beside their goals, then what was not timed and why."""
+    from bench.gpu.kernels import GOALS
+
+    timed = [row for row in rows if row["status"] == "timed"]
+    body = [
+        [
+            row["shape"],
+            _length(row),
+            row["kernel"],
+            row["variant"],
+            *(row[key] for key in ("us", "us_queued", "gb_s", "pct_copy")),
+            *(row[key] for key in ("observed/unobserved", "cuda/other")),
+        ]
+        for row in timed
+    ]
+    head = ["shape", "size", "kernel", "variant", "us", "us, launched one by one", "GB/s"]
+    head += ["% of copy", "observed / unobserved", "cuda / other"]
+    goals = "; ".join(f"{name}: {goal}" for name, goal in GOALS.items())
+    text = f"Goals of the CUDA kernels: {goals}.\n\n" + (markdown(head, body) if body else "")
+    return text + _untimed(
+        rows,
+        lambda row: f"{row['shape']} {_length(row)} {row['kernel']}",
+        lambda row: str(row["variant"]),
+    )
+
+
+def _length(row: Row) -> str:
+    """Tokens of a layer's part, or experts and matrix of a dequantisation."""
+    if row["kernel"].startswith("dequantise"):
+        return f"{row['E']} x {row['I']} x {row['H']}"
+    return f"T={row['tokens']}, k={row['k']}"
 
 
 def layer(rows: Sequence[Row]) -> str:
@@ -98,12 +134,17 @@ def end_to_end(rows: Sequence[Row]) -> str:
     return (markdown(head, body) if body else "") + _untimed(rows, lambda row: str(row["model"]))
 
 
-def _untimed(rows: Sequence[Row], where: Any) -> str:
+def _provider(row: Row) -> str:
+    return f"{row['provider']}: {row['variant']}"
+
+
+def _untimed(
+    rows: Sequence[Row], where: Callable[[Row], str], who: Callable[[Row], str] = _provider
+) -> str:
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row["status"] != "timed":
-            who = f"{row['provider']}: {row['variant']}"
-            reasons.setdefault((row["status"], who, row["note"]), []).append(where(row))
+            reasons.setdefault((row["status"], who(row), row["note"]), []).append(where(row))
     body = [[*key, _some(list(dict.fromkeys(names)))] for key, names in reasons.items()]
     if not body:
         return ""
