@@ -23,6 +23,8 @@ _KERNELS = {
         **_SHARED,
     ),
 }
+# Bytes of values a thread loads at once: those of 8 elements.
+_LOADS = {"fp8_block": 8, "mxfp4": 4, "int4_group": 4}
 
 
 def dequantise(matrices: Quantised, offsets: Tensor | None, out: Tensor) -> None:
@@ -32,14 +34,16 @@ def dequantise(matrices: Quantised, offsets: Tensor | None, out: Tensor) -> None
         ShapeError: `out`, or the codes, begin at an address the kernel cannot store to or load
             from at once.
     """
-    for name, tensor, width in (("out", out, 16), ("values", matrices.values, 8)):
-        if tensor.data_ptr() % width:
-            raise ShapeError(
-                f"dequantise: {name} begins {tensor.data_ptr() % width} bytes past a multiple of "
-                f"{width}, at storage offset {tensor.storage_offset()}; pass {name}.clone()"
-            )
     experts, rows, columns = matrices.shape
     high, wide = matrices.scale_block
+    if columns % 8 == 0:  # else the kernel takes one element at a time
+        values = matrices.values
+        for name, tensor, width in (("out", out, 16), ("values", values, _LOADS[matrices.format])):
+            if tensor.data_ptr() % width:
+                raise ShapeError(
+                    f"dequantise: {name} begins {tensor.data_ptr() % width} bytes past a multiple "
+                    f"of {width}, at storage offset {tensor.storage_offset()}; pass {name}.clone()"
+                )
     _KERNELS[matrices.format](
         matrices.device,
         f"E = {experts}, N = {rows}, K = {columns}, {matrices.format}",

@@ -179,6 +179,18 @@ def test_groups_of_any_whole_number_of_words(group, backend) -> None:
 
 
 @needs_host
+@pytest.mark.parametrize(
+    ("name", "rows", "columns", "group"),
+    [("fp8_block", 3, 5, 0), ("fp8_block", 3, 8, 0), ("mxfp4", 1, 32, 0), ("int4_group", 3, 24, 8)],
+)
+def test_a_part_may_begin_anywhere(name, rows, columns, group) -> None:
+    made = make_quantised(name, 5, rows, columns, group=group)
+    for first, last in ((0, 2), (1, 2), (1, 4), (3, 5)):
+        got = rk.dequantise(made.part(first, last), backend="cuda")
+        assert same_bits(got, torch.stack(made[first:last]))
+
+
+@needs_host
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts_without_rows_are_not_written(name: str) -> None:
     made = make_quantised(name, 5, 33, 96)
@@ -287,6 +299,10 @@ def test_kernels_refuse_addresses_they_cannot_store_to() -> None:
     room = torch.empty(2 * 3 * 32 + 1, dtype=torch.bfloat16)
     with pytest.raises(ShapeError, match=r"out begins 2 bytes past .* pass out.clone\(\)"):
         rk.dequantise(MADE, out=room[1:].view(2, 3, 32), backend="cuda")
+    shifted = torch.zeros(2 * 3 * 16 + 2, dtype=torch.uint8)[2:].view(2, 3, 16)
+    codes = rk.Quantised(shifted, torch.zeros(2, 3, 1, dtype=torch.uint8), "mxfp4")
+    with pytest.raises(ShapeError, match=r"values begins 2 bytes past a multiple of 4"):
+        rk.dequantise(codes, backend="cuda")
 
 
 def test_kernels_refuse_what_they_cannot_count(monkeypatch) -> None:
