@@ -10,17 +10,20 @@ PIP := $(RUN) -m pip --disable-pip-version-check --no-input
 READY := $(VENV)/.ready
 # One OpenMP thread a test worker: two spinning teams on the same cores run many times slower.
 WORKERS ?= 2
+# The same kernels for the CPU, which tests run; conftest.py finds them there.
+HOST := out/host
+CMAKE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m cmake
 
-.PHONY: demo test support lint aot bench clean
+.PHONY: demo test support lint host sanitize aot cuda bench clean
 
 demo: $(READY)
 	$(RUN) -m reap_driver demo --out out/demo
 
-test: $(READY)
+test: $(READY) host
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) $(TESTS)
 
 # Rewrites the README's support matrix from what the tests prove.
-support: $(READY)
+support: $(READY) host
 	@mkdir -p out && rm -f out/support.jsonl
 	OMP_NUM_THREADS=1 REAP_SUPPORT_MATRIX=out/support.jsonl \
 		$(RUN) -m pytest -q -n $(WORKERS) tests/driver
@@ -30,10 +33,33 @@ lint: $(VENV)/.lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -type f)
+
+# The kernels of csrc/ for the CPU.
+host: $(READY)
+	$(call build-host,$(HOST),OFF)
+
+# Runs tests of them under AddressSanitizer and UndefinedBehaviorSanitizer of GCC. Both come before
+# anything Python loads; Python itself frees little at exit, so leaks are not looked for. They end
+# the process after their report, which pytest must therefore not hold back.
+sanitize: TESTS := $(or $(TESTS),tests/ops/test_cuda.py)
+sanitize: $(READY)
+	$(call build-host,$(HOST)-sanitized,ON)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+		REAP_CUDA_HOST="$$(echo $(CURDIR)/$(HOST)-sanitized/_host*.so)" \
+		$(RUN) -m pytest -q --capture=sys $(TESTS)
 
 # Compiles every GPU kernel for five architectures and inspects the code; needs no GPU.
 aot: $(READY)
 	env -u TRITON_INTERPRET TRITON_CACHE_DIR=$(CURDIR)/out/triton OMP_NUM_THREADS=1 $(RUN) -m bench aot
+
+# Builds reap_kernels._C for every architecture and inspects it; brings its own nvcc where the system
+# has none. Where there is none to bring either, the last line says so.
+cuda: $(READY)
+	@command -v "$${CUDACXX:-nvcc}" >/dev/null || test -x "$$CUDA_HOME/bin/nvcc" \
+		|| REAP_BUILD_CUDA=0 $(PIP) install -q -c constraints.txt -e '.[nvcc]' || true
+	OMP_NUM_THREADS=1 $(RUN) -m bench ptxas
 
 bench: $(READY)
 	$(RUN) -m bench
@@ -46,9 +72,19 @@ $(READY): pyproject.toml setup.py constraints.txt
 	newer, found '$(PYTHON)'; run: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e '.[test]'
+	REAP_BUILD_CUDA=0 $(PIP) install -q -c constraints.txt -e '.[test]'
 	@touch $@
 
 $(VENV)/.lint: $(READY)
-	$(PIP) install -q -c constraints.txt -e '.[lint]'
+	REAP_BUILD_CUDA=0 $(PIP) install -q -c constraints.txt -e '.[lint]'
 	@touch $@
+
+# Folder, and whether with sanitizers.
+define build-host
+@command -v $(firstword $(CXX)) >/dev/null || { echo "tests run the kernels of csrc/ on the CPU, which needs a \
+C++20 compiler, and '$(CXX)' is not there; install g++ 11 or newer, or run: make CXX=/path/to/g++" \
+	>&2; exit 1; }
+@CXX="$(CXX)" $(CMAKE) -S . -B $(1) -G Ninja --log-level=WARNING -DREAP_HOST=ON \
+	-DREAP_SANITIZE=$(2) -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python
+$(CMAKE) --build $(1)
+endef
