@@ -7,6 +7,7 @@ BENCHMARKS = {
     "observe_cpu": "observed forward beside transformers' unobserved one and all-experts, CPU",
     "accuracy_cpu": "error of every statistic against a float64 oracle, CPU",
     "aot": "every kernel compiled for five architectures, its code inspected; needs no GPU",
+    "ptxas": "reap_kernels._C built for every architecture, its kernels inspected; needs no GPU",
     "gpu": "everything a GPU is needed for: checks, layer timings, a whole model",
     "demo": "the demo's perplexities and agreements, as rows",
     "startup": "import and --help time beside `import torch`",
