@@ -136,6 +136,36 @@ def aot() -> str:
     return markdown([*head, "most registers", "most shared memory"], body)
 
 
+def ptxas() -> str:
+    """What ptxas makes of the CUDA kernels, by architecture: the newest run."""
+    found = _rows("ptxas", "arch", "kernel", "arguments")
+    newest = max(row["run"] for row in found)
+    found = [row for row in found if row["run"] == newest]
+    body = []
+    for arch in dict.fromkeys(row["arch"] for row in found):
+        rows = [row for row in found if row["arch"] == arch]
+        wide = [int(row["wide_loads"]) for row in rows if row["wide_loads"]]
+        stacks = ("stack_bytes", "spill_store_bytes", "spill_load_bytes")
+        body.append(
+            [
+                arch.replace("_", ""),
+                str(len(rows)),
+                str(sum(int(row[key]) for row in rows for key in stacks)),
+                f"{sum(loads > 0 for loads in wide)} of {len(wide)}",
+                str(max(int(row["registers"]) for row in rows)),
+                f"{max(int(row['shared_bytes']) for row in rows)} B",
+            ]
+        )
+    head = ["architecture", "kernels", "spills and stack", "wide combinations by 128-bit loads"]
+    first = found[0]
+    where = (
+        f"\nAll in one module of {int(first['module_bytes']) / 1e6:.1f} MB, built from nothing in "
+        f"{first['build_s']} s on {first['cores']} cores by nvcc {first['nvcc']}; commit "
+        f"{first['commit']}; `python -m bench ptxas`.\n"
+    )
+    return markdown([*head, "most registers", "most static shared memory"], body) + where
+
+
 _PROVIDER = ("provider", "variant", "observed")
 
 
@@ -170,6 +200,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "observe_cpu": observe_cpu,
     "accuracy_cpu": accuracy_cpu,
     "aot": aot,
+    "ptxas": ptxas,
     "demo": demo,
     "writer": writer,
     "gpu_layer": gpu_layer,
