@@ -78,8 +78,8 @@ class Bed:
         gates, ids = logits.softmax(dim=-1).topk(case.top_k, dim=-1)
         self._ids, self._gates = ids, (gates / gates.sum(dim=-1, keepdim=True)).to(DTYPE)
 
-    def _normal(self, *what: int | torch.dtype) -> Tensor:
-        *size, dtype = what
+    def _normal(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        size = (rows, columns)
         return torch.randn(size, generator=self.rng, device=self.device, dtype=dtype)
 
     def calls(self, moved: int) -> int:
@@ -323,8 +323,10 @@ def of_layer(bed: Bed, backends: Sequence[str]) -> list[Part]:
 def _dequantise(machine: Machine, case: Case, format: str, backend: str) -> Prepared:
     """A chunk of experts, which are copies of one: codes of one expert are random enough."""
     one = make_quantised(format, 1, case.intermediate, case.hidden)
-    many = (tensor.to(machine.device).repeat(case.experts, 1, 1) for tensor in one.tensors())
-    made = Quantised(*many, format, one.block)
+    values, scales = (
+        tensor.to(machine.device).repeat(case.experts, 1, 1) for tensor in one.tensors()
+    )
+    made = Quantised(values, scales, format, one.block)
     out = torch.empty(made.shape, dtype=made.dtype, device=machine.device)
     # The op's own choice of backend, so that a refusal or a failed self-check is met here.
     call = partial(rk.dequantise, made, out=out, backend=backend)

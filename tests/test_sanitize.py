@@ -1,0 +1,127 @@
+"""What compute-sanitizer would run, run on the CPU; and what is made of each tool's last lines."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.gpu import sanitize, variants
+from reap_kernels import cuda, env
+from reap_kernels.saliency import kernel_cuda as saliency
+
+CLEAN = "========= ERROR SUMMARY: 0 errors"
+NO_HAZARDS = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
+
+
+def test_every_launcher_runs_and_is_right(monkeypatch, capsys) -> None:
+    """A launcher that the module has and no variant calls would go unchecked."""
+    module = cuda.host_module(env.cuda_host())
+    helpers = {"error", "set_order"}
+    launchers = {name for name in dir(module) if callable(getattr(module, name))} - helpers
+    launchers = {name for name in launchers if not name.startswith("_")}
+    called = set()
+    launch = cuda.Kernel.__call__
+
+    def recorded(self, *arguments, **rest):
+        called.add(self.name)
+        return launch(self, *arguments, **rest)
+
+    monkeypatch.setattr(cuda.Kernel, "__call__", recorded)
+    assert variants.main(["cpu"]) == 0
+    assert "variants on cpu, 0 wrong" in capsys.readouterr().out
+    assert called == launchers
+
+
+def test_a_wrong_variant_is_named(monkeypatch, capsys) -> None:
+    combine = saliency.combine
+
+    def broken(y, gates, rows, out, measures):
+        combine(y, gates, rows, out, measures)
+        if out is not None and y.dtype == torch.float16 and out.numel():
+            out[0, 0] += 100
+
+    some = list(variants.every())
+    some = [v for v in some if v.name.startswith(("layer of k=2 H=33", "norms of 8"))]
+    monkeypatch.setattr(variants, "every", lambda: iter(some))
+    monkeypatch.setattr(saliency, "combine", broken)
+    assert variants.main(["cpu"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("wrong: layer of k=2 H=33 torch.float16: the output is off by")
+    assert lines[1] == f"{len(some)} variants on cpu, 1 wrong"
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "clean", "text"),
+    [
+        (CLEAN, 0, True, "nothing found"),
+        (NO_HAZARDS, 0, True, "nothing found"),
+        (CLEAN.replace("0", "12"), 1, False, "12 found"),
+        (NO_HAZARDS.replace("0 hazards", "3 hazards"), 0, False, "3 found"),
+        (f"{CLEAN}\n{CLEAN.replace('0', '2')}", 0, False, "2 found"),
+        (CLEAN, 1, False, "results are wrong or it failed: code 1"),
+        ("========= Error: Target application terminated", 255, False, "code 255 and no summary"),
+        ("", 0, False, "code 0 and no summary"),
+    ],
+)
+def test_summaries(output: str, code: int, clean: bool, text: str) -> None:
+    found = sanitize.verdict(output, code)
+    assert found[0] is clean
+    assert text in found[1]
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch, tmp_path: Path) -> Path:
+    """As if there were a GPU with kernels; the folder where compute-sanitizer is looked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "refusal", lambda where: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(sys, "path", [])
+    return tmp_path
+
+
+def install(folder: Path) -> None:
+    """A compute-sanitizer that finds hazards and nothing else, and shows how it was called."""
+    script = f"""#!{sys.executable}
+import os, sys
+hazards = int(sys.argv[2] == "racecheck")
+print(*sys.argv[1:], os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"])
+print(f"========= RACECHECK SUMMARY: {{hazards}} hazards displayed" if hazards else {CLEAN!r})
+"""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compute-sanitizer").write_text(script)
+    (folder / "compute-sanitizer").chmod(0o755)
+
+
+def test_one_line_a_tool_and_red_where_one_finds_something(on_a_gpu: Path, capsys) -> None:
+    install(on_a_gpu)
+    assert sanitize.main([]) == sanitize.RED
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["memcheck", "nothing", "found"]
+    assert lines[1].split() == ["racecheck", "1", "found"]
+    assert "--tool racecheck" in lines[2]
+    assert lines[2].endswith("-m bench.gpu.variants cuda 1")
+    assert [line.split()[0] for line in lines[4:]] == ["synccheck", "initcheck"]
+    assert sanitize.main(["--tools", "memcheck", "initcheck"]) == 0
+
+
+def test_where_compute_sanitizer_is_looked_for(on_a_gpu: Path, monkeypatch) -> None:
+    assert sanitize.program() is None
+    install(on_a_gpu / "site-packages/nvidia/cu13/bin")
+    monkeypatch.setattr(sys, "path", [str(on_a_gpu / "site-packages")])
+    assert str(sanitize.program()).endswith("nvidia/cu13/bin/compute-sanitizer")
+    install(on_a_gpu / "toolkit/bin")
+    monkeypatch.setenv("CUDA_HOME", str(on_a_gpu / "toolkit"))
+    assert str(sanitize.program()).endswith("toolkit/bin/compute-sanitizer")
+
+
+def test_what_is_absent_is_said_with_the_remedy(on_a_gpu: Path, monkeypatch, capsys) -> None:
+    assert sanitize.main([]) == sanitize.ABSENT
+    assert "pip install nvidia-cuda-sanitizer-api" in capsys.readouterr().err
+    monkeypatch.setattr(cuda, "refusal", lambda where: "reap_kernels._C was not built")
+    assert sanitize.main([]) == sanitize.ABSENT
+    assert "reap_kernels._C was not built" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sanitize.main([]) == sanitize.ABSENT
+    assert "sees no CUDA device; run this on a GPU" in capsys.readouterr().err
