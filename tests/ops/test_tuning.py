@@ -155,6 +155,8 @@ def test_tune_takes_the_fastest_that_is_right(tmp_path: Path, monkeypatch) -> No
     seen: list[Measured] = []
 
     def clock(call) -> float:
+        if call.__defaults__ is None:  # a whole layer, by one path or another
+            return 1.0
         launch = call.__defaults__[0]
         ran.append(launch)
         return {quick: 1.0, slow: 2.0}.get(launch, 3.0)
@@ -178,6 +180,53 @@ def test_tune_takes_the_fastest_that_is_right(tmp_path: Path, monkeypatch) -> No
     table.save(path)
     assert Table.load(path) == table
     assert asdict(table)["arch"] == "interpreter"
+
+
+@pytest.mark.parametrize(("quick", "served"), [("cuda", True), ("triton", True), ("cuda", False)])
+def test_tune_takes_the_fastest_path_of_each_stage(
+    quick: str, served: bool, tmp_path: Path, monkeypatch
+) -> None:
+    """By a clock that looks at what a layer ran; where `cuda` does not serve nothing is chosen."""
+    from reap_kernels.layer import gpu
+    from reap_kernels.route import kernel_cuda as route_cuda
+    from reap_kernels.saliency import kernel_cuda as saliency_cuda
+
+    if not served:
+        monkeypatch.delenv("REAP_CUDA_HOST")
+    monkeypatch.setattr("reap_kernels.tune.BUCKETS", ((16, 4), (None, 6)))
+    ran: list[tuple[str, str, str]] = []
+    observe = gpu.observe_layer
+
+    def recorded(products, around, *call):
+        names = {gpu.TRITON: "triton", gpu.GROUPED_MM: "grouped_mm"}
+        route = "cuda" if around.sort is route_cuda.sort_slots else "triton"
+        saliency = "cuda" if around.combine is saliency_cuda.combine else "triton"
+        ran.append((route, names[products], saliency))
+        return observe(products, around, *call)
+
+    def clock(call) -> float:
+        if call.__defaults__ is not None:  # a candidate launch
+            return 1.0
+        call()
+        route, _, saliency = ran[-1]
+        # Routing is quick by one kind of kernels, saliency by the other.
+        return 3.0 - (route == quick) - (saliency != quick)
+
+    monkeypatch.setattr(gpu, "observe_layer", recorded)
+    launch = Launch(16, 32, 32, 1, 4, 1)
+    shape = Shape(3, 2, 48, 32)
+    table = tune([shape], torch.float32, CPU, timer=clock, tried=lambda *_: [launch])
+    paths = {(e.op, e.rows): e.path for e in table.entries if e.op in ("route", "saliency")}
+    other = {"cuda": "triton", "triton": "cuda"}[quick]
+    rows = (16, None)
+    want = {("route", n): quick for n in rows} | {("saliency", n): other for n in rows}
+    assert paths == (want if served else {})
+    assert {found[0] for found in ran} == ({"cuda", "triton"} if served else {"triton"})
+    path = tmp_path / "table.json"
+    table.save(path)
+    monkeypatch.setenv("REAP_TUNING", str(path))
+    chosen = tuning.choose_path(CPU, "route", torch.int64, 32, 3.0)
+    assert chosen == (quick if served else tuning.PATHS["route"][0])
 
 
 def test_tune_needs_a_device_that_runs_kernels(monkeypatch) -> None:
