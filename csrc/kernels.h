@@ -57,9 +57,9 @@ struct Combine {
     int gates_dtype;
     const std::int64_t* inverse;  // or null: every row of y is a slot of its own
     const std::int64_t* offsets;
-    void* out;    // or null
+    void* out;      // or null
     int out_dtype;  // y's
-    float* norm;  // or null, as are high and low then
+    float* norm;    // or null, as are high and low then
     float* high;
     float* low;
     std::int64_t tokens;

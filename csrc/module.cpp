@@ -54,18 +54,18 @@ void define_saliency(py::module_& m) {
     m.def(
         "combine_rows",
         [](Address y, int y_dtype, Address gates, int gates_dtype, Address inverse, Address offsets,
-           Address out, int out_dtype, Address norm, Address high, Address low, std::int64_t tokens, int top_k,
-           int experts, std::int64_t hidden, bool wide, int device, Address stream) {
+           Address out, int out_dtype, Address norm, Address high, Address low, std::int64_t tokens,
+           int top_k, int experts, std::int64_t hidden, bool wide, int device, Address stream) {
             return reap::combine_rows(
                 {at<const void>(y), y_dtype, at<const void>(gates), gates_dtype,
-                 at<const std::int64_t>(inverse), at<const std::int64_t>(offsets), at<void>(out), out_dtype,
-                 at<float>(norm), at<float>(high), at<float>(low), tokens, top_k, experts, hidden,
-                 wide},
+                 at<const std::int64_t>(inverse), at<const std::int64_t>(offsets), at<void>(out),
+                 out_dtype, at<float>(norm), at<float>(high), at<float>(low), tokens, top_k,
+                 experts, hidden, wide},
                 {device, stream});
         },
         py::kw_only(), "y"_a, "y_dtype"_a, "gates"_a, "gates_dtype"_a, "inverse"_a, "offsets"_a,
-        "out"_a, "out_dtype"_a, "norm"_a, "high"_a, "low"_a, "tokens"_a, "top_k"_a, "experts"_a, "hidden"_a,
-        "wide"_a, "device"_a, "stream"_a);
+        "out"_a, "out_dtype"_a, "norm"_a, "high"_a, "low"_a, "tokens"_a, "top_k"_a, "experts"_a,
+        "hidden"_a, "wide"_a, "device"_a, "stream"_a);
     m.def(
         "reduce_slots",
         [](Address norm, Address high, Address low, Address gates, int gates_dtype, Address order,
