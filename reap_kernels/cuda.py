@@ -62,10 +62,12 @@ def serving(where: torch.device) -> ModuleType | str:
         return "inputs are on the CPU, where CUDA kernels run only for tests (REAP_CUDA_HOST)"
     if where.type != "cuda" or torch.version.hip is not None:
         return f"inputs are on {where}; CUDA kernels serve NVIDIA devices"
-    found = torch.cuda.get_device_capability(where)
-    if found < device.OLDEST_NVIDIA:
-        return f"compute capability {found[0]}.{found[1]} is below 8.0"
-    return module()
+    built = module()
+    if not isinstance(built, str):
+        found = torch.cuda.get_device_capability(where)
+        if found < device.OLDEST_NVIDIA:
+            return f"compute capability {found[0]}.{found[1]} is below 8.0"
+    return built
 
 
 def refusal(where: torch.device) -> str | None:

@@ -173,6 +173,7 @@ def test_explain_gives_one_choice_and_reasons_for_the_rest(monkeypatch) -> None:
         "cpu": "inputs are on meta, not the CPU",
         "triton": gpu,
         "grouped_mm": gpu,
+        "cuda": "inputs are on meta; CUDA kernels serve NVIDIA devices",
         "reference": None,
     }
 
@@ -188,6 +189,7 @@ def test_errors_are_a_closed_set_with_exit_codes() -> None:
         "ShapeError": 3,
         "DtypeError": 3,
         "BackendUnavailable": 4,
+        "KernelError": 4,
         "UnsupportedModel": 3,
         "CheckpointError": 3,
         "PlanError": 3,

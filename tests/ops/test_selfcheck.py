@@ -11,7 +11,7 @@ from reap_kernels import doctor, selfcheck
 from reap_kernels.dispatch import Request, Sizes
 from reap_kernels.errors import BackendUnavailable
 from reap_kernels.experts.triton_backend import check_layer, launches
-from reap_kernels.layer import gpu
+from reap_kernels.saliency import gpu as saliency
 from reap_kernels.testing import CASES, make_experts, make_inputs
 
 CPU = torch.device("cpu")
@@ -46,9 +46,9 @@ def test_runs_once_and_is_kept() -> None:
 
 def test_wrong_numbers_refuse_the_backend(monkeypatch) -> None:
     """A kernel that drops the gate, as a miscompiled one might, never serves."""
-    combine = gpu.combine
+    combine = saliency.combine
     monkeypatch.setattr(
-        gpu, "combine", lambda y, gates, *rest: combine(y, torch.ones_like(gates), *rest)
+        saliency, "combine", lambda y, gates, *rest: combine(y, torch.ones_like(gates), *rest)
     )
     with pytest.raises(
         BackendUnavailable, match=r"self-check gave wrong numbers: the output is off"
@@ -63,9 +63,9 @@ def json_on_disk() -> dict:
 
 
 def test_wrong_statistics_refuse_the_backend(monkeypatch) -> None:
-    reduce = gpu.reduce_slots
+    reduce = saliency.reduce_slots
     monkeypatch.setattr(
-        gpu,
+        saliency,
         "reduce_slots",
         lambda m, g, rows, stats, mask, *rest: reduce(m, g, rows, stats, None, *rest),
     )
@@ -77,7 +77,7 @@ def test_a_kernel_that_does_not_compile_is_refused_with_its_error(monkeypatch) -
     def fails(*_: object) -> None:
         raise RuntimeError("ptxas exited with 255")
 
-    monkeypatch.setattr(gpu, "combine", fails)
+    monkeypatch.setattr(saliency, "combine", fails)
     with pytest.raises(BackendUnavailable, match=r"self-check failed: RuntimeError: ptxas exited"):
         observe()
     assert json_on_disk() == {}, "an error may pass; only numbers are a verdict to keep"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reap_kernels as rk
-from reap_kernels import device, scratch
+from reap_kernels import cuda, device, scratch
 from reap_kernels.dispatch import Request, Sizes, _ranked
 from reap_kernels.errors import BackendUnavailable, ShapeError
 from reap_kernels.layer import gpu
@@ -141,13 +141,16 @@ def test_grouped_mm_serves_gpus_it_is_fast_on(monkeypatch, arch, dtype, reason) 
 
 def test_explain_says_what_becomes_of_an_unknown_gate(monkeypatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.delenv("REAP_CUDA_HOST")
     notes = {(v.op, v.backend): v.note for v in rk.explain("cpu", torch.float32, formula="opaque")}
     assert "between the two products" in notes["layer", "triton"]
     assert all(v.note == "" for v in rk.explain("cpu", torch.float32))
 
 
 def test_order_of_choice(monkeypatch) -> None:
-    """On a GPU Triton comes first, or grouped_mm where a launch table says so; on the CPU last."""
+    """On a GPU the CUDA kernels come first where they are built, then Triton, or grouped_mm where a
+    launch table says so; on the CPU last.
+    """
 
     def first(where: str, sizes: Sizes) -> list[str]:
         request = Request("layer", torch.device(where), torch.bfloat16, "silu", sizes)
@@ -156,10 +159,13 @@ def test_order_of_choice(monkeypatch) -> None:
     assert first("cpu", Sizes()) == ["cpu", "triton", "grouped_mm", "cuda", "reference"]
     monkeypatch.setattr(device, "architecture", lambda where: "sm90")
     monkeypatch.setattr(device, "triton_refusal", lambda where: None)
+    monkeypatch.setattr(cuda, "module", lambda: "not built")
     assert first("cuda", Sizes())[:2] == ["triton", "grouped_mm"]  # Qwen3-30B-A3B
     wide = Sizes(16384, 2, 8, 4096, 14336)  # Mixtral
     assert first("cuda", wide)[:2] == ["grouped_mm", "triton"]
     assert first("cuda", replace(wide, tokens=512))[:2] == ["triton", "grouped_mm"]
+    monkeypatch.setattr(cuda, "refusal", lambda where: None)
+    assert first("cuda", Sizes())[:3] == ["cuda", "triton", "grouped_mm"]
 
 
 def test_tf32_only_where_torch_was_asked() -> None:
