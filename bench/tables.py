@@ -153,7 +153,6 @@ def ptxas() -> str:
                 str(sum(int(row[key]) for row in rows for key in stacks)),
                 f"{sum(loads > 0 for loads in wide)} of {len(wide)}",
                 str(max(int(row["registers"]) for row in rows)),
-                f"{max(int(row['shared_bytes']) for row in rows)} B",
             ]
         )
     head = ["architecture", "kernels", "spills and stack", "wide combinations by 128-bit loads"]
@@ -163,7 +162,7 @@ def ptxas() -> str:
         f"{first['build_s']} s on {first['cores']} cores by nvcc {first['nvcc']}; commit "
         f"{first['commit']}; `python -m bench ptxas`.\n"
     )
-    return markdown([*head, "most registers", "most static shared memory"], body) + where
+    return markdown([*head, "most registers"], body) + where
 
 
 _PROVIDER = ("provider", "variant", "observed")
