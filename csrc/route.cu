@@ -232,7 +232,7 @@ int route(const Route& call, Where where) {
         call.slots > MOST_BLOCKS)
         return INVALID_VALUE;
     const int bins = call.experts + 1;
-    // 48 KiB hold the counters of 4 warps up to 2456 experts, and of 2 up to the limit.
+    // 48 KiB hold the counters of 4 warps up to 2455 experts, and of one up to the limit.
     const unsigned bytes = 4u * static_cast<unsigned>(bins);
     const unsigned warps = (PLACE_WARPS + 1) * bytes + 16 <= 48u << 10 ? PLACE_WARPS : 1;
     const auto blocks = static_cast<unsigned>(ceil_div(ceil_div(call.slots, ROUTE_CHUNK), warps));

@@ -9,7 +9,7 @@ import torch
 import reap_kernels as rk
 from reap_kernels import doctor, selfcheck
 from reap_kernels.dispatch import Request, Sizes
-from reap_kernels.errors import BackendUnavailable
+from reap_kernels.errors import BackendUnavailable, KernelError
 from reap_kernels.experts.triton_backend import check_layer, launches
 from reap_kernels.saliency import gpu as saliency
 from reap_kernels.testing import CASES, make_experts, make_inputs
@@ -81,6 +81,17 @@ def test_a_kernel_that_does_not_compile_is_refused_with_its_error(monkeypatch) -
     with pytest.raises(BackendUnavailable, match=r"self-check failed: RuntimeError: ptxas exited"):
         observe()
     assert json_on_disk() == {}, "an error may pass; only numbers are a verdict to keep"
+
+
+def test_a_launch_that_cuda_refuses_refuses_the_backend() -> None:
+    def refused() -> str | None:
+        raise KernelError("CUDA kernel route could not be launched: cudaErrorNoKernelImage (209)")
+
+    for _ in range(2):  # for as long as the process lives
+        reason = selfcheck.verdict("op", CPU, {"a": 3}, refused)
+        assert reason is not None
+        assert "self-check could not be launched: CUDA kernel route" in reason
+    assert json_on_disk() == {}
 
 
 def test_a_wrong_setting_is_no_verdict(monkeypatch) -> None:
