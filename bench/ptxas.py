@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -232,11 +233,18 @@ def module_path() -> Path:
 
 def with_wide_loads(found: list[Built]) -> list[Built]:
     """The same, wide combinations with their 128-bit loads counted in the disassembly."""
-    counts: dict[tuple[str, str], int] = {}
-    for arch in dict.fromkeys(built.arch for built in found):
-        wanted = [built.symbol for built in found if built.arch == arch and built.wide]
-        for symbol, code in _disassembled(arch, wanted):
-            counts[arch, symbol] = len(_WIDE_LOAD.findall(code))
+    wanted: dict[str, list[str]] = {}
+    for built in found:
+        if built.wide:
+            wanted.setdefault(built.arch, []).append(built.symbol)
+    # A disassembler takes seconds and one processor.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        codes = list(pool.map(_disassembled, wanted, wanted.values()))
+    counts = {
+        (arch, symbol): len(_WIDE_LOAD.findall(code))
+        for arch, pairs in zip(wanted, codes, strict=True)
+        for symbol, code in pairs
+    }
     return [
         replace(built, wide_loads=counts.get((built.arch, built.symbol), 0) if built.wide else None)
         for built in found
