@@ -62,12 +62,7 @@ def serving(where: torch.device) -> ModuleType | str:
         return "inputs are on the CPU, where CUDA kernels run only for tests (REAP_CUDA_HOST)"
     if where.type != "cuda" or torch.version.hip is not None:
         return f"inputs are on {where}; CUDA kernels serve NVIDIA devices"
-    built = module()
-    if not isinstance(built, str):
-        found = torch.cuda.get_device_capability(where)
-        if found < device.OLDEST_NVIDIA:
-            return f"compute capability {found[0]}.{found[1]} is below 8.0"
-    return built
+    return device.too_old(where) or module()
 
 
 def refusal(where: torch.device) -> str | None:

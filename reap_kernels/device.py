@@ -59,6 +59,25 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", 1 << 16))
 
 
+def too_old(device: torch.device) -> str | None:
+    """Why no GPU kernel of ours runs on a CUDA or ROCm device, or None; asks its driver once."""
+    index = device.index
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return _too_old(index)
+
+
+@functools.cache
+def _too_old(index: int) -> str | None:
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no such device"
+    if torch.version.hip is None:
+        found = torch.cuda.get_device_capability(index)
+        if found < OLDEST_NVIDIA:
+            return f"compute capability {found[0]}.{found[1]} is below 8.0"
+    return None
+
+
 def triton_refusal(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`, or None."""
     version = triton_version()
@@ -74,11 +93,7 @@ def triton_refusal(device: torch.device) -> str | None:
         return f"inputs are on {device}; Triton serves CUDA and ROCm devices"
     if interpreted():
         return "TRITON_INTERPRET=1 is set, which is for the CPU; unset it"
-    if torch.version.hip is None:
-        found = torch.cuda.get_device_capability(device)
-        if found < OLDEST_NVIDIA:
-            return f"compute capability {found[0]}.{found[1]} is below 8.0"
-    return None
+    return too_old(device)
 
 
 def written_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -99,6 +99,25 @@ def test_explicit_backends_refuse_and_say_why(monkeypatch) -> None:
         observe()
 
 
+def test_gpus_that_cannot_serve_are_named(monkeypatch) -> None:
+    """Absent or too old, for every GPU backend alike; another device is asked anew."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(cuda, "module", lambda: "not built")
+    device._too_old.cache_clear()
+    try:
+        for available, reason in (
+            (False, "sees no such device"),
+            (True, "capability 7.5 is below"),
+        ):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda there=available: there)
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+            where = torch.device("cuda", int(available))
+            assert reason in device.triton_refusal(where)
+            assert reason in cuda.refusal(where)
+    finally:
+        device._too_old.cache_clear()
+
+
 def test_experts_of_different_strides_are_refused() -> None:
     experts = make_experts(CASE, "per-expert")
     down = [m.T.contiguous().T if i == 2 else m for i, m in enumerate(experts.down)]
