@@ -35,6 +35,7 @@ from reap_kernels.layer import gpu
 from reap_kernels.route.gpu import schedule
 from reap_kernels.route.slots import SortedSlots
 from reap_kernels.saliency import triton_backend
+from reap_kernels.saliency.stages import stages
 from reap_kernels.testing import FORMULAS, Case, make_experts, make_inputs
 from reap_kernels.tuning import Launch, Launches
 
@@ -174,7 +175,7 @@ def _observe(
     stats = rk.LayerStats(case.experts, case.groups) if observed else None
     call = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts, stats)
     gpu.observe_layer(
-        gpu.TRITON, gpu.stages("triton", "triton"), *call, inputs.mask, inputs.group, None, launches
+        gpu.TRITON, stages("triton", "triton"), *call, inputs.mask, inputs.group, None, launches
     )
 
 

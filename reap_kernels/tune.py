@@ -17,6 +17,7 @@ from reap_kernels.dispatch import Request, Sizes
 from reap_kernels.errors import BackendUnavailable
 from reap_kernels.gates import GateFormula
 from reap_kernels.layer.triton_backend import grouped_limits
+from reap_kernels.saliency.stages import stages
 from reap_kernels.testing import relative_error
 from reap_kernels.tuning import PRODUCTS, Entry, Launch, Launches, Table, ordered, table_dtype
 from reap_kernels.types import ExpertWeights
@@ -71,8 +72,8 @@ def candidates(op: str, dtype: torch.dtype, shared_memory: int) -> list[Launch]:
     accumulators = 2 if op == "gate_up" else 1
     found = []
     sizes = itertools.product((16, 64, 128), (32, 64, 128, 256), (32, 64), (4, 8), (2, 3, 4))
-    for m, n, k, warps, stages in sizes:
-        launch = Launch(m, n, k, 8, warps, stages)
+    for m, n, k, warps, depth in sizes:
+        launch = Launch(m, n, k, 8, warps, depth)
         a_thread = accumulators * m * n // (32 * warps)
         if 4 <= a_thread <= 128 and launch.shared_bytes(op, dtype.itemsize) <= shared_memory:
             found.append(launch)
@@ -241,7 +242,7 @@ def _paths(
     stats = LayerStats(shape.experts, 1, hidden.device)
 
     def taken(route: str = "triton", layer: str = "triton", saliency: str = "triton") -> float:
-        around, products = gpu.stages(route, saliency), gpu.PRODUCTS[layer]
+        around, products = stages(route, saliency), gpu.PRODUCTS[layer]
         call = (hidden, ids, gates, weights, stats, None, 0, None, launches)
         return timer(lambda: gpu.observe_layer(products, around, *call))
 

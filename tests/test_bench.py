@@ -16,7 +16,7 @@ from bench.gpu.checks import Check
 from bench.gpu.clock import Deadline
 from bench.gpu.providers import PROVIDERS, Prepared, Work
 from reap_kernels.errors import BackendUnavailable, KernelError
-from reap_kernels.layer import cuda_backend, gpu
+from reap_kernels.layer import cuda_backend
 from reap_kernels.testing import CASES, Case, make_experts, make_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -254,13 +254,13 @@ def broken_reduce(reduce):
     ],
 )
 def test_a_kernel_that_is_wrong_is_not_timed(stage, wrap, message, wrong, monkeypatch) -> None:
-    real = gpu.stages
+    real = parts.stages
 
     def stages(*names):
         around = real(*names)
         return replace(around, **{stage: wrap(getattr(around, stage))})
 
-    monkeypatch.setattr(gpu, "stages", stages)
+    monkeypatch.setattr(parts, "stages", stages)
     bed = parts.Bed(here(), kernels.plan(smoke=True)[0])
     found = kernels.measure(parts.of_layer(bed, ("cuda",)), bed.machine, Deadline(100))
     failed = {row["kernel"]: row for row in found if row["status"] == "failed"}

@@ -16,10 +16,9 @@ from bench.gpu.checks import Bounds, CheckFailed, NotHere, bounds_of, difference
 from bench.gpu.machine import Machine
 from reap_kernels import LayerStats
 from reap_kernels.dispatch import Request, Sizes, select
-from reap_kernels.layer import gpu
 from reap_kernels.quantised import Quantised
 from reap_kernels.route.slots import SortedSlots
-from reap_kernels.saliency.stages import TILE, SlotMeasures, Stages, accumulate
+from reap_kernels.saliency.stages import TILE, SlotMeasures, Stages, accumulate, stages
 from reap_kernels.testing import Case, largest_relative_error, make_quantised, relative_error
 
 DTYPE = torch.bfloat16
@@ -311,7 +310,7 @@ def of_layer(bed: Bed, backends: Sequence[str]) -> list[Part]:
     def prepared(make: Callable[[Bed, Stages], Prepared], backend: str) -> Prepared:
         for op in ("route", "saliency"):  # runs self-checks, or says why it does not serve
             select(Request(op, bed.device, DTYPE, sizes=sizes), backend)
-        return make(bed, gpu.stages(backend, backend))
+        return make(bed, stages(backend, backend))
 
     return [
         Part(case, name, backend, partial(prepared, make, backend))

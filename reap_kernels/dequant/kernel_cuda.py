@@ -5,23 +5,22 @@ from torch import Tensor
 
 from reap_kernels import cuda
 from reap_kernels.errors import ShapeError
-from reap_kernels.quantised import Quantised
+from reap_kernels.quantised import FORMATS, Quantised
 
-_SHARED = {"offsets": torch.int64, "out": torch.bfloat16}
+_LAUNCHERS = {
+    "fp8_block": "dequantise_fp8",
+    "mxfp4": "dequantise_mxfp4",
+    "int4_group": "dequantise_int4",
+}
 _KERNELS = {
-    "fp8_block": cuda.Kernel(
-        "dequantise_fp8",
-        values=torch.float8_e4m3fn,
-        scales=(torch.float32, torch.bfloat16),
-        **_SHARED,
-    ),
-    "mxfp4": cuda.Kernel("dequantise_mxfp4", values=torch.uint8, scales=torch.uint8, **_SHARED),
-    "int4_group": cuda.Kernel(
-        "dequantise_int4",
-        values=torch.int32,
-        scales=(torch.bfloat16, torch.float16, torch.float32),
-        **_SHARED,
-    ),
+    name: cuda.Kernel(
+        _LAUNCHERS[name],
+        values=stored,
+        scales=scaled if len(scaled) > 1 else scaled[0],
+        offsets=torch.int64,
+        out=torch.bfloat16,
+    )
+    for name, (_, stored, scaled) in FORMATS.items()
 }
 # Bytes of values a thread loads at once: those of 8 elements.
 _LOADS = {"fp8_block": 8, "mxfp4": 4, "int4_group": 4}

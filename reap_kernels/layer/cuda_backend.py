@@ -16,6 +16,7 @@ from reap_kernels.experts.triton_backend import facts, note, product_limits
 from reap_kernels.layer.triton_backend import check, grouped_limits
 from reap_kernels.route.cuda_backend import limits
 from reap_kernels.route.cuda_backend import priority as stage_priority
+from reap_kernels.saliency.stages import stages
 
 
 def paths(request: Request) -> dict[str, str]:
@@ -71,7 +72,7 @@ def _with(request: Request) -> Any:
     def compute(*arguments: Any) -> Tensor:
         from reap_kernels.layer import gpu
 
-        around = gpu.stages(chosen["route"], chosen["saliency"])
+        around = stages(chosen["route"], chosen["saliency"])
         return gpu.observe_layer(gpu.PRODUCTS[chosen["layer"]], around, *arguments)
 
     return compute

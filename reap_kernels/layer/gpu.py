@@ -13,13 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reap_kernels import device
 from reap_kernels.experts.gpu import grouped_outputs, launches_of, triton_outputs
-from reap_kernels.route import gpu as route_gpu
-from reap_kernels.route import kernel_cuda as route_cuda
 from reap_kernels.route.slots import SortedSlots
-from reap_kernels.saliency import gpu as saliency_gpu
-from reap_kernels.saliency import kernel_cuda as saliency_cuda
 from reap_kernels.saliency.stages import SlotMeasures, Stages
 from reap_kernels.scratch import fitting
 from reap_kernels.stats import LayerStats
@@ -50,17 +45,6 @@ GROUPED_MM = Products(
     grouped_outputs, lambda experts: 2 * experts.hidden_size + 3 * experts.intermediate_size
 )
 PRODUCTS = {"triton": TRITON, "grouped_mm": GROUPED_MM}
-SORTS = {"triton": route_gpu.sort_slots, "cuda": route_cuda.sort_slots}
-
-
-def stages(route: str, saliency: str) -> Stages:
-    """The stages around the products: routing and saliency by `triton` or `cuda`."""
-    if saliency == "triton":
-        own = (saliency_gpu.combine, saliency_gpu.reduce_slots, device.written_dtype)
-    else:
-        own = (saliency_cuda.combine, saliency_cuda.reduce_slots, lambda dtype: dtype)
-    return Stages(SORTS[route], *own)
-
 
 # O(S) arrays: order, inverse, counts, measures, partial sums and tile lists.
 _SLOT_BYTES = 64

@@ -23,6 +23,7 @@ from reap_kernels.experts.triton_backend import (
 )
 from reap_kernels.layer import reference
 from reap_kernels.route.triton_backend import priority
+from reap_kernels.saliency.stages import stages
 from reap_kernels.saliency.triton_backend import difference
 from reap_kernels.stats import LayerStats
 from reap_kernels.testing import make_inputs, relative_error
@@ -87,7 +88,7 @@ def run(path: str, *arguments: Any) -> Tensor:
     """See `reap_kernels.layer.op.observe_layer`; products by `path`, one of `tuning.PATHS`."""
     from reap_kernels.layer import gpu
 
-    return gpu.observe_layer(gpu.PRODUCTS[path], gpu.stages("triton", "triton"), *arguments)
+    return gpu.observe_layer(gpu.PRODUCTS[path], stages("triton", "triton"), *arguments)
 
 
 def check(run: Callable[..., Tensor], path: str, request: Request) -> str | None:

@@ -5,7 +5,7 @@ from torch import Tensor
 from reap_kernels import cuda, selfcheck
 from reap_kernels.dispatch import Backend, Request
 from reap_kernels.route.cuda_backend import limits, priority
-from reap_kernels.saliency.stages import Stages, accumulate
+from reap_kernels.saliency.stages import accumulate, stages
 from reap_kernels.saliency.triton_backend import check
 from reap_kernels.stats import LayerStats
 
@@ -32,13 +32,7 @@ def run(
     group: int | Tensor,
 ) -> None:
     """See `reap_kernels.saliency.op.accumulate`."""
-    from reap_kernels.route import kernel_cuda as route
-    from reap_kernels.saliency import kernel_cuda as saliency
-
-    stages = Stages(
-        route.sort_slots, saliency.combine, saliency.reduce_slots, written=lambda dtype: dtype
-    )
-    accumulate(stages, y, expert_ids, gates, stats, mask, group)
+    accumulate(stages("cuda", "cuda"), y, expert_ids, gates, stats, mask, group)
 
 
 BACKEND = Backend("saliency", "cuda", priority, refusal, run)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reap_kernels import device
 from reap_kernels.route.slots import SortedSlots
 from reap_kernels.stats import LayerStats
 
@@ -64,8 +65,25 @@ class Stages:
     written: Callable[[torch.dtype], torch.dtype]
 
 
+def stages(route: str, saliency: str) -> Stages:
+    """Routing and saliency each by `triton` or `cuda`; kernels are imported where they are chosen,
+    since CUDA's need no Triton.
+    """
+    if route == "cuda":
+        from reap_kernels.route.kernel_cuda import sort_slots
+    else:
+        from reap_kernels.route.gpu import sort_slots
+    if saliency == "cuda":
+        from reap_kernels.saliency import kernel_cuda as kernels
+
+        return Stages(sort_slots, kernels.combine, kernels.reduce_slots, lambda dtype: dtype)
+    from reap_kernels.saliency import gpu
+
+    return Stages(sort_slots, gpu.combine, gpu.reduce_slots, device.written_dtype)
+
+
 def accumulate(
-    stages: Stages,
+    around: Stages,
     y: Tensor,
     expert_ids: Tensor,
     gates: Tensor,
@@ -75,7 +93,7 @@ def accumulate(
 ) -> None:
     """See `reap_kernels.saliency.op.accumulate`: rows are tokens of one slot each."""
     column = gates.reshape(-1, 1).contiguous()
-    rows = stages.sort(expert_ids.reshape(-1, 1), column, stats.num_experts)
+    rows = around.sort(expert_ids.reshape(-1, 1), column, stats.num_experts)
     measures = SlotMeasures.empty(len(y), y.device)
-    stages.combine(y.contiguous(), column, None, None, measures)
-    stages.reduce(measures, column, rows, stats, mask, group, TILE)
+    around.combine(y.contiguous(), column, None, None, measures)
+    around.reduce(measures, column, rows, stats, mask, group, TILE)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reap_kernels import device, selfcheck
+from reap_kernels import selfcheck
 from reap_kernels.dispatch import Backend, Request
 from reap_kernels.route.triton_backend import limits, priority
 from reap_kernels.saliency import reference
-from reap_kernels.saliency.stages import Stages, accumulate
+from reap_kernels.saliency.stages import accumulate, stages
 from reap_kernels.stats import COUNTS, SUMS, LayerStats
 from reap_kernels.testing import Case, largest_relative_error, make_inputs
 
@@ -33,11 +33,7 @@ def run(
     group: int | Tensor,
 ) -> None:
     """See `reap_kernels.saliency.op.accumulate`."""
-    from reap_kernels.route.gpu import sort_slots
-    from reap_kernels.saliency import gpu
-
-    stages = Stages(sort_slots, gpu.combine, gpu.reduce_slots, device.written_dtype)
-    accumulate(stages, y, expert_ids, gates, stats, mask, group)
+    accumulate(stages("triton", "triton"), y, expert_ids, gates, stats, mask, group)
 
 
 def check(run: Callable[..., None], request: Request) -> str | None:

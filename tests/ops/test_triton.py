@@ -11,6 +11,7 @@ from reap_kernels.dispatch import Request, Sizes, _ranked
 from reap_kernels.errors import BackendUnavailable, ShapeError
 from reap_kernels.layer import gpu
 from reap_kernels.layer.triton_backend import grouped_limits
+from reap_kernels.route import gpu as route
 from reap_kernels.testing import CASES, largest_relative_error, make_experts, make_inputs
 
 CASE = replace(CASES[-1], tokens=24, experts=6, top_k=3, hidden=40, intermediate=24)
@@ -61,9 +62,9 @@ def test_scratch_budget_splits_a_call(monkeypatch) -> None:
     monkeypatch.setenv("REAP_SCRATCH_BYTES", str(5 * token))
     assert scratch.fitting(CASE.tokens, token, torch.device("cpu")) == 5
     seen = []
-    sort = gpu.SORTS["triton"]
+    sort = route.sort_slots
     seeing = lambda ids, *rest: seen.append(len(ids)) or sort(ids, *rest)  # noqa: E731
-    monkeypatch.setitem(gpu.SORTS, "triton", seeing)
+    monkeypatch.setattr(route, "sort_slots", seeing)
     parts, other = observe(experts=whole_numbers(), whole=True)
     assert seen == [5, 5, 5, 5, 4]
     assert torch.equal(whole, parts)
