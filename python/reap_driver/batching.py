@@ -2,16 +2,15 @@
 
 import inspect
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from reap_driver.discover import MoELayer
+from reap_driver.sizing.machine import free_device_memory
 
 # Rows (tokens times top-k) an expert should get on average. With fewer, the grouped products wait
 # for the experts' weights to be read; on an H200, arithmetic takes longer from 200 to 270 rows on.
@@ -47,6 +46,10 @@ class Footprint:
         divided = free // 4 // self.held  # the other quarter is the kernels'
         return max(undivided, divided)
 
+    def nbytes(self, tokens: int, free: int) -> int:
+        """What `tokens` take at most where `free` bytes are free before they run."""
+        return self.held * tokens + min(self.experts * tokens, free // 4)
+
 
 def choose_batch_size(
     *,
@@ -70,11 +73,26 @@ def choose_batch_size(
     """
     if free is None:
         return 1
+    full = full_batch(
+        sequences=sequences,
+        seq_len=seq_len,
+        experts_per_choice=experts_per_choice,
+        accelerator=accelerator,
+    )
+    return max(1, min(full, footprint.tokens_within(free) // seq_len))
+
+
+def full_batch(
+    *, sequences: int, seq_len: int, experts_per_choice: float, accelerator: bool
+) -> int:
+    """Sequences that keep the processor busy, however much memory they take.
+
+    Args: see `choose_batch_size`.
+    """
     wanted = math.ceil(ROWS_PER_EXPERT * experts_per_choice)
     if accelerator:
         wanted = max(wanted, ACCELERATOR_TOKENS)
-    fitting = footprint.tokens_within(free) // seq_len
-    return max(1, min(math.ceil(wanted / seq_len), fitting, sequences))
+    return min(math.ceil(wanted / seq_len), sequences)
 
 
 def token_footprint(
@@ -128,20 +146,36 @@ def batch_sizes(
     ]
 
 
-def footprint_of(model: PreTrainedModel, layers: Sequence[MoELayer], seq_len: int) -> Footprint:
-    """The footprint of a token in this model."""
+def footprint_of(
+    model: PreTrainedModel,
+    layers: Sequence[MoELayer],
+    seq_len: int,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Footprint:
+    """The footprint of a token in this model.
+
+    Args:
+        model: the model; on the meta device, say where it would run and in what.
+        layers: its MoE layers.
+        seq_len: tokens in a sequence.
+        device: where it runs, by default where it is.
+        dtype: what it runs in, by default its own.
+    """
+    device = model.device if device is None else device
+    itemsize = (model.dtype if dtype is None else dtype).itemsize
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     linear = (m for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
     hidden = int(getattr(config, "hidden_size", layers[0].hidden_size))
-    all_logits = "logits_to_keep" not in inspect.signature(type(model).forward).parameters
+    all_logits = computes_all_logits(model)
     eager = config._attn_implementation == "eager"
     # A checkpoint's own code may call its heads otherwise; they are hardly ever narrower than 64.
     heads = int(getattr(config, "num_attention_heads", hidden // 64))
-    itemsize = int(model.dtype.itemsize)
     return token_footprint(
         # CPUs without half-precision instructions compute in float32.
-        itemsize=max(itemsize, 4) if model.device.type == "cpu" else itemsize,
+        itemsize=max(itemsize, 4) if device.type == "cpu" else itemsize,
         hidden_size=hidden,
         widest=max((m.out_features for m in linear), default=hidden),
         logits=int(config.vocab_size) if all_logits else 0,
@@ -150,20 +184,12 @@ def footprint_of(model: PreTrainedModel, layers: Sequence[MoELayer], seq_len: in
     )
 
 
+def computes_all_logits(model: PreTrainedModel) -> bool:
+    """Whether the model can only compute every token's logits, not the last one's alone."""
+    return "logits_to_keep" not in inspect.signature(type(model).forward).parameters
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes a forward on `device` could still allocate; None where the system does not say."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    return _free_ram(Path("/proc/meminfo")) if device.type == "cpu" else None
-
-
-def _free_ram(meminfo: Path) -> int | None:
-    """Free main memory, with what the system would give up of its caches where it says so."""
-    if meminfo.is_file():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    free = free_device_memory(device)
+    return None if free is None else free.nbytes

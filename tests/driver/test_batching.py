@@ -1,7 +1,6 @@
 """The automatic batch size: enough rows an expert, within the memory there is."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +8,9 @@ import torch
 
 from reap_driver import batching
 from reap_driver.batching import Footprint, choose_batch_size, footprint_of, token_footprint
+from reap_driver.compat.models import meta_model
 from reap_driver.discover import find_moe_layers
+from reap_driver.sizing.host_memory import Free
 from tests.driver import zoo
 from tests.driver.observe.test_architectures import NAMES
 
@@ -59,6 +60,28 @@ def test_the_most_that_fits(held: int, experts: int) -> None:
     assert abs(Footprint(held, experts).tokens_within(free) - fits[-1]) <= 1
 
 
+def test_bytes_of_a_batch_where_experts_are_computed_in_parts() -> None:
+    small = Footprint(held=3, experts=10)
+    assert small.nbytes(100, free=4000) == 300 + 1000
+    assert small.nbytes(100, free=3999) == 300 + 999
+    for free in range(0, 5000, 7):
+        tokens = small.tokens_within(free)
+        assert small.nbytes(tokens, free) <= max(free // 2, 0)
+
+
+def test_a_planned_run_has_the_footprint_of_the_real_one() -> None:
+    """A model on meta, told where and in what it will run, or the model itself."""
+    config, model = zoo.tiny("qwen3_moe")
+    layers = find_moe_layers(model)
+    meta = meta_model(config).to(torch.bfloat16)
+    cpu, gpu = (torch.device(name) for name in ("cpu", "cuda"))
+    planned = footprint_of(meta, layers, 100, device=cpu, dtype=torch.float32)
+    assert planned == footprint_of(model, layers, 100)
+    half = footprint_of(meta, layers, 100, device=gpu, dtype=torch.bfloat16)
+    assert half.experts * 2 == planned.experts
+    assert footprint_of(meta, layers, 100, device=cpu) == planned  # computed in float32
+
+
 def test_more_memory_never_gives_less() -> None:
     sizes = [choose(free=free) for free in range(0, 2 * 2000 * 512 * 10, 100_000)]
     assert sizes == sorted(sizes)
@@ -93,18 +116,12 @@ def test_every_architecture_has_a_footprint(name: str) -> None:
     assert size == math.ceil(256 * 8 / k / 16)
 
 
-def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:  900 kB\nMemFree:  100 kB\nMemAvailable:   300 kB\n")
-    assert batching._free_ram(meminfo) == 300 * 1024
+def test_free_memory_heeds_what_the_host_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (batching.free_memory(torch.device("cpu")) or 0) > 1 << 20
-    old = tmp_path / "old"  # Linux before 3.14
-    old.write_text("MemTotal:  900 kB\n")
-    monkeypatch.setattr("os.sysconf", {"SC_AVPHYS_PAGES": 7, "SC_PAGE_SIZE": 4096}.__getitem__)
-    for absent in (old, tmp_path / "none"):
-        assert batching._free_ram(absent) == 7 * 4096
-    monkeypatch.setattr("os.sysconf_names", {})
-    assert batching._free_ram(old) is None
+    monkeypatch.setattr("reap_driver.sizing.machine.free_host_memory", lambda: Free(7, "of a test"))
+    assert batching.free_memory(torch.device("cpu")) == 7
+    monkeypatch.setattr("reap_driver.sizing.machine.free_host_memory", lambda: None)
+    assert batching.free_memory(torch.device("cpu")) is None
     assert batching.free_memory(torch.device("meta")) is None
 
 

@@ -1,0 +1,151 @@
+"""Main memory this process can still get: what is available, within its control groups and limits.
+
+A container sees the whole machine in /proc/meminfo, and is killed at its control group's limit. The
+files are those of the kernel's documentation: cgroup-v2, "Memory Interface Files"; cgroup-v1,
+"Memory Resource Controller"; proc_pid_statm(5).
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Free:
+    """Memory that is free, in bytes, and what bounds it, in words."""
+
+    nbytes: int
+    bound: str
+
+
+@dataclass(frozen=True)
+class _Version:
+    """Names a control group's version gives its files and the counters in memory.stat."""
+
+    limits: tuple[str, ...]
+    usage: str
+    cache: tuple[str, ...]
+
+
+# memory.high is no wall, but a group above it is slowed down until it is below.
+_V2 = _Version(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
+_V1 = _Version(
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+)
+
+
+def free_host_memory(proc: Path = PROC) -> Free | None:
+    """The tightest of all bounds; None where the system tells none.
+
+    Args:
+        proc: where procfs is mounted.
+    """
+    bounds = [*_available(proc / "meminfo"), *_groups(proc / "self"), *_limits(proc / "self/statm")]
+    return min(bounds, key=lambda free: free.nbytes, default=None)
+
+
+def _available(meminfo: Path) -> Iterator[Free]:
+    """What the system would give without swapping, its caches included where it says so."""
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                yield Free(int(line.split()[1]) * 1024, "of the machine")
+                return
+    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        yield Free(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "of the machine")
+
+
+def _groups(own: Path) -> Iterator[Free]:
+    """Every control group around this process that has a limit: its own and those above."""
+    for version, mount, root, path in _memberships(own):
+        inside = PurePosixPath(path)
+        # A group outside what is mounted here (another namespace) is judged by the mount's top.
+        parts = inside.relative_to(root).parts if inside.is_relative_to(root) else ()
+        for depth in range(len(parts), -1, -1):
+            yield from _group(mount.joinpath(*parts[:depth]), version)
+
+
+def _group(folder: Path, version: _Version) -> Iterator[Free]:
+    """One group: its limit less what it uses, where file cache counts as free."""
+    usage = _number(folder / version.usage)
+    if usage is None:
+        return
+    cache = sum(_counters(folder / "memory.stat").get(name, 0) for name in version.cache)
+    used = max(0, usage - cache)
+    for name in version.limits:
+        limit = _number(folder / name)
+        if limit is not None:
+            yield Free(max(0, limit - used), f"below {name} of {folder}")
+
+
+def _memberships(own: Path) -> Iterator[tuple[_Version, Path, str, str]]:
+    """(version, mount point, root of the mount, this process's group) of memory controllers."""
+    groups = dict(_own_groups(own / "cgroup"))
+    for line in _lines(own / "mountinfo"):
+        before, _, after = line.partition(" - ")
+        fields, (kind, *source) = before.split(), after.split() or [""]
+        if len(fields) < 5:
+            continue
+        root, mount = (_unescaped(text) for text in fields[3:5])
+        if kind == "cgroup2" and "" in groups:
+            yield _V2, Path(mount), root, groups[""]
+        controllers = source[-1].split(",") if source else []
+        if kind == "cgroup" and "memory" in controllers and "memory" in groups:
+            yield _V1, Path(mount), root, groups["memory"]
+
+
+def _own_groups(file: Path) -> Iterator[tuple[str, str]]:
+    """(controller, path) of each group this process is in; version 2 has no controller: ""."""
+    for line in _lines(file):
+        parts = line.split(":", 2)
+        if len(parts) == 3:
+            for controller in parts[1].split(","):
+                yield controller, parts[2]
+
+
+def _limits(statm: Path) -> Iterator[Free]:
+    """What `ulimit -v` and `ulimit -d` leave of address space and data."""
+    try:
+        import resource
+    except ImportError:  # no POSIX system
+        return
+    fields = [int(field) for line in _lines(statm) for field in line.split()]
+    if len(fields) < 6:
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    for name, field in (("RLIMIT_AS", 0), ("RLIMIT_DATA", 5)):
+        limit, _ = resource.getrlimit(getattr(resource, name))
+        if limit != resource.RLIM_INFINITY:
+            yield Free(max(0, limit - fields[field] * page), f"below {name}")
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines of a file that may not be there, or not be ours to read."""
+    try:
+        return file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+
+
+def _number(file: Path) -> int | None:
+    """A count; None for `max`, and where there is no such file."""
+    text = "".join(_lines(file)).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _counters(file: Path) -> dict[str, int]:
+    """Name and count on each line."""
+    pairs = (line.split() for line in _lines(file))
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+
+
+def _unescaped(text: str) -> str:
+    """A path of mountinfo, whose blanks and backslashes are octal escapes."""
+    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, character)
+    return text
