@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from reap_driver.commands import options
+from reap_driver.commands import dry_run, options
 from reap_driver.commands.console import Console
 
 NAME = "observe"
@@ -23,15 +23,14 @@ examples:
   reap-kernels observe MODEL --data code.jsonl --out stats.safetensors
   reap-kernels observe MODEL --data code=src.parquet:700 --data tools=calls.jsonl:330 \\
       --seq-len 2048 --out stats.safetensors
+  reap-kernels observe config.json --dry-run --tokens 24M
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Model, data, output."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="where to save the statistics"
-    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to save the statistics")
     options.add_overwrite(parser)
     options.add_trust(parser)
     options.add_calibration(parser)
@@ -39,6 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Observes and saves; what can be checked early is."""
+    options.check_dry_run(args)
+    if args.dry_run:
+        return dry_run.run(args, console)
     from reap_driver.calibration import DataSource
     from reap_driver.commands import calibrate
     from reap_driver.commands.outputs import check_file

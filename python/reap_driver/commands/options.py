@@ -41,7 +41,6 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--data",
         action="append",
-        required=True,
         metavar="[GROUP=]SOURCE[:N]",
         help="a .jsonl, .parquet or .txt file, or a folder of them; N takes a random sample of N "
         "records; GROUP names the statistics (default: the file's name); give it again for more",
@@ -78,6 +77,48 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--backend", help="kernels to use, without falling back; `reap-kernels doctor` lists them"
     )
+    run.add_argument(
+        "--stream",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="hold one decoder layer in memory at a time, each read once for all data: auto "
+        "(default) where the whole model would take more than 90%% of the memory that is free",
+    )
+    _add_dry_run(parser)
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """--dry-run and --tokens; what they make optional is checked by `check_dry_run`."""
+    group = parser.add_argument_group("planning")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what the run would read, hold and compute, and how long that takes at the "
+        "rates measured here; write nothing. MODEL may have no weights, or be a config .json file; "
+        "--out may be left out",
+    )
+    group.add_argument(
+        "--tokens",
+        type=count,
+        metavar="N",
+        help="with --dry-run: plan for N tokens, such as 24M, instead of reading --data",
+    )
+    parser.set_defaults(refuse=parser.error)
+
+
+def check_dry_run(args: argparse.Namespace) -> None:
+    """Ends with a usage error where arguments are missing, or there are too many."""
+    if args.tokens is not None and not args.dry_run:
+        args.refuse(
+            "argument --tokens: only with --dry-run; a real run counts the tokens of --data"
+        )
+    if args.tokens is not None and args.data:
+        args.refuse("argument --tokens: not together with --data, whose tokens are counted")
+    if args.dry_run and args.tokens is None and not args.data:
+        args.refuse("argument --dry-run: give --tokens N, or the --data to count them in")
+    missing = [name for name in ("--out", "--data") if not vars(args)[name[2:]]]
+    if missing and not args.dry_run:
+        args.refuse(f"the following arguments are required: {', '.join(missing)}")
 
 
 def add_ranking(parser: argparse.ArgumentParser) -> None:
@@ -128,6 +169,15 @@ def positive(text: str) -> int:
     if not re.fullmatch(r"\d+", text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def count(text: str) -> int:
+    """A whole number above 0, with k, M, G or T (powers of 1000)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT]?)", text)
+    value = float(match[1]) * 1000 ** " kMGT".index(match[2] or " ") if match else 0
+    if value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 24M or 65536")
+    return int(value)
 
 
 def batch_size(text: str) -> int | None:

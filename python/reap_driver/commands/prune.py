@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from reap_driver.commands import apply, options, plan
+from reap_driver.commands import apply, dry_run, options, plan
 from reap_driver.commands.console import Console
 
 NAME = "prune"
@@ -23,15 +23,14 @@ examples:
   reap-kernels prune MODEL --data code.jsonl --ratio 0.5 --out MODEL-half
   reap-kernels prune MODEL --data code.jsonl:1000 --data chat.parquet:500 --ratio 0.25 --out OUT
   reap-kernels prune MODEL --data notes/ --dtype bfloat16 --device cuda --ratio 0.4 --out OUT
+  reap-kernels prune MODEL --data notes/ --dry-run
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Model, data, ranking, output."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of the new checkpoint"
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the new checkpoint")
     parser.add_argument(
         "--stats",
         type=Path,
@@ -47,6 +46,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Checks, observes, plans, writes."""
+    options.check_dry_run(args)
+    if args.dry_run:
+        return dry_run.run(args, console)
     from reap_driver.allocate import served_advice, uniform
     from reap_driver.calibration import DataSource
     from reap_driver.checkpoint import apply_plan, check_plan

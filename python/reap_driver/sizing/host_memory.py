@@ -15,7 +15,7 @@ PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Free:
-    """Memory that is free, in bytes, and what bounds it, in words."""
+    """Memory that is free, in bytes, and who says so: "by MemAvailable", "by RLIMIT_AS"."""
 
     nbytes: int
     bound: str
@@ -54,10 +54,10 @@ def _available(meminfo: Path) -> Iterator[Free]:
     if meminfo.is_file():
         for line in meminfo.read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                yield Free(int(line.split()[1]) * 1024, "of the machine")
+                yield Free(int(line.split()[1]) * 1024, "by MemAvailable")
                 return
     if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        yield Free(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "of the machine")
+        yield Free(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "by SC_AVPHYS_PAGES")
 
 
 def _groups(own: Path) -> Iterator[Free]:
@@ -80,7 +80,7 @@ def _group(folder: Path, version: _Version) -> Iterator[Free]:
     for name in version.limits:
         limit = _number(folder / name)
         if limit is not None:
-            yield Free(max(0, limit - used), f"below {name} of {folder}")
+            yield Free(max(0, limit - used), f"by {name} of {folder}")
 
 
 def _memberships(own: Path) -> Iterator[tuple[_Version, Path, str, str]]:
@@ -121,7 +121,7 @@ def _limits(statm: Path) -> Iterator[Free]:
     for name, field in (("RLIMIT_AS", 0), ("RLIMIT_DATA", 5)):
         limit, _ = resource.getrlimit(getattr(resource, name))
         if limit != resource.RLIM_INFINITY:
-            yield Free(max(0, limit - fields[field] * page), f"below {name}")
+            yield Free(max(0, limit - fields[field] * page), f"by {name}")
 
 
 def _lines(file: Path) -> list[str]:

@@ -57,5 +57,5 @@ def free_device_memory(device: torch.device) -> Free | None:
     """Memory a forward on `device` could still allocate; None where the system does not say."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return Free(torch.cuda.mem_get_info(device)[0] + cached, "of the GPU")
+        return Free(torch.cuda.mem_get_info(device)[0] + cached, "by the GPU's driver")
     return free_host_memory() if device.type == "cpu" else None

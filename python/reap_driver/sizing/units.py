@@ -1,0 +1,23 @@
+"""Numbers as people read them."""
+
+
+def in_bytes(nbytes: int) -> str:
+    """Bytes with three digits that matter, in powers of 1000: 1_030_000_000_000 is 1.03 TB."""
+    size, units = float(nbytes), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while size >= 999.5 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    digits = 0 if size >= 99.95 or units[0] == "B" else 1 if size >= 9.995 else 2
+    return f"{size:.{digits}f} {units[0]}"
+
+
+def short(number: float, letters: str = "kMGTPE") -> str:
+    """1_234_567 is 1.23M; `letters` stand for powers of 1000, and "kMBT" counts parameters."""
+    power = 0
+    while number >= 999.5 and power < len(letters):
+        number, power = number / 1000, power + 1
+    return f"{number:.3g}{letters[power - 1] if power else ''}"
+
+
+def row(name: str, text: str) -> str:
+    """A line of a report: names in one column, text in the next."""
+    return f"{name:<12}{text}"
