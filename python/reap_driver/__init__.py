@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reap_driver.checkpoint import ApplyReport, apply_plan
-    from reap_driver.compat.models import load_config, load_model
+    from reap_driver.compat.models import load_config
     from reap_driver.criteria import Scores, score
     from reap_driver.discover import MoELayer, find_moe_layers
+    from reap_driver.loading import load_model
     from reap_driver.observe import Observer, observe
     from reap_driver.plan import LayerPlan, Plan, make_plan, random_plan
     from reap_driver.router_mask import masked_experts
@@ -37,7 +38,7 @@ _HOMES = {
     "apply_plan": "reap_driver.checkpoint",
     "find_moe_layers": "reap_driver.discover",
     "load_config": "reap_driver.compat.models",
-    "load_model": "reap_driver.compat.models",
+    "load_model": "reap_driver.loading",
     "make_plan": "reap_driver.plan",
     "masked_experts": "reap_driver.router_mask",
     "observe": "reap_driver.observe",

@@ -14,9 +14,10 @@ from reap_driver.batching import batch_sizes
 from reap_driver.calibration import DataSource, Encoder, PackedSource, pack, prefetched
 from reap_driver.commands.console import Console, short
 from reap_driver.commands.options import SEQ_LEN
-from reap_driver.compat.models import config_digest, load_config, load_model, meta_model
+from reap_driver.compat.models import config_digest, load_config, meta_model
 from reap_driver.criteria import Scores, shares
 from reap_driver.discover import find_moe_layers
+from reap_driver.loading import load_model
 from reap_driver.observe import Observer, observe
 from reap_kernels import SaliencyStats
 from reap_kernels.dispatch import Request, select

@@ -42,15 +42,15 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.dry_run:
         return dry_run.run(args, console)
     from reap_driver.calibration import DataSource
+    from reap_driver.checkpoint.source import open_source, resolve_folder
     from reap_driver.commands import calibrate
     from reap_driver.commands.outputs import check_file
-    from reap_driver.compat.models import check_shards
 
     wanted = [DataSource.parse(text) for text in args.data]
     check_file(args.out, overwrite=args.overwrite)
     model = calibrate.inspect_model(args)
     seq_len = calibrate.check_options(args, model.config)
-    check_shards(Path(args.model))
+    open_source(resolve_folder(args.model))
     sources = calibrate.read_data(args, wanted, model.config, seq_len, console)
     stats, seconds = calibrate.run_model(args, sources, console)
     stats.save(args.out)

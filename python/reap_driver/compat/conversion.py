@@ -7,18 +7,21 @@ through the library's own operations.
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
 )
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 Shape = tuple[int, ...]
 
@@ -56,10 +59,12 @@ class LoadedShapes:
 class KeyMap:
     """The library's key renaming and conversion rules for one model (on meta or not)."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, mapping: Sequence[object] | None = None) -> None:
+        """`mapping`: the rules `model` is being loaded by; default those of its class, by which
+        quantised tensors stay as they are."""
         self._model = model
         self._state = model.state_dict()
-        mapping = get_model_conversion_mapping(model)
+        mapping = get_model_conversion_mapping(model) if mapping is None else mapping
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._by_pattern = {
@@ -92,6 +97,23 @@ class KeyMap:
     def known(self, target: Target) -> bool:
         """Whether the model has a tensor of that name."""
         return target.name in self._state
+
+    def expert_lists(self, keys: Sequence[str]) -> list[list[str]]:
+        """The keys of one model tensor as equally long lists, one a source pattern, whose items are
+        those of one expert each; empty unless converting some experts alone gives their rows.
+        """
+        lists: dict[str, list[str]] = {}
+        for key in keys:
+            target = self.locate(key)
+            if target.pattern is None or len(target.names) > 1:
+                return []
+            lists.setdefault(target.pattern, []).append(key)
+        operations = self._by_pattern[next(iter(lists))].operations
+        stacked = any(isinstance(op, MergeModulelist) for op in operations)
+        if not stacked or not all(map(_within_expert, operations)):
+            return []
+        found = list(lists.values())
+        return found if all(len(part) == len(found[0]) for part in found) else []
 
     def loaded_shapes(self, shapes: Mapping[str, Shape]) -> LoadedShapes:
         """Run the library's conversions on meta tensors of these disk shapes, in the order loading
@@ -139,3 +161,12 @@ class KeyMap:
         for full_name, tensor in made.items():
             tensor = tensor[0] if isinstance(tensor, list) else tensor
             result.shapes[full_name] = tuple(tensor.shape)
+
+
+def _within_expert(operation: object) -> bool:
+    """Whether an operation makes each expert's rows of that expert alone, contiguous."""
+    if isinstance(operation, MergeModulelist):
+        return operation.dim == 0
+    if isinstance(operation, Concatenate):
+        return operation.dim > 0
+    return isinstance(operation, Fp8Dequantize)

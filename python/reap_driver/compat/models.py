@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -141,24 +141,23 @@ def config_digest(config: PretrainedConfig) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def load_model(
+def from_checkpoint(
     path_or_id: str | Path,
+    config: PretrainedConfig,
     *,
     dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
     device_map: str | dict[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """Load a checkpoint for observation, in eval mode, FP8 and MXFP4 weights as plain floats.
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """What the library's own `from_pretrained` makes of a checkpoint, and its report of loading.
 
     Raises:
-        CheckpointError: a shard is missing or truncated, a shape does not match the config, or the
-            checkpoint lacks tensors the model needs, or brings experts it does not know.
-        UnsupportedModel: see `load_config` and `model_class`.
+        CheckpointError: the library cannot load it; what its report says is not judged
+            (`check_loading` does).
+        UnsupportedModel: see `model_class`.
     """
-    config = load_config(path_or_id, trust_remote_code=trust_remote_code)
     cls = model_class(config)
-    check_shards(Path(path_or_id))
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     method = _quant_method(config)
     if method in _DEQUANTISE_ON_LOAD:
@@ -166,7 +165,7 @@ def load_model(
             dequantize=True
         )
     if device_map is not None:
-        options["device_map"] = device_map
+        options.update(device_map=device_map, offload_folder=offload_folder)
     try:  # its report of missing keys is raised below; its tensor-parallel advice is noise
         noisy = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
         with _quiet(*noisy), partial_blocks():
@@ -184,9 +183,7 @@ def load_model(
         raise CheckpointError(
             f"{path_or_id}: cannot load the weights: {_one_line(error)}."
         ) from error
-    _check_loading(path_or_id, info, model)
-    model = model.eval()
-    return model if device_map is not None else model.to(device)
+    return model.eval(), info
 
 
 def meta_model(
@@ -300,52 +297,12 @@ def _quant_method(config: PretrainedConfig) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def check_shards(folder: Path) -> None:
-    """Raise unless every safetensors file the index names is there and whole.
-
-    Reads headers only; a hub id, which is no folder, is left to the loader.
+def check_loading(path_or_id: str | Path, info: dict[str, Any], model: PreTrainedModel) -> None:
+    """Raise when loading left tensors random, of another shape, or experts and routers unused.
 
     Raises:
-        CheckpointError: names the file and the remedy.
+        CheckpointError: names the first such tensor.
     """
-    if not folder.is_dir():
-        return
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"{index}: not a valid index ({error!r}); restore the file."
-            ) from error
-    else:
-        names = sorted(file.name for file in folder.glob("*.safetensors"))
-    if not names:
-        raise CheckpointError(
-            f"{folder}: no safetensors file there; convert the checkpoint to safetensors."
-        )
-    for name in names:
-        file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(
-                f"{index}: names {name!r}, outside the checkpoint folder; refused."
-            )
-        if not file.is_file():
-            raise CheckpointError(f"{file}: named by {index.name} but missing; download it again.")
-        try:
-            with safe_open(str(file), "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file}: damaged or truncated ({file.stat().st_size} bytes; "
-                f"{_one_line(error)}); download it again."
-            ) from error
-
-
-def _check_loading(path_or_id: str | Path, info: dict[str, Any], model: PreTrainedModel) -> None:
-    """Raise when loading left tensors random, of another shape, or experts and routers unused."""
     errors = info.get("conversion_errors") or info.get("error_msgs")
     if errors:
         raise CheckpointError(

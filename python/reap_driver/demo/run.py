@@ -27,12 +27,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from reap_driver.checkpoint import apply_plan
-from reap_driver.compat.models import load_model
 from reap_driver.criteria import Scores, score
 from reap_driver.demo.corpus import load_corpus
 from reap_driver.demo.evaluate import Evaluation, evaluate, token_windows
 from reap_driver.demo.picture import draw_scores
 from reap_driver.demo.table import format_report
+from reap_driver.loading import load_model
 from reap_driver.observe import observe
 from reap_driver.plan import Plan, make_plan, random_plan
 from reap_kernels.stats import SaliencyStats

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
+from reap_driver import loading
 from reap_driver.compat import models
 from reap_driver.discover import find_moe_layers
 from reap_kernels.errors import CheckpointError, UnsupportedModel
@@ -38,7 +39,7 @@ def test_digest_and_weights_survive_saving(name: str, tmp_path: Path) -> None:
     digest = models.config_digest(config)
     assert digest.startswith("sha256:")
     assert models.config_digest(models.load_config(folder)) == digest
-    loaded = models.load_model(folder)
+    loaded = loading.load_model(folder)
     assert models.config_digest(loaded.config) == digest
     assert type(loaded) is type(model)
     assert not loaded.training
@@ -83,7 +84,7 @@ def test_unknown_model_type_resolves_by_architecture(tmp_path: Path) -> None:
     config = models.load_config(folder)
     assert models.model_class(config).__name__ == "DeepseekV3ForCausalLM"
     assert models.config_digest(config) == digest
-    assert find_moe_layers(models.load_model(folder))
+    assert find_moe_layers(loading.load_model(folder))
 
 
 def test_unknown_architecture(tmp_path: Path) -> None:
@@ -138,6 +139,10 @@ def _change_tensors(folder: Path, change: Any) -> None:
 
 def _drop_tensor(folder: Path) -> None:
     _change_tensors(folder, lambda t: t.pop("model.layers.1.mlp.gate.weight", None))
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["model.layers.1.mlp.gate.weight"]
+    path.write_text(json.dumps(index))
 
 
 def _extra_expert(folder: Path) -> None:
@@ -176,11 +181,14 @@ def _no_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_drop_shard, r"model-00001-of-.*missing; download it again"),
-        (_truncate, r"model-00001-of-.*damaged or truncated \(\d+ bytes"),
-        (_truncate_header, r"damaged or truncated \(5 bytes"),
-        (_break_index, r"index\.json: not a valid index"),
-        (_escape, r"names '\.\./outside\.safetensors', outside the checkpoint folder"),
+        (_drop_shard, r"model-00001-of-.*missing, though .* names it; download it again"),
+        (_truncate, r"model-00001-of-.*damaged or truncated: .* but the file has \d+ bytes"),
+        (_truncate_header, r"damaged or truncated: it has 5 bytes"),
+        (_break_index, r"index\.json: not readable JSON"),
+        (
+            _escape,
+            r"said to be in '\.\./outside\.safetensors', which is not a .* inside the folder",
+        ),
         (_drop_tensor, r"missing from the checkpoint, first model\.layers\.1\.mlp\.gate\.weight"),
         (_extra_expert, r"unknown to the model, first model\.layers\.1\.mlp\.expert_scales"),
         (
@@ -191,7 +199,7 @@ def _no_weights(folder: Path) -> None:
         (_config_of_words, r"config\.json: not valid JSON"),
         (_config_of_a_list, r"config\.json: holds a list"),
         (_field_of_wrong_type, r"not a valid configuration.*num_hidden_layers"),
-        (_no_weights, r"no safetensors file there"),
+        (_no_weights, r"holds neither model.safetensors nor"),
     ],
 )
 def test_damaged_checkpoints(damage: Any, message: str, tmp_path: Path) -> None:
@@ -199,7 +207,7 @@ def test_damaged_checkpoints(damage: Any, message: str, tmp_path: Path) -> None:
     folder = _saved(tmp_path, shard="20KB")
     damage(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
-        models.load_model(folder)
+        loading.load_model(folder)
     assert "\n" not in str(caught.value)
 
 

@@ -1,0 +1,328 @@
+"""Loading a checkpoint in parts: first all but its decoder layers, then each layer when asked for.
+
+transformers' own `from_pretrained` builds the model, and its own conversion code makes every
+tensor; only which keys are loaded when is decided here. Two functions of the library are replaced
+while that happens: the one that loads all keys (to load some), and the one that puts a tensor into
+the model (to gather stacked experts, which are converted a few at a time, so that memory holds each
+of them once).
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, core_model_loading, modeling_utils
+from transformers.core_model_loading import dot_natural_key
+from transformers.utils import logging as library_logging
+
+from reap_driver.compat.conversion import KeyMap
+from reap_driver.compat.fp8 import partial_blocks
+from reap_kernels.errors import CheckpointError
+
+_convert_and_load = core_model_loading.convert_and_load_state_dict_in_model
+_set_param = core_model_loading.set_param_for_module
+
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+
+# Bytes on disk that are read and converted together.
+CHUNK_BYTES = 128 << 20
+
+
+class Lazy:
+    """A tensor of a checkpoint that is read when it is indexed, as the library expects it."""
+
+    nbytes: int
+
+    def __getitem__(self, index: Any) -> Tensor:
+        raise NotImplementedError
+
+    def get_dtype(self) -> str:
+        """The safetensors name of its dtype."""
+        raise NotImplementedError
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Keys that are read and converted together; the experts of a list may be spread over several.
+
+    Attributes:
+        keys: on disk.
+        experts: for each model tensor that this chunk makes a part of, how many experts it has in
+            all; the chunks of a tensor follow each other in the order of its experts.
+    """
+
+    keys: tuple[str, ...]
+    experts: Mapping[str, int] = field(default_factory=dict)
+
+
+class Parts:
+    """A model being loaded in parts. Filled by `parted`, used once `from_pretrained` has returned.
+
+    Attributes:
+        model: the model; its decoder layers are on the meta device until loaded.
+        layers: qualified name and module of every decoder layer.
+    """
+
+    model: PreTrainedModel
+    layers: list[tuple[str, nn.Module]]
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Lazy],
+        split: Callable[[PreTrainedModel], list[tuple[str, nn.Module]]],
+    ) -> None:
+        self._tensors, self._split = tensors, split
+        self._chunks: list[list[Chunk]] = []
+        self._blank: list[dict[str, Tensor]] = []
+        self._load_config: Any = None
+        self._keys: dict[str, list[str]] = {}
+        self._loaded: dict[str, tuple[Tensor, int]] = {}
+
+    def chunks(self, layer: int) -> list[Chunk]:
+        """What a layer is loaded from, in order."""
+        return self._chunks[layer]
+
+    def load(self, chunks: Iterable[Chunk], layer: int, device: torch.device) -> None:
+        """Reads and converts the chunks of one layer and puts its tensors into the model.
+
+        Raises:
+            CheckpointError: a tensor cannot be converted, or has not the shape config.json says.
+        """
+        gathered: dict[str, list[Tensor]] = {}
+        problems: list[str] = []
+        config = replace(self._load_config, device_map={"": str(device)})
+        for chunk in chunks:
+            with _placing(self._placer(chunk, gathered)), _alone(), partial_blocks():
+                wanted = {key: self._tensors[key] for key in chunk.keys}
+                info, _ = _convert_and_load(self.model, wanted, config)
+            problems += [*map(str, info.conversion_errors.values()), *map(str, info.error_msgs)]
+            if problems:
+                raise CheckpointError(
+                    f"{self.layers[layer][0]}: weights cannot be converted: "
+                    f"{' '.join(problems[0].split())[:300]}"
+                )
+        for name, blank in self._blank[layer].items():
+            found = _tensor(self.model, name)
+            if found.is_meta or found.shape != blank.shape:
+                shape = "nothing" if found.is_meta else str(list(found.shape))
+                raise CheckpointError(
+                    f"{name}: the checkpoint gives {shape}, config.json says {list(blank.shape)}; "
+                    "use the config.json and weights of one and the same checkpoint"
+                )
+
+    def release(self, layer: int) -> None:
+        """Puts a layer's tensors back on the meta device."""
+        for name, blank in self._blank[layer].items():
+            _put(self.model, name, blank)
+
+    def tied(self) -> str | None:
+        """A tensor of a decoder layer that is another module's too, if there is one."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        return next((name for blanks in self._blank for name in blanks if name in tied), None)
+
+    def _placer(self, chunk: Chunk, gathered: dict[str, list[Tensor]]) -> Callable[..., None]:
+        """What stands in for the library's function that puts a tensor into the model."""
+
+        def place(
+            model: PreTrainedModel, name: str, value: Tensor, info: Any, quantizer: Any
+        ) -> None:
+            total = chunk.experts.get(name)
+            if total is None or len(value) == total:
+                _set_param(model, name, value, info, quantizer)
+                return
+            if name not in gathered:
+                whole = torch.empty(
+                    (total, *value.shape[1:]), dtype=value.dtype, device=value.device
+                )
+                gathered[name] = [whole, whole]
+            rest = gathered[name][1]
+            rest[: len(value)] = value
+            gathered[name][1] = rest[len(value) :]
+            if len(rest) == len(value):
+                _set_param(model, name, gathered.pop(name)[0], info, quantizer)
+
+        return place
+
+    def _begin(self, model: PreTrainedModel, load_config: Any, offload: Any) -> Any:
+        """Stands in for the library's loading of all keys: loads those outside decoder layers."""
+        self.model, self._load_config = model, load_config
+        self.layers = self._split(model)
+        keys = KeyMap(model, load_config.weight_mapping)
+        owners = {name: index for index, (name, _) in enumerate(self.layers)}
+        outside: dict[str, Lazy] = {}
+        inside: list[list[str]] = [[] for _ in self.layers]
+        covered: list[set[str]] = [set() for _ in self.layers]
+        for key, tensor in self._tensors.items():
+            target = keys.locate(key)
+            owner = _owner(target.name, owners) if keys.known(target) else None
+            if owner is None:
+                outside[key] = tensor
+                self._keys.setdefault(target.name, []).append(key)
+            else:
+                inside[owner].append(key)
+                covered[owner].update(target.names)
+        state = model.state_dict()
+        self._blank = [{name: state[name] for name in names if name in state} for names in covered]
+        self._chunks = [divided(keys, part, self._tensors) for part in inside]
+        info, offload = _convert_and_load(model, outside, load_config, offload)
+        for blanks in self._blank:
+            info.missing_keys -= blanks.keys()
+            for name in blanks:  # initialisation leaves alone what counts as loaded
+                _tensor(model, name)._is_hf_initialized = True  # type: ignore[attr-defined]
+        self._loaded = {
+            name: (_tensor(model, name), _tensor(model, name)._version)
+            for name in state
+            if name in self._keys and not _tensor(model, name).is_meta
+        }
+        return info, offload
+
+    def restore(self) -> None:
+        """Loads again what initialisation changed after it was loaded, outside decoder layers.
+
+        The library initialises a module whose buffers are not in the checkpoint, and some classes
+        (zaya's router) then write to tensors that were.
+        """
+        changed = [name for name, (t, version) in self._loaded.items() if t._version != version]
+        keys = {key: self._tensors[key] for name in changed for key in self._keys[name]}
+        if keys:
+            with _alone(), partial_blocks():
+                _convert_and_load(self.model, keys, self._load_config)
+        self._loaded = {}
+
+
+@contextlib.contextmanager
+def parted(
+    tensors: Mapping[str, Lazy],
+    split: Callable[[PreTrainedModel], list[tuple[str, nn.Module]]],
+) -> Iterator[Parts]:
+    """While active, `from_pretrained` loads only what lies outside the layers that `split` names.
+
+    Args:
+        tensors: every tensor of the checkpoint, by its key.
+        split: the decoder layers of a model: qualified name and module. None: nothing is left out.
+    """
+    parts = Parts(tensors, split)
+
+    def begin(
+        model: PreTrainedModel, state_dict: Any, load_config: Any, disk_offload_index: Any = None
+    ) -> Any:
+        return parts._begin(model, load_config, disk_offload_index)
+
+    with _replaced(modeling_utils, "convert_and_load_state_dict_in_model", begin), _alone():
+        yield parts
+
+
+def divided(
+    keys: KeyMap, names: Sequence[str], tensors: Mapping[str, Lazy], size: int = CHUNK_BYTES
+) -> list[Chunk]:
+    """Divides the keys of one layer into chunks of about `size` bytes.
+
+    Tensors that one conversion needs together stay together, but for stacked experts whose
+    conversion treats each expert alone.
+    """
+    groups: dict[str, list[str]] = {}
+    for key in sorted(names, key=dot_natural_key):
+        groups.setdefault(keys.locate(key).name, []).append(key)
+    chunks: list[Chunk] = []
+    small: list[str] = []
+    held = 0
+    for target, group in groups.items():
+        lists = keys.expert_lists(group)
+        if lists:
+            chunks += _experts(target, lists, tensors, size)
+            continue
+        small += group
+        held += sum(tensors[key].nbytes for key in group)
+        if held >= size:
+            chunks.append(Chunk(tuple(small)))
+            small, held = [], 0
+    return [*chunks, Chunk(tuple(small))] if small else chunks
+
+
+def _experts(
+    target: str, lists: Sequence[Sequence[str]], tensors: Mapping[str, Lazy], size: int
+) -> Iterator[Chunk]:
+    """Chunks of whole experts."""
+    total = len(lists[0])
+    each = sum(tensors[key].nbytes for keys in lists for key in keys) // total
+    step = max(1, size // max(1, each))
+    for first in range(0, total, step):
+        part = tuple(key for keys in lists for key in keys[first : first + step])
+        yield Chunk(part, {target: total})
+
+
+def _owner(name: str, owners: Mapping[str, int]) -> int | None:
+    """The decoder layer a tensor lies in."""
+    path = name.split(".")
+    for length in range(len(path) - 1, 0, -1):
+        owner = owners.get(".".join(path[:length]))
+        if owner is not None:
+            return owner
+    return None
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    found: Tensor | None = {**module._buffers, **module._parameters}[leaf]
+    assert found is not None, name
+    return found
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor.detach(), requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+@contextlib.contextmanager
+def _placing(place: Callable[..., None]) -> Iterator[None]:
+    with _replaced(core_model_loading, "set_param_for_module", place):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """The library's loading without its threads, its bars and its report, one for every part.
+
+    Tensors are then read in the calling thread: those ahead are read by threads of our own, and on
+    a GPU every copy and conversion goes to one stream.
+    """
+    shown = library_logging.is_progress_bar_enabled()
+    logger = logging.getLogger("transformers.core_model_loading")
+    level, before = logger.level, os.environ.get(_NO_THREADS)
+    library_logging.disable_progress_bar()
+    logger.setLevel(logging.CRITICAL)
+    os.environ[_NO_THREADS] = "1"
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if shown:
+            library_logging.enable_progress_bar()
+        if before is None:
+            del os.environ[_NO_THREADS]
+        else:
+            os.environ[_NO_THREADS] = before

@@ -1,0 +1,229 @@
+"""Loading a checkpoint for observation: whole, or opened for streaming; one way to read both.
+
+Tensors are read into memory of the process, aligned as torch aligns its own. Mapped files, as the
+library would use them, lie at whatever address their header's length leaves them, and some CPU
+products round differently there: the same weights in other shards would give other bits.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from reap_driver.checkpoint.source import Source, open_source, resolve_folder
+from reap_driver.compat.models import check_loading, from_checkpoint, load_config
+from reap_driver.compat.parts import Chunk, Parts, parted
+from reap_driver.discover import find_moe_layers
+from reap_driver.reading import Reader, StoredTensor, start, stored
+from reap_driver.sizing.layers import decoder_layers
+from reap_kernels.errors import UnsupportedModel
+
+
+def load_model(
+    path_or_id: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    device_map: str | dict[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a checkpoint for observation, in eval mode, FP8 and MXFP4 weights as plain floats.
+
+    Args:
+        path_or_id: folder of a checkpoint in safetensors, or a hub id.
+        dtype: of the weights in memory; `auto` is the checkpoint's.
+        device: where the model goes; nothing of it is held elsewhere on the way.
+        device_map: several devices instead, as accelerate takes them ("auto", or module to device,
+            "cpu" and "disk" included); such a model is observed in place.
+        offload_folder: where "disk" of a device map keeps its weights.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: a shard is missing or truncated, a shape does not match the config, or the
+            checkpoint lacks tensors the model needs, or brings experts it does not know.
+        UnsupportedModel: see `load_config` and `model_class`.
+    """
+    if device_map is not None:
+        config, _ = _found(path_or_id, trust_remote_code)
+        model, info = from_checkpoint(
+            path_or_id,
+            config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            device_map=device_map,
+            offload_folder=offload_folder,
+        )
+        check_loading(path_or_id, info, model)
+        return model
+    opened = _opened(path_or_id, dtype, torch.device(device), trust_remote_code, _layers_if_any)
+    with opened as streamed:
+        for layer in range(len(streamed.layers)):
+            streamed.prefetch(layer + 1)
+            streamed.wait(layer)
+        streamed.tie()
+        return streamed.model
+
+
+@contextmanager
+def open_streamed(
+    path_or_id: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> Iterator["StreamedModel"]:
+    """A checkpoint's model as `load_model` makes it, its decoder layers on the meta device.
+
+    Raises:
+        CheckpointError: see `load_model`; what concerns the values of one decoder layer is found
+            when that layer is loaded.
+        UnsupportedModel: see `load_model`; or a layer cannot be loaded alone.
+    """
+    opened = _opened(path_or_id, dtype, torch.device(device), trust_remote_code, _layers_of)
+    with opened as streamed:
+        tied = streamed.tied()
+        if tied is not None:
+            raise UnsupportedModel(
+                f"{tied} of {type(streamed.model).__name__} shares its tensor with another module, "
+                "so its layer cannot be loaded alone; observe the model with --stream never"
+            )
+        yield streamed
+
+
+class StreamedModel:
+    """A model whose decoder layers are on the meta device but while they are asked for.
+
+    Attributes:
+        model: the model, everything but its decoder layers loaded.
+        layers: qualified name and module of every decoder layer, in the model's order.
+        device: where it computes.
+    """
+
+    def __init__(
+        self, parts: Parts, tensors: dict[str, StoredTensor], reader: Reader, device: torch.device
+    ) -> None:
+        self._parts, self._tensors, self._reader = parts, tensors, reader
+        self.device = device
+        self.model: PreTrainedModel = parts.model
+        self.layers: list[tuple[str, nn.Module]] = parts.layers
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reap-load")
+        self._coming: dict[int, Future[None]] = {}
+        self._stopped = threading.Event()
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read from disk so far."""
+        return self._reader.bytes_read
+
+    def prefetch(self, layer: int) -> None:
+        """Begins to load a layer in the background; does nothing past the last."""
+        if layer >= len(self.layers) or layer in self._coming:
+            return
+        released = None
+        if self._stream is not None:  # work queued so far may still read memory freed for this one
+            released = torch.cuda.current_stream(self.device).record_event()
+        self._coming[layer] = self._pool.submit(self._load, layer, released)
+
+    def wait(self, layer: int) -> None:
+        """Returns once a layer's weights are there.
+
+        Raises:
+            CheckpointError: they could not be read or converted.
+        """
+        self.prefetch(layer)
+        self._coming[layer].result()
+
+    def release(self, layer: int) -> None:
+        """Frees a layer's weights."""
+        self._parts.release(layer)
+        del self._coming[layer]
+
+    def tied(self) -> str | None:
+        """A tensor of a decoder layer that is another module's too, if there is one."""
+        return self._parts.tied()
+
+    def tie(self) -> None:
+        """Ties again what loading decoder layers one by one took apart."""
+        if self.tied() is not None:
+            self.model.tie_weights()
+
+    def close(self) -> None:
+        """Stops loading."""
+        self._stopped.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
+
+    def _load(self, layer: int, released: Any) -> None:
+        if self._stream is None:
+            self._parts.load(self._read_ahead(layer), layer, self.device)
+            return
+        self._stream.wait_event(released)
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            self._parts.load(self._read_ahead(layer), layer, self.device)
+        self._stream.synchronize()
+
+    def _read_ahead(self, layer: int) -> Iterator[Chunk]:
+        """The chunks of a layer, the next being read while one is converted."""
+        chunks = self._parts.chunks(layer)
+        for number, chunk in enumerate(chunks):
+            if self._stopped.is_set():
+                raise InterruptedError("loading was stopped")
+            for ahead in chunks[number + (number > 0) : number + 2]:
+                start(self._tensors, ahead.keys)
+            yield chunk
+
+
+@contextmanager
+def _opened(
+    path_or_id: str | Path,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    trust: bool,
+    split: Any,
+) -> Iterator[StreamedModel]:
+    """The model with everything loaded but the layers `split` finds."""
+    reader = Reader(pinned=device.type == "cuda")
+    with contextlib.closing(reader):
+        config, source = _found(path_or_id, trust)
+        tensors = stored(source.tensors, reader)
+        with parted(tensors, split) as parts:
+            model, info = from_checkpoint(
+                source.folder, config, dtype=dtype, trust_remote_code=trust
+            )
+        model.config.name_or_path = str(path_or_id)
+        parts.restore()
+        check_loading(path_or_id, info, model)
+        if device.type != "cpu":
+            model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        streamed = StreamedModel(parts, tensors, reader, device)
+        try:
+            yield streamed
+        finally:
+            streamed.close()
+
+
+def _found(path_or_id: str | Path, trust: bool) -> tuple[PretrainedConfig, Source]:
+    """A checkpoint's configuration and its files, both checked."""
+    config = load_config(path_or_id, trust_remote_code=trust)
+    return config, open_source(resolve_folder(path_or_id))
+
+
+def _layers_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    return decoder_layers(model, [layer.name for layer in find_moe_layers(model)])
+
+
+def _layers_if_any(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Layers to load one by one, so that little is held twice; none: all at once."""
+    try:
+        return _layers_of(model)
+    except UnsupportedModel:  # whoever observes the model says so; it may be loaded
+        return []
