@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_driver.adapters import ADAPTERS, Adapter
+from reap_driver.adapters.expert_parallel import ExpertSlice
 from reap_kernels.errors import UnsupportedModel
 
 # Models whose experts are recognisable but must not be ranked or removed, and why.
@@ -48,6 +49,7 @@ class MoELayer:
         scale: constant factor the block applies to the routed sum after the experts; it matters
             only for comparing layers.
         norm_space: "output", or "latent" when experts work in a space narrower than the model's.
+        local: which experts are in this process, if they are spread over ranks; None for all.
     """
 
     name: str
@@ -61,6 +63,12 @@ class MoELayer:
     adapter: str
     scale: float = 1.0
     norm_space: str = "output"
+    local: ExpertSlice | None = None
+
+    @property
+    def local_experts(self) -> int:
+        """Experts in this process, whose statistics it accumulates."""
+        return self.num_experts if self.local is None else self.local.count
 
     def provenance(self) -> dict[str, Any]:
         """The facts a plan needs, JSON-serialisable."""
@@ -145,6 +153,7 @@ def _describe(
         adapter=adapter.name,
         scale=_post_scale(block),
         norm_space="output" if sizes.hidden_size == width else "latent",
+        local=adapter.local(module),
     )
 
 

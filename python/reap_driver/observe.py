@@ -134,8 +134,12 @@ class Observer:
         Layers that no token reached while others were reached (vision experts, on text) are left
         out and named under `provenance["unobserved"]`: they have no scores, good or bad.
 
+        Of an expert-parallel model, all experts, on every rank; so every rank must read it, at the
+        same point. Its ranks see the same tokens, which are not added up.
+
         Raises:
-            DataError: an expert's output was NaN or Inf; names layer, group and count.
+            DataError: an expert's output was NaN or Inf; names layer, group and count. Or the
+                ranks of an expert-parallel model were given different batches.
         """
         groups = self.groups or [DEFAULT_GROUP]
         collected = {
@@ -256,7 +260,7 @@ class LayerRecorder:
         """The layer's statistics on `device`, and the index of the current group."""
         group = self._observer.group_index()
         if self._stats is None:
-            self._stats = LayerStats(self._layer.num_experts, len(self._observer.groups), device)
+            self._stats = LayerStats(self._layer.local_experts, len(self._observer.groups), device)
         self._stats.grow_groups(len(self._observer.groups))
         return self._stats, group
 
@@ -292,12 +296,12 @@ class LayerRecorder:
             )
 
     def collect(self, groups: int) -> LayerStats:
-        """A copy on the CPU with `groups` groups; empty if the layer never ran."""
-        if self._stats is None:
-            return LayerStats(self._layer.num_experts, groups)
-        copy = self._stats.to("cpu")
+        """A copy on the CPU with `groups` groups, of all ranks' experts; empty if it never ran."""
+        copy = LayerStats(self._layer.local_experts) if self._stats is None else self._stats
+        copy = copy.to("cpu")
         copy.grow_groups(groups)
-        return copy
+        local = self._layer.local
+        return copy if local is None else local.gathered(self.name, copy)
 
 
 def observe(model: PreTrainedModel, *, backend: str | None = None) -> Observer:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from reap_driver.adapters.expert_parallel import ExpertSlice, slice_of
 from reap_driver.compat.experts import Forward
 from reap_kernels import ExpertWeights, GateFormula, LayerStats
 from reap_kernels.errors import UnsupportedModel
@@ -95,6 +96,10 @@ class Adapter(ABC):
         """Raises UnsupportedModel if the module cannot be observed correctly."""
         check_tensors(name, module)
 
+    def local(self, module: ExpertsModule) -> ExpertSlice | None:
+        """Which experts this process holds, of a module spread over several; None for all."""
+        return None
+
     @property
     def takes_mask(self) -> bool:
         """Whether tokens can be left out of the statistics of this kind of module."""
@@ -113,20 +118,34 @@ class KernelAdapter(Adapter):
         """Views of the module's weights as they lie now."""
 
 
-def check_tensors(name: str, module: ExpertsModule) -> None:
+def check_tensors(name: str, module: ExpertsModule, local: ExpertSlice | None = None) -> None:
     """Raises UnsupportedModel unless every tensor below `module` is a plain, whole, float tensor.
 
     Quantised weights would be read as numbers they are not; a shard of an expert gives a part of
     its output, and a norm of a part is no part of the norm.
+
+    Args:
+        name: the module's.
+        module: it.
+        local: which of its experts are here, if its kind can be observed so.
     """
     tensors = [*module.named_parameters(), *module.named_buffers()]
     for leaf, tensor in tensors:
-        kind = type(tensor)
-        if _is_sharded(tensor):
+        if _is_sharded(tensor) and local is None:
+            where = getattr(tensor, "placements", "?")
+            if slice_of(module) is not None:
+                raise UnsupportedModel(
+                    f"{name}.{leaf} is sharded by expert ({where}), and {type(module).__name__} is "
+                    "not on transformers' experts interface, so it is observed whole or not at "
+                    "all; load the model without expert parallelism"
+                )
             raise UnsupportedModel(
-                f"{name}.{leaf} is sharded ({getattr(tensor, 'placements', '?')}): a shard of an "
-                "expert gives no norm; load the model without tensor parallelism"
+                f"{name}.{leaf} is sharded ({where}): a shard of an expert gives no norm; load the "
+                "model without tensor parallelism or FSDP, or spread its experts whole "
+                "(DistributedConfig(enable_expert_parallel=True))"
             )
+        tensor = tensor if local is None else tensor.to_local()
+        kind = type(tensor)
         plain = kind in (Tensor, nn.Parameter, nn.Buffer) and tensor.dtype in _FLOATS
         if not plain:
             raise UnsupportedModel(

@@ -19,6 +19,7 @@ from reap_driver.adapters.base import (
     check_tensors,
     forward_replaced,
 )
+from reap_driver.adapters.expert_parallel import ExpertSlice, slice_of
 from reap_driver.compat.experts import eager_forward, experts_bound, is_interface
 from reap_kernels import ExpertWeights, GateFormula, probe_gate
 from reap_kernels.errors import UnsupportedModel
@@ -54,7 +55,9 @@ class StackedExperts(KernelAdapter):
             for flag, value in vars(module).items()
             if flag.startswith("has_") and value and flag not in _KNOWN_FLAGS
         )
-        unknown += ["_is_expert_parallel"] if getattr(module, "_is_expert_parallel", False) else []
+        local = self.local(module)
+        spread = bool(getattr(module, "_is_expert_parallel", False))
+        unknown += ["_is_expert_parallel"] if spread and slice_of(module) is None else []
         if unknown:
             raise UnsupportedModel(
                 f"{name} sets {', '.join(unknown)}, which this version does not know how to "
@@ -66,8 +69,12 @@ class StackedExperts(KernelAdapter):
                 f"{name} has weights {', '.join(extra)} beside the two products of an expert; "
                 "its outputs cannot be reproduced, so the model is refused"
             )
-        check_tensors(name, module)
+        check_tensors(name, module, local)
         self._check_whole(name, module)
+
+    def local(self, module: ExpertsModule) -> ExpertSlice | None:
+        # Elsewhere the hooks that make tensors local stand where we would put our forward.
+        return slice_of(module) if is_interface(module) else None
 
     def formula(self, module: ExpertsModule) -> GateFormula:
         gated = _is_gated(module)
@@ -106,10 +113,15 @@ class StackedExperts(KernelAdapter):
     def bind(
         self, module: ExpertsModule, block: ExpertsModule, recorder: Recorder
     ) -> AbstractContextManager[None]:
-        eager = eager_forward(module)
+        eager, local = eager_forward(module), self.local(module)
+
+        def here(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            """The module's own forward, with slots of other ranks (gate 0) at an id it has."""
+            ids = ids if local is None else torch.where(ids < local.count, ids, 0)
+            return eager(hidden, ids, weights)
 
         def run(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            return recorder.observe(hidden, ids, weights, eager)
+            return recorder.observe(hidden, ids, weights, here)
 
         def run_with_identity(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             # Slots past the routed experts return their input, times the gate.
