@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from reap_driver.commands.console import Console, clock
 from reap_driver.sizing.units import in_bytes, row, short
-from reap_kernels.errors import ReapError, UnsupportedModel
 
 if TYPE_CHECKING:  # they import torch, and --help must not
     from transformers import PretrainedConfig
@@ -61,6 +60,7 @@ def _inputs(args: argparse.Namespace, console: Console) -> "tuple[ModelSizes, St
     from reap_driver.sizing.model import model_sizes
     from reap_driver.sizing.plan import workload
     from reap_driver.sizing.stored import estimated, run_dtype, stored_files
+    from reap_kernels.errors import UnsupportedModel
 
     with _config_folder(args.model) as folder:
         config = load_config(folder, trust_remote_code=args.trust_remote_code)
@@ -88,6 +88,8 @@ def _inputs(args: argparse.Namespace, console: Console) -> "tuple[ModelSizes, St
 @contextmanager
 def _config_folder(model: str) -> Iterator[str]:
     """A folder for MODEL: itself, that of its config.json, or one made for another .json file."""
+    from reap_kernels.errors import ReapError
+
     file = Path(model)
     if file.suffix != ".json" or not file.is_file():
         yield model

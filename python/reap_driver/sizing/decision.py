@@ -27,8 +27,7 @@ READING_BYTES = 256 << 20
 PINNED_BYTES = 512 << 20
 
 WEIGHTS, REST, PAIR = "weights", "all but layers", "two layers"
-STATES, ACTIVATIONS, LOADING = "parked states", "activations", "loading a layer"
-READING = "buffers"
+STATES, ACTIVATIONS, READING = "parked states", "activations", "buffers"
 
 
 @dataclass(frozen=True)
@@ -176,19 +175,18 @@ def resident(
 ) -> Decision:
     """The whole model in memory, whether or not it fits.
 
-    Loading makes a layer's stacked experts beside what it reads; on a GPU it does so on the host,
-    which holds all weights before they move.
+    Loading places layer by layer where the model computes, through the same buffers as streaming.
 
     Args: see `streamed`.
     """
     free = _left(_core(machine), sizes.weight_bytes)
     batch = _batch(work, free, full)
     active = (ACTIVATIONS, work.activations(batch, free))
-    loading = (LOADING, sizes.largest_layer)
     weights = (WEIGHTS, sizes.weight_bytes)
     if machine.accelerated:
-        return Decision(False, None, batch, (weights, active), (weights, loading), 0, ())
-    peak = max(active, loading, key=lambda part: part[1])
+        return Decision(False, None, batch, (weights, active), ((READING, PINNED_BYTES),), 0, ())
+    # Buffers are gone when batches run.
+    peak = max(active, (READING, READING_BYTES), key=lambda part: part[1])
     return Decision(False, None, batch, (), (weights, peak), 0, ())
 
 
@@ -316,4 +314,5 @@ def _parked(plan: Decision, machine: Machine) -> str:
         "host": "they do not fit the device beside a full batch" if machine.accelerated else "",
         "file": "they fit no memory",
     }[plan.park or "file"]
-    return f"states of {in_bytes(states)} wait on the {plan.park}" + (f": {why}" if why else "")
+    where = "in a file" if plan.park == "file" else f"on the {plan.park}"
+    return f"states of {in_bytes(states)} wait {where}" + (f": {why}" if why else "")

@@ -78,6 +78,7 @@ def model_sizes(
     Raises:
         UnsupportedModel: see `decoder_layers`.
     """
+    model.tie_weights()  # a model built on meta is not yet
     decoders = decoder_layers(model, [layer.name for layer in layers])
     by_layer = dict.fromkeys([name for name, _ in decoders], 0)
     rest = 0
@@ -116,7 +117,8 @@ def tensor_bytes(
     """Name and bytes of every tensor of the model, tied ones once.
 
     Loading casts floating-point tensors to `dtype`, but those the model's class keeps in float32;
-    buffers no checkpoint holds stay as they were made.
+    buffers no checkpoint holds stay as they were made. A few routers' biases that are made in
+    float32 and not named there stay float32 too, which a model on meta does not tell: some kB.
 
     Args:
         model: the model, on whatever device.

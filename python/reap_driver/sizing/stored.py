@@ -104,6 +104,7 @@ def estimated(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dty
         CheckpointError: a quantisation whose sizes are not known.
     """
     plain = _config_dtype(config) or _config_dtype(config.get_text_config()) or dtype
+    model.tie_weights()  # a model built on meta is not yet
     sizes = dict(tensor_bytes(model, plain, stored=True))
     quantisation = _quantisation(config)
     if quantisation is not None:
