@@ -10,12 +10,15 @@ from transformers.distributed import DistributedConfig
 from reap_driver.discover import find_moe_layers
 from reap_driver.distributed import Ranks, ranks
 from reap_driver.observe import observe
+from reap_driver.router_mask import masked_experts
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import DataError, UnsupportedModel
 from tests.driver import zoo
 
 # Softmax and sigmoid routers; transposed weights with biases.
 OBSERVED = ("qwen3_moe", "deepseek_v3", "gpt_oss")
+# Of eight experts, three in each routing group.
+KEPT = [0, 1, 2, 4, 5, 7]
 # What is loaded how, to be refused.
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "tensor parallel": ("qwen3_moe", {"tp_plan": "auto"}),
@@ -30,7 +33,7 @@ DTYPE = torch.float64
 
 
 def statistics(name: str, model: Any) -> SaliencyStats:
-    """Two groups, the second with padding."""
+    """Three groups: plain, with padding, and with two experts masked out of every router."""
     inputs = zoo.tiny_inputs(name, model.config)
     mask = torch.ones_like(inputs["input_ids"])
     mask[1, 7:] = 0
@@ -39,6 +42,9 @@ def statistics(name: str, model: Any) -> SaliencyStats:
             obs(**inputs)
         with obs.group("chat"):
             obs(**zoo.tiny_inputs(name, model.config, seed=1), attention_mask=mask)
+        kept = {layer.name: KEPT for layer in obs.layers}
+        with obs.group("masked"), masked_experts(model, kept):
+            obs(**inputs)
     return obs.stats
 
 
