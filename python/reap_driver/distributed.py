@@ -64,7 +64,8 @@ class Ranks:
 
         Every rank must call it, at the same point. Counts are exact; sums are added in the order
         of ranks, so the same run gives the same bits. Provenance is rank 0's, except for what the
-        ranks know in part: `backend`, `layers` and `unobserved`.
+        ranks know in part: `backend`, `layers` and `unobserved`. Not for one model spread over the
+        ranks, whose statistics are whole on each of them already.
 
         Args:
             stats: what this rank observed, on any device; layers may be missing that no token

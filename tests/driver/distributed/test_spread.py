@@ -12,6 +12,11 @@ from tests.driver import zoo
 from tests.driver.distributed import spread
 from tests.driver.distributed.launch import worlds
 
+pytestmark = pytest.mark.skipif(
+    torch.accelerator.current_accelerator(check_available=False) is not None,
+    reason="transformers spreads models over the accelerators torch is built for, one a rank",
+)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
