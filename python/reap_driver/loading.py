@@ -8,7 +8,7 @@ products round differently there: the same weights in other shards would give ot
 import contextlib
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def load_model(
     with opened as streamed:
         for layer in range(len(streamed.layers)):
             streamed.prefetch(layer + 1)
-            streamed.wait(layer)
+            streamed.ready(layer)
         streamed.tie()
         return streamed.model
 
@@ -133,14 +133,18 @@ class StreamedModel:
             released = torch.cuda.current_stream(self.device).record_event()
         self._coming[layer] = self._pool.submit(self._load, layer, released)
 
-    def wait(self, layer: int) -> None:
-        """Returns once a layer's weights are there.
+    def ready(self, layer: int, timeout: float | None = None) -> bool:
+        """Waits for a layer's weights; whether they are there within `timeout` seconds.
 
         Raises:
             CheckpointError: they could not be read or converted.
         """
         self.prefetch(layer)
-        self._coming[layer].result()
+        coming = self._coming[layer]
+        if not wait([coming], timeout).done:
+            return False
+        coming.result()
+        return True
 
     def release(self, layer: int) -> None:
         """Frees a layer's weights."""

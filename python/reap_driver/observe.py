@@ -7,7 +7,7 @@ same output and the statistics in one pass, and swapped back on exit whatever ha
 import contextlib
 import datetime
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -151,6 +151,33 @@ class Observer:
         stats.check_finite()
         return stats
 
+    def snapshot(self) -> SaliencyStats:
+        """A copy on the CPU of what this process observed so far, for `restore` to go on from.
+
+        Raises:
+            DataError: an expert's output was NaN or Inf.
+        """
+        groups = self.groups or [DEFAULT_GROUP]
+        called = {name: r for name, r in self._recorders.items() if r.called}
+        layers = {name: recorder.local(len(groups)) for name, recorder in called.items()}
+        served = {name: sorted(recorder.served_by) for name, recorder in called.items()}
+        stats = SaliencyStats(layers, list(groups), {"served": served})
+        stats.check_finite()
+        return stats
+
+    def restore(self, snapshot: SaliencyStats) -> None:
+        """Goes on from a snapshot of an observation of the same model, as if it had been made here.
+
+        Raises:
+            DataError: the snapshot has a layer that this model has not.
+        """
+        unknown = sorted(snapshot.layers.keys() - self._recorders.keys())
+        if unknown:
+            raise DataError(f"a snapshot has layer {unknown[0]!r}, which this model has not")
+        self.groups = list(snapshot.groups)
+        for name, stats in snapshot.layers.items():
+            self._recorders[name].restore(stats, snapshot.provenance["served"][name])
+
     def _after_forward(self, *_: Any) -> None:
         """Refuse a model that runs without calling any of the experts we bound."""
         if not any(recorder.called for recorder in self._recorders.values()):
@@ -196,6 +223,7 @@ class LayerRecorder:
         self._stats: LayerStats | None = None
         self._compared = False
         self._served: dict[int, str] = {}
+        self._served_before: set[str] = set()  # the restored snapshot
 
     @property
     def called(self) -> bool:
@@ -211,8 +239,8 @@ class LayerRecorder:
     def served_by(self) -> set[str]:
         """The backends that served this layer, which has run; they may differ by a call's size."""
         assert self._stats is not None
-        if self._served:
-            return set(self._served.values())
+        if self._served or self._served_before:
+            return {*self._served.values(), *self._served_before}
         # An adapter that brings the experts' outputs: only their statistics are a kernel's.
         dtype = next(self._layer.module.parameters()).dtype
         return {select(Request("saliency", self._stats.device, dtype), self.backend).name}
@@ -261,6 +289,8 @@ class LayerRecorder:
         group = self._observer.group_index()
         if self._stats is None:
             self._stats = LayerStats(self._layer.local_experts, len(self._observer.groups), device)
+        elif self._stats.device != device:  # restored, so on the CPU
+            self._stats = self._stats.to(device)
         self._stats.grow_groups(len(self._observer.groups))
         return self._stats, group
 
@@ -297,11 +327,20 @@ class LayerRecorder:
 
     def collect(self, groups: int) -> LayerStats:
         """A copy on the CPU with `groups` groups, of all ranks' experts; empty if it never ran."""
+        copy, local = self.local(groups), self._layer.local
+        return copy if local is None else local.gathered(self.name, copy)
+
+    def local(self, groups: int) -> LayerStats:
+        """A copy on the CPU with `groups` groups, of this process's experts."""
         copy = LayerStats(self._layer.local_experts) if self._stats is None else self._stats
         copy = copy.to("cpu")
         copy.grow_groups(groups)
-        local = self._layer.local
-        return copy if local is None else local.gathered(self.name, copy)
+        return copy
+
+    def restore(self, stats: LayerStats, served_by: Iterable[str]) -> None:
+        """Goes on from these statistics, which those backends made."""
+        self._stats = stats.to("cpu")
+        self._served_before = set(served_by)
 
 
 def observe(model: PreTrainedModel, *, backend: str | None = None) -> Observer:

@@ -1,4 +1,6 @@
-"""Support matrix: what each test run proved about each architecture, one JSON line a fact.
+"""What driver tests share: the support matrix, and the checkpoints of published models.
+
+Support matrix: what each test run proved about each architecture, one JSON line a fact.
 
 Set REAP_SUPPORT_MATRIX to a file and run the tests; each line is
 `{"architecture", "column", "outcome", "transformers"}`. Appending lines is safe across workers.
@@ -7,9 +9,12 @@ Set REAP_SUPPORT_MATRIX to a file and run the tests; each line is
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import transformers
+
+from tests.driver.published.checkpoint import write_checkpoint
 
 
 @pytest.fixture
@@ -26,3 +31,15 @@ def support() -> Callable[[str, str, str], None]:
             file.write(line + "\n")
 
     return record
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a published model's small checkpoint, by name; never changed."""
+    root = tmp_path_factory.mktemp("published")
+
+    def folder(name: str) -> Path:
+        path = root / name
+        return path if path.exists() else write_checkpoint(name, path)
+
+    return folder

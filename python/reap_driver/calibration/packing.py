@@ -48,14 +48,23 @@ class PackedSource:
         """Sequences of `seq_len` tokens; 1 where the tokens do not fill one."""
         return max(1, len(self.ids) // self.seq_len)
 
-    def batches(self, batch_size: int = 1) -> Iterator[Tensor]:
-        """input_ids [up to batch_size, seq_len] int64, then the shorter rest [1, rest]."""
+    def batch_count(self, batch_size: int = 1) -> int:
+        """Batches of that size, the shorter rest included."""
+        full, rest = divmod(len(self.ids), self.seq_len)
+        return -(-full // batch_size) + (rest > 0)
+
+    def batch(self, number: int, batch_size: int = 1) -> Tensor:
+        """input_ids [up to batch_size, seq_len] int64; the last is the shorter rest [1, rest]."""
         full = len(self.ids) // self.seq_len * self.seq_len
-        step = batch_size * self.seq_len
-        for start in range(0, full, step):
-            yield self.ids[start : min(start + step, full)].long().view(-1, self.seq_len)
-        if full < len(self.ids):
-            yield self.ids[full:].long()[None]
+        start = number * batch_size * self.seq_len
+        if start >= full:
+            return self.ids[full:].long()[None]
+        stop = min(start + batch_size * self.seq_len, full)
+        return self.ids[start:stop].long().view(-1, self.seq_len)
+
+    def batches(self, batch_size: int = 1) -> Iterator[Tensor]:
+        """Every batch, in order."""
+        return (self.batch(n, batch_size) for n in range(self.batch_count(batch_size)))
 
     def provenance(self) -> dict[str, Any]:
         """The record statistics keep; the digest is over the ids the model saw, as int32."""

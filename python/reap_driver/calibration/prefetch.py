@@ -31,4 +31,9 @@ def prefetched(batches: Iterable[Tensor], device: torch.device) -> Generator[Ten
 def _next(source: Iterator[Tensor], device: torch.device) -> Tensor | None:
     """The next batch, ready to be moved; None after the last."""
     batch = next(source, None)
-    return batch.pin_memory() if batch is not None and device.type == "cuda" else batch
+    return None if batch is None else ready_for(batch, device)
+
+
+def ready_for(batch: Tensor, device: torch.device) -> Tensor:
+    """The batch where moving it to `device` waits for nothing: in pinned memory for a GPU."""
+    return batch.pin_memory() if device.type == "cuda" else batch

@@ -89,8 +89,7 @@ class LayerRunner:
                 raise _Left
             if index > last:
                 raise UnsupportedModel(
-                    f"{name} runs before {self._layers[self._wanted][0]}, which comes before it in "
-                    f"the model; {_REMEDY}"
+                    f"{name} runs before layers that come before it in the model; {_REMEDY}"
                 )
             assert self._state is not None
             output = self._state.output()

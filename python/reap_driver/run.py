@@ -1,0 +1,179 @@
+"""Runs a model over calibration batches while it is observed, resident or streamed.
+
+Both ways observe the same batches in the same composition through the same observer, write the same
+journal, and end with the same statistics, bit for bit.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from reap_driver.calibration.prefetch import prefetched, ready_for
+from reap_driver.interrupts import Interrupted, Stop
+from reap_driver.journal import Journal
+from reap_driver.loading import StreamedModel
+from reap_driver.observe import Observer
+from reap_driver.streaming.runner import LayerRunner
+from reap_driver.streaming.store import StateStore
+from reap_kernels.errors import UnsupportedModel
+
+_LISTEN = 0.1  # seconds between two looks at whether somebody has asked the run to end
+
+
+class Batches(Protocol):
+    """Batches by their number, made when asked for: a streamed model asks once a layer."""
+
+    def group(self, number: int) -> str:
+        """The calibration group a batch is counted under."""
+        ...
+
+    def input_ids(self, number: int) -> Tensor:
+        """[batch, seq] int64."""
+        ...
+
+
+@dataclass
+class Run:
+    """One observation.
+
+    Attributes:
+        observer: of the model; entered by the run.
+        batches: what it runs on; the numbers are those of the whole calibration set.
+        numbers: which of them are this process's.
+        stop: whether it was asked to end.
+        journal: what it writes, if anything.
+        done: called with the share of the whole work that was just done.
+    """
+
+    observer: Observer
+    batches: Batches
+    numbers: Sequence[int]
+    stop: Stop
+    journal: Journal | None = None
+    done: Callable[[float], Any] = lambda _: None
+
+    @property
+    def start(self) -> int:
+        """Layers or batches that the journal has already."""
+        return 0 if self.journal is None else self.journal.position
+
+    def feed(self, number: int, input_ids: Tensor) -> Any:
+        """Runs the model on a batch."""
+        with self.observer.group(self.batches.group(number)):
+            return self.observer(input_ids=input_ids)
+
+    def interrupt(self, what: str) -> Interrupted:
+        """What is raised to end the run, when the journal is written."""
+        if self.journal is None:
+            return Interrupted(f"interrupted {what}")
+        return Interrupted(
+            f"interrupted {what}; the journal is in {self.journal.folder}: give the same command "
+            "with --resume to go on from there"
+        )
+
+
+def observe_resident(run: Run) -> None:
+    """Runs a model that is in memory, batch by batch.
+
+    Raises:
+        Interrupted: on request, between two batches, with the journal written.
+    """
+    total = len(run.numbers)
+    left = run.numbers[run.start :]
+    batches = prefetched(map(run.batches.input_ids, left), run.observer.model.device)
+    with run.observer, contextlib.closing(batches):
+        run.done(run.start / max(total, 1))
+        for position, (number, batch) in enumerate(zip(left, batches, strict=True), run.start + 1):
+            run.feed(number, batch)
+            run.done(1 / total)
+            journal = run.journal
+            if journal is not None and (run.stop.requested or journal.due(position)):
+                journal.write(position, run.observer.snapshot())
+            if run.stop.requested and position < total:
+                raise run.interrupt(f"after {position} of {total} batches")
+
+
+def observe_streamed(run: Run, streamed: StreamedModel, store: StateStore) -> None:
+    """Runs a model layer by layer, each layer on all batches.
+
+    Raises:
+        Interrupted: on request, with the journal written: at once where it is current, else when
+            the layer in hand is done.
+    """
+    runner = LayerRunner(streamed.layers)
+    total = len(streamed.layers)
+    if not run.numbers:  # more processes than batches
+        return
+    with run.observer, runner.bound():
+        run.done(run.start / total)
+        for layer in range(run.start, total):
+            store.begin(layer + 1)
+            _await(run, streamed, layer)
+            streamed.prefetch(layer + 1)
+            for number, following in _followed(run.numbers):
+                _run_batch(run, runner, store, layer, number, following)
+                run.done(1 / total / len(run.numbers))
+                _leave_if_current(run, layer, total)
+            streamed.release(layer)
+            _write(run, store, layer + 1, total)
+            store.turn()
+        _check_end(run, runner, store, total)
+
+
+def _run_batch(
+    run: Run, runner: LayerRunner, store: StateStore, layer: int, number: int, following: int | None
+) -> None:
+    """One layer on one batch; a layer that a batch does not reach leaves its state alone."""
+    state = store.get(number, following)
+    ids = ready_for(run.batches.input_ids(number), store.device)
+    new = runner.run(layer, lambda: run.feed(number, ids), state)
+    kept = state if new is None else new
+    if kept is not None:
+        store.put(number, kept)
+
+
+def _await(run: Run, streamed: StreamedModel, layer: int) -> None:
+    """Waits for a layer's weights, and listens."""
+    while not streamed.ready(layer, _LISTEN):
+        _leave_if_current(run, layer, len(streamed.layers))
+
+
+def _leave_if_current(run: Run, layer: int, total: int) -> None:
+    """Ends the run on request where the journal lacks no more than the layer in hand."""
+    if run.stop.requested and (run.journal is None or run.journal.position == layer):
+        raise run.interrupt(f"after {layer} of {total} layers")
+
+
+def _write(run: Run, store: StateStore, position: int, total: int) -> None:
+    """Writes the journal behind a layer where it is due: always where the states are files."""
+    journal = run.journal
+    if journal is None:
+        return
+    if run.stop.requested or store.in_files or journal.due(position):
+        journal.write(position, run.observer.snapshot(), store.save)
+        if run.stop.requested and position < total:
+            raise run.interrupt(f"after {position} of {total} layers")
+
+
+def _check_end(run: Run, runner: LayerRunner, store: StateStore, total: int) -> None:
+    """Lets one batch run to the end of the model, without its layers: nothing may be left to run.
+
+    Raises:
+        UnsupportedModel: the model calls layers again, or none of its experts was called.
+    """
+    number = run.numbers[0]
+    ids = run.batches.input_ids(number)
+    left = runner.run(total, lambda: run.feed(number, ids), store.get(number, None))
+    if left is not None:
+        raise UnsupportedModel(
+            f"{type(run.observer.model).__name__} runs its layers in an order of its own; observe "
+            "the model with --stream never"
+        )
+
+
+def _followed(numbers: Sequence[int]) -> Iterator[tuple[int, int | None]]:
+    """Every number with the one behind it."""
+    return zip(numbers, [*numbers[1:], None], strict=True)

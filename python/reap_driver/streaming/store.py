@@ -1,0 +1,235 @@
+"""Where states of batches lie between two decoder layers: on the device, on the host, in files.
+
+A journal needs the same files, so states that lie in files are in its folder already.
+"""
+
+import json
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reap_driver.streaming.state import State
+from reap_kernels.errors import DataError
+
+Place = Literal["device", "host", "file"]
+
+
+class StateStore:
+    """The states of the batches of one process.
+
+    Args:
+        place: where they lie. On the device they stay as they were made; on the host and in files
+            they are copies with the same values and strides.
+        device: where the model computes.
+        folder: for files: where folders of them are made, one for each layer.
+    """
+
+    def __init__(self, place: Place, device: torch.device, folder: Path | None = None) -> None:
+        self._place: Place = "device" if place == "host" and device.type == "cpu" else place
+        self.device = device
+        self._states: dict[int, State] = {}
+        self._files = _Files(folder) if folder is not None and place == "file" else None
+
+    @property
+    def in_files(self) -> bool:
+        """Whether states are in files anyway."""
+        return self._files is not None
+
+    def begin(self, position: int) -> None:
+        """States that are put from now on are those behind `position` layers."""
+        if self._files is not None:
+            self._files.begin(position)
+
+    def turn(self) -> None:
+        """All of them are there: states that are asked for from now on are those."""
+        if self._files is not None:
+            self._files.turn()
+
+    def get(self, number: int, following: int | None) -> State | None:
+        """The state of a batch, on the device; None before its first layer.
+
+        Args:
+            number: of the batch.
+            following: the batch that will be asked for next.
+        """
+        if self._files is not None:
+            state = self._files.get(number, following)
+        else:
+            state = self._states.get(number)
+        if state is None or self._place == "device":
+            return state
+        return state.moved(lambda t: t.to(self.device, non_blocking=t.is_pinned()))
+
+    def put(self, number: int, state: State) -> None:
+        """Keeps the state of a batch in place of the one it had."""
+        if self._files is not None:
+            self._files.put(number, state)
+        else:
+            self._states[number] = state.moved(_pinned) if self._place == "host" else state
+
+    def save(self, folder: Path) -> None:
+        """Writes all states to a folder, flushed to disk."""
+        if self._files is not None:
+            self._files.flush(folder)
+            return
+        if self.device.type == "cuda":  # copies to pinned memory are queued
+            torch.cuda.synchronize(self.device)
+        folder.mkdir(exist_ok=True)
+        for number, state in self._states.items():
+            write_state(_file(folder, number), state, flush=True)
+
+    def load(self, folder: Path) -> None:
+        """Takes the states that `save` wrote, or that lie in files there.
+
+        Raises:
+            DataError: a file is damaged.
+        """
+        if self._files is not None:
+            self._files.resume(folder)
+            return
+        for path in sorted(folder.iterdir()):
+            state = read_state(path)
+            if self._place == "device":
+                state = state.moved(lambda t: t.to(self.device))
+            else:
+                state = state.moved(_pinned)
+            self._states[int(path.stem)] = state
+
+    def close(self) -> None:
+        """Ends what goes on in the background."""
+        if self._files is not None:
+            self._files.close()
+
+
+class _Files:
+    """States in files: one folder is read while the next is written, in one background thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self._root = folder
+        self._source: Path | None = None
+        self._target: Path | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reap-states")
+        self._coming: tuple[int, Future[State]] | None = None
+        self._written: Future[None] | None = None
+
+    def begin(self, position: int) -> None:
+        self._target = states_folder(self._root, position)
+        shutil.rmtree(self._target, ignore_errors=True)  # of a run that was killed
+        self._target.mkdir(parents=True)
+
+    def turn(self) -> None:
+        self._finish()
+        if self._source is not None:
+            shutil.rmtree(self._source, ignore_errors=True)
+        self._source, self._target = self._target, None
+
+    def resume(self, folder: Path) -> None:
+        self._source = folder
+
+    def get(self, number: int, following: int | None) -> State | None:
+        if self._source is None:
+            return None
+        if self._coming is None or self._coming[0] != number:
+            self._coming = self._read(number)
+        state = self._coming[1].result()
+        self._coming = None if following is None else self._read(following)
+        return state
+
+    def put(self, number: int, state: State) -> None:
+        assert self._target is not None
+        self._finish()  # one at a time, so that memory holds few
+        host = state.moved(lambda t: t.to("cpu"))
+        self._written = self._pool.submit(write_state, _file(self._target, number), host)
+
+    def flush(self, folder: Path) -> None:
+        self._finish()
+        assert folder == self._target, (folder, self._target)
+        for path in folder.iterdir():
+            _sync(path)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, number: int) -> tuple[int, Future[State]]:
+        assert self._source is not None
+        return number, self._pool.submit(read_state, _file(self._source, number))
+
+    def _finish(self) -> None:
+        if self._written is not None:
+            self._written.result()
+            self._written = None
+
+
+def states_folder(root: Path, position: int) -> Path:
+    """The folder of the states behind `position` layers."""
+    return root / f"states-{position:05}"
+
+
+def write_state(path: Path, state: State, *, flush: bool = False) -> None:
+    """Writes a state as one safetensors file."""
+    orders = [_order(tensor) for tensor in state.tensors]
+    tensors = {
+        str(number): tensor.permute(order).to("cpu", copy=True).contiguous()
+        for number, (tensor, order) in enumerate(zip(state.tensors, orders, strict=True))
+    }
+    facts = {"layer": state.layer, "skeleton": state.skeleton, "orders": orders}
+    save_file(tensors, path, metadata={"state": json.dumps(facts)})
+    if flush:
+        _sync(path)
+
+
+def read_state(path: Path) -> State:
+    """Reads a state, onto the CPU, into memory of its own.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["state"])
+            tensors = [
+                file.get_tensor(str(number)).clone().permute(_inverse(order))
+                for number, order in enumerate(facts["orders"])
+            ]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}); delete the journal's folder and start anew"
+        ) from error
+    return State(facts["layer"], facts["skeleton"], tensors)
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """Dimensions by falling stride: in this order a dense tensor is contiguous."""
+    strides = tensor.stride()
+    return sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy in page-locked host memory with the same strides, queued behind what computes it."""
+    order = _order(tensor)
+    source = tensor.permute(order)
+    host = torch.empty(source.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
+    return host.copy_(source, non_blocking=tensor.is_cuda).permute(_inverse(order))
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:06}.safetensors"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

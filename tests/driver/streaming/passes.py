@@ -1,0 +1,71 @@
+"""A checkpoint observed resident and streamed, on the same batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reap_driver.interrupts import Stop
+from reap_driver.journal import Journal
+from reap_driver.loading import StreamedModel, load_model, open_streamed
+from reap_driver.observe import observe
+from reap_driver.run import Run, observe_resident, observe_streamed
+from reap_driver.streaming.store import Place, StateStore
+from reap_kernels import SaliencyStats
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Batches that are there already; the groups take turns."""
+
+    ids: Sequence[Tensor]
+    groups: tuple[str, ...] = ("code", "text")
+
+    def group(self, number: int) -> str:
+        return self.groups[number % len(self.groups)]
+
+    def input_ids(self, number: int) -> Tensor:
+        return self.ids[number]
+
+
+def batches(vocab: int, count: int = 3, seq: int = 16, batch: int = 2) -> Listed:
+    """Random token ids, free of special tokens; the last batch is shorter."""
+    rng = torch.Generator().manual_seed(7)
+    shapes = [(batch, seq)] * (count - 1) + [(1, seq // 2)]
+    return Listed([torch.randint(3, vocab, shape, generator=rng) for shape in shapes])
+
+
+def resident(folder: Path, data: Listed, journal: Journal | None = None) -> SaliencyStats:
+    """Statistics of the whole model in memory."""
+    observer = observe(load_model(folder))
+    if journal is not None and journal.position:
+        raise AssertionError("resume with `go_on`")
+    observe_resident(Run(observer, data, range(len(data.ids)), Stop(), journal))
+    return observer.stats
+
+
+def streamed(
+    folder: Path, data: Listed, place: Place = "device", files: Path | None = None
+) -> tuple[SaliencyStats, StreamedModel]:
+    """Statistics layer by layer, and the model they came from."""
+    store = StateStore(place, CPU, files)
+    with open_streamed(folder) as opened:
+        observer = observe(opened.model)
+        observe_streamed(Run(observer, data, range(len(data.ids)), Stop()), opened, store)
+        store.close()
+        return observer.stats, opened
+
+
+def assert_same_bits(mine: SaliencyStats, theirs: SaliencyStats) -> None:
+    """Every field of every layer equal, and the same record but for the time."""
+    assert list(mine.layers) == list(theirs.layers)
+    assert mine.groups == theirs.groups
+    for name, layer in mine.layers.items():
+        for field, value in layer.fields().items():
+            assert torch.equal(value, theirs.layers[name].fields()[field]), (name, field)
+    left, right = ({**s.provenance, "created": None} for s in (mine, theirs))
+    assert left == right

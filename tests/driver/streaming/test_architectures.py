@@ -1,0 +1,86 @@
+"""Every architecture streamed: the bits of a resident observation, each byte read once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reap_driver.checkpoint.source import open_source
+from reap_driver.loading import load_model
+from tests.driver import zoo
+from tests.driver.checkpoint import saved
+from tests.driver.observe.test_architectures import NAMES
+from tests.driver.published.models import MODELS
+from tests.driver.streaming import passes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_streamed_is_resident(
+    name: str, tmp_path: Path, support: Callable[[str, str, str], None]
+) -> None:
+    model = saved.save(name, tmp_path / "model")
+    saved.shard(tmp_path / "model", 3)
+    data = passes.batches(model.config.get_text_config().vocab_size)
+    mine, opened = passes.streamed(tmp_path / "model", data)
+    passes.assert_same_bits(mine, passes.resident(tmp_path / "model", data))
+    assert opened.bytes_read == open_source(tmp_path / "model").nbytes
+    assert all(p.is_meta for _, layer in opened.layers for p in layer.parameters())
+    support(name, "streamed", "pass")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
+    """Every tensor, those that the library's initialisation overwrites (zaya) included."""
+    model = saved.save(name, tmp_path / "model")
+    loaded = load_model(tmp_path / "model").state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded[key], tensor), key
+
+
+_SPARSE = {"num_hidden_layers": 5, "mlp_layer_types": ["dense", *["sparse"] * 4]}
+_GEMMA_TYPES = ["sliding_attention", "sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        # Keys and values of layers 1 and 2 serve layers 3 to 5.
+        (
+            "gemma4",
+            {"num_hidden_layers": 6, "num_kv_shared_layers": 3, "layer_types": _GEMMA_TYPES * 2},
+        ),
+        ("zaya", {"num_hidden_layers": 4}),  # a router's state goes to the next router
+        # Keys chosen by one layer are used by those behind it.
+        (
+            "glm_moe_dsa",
+            {**_SPARSE, "indexer_types": ["full", "full", "shared", "shared", "full"]},
+        ),
+        ("qwen4_exp", {}),  # several residual streams
+    ],
+)
+def test_state_that_crosses_layers(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    """What layers hand on besides their output, through files too."""
+    model = saved.save(name, tmp_path / "model", **fields)
+    data = passes.batches(model.config.get_text_config().vocab_size)
+    mine, _ = passes.streamed(tmp_path / "model", data, "file", tmp_path / "states")
+    passes.assert_same_bits(mine, passes.resident(tmp_path / "model", data))
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_published_layouts(name: str, checkpoint: Callable[[str], Path]) -> None:
+    """FP8 blocks and MXFP4 dequantised layer by layer, MTP layers never read."""
+    folder = checkpoint(name)
+    data = passes.batches(256)
+    mine, opened = passes.streamed(folder, data)
+    passes.assert_same_bits(mine, passes.resident(folder, data))
+    mtp = MODELS[name].mtp is not None
+    assert opened.bytes_read <= open_source(folder).nbytes
+    assert mtp == (opened.bytes_read < open_source(folder).nbytes)
+
+
+def test_zoo_is_complete() -> None:
+    """The list above is the zoo's, but for what this transformers version refuses."""
+    assert set(NAMES) >= set(zoo.core_names())
