@@ -8,6 +8,7 @@ on stderr; with --json they are a JSON object on stdout too.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -110,15 +111,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(error.usage, end="", file=sys.stderr)
         return _fail("UsageError", str(error), USAGE, as_json)
-    except KeyboardInterrupt:
-        text = "interrupted; no half-written output is left behind"
+    except KeyboardInterrupt as error:
+        text = str(error) or "interrupted; no half-written output is left behind"
         return _fail("KeyboardInterrupt", text, INTERRUPTED, as_json)
     except Exception as error:
         known = _explain(error)
         if known is None:  # a bug: its traceback says where
             raise
         return _fail(type(error).__name__, *known, as_json)
-    if as_json:
+    if as_json and result is not None:  # of several ranks, one has something to say
         emit(json.dumps({"command": args.command, **result}))
     return 0
 
@@ -126,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(kind: str, message: str, code: int, as_json: bool) -> int:
     """Reports an error on stderr (and as JSON on stdout); returns its exit code."""
     line = " ".join(message.split())
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        line = f"rank {os.environ.get('RANK', '?')}: {line}"
     print(f"{PROGRAM}: error: {line}", file=sys.stderr)
     if as_json:
         emit(json.dumps({"error": {"type": kind, "message": line, "exit_code": code}}))

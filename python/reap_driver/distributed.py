@@ -45,11 +45,13 @@ class Ranks:
         rank: this process, 0 to size - 1; 0 gets what is merged, and writes files.
         size: how many processes there are; 1 without torchrun.
         local_rank: this process among those of its machine: the index of its GPU.
+        local_size: how many of them are on its machine.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
     _group: "dist.ProcessGroup | None" = field(default=None, repr=False, compare=False)
 
     def share(self, n: int) -> range:
@@ -87,6 +89,10 @@ class Ranks:
             for name, layer in _layers_of(header, part).items():
                 layers[name] = layers[name].merge_(layer) if name in layers else layer
         return _whole(layers, headers, stats.provenance)
+
+    def of_first(self, text: str) -> str:
+        """The text of rank 0, on every rank; every rank must call it, at the same point."""
+        return text if self.size == 1 else self._all(text.encode())[0].decode()
 
     def barrier(self) -> None:
         """Returns when every rank has called it.
@@ -150,14 +156,17 @@ def ranks() -> Iterator[Ranks]:
         group = dist.new_group(timeout=_PATIENCE, backend="gloo")
         local = dist.get_node_local_rank(fallback_rank=dist.get_rank())
         try:
-            yield Ranks(dist.get_rank(), dist.get_world_size(), local, group)
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size(group)))
+            yield Ranks(dist.get_rank(), dist.get_world_size(), local, here, group)
         finally:
             dist.destroy_process_group(group)
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         known = _launch()
         dist.init_process_group("gloo", timeout=_PATIENCE)
         try:
-            yield Ranks(known["RANK"], known["WORLD_SIZE"], known["LOCAL_RANK"])
+            size = known["WORLD_SIZE"]
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+            yield Ranks(known["RANK"], size, known["LOCAL_RANK"], here)
         finally:
             dist.destroy_process_group()
     else:

@@ -36,11 +36,13 @@ class Entry:
 
     Attributes:
         position: layers done (streamed) or batches done.
+        seconds: the run took up to there.
         snapshot: statistics up to there.
         states: folder of the batches' states, where layers are streamed.
     """
 
     position: int
+    seconds: float
     snapshot: SaliencyStats
     states: Path | None
 
@@ -73,6 +75,8 @@ class Journal:
         position: int,
         snapshot: SaliencyStats,
         states: Callable[[Path], None] | None = None,
+        *,
+        seconds: float = 0.0,
     ) -> None:
         """Writes an entry and deletes the one before.
 
@@ -80,6 +84,7 @@ class Journal:
             position: layers or batches done.
             snapshot: statistics up to there.
             states: writes the batches' states to a folder.
+            seconds: the run took up to there.
 
         Raises:
             ResourceError: the disk is full; the entry before stays.
@@ -99,6 +104,7 @@ class Journal:
                 "version": VERSION,
                 "run": self._run,
                 "position": position,
+                "seconds": round(seconds, 3),
                 "stats": stats.name,
                 "states": folder.name if states is not None else None,
             }
@@ -122,7 +128,8 @@ class Journal:
         states = content["states"]
         self.position = int(content["position"])
         _delete_others(self.folder, {_NAME, content["stats"], states})
-        return Entry(self.position, snapshot, None if states is None else self.folder / states)
+        folder = None if states is None else self.folder / states
+        return Entry(self.position, float(content["seconds"]), snapshot, folder)
 
     def remove(self) -> None:
         """Deletes the journal, when what it was kept for is written."""
@@ -143,7 +150,7 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         known = content["format"] == FORMAT and content["version"] == VERSION
-        missing = {"run", "position", "stats", "states"} - content.keys()
+        missing = {"run", "position", "seconds", "stats", "states"} - content.keys()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: not a journal ({error!r}); delete {folder} and run without --resume"

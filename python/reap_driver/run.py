@@ -5,8 +5,9 @@ journal, and end with the same statistics, bit for bit.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -46,6 +47,7 @@ class Run:
         stop: whether it was asked to end.
         journal: what it writes, if anything.
         done: called with the share of the whole work that was just done.
+        seconds: it ran, in the runs it goes on from too.
     """
 
     observer: Observer
@@ -54,6 +56,14 @@ class Run:
     stop: Stop
     journal: Journal | None = None
     done: Callable[[float], Any] = lambda _: None
+    seconds: float = 0.0
+    _began: float = field(default_factory=time.monotonic)
+
+    def clock(self) -> float:
+        """Seconds it ran so far, kept in `seconds`."""
+        now = time.monotonic()
+        self.seconds, self._began = self.seconds + now - self._began, now
+        return self.seconds
 
     @property
     def start(self) -> int:
@@ -85,13 +95,12 @@ def observe_resident(run: Run) -> None:
     left = run.numbers[run.start :]
     batches = prefetched(map(run.batches.input_ids, left), run.observer.model.device)
     with run.observer, contextlib.closing(batches):
-        run.done(run.start / max(total, 1))
         for position, (number, batch) in enumerate(zip(left, batches, strict=True), run.start + 1):
             run.feed(number, batch)
             run.done(1 / total)
             journal = run.journal
             if journal is not None and (run.stop.requested or journal.due(position)):
-                journal.write(position, run.observer.snapshot())
+                journal.write(position, run.observer.snapshot(), seconds=run.clock())
             if run.stop.requested and position < total:
                 raise run.interrupt(f"after {position} of {total} batches")
 
@@ -108,7 +117,6 @@ def observe_streamed(run: Run, streamed: StreamedModel, store: StateStore) -> No
     if not run.numbers:  # more processes than batches
         return
     with run.observer, runner.bound():
-        run.done(run.start / total)
         for layer in range(run.start, total):
             store.begin(layer + 1)
             _await(run, streamed, layer)
@@ -153,7 +161,7 @@ def _write(run: Run, store: StateStore, position: int, total: int) -> None:
     if journal is None:
         return
     if run.stop.requested or store.in_files or journal.due(position):
-        journal.write(position, run.observer.snapshot(), store.save)
+        journal.write(position, run.observer.snapshot(), store.save, seconds=run.clock())
         if run.stop.requested and position < total:
             raise run.interrupt(f"after {position} of {total} layers")
 

@@ -1,24 +1,20 @@
-"""What `observe` and `prune` share: check what is cheap to check, read the data, run the model."""
+"""What `observe` and `prune` share before the model runs: checks of what is cheap, and the data."""
 
 import argparse
-import contextlib
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from reap_driver.batching import batch_sizes
-from reap_driver.calibration import DataSource, Encoder, PackedSource, pack, prefetched
+from reap_driver.calibration import DataSource, Encoder, PackedSource, pack
 from reap_driver.commands.console import Console, short
 from reap_driver.commands.options import SEQ_LEN
 from reap_driver.compat.models import config_digest, load_config, meta_model
 from reap_driver.criteria import Scores, shares
-from reap_driver.discover import find_moe_layers
-from reap_driver.loading import load_model
-from reap_driver.observe import Observer, observe
+from reap_driver.discover import MoELayer, find_moe_layers
+from reap_driver.distributed import Ranks
 from reap_kernels import SaliencyStats
 from reap_kernels.dispatch import Request, select
 from reap_kernels.errors import DataError, UnsupportedModel
@@ -31,11 +27,15 @@ class Model:
     Attributes:
         path: folder or hub id, as given.
         config: its configuration.
+        meta: the model on the meta device.
+        layers: its MoE layers.
         provenance: `model` and `layers` as statistics record them.
     """
 
     path: str
     config: PretrainedConfig
+    meta: PreTrainedModel
+    layers: list[MoELayer]
     provenance: dict[str, dict[str, Any]]
 
     def blank_scores(self) -> Scores:
@@ -57,7 +57,7 @@ def inspect_model(args: argparse.Namespace) -> Model:
     config = load_config(args.model, trust_remote_code=args.trust_remote_code)
     meta = meta_model(config)
     try:
-        layers = {layer.name: layer.provenance() for layer in find_moe_layers(meta)}
+        layers = find_moe_layers(meta)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{args.model}: {error}") from error
     facts = {
@@ -66,7 +66,8 @@ def inspect_model(args: argparse.Namespace) -> Model:
         "model_type": type(config).model_type,
         "architecture": type(meta).__name__,
     }
-    return Model(str(args.model), config, {"model": facts, "layers": layers})
+    known = {"model": facts, "layers": {layer.name: layer.provenance() for layer in layers}}
+    return Model(str(args.model), config, meta, layers, known)
 
 
 def check_options(args: argparse.Namespace, config: PretrainedConfig) -> int:
@@ -99,14 +100,16 @@ def check_groups(sources: Sequence[DataSource], weights: Mapping[str, float] | N
         shares(sorted({source.group for source in sources}), weights)
 
 
-def device_of(args: argparse.Namespace) -> torch.device:
-    """The device asked for; `auto` is the first GPU where there is one.
+def device_of(args: argparse.Namespace, ranks: Ranks | None = None) -> torch.device:
+    """The device asked for; `auto` is the first GPU where there is one, and for each rank its own.
 
     Raises:
         DataError: torch knows no such device, or it is not there.
     """
     if args.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda" if ranks is None else f"cuda:{ranks.local_rank}")
     try:
         device = torch.device(args.device)
         torch.empty(0, device=device)
@@ -135,43 +138,6 @@ def read_data(
     for note in (note for one in packed for note in one.notes()):
         console.note(note)
     return packed
-
-
-def run_model(
-    args: argparse.Namespace, sources: Sequence[PackedSource], console: Console
-) -> tuple[SaliencyStats, float]:
-    """Loads the model and observes it on all sources; returns statistics and seconds of running."""
-    with console.library_progress():
-        model = load_model(
-            args.model,
-            dtype=args.dtype,
-            device=device_of(args),
-            trust_remote_code=args.trust_remote_code,
-        )
-    began = time.perf_counter()
-    total = sum(len(source.ids) for source in sources)
-    with (
-        console.progress("observing", "tok", total) as progress,
-        observe(model, backend=args.backend) as observer,
-    ):
-        for source, size in zip(sources, _batch_sizes(args, observer, sources), strict=True):
-            batches = prefetched(source.batches(size), model.device)
-            with observer.group(source.source.group), contextlib.closing(batches):
-                for batch in batches:
-                    observer(input_ids=batch)
-                    progress.add(batch.numel())
-            observer.add_source({**source.provenance(), "batch_size": size})
-    return observer.stats, time.perf_counter() - began
-
-
-def _batch_sizes(
-    args: argparse.Namespace, observer: Observer, sources: Sequence[PackedSource]
-) -> list[int]:
-    """Sequences at a time for each source: as asked, or chosen."""
-    counts = [source.sequences for source in sources]
-    if args.batch_size is not None:
-        return [min(args.batch_size, count) for count in counts]
-    return batch_sizes(observer.model, observer.layers, counts, sources[0].seq_len)
 
 
 def summary(stats: SaliencyStats, seconds: float) -> tuple[dict[str, Any], str]:

@@ -24,6 +24,10 @@ class Console:
         self.quiet = quiet
         self.as_json = as_json
 
+    def speaks(self, *, first: bool) -> None:
+        """Of several processes that do the same, only the first speaks."""
+        self.quiet = self.quiet or not first
+
     def say(self, text: str) -> None:
         """A result, on stdout."""
         if not self.quiet and not self.as_json:
@@ -69,7 +73,7 @@ class Progress:
 
     def __init__(self, what: str, unit: str, total: int | None, *, shown: bool) -> None:
         self._what, self._unit, self._total = what, unit, total
-        self._done = 0
+        self._done = self._skipped = 0.0
         self._began = self._said = time.monotonic()
         self._tenth = 0
         self._bar: Any = None
@@ -86,7 +90,15 @@ class Progress:
         """Since the beginning."""
         return time.monotonic() - self._began
 
-    def add(self, count: int) -> None:
+    def skip(self, count: float) -> None:
+        """`count` were done before: they count as done, not towards the rate."""
+        self._done += count
+        self._skipped += count
+        if self._bar is not None:
+            self._bar.initial = count
+            self._bar.update(count)
+
+    def add(self, count: float) -> None:
         """`count` more are done."""
         self._done += count
         if self._bar is not None:
@@ -108,7 +120,7 @@ class Progress:
 
     def _maybe_line(self) -> None:
         now = time.monotonic()
-        tenth = 10 * self._done // self._total if self._total else 0
+        tenth = int(10 * self._done // self._total) if self._total else 0
         waited = now - self._said
         due = tenth > self._tenth and waited > _SHORTEST
         first = self._said == self._began
@@ -117,11 +129,11 @@ class Progress:
             print(self._line(), file=sys.stderr, flush=True)
 
     def _line(self) -> str:
-        rate = self._done / self.seconds
+        rate = (self._done - self._skipped) / self.seconds
         text = f"{self._what}: {short(self._done)}{self._unit}, {short(rate)}{self._unit}/s"
         if self._total:
             left = (self._total - self._done) / rate if rate else 0
-            share = 100 * self._done // self._total
+            share = int(100 * self._done // self._total)
             text += f", {share} % of {short(self._total)}{self._unit}, {clock(left)} left"
         return text
 

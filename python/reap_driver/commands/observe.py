@@ -36,25 +36,32 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_calibration(parser)
 
 
-def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     """Observes and saves; what can be checked early is."""
-    options.check_dry_run(args)
+    options.check_calibration(args)
     if args.dry_run:
         return dry_run.run(args, console)
     from reap_driver.calibration import DataSource
     from reap_driver.checkpoint.source import open_source, resolve_folder
-    from reap_driver.commands import calibrate
+    from reap_driver.commands import calibrate, running
     from reap_driver.commands.outputs import check_file
+    from reap_driver.distributed import ranks
 
-    wanted = [DataSource.parse(text) for text in args.data]
-    check_file(args.out, overwrite=args.overwrite)
-    model = calibrate.inspect_model(args)
-    seq_len = calibrate.check_options(args, model.config)
-    open_source(resolve_folder(args.model))
-    sources = calibrate.read_data(args, wanted, model.config, seq_len, console)
-    stats, seconds = calibrate.run_model(args, sources, console)
-    stats.save(args.out)
-    facts, text = calibrate.summary(stats, seconds)
-    console.say(text)
-    console.say(f"wrote {args.out}; next: reap-kernels plan {args.out} --ratio 0.5 --out plan.json")
-    return {"out": str(args.out), **facts}
+    with ranks() as world:
+        console.speaks(first=world.rank == 0)
+        wanted = [DataSource.parse(text) for text in args.data]
+        check_file(args.out, overwrite=args.overwrite)
+        running.check_journal(args, world)
+        model = calibrate.inspect_model(args)
+        seq_len = calibrate.check_options(args, model.config)
+        open_source(resolve_folder(args.model))
+        sources = calibrate.read_data(args, wanted, model.config, seq_len, console)
+        with running.observed(args, model, sources, console, world) as found:
+            if found is None:
+                return None
+            found.stats.save(args.out)
+        facts, text = calibrate.summary(found.stats, found.seconds)
+        console.say(text)
+        next_step = f"reap-kernels plan {args.out} --ratio 0.5 --out plan.json"
+        console.say(f"wrote {args.out}; next: {next_step}")
+        return {"out": str(args.out), **facts}

@@ -66,7 +66,12 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--device",
         default="auto",
-        help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)",
+        help="cpu, cuda, cuda:1, ... (default: a GPU where there is one, each rank its own)",
+    )
+    run.add_argument(
+        "--device-map",
+        choices=("auto", "balanced", "balanced_low_0", "sequential"),
+        help="spread the model over all GPUs, main memory and disk, as accelerate does",
     )
     run.add_argument(
         "--dtype",
@@ -84,11 +89,37 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         help="hold one decoder layer in memory at a time, each read once for all data: auto "
         "(default) where the whole model would take more than 90%% of the memory that is free",
     )
+    _add_journal(parser)
     _add_dry_run(parser)
 
 
+def _add_journal(parser: argparse.ArgumentParser) -> None:
+    """--resume and what is written for it."""
+    group = parser.add_argument_group(
+        "journal",
+        "Statistics and position are kept beside the output, in OUT.journal, until it is written:\n"
+        "after each decoder layer of a streamed model, after batches of a resident one.",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where an interrupted run of the same command stopped; the outcome has the bits "
+        "of a run that was never interrupted",
+    )
+    group.add_argument(
+        "--journal-every",
+        type=positive,
+        metavar="N",
+        help="write it every N layers or batches (default: as often as takes less than 5%% of the "
+        "time)",
+    )
+    group.add_argument(
+        "--no-journal", dest="journal", action="store_false", help="write none; Ctrl-C ends at once"
+    )
+
+
 def _add_dry_run(parser: argparse.ArgumentParser) -> None:
-    """--dry-run and --tokens; what they make optional is checked by `check_dry_run`."""
+    """--dry-run and --tokens; what they make optional is checked by `check_calibration`."""
     group = parser.add_argument_group("planning")
     group.add_argument(
         "--dry-run",
@@ -106,8 +137,15 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(refuse=parser.error)
 
 
-def check_dry_run(args: argparse.Namespace) -> None:
-    """Ends with a usage error where arguments are missing, or there are too many."""
+def check_calibration(args: argparse.Namespace) -> None:
+    """Ends with a usage error where arguments are missing, or contradict each other."""
+    if args.resume and not args.journal:
+        args.refuse("argument --resume: not together with --no-journal, which leaves none")
+    if args.device_map is not None and (args.device != "auto" or args.stream == "always"):
+        args.refuse(
+            "argument --device-map: not together with --device or --stream always; a map says "
+            "where every layer is"
+        )
     if args.tokens is not None and not args.dry_run:
         args.refuse(
             "argument --tokens: only with --dry-run; a real run counts the tokens of --data"

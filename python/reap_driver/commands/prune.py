@@ -2,10 +2,14 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap_driver.commands import apply, dry_run, options, plan
 from reap_driver.commands.console import Console
+
+if TYPE_CHECKING:  # they import torch, and --help must not
+    from reap_driver.commands.calibrate import Model
+    from reap_driver.commands.running import Observed
 
 NAME = "prune"
 SUMMARY = "make a model smaller in one command: observe, plan, apply"
@@ -44,39 +48,65 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_writing(parser)
 
 
-def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     """Checks, observes, plans, writes."""
-    options.check_dry_run(args)
+    options.check_calibration(args)
     if args.dry_run:
         return dry_run.run(args, console)
-    from reap_driver.allocate import served_advice, uniform
     from reap_driver.calibration import DataSource
-    from reap_driver.checkpoint import apply_plan, check_plan
-    from reap_driver.commands import calibrate
+    from reap_driver.commands import calibrate, running
     from reap_driver.commands.outputs import check_file
-    from reap_driver.criteria import score
-    from reap_driver.plan import make_plan
+    from reap_driver.distributed import ranks
 
-    wanted = [DataSource.parse(text) for text in args.data]
-    if args.stats is not None:
-        check_file(args.stats, overwrite=args.overwrite)
-    model = calibrate.inspect_model(args)
-    writing = {
+    with ranks() as world:
+        console.speaks(first=world.rank == 0)
+        wanted = [DataSource.parse(text) for text in args.data]
+        if args.stats is not None:
+            check_file(args.stats, overwrite=args.overwrite)
+        running.check_journal(args, world)
+        model = calibrate.inspect_model(args)
+        if world.rank == 0:  # the one that writes
+            _check_writing(args, model, console)
+        world.barrier()
+        calibrate.check_groups(wanted, args.weights)
+        seq_len = calibrate.check_options(args, model.config)
+        sources = calibrate.read_data(args, wanted, model.config, seq_len, console)
+        with running.observed(args, model, sources, console, world) as found:
+            return None if found is None else _write(args, found, console)
+
+
+def _writing(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the writer."""
+    return {
         "mtp": args.mtp,
         "shard_size": args.shard_size,
         "overwrite": args.overwrite,
         "trust_remote_code": args.trust_remote_code,
     }
+
+
+def _check_writing(args: argparse.Namespace, model: "Model", console: Console) -> None:
+    """Checks early that what will be planned can be written."""
+    from reap_driver.allocate import served_advice, uniform
+    from reap_driver.checkpoint import check_plan
+    from reap_driver.plan import make_plan
+
     # Any plan of this ratio needs the same space and passes the same checks.
-    check_plan(args.model, make_plan(model.blank_scores(), args.ratio), args.out, **writing)
+    blank = make_plan(model.blank_scores(), args.ratio)
+    check_plan(args.model, blank, args.out, **_writing(args))
     for advice in served_advice(uniform(model.provenance["layers"], args.ratio)):
         console.note(advice)
-    calibrate.check_groups(wanted, args.weights)
-    seq_len = calibrate.check_options(args, model.config)
-    sources = calibrate.read_data(args, wanted, model.config, seq_len, console)
 
-    stats, seconds = calibrate.run_model(args, sources, console)
-    observed, text = calibrate.summary(stats, seconds)
+
+def _write(args: argparse.Namespace, found: "Observed", console: Console) -> dict[str, Any]:
+    """Ranks, plans, and writes the checkpoint."""
+    from reap_driver.checkpoint import apply_plan
+    from reap_driver.commands import calibrate
+    from reap_driver.criteria import score
+    from reap_driver.plan import make_plan
+
+    stats = found.stats
+    observed, text = calibrate.summary(stats, found.seconds)
     console.say(text)
     if args.stats is not None:
         stats.save(args.stats)
@@ -86,7 +116,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     console.say(plan.describe(chosen))
 
     with console.progress("writing", "B") as progress:
-        report = apply_plan(args.model, chosen, args.out, progress=progress.reach, **writing)
+        report = apply_plan(args.model, chosen, args.out, progress=progress.reach, **_writing(args))
     stats.save(apply.save_record(args.out, chosen) / "stats.safetensors")
     for warning in report.warnings:
         console.note(warning)

@@ -20,6 +20,11 @@ class Free:
     nbytes: int
     bound: str
 
+    def divided(self, shares: int) -> "Free":
+        """One of several equal shares."""
+        bound = self.bound if shares == 1 else f"{self.bound}, a share of {shares}"
+        return Free(self.nbytes // shares, bound)
+
 
 @dataclass(frozen=True)
 class _Version:

@@ -1,7 +1,7 @@
 """What a machine has: memory that is free on the device and the host, room on a disk."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,16 @@ class Machine:
     def accelerated(self) -> bool:
         """Whether the device has a memory of its own."""
         return self.device.partition(":")[0] != "cpu"
+
+    def shared(self, processes: int) -> "Machine":
+        """What each of several equal processes of this machine may take, one device for each.
+
+        On a CPU they share all of it.
+        """
+        host = None if self.host_free is None else self.host_free.divided(processes)
+        device = self.device_free if self.accelerated else host
+        free = self.disk_free // processes
+        return replace(self, device_free=device, host_free=host, disk_free=free)
 
 
 def this_machine(device: torch.device, disk: Path) -> Machine:

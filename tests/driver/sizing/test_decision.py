@@ -59,9 +59,9 @@ CASES = [
     (cpu(tenths(RESIDENT) - 1), (True, "host")),
     (cpu(tenths(STREAMED + STATES)), (True, "host")),
     (cpu(tenths(STREAMED + STATES) - 1), (True, "file")),
-    (cpu(STREAMED, tenths(STATES)), (True, "file")),
+    (cpu(STREAMED, tenths(2 * STATES)), (True, "file")),
     # Too little disk: in memory after all, to the last byte.
-    (cpu(STREAMED + STATES, tenths(STATES) - 1), (True, "host")),
+    (cpu(STREAMED + STATES, tenths(2 * STATES) - 1), (True, "host")),
     (cpu(None), (False, None)),
     (gpu(tenths(WEIGHTS + ONE), tenths(RESIDENT)), (False, None)),
     (gpu(tenths(WEIGHTS + ONE) - 1, tenths(RESIDENT)), (True, "device")),
@@ -123,9 +123,9 @@ def test_always_streams_and_never_does_not() -> None:
             r"\(40.0 GB\), and 45.3 GB is free \(by a test\); use a machine with more memory",
         ),
         (
-            cpu(STREAMED + STATES - 1, tenths(STATES) - 1),
+            cpu(STREAMED + STATES - 1, tenths(2 * STATES) - 1),
             "always",
-            r"needs 3.00 GB of disk, parked states most of it .* 3.33 GB is free \(on the disk of "
+            r"needs 6.00 GB of disk, parked states most of it .* 6.67 GB is free \(on the disk of "
             r"there\); use less data \(--data SOURCE:N\)",
         ),
         (gpu(LEAST_GPU - 1, 10 * GB), "auto", r"needs 45.0 GB of device memory, two layers most"),

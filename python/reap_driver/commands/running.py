@@ -1,0 +1,354 @@
+"""How `observe` and `prune` run the model: held as decided, with a journal, on one rank or many."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import reap_kernels
+from reap_driver import journal as journals
+from reap_driver.calibration import PackedSource
+from reap_driver.checkpoint.digest import weights_digest
+from reap_driver.checkpoint.source import open_source, resolve_folder
+from reap_driver.commands.calibrate import Model, device_of
+from reap_driver.commands.console import Console
+from reap_driver.distributed import Ranks
+from reap_driver.interrupts import Stop, deferred
+from reap_driver.journal import Entry, Journal
+from reap_driver.loading import StreamedModel, load_model, open_streamed
+from reap_driver.observe import Observer, observe
+from reap_driver.run import Run, observe_resident, observe_streamed
+from reap_driver.sizing.decision import Decision, decide
+from reap_driver.sizing.machine import this_machine
+from reap_driver.sizing.model import model_sizes
+from reap_driver.sizing.plan import workload
+from reap_driver.sizing.stored import run_dtype, stored_files
+from reap_driver.streaming.store import Place, StateStore
+from reap_kernels import SaliencyStats
+from reap_kernels.errors import CheckpointError, ResourceError
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Statistics of all ranks, and the seconds the first one ran, interrupted runs included."""
+
+    stats: SaliencyStats
+    seconds: float
+
+
+@dataclass(frozen=True)
+class How:
+    """How the model is held, the same on every rank.
+
+    Attributes:
+        stream: whether decoder layers come one at a time.
+        park: where states wait between them.
+        batch_sizes: sequences at a time, for each source.
+    """
+
+    stream: bool
+    park: Place
+    batch_sizes: list[int]
+
+
+class PackedBatches:
+    """The batches of packed sources, one source after the other."""
+
+    def __init__(self, sources: Sequence[PackedSource], sizes: Sequence[int]) -> None:
+        self._places = [
+            (source, number, size)
+            for source, size in zip(sources, sizes, strict=True)
+            for number in range(source.batch_count(size))
+        ]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def group(self, number: int) -> str:
+        """The group of the source a batch is from."""
+        return self._places[number][0].source.group
+
+    def input_ids(self, number: int) -> Tensor:
+        """[batch, seq] int64."""
+        source, within, size = self._places[number]
+        return source.batch(within, size)
+
+
+def check_journal(args: argparse.Namespace, ranks: Ranks) -> None:
+    """What can be said of a journal before data is read.
+
+    Raises:
+        DataError: `--resume`, and there is none.
+        CheckpointError: an interrupted run left one, and it is not said what to do with it.
+    """
+    folder = journal_folder(args.out, ranks)
+    if args.resume:
+        journals.read(folder)
+    elif journals.exists(folder) and args.journal and not args.overwrite:
+        raise CheckpointError(
+            f"{folder}: the journal of a run that was interrupted; give --resume to go on from it, "
+            "or --overwrite to start anew"
+        )
+
+
+def journal_folder(out: Path, ranks: Ranks) -> Path:
+    """Where the journal of an output is, beside it; each rank has its own."""
+    rank = f"-{ranks.rank}-of-{ranks.size}" if ranks.size > 1 else ""
+    return out.absolute().with_name(f"{out.absolute().name}.journal{rank}")
+
+
+@contextlib.contextmanager
+def observed(
+    args: argparse.Namespace,
+    model: Model,
+    sources: Sequence[PackedSource],
+    console: Console,
+    ranks: Ranks,
+) -> Iterator[Observed | None]:
+    """Runs the model on the data; the journal is deleted when the block ends without an error.
+
+    Yields:
+        What was observed; None on ranks other than the first, which have nothing to write.
+
+    Raises:
+        ResourceError: the model does not fit.
+        Interrupted: on request; the text says how to go on.
+        DataError: the journal is of another run; an expert gave NaN or Inf.
+    """
+    folder = journal_folder(args.out, ranks)
+    with contextlib.ExitStack() as stack:
+        if args.journal:
+            stack.enter_context(journals.locked(folder))
+        recorded = journals.read(folder)["run"] if args.resume else None
+        how = _agreed(args, model, sources, ranks, recorded, console)
+        journal = None
+        if args.journal:
+            run = _identity(args, model, sources, how, ranks)
+            journal = Journal(folder, run, args.journal_every)
+        stats, seconds = _run(args, sources, how, journal, ranks, console)
+        whole = ranks.merged(stats)
+        yield None if whole is None else Observed(whole, seconds)
+        ranks.barrier()
+        if journal is not None:
+            journal.remove()
+
+
+def _agreed(
+    args: argparse.Namespace,
+    model: Model,
+    sources: Sequence[PackedSource],
+    ranks: Ranks,
+    recorded: dict[str, Any] | None,
+    console: Console,
+) -> How:
+    """How the model is held: as before where a run is resumed, else as the first rank decides."""
+    if recorded is not None:
+        sizes = recorded["batch sizes"] if args.batch_size is None else _sizes(args, sources)
+        return How(recorded["streamed"], recorded["parked"], sizes)
+    if args.device_map is not None:
+        return How(False, "device", _sizes(args, sources))
+    decision = _decision(args, model, sources, ranks)
+    if decision.stream:
+        for reason in decision.reasons:
+            console.note(f"streaming: {reason}")
+    sizes = [min(decision.batch_size, source.sequences) for source in sources]
+    own = How(decision.stream, decision.park or "device", sizes)
+    return How(**json.loads(ranks.of_first(json.dumps(dataclasses.asdict(own)))))
+
+
+def _sizes(args: argparse.Namespace, sources: Sequence[PackedSource]) -> list[int]:
+    """The batch size that was asked for, 1 where none was, at most the sequences there are."""
+    return [min(args.batch_size or 1, source.sequences) for source in sources]
+
+
+def _decision(
+    args: argparse.Namespace, model: Model, sources: Sequence[PackedSource], ranks: Ranks
+) -> Decision:
+    folder = resolve_folder(args.model)
+    dtype = run_dtype(args.dtype, model.config, stored_files(folder, model.config))
+    seq_len, tokens = sources[0].seq_len, sum(len(source.ids) for source in sources)
+    device = device_of(args, ranks)
+    sizes = model_sizes(model.meta, model.layers, dtype=dtype, seq_len=seq_len)
+    work = workload(
+        model.meta,
+        model.layers,
+        tokens=-(-tokens // ranks.size),
+        seq_len=seq_len,
+        device=device,
+        dtype=dtype,
+        batch_size=args.batch_size,
+    )
+    machine = this_machine(device, args.out.absolute().parent).shared(ranks.local_size)
+    decision = decide(args.stream, sizes, machine, work)
+    states = work.tokens * sizes.state_bytes
+    if decision.stream and args.journal and 2 * states > machine.disk_free:
+        raise ResourceError(
+            f"{args.out.absolute().parent}: the journal needs {2 * states} bytes for the states "
+            f"between two layers, {machine.disk_free} are free; free some space, choose an output "
+            "on another disk, or pass --no-journal"
+        )
+    return decision
+
+
+def _identity(
+    args: argparse.Namespace,
+    model: Model,
+    sources: Sequence[PackedSource],
+    how: How,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """What must be the same for a run to go on with the same bits."""
+    data = {}
+    for number, source in enumerate(sources, 1):
+        facts = source.provenance()
+        data[f"data {number}"] = f"{facts['group']}: {facts['tokens']} tokens {facts['digest']}"
+    return {
+        "model": model.provenance["model"]["config_digest"],
+        "weights": weights_digest(open_source(resolve_folder(args.model))),
+        **data,
+        "seq_len": sources[0].seq_len,
+        "seed": args.seed,
+        "batch sizes": how.batch_sizes,
+        "dtype": args.dtype,
+        "streamed": how.stream,
+        "parked": how.park,
+        "device": _device_name(args, ranks),
+        "backend": args.backend,
+        "rank": f"{ranks.rank} of {ranks.size}",
+        "reap_kernels": reap_kernels.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("REAP_")},
+    }
+
+
+def _device_name(args: argparse.Namespace, ranks: Ranks) -> str:
+    """The kind of device: another kind rounds otherwise."""
+    if args.device_map is not None:
+        return f"map {args.device_map}"
+    device = device_of(args, ranks)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _run(
+    args: argparse.Namespace,
+    sources: Sequence[PackedSource],
+    how: How,
+    journal: Journal | None,
+    ranks: Ranks,
+    console: Console,
+) -> tuple[SaliencyStats, float]:
+    """Loads the model and observes this rank's batches, from where a journal is; and how long."""
+    batches = PackedBatches(sources, how.batch_sizes)
+    entry = None
+    if journal is not None and args.resume:
+        entry = journal.resume()
+    elif journal is not None:
+        journal.remove()  # of a run that is started anew, by --overwrite
+    before = 0.0 if entry is None else entry.seconds
+    total = sum(len(source.ids) for source in sources) // ranks.size
+    with _listening(journal, console) as stop, _held(args, how, ranks, console) as held:
+        observer = observe(held.model, backend=args.backend)
+        _prepare(observer, sources, how, entry)
+        with console.progress("observing", "tok", total) as progress:
+            run = Run(
+                observer,
+                batches,
+                ranks.share(len(batches)),
+                stop,
+                journal,
+                done=lambda share: progress.add(share * total),
+                seconds=before,
+            )
+            steps = len(held.layers) if how.stream else len(run.numbers)
+            progress.skip(run.start / max(1, steps) * total)
+            _observe(run, how, held, entry, journal_folder(args.out, ranks))
+        if journal is not None:  # what follows may fail, and then go on from here
+            journal.write(steps, observer.snapshot(), seconds=run.clock())
+        return observer.stats, run.clock()
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A model that is loaded, and how its layers come if they are streamed."""
+
+    model: PreTrainedModel
+    streamed: StreamedModel | None = None
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """Its decoder layers where they are streamed."""
+        return () if self.streamed is None else self.streamed.layers
+
+
+@contextlib.contextmanager
+def _held(args: argparse.Namespace, how: How, ranks: Ranks, console: Console) -> Iterator[_Held]:
+    """The model, held as decided."""
+    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    if how.stream:
+        with open_streamed(args.model, device=device_of(args, ranks), **options) as streamed:
+            yield _Held(streamed.model, streamed)
+    elif args.device_map is None:
+        yield _Held(load_model(args.model, device=device_of(args, ranks), **options))
+    else:
+        with (
+            tempfile.TemporaryDirectory(
+                prefix=f".{args.out.name}.offload-", dir=args.out.absolute().parent
+            ) as folder,
+            console.library_progress(),
+        ):
+            options["offload_folder"] = folder
+            yield _Held(load_model(args.model, device_map=args.device_map, **options))
+
+
+def _prepare(
+    observer: Observer, sources: Sequence[PackedSource], how: How, entry: Entry | None
+) -> None:
+    """Every group exists on every rank, in the order of the sources."""
+    if entry is not None:
+        observer.restore(entry.snapshot)
+    for source, size in zip(sources, how.batch_sizes, strict=True):
+        with observer.group(source.source.group):
+            observer.group_index()
+        observer.add_source({**source.provenance(), "batch_size": size})
+
+
+def _observe(run: Run, how: How, held: _Held, entry: Entry | None, folder: Path) -> None:
+    """Runs, resident or streamed."""
+    if held.streamed is None:
+        observe_resident(run)
+        return
+    store = StateStore(how.park, held.streamed.device, folder)
+    try:
+        if entry is not None and entry.states is not None:
+            store.load(entry.states)
+        observe_streamed(run, held.streamed, store)
+    finally:
+        store.close()
+        if run.journal is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _listening(journal: Journal | None, console: Console) -> Iterator[Stop]:
+    """Hears requests to end where a journal can be written; elsewhere they end the run at once."""
+    if journal is None:
+        yield Stop()
+        return
+    text = "writing the journal, then ending; press Ctrl-C again to end without"
+    with deferred(lambda: console.note(text)) as stop:
+        yield stop
