@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -78,8 +78,9 @@ def open_source(folder: Path) -> Source:
 
     Raises:
         CheckpointError: no config or weights, an index that leaves the folder or does not match, a
-            damaged file.
+            damaged file, a symbolic link to nothing.
     """
+    _check_links(folder)
     config = read_json(folder / "config.json", "give the folder of a Hugging Face checkpoint")
     names, weight_map, index_metadata = _shard_names(folder)
     shards = tuple(read_header(folder / name) for name in names)
@@ -105,6 +106,31 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 def is_weight_file(path: Path) -> bool:
     """Whether a file holds weights, in whatever format, or indexes such files."""
     return path.suffix.lower() in _OTHER_WEIGHTS or path.name.endswith(".index.json")
+
+
+def _check_links(folder: Path) -> None:
+    """Every symbolic link leads somewhere. The hub's cache is made of links, and one whose blob is
+    gone would otherwise look like a file that the checkpoint never had.
+    """
+    for path in _visible(folder):
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(
+                f"{path}: a symbolic link to {path.readlink()}, which does not exist; download the "
+                "file again, or remove the link if the checkpoint does not need it."
+            )
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """What lies in a checkpoint's folder, sorted.
+
+    Hidden folders (version control, download caches) and `reap/` (our record of how a source was
+    itself pruned) are not part of a checkpoint and are skipped.
+    """
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in parts[:-1])
+        if not hidden and parts[0] != _RECORD:
+            yield path
 
 
 def _shard_names(folder: Path) -> tuple[list[str], dict[str, str] | None, dict[str, Any]]:
@@ -172,23 +198,11 @@ def _check_duplicates(shards: tuple[SafetensorsFile, ...]) -> None:
 
 
 def _other_files(folder: Path, shards: set[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """Files beside the shards: those to copy, and weights in other formats, to leave out.
-
-    Hidden folders (version control, download caches) and `reap/` (our record of how a source was
-    itself pruned) are not part of a checkpoint and are skipped.
-    """
+    """Files beside the shards: those to copy, and weights in other formats, to leave out."""
     small: list[Path] = []
     left_out: list[Path] = []
-    for path in sorted(folder.rglob("*")):
+    for path in _visible(folder):
         relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts[:-1])
-        if (
-            hidden
-            or relative.parts[0] == _RECORD
-            or not path.is_file()
-            or path in shards
-            or relative.as_posix() in _REWRITTEN
-        ):
-            continue
-        (left_out if is_weight_file(path) else small).append(relative)
+        if path.is_file() and path not in shards and relative.as_posix() not in _REWRITTEN:
+            (left_out if is_weight_file(path) else small).append(relative)
     return tuple(small), tuple(left_out)

@@ -149,20 +149,6 @@ def test_small_files_travel_and_other_weights_do_not(full: Path, tmp_path: Path)
     assert report.bytes_written == present
 
 
-def test_symbolic_links_of_a_hub_cache_are_followed(full: Path, tmp_path: Path) -> None:
-    """A snapshot folder of the cache holds links into a folder of blobs; the output holds files."""
-    snapshot = tmp_path / "cache" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    for path in full.iterdir():
-        (snapshot / path.name).symlink_to(path)
-    apply(full, tmp_path / "direct")
-    apply(snapshot, tmp_path / "linked")
-    assert not [path for path in (tmp_path / "linked").iterdir() if path.is_symlink()]
-    for path in (tmp_path / "direct").iterdir():
-        if path.name != "README.md":
-            assert (tmp_path / "linked" / path.name).read_bytes() == path.read_bytes()
-
-
 def test_card_says_what_was_done(full: Path, tmp_path: Path) -> None:
     (full / "README.md").write_text(
         "---\nlicense: mit\nlanguage: [en]\ntags: [chat]\nextra: 1\n---\n# Old\n"
