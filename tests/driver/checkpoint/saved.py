@@ -125,6 +125,15 @@ def read_all_of(path: Path) -> dict[str, torch.Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
+def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Equal dtype, shape and bytes (formats such as float8 have no comparison of their own)."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(
+        left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8)
+    )
+
+
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Content and modification time of every file, to see that nothing was touched."""
     return {

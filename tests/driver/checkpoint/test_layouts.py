@@ -1,7 +1,6 @@
 """Key layouts of published checkpoints that transformers' own tiny models do not write: quantised
-experts, companions, shards. Every comparison is on bytes."""
+experts, companions. Every comparison is on bytes."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from reap_driver.compat.models import load_config, model_class
 from reap_driver.plan import LayerPlan, Plan
 from reap_kernels.errors import UnsupportedModel
 from tests.driver.checkpoint import saved
+from tests.driver.checkpoint.saved import same_bytes
 
 Tensors = dict[str, torch.Tensor]
 
@@ -26,15 +26,6 @@ def prune(full: Path, model: PreTrainedModel, **options: Any) -> tuple[Plan, Ten
     before = saved.read_all(full)
     apply_plan(full, plan, full.parent / "pruned", **options)
     return plan, before, saved.read_all(full.parent / "pruned")
-
-
-def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Equal dtype, shape and bytes (formats such as float8 have no comparison of their own)."""
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    return torch.equal(
-        left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8)
-    )
 
 
 def plan_of(plan: Plan, key: str) -> LayerPlan:
@@ -222,41 +213,6 @@ def test_expert_dimension_is_found_when_sizes_agree(name: str, tmp_path: Path) -
         assert torch.equal(new[gate], old[gate][list(entry.kept)])
         for leaf in ("gate_up_proj", "down_proj"):
             assert torch.equal(new[f"{layer}.{leaf}"], old[f"{layer}.{leaf}"][list(entry.kept)])
-
-
-def test_shards_keep_their_division(tmp_path: Path) -> None:
-    model = saved.save("qwen3_moe", tmp_path / "full")
-    single = saved.make_plan(tmp_path / "full", model)
-    apply_plan(tmp_path / "full", single, tmp_path / "single")
-    saved.shard(tmp_path / "full", 3)
-    apply_plan(tmp_path / "full", single, tmp_path / "pruned")
-
-    expected, actual = saved.read_all(tmp_path / "single"), saved.read_all(tmp_path / "pruned")
-    assert expected.keys() == actual.keys()
-    assert all(same_bytes(expected[key], actual[key]) for key in expected)
-    source = json.loads((tmp_path / "full" / "model.safetensors.index.json").read_text())
-    index = json.loads((tmp_path / "pruned" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == set(source["weight_map"].values())
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in actual.values())
-    for name in set(index["weight_map"].values()):
-        assert {k for k, file in index["weight_map"].items() if file == name} == set(
-            saved.read_all_of(tmp_path / "pruned" / name)
-        )
-
-
-def test_shard_size_divides_anew(tmp_path: Path) -> None:
-    model = saved.save("qwen3_moe", tmp_path / "full")
-    plan = saved.make_plan(tmp_path / "full", model)
-    one = apply_plan(tmp_path / "full", plan, tmp_path / "one")
-    many = apply_plan(tmp_path / "full", plan, tmp_path / "many", shard_size=20_000)
-    assert (one.shards, many.shards > 4) == (1, True)
-    files = sorted((tmp_path / "many").glob("*.safetensors"))
-    assert files[0].name == f"model-00001-of-{many.shards:05d}.safetensors"
-    sizes = [sum(t.nbytes for t in saved.read_all_of(file).values()) for file in files]
-    assert max(sizes) <= 20_000
-    left, right = saved.read_all(tmp_path / "one"), saved.read_all(tmp_path / "many")
-    assert left.keys() == right.keys()
-    assert all(same_bytes(left[key], right[key]) for key in left)
 
 
 @pytest.mark.parametrize("name", ["ernie4_5_vl_moe", "deepseek_v4", "dbrx", "longcat_flash"])
