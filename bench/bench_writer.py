@@ -1,12 +1,13 @@
-"""Checkpoint writer beside `cp`: bytes written a second, and the writer's memory.
+"""Checkpoint writer beside `cp`, and its threads beside one: bytes written a second, and memory.
 
 The checkpoint is synthetic, in the layout of a Qwen3-MoE in FP8 with scales: two big tensors
 (embedding and head), thousands of expert matrices of 1.5 MB, thousands of scales of 384 bytes, in
 shards of 2 GB; random bytes, so that no file system compresses them. `cp -r` of the whole source
-and the writer at a ratio of one half take turns; each begins with the source dropped from the page
-cache and ends when every byte is flushed to disk. The writer runs in a process of its own, timed
-from the call of `apply_plan` to its return (reading headers, deriving the layout and verifying
-included, importing not); its memory is the peak beyond the interpreter with torch imported.
+and the writer at a ratio of one half, with one thread and with its default, take turns; each begins
+with the source dropped from the page cache and ends when every byte is flushed to disk. The writer
+runs in a process of its own, timed from the call of `apply_plan` to its return (reading headers,
+deriving the layout and verifying included, importing not); its memory is the peak beyond the
+interpreter with torch imported.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pathlib import Path
 from transformers import Qwen3MoeConfig
 
 from bench import rows
+from reap_driver.checkpoint.parallel import DEFAULT_THREADS
 from reap_driver.checkpoint.safetensors_file import encode_header, tensor_bytes
 from reap_driver.compat.models import config_digest, load_config
 from reap_driver.plan import LayerPlan, Plan
@@ -49,15 +51,16 @@ from reap_driver.plan import Plan
 
 plan = Plan.load(sys.argv[2])
 start = time.perf_counter()
-report = apply_plan(sys.argv[1], plan, sys.argv[3])
+report = apply_plan(sys.argv[1], plan, sys.argv[3], threads=json.loads(sys.argv[4]))
 seconds = time.perf_counter() - start
 memory = peak() - with_torch
-print(json.dumps({"seconds": seconds, "bytes": report.bytes_written, "memory": memory}))
+found = {"bytes": report.bytes_written, "files": report.shards, "memory": memory}
+print(json.dumps({"seconds": seconds, **found}))
 """
 
 
 def main(arguments: list[str]) -> None:
-    """Makes the checkpoint, takes turns, appends a row of medians, removes everything."""
+    """Makes the checkpoint, takes turns, appends rows of medians, removes everything."""
     parser = argparse.ArgumentParser(prog="python -m bench bench_writer", description=__doc__)
     parser.add_argument("--dir", help="folder on the disk to measure (default: the system's)")
     parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the checkpoint")
@@ -68,12 +71,15 @@ def main(arguments: list[str]) -> None:
         work = Path(name)
         size = make_checkpoint(work / "full", layers)
         make_plan(work / "full", layers).save(work / "plan.json")
-        copies, writes = [], []
+        copies, single, writes = [], [], []
         for _ in range(options.rounds):
             copies.append(size / copy_seconds(work))
-            writes.append(write_once(work))
+            single.append(write_once(work, 1))
+            writes.append(write_once(work, None))
         row = summary(size, layers, copies, writes)
+        beside = threads_summary(size, single, writes)
     rows.write("writer", [row])
+    rows.write("writer_threads", [beside])
 
 
 def summary(
@@ -93,6 +99,29 @@ def summary(
         "writer_s": f"{statistics.median(run['seconds'] for run in writes):.2f}",
         "ratio": f"{written / copied:.2f}",
         "memory_mb": f"{max(run['memory'] for run in writes) / 1e6:.0f}",
+    }
+
+
+def threads_summary(
+    size: int, single: list[dict[str, float]], writes: list[dict[str, float]]
+) -> dict[str, object]:
+    """The row about threads: medians with one and with the default, and their ratio."""
+    speeds = [[run["bytes"] / run["seconds"] / 1e6 for run in runs] for runs in (single, writes)]
+    one, several = (statistics.median(found) for found in speeds)
+    return {
+        "source_gb": f"{size / 1e9:.2f}",
+        "written_gb": f"{writes[0]['bytes'] / 1e9:.2f}",
+        "files": writes[0]["files"],
+        "cores": os.cpu_count(),
+        "rounds": len(writes),
+        "writers": min(DEFAULT_THREADS, int(writes[0]["files"])),
+        "one_mb_s": f"{one:.0f}",
+        "one_mb_s_min_max": f"{min(speeds[0]):.0f}-{max(speeds[0]):.0f}",
+        "several_mb_s": f"{several:.0f}",
+        "several_mb_s_min_max": f"{min(speeds[1]):.0f}-{max(speeds[1]):.0f}",
+        "ratio": f"{several / one:.2f}",
+        "one_memory_mb": f"{max(run['memory'] for run in single) / 1e6:.0f}",
+        "several_memory_mb": f"{max(run['memory'] for run in writes) / 1e6:.0f}",
     }
 
 
@@ -178,7 +207,7 @@ def copy_seconds(work: Path) -> float:
     return seconds
 
 
-def write_once(work: Path) -> dict[str, float]:
+def write_once(work: Path, threads: int | None) -> dict[str, float]:
     """One run of the writer in a process of its own."""
     forget(work / "full")
     command = [
@@ -186,6 +215,7 @@ def write_once(work: Path) -> dict[str, float]:
         "-c",
         _WRITER,
         *(str(work / n) for n in ("full", "plan.json", "out")),
+        json.dumps(threads),
     ]
     path = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(

@@ -15,11 +15,12 @@ from reap_driver.checkpoint.config_edit import ExpertNames, clear_mtp, differenc
 from reap_driver.checkpoint.keys import KeyActions, KeyDecider
 from reap_driver.checkpoint.models import PrunedModel, derive_model
 from reap_driver.checkpoint.mtp import MtpKeys
+from reap_driver.checkpoint.parallel import check_threads, write_shards
 from reap_driver.checkpoint.report import ApplyReport
 from reap_driver.checkpoint.shards import plan_shards, write_index
 from reap_driver.checkpoint.source import Source, open_source, read_json, resolve_folder
 from reap_driver.checkpoint.staging import check_target, clean_stale, publish, rehearse, staged
-from reap_driver.checkpoint.stream import OutShard, write_shard
+from reap_driver.checkpoint.stream import OutShard
 from reap_driver.checkpoint.verify import Checked, check_output, check_source
 from reap_driver.compat.models import load_config, meta_model
 from reap_driver.discover import find_moe_layers
@@ -41,6 +42,7 @@ def apply_plan(
     shard_size: int | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ApplyReport:
     """Write the checkpoint that a plan leaves of a model, from its files, in constant memory.
@@ -58,20 +60,22 @@ def apply_plan(
         shard_size: bytes of tensor data in a file; None keeps the source's division.
         overwrite: replace a checkpoint that is at `out_path`, once the new one is complete.
         trust_remote_code: run model code that comes with the checkpoint.
-        progress: called with (bytes written, bytes to write).
+        threads: how many files are written at once; None: at most 4. The output is the same.
+        progress: called with (bytes written, bytes to write), in the calling thread. What it
+            raises ends the run.
 
     Returns:
         What was done.
 
     Raises:
-        PlanError: the plan does not belong to the model or cannot be applied to it.
+        PlanError: the plan does not belong to the model or cannot be applied to it, or `mtp`,
+            `shard_size` or `threads` is none of the values above.
         CheckpointError: the source is damaged or inconsistent, or the target cannot be written.
         UnsupportedModel: the model cannot be pruned correctly by files.
         ResourceError: the disk is full.
     """
     started = time.perf_counter()
-    if mtp not in ("drop", "keep"):
-        raise PlanError(f"mtp {mtp!r}: give 'drop' or 'keep'.")
+    _check_options(mtp, threads)
     out = Path(out_path).absolute()
     folder = resolve_folder(model_path)
     check_target(out, folder, overwrite=overwrite)
@@ -79,7 +83,7 @@ def apply_plan(
     needed = job.bytes_needed()
     cleaned = clean_stale(out)
     with staged(out, needed=needed) as staging:
-        report = _write(job, plan, staging, out, _counter(progress, needed))
+        report = _write(job, plan, staging, out, _counter(progress, needed), threads)
         publish(staging, out, overwrite=overwrite)
     report.cleaned = [str(path) for path in cleaned]
     report.seconds = time.perf_counter() - started
@@ -95,12 +99,14 @@ def check_plan(
     shard_size: int | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    threads: int | None = None,
 ) -> None:
     """Raise what `apply_plan` with these arguments would raise before it writes its first byte.
 
     Plans that remove as many experts pass alike, so a long observation can check first that its
     outcome will be written.
     """
+    _check_options(mtp, threads)
     out = Path(out_path).absolute()
     folder = resolve_folder(model_path)
     check_target(out, folder, overwrite=overwrite)
@@ -124,6 +130,13 @@ class _Job:
         weights = sum(shard.nbytes + len(shard.header()) for shard in self.shards)
         small = sum((self.source.folder / path).stat().st_size for path in self.source.small_files)
         return weights + small
+
+
+def _check_options(mtp: str, threads: int | None) -> None:
+    """Refuse values that have nothing to do with the model, before it is read or downloaded."""
+    if mtp not in ("drop", "keep"):
+        raise PlanError(f"mtp {mtp!r}: give 'drop' or 'keep'.")
+    check_threads(threads)
 
 
 def _prepare(
@@ -164,10 +177,15 @@ def _prepare(
 
 
 def _write(
-    job: _Job, plan: "Plan", staging: Path, out: Path, progress: Callable[[int], None]
+    job: _Job,
+    plan: "Plan",
+    staging: Path,
+    out: Path,
+    progress: Callable[[int], None],
+    threads: int | None,
 ) -> ApplyReport:
     """Write everything into the temporary folder, then verify it."""
-    written = sum(write_shard(staging, shard, progress) for shard in job.shards)
+    written = write_shards(staging, job.shards, progress, threads)
     written += write_index(staging, job.shards, job.source.index_metadata)
     for path in job.source.small_files:
         target = staging / path

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reap_driver.checkpoint import apply_plan
+from reap_driver.checkpoint import apply_plan, check_plan
 from reap_driver.checkpoint.source import INDEX_NAME
 from reap_driver.compat.models import config_digest, load_config, meta_model
 from reap_driver.plan import LayerPlan, Plan
@@ -324,3 +324,10 @@ def test_target_touching_the_source(full: Path, plan: Plan) -> None:
 
 def test_shard_size_that_is_no_size(full: Path, plan: Plan) -> None:
     assert_refused(full, plan, PlanError, "shard_size 0", shard_size=0)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "4"])
+def test_threads_that_are_no_number(full: Path, plan: Plan, threads: Any) -> None:
+    assert_refused(full, plan, PlanError, f"threads {threads!r}", "positive", threads=threads)
+    with pytest.raises(PlanError, match="positive number of threads"):
+        check_plan(full, plan, full.parent / "pruned", threads=threads)

@@ -12,26 +12,31 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
-from reap_driver.checkpoint import apply_plan, staging
+from reap_driver.checkpoint import apply_plan, parallel, staging, stream
 from reap_driver.checkpoint.staging import clean_stale
+from reap_driver.checkpoint.stream import OutShard, Progress
 from reap_driver.compat.models import load_config, meta_model
 from reap_driver.plan import Plan
 from reap_kernels.errors import CheckpointError, ResourceError
 from tests.driver.checkpoint import saved
 
 
-def write_half(full: Path, plan: Plan, out: Path, half_way: Path) -> None:
-    """Runs in a process of its own: stops in the middle of writing, says so, waits for its end."""
+def write_slowly(full: Path, plan: Plan, out: Path, threads: int, begun: Path) -> None:
+    """Runs in a process of its own: writes for minutes, and says when it has begun."""
 
-    def stop(done: int, total: int) -> None:
-        if done > total // 2:
-            half_way.touch()
-            time.sleep(60)
+    stream._CHUNK_BYTES = 16
+    copy = stream._copy_some
 
-    apply_plan(full, plan, out, progress=stop)
+    def slow(source: BinaryIO, out: BinaryIO, start: int, count: int) -> int:
+        time.sleep(0.05)
+        return copy(source, out, start, count)
+
+    stream._copy_some = slow
+    apply_plan(full, plan, out, threads=threads, progress=lambda *_: begun.touch())
 
 
 @pytest.fixture
@@ -51,18 +56,18 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if "reap-" in path.name)
 
 
-def interrupt(full: Path, plan: Plan, number: signal.Signals) -> int | None:
+def interrupt(full: Path, plan: Plan, number: signal.Signals, threads: int) -> int | None:
     """Send a signal to a writer in the middle of its work; returns its exit status."""
-    half_way = full.parent / "half-way"
-    # A fork has everything imported already; the writer starts no threads that it could miss.
+    begun = full.parent / "begun"
+    # A fork has everything imported already; it lacks no thread, as the writer's end with its call.
     process = multiprocessing.get_context("fork").Process(
-        target=write_half, args=(full, plan, full.parent / "pruned", half_way)
+        target=write_slowly, args=(full, plan, full.parent / "pruned", threads, begun)
     )
     process.start()
     assert process.pid is not None
     try:
         deadline = time.monotonic() + 60
-        while not half_way.exists():
+        while not begun.exists():
             assert process.is_alive(), "the writer ended before it was interrupted"
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -72,12 +77,15 @@ def interrupt(full: Path, plan: Plan, number: signal.Signals) -> int | None:
     finally:
         process.kill()
         process.join()
-        half_way.unlink(missing_ok=True)
+        begun.unlink(missing_ok=True)
 
 
-def test_kill_leaves_no_result_and_the_next_run_cleans_up(full: Path, plan: Plan) -> None:
+@pytest.mark.parametrize("threads", [1, 4])
+def test_kill_leaves_no_result_and_the_next_run_cleans_up(
+    full: Path, plan: Plan, threads: int
+) -> None:
     before = saved.snapshot(full)
-    assert interrupt(full, plan, signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt(full, plan, signal.SIGKILL, threads) == -signal.SIGKILL
     assert not (full.parent / "pruned").exists()
     left = leftovers(full.parent)
     assert len(left) == 1
@@ -89,10 +97,13 @@ def test_kill_leaves_no_result_and_the_next_run_cleans_up(full: Path, plan: Plan
     assert len(saved.read_all(full.parent / "pruned")) == report.tensors
 
 
+@pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_termination_leaves_nothing(full: Path, plan: Plan, number: signal.Signals) -> None:
+def test_termination_leaves_nothing(
+    full: Path, plan: Plan, number: signal.Signals, threads: int
+) -> None:
     before = saved.snapshot(full)
-    assert interrupt(full, plan, number) not in (0, None)
+    assert interrupt(full, plan, number, threads) not in (0, None)
     assert not (full.parent / "pruned").exists()
     assert leftovers(full.parent) == []
     assert saved.snapshot(full) == before
@@ -230,15 +241,21 @@ def test_unwritable_target(full: Path, plan: Plan, tmp_path: Path) -> None:
         apply_plan(full, plan, target / "pruned")
 
 
-def test_source_that_shrinks_while_it_is_read(full: Path, plan: Plan, tmp_path: Path) -> None:
+def test_source_that_shrinks_while_it_is_read(
+    full: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     victim = full / "model-00004-of-00004.safetensors"
+    write = parallel.write_shard
 
-    def shrink(*_: int) -> None:
-        os.truncate(victim, 2000)
+    def shrink_first(folder: Path, shard: OutShard, progress: Progress) -> int:
+        if shard.name == victim.name:
+            os.truncate(victim, 2000)
+        return write(folder, shard, progress)
 
+    monkeypatch.setattr(parallel, "write_shard", shrink_first)
     with pytest.raises(
         CheckpointError, match=r"00004.*ended at byte 2000.*do not change the source"
     ):
-        apply_plan(full, plan, tmp_path / "pruned", progress=shrink)
+        apply_plan(full, plan, tmp_path / "pruned")
     assert not (tmp_path / "pruned").exists()
     assert leftovers(tmp_path) == []
