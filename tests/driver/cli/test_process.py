@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,12 +90,12 @@ def test_python_m_is_the_command() -> None:
     assert done.stdout == ""
 
 
-def test_interrupting_an_observation_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    data = tmp_path / "long.jsonl"
+def begun(model: Path, folder: Path, *more: str) -> "subprocess.Popen[str]":
+    """A long observation that has shown its first line of progress."""
+    data = folder / "long.jsonl"
     data.write_text((json.dumps({"input_ids": [i % 250 for i in range(2000)]}) + "\n") * 100)
-    before = sorted(tmp_path.rglob("*"))
-    words = ["prune", model, "--data", data, "--seq-len", "16", "--out", tmp_path / "out"]
-    words += ["--stats", tmp_path / "stats.safetensors"]
+    words = ["prune", model, "--data", data, "--seq-len", "16", "--out", folder / "out"]
+    words += ["--stats", folder / "stats.safetensors", *more]
     process = subprocess.Popen(
         [sys.executable, "-m", "reap_driver", *map(str, words)],
         env=ENVIRONMENT,
@@ -104,16 +105,47 @@ def test_interrupting_an_observation_leaves_nothing(model: Path, tmp_path: Path)
     )
     assert process.stderr is not None
     line = process.stderr.readline()
+    assert line.startswith("observing: "), line  # after two seconds
+    assert "tok/s" in line
+    assert "left" in line
+    return process
+
+
+def ended(process: "subprocess.Popen[str]", number: signal.Signals) -> str:
+    """The last line of a run that was sent a signal."""
     try:
-        assert line.startswith("observing: "), line  # the first line of progress, after two seconds
-        assert "tok/s" in line
-        assert "left" in line
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130
-    assert err.splitlines()[-1].startswith("reap-kernels: error: interrupted; no half-written")
     assert "Traceback" not in err
     assert out == ""
+    return err.splitlines()[-1]
+
+
+def test_interrupting_without_a_journal_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    process = begun(model, tmp_path, "--no-journal")
+    before = sorted(tmp_path.rglob("*"))
+    line = ended(process, signal.SIGINT)
+    assert line.startswith("reap-kernels: error: interrupted; no half-written")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_writes_the_journal(
+    model: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """And says where it is and how to go on."""
+    line = ended(begun(model, tmp_path), number)
+    journal = tmp_path / "out.journal"
+    assert re.search(rf"interrupted after \d+ of 292 batches; the journal is in {journal}", line)
+    assert line.endswith("with --resume to go on from there")
+    done = int(re.findall(r"after (\d+) of", line)[0])
+    assert json.loads((journal / "journal.json").read_text())["position"] == done > 0
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "long.jsonl",
+        "model",
+        "out.journal",
+    ]

@@ -1,0 +1,261 @@
+"""Runs that are killed or interrupted and go on: the outcome of one that never was."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reap_driver import journal as journals
+from reap_driver.cli import main
+from reap_kernels import SaliencyStats
+from tests.driver.cli.conftest import Run, write_model
+from tests.driver.streaming.passes import assert_same_bits
+
+KILLS = 20
+LAYERS = 10
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 10 decoder layers."""
+    return write_model(
+        tmp_path_factory.mktemp("deep") / "model", "qwen3_moe", num_hidden_layers=LAYERS
+    )
+
+
+@pytest.fixture
+def words(deep: Path, tmp_path: Path) -> list[str]:
+    """An observation of two groups, 8 batches; an entry behind each."""
+    sources = []
+    for group in ("code", "text"):
+        path = tmp_path / f"{group}.jsonl"
+        ids = [(7 * i + len(group)) % 250 for i in range(8 * 16)]
+        path.write_text(json.dumps({"input_ids": ids}) + "\n")
+        sources += ["--data", str(path)]
+    options = ["--seq-len", "16", "--batch-size", "2", "--journal-every", "1", "--quiet"]
+    return ["observe", str(deep), *sources, *options]
+
+
+def whole(words: list[str], out: Path, *more: str) -> SaliencyStats:
+    """Statistics of a run that nobody interrupts."""
+    assert main([*words, "--out", str(out), *more]) == 0
+    assert not out.with_name(out.name + ".journal").exists()
+    return SaliencyStats.load(out)
+
+
+def killed(arguments: list[str], seconds: float) -> bool:
+    """Whether a run was killed before its end; if not, it ended well."""
+    # A fork has everything imported already, and starts at once.
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(arguments,))
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        return True
+    assert process.exitcode == 0
+    return False
+
+
+def _run(arguments: list[str]) -> None:
+    os._exit(main(arguments))
+
+
+@pytest.mark.parametrize("mode", [["--stream", "never"], ["--stream", "always"]], ids="-".join)
+def test_killed_at_random_points(words: list[str], mode: list[str], tmp_path: Path) -> None:
+    """kill -9, 20 times, then to the end: the bits of a run that was never killed."""
+    want = whole(words, tmp_path / "whole.safetensors", *mode)
+    began = time.monotonic()
+    whole(words, tmp_path / "timed.safetensors", *mode)
+    longest = time.monotonic() - began
+    chance, out = random.Random(0), tmp_path / "out.safetensors"
+    journal = tmp_path / "out.safetensors.journal"
+    kills, resumed = 0, set()
+    while kills < KILLS or not out.exists():
+        out.unlink(missing_ok=True)
+        resume = ["--resume"] if journals.exists(journal) else []
+        if resume:
+            resumed.add(journals.read(journal)["position"])
+        allowed = longest * chance.random() if kills < KILLS else 60
+        kills += killed([*words, *mode, *resume, "--out", str(out), "--overwrite"], allowed)
+        if out.exists():  # the end was reached
+            assert_same_bits(SaliencyStats.load(out), want)
+    assert len(resumed) > 3
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize("park", ["device", "file"])
+@pytest.mark.parametrize("layer", [0, 5, LAYERS - 1])
+def test_every_place_of_states_resumes(
+    words: list[str], layer: int, park: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that fails right behind a layer goes on from it; layers before are not read again."""
+    from reap_driver.loading import StreamedModel
+    from reap_driver.sizing import decision
+
+    places = decision._places
+    monkeypatch.setattr(
+        decision,
+        "_places",
+        lambda machine: [(park, *rest) for _, *rest in places(machine)],
+    )
+    mode = ["--stream", "always", "--out", str(tmp_path / "out")]
+    want = whole(words, tmp_path / "whole", "--stream", "always")
+    release, loaded = StreamedModel.release, []
+
+    def fail(self: StreamedModel, number: int) -> None:
+        release(self, number)
+        if number == min(layer + 1, LAYERS - 1):
+            raise RuntimeError("a power cut")
+
+    monkeypatch.setattr(StreamedModel, "release", fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        main([*words, *mode])
+    position = journals.read(tmp_path / "out.journal")["position"]
+    assert position == min(layer + 1, LAYERS - 1)
+    monkeypatch.setattr(StreamedModel, "release", release)
+    load = StreamedModel._load
+
+    def count(self: StreamedModel, number: int, released: Any) -> None:
+        loaded.append(number)
+        load(self, number, released)
+
+    monkeypatch.setattr(StreamedModel, "_load", count)
+    assert main([*words, *mode, "--resume"]) == 0
+    assert loaded == list(range(position, LAYERS))
+    assert_same_bits(SaliencyStats.load(tmp_path / "out"), want)
+    assert not (tmp_path / "out.journal").exists()
+
+
+@pytest.fixture
+def left(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The journal of a resident run that failed behind its fifth batch."""
+    from reap_driver.observe import Observer
+
+    calls, call = [0], Observer.__call__
+
+    def fail(self: Observer, **batch: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 6:
+            raise RuntimeError("a power cut")
+        return call(self, **batch)
+
+    monkeypatch.setattr(Observer, "__call__", fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        main([*words, "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(Observer, "__call__", call)
+    return tmp_path / "out.journal"
+
+
+def test_a_journal_is_not_overlooked(
+    run: Run, words: list[str], left: Path, tmp_path: Path
+) -> None:
+    """Without --resume the run is refused, unless it is to replace what is there."""
+    refused = run(*words, "--out", tmp_path / "out")
+    assert refused.code == 3
+    assert f"{left}: the journal of a run that was interrupted; give --resume" in refused.error
+    assert run(*words, "--out", tmp_path / "out", "--overwrite").code == 0
+    assert not left.exists()
+    missing = run(*words, "--out", tmp_path / "out", "--resume", "--overwrite")
+    assert missing.code == 3
+    assert "no journal there, so there is nothing to resume; run without --resume" in missing.error
+
+
+Change = Callable[[list[str], Path], list[str]]
+
+
+def _other_weights(words: list[str], folder: Path) -> list[str]:
+    """Another training of the same architecture."""
+    other = write_model(folder / "other", "qwen3_moe", num_hidden_layers=LAYERS, seed=1)
+    return [words[0], str(other), *words[2:]]
+
+
+def _other_model(words: list[str], folder: Path) -> list[str]:
+    other = write_model(folder / "other", "qwen3_moe", num_hidden_layers=3)
+    return [words[0], str(other), *words[2:]]
+
+
+def _other_data(words: list[str], folder: Path) -> list[str]:
+    path = folder / "text.jsonl"
+    content = json.loads(path.read_text())
+    content["input_ids"][100] += 1
+    path.write_text(json.dumps(content))
+    return words
+
+
+def _less_data(words: list[str], _: Path) -> list[str]:
+    at = len(words) - 1 - words[::-1].index("--data")
+    return [*words[:at], *words[at + 2 :]]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (_other_model, "model was"),
+        (_other_weights, "weights was"),
+        (_other_data, "data 2 was"),
+        (_less_data, "data 2 was"),
+        (lambda words, _: [*words, "--seed", "3"], "seed was 0, now it is 3"),
+        (lambda words, _: [*words, "--batch-size", "3"], r"batch sizes was \[2, 2\], now it is"),
+        (lambda words, _: [*words, "--seq-len", "8"], "seq_len was 16, now it is 8"),
+        (lambda words, _: [*words, "--backend", "reference"], "backend was None, now it is 'ref"),
+        (lambda words, _: [*words, "--dtype", "bfloat16"], "dtype was 'auto', now it is 'bfl"),
+    ],
+)
+def test_a_journal_of_another_run_is_refused(
+    run: Run, words: list[str], left: Path, change: Change, field: str, tmp_path: Path
+) -> None:
+    """The field that differs is named; the journal stays as it is."""
+    before = {path.name: path.read_bytes() for path in left.iterdir()}
+    outcome = run(*change(words, tmp_path), "--out", tmp_path / "out", "--resume")
+    assert outcome.code == 3
+    assert f"{left}: the journal is of another run: " in outcome.error
+    assert re.search(field, outcome.error), outcome.error
+    assert {path.name: path.read_bytes() for path in left.iterdir()} == before
+
+
+def test_a_journal_of_another_version_is_refused(
+    run: Run, words: list[str], left: Path, tmp_path: Path
+) -> None:
+    content = json.loads((left / "journal.json").read_text())
+    content["run"]["torch"] = "2.10.0"
+    (left / "journal.json").write_text(json.dumps(content))
+    outcome = run(*words, "--out", tmp_path / "out", "--resume")
+    assert "torch was '2.10.0', now it is" in outcome.error
+
+
+def test_prune_goes_on_behind_an_observation(
+    run: Run, deep: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails while the checkpoint is written costs no observation."""
+    import reap_driver.checkpoint as checkpoint
+    from reap_driver.observe import Observer
+
+    apply_plan = checkpoint.apply_plan
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device", "pruned")
+
+    monkeypatch.setattr(checkpoint, "apply_plan", fail)
+    pruned = ["prune", *words[1:], "--out", tmp_path / "pruned"]
+    outcome = run(*pruned)
+    assert outcome.code == 4
+    assert (tmp_path / "pruned.journal" / "journal.json").is_file()
+    monkeypatch.setattr(checkpoint, "apply_plan", apply_plan)
+    monkeypatch.setattr(Observer, "__call__", fail)
+    assert run(*pruned, "--resume").code == 0
+    assert (tmp_path / "pruned" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "code.jsonl",
+        "pruned",
+        "text.jsonl",
+    ]
