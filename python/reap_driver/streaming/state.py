@@ -31,15 +31,25 @@ class State:
     tensors: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, layer: int, output: Any, changes: Mapping[str, Any]) -> "State":
-        """Takes apart what a layer returned and changed.
+    def of(
+        cls, layer: int, output: Any, changes: Mapping[str, Any], name: str = "a decoder layer"
+    ) -> "State":
+        """Takes apart what a layer returned and changed; a tensor that is there twice stays one.
 
         Raises:
-            UnsupportedModel: it holds something that is no tensor, number, list, tuple or dict.
+            UnsupportedModel: it holds something that is no tensor, number, list, tuple or dict;
+                says that `name` hands it on.
         """
-        tensors: list[Tensor] = []
-        skeleton = {"output": _encode(output, tensors), "changes": _encode(dict(changes), tensors)}
-        return cls(layer, skeleton, tensors)
+        tensors: dict[int, Tensor] = {}
+        try:
+            parts = {"output": output, "changes": dict(changes)}
+            skeleton = {key: _encode(part, tensors) for key, part in parts.items()}
+        except _Unkept as error:
+            raise UnsupportedModel(
+                f"{name} hands on a {error}, which streaming cannot keep between layers; observe "
+                "the model with --stream never"
+            ) from error
+        return cls(layer, skeleton, [tensor.detach() for tensor in tensors.values()])
 
     @property
     def nbytes(self) -> int:
@@ -60,10 +70,14 @@ class State:
         return replace(self, tensors=[move(tensor) for tensor in self.tensors])
 
 
-def _encode(value: Any, tensors: list[Tensor]) -> Any:
+class _Unkept(Exception):
+    """Something that is no part of a state; its text is the name of its type."""
+
+
+def _encode(value: Any, tensors: dict[int, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        tensors.append(value.detach())
-        return {"tensor": len(tensors) - 1}
+        tensors.setdefault(id(value), value)
+        return {"tensor": list(tensors).index(id(value))}
     if isinstance(value, _PLAIN):
         return {"plain": value}
     if type(value) in (list, tuple):
@@ -71,10 +85,7 @@ def _encode(value: Any, tensors: list[Tensor]) -> Any:
         return {kind: [_encode(item, tensors) for item in value]}
     if type(value) is dict and all(isinstance(key, str | int) for key in value):
         return {"dict": [[key, _encode(item, tensors)] for key, item in value.items()]}
-    raise UnsupportedModel(
-        f"a decoder layer hands on a {type(value).__name__}, which streaming cannot keep between "
-        "layers; observe the model with --stream never"
-    )
+    raise _Unkept(type(value).__name__)
 
 
 def _decode(skeleton: Any, tensors: list[Tensor]) -> Any:
@@ -113,14 +124,19 @@ def containers(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from containers(item, f"{path}/{position}")
 
 
-def unknown_like(value: Any) -> Any:
-    """The value with every tensor replaced by one of its shape whose numbers nobody knows."""
+def unknown_like(value: Any, device: torch.device | None = None) -> Any:
+    """The value with every tensor replaced by one of its shape whose numbers nobody knows.
+
+    Args:
+        value: with tensors, alone or in lists, tuples and dicts.
+        device: where they say they are; None: where they are.
+    """
     if isinstance(value, Tensor):
-        return Unknown.like(value)
-    if type(value) in (list, tuple):
-        return type(value)(unknown_like(item) for item in value)
+        return Unknown.like(value, device)
+    if type(value) in (list, tuple) or hasattr(type(value), "n_sequence_fields"):  # torch.max's
+        return type(value)([unknown_like(item, device) for item in value])
     if type(value) is dict:
-        return {key: unknown_like(item) for key, item in value.items()}
+        return {key: unknown_like(item, device) for key, item in value.items()}
     return value
 
 
@@ -131,31 +147,61 @@ class Unknown(Tensor):
     in the layer right behind is noticed, not computed wrongly.
     """
 
+    _says: torch.device | None = None
+
     @staticmethod
-    def like(tensor: Tensor) -> "Unknown":
-        """One of a tensor's shape, strides and dtype."""
+    def like(tensor: Tensor, device: torch.device | None = None) -> "Unknown":
+        """One of a tensor's shape, strides and dtype, that says it is on its or that device."""
         with torch._C.DisableTorchFunctionSubclass():
-            meta = tensor.detach().to("meta")
-            return Tensor._make_subclass(Unknown, meta)
+            unknown = Tensor._make_subclass(Unknown, tensor.detach().to("meta"))
+            unknown._says = tensor.device if device is None else device
+            return unknown
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if getattr(func, "__name__", "") == "__get__":  # shape, dtype, device
-                return func(*args, **(kwargs or {}))
-            known = {key: _on_meta(item) for key, item in (kwargs or {}).items()}
+            name = getattr(func, "__name__", str(func))
+            if name == "__get__":  # shape, dtype, device
+                says = args[0]._says if getattr(func, "__self__", None) is Tensor.device else None
+                return says or func(*args, **(kwargs or {}))
+            given = [leaf for leaf in leaves([args, kwargs or {}]) if isinstance(leaf, Tensor)]
+            says = next((leaf._says for leaf in given if isinstance(leaf, Unknown)), None)
+            copies: dict[int, Tensor] = {}
+            known = {key: _on_meta(item, copies) for key, item in (kwargs or {}).items()}
             if "device" in known:
                 known["device"] = "meta"
-            return unknown_like(func(*_on_meta(args), **known))
+            try:
+                result = func(*_on_meta(args, copies), **known)
+            except Exception as error:
+                raise _used(f"{name}: {error}") from error
+            if any(copy._version for copy in copies.values()):
+                raise _used(f"{name} writes it to another tensor")
+            return unknown_like(result, says)
 
 
-def _on_meta(value: Any) -> Any:
+def _used(how: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"the model uses what came out of a layer in more than the layer behind it ({how}); "
+        "observe the model with --stream never"
+    )
+
+
+def _on_meta(value: Any, copies: dict[int, Tensor]) -> Any:
+    """The value with tensors that compute nothing; those with numbers are copied, into `copies`."""
+    if isinstance(value, Unknown) and value.is_meta:
+        return value.detach().as_subclass(Tensor)
     if isinstance(value, Tensor):
-        return value.detach().to("meta").as_subclass(Tensor)
+        if id(value) not in copies:
+            copies[id(value)] = torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device="meta"
+            )
+        return copies[id(value)]
     if isinstance(value, torch.device):
         return torch.device("meta")
     if type(value) in (list, tuple):
-        return type(value)(_on_meta(item) for item in value)
+        return type(value)(_on_meta(item, copies) for item in value)
+    if type(value) is dict:
+        return {key: _on_meta(item, copies) for key, item in value.items()}
     return value

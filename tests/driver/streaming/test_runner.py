@@ -1,0 +1,541 @@
+"""One layer at a time through a model's own forward: its bits, or a refusal that names the layer."""
+
+from collections import UserDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reap_driver.streaming.runner import LayerRunner
+from reap_driver.streaming.state import State
+from reap_driver.streaming.store import read_state, write_state
+from reap_kernels.errors import UnsupportedModel
+
+WIDTH, COUNT = 8, 4
+
+Step = Callable[..., Any]
+
+
+class Layer(nn.Module):
+    """A layer that computes what a test says: `step(self, h, *args)`."""
+
+    def __init__(self, index: int, step: Step) -> None:
+        super().__init__()
+        self.index, self.step = index, step
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.step(self, *args, **kwargs)
+
+
+class Model(nn.Module):
+    """Layers, and a forward that a test writes: `body(self, h)`, h made anew of the batch."""
+
+    def __init__(self, step: Step, body: Step) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Layer(index, step) for index in range(COUNT))
+        self.body = body
+
+    def forward(self, batch: Tensor) -> Any:
+        return self.body(self, batch * 2)
+
+    @property
+    def named(self) -> list[tuple[str, nn.Module]]:
+        return [(f"layers.{index}", layer) for index, layer in enumerate(self.layers)]
+
+
+def plain(layer: Layer, h: Tensor) -> Tensor:
+    """A layer that takes and returns a tensor."""
+    return torch.tanh(layer.linear(h))
+
+
+def in_turn(model: Model, h: Tensor) -> Tensor:
+    """The usual loop."""
+    for layer in model.layers:
+        h = layer(h)
+    return h
+
+
+def data() -> list[Tensor]:
+    """Batches of different sizes."""
+    rng = torch.Generator().manual_seed(1)
+    return [torch.randn(size, 3, WIDTH, generator=rng) for size in (2, 1)]
+
+
+@torch.no_grad()
+def replay(
+    model: Model, batches: Sequence[Tensor], via: Callable[[State], State] = lambda s: s
+) -> list[Any]:
+    """What the model returns when its layers ran one by one, as `observe_streamed` does it."""
+    runner = LayerRunner(model.named)
+    states: dict[int, State | None] = dict.fromkeys(range(len(batches)))
+    outputs: list[Any] = []
+    with runner.bound():
+        for index in range(COUNT):
+            for number, batch in enumerate(batches):
+                new = runner.run(index, lambda b=batch: model(b.clone()), states[number])
+                states[number] = states[number] if new is None else via(new)
+        for number, batch in enumerate(batches):
+            left = runner.run(
+                COUNT, lambda b=batch: outputs.append(model(b.clone())), states[number]
+            )
+            assert left is None
+    return outputs
+
+
+@pytest.fixture(params=["kept", "files"])
+def via(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[State], State]:
+    """States as they are, and as they come back from files."""
+
+    def written(state: State) -> State:
+        write_state(tmp_path / "state", state)
+        return read_state(tmp_path / "state")
+
+    return written if request.param == "files" else lambda state: state
+
+
+def assert_replayed(model: Model, via: Callable[[State], State] = lambda s: s) -> None:
+    """The bits of plain forwards, for every batch."""
+    batches = data()
+    with torch.no_grad():
+        wanted = [model(batch.clone()) for batch in batches]
+    for mine, theirs in zip(replay(model, batches, via), wanted, strict=True):
+        assert type(mine) is type(theirs)
+        pairs = zip(mine, theirs, strict=True) if isinstance(mine, tuple) else [(mine, theirs)]
+        assert all(torch.equal(left, right) for left, right in pairs)
+
+
+@torch.no_grad()
+def refused(model: Model, *words: str) -> None:
+    """That the model is refused, in these words, and its forwards are its own again."""
+    batches = data()
+    with pytest.raises(UnsupportedModel, match="--stream never") as caught:
+        replay(model, batches)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not any("forward" in vars(layer) for layer in model.layers)
+    model(batches[0].clone())
+
+
+# -- what is replayed ------------------------------------------------------------------------------
+
+
+def test_tensor(via: Callable[[State], State]) -> None:
+    assert_replayed(Model(plain, in_turn), via)
+
+
+def test_tuple_with_none_and_numbers(via: Callable[[State], State]) -> None:
+    def step(layer: Layer, h: Tensor, *, carried: Tensor | None) -> tuple[Any, ...]:
+        h = plain(layer, h if carried is None else h + carried)
+        return h, [h.mT.contiguous().mT, {"twice": 2 * h, 3: h > 0}], None, 1.5
+
+    def body(model: Model, h: Tensor) -> tuple[Tensor, Tensor]:
+        carried = None
+        for layer in model.layers:
+            h, (other, named), nothing, number = layer(h, carried=carried)
+            assert nothing is None
+            carried = other * number + named["twice"] * named[3]
+        return h, carried
+
+    assert_replayed(Model(step, body), via)
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_entries_of_a_dict_added_replaced_and_deleted(
+    kind: type[Any], via: Callable[[State], State]
+) -> None:
+    """Layer 0 adds one, 1 replaces it and one of the model's, 2 deletes both, 3 looks."""
+
+    def step(layer: Layer, h: Tensor, shared: Any) -> Tensor:
+        h = plain(layer, h + sum(v for v in shared.values() if isinstance(v, Tensor)))
+        if layer.index == 0:
+            shared["new"], shared["deep"] = h * 3, {"list": [h, h[:1]]}
+        elif layer.index == 1:
+            shared["new"], shared["old"] = h * 5, h * 7
+            shared["deep"]["list"][0] = h * 11
+            shared["inner"]["by model"].append(h)
+        elif layer.index == 2:
+            del shared["new"], shared["old"]
+        else:
+            assert sorted(shared) == ["deep", "inner", "same"]
+            h = h + shared["deep"]["list"][0] + shared["inner"]["by model"][0]
+        return h
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        shared = kind({"old": h + 1, "same": h + 2, "inner": {"by model": []}})
+        for layer in model.layers:
+            h = layer(h, shared)
+        return h
+
+    assert_replayed(Model(step, body), via)
+
+
+def test_list_that_layers_append_to_and_shorten(via: Callable[[State], State]) -> None:
+    def step(layer: Layer, h: Tensor, shared: list[Tensor]) -> Tensor:
+        h = plain(layer, sum(shared, h))
+        if layer.index == 2:
+            shared.pop(0)
+        shared.append(h * 2)
+        return h
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        shared: list[Tensor] = [h + 1]
+        for layer in model.layers:
+            h = layer(h, shared=shared)
+        return h
+
+    assert_replayed(Model(step, body), via)
+
+
+def test_list_that_the_model_appends_outputs_to(via: Callable[[State], State]) -> None:
+    """Given to every layer, it is part of the state: all earlier outputs may be used."""
+
+    def step(layer: Layer, h: Tensor, earlier: list[Tensor]) -> Tensor:
+        return plain(layer, sum(earlier, h))
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        earlier: list[Tensor] = []
+        for layer in model.layers:
+            h = layer(h, earlier)
+            earlier.append(h)
+        return h
+
+    assert_replayed(Model(step, body), via)
+
+
+def test_dict_given_to_some_layers_only(via: Callable[[State], State]) -> None:
+    """What layer 0 wrote is there for layer 3, though 1 and 2 are not given the dict."""
+
+    def step(layer: Layer, h: Tensor, shared: dict[str, Tensor] | None = None) -> Tensor:
+        h = plain(layer, h + shared.get("h", 0) if shared is not None else h)
+        if shared is not None:
+            shared["h"] = h
+        return h
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        shared: dict[str, Tensor] = {}
+        for layer in model.layers:
+            h = layer(h) if layer.index in (1, 2) else layer(h, shared=shared)
+        return h + shared["h"]
+
+    assert_replayed(Model(step, body), via)
+
+
+def test_one_batch_skips_a_layer(via: Callable[[State], State]) -> None:
+    def body(model: Model, h: Tensor) -> Tensor:
+        for layer in model.layers:
+            if len(h) == 1 and layer.index in (0, 2):
+                continue
+            h = layer(h)
+        return h
+
+    assert_replayed(Model(plain, body), via)
+
+
+def test_layer_that_writes_to_its_own_input(via: Callable[[State], State]) -> None:
+    """And to what it stored in a dict, which is the same tensor as its output."""
+
+    def step(layer: Layer, h: Tensor, shared: dict[str, Tensor]) -> Tensor:
+        h += plain(layer, h)
+        shared["h"] = h
+        return h
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        shared: dict[str, Tensor] = {}
+        for layer in model.layers:
+            h = layer(h, shared)
+            h = h + shared["h"]
+        return h
+
+    def alias(model: Model, h: Tensor) -> Tensor:
+        shared: dict[str, Tensor] = {}
+        for layer in model.layers:
+            h = layer(h, shared)
+        return h + shared["h"]
+
+    assert_replayed(Model(step, alias), via)
+    refused(Model(step, body), "layers.1", "shares")  # what the model computed may be others' too
+
+
+def test_computing_with_the_devices_and_shapes_of_outputs() -> None:
+    def body(model: Model, h: Tensor) -> Tensor:
+        scale = torch.ones(WIDTH)
+        for layer in model.layers:
+            h = layer(h)
+            scale = scale.to(h.device, h.dtype) + torch.ones(h.shape[-1], device=h.device)
+        return h * scale
+
+    def step(layer: Layer, h: Tensor) -> Tensor:
+        return plain(layer, h)
+
+    assert_replayed(Model(step, body))
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def test_output_used_two_layers_later() -> None:
+    def body(model: Model, h: Tensor) -> Tensor:
+        before = torch.zeros_like(h)
+        for layer in model.layers:
+            h, before = layer(h + before), h
+        return h
+
+    refused(Model(plain, body), "layers.2")
+
+
+def test_output_used_in_an_expression_with_known_tensors() -> None:
+    def body(model: Model, h: Tensor) -> Tensor:
+        first = h = model.layers[0](h)
+        h = model.layers[1](h)
+        best, _ = first.mT.max(-1)
+        mixed = torch.cat([torch.ones_like(h), h * torch.sigmoid(first)], 1) @ torch.eye(WIDTH)
+        return model.layers[3](model.layers[2](mixed * best.unsqueeze(1)))
+
+    refused(Model(plain, body), "layers.2")
+
+
+def test_output_kept_in_a_list_of_the_model() -> None:
+    def body(model: Model, h: Tensor) -> Tensor:
+        kept = []
+        for layer in model.layers:
+            kept.append(h)
+            h = layer(torch.stack(kept).sum(0))
+        return h
+
+    refused(Model(plain, body), "layers.2")
+
+
+def test_best_of_an_output_given_alone() -> None:
+    """Results of functions that return named tuples are without numbers too."""
+
+    def step(layer: Layer, h: Tensor, best: Any = None) -> Tensor:
+        return plain(layer, h if best is None else h + best.values)
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        best = None
+        for layer in model.layers:
+            kept = best
+            best = h.max(-1, keepdim=True)
+            h = layer(h, kept)
+        return h
+
+    refused(Model(step, body), "layers.2")
+
+
+@pytest.mark.parametrize("how", ["add_", "setitem", "out", "copy_", "foreach"])
+def test_output_written_into_a_known_tensor(how: str) -> None:
+    """The known tensor would stay as it is, and be wrong."""
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        total = torch.zeros_like(h)
+        for layer in model.layers:
+            h = layer(h + total)
+            match how:
+                case "add_":
+                    total.add_(h)
+                case "setitem":
+                    total[:, :1] = h[:, 1:2]
+                case "out":
+                    torch.add(total, h, out=total)
+                case "copy_":
+                    total.copy_(h)
+                case "foreach":
+                    torch._foreach_add_([total], [h])
+        return h
+
+    refused(Model(plain, body), "the model uses what came out of a layer")
+
+
+@pytest.mark.parametrize(
+    "look", [lambda h: bool((h > 0).any()), lambda h: h.sum().item(), lambda h: h.tolist()]
+)
+def test_output_looked_at_between_layers(look: Callable[[Tensor], Any]) -> None:
+    """No error of torch about tensors without data."""
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        for layer in model.layers:
+            h = layer(h)
+            look(h)
+        return h
+
+    refused(Model(plain, body), "the model uses what came out of a layer")
+
+
+def test_unknown_device_tensor() -> None:
+    """A tensor without data that is none of ours."""
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        for layer in model.layers:
+            h = layer(h.to("meta") if layer.index == 3 else h)
+        return h
+
+    batches = data()
+    with pytest.raises(UnsupportedModel, match=r"layers\.3"):
+        replay(Model(plain, body), batches)
+
+
+def test_layer_run_twice() -> None:
+    def body(model: Model, h: Tensor) -> Tensor:
+        for layer in model.layers:
+            h = layer(h)
+            if layer.index == 1:
+                h = layer(h)
+        return h
+
+    refused(Model(plain, body), "layers.1 runs twice")
+
+
+@pytest.mark.parametrize(("order", "late"), [((0, 2, 1, 3), 1), ((0, 1, 3, 2), 2)])
+def test_layers_out_of_order(order: tuple[int, ...], late: int) -> None:
+    """Also where only the last forward, to the model's end, comes to the late layer."""
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        for index in order:
+            h = model.layers[index](h)
+        return h
+
+    refused(Model(plain, body), f"layers.{late} runs behind layers that come after it")
+
+
+def test_layer_that_one_forward_calls_and_another_does_not() -> None:
+    calls = 0
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        for layer in model.layers:
+            if layer.index != 1 or calls > 4:  # two batches, two layers
+                h = layer(h)
+        return h
+
+    refused(Model(plain, body), "layers.1 was left out on a batch")
+
+
+def test_stack_run_twice() -> None:
+    """Found by a forward that comes to the model's end."""
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        return in_turn(model, in_turn(model, h))
+
+    refused(Model(plain, body), "layers.0 runs twice")
+
+
+class Cache:
+    """Something a layer may keep anything in."""
+
+
+def test_unknown_object_given() -> None:
+    def step(layer: Layer, h: Tensor, cache: Any) -> Tensor:
+        return plain(layer, h)
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        for layer in model.layers:
+            h = layer(h, {"deep": [Cache() if layer.index == 1 else None]})
+        return h
+
+    refused(Model(step, body), "layers.1 is given a Cache")
+
+
+def test_unknown_object_returned() -> None:
+    def step(layer: Layer, h: Tensor) -> Any:
+        return plain(layer, h), (Cache() if layer.index == 2 else None)
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        for layer in model.layers:
+            h = layer(h)[0]
+        return h
+
+    refused(Model(step, body), "layers.2 hands on a Cache")
+
+
+@pytest.mark.parametrize("where", range(COUNT))
+def test_shared_tensor_changed_in_place(where: int) -> None:
+    """By the first layer as by any other."""
+
+    def step(layer: Layer, h: Tensor, shared: Any) -> Tensor:
+        if layer.index == where:
+            shared["bias"][0].add_(1)
+        return plain(layer, h + shared["bias"][0])
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        shared = {"bias": [torch.zeros(WIDTH)]}
+        for layer in model.layers:
+            h = layer(h, shared)
+        return h
+
+    refused(Model(step, body), f"layers.{where} changes a tensor that it shares")
+
+
+def test_changed_input_of_the_first_layer_used_again() -> None:
+    """It is recomputed in every forward, as it was before the layer changed it."""
+
+    def step(layer: Layer, h: Tensor) -> Tensor:
+        return h.add_(plain(layer, h)).clone()
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        start = h
+        h = model.layers[1](model.layers[0](h))
+        return model.layers[3](model.layers[2](h) + start)
+
+    refused(Model(step, body), "layers.3")
+
+
+def test_output_changed_between_layers_by_a_batch_that_skips_one() -> None:
+    """The second forward from the same state would change it again."""
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        for layer in model.layers:
+            if layer.index != 2:
+                h = layer(h)
+                h += 1
+        return h
+
+    refused(Model(plain, body), "in place", "layers.2")
+
+
+# -- forwards that end otherwise -------------------------------------------------------------------
+
+
+def test_error_inside_a_layer_leaves_forwards_as_they_were() -> None:
+    def step(layer: Layer, h: Tensor) -> Tensor:
+        if layer.index == 2:
+            raise ZeroDivisionError("of the layer")
+        return plain(layer, h)
+
+    model = Model(step, in_turn)
+    own = model.layers[1].forward
+    model.layers[1].forward = patched = lambda h: own(h) + 1  # as accelerate's hooks do
+    with pytest.raises(ZeroDivisionError, match="of the layer"):
+        replay(model, data())
+    assert vars(model.layers[1])["forward"] is patched
+    assert not any("forward" in vars(model.layers[index]) for index in (0, 2, 3))
+
+
+def test_forwards_behind_the_wanted_layer_do_not_run() -> None:
+    """And those before it run once in all, for a batch."""
+    calls: list[int] = []
+
+    def step(layer: Layer, h: Tensor) -> Tensor:
+        calls.append(layer.index)
+        return plain(layer, h)
+
+    replay(Model(step, in_turn), data()[:1])
+    assert calls == [0, 1, 2, 3]
+
+
+def test_model_that_catches_every_exception() -> None:
+    """A forward is left through handlers of errors."""
+
+    def body(model: Model, h: Tensor) -> Tensor:
+        for layer in model.layers:
+            try:
+                h = layer(h)
+            except Exception:  # noqa: BLE001 - what such a model does
+                h = h * 0
+        return h
+
+    assert_replayed(Model(plain, body))
