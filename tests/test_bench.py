@@ -1,9 +1,12 @@
 """The GPU benchmark, where there is no GPU: its smoke mode, its refusal, and red before numbers."""
 
 import csv
+import json
 import os
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +14,18 @@ import pytest
 import torch
 
 from bench import rows, tables
-from bench.gpu import checks, command, kernels, layer, machine, parts, report
+from bench.gpu import (
+    checks,
+    command,
+    kernels,
+    layer,
+    machine,
+    parts,
+    projected,
+    report,
+    streamed_files,
+    streaming,
+)
 from bench.gpu.checks import Check
 from bench.gpu.clock import Deadline
 from bench.gpu.providers import PROVIDERS, Prepared, Work
@@ -53,7 +67,8 @@ def here() -> machine.Machine:
 @pytest.mark.slow
 def test_smoke_mode_runs_every_stage(tmp_path: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in rows.RESULTS.iterdir()}
-    done = bench_gpu("--smoke", "--out", str(tmp_path), TRITON_INTERPRET="1")
+    only = ("--only", ",".join(command.STAGES))
+    done = bench_gpu("--smoke", *only, "--out", str(tmp_path), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     found = {path.name for path in tmp_path.iterdir()}
     assert found == {f"{name}.csv" for name in command.FILES.values()} | {"gpu.md"}
@@ -73,6 +88,9 @@ def test_smoke_mode_runs_every_stage(tmp_path: Path) -> None:
     assert all(float(row["ms"]) > 0 and float(row["error"]) < 2e-2 for row in timed)
     whole = read(tmp_path / "gpu_end_to_end.csv")
     assert {row["provider"] for row in whole} == {"reap", "transformers", "all-experts"}
+    streamed = read(tmp_path / "gpu_streaming.csv")
+    kinds = [("timed", "layer 0"), ("timed", "layer 1")] * 2 + [("projected", "projected")] * 2
+    assert [(row["status"], row["what"]) for row in streamed] == kinds
     page = (tmp_path / "gpu.md").read_text()
     assert "Smoke run" in page
     assert all(f"{p.name}: {p.variant}" in page for p in PROVIDERS)
@@ -341,3 +359,129 @@ def test_readme_tables_are_made_from_rows(tmp_path, monkeypatch) -> None:
     text = tables.TABLES["gpu_layer"]()
     assert "| 1.5 |" in text
     assert "A GPU" in text
+
+
+def streamed_rows(folder: Path, seconds: float = 100) -> list[dict[str, object]]:
+    return streaming.run(here(), Deadline(seconds), folder)
+
+
+def test_streaming_times_every_layer_and_leaves_no_file(tmp_path: Path) -> None:
+    found = streamed_rows(tmp_path)
+    assert not list(tmp_path.iterdir())
+    layers, totals = found[:4], found[4:]
+    assert [(row["format"], row["what"]) for row in layers] == [
+        (format, f"layer {number}") for format in streamed_files.FORMATS for number in range(2)
+    ]
+    assert all(float(str(row["load_s"])) > 0 and float(str(row["compute_s"])) > 0 for row in layers)
+    assert [bool(row["overlapped_s"]) for row in layers] == [True, False] * 2
+    for format, first in (("fp8", layers[0]), ("bf16", layers[2])):
+        own = sum(
+            torch.Size(size).numel() * dtype.itemsize
+            for key, size, dtype in streamed_files.tensors(streamed_files.TINY, format)
+            if key.startswith("model.layers.0.")
+        )
+        assert float(str(first["gb"])) * 1e9 == pytest.approx(own, rel=1e-3)
+    assert [row["model"] for row in totals] == ["Kimi-K2", "DeepSeek-V3.2"]
+    page = report.streaming(found)
+    assert "Not timed" not in page
+    assert "| Kimi-K2 | 1360 | 61 |" in page
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (range(1), "fp8, states parked on the device: .* has other bits than in a resident run"),
+        (range(4, 5), "has other bits when layers load while others compute"),
+    ],
+)
+def test_streaming_that_is_wrong_gives_no_figure(wrong, message, tmp_path, monkeypatch) -> None:
+    """The gate opens the files three times, then come the pass in turn and the overlapped one."""
+    from reap_driver import loading
+
+    real, opened = loading.open_streamed, iter(range(100))
+
+    @contextmanager
+    def broken(*arguments, **rest):
+        with real(*arguments, **rest) as streamed:
+            if next(opened) in wrong:
+                streamed.model.get_input_embeddings().weight.data.mul_(1.1).add_(0.5)
+            yield streamed
+
+    monkeypatch.setattr(loading, "open_streamed", broken)
+    (row,) = streamed_rows(tmp_path)
+    assert row["status"] == "failed"
+    assert re.search(message, str(row["note"]))
+    assert not row["load_s"]
+    assert not row["total_s"]
+
+
+def test_streaming_takes_what_the_disk_holds(tmp_path, monkeypatch) -> None:
+    def free(nbytes: int) -> None:
+        usage = type("Usage", (), {"free": nbytes})
+        monkeypatch.setattr(streaming.shutil, "disk_usage", lambda _: usage)
+
+    sizes = streaming.TRUE_RUN
+    for gigabytes, format, layers in ((64, "fp8", 3), (64, "bf16", 2), (71, "bf16", 3)):
+        free(gigabytes * 10**9)
+        fitting = streaming._fitting(sizes, format, tmp_path)
+        assert fitting.shape.num_hidden_layers == layers
+    free(10**9)
+    found = streamed_rows(tmp_path)
+    assert {row["status"] for row in found} == {"skipped"}
+    assert "GB of disk" in str(found[0]["note"])
+    assert "not timed" in str(found[-1]["note"])
+    assert "--folder" in report.streaming(found)
+
+
+def test_streaming_ends_with_its_budget(tmp_path, monkeypatch) -> None:
+    assert {row["status"] for row in streamed_rows(tmp_path, -1)} == {"skipped"}
+    monkeypatch.setattr(streaming.Bench, "_need", lambda *_: None)
+    monkeypatch.setattr(streaming, "verify", lambda *_: "")
+    real = streaming.Bench.measure
+
+    def late(self: streaming.Bench, checked: str) -> object:
+        self.deadline.end = 0
+        return real(self, checked)
+
+    monkeypatch.setattr(streaming.Bench, "measure", late)
+    found = streamed_rows(tmp_path)
+    assert {row["status"] for row in found} == {"skipped"}
+    assert "budget" in str(found[0]["note"])
+
+
+def test_totals_are_bytes_and_operations_over_rates() -> None:
+    """By hand: 61 layers of which each is bound by loading, and the first one's load."""
+    measured = projected.Measured(load_rate=1e9, flop_rate=1e15, factor=1.1, format="fp8")
+    for target in projected.TARGETS:
+        row = projected.total(target, measured, CPU)
+        load = float(str(row["gb"]))
+        assert float(str(row["load_s"])) == load > float(str(row["compute_s"]))
+        assert float(str(row["overlapped_s"])) == pytest.approx(1.1 * load, rel=1e-3)
+        assert float(str(row["total_s"])) == pytest.approx((61 * 1.1 + 1) * load, rel=1e-3)
+        assert float(str(row["total_gb"])) == pytest.approx(61 * load, rel=1e-3)
+
+
+def test_sizes_are_the_published_ones() -> None:
+    configs = ROOT / "tests" / "driver" / "published" / "configs"
+    names = ("kimi-k2", "deepseek-v3.2")
+    for target, name in zip(projected.TARGETS, names, strict=True):
+        published = json.loads((configs / f"{name}.json").read_text())
+        own = {**target.config, "quantization_config": published["quantization_config"]}
+        assert own == {key: published[key] for key in own}
+    published = json.loads((configs / "deepseek-v3.2.json").read_text())  # V3's, and an indexer
+    sizes = {**vars(streamed_files.TRUE), "num_hidden_layers": 61, "vocab_size": 129280}
+    del sizes["name"]
+    assert sizes == {key: published[key] for key in sizes}
+
+
+def test_streaming_comes_on_top_of_the_budget() -> None:
+    def left(*only: str, budget: float | None = None) -> dict[str, int]:
+        return {key: round(end.left()) for key, end in command.deadlines(only, budget).items()}
+
+    assert command.options_of([]).only == list(command.DEFAULT)
+    assert left(*command.DEFAULT)["end2end"] == round(0.97 * 440)
+    assert left("streaming")["streaming"] == round(0.97 * 240)
+    both = left("end2end", "streaming")
+    assert (both["end2end"], both["streaming"]) == (round(0.97 * 440), round(0.97 * 680))
+    assert left("checks", budget=100)["checks"] == 97
+    assert "GB free are needed" in streaming.help_text()

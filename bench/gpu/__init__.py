@@ -2,8 +2,9 @@
 
 `python -m bench.gpu` runs from a checkout, nothing installed, in less than eight minutes: the
 machine's peaks, then correctness, then timings of single kernels, of one layer and of a whole
-model. Exit codes: 0; 1 where a check failed (and nothing after it was timed); 4 without a CUDA
-device. `python -m bench.gpu.sanitize` runs the CUDA kernels under compute-sanitizer.
+model; `--only streaming` times layers that are loaded while others compute. Exit codes: 0; 1 where
+a check failed (and nothing after it was timed); 4 without a CUDA device. `python -m
+bench.gpu.sanitize` runs the CUDA kernels under compute-sanitizer.
 """
 
 import sys

@@ -12,15 +12,21 @@ import torch
 from bench import gpu, rows
 from bench.gpu.clock import Deadline
 
-STAGES = ("checks", "kernels", "layer", "end2end")
+STAGES = ("checks", "kernels", "layer", "end2end", "streaming")
+# Streaming is left out unless asked for: it fills tens of GB of a disk.
+DEFAULT = STAGES[:-1]
 FILES = {
     "checks": "gpu_checks",
     "kernels": "gpu_kernels",
     "layer": "gpu_layer",
     "end2end": "gpu_end_to_end",
+    "streaming": "gpu_streaming",
 }
+# Seconds for all stages but streaming, and for streaming, which comes on top.
+BUDGET, STREAMING = 440, 240
 # Shares of the budget by whose end a stage starts nothing more; the last one may take what is left.
 _ENDS = {"checks": 0.42, "kernels": 0.54, "layer": 0.75, "end2end": 0.97}
+_LAST = 0.97
 RED, NO_GPU = 1, 4
 
 Rows = list[dict[str, object]]
@@ -28,9 +34,24 @@ Rows = list[dict[str, object]]
 
 def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     """The parsed command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=gpu.__doc__)
-    parser.add_argument("--only", default=",".join(STAGES), help="stages, comma-separated")
-    parser.add_argument("--budget", type=float, default=440, help="seconds for everything")
+    from bench.gpu import streaming
+
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=gpu.__doc__, epilog=streaming.help_text()
+    )
+    parser.add_argument(
+        "--only",
+        default=",".join(DEFAULT),
+        help=f"stages, comma-separated, of {', '.join(STAGES)}; default all but streaming",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help=f"seconds for everything; default {BUDGET}, and {STREAMING} more for streaming",
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where streaming writes; default the system's temporary folder"
+    )
     parser.add_argument(
         "--out", type=Path, help="folder for rows and gpu.md; default bench/results"
     )
@@ -45,7 +66,21 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
         )
     if options.smoke and options.out is None:
         parser.error("--smoke needs --out: its rows are never written to bench/results")
+    if options.folder is not None and not options.folder.is_dir():
+        parser.error(f"--folder {options.folder}: no such folder")
     return options
+
+
+def deadlines(only: Sequence[str], budget: float | None) -> dict[str, Deadline]:
+    """When each of the stages asked for starts nothing more, from now on."""
+    others = [stage for stage in only if stage != "streaming"]
+    planned = (BUDGET if others else 0) + (STREAMING if "streaming" in only else 0)
+    scale = 1.0 if budget is None else budget / planned
+    ends = {stage: share * BUDGET * scale for stage, share in _ENDS.items()}
+    if others:
+        ends[max(others, key=STAGES.index)] = _LAST * BUDGET * scale
+    ends["streaming"] = _LAST * planned * scale
+    return {stage: Deadline(seconds) for stage, seconds in ends.items()}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,15 +97,13 @@ def main(arguments: Sequence[str]) -> int:
         return NO_GPU
     from bench.gpu.machine import survey
 
-    last = max(options.only, key=STAGES.index)
-    ends = {**_ENDS, last: _ENDS["end2end"]}
-    budget = {stage: Deadline(share * options.budget) for stage, share in ends.items()}
+    budget = deadlines(options.only, options.budget)
     machine = survey(device, options.smoke, options.commit)
     print("  ".join(f"{key}={value}" for key, value in machine.facts.items()), flush=True)
     stages: dict[str, Rows] = {}
     for stage in STAGES:
         if stage in options.only:
-            stages[stage] = _stage(stage, machine, budget)
+            stages[stage] = _stage(stage, machine, budget[stage], options.folder)
             _report(options.out or rows.RESULTS, stage, machine.facts, stages)
             if any(_status(row) == "failed" for row in stages[stage]):
                 return RED
@@ -88,18 +121,20 @@ def _device(smoke: bool) -> torch.device | None:
     return torch.device("cpu")
 
 
-def _stage(stage: str, machine: Any, budget: dict[str, Deadline]) -> Rows:
+def _stage(stage: str, machine: Any, deadline: Deadline, folder: Path | None) -> Rows:
     """Rows of one stage."""
-    from bench.gpu import checks, end_to_end, facts, kernels, layer
+    from bench.gpu import checks, end_to_end, facts, kernels, layer, streaming
 
     if stage == "checks":
         planned = [*facts.plan(machine.smoke), *checks.plan(machine.smoke)]
-        return checks.run(machine, planned, budget[stage])
+        return checks.run(machine, planned, deadline)
     if stage == "kernels":
-        return kernels.run(machine, budget[stage])
+        return kernels.run(machine, deadline)
     if stage == "layer":
-        return layer.run(machine, layer.plan(machine.smoke), budget[stage])
-    return end_to_end.run(machine, budget[stage])
+        return layer.run(machine, layer.plan(machine.smoke), deadline)
+    if stage == "end2end":
+        return end_to_end.run(machine, deadline)
+    return streaming.run(machine, deadline, folder)
 
 
 def _status(row: dict[str, object]) -> object:
@@ -110,7 +145,8 @@ def _report(folder: Path, stage: str, facts: dict[str, str], stages: dict[str, R
     """Appends the stage's rows, rewrites gpu.md, prints what is not green."""
     from bench.gpu import report
 
-    rows.write(FILES[stage], stages[stage], folder=folder, facts=facts, echo=stage == "end2end")
+    echo = stage in ("end2end", "streaming")
+    rows.write(FILES[stage], stages[stage], folder=folder, facts=facts, echo=echo)
     (folder / "gpu.md").write_text(report.page(facts, stages))
     for row in stages[stage]:
         if _status(row) == "failed":
@@ -119,3 +155,5 @@ def _report(folder: Path, stage: str, facts: dict[str, str], stages: dict[str, R
         print(report.checks(stages[stage]), flush=True)
     elif stage == "end2end":
         print(report.end_to_end(stages[stage]), flush=True)
+    elif stage == "streaming":
+        print(report.streaming(stages[stage]), flush=True)

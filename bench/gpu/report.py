@@ -29,6 +29,8 @@ def page(facts: dict[str, str], stages: dict[str, Sequence[Row]]) -> str:
         parts.append("## One layer\n\n" + layer(stages["layer"]))
     if "end2end" in stages:
         parts.append("## End to end\n\n" + end_to_end(stages["end2end"]))
+    if "streaming" in stages:
+        parts.append("## Streaming\n\n" + streaming(stages["streaming"]))
     return "\n".join(parts)
 
 
@@ -134,6 +136,29 @@ def end_to_end(rows: Sequence[Row]) -> str:
     return (markdown(head, body) if body else "") + _untimed(rows, lambda row: str(row["model"]))
 
 
+def streaming(rows: Sequence[Row]) -> str:
+    """Layers loaded, computed and both at once; projected totals; then what was not timed."""
+    from bench.gpu.streaming import GOAL
+
+    text = f"Goal: overlapped within {GOAL:g} of the longer of loading and computing.\n\n"
+    layers = [row for row in rows if row["status"] == "timed"]
+    keys = ("format", "what", "gb", "load_s", "compute_s", "rounds", "overlapped_s")
+    keys += ("overlapped/longer", "device_gb", "host_gb", "pinned_gb", "note")
+    head = ["format", "layer", "GB read", "load, s", "compute, s", "times computed beside a load"]
+    head += ["overlapped, s", "overlapped / longer", "device, GB", "host, GB", "pinned, GB", "note"]
+    if layers:
+        text += markdown(head, [[str(row[key]) for key in keys] for row in layers])
+    totals = [row for row in rows if row["status"] == "projected"]
+    keys = ("model", "sequences", "layers", "total_gb", "gb", "load_s", "compute_s")
+    keys += ("overlapped_s", "total_s", "goal_s", "note")
+    head = ["projected", "sequences", "layers", "GB", "GB a layer", "load, s a layer"]
+    head += ["compute, s a layer", "overlapped, s a layer", "total, s", "goal, s", "how"]
+    if totals:
+        text += "\n" + markdown(head, [[str(row[key]) for key in keys] for row in totals])
+    others = [row for row in rows if row["status"] not in ("timed", "projected")]
+    return text + _untimed(others, lambda row: str(row["what"]), lambda row: str(row["model"]))
+
+
 def _provider(row: Row) -> str:
     return f"{row['provider']}: {row['variant']}"
 
@@ -148,4 +173,4 @@ def _untimed(
     body = [[*key, _some(list(dict.fromkeys(names)))] for key, names in reasons.items()]
     if not body:
         return ""
-    return "\nNot timed:\n\n" + markdown(["status", "provider", "why", "where"], body)
+    return "\nNot timed:\n\n" + markdown(["status", "what", "why", "where"], body)
