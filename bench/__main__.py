@@ -11,6 +11,8 @@ BENCHMARKS = {
     "gpu": "everything a GPU is needed for: checks, layer timings, a whole model",
     "demo": "the demo's perplexities and agreements, as rows",
     "startup": "import and --help time beside `import torch`",
+    "stream_cpu": "a checkpoint observed layer by layer beside resident: time, bytes, memory; CPU",
+    "large_checkpoint": "a 29-GB checkpoint observed, killed, resumed and pruned in 8 GB; CPU",
     "bench_writer": "checkpoint writer beside cp, 8 GB",
 }
 

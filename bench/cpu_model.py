@@ -6,7 +6,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, LAYERS, VOCAB = 512, 256, 64, 8, 4, 4096
 
 
-def build(dtype: torch.dtype, seed: int = 0) -> Qwen3MoeForCausalLM:
+def build(dtype: torch.dtype, seed: int = 0, layers: int = LAYERS) -> Qwen3MoeForCausalLM:
     """The model on the CPU, in evaluation mode; weights of standard deviation 0.05."""
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
@@ -14,7 +14,7 @@ def build(dtype: torch.dtype, seed: int = 0) -> Qwen3MoeForCausalLM:
         hidden_size=HIDDEN,
         moe_intermediate_size=INTERMEDIATE,
         intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_experts=EXPERTS,
         num_experts_per_tok=TOP_K,
         num_attention_heads=8,

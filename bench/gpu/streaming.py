@@ -71,9 +71,9 @@ class Data:
         """All are of one group."""
         return "all"
 
-    def input_ids(self, number: int) -> Tensor:
-        """[batch, length] int64."""
-        return self.ids[number % len(self.ids)]
+    def inputs(self, number: int) -> dict[str, Tensor]:
+        """`input_ids` [batch, length] int64."""
+        return {"input_ids": self.ids[number % len(self.ids)]}
 
 
 def disk_bytes(sizes: Sizes, format: str) -> int:

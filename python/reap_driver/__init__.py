@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from reap_driver.observe import Observer, observe
     from reap_driver.plan import LayerPlan, Plan, make_plan, random_plan
     from reap_driver.router_mask import masked_experts
+    from reap_driver.streaming.observe import observe_streamed
     from reap_kernels import LayerStats, SaliencyStats, __version__
 
 _HOMES = {
@@ -42,6 +43,7 @@ _HOMES = {
     "make_plan": "reap_driver.plan",
     "masked_experts": "reap_driver.router_mask",
     "observe": "reap_driver.observe",
+    "observe_streamed": "reap_driver.streaming.observe",
     "random_plan": "reap_driver.plan",
     "score": "reap_driver.criteria",
 }
@@ -63,6 +65,7 @@ __all__ = [
     "make_plan",
     "masked_experts",
     "observe",
+    "observe_streamed",
     "random_plan",
     "score",
 ]

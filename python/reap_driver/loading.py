@@ -128,10 +128,7 @@ class StreamedModel:
         """Begins to load a layer in the background; does nothing past the last."""
         if layer >= len(self.layers) or layer in self._coming:
             return
-        released = None
-        if self._stream is not None:  # work queued so far may still read memory freed for this one
-            released = torch.cuda.current_stream(self.device).record_event()
-        self._coming[layer] = self._pool.submit(self._load, layer, released)
+        self._coming[layer] = self._pool.submit(self._load, layer)
 
     def ready(self, layer: int, timeout: float | None = None) -> bool:
         """Waits for a layer's weights; whether they are there within `timeout` seconds.
@@ -148,6 +145,10 @@ class StreamedModel:
 
     def release(self, layer: int) -> None:
         """Frees a layer's weights."""
+        if self._stream is not None:
+            # Its memory goes to the layer that is being loaded; products that read it may be queued.
+            done = torch.cuda.current_stream(self.device).record_event()
+            self._stream.wait_event(done)
         self._parts.release(layer)
         del self._coming[layer]
 
@@ -166,11 +167,10 @@ class StreamedModel:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
 
-    def _load(self, layer: int, released: Any) -> None:
+    def _load(self, layer: int) -> None:
         if self._stream is None:
             self._parts.load(self._read_ahead(layer), layer, self.device)
             return
-        self._stream.wait_event(released)
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             self._parts.load(self._read_ahead(layer), layer, self.device)
         self._stream.synchronize()
@@ -195,7 +195,7 @@ def _opened(
     split: Any,
 ) -> Iterator[StreamedModel]:
     """The model with everything loaded but the layers `split` finds."""
-    reader = Reader(pinned=device.type == "cuda")
+    reader = Reader()
     with contextlib.closing(reader):
         config, source = _found(path_or_id, trust)
         tensors = stored(source.tensors, reader)
@@ -208,6 +208,8 @@ def _opened(
         check_loading(path_or_id, info, model)
         if device.type != "cpu":
             model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        # Not before: page-locked memory stays taken, and what is outside layers is read but once.
+        reader.pinned = device.type == "cuda"
         streamed = StreamedModel(parts, tensors, reader, device)
         try:
             yield streamed

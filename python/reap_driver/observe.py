@@ -20,6 +20,7 @@ import reap_kernels
 from reap_driver.adapters import KernelAdapter
 from reap_driver.compat.experts import Forward
 from reap_driver.compat.models import config_digest
+from reap_driver.compat.packing import unpacked
 from reap_driver.discover import MoELayer, adapter_of, block_of, find_moe_layers
 from reap_driver.masks import TokenMask
 from reap_kernels import ExpertWeights, GateFormula, LayerStats, SaliencyStats, observe_layer
@@ -101,11 +102,11 @@ class Observer:
         # Before the batch moves: on a GPU, reading the ids there would wait for all queued work, as
         # would the move itself from memory that is not pinned.
         _check_ids(self.model, batch.get("input_ids"))
-        device = self.model.device
+        device = _input_device(self.model)
         if device.type != "meta":
             batch = {k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         options = _economies(self.model, batch)
-        with torch.no_grad(), self.tokens.restricted_to(token_mask):
+        with torch.no_grad(), self.tokens.restricted_to(token_mask), unpacked(batch):
             return self.model(**{**options, **batch})
 
     @contextlib.contextmanager
@@ -266,10 +267,17 @@ class LayerRecorder:
         out = observe_layer(
             hidden, ids, weights, experts, stats, mask=mask, group=group, backend=self.backend
         )
-        rows = self.sample(len(hidden), mask)
+        rows = self.sample(len(hidden), self._comparable(ids, mask))
         if rows is not None:
             self.compare(out[rows], eager(hidden[rows], ids[rows], weights[rows]))
         return out
+
+    def _comparable(self, ids: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Counted tokens with an expert of this process: of others it computes nothing."""
+        if self._compared or self._layer.local is None:
+            return mask
+        own = ((ids >= 0) & (ids < self._layer.local_experts)).any(dim=1)
+        return own if mask is None else own & mask
 
     def weights(self) -> ExpertWeights:
         """The module's weights as they lie now."""
@@ -366,6 +374,13 @@ def _economies(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
     if "logits_to_keep" in parameters and "labels" not in batch:  # a loss needs them all
         options["logits_to_keep"] = 1
     return options
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: the embedding's device; a streamed model's first weights may be away."""
+    embeddings = model.get_input_embeddings()
+    weight = next(embeddings.parameters(), None) if embeddings is not None else None
+    return model.device if weight is None or weight.is_meta else weight.device
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

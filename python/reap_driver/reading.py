@@ -46,19 +46,19 @@ class Reader:
 
     Attributes:
         bytes_read: how many so far.
+        pinned: whether to read into page-locked memory, from which a GPU copies fastest.
     """
 
     def __init__(self, *, pinned: bool = False) -> None:
-        """`pinned`: into page-locked memory, from which a GPU copies without waiting."""
         self.bytes_read = 0
-        self._pinned = pinned
+        self.pinned = pinned
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="reap-read")
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
     def start(self, entry: TensorEntry, dtype: torch.dtype) -> "Reading":
         """Begins to read a tensor."""
-        memory = torch.empty(entry.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+        memory = torch.empty(entry.nbytes, dtype=torch.uint8, pin_memory=self.pinned)
         view = memory.numpy().data
         pieces = [
             self._pool.submit(self._read, entry.file, entry.start + at, view[at : at + _PIECE])

@@ -1,12 +1,12 @@
 """Runs a model over calibration batches while it is observed, resident or streamed.
 
-Both ways observe the same batches in the same composition through the same observer, write the same
-journal, and end with the same statistics, bit for bit.
+Both ways observe the same batches in the same composition through the same observer, write the
+same journal, and end with the same statistics, bit for bit.
 """
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +19,6 @@ from reap_driver.loading import StreamedModel
 from reap_driver.observe import Observer
 from reap_driver.streaming.runner import LayerRunner
 from reap_driver.streaming.store import StateStore
-from reap_kernels.errors import UnsupportedModel
 
 _LISTEN = 0.1  # seconds between two looks at whether somebody has asked the run to end
 
@@ -31,8 +30,8 @@ class Batches(Protocol):
         """The calibration group a batch is counted under."""
         ...
 
-    def input_ids(self, number: int) -> Tensor:
-        """[batch, seq] int64."""
+    def inputs(self, number: int) -> dict[str, Tensor]:
+        """The observer's arguments: `input_ids` [batch, seq] int64 and what goes with them."""
         ...
 
 
@@ -70,10 +69,10 @@ class Run:
         """Layers or batches that the journal has already."""
         return 0 if self.journal is None else self.journal.position
 
-    def feed(self, number: int, input_ids: Tensor) -> Any:
+    def feed(self, number: int, inputs: Mapping[str, Tensor]) -> Any:
         """Runs the model on a batch."""
         with self.observer.group(self.batches.group(number)):
-            return self.observer(input_ids=input_ids)
+            return self.observer(**inputs)
 
     def interrupt(self, what: str) -> Interrupted:
         """What is raised to end the run, when the journal is written."""
@@ -93,7 +92,7 @@ def observe_resident(run: Run) -> None:
     """
     total = len(run.numbers)
     left = run.numbers[run.start :]
-    batches = prefetched(map(run.batches.input_ids, left), run.observer.model.device)
+    batches = prefetched(map(run.batches.inputs, left), run.observer.model.device)
     with run.observer, contextlib.closing(batches):
         for position, (number, batch) in enumerate(zip(left, batches, strict=True), run.start + 1):
             run.feed(number, batch)
@@ -136,11 +135,9 @@ def _run_batch(
 ) -> None:
     """One layer on one batch; a layer that a batch does not reach leaves its state alone."""
     state = store.get(number, following)
-    ids = ready_for(run.batches.input_ids(number), store.device)
-    new = runner.run(layer, lambda: run.feed(number, ids), state)
-    kept = state if new is None else new
-    if kept is not None:
-        store.put(number, kept)
+    inputs = ready_for(run.batches.inputs(number), store.device)
+    new = runner.run(layer, lambda: run.feed(number, inputs), state)
+    store.put(number, state if new is None else new)
 
 
 def _await(run: Run, streamed: StreamedModel, layer: int) -> None:
@@ -173,13 +170,11 @@ def _check_end(run: Run, runner: LayerRunner, store: StateStore, total: int) -> 
         UnsupportedModel: the model calls layers again, or none of its experts was called.
     """
     number = run.numbers[0]
-    ids = run.batches.input_ids(number)
-    left = runner.run(total, lambda: run.feed(number, ids), store.get(number, None))
-    if left is not None:
-        raise UnsupportedModel(
-            f"{type(run.observer.model).__name__} runs its layers in an order of its own; observe "
-            "the model with --stream never"
-        )
+    state = None if store.empty else store.get(number, None)
+    if state is None:  # the run that wrote the journal got past here; or no layer is for the batch
+        return
+    inputs = ready_for(run.batches.inputs(number), store.device)
+    runner.run(total, lambda: run.feed(number, inputs), state)
 
 
 def _followed(numbers: Sequence[int]) -> Iterator[tuple[int, int | None]]:

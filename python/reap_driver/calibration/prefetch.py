@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -9,7 +10,11 @@ from torch import Tensor
 THREAD = "reap-prefetch"  # what the thread's name begins with
 
 
-def prefetched(batches: Iterable[Tensor], device: torch.device) -> Generator[Tensor, None, None]:
+# A batch: token ids, or all arguments of a model.
+BatchT = TypeVar("BatchT", Tensor, dict[str, Tensor])
+
+
+def prefetched(batches: Iterable[BatchT], device: torch.device) -> Generator[BatchT, None, None]:
     """The same batches in the same order, each made while the one before is being used.
 
     For a CUDA device they are pinned, so that moving them there waits for nothing. An exception of
@@ -28,12 +33,16 @@ def prefetched(batches: Iterable[Tensor], device: torch.device) -> Generator[Ten
             yield batch
 
 
-def _next(source: Iterator[Tensor], device: torch.device) -> Tensor | None:
+def _next(source: Iterator[BatchT], device: torch.device) -> BatchT | None:
     """The next batch, ready to be moved; None after the last."""
     batch = next(source, None)
     return None if batch is None else ready_for(batch, device)
 
 
-def ready_for(batch: Tensor, device: torch.device) -> Tensor:
+def ready_for(batch: BatchT, device: torch.device) -> BatchT:
     """The batch where moving it to `device` waits for nothing: in pinned memory for a GPU."""
-    return batch.pin_memory() if device.type == "cuda" else batch
+    if device.type != "cuda":
+        return batch
+    if isinstance(batch, dict):
+        return {name: tensor.pin_memory() for name, tensor in batch.items()}
+    return batch.pin_memory()

@@ -80,10 +80,10 @@ class PackedBatches:
         """The group of the source a batch is from."""
         return self._places[number][0].source.group
 
-    def input_ids(self, number: int) -> Tensor:
-        """[batch, seq] int64."""
+    def inputs(self, number: int) -> dict[str, Tensor]:
+        """`input_ids` [batch, seq] int64."""
         source, within, size = self._places[number]
-        return source.batch(within, size)
+        return {"input_ids": source.batch(within, size)}
 
 
 def check_journal(args: argparse.Namespace, ranks: Ranks) -> None:

@@ -125,9 +125,9 @@ def test_every_place_of_states_resumes(
     monkeypatch.setattr(StreamedModel, "release", release)
     load = StreamedModel._load
 
-    def count(self: StreamedModel, number: int, released: Any) -> None:
+    def count(self: StreamedModel, number: int) -> None:
         loaded.append(number)
-        load(self, number, released)
+        load(self, number)
 
     monkeypatch.setattr(StreamedModel, "_load", count)
     assert main([*words, *mode, "--resume"]) == 0

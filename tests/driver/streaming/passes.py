@@ -28,8 +28,8 @@ class Listed:
     def group(self, number: int) -> str:
         return self.groups[number % len(self.groups)]
 
-    def input_ids(self, number: int) -> Tensor:
-        return self.ids[number]
+    def inputs(self, number: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[number]}
 
 
 def batches(vocab: int, count: int = 3, seq: int = 16, batch: int = 2) -> Listed:
