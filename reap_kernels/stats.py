@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from reap_kernels.errors import DataError, ShapeError
-from reap_kernels.files import replaced
+from reap_kernels.files import replaced, save_tensors
 
 COUNTS = ("count", "nonfinite")
 SUMS = ("gate_sum", "norm_sum", "gate_norm_sum", "norm_sq_sum", "gate_norm_sq_sum")
@@ -222,7 +221,7 @@ class SaliencyStats:
             "provenance": json.dumps(self.provenance),
         }
         with replaced(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+            save_tensors(tensors, temporary, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SaliencyStats":

@@ -163,9 +163,11 @@ class Unknown(Tensor):
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             name = getattr(func, "__name__", str(func))
-            if name == "__get__":  # shape, dtype, device
-                says = args[0]._says if getattr(func, "__self__", None) is Tensor.device else None
-                return says or func(*args, **(kwargs or {}))
+            if name == "__get__":  # shape and dtype, but also .mT and .data
+                says = getattr(args[0], "_says", None)
+                if says is not None and getattr(func, "__self__", None) is Tensor.device:
+                    return says
+                return unknown_like(func(*args, **(kwargs or {})), says)
             given = [leaf for leaf in leaves([args, kwargs or {}]) if isinstance(leaf, Tensor)]
             says = next((leaf._says for leaf in given if isinstance(leaf, Unknown)), None)
             copies: dict[int, Tensor] = {}

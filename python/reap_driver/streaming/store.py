@@ -12,13 +12,20 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from reap_driver.streaming.state import State
 from reap_kernels.errors import DataError
+from reap_kernels.files import save_tensors
 
 Place = Literal["device", "host", "file"]
+
+# In place of the state of a batch that no layer was for yet.
+_NONE = State(-1, None)
+
+# Copies lie as far from a multiple of this as what they are copies of: some products round
+# differently at other addresses.
+_ALIGNMENT = 64
 
 
 class StateStore:
@@ -35,12 +42,18 @@ class StateStore:
         self._place: Place = "device" if place == "host" and device.type == "cpu" else place
         self.device = device
         self._states: dict[int, State] = {}
+        self._loaded: Path | None = None
         self._files = _Files(folder) if folder is not None and place == "file" else None
 
     @property
     def in_files(self) -> bool:
         """Whether states are in files anyway."""
         return self._files is not None
+
+    @property
+    def empty(self) -> bool:
+        """Whether no states were put or loaded."""
+        return not self._states if self._files is None else self._files.empty
 
     def begin(self, position: int) -> None:
         """States that are put from now on are those behind `position` layers."""
@@ -55,6 +68,9 @@ class StateStore:
     def get(self, number: int, following: int | None) -> State | None:
         """The state of a batch, on the device; None before its first layer.
 
+        Raises:
+            DataError: its file is missing or damaged.
+
         Args:
             number: of the batch.
             following: the batch that will be asked for next.
@@ -63,12 +79,15 @@ class StateStore:
             state = self._files.get(number, following)
         else:
             state = self._states.get(number)
-        if state is None or self._place == "device":
-            return state
-        return state.moved(lambda t: t.to(self.device, non_blocking=t.is_pinned()))
+            if state is None and self._loaded is not None:
+                raise _unreadable(_file(self._loaded, number), "it is missing")
+        if state is None or state.layer < 0:
+            return None
+        return state if self._place == "device" else state.moved(self._here)
 
-    def put(self, number: int, state: State) -> None:
-        """Keeps the state of a batch in place of the one it had."""
+    def put(self, number: int, state: State | None) -> None:
+        """Keeps the state of a batch in place of the one it had; None: no layer was for it yet."""
+        state = _NONE if state is None else state
         if self._files is not None:
             self._files.put(number, state)
         else:
@@ -89,18 +108,23 @@ class StateStore:
         """Takes the states that `save` wrote, or that lie in files there.
 
         Raises:
-            DataError: a file is damaged.
+            DataError: a file is damaged; that one is missing is found when it is asked for.
         """
         if self._files is not None:
             self._files.resume(folder)
             return
-        for path in sorted(folder.iterdir()):
+        self._loaded = folder
+        for path in sorted(folder.glob("*.safetensors")):
             state = read_state(path)
-            if self._place == "device":
-                state = state.moved(lambda t: t.to(self.device))
-            else:
-                state = state.moved(_pinned)
-            self._states[int(path.stem)] = state
+            self._states[int(path.stem)] = state.moved(
+                self._here if self._place == "device" else _pinned
+            )
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device."""
+        if tensor.device == self.device:
+            return tensor
+        return _copied(tensor, device=self.device)
 
     def close(self) -> None:
         """Ends what goes on in the background."""
@@ -118,6 +142,10 @@ class _Files:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="reap-states")
         self._coming: tuple[int, Future[State]] | None = None
         self._written: Future[None] | None = None
+
+    @property
+    def empty(self) -> bool:
+        return self._source is None
 
     def begin(self, position: int) -> None:
         self._target = states_folder(self._root, position)
@@ -145,7 +173,7 @@ class _Files:
     def put(self, number: int, state: State) -> None:
         assert self._target is not None
         self._finish()  # one at a time, so that memory holds few
-        host = state.moved(lambda t: t.to("cpu"))
+        host = state.moved(lambda t: t if t.device.type == "cpu" else _copied(t, device="cpu"))
         self._written = self._pool.submit(write_state, _file(self._target, number), host)
 
     def flush(self, folder: Path) -> None:
@@ -173,14 +201,18 @@ def states_folder(root: Path, position: int) -> Path:
 
 
 def write_state(path: Path, state: State, *, flush: bool = False) -> None:
-    """Writes a state as one safetensors file."""
-    orders = [_order(tensor) for tensor in state.tensors]
+    """Writes a state as one safetensors file.
+
+    Raises:
+        OSError: the disk refuses, or is full.
+    """
     tensors = {
-        str(number): tensor.permute(order).to("cpu", copy=True).contiguous()
-        for number, (tensor, order) in enumerate(zip(state.tensors, orders, strict=True))
+        str(number): _memory(tensor).to("cpu", copy=True)
+        for number, tensor in enumerate(state.tensors)
     }
-    facts = {"layer": state.layer, "skeleton": state.skeleton, "orders": orders}
-    save_file(tensors, path, metadata={"state": json.dumps(facts)})
+    shapes = [[list(t.shape), list(t.stride()), _offset(t)] for t in state.tensors]
+    facts = {"layer": state.layer, "skeleton": state.skeleton, "tensors": shapes}
+    save_tensors(tensors, path, {"state": json.dumps(facts)})
     if flush:
         _sync(path)
 
@@ -195,32 +227,48 @@ def read_state(path: Path) -> State:
         with safe_open(path, "pt") as file:
             facts: dict[str, Any] = json.loads(file.metadata()["state"])
             tensors = [
-                file.get_tensor(str(number)).clone().permute(_inverse(order))
-                for number, order in enumerate(facts["orders"])
+                _laid_out(file.get_tensor(str(number)), *where)
+                for number, where in enumerate(facts["tensors"])
             ]
+        return State(facts["layer"], facts["skeleton"], tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); delete the journal's folder and start anew"
-        ) from error
-    return State(facts["layer"], facts["skeleton"], tensors)
+        raise _unreadable(path, str(error)) from error
 
 
-def _order(tensor: Tensor) -> list[int]:
-    """Dimensions by falling stride: in this order a dense tensor is contiguous."""
-    strides = tensor.stride()
-    return sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
+def _unreadable(path: Path, why: str) -> DataError:
+    return DataError(f"{path}: cannot be read ({why}); delete the journal's folder and start anew")
 
 
-def _inverse(order: list[int]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)
+def _memory(tensor: Tensor) -> Tensor:
+    """What a tensor lies in, from its first element to its last, in one dimension."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    extent = 1 + sum((size - 1) * stride for size, stride in sizes) if tensor.numel() else 0
+    return tensor.as_strided((extent,), (1,), tensor.storage_offset())
+
+
+def _offset(tensor: Tensor) -> int:
+    """Elements between it and the aligned address before it."""
+    return tensor.data_ptr() % _ALIGNMENT // tensor.element_size()
+
+
+def _laid_out(
+    memory: Tensor, shape: list[int], strides: list[int], offset: int, **where: Any
+) -> Tensor:
+    """A copy of a tensor's memory as such a tensor again."""
+    copy = torch.empty(offset + len(memory), dtype=memory.dtype, **where)
+    copy[offset:].copy_(memory, non_blocking=copy.is_pinned() or memory.is_pinned())
+    return copy.as_strided(shape, strides, offset)
+
+
+def _copied(tensor: Tensor, **where: Any) -> Tensor:
+    """A copy elsewhere, with the same strides."""
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    return _laid_out(_memory(tensor), shape, strides, _offset(tensor), **where)
 
 
 def _pinned(tensor: Tensor) -> Tensor:
     """A copy in page-locked host memory with the same strides, queued behind what computes it."""
-    order = _order(tensor)
-    source = tensor.permute(order)
-    host = torch.empty(source.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
-    return host.copy_(source, non_blocking=tensor.is_cuda).permute(_inverse(order))
+    return _copied(tensor, pin_memory=torch.cuda.is_available())
 
 
 def _file(folder: Path, number: int) -> Path:

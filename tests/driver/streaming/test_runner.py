@@ -1,4 +1,4 @@
-"""One layer at a time through a model's own forward: its bits, or a refusal that names the layer."""
+"""One layer at a time through a model's own forward: its bits, or a refusal naming the layer."""
 
 from collections import UserDict
 from collections.abc import Callable, Sequence
