@@ -74,7 +74,15 @@ class Reader:
         self._files.clear()
 
     def _read(self, path: Path, start: int, view: memoryview) -> None:
-        descriptor = self._open(path)
+        try:
+            descriptor = self._open(path)
+            self._fill(path, descriptor, start, view)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be read ({error.strerror}); check the file and its rights"
+            ) from error
+
+    def _fill(self, path: Path, descriptor: int, start: int, view: memoryview) -> None:
         while view:
             count = os.preadv(descriptor, [view], start)
             if not count:
@@ -119,7 +127,7 @@ class StoredTensor(Lazy):
         if self._entry.dtype not in _DTYPES:
             raise CheckpointError(
                 f"{self._entry.file}: tensor {self._key!r} has dtype {self._entry.dtype}, which "
-                "cannot be streamed; convert the checkpoint, or observe it with --stream never"
+                f"cannot be read, {', '.join(_DTYPES)} can; convert the tensor"
             )
         self._reading = self._reader.start(self._entry, _DTYPES[self._entry.dtype])
 
