@@ -146,7 +146,7 @@ class StreamedModel:
     def release(self, layer: int) -> None:
         """Frees a layer's weights."""
         if self._stream is not None:
-            # Its memory goes to the layer that is being loaded; products that read it may be queued.
+            # Its memory goes to the layer that is being loaded; what reads it may still be queued.
             done = torch.cuda.current_stream(self.device).record_event()
             self._stream.wait_event(done)
         self._parts.release(layer)
@@ -159,7 +159,8 @@ class StreamedModel:
     def tie(self) -> None:
         """Ties again what loading decoder layers one by one took apart."""
         if self.tied() is not None:
-            self.model.tie_weights()
+            away = {name for name, tensor in self.model.state_dict().items() if tensor.is_meta}
+            self.model.tie_weights(missing_keys=away, recompute_mapping=False)
 
     def close(self) -> None:
         """Stops loading."""

@@ -29,6 +29,8 @@ _set_param = core_model_loading.set_param_for_module
 
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 
+_REMEDY = "use the config.json and weights of one and the same checkpoint"
+
 # Bytes on disk that are read and converted together.
 CHUNK_BYTES = 128 << 20
 
@@ -98,25 +100,23 @@ class Parts:
             CheckpointError: a tensor cannot be converted, or has not the shape config.json says.
         """
         gathered: dict[str, list[Tensor]] = {}
-        problems: list[str] = []
+        refused: dict[str, list[int]] = {}
         config = replace(self._load_config, device_map={"": str(device)})
         for chunk in chunks:
             with _placing(self._placer(chunk, gathered)), _alone(), partial_blocks():
                 wanted = {key: self._tensors[key] for key in chunk.keys}
                 info, _ = _convert_and_load(self.model, wanted, config)
-            problems += [*map(str, info.conversion_errors.values()), *map(str, info.error_msgs)]
-            if problems:
-                raise CheckpointError(
-                    f"{self.layers[layer][0]}: weights cannot be converted: "
-                    f"{' '.join(problems[0].split())[:300]}"
-                )
+            for name, text in info.conversion_errors.items():
+                said = " ".join(str(text).strip().splitlines()[-2:])  # before it is a traceback
+                raise CheckpointError(f"{name}: cannot be converted ({said[:300]}); {_REMEDY}")
+            refused |= {name: list(shape) for name, shape, _ in info.mismatched_keys}
         for name, blank in self._blank[layer].items():
             found = _tensor(self.model, name)
             if found.is_meta or found.shape != blank.shape:
-                shape = "nothing" if found.is_meta else str(list(found.shape))
+                shape = refused.get(name, "nothing" if found.is_meta else list(found.shape))
                 raise CheckpointError(
                     f"{name}: the checkpoint gives {shape}, config.json says {list(blank.shape)}; "
-                    "use the config.json and weights of one and the same checkpoint"
+                    f"{_REMEDY}"
                 )
 
     def release(self, layer: int) -> None:
@@ -126,7 +126,8 @@ class Parts:
 
     def tied(self) -> str | None:
         """A tensor of a decoder layer that is another module's too, if there is one."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        pairs = getattr(self.model, "all_tied_weights_keys", None) or {}
+        tied = {*pairs, *pairs.values()}  # the checkpoint may have it under either name
         return next((name for blanks in self._blank for name in blanks if name in tied), None)
 
     def _placer(self, chunk: Chunk, gathered: dict[str, list[Tensor]]) -> Callable[..., None]:
@@ -145,6 +146,11 @@ class Parts:
                 )
                 gathered[name] = [whole, whole]
             rest = gathered[name][1]
+            if value.shape[1:] != rest.shape[1:]:
+                raise CheckpointError(
+                    f"{name}: its experts are of shapes {list(rest.shape[1:])} and "
+                    f"{list(value.shape[1:])}; {_REMEDY}"
+                )
             rest[: len(value)] = value
             gathered[name][1] = rest[len(value) :]
             if len(rest) == len(value):
