@@ -73,8 +73,9 @@ class Bench:
     """
 
     def __init__(self, machine: Machine) -> None:
-        from reap_driver.batching import batch_sizes
         from reap_driver.discover import find_moe_layers
+        from reap_driver.sizing.machine import free_device_memory
+        from reap_driver.sizing.plan import workload
 
         self.machine = machine
         sizes = dict(_TINY if machine.smoke else _QWEN3_30B)
@@ -86,7 +87,16 @@ class Bench:
         self.layers, self.length = sizes["num_hidden_layers"], length
         self.model = build(sizes, machine.device)
         found = find_moe_layers(self.model)
-        self.batch = batch_sizes(self.model, found, [sequences], length)[0]
+        work = workload(
+            self.model,
+            found,
+            tokens=sequences * length,
+            seq_len=length,
+            device=self.model.device,
+            dtype=self.model.dtype,
+        )
+        free = free_device_memory(self.model.device)
+        self.batch = work.batch(None if free is None else free.nbytes)
         rng = torch.Generator().manual_seed(1)
         ids = torch.randint(0, sizes["vocab_size"], (sequences, length), generator=rng)
         self.batches = list(ids.split(self.batch))

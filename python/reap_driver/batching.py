@@ -10,7 +10,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from reap_driver.discover import MoELayer
-from reap_driver.sizing.machine import free_device_memory
 
 # Rows (tokens times top-k) an expert should get on average. With fewer, the grouped products wait
 # for the experts' weights to be read; on an H200, arithmetic takes longer from 200 to 270 rows on.
@@ -51,43 +50,16 @@ class Footprint:
         return self.held * tokens + min(self.experts * tokens, free // 4)
 
 
-def choose_batch_size(
-    *,
-    sequences: int,
-    seq_len: int,
-    experts_per_choice: float,
-    accelerator: bool,
-    footprint: Footprint,
-    free: int | None,
+def full_batch(
+    *, sequences: int, seq_len: int, experts_per_choice: float, accelerator: bool
 ) -> int:
-    """Sequences to run at a time; the same for the same arguments.
+    """Sequences that keep the processor busy, however much memory they take.
 
     Args:
         sequences: how many there are; never more are chosen.
         seq_len: tokens in each.
         experts_per_choice: num_experts / top_k, the largest of any layer.
         accelerator: whether the model is on one.
-        footprint: of a token.
-        free: bytes of memory that are free with the model loaded; None where nobody can tell, and
-            one sequence is chosen.
-    """
-    if free is None:
-        return 1
-    full = full_batch(
-        sequences=sequences,
-        seq_len=seq_len,
-        experts_per_choice=experts_per_choice,
-        accelerator=accelerator,
-    )
-    return max(1, min(full, footprint.tokens_within(free) // seq_len))
-
-
-def full_batch(
-    *, sequences: int, seq_len: int, experts_per_choice: float, accelerator: bool
-) -> int:
-    """Sequences that keep the processor busy, however much memory they take.
-
-    Args: see `choose_batch_size`.
     """
     wanted = math.ceil(ROWS_PER_EXPERT * experts_per_choice)
     if accelerator:
@@ -118,32 +90,6 @@ def token_footprint(
     # Scores and logits are copied to float32, for the softmax.
     held += (itemsize + 4) * (logits + eager_scores)
     return Footprint(held, itemsize * expert_values)
-
-
-def batch_sizes(
-    model: PreTrainedModel, layers: Sequence[MoELayer], sequences: Sequence[int], seq_len: int
-) -> list[int]:
-    """The size chosen for each source of calibration data, by what the machine has free now.
-
-    Args:
-        model: on its device.
-        layers: its MoE layers.
-        sequences: how many each source has.
-        seq_len: tokens in each.
-    """
-    free = free_memory(model.device)
-    footprint = footprint_of(model, layers, seq_len)
-    return [
-        choose_batch_size(
-            sequences=count,
-            seq_len=seq_len,
-            experts_per_choice=max(layer.num_experts / layer.top_k for layer in layers),
-            accelerator=model.device.type != "cpu",
-            footprint=footprint,
-            free=free,
-        )
-        for count in sequences
-    ]
 
 
 def footprint_of(
@@ -187,9 +133,3 @@ def footprint_of(
 def computes_all_logits(model: PreTrainedModel) -> bool:
     """Whether the model can only compute every token's logits, not the last one's alone."""
     return "logits_to_keep" not in inspect.signature(type(model).forward).parameters
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes a forward on `device` could still allocate; None where the system does not say."""
-    free = free_device_memory(device)
-    return None if free is None else free.nbytes

@@ -18,10 +18,12 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_driver.checkpoint.source import Source, open_source, resolve_folder
-from reap_driver.compat.models import check_loading, from_checkpoint, load_config
+from reap_driver.compat.models import check_loading, from_checkpoint, load_config, quantisation
 from reap_driver.compat.parts import Chunk, Parts, parted
+from reap_driver.compressed.matrices import plain_weights
+from reap_driver.compressed.scheme import is_compressed
 from reap_driver.discover import find_moe_layers
-from reap_driver.reading import Reader, StoredTensor, start, stored
+from reap_driver.reading import Readable, Reader, start, stored
 from reap_driver.sizing.layers import decoder_layers
 from reap_kernels.errors import UnsupportedModel
 
@@ -35,7 +37,8 @@ def load_model(
     offload_folder: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint for observation, in eval mode, FP8 and MXFP4 weights as plain floats.
+    """Load a checkpoint for observation, in eval mode, quantised weights as plain floats: FP8, MXFP4
+    and what compressed-tensors stores in 4 or 8 bits.
 
     Args:
         path_or_id: folder of a checkpoint in safetensors, or a hub id.
@@ -49,18 +52,20 @@ def load_model(
     Raises:
         CheckpointError: a shard is missing or truncated, a shape does not match the config, or the
             checkpoint lacks tensors the model needs, or brings experts it does not know.
-        UnsupportedModel: see `load_config` and `model_class`.
+        UnsupportedModel: see `load_config` and `model_class`; or what compressed-tensors stored
+            cannot be read.
     """
     if device_map is not None:
-        config, _ = _found(path_or_id, trust_remote_code)
-        model, info = from_checkpoint(
-            path_or_id,
-            config,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            device_map=device_map,
-            offload_folder=offload_folder,
-        )
+        config, source = _found(path_or_id, trust_remote_code)
+        with _read_by_library(path_or_id, config, source):
+            model, info = from_checkpoint(
+                path_or_id,
+                config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                device_map=device_map,
+                offload_folder=offload_folder,
+            )
         check_loading(path_or_id, info, model)
         return model
     opened = _opened(path_or_id, dtype, torch.device(device), trust_remote_code, _layers_if_any)
@@ -108,7 +113,7 @@ class StreamedModel:
     """
 
     def __init__(
-        self, parts: Parts, tensors: dict[str, StoredTensor], reader: Reader, device: torch.device
+        self, parts: Parts, tensors: dict[str, Readable], reader: Reader, device: torch.device
     ) -> None:
         self._parts, self._tensors, self._reader = parts, tensors, reader
         self.device = device
@@ -199,7 +204,8 @@ def _opened(
     reader = Reader()
     with contextlib.closing(reader):
         config, source = _found(path_or_id, trust)
-        tensors = stored(source.tensors, reader)
+        found = stored(source.tensors, reader)
+        tensors = plain_weights(found, quantisation(config), path_or_id, device)
         with parted(tensors, split) as parts:
             model, info = from_checkpoint(
                 source.folder, config, dtype=dtype, trust_remote_code=trust
@@ -216,6 +222,28 @@ def _opened(
             yield streamed
         finally:
             streamed.close()
+
+
+@contextmanager
+def _read_by_library(
+    path_or_id: str | Path, config: PretrainedConfig, source: Source
+) -> Iterator[None]:
+    """While active, the library's loading finds plain weights where compressed-tensors has none."""
+    if not is_compressed(quantisation(config)):
+        yield
+        return
+    with contextlib.closing(Reader()) as reader:
+        found = stored(source.tensors, reader)
+        tensors = plain_weights(found, quantisation(config), path_or_id, torch.device("cpu"))
+        with parted(tensors, lambda model: []) as parts:
+            yield
+        if "disk" in getattr(parts.model, "hf_device_map", {}).values():
+            # It would read weights from the checkpoint's files again, as they are stored.
+            raise UnsupportedModel(
+                f"{path_or_id}: device_map puts modules on disk, which what compressed-tensors "
+                "stores cannot be read from; stream the model (open_streamed, --stream always)"
+            )
+        parts.restore()
 
 
 def _found(path_or_id: str | Path, trust: bool) -> tuple[PretrainedConfig, Source]:

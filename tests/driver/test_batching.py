@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from reap_driver import batching
-from reap_driver.batching import Footprint, choose_batch_size, footprint_of, token_footprint
+from reap_driver.batching import Footprint, footprint_of, full_batch, token_footprint
 from reap_driver.compat.models import meta_model
 from reap_driver.discover import find_moe_layers
+from reap_driver.sizing.decision import Workload
 from reap_driver.sizing.host_memory import Free
+from reap_driver.sizing.machine import free_device_memory
+from reap_driver.sizing.plan import workload
 from tests.driver import zoo
 from tests.driver.observe.test_architectures import NAMES
 
@@ -28,7 +30,10 @@ def choose(**changed: Any) -> int:
         "footprint": SMALL,
         "free": PLENTY,
     }
-    return choose_batch_size(**{**known, **changed})
+    known.update(changed)
+    footprint, free = known.pop("footprint"), known.pop("free")
+    tokens = known["sequences"] * known["seq_len"]
+    return Workload(tokens, known["seq_len"], footprint, full_batch(**known)).batch(free)
 
 
 @pytest.mark.parametrize(
@@ -112,21 +117,23 @@ def test_every_architecture_has_a_footprint(name: str) -> None:
     assert short.experts == 4 * k * (layers[0].hidden_size + layers[0].intermediate_size)
     text._attn_implementation = "sdpa"
     assert footprint_of(model, layers, 200).held < short.held
-    [size] = batching.batch_sizes(model, layers, [1000], 16)
-    assert size == math.ceil(256 * 8 / k / 16)
+    cpu = torch.device("cpu")
+    work = workload(model, layers, tokens=16_000, seq_len=16, device=cpu, dtype=torch.float32)
+    assert work.batch(PLENTY) == math.ceil(256 * 8 / k / 16)
 
 
 def test_free_memory_heeds_what_the_host_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (batching.free_memory(torch.device("cpu")) or 0) > 1 << 20
-    monkeypatch.setattr("reap_driver.sizing.machine.free_host_memory", lambda: Free(7, "of a test"))
-    assert batching.free_memory(torch.device("cpu")) == 7
+    cpu, said = torch.device("cpu"), Free(7, "of a test")
+    assert free_device_memory(cpu).nbytes > 1 << 20
+    monkeypatch.setattr("reap_driver.sizing.machine.free_host_memory", lambda: said)
+    assert free_device_memory(cpu) == said
     monkeypatch.setattr("reap_driver.sizing.machine.free_host_memory", lambda: None)
-    assert batching.free_memory(torch.device("cpu")) is None
-    assert batching.free_memory(torch.device("meta")) is None
+    assert free_device_memory(cpu) is None
+    assert free_device_memory(torch.device("meta")) is None
 
 
 def test_free_memory_of_a_gpu_counts_torchs_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (1000, 9000))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 500)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 200)
-    assert batching.free_memory(torch.device("cuda")) == 1300
+    assert free_device_memory(torch.device("cuda")).nbytes == 1300

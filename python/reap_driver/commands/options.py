@@ -71,7 +71,10 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--device-map",
         choices=("auto", "balanced", "balanced_low_0", "sequential"),
-        help="spread the model over all GPUs, main memory and disk, as accelerate does",
+        metavar="MAP",
+        help="spread the model over GPUs, main memory and disk as accelerate does by this name: "
+        "auto, balanced, balanced_low_0 or sequential; one sequence at a time unless --batch-size "
+        "says more",
     )
     run.add_argument(
         "--dtype",
