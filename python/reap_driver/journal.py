@@ -25,6 +25,13 @@ from reap_kernels.files import replaced
 FORMAT = "reap-journal"
 VERSION = 1
 _NAME = "journal.json"
+_FIELDS: dict[str, Any] = {
+    "run": dict,
+    "position": int,
+    "seconds": int | float,
+    "stats": str,
+    "states": str | None,
+}
 
 # Without an interval given, writing takes at most this share of the time.
 _SHARE = 0.05
@@ -59,7 +66,7 @@ class Journal:
     def __init__(self, folder: Path, run: Mapping[str, Any], every: int | None = None) -> None:
         self.folder = folder
         self.position = 0
-        self._run = dict(run)
+        self._run: dict[str, Any] = json.loads(json.dumps(dict(run)))  # as it is read back
         self._every = every
         self._ended = time.monotonic()
         self._took = 0.0
@@ -149,21 +156,24 @@ def read(folder: Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        known = content["format"] == FORMAT and content["version"] == VERSION
-        missing = {"run", "position", "seconds", "stats", "states"} - content.keys()
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}")
+        version = content["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: not a journal ({error!r}); delete {folder} and run without --resume"
         ) from error
-    if known and missing:
+    if version != VERSION:
         raise DataError(
-            f"{path}: lacks {sorted(missing)[0]!r}; delete {folder} and run without --resume"
-        )
-    if not known:
-        raise DataError(
-            f"{path}: a journal of version {content['version']}, this program writes {VERSION}; "
+            f"{path}: a journal of version {version}, this program writes {VERSION}; "
             f"resume with the version that wrote it, or delete {folder} and start anew"
         )
+    for field, kinds in _FIELDS.items():
+        if field not in content or not isinstance(content[field], kinds):
+            raise DataError(
+                f"{path}: {field!r} is {content.get(field, 'missing')!r}; delete {folder} and run "
+                "without --resume"
+            )
     return dict(content)
 
 
@@ -184,19 +194,28 @@ def locked(folder: Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        with _disk(folder):
+            mine = _lock(descriptor, path)
+        if not mine:
             raise CheckpointError(
                 f"{folder}: another process is writing this journal; wait for it, or choose "
                 "another output"
-            ) from error
+            )
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    """Locks an open file; false if another process has it, or had and deleted it just now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def _check_same(folder: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -76,7 +76,7 @@ class Run:
 
     def interrupt(self, what: str) -> Interrupted:
         """What is raised to end the run, when the journal is written."""
-        if self.journal is None:
+        if self.journal is None or not self.journal.position:  # nothing to resume
             return Interrupted(f"interrupted {what}")
         return Interrupted(
             f"interrupted {what}; the journal is in {self.journal.folder}: give the same command "

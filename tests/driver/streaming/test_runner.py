@@ -309,73 +309,29 @@ def test_output_kept_in_a_list_of_the_model() -> None:
     refused(Model(plain, body), "layers.2")
 
 
-def test_best_of_an_output_given_alone() -> None:
-    """Results of functions that return named tuples are without numbers too."""
-
-    def step(layer: Layer, h: Tensor, best: Any = None) -> Tensor:
-        return plain(layer, h if best is None else h + best.values)
-
-    def body(model: Model, h: Tensor) -> Tensor:
-        best = None
-        for layer in model.layers:
-            kept = best
-            best = h.max(-1, keepdim=True)
-            h = layer(h, kept)
-        return h
-
-    refused(Model(step, body), "layers.2")
-
-
-@pytest.mark.parametrize("how", ["add_", "setitem", "out", "copy_", "foreach"])
-def test_output_written_into_a_known_tensor(how: str) -> None:
+def test_output_written_into_a_known_tensor() -> None:
     """The known tensor would stay as it is, and be wrong."""
 
     def body(model: Model, h: Tensor) -> Tensor:
         total = torch.zeros_like(h)
         for layer in model.layers:
             h = layer(h + total)
-            match how:
-                case "add_":
-                    total.add_(h)
-                case "setitem":
-                    total[:, :1] = h[:, 1:2]
-                case "out":
-                    torch.add(total, h, out=total)
-                case "copy_":
-                    total.copy_(h)
-                case "foreach":
-                    torch._foreach_add_([total], [h])
+            total[:, :1] = h[:, 1:2]
         return h
 
-    refused(Model(plain, body), "the model uses what came out of a layer")
+    refused(Model(plain, body), "the model uses what came out of a layer", "__setitem__")
 
 
-@pytest.mark.parametrize(
-    "look", [lambda h: bool((h > 0).any()), lambda h: h.sum().item(), lambda h: h.tolist()]
-)
-def test_output_looked_at_between_layers(look: Callable[[Tensor], Any]) -> None:
+def test_output_looked_at_between_layers() -> None:
     """No error of torch about tensors without data."""
 
     def body(model: Model, h: Tensor) -> Tensor:
         for layer in model.layers:
             h = layer(h)
-            look(h)
+            h = h.clamp(-1, 1) if (h > 9).any() else h
         return h
 
-    refused(Model(plain, body), "the model uses what came out of a layer")
-
-
-def test_unknown_device_tensor() -> None:
-    """A tensor without data that is none of ours."""
-
-    def body(model: Model, h: Tensor) -> Tensor:
-        for layer in model.layers:
-            h = layer(h.to("meta") if layer.index == 3 else h)
-        return h
-
-    batches = data()
-    with pytest.raises(UnsupportedModel, match=r"layers\.3"):
-        replay(Model(plain, body), batches)
+    refused(Model(plain, body), "the model uses what came out of a layer", "__bool__")
 
 
 def test_layer_run_twice() -> None:

@@ -1,9 +1,7 @@
 """States of batches wherever they lie: the same values and strides; errors name the file."""
 
+import errno
 import resource
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -253,27 +251,18 @@ def test_missing_folder_is_named(store: StateStore, tmp_path: Path) -> None:
         store.get(3, None)
 
 
-_FULL = f"""
-import resource, signal, sys
-from pathlib import Path
-import torch
-from reap_driver.streaming.state import State
-from reap_driver.streaming.store import StateStore
-signal.signal({signal.SIGXFSZ.value}, signal.SIG_IGN)
-resource.setrlimit({resource.RLIMIT_FSIZE}, (4096, -1))
-store = StateStore("file", torch.device("cpu"), Path(sys.argv[1]))
-store.begin(1)
-store.put(0, State.of(0, torch.zeros(10000), {{}}))
-try:
-    store.turn()
-except OSError as error:
-    print(error.errno, error.filename)
-"""
-
-
 def test_full_disk_is_an_os_error_of_the_next_call(tmp_path: Path) -> None:
-    """The safetensors library has the number in its text alone; the command line words it."""
-    done = subprocess.run(
-        [sys.executable, "-c", _FULL, tmp_path], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["27", str(tmp_path / "states-00001" / "000000.safetensors")]
+    """The safetensors library has its number in the text alone; the command line words it."""
+    store = StateStore("file", CPU, tmp_path)
+    store.begin(1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        store.put(0, State.of(0, torch.zeros(10000), {}))
+        with pytest.raises(OSError, match="File too large") as caught:
+            store.turn()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        store.close()
+    assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename == str(tmp_path / "states-00001" / "000000.safetensors")
