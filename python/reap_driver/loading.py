@@ -37,15 +37,16 @@ def load_model(
     offload_folder: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint for observation, in eval mode, quantised weights as plain floats: FP8, MXFP4
-    and what compressed-tensors stores in 4 or 8 bits.
+    """Load a checkpoint for observation, in eval mode, quantised weights as plain floats: FP8,
+    MXFP4, and what compressed-tensors stores in 4 or 8 bits.
 
     Args:
         path_or_id: folder of a checkpoint in safetensors, or a hub id.
         dtype: of the weights in memory; `auto` is the checkpoint's.
         device: where the model goes; nothing of it is held elsewhere on the way.
         device_map: several devices instead, as accelerate takes them ("auto", or module to device,
-            "cpu" and "disk" included); such a model is observed in place.
+            "cpu" and "disk" included); such a model is observed in place. Not "disk" where
+            compressed-tensors stored the weights.
         offload_folder: where "disk" of a device map keeps its weights.
         trust_remote_code: run model code that comes with the checkpoint.
 

@@ -114,8 +114,16 @@ class Reading:
         return self._tensor
 
 
-class StoredTensor(Lazy):
-    """A tensor on disk: read when it is asked for, or before, by `start`."""
+class Readable(Lazy):
+    """A tensor that is read from disk when it is asked for, or before, by `start`."""
+
+    def start(self) -> None:
+        """Begins to read."""
+        raise NotImplementedError
+
+
+class StoredTensor(Readable):
+    """A tensor as it is on disk."""
 
     def __init__(self, key: str, entry: TensorEntry, reader: Reader) -> None:
         self._key, self._entry, self._reader = key, entry, reader
@@ -150,7 +158,7 @@ def stored(tensors: Mapping[str, TensorEntry], reader: Reader) -> dict[str, Stor
     return {key: StoredTensor(key, entry, reader) for key, entry in tensors.items()}
 
 
-def start(tensors: Mapping[str, StoredTensor], keys: Iterable[str]) -> None:
+def start(tensors: Mapping[str, Readable], keys: Iterable[str]) -> None:
     """Begins to read several."""
     for key in keys:
         tensors[key].start()

@@ -1,10 +1,11 @@
 """Configurations and models: resolve, digest, load, build on meta; the class for a config."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from reap_driver.compat.fp8 import partial_blocks
+from reap_driver.compressed.scheme import is_compressed
 from reap_kernels.errors import CheckpointError, ReapError, UnsupportedModel
 
 # Auto mappings tried, in order, for a config whose `architectures` names no class we can use.
@@ -152,6 +154,8 @@ def from_checkpoint(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """What the library's own `from_pretrained` makes of a checkpoint, and its report of loading.
 
+    What compressed-tensors stores is expected as plain weights (`compressed.matrices` makes them).
+
     Raises:
         CheckpointError: the library cannot load it; what its report says is not judged
             (`check_loading` does).
@@ -159,6 +163,8 @@ def from_checkpoint(
     """
     cls = model_class(config)
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    if is_compressed(quantisation(config)):
+        config = _unquantised(config)
     method = _quant_method(config)
     if method in _DEQUANTISE_ON_LOAD:
         options["quantization_config"] = getattr(transformers, _DEQUANTISE_ON_LOAD[method])(
@@ -284,17 +290,33 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def quantisation(config: PretrainedConfig) -> Mapping[str, Any] | None:
+    """How the checkpoint is quantised, as its config.json says; None if it holds plain floats.
+
+    Models with images or sound may say it in the configuration of their text model (Kimi-K2.5).
+    """
+    found: Any = getattr(config, "quantization_config", None)
+    if found is None:
+        found = getattr(config.get_text_config(), "quantization_config", None)
+    return found if found is None or isinstance(found, Mapping) else dict(found.to_dict())
+
+
 def _quant_method(config: PretrainedConfig) -> str | None:
     """Name of the checkpoint's quantisation format, None if it holds plain floats."""
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is None:
+    found = quantisation(config)
+    if found is None:
         return None
-    method = (
-        quantisation.get("quant_method")
-        if isinstance(quantisation, dict)
-        else quantisation.quant_method
-    )
+    method = found.get("quant_method")
     return str(getattr(method, "value", method))
+
+
+def _unquantised(config: PretrainedConfig) -> PretrainedConfig:
+    """The same without a word of quantisation: the library then builds plain modules."""
+    plain = copy.deepcopy(config)
+    for part in (plain, plain.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return plain
 
 
 def check_loading(path_or_id: str | Path, info: dict[str, Any], model: PreTrainedModel) -> None:

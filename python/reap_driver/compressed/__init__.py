@@ -1,0 +1,1 @@
+"""Checkpoints in the formats of compressed-tensors, read without that library."""
