@@ -22,6 +22,9 @@ _PADDING_SENSITIVE = {
     "minimax_m3_vl_text",
 }
 
+# Arguments of a forward on text alone: every MoE layer gets all of its tokens.
+_TEXT = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels"}
+
 
 class TokenMask:
     """The token mask of the forward in flight."""
@@ -34,6 +37,7 @@ class TokenMask:
         self._unmaskable = unmaskable
         self._given: Tensor | None = None
         self._mask: Tensor | None = None
+        self._tokens: int | None = None
         self._inside = False
 
     @contextlib.contextmanager
@@ -46,7 +50,7 @@ class TokenMask:
         finally:
             before.remove()
             after.remove()
-            self._mask, self._inside = None, False
+            self._leave()
 
     @contextlib.contextmanager
     def restricted_to(self, given: Tensor | None) -> Iterator[None]:
@@ -65,6 +69,11 @@ class TokenMask:
                 "the model itself, not a part of it, so that its attention mask is seen"
             )
         if self._mask is None:
+            if tokens != (self._tokens or tokens):
+                raise UnsupportedModel(
+                    f"{name} received {tokens} of the {self._tokens} tokens of a batch: the model "
+                    "leaves out those whose logits nobody asks for; pass logits_to_keep=0"
+                )
             return None
         if self._mask.numel() != tokens:
             raise UnsupportedModel(
@@ -81,10 +90,13 @@ class TokenMask:
         inputs = named.get("inputs_embeds") if inputs is None else inputs
         attention = named.get("attention_mask")
         self._mask = self._combine(inputs, attention)
+        # Images and the like bring tokens of their own, which other experts may get.
+        text = all(key in _TEXT for key, value in named.items() if isinstance(value, Tensor))
+        self._tokens = inputs.shape[:2].numel() if inputs is not None and text else None
         self._inside = True
 
     def _leave(self, *_: Any) -> None:
-        self._mask, self._inside = None, False
+        self._mask, self._tokens, self._inside = None, None, False
 
     def _combine(self, inputs: Tensor | None, attention: Any) -> Tensor | None:
         """Flattened mask of the tokens of this call; None when every token counts."""

@@ -371,7 +371,11 @@ def _economies(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if "use_cache" in parameters or open_ended:
         options["use_cache"] = False
-    if "logits_to_keep" in parameters and "labels" not in batch:  # a loss needs them all
+    # A loss needs them all; and where layers share keys and values (gemma4), transformers 5.24 runs
+    # those that make none of their own on the tokens whose logits are kept.
+    text = model.config.get_text_config()
+    shared = bool(getattr(text, "num_kv_shared_layers", 0))
+    if "logits_to_keep" in parameters and "labels" not in batch and not shared:
         options["logits_to_keep"] = 1
     return options
 

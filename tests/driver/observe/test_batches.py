@@ -234,3 +234,29 @@ def test_only_pinned_batches_are_moved_without_waiting(
     with observe(model) as obs:
         obs(input_ids=ids)
     assert moves[0] == {"non_blocking": pinned}
+
+
+def test_layers_that_share_keys_and_values_see_every_token() -> None:
+    """gemma4 would run them on the tokens whose logits are kept, in transformers 5.24."""
+    types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    fields = {"num_kv_shared_layers": 3, "layer_types": types, "hidden_size_per_layer_input": 8}
+    config, model = zoo.tiny("gemma4", num_hidden_layers=6, **fields)
+    inputs = zoo.tiny_inputs("gemma4", config)
+    with observe(model) as obs:
+        obs(**inputs)
+    counts = [int(layer.tokens.sum()) for layer in obs.stats.layers.values()]
+    assert counts == [inputs["input_ids"].numel()] * 6
+
+
+def test_layers_that_get_few_of_the_tokens_are_refused() -> None:
+    config, model = zoo.tiny("qwen3_moe")
+    block = model.model.layers[1].mlp
+    block.register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
+    with (
+        observe(model) as obs,
+        pytest.raises(
+            UnsupportedModel,
+            match=r"layers\.1\.mlp\.experts received 2 of the 24 tokens .*logits_to_keep=0",
+        ),
+    ):
+        obs(**zoo.tiny_inputs("qwen3_moe", config))

@@ -50,7 +50,12 @@ _GEMMA_TYPES = ["sliding_attention", "sliding_attention", "full_attention"]
         # Keys and values of layers 1 and 2 serve layers 3 to 5.
         (
             "gemma4",
-            {"num_hidden_layers": 6, "num_kv_shared_layers": 3, "layer_types": _GEMMA_TYPES * 2},
+            {
+                "num_hidden_layers": 6,
+                "num_kv_shared_layers": 3,
+                "layer_types": _GEMMA_TYPES * 2,
+                "hidden_size_per_layer_input": 8,
+            },
         ),
         ("zaya", {"num_hidden_layers": 4}),  # a router's state goes to the next router
         # Keys chosen by one layer are used by those behind it.
