@@ -7,7 +7,7 @@ to the scales' dtype, as the library of that name computes it; loading then conv
 dtype. How activations are quantised when the model is served plays no part.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ _WORD = 32  # bits
 _CODES = ("I8", "F8_E4M3")
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _SCALES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+Operation = Callable[..., Tensor]
+
 _REMEDY = "use the config.json and weights of one and the same checkpoint"
 
 
@@ -109,25 +111,41 @@ class Matrix(Readable):
         return list(self._shape)
 
     def _value(self, parts: Mapping[str, Tensor]) -> Tensor:
+        # On a CPU `dequantise` is the reference, which takes many times as long as this does.
+        if self._device.type != "cpu" and self._kernel_reads(parts):
+            return self._by_kernel(parts)
+        # Codes and zero points are whole numbers up to 255, or of 4 bits: every dtype holds them,
+        # so that the product is the only thing that is rounded.
         scales = parts[_SCALE].view(self._grid)
-        high, wide = self._block
-        as_kernel = self._bits == 4 and scales.dtype == torch.bfloat16 and _ZERO not in parts
-        if as_kernel and high == 1 and wide % 8 == 0:
-            return dequantise(Quantised(parts[_PACKED][None], scales[None], "int4_group"))[0]
-        codes = parts[_PLAIN].float() if self._bits is None else _ints(parts[_PACKED], self._bits)
+        codes = parts[_PLAIN] if self._bits is None else _ints(parts[_PACKED], self._bits)
+        codes = codes.to(scales.dtype)
         if _ZERO in parts:
             zeros = parts[_ZERO]
             if zeros.dtype == torch.int32:  # packed along the rows
                 assert self._bits is not None
-                zeros = _ints(zeros.T, self._bits)[:, : self._grid[0]].T
-            codes -= self._spread(zeros.float().reshape(self._grid))
-        return codes.mul_(self._spread(scales.float())).to(scales.dtype)
+                zeros = _ints(zeros.T.contiguous(), self._bits)[:, : self._grid[0]].T
+            codes = self._for_each(torch.sub, codes, zeros.reshape(self._grid).to(codes.dtype))
+        return self._for_each(torch.mul, codes, scales)
 
-    def _spread(self, values: Tensor) -> Tensor:
-        """A number for each element of the matrix."""
+    def _kernel_reads(self, parts: Mapping[str, Tensor]) -> bool:
+        """Whether `dequantise` makes the same of the parts: in bfloat16 alone."""
+        high, wide = self._block
+        symmetric = self._bits == 4 and _ZERO not in parts
+        return symmetric and self.get_dtype() == "BF16" and high == 1 and wide % 8 == 0
+
+    def _by_kernel(self, parts: Mapping[str, Tensor]) -> Tensor:
+        values, scales = parts[_PACKED], parts[_SCALE].view(self._grid)
+        return dequantise(Quantised(values[None], scales[None], "int4_group"))[0]
+
+    def _for_each(self, operation: Operation, codes: Tensor, values: Tensor) -> Tensor:
+        """`operation` in place on every element and the number of its group or block."""
         (rows, columns), (tall, across), (high, wide) = self._shape, self._grid, self._block
-        spread = values[:, None, :, None].expand(tall, high, across, wide)
-        return spread.reshape(tall * high, across * wide)[:rows, :columns]
+        if (rows, columns) != (tall * high, across * wide):  # the last blocks are partial
+            values = values.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)
+            return operation(codes, values[:, :columns], out=codes)
+        parts = codes.view(tall, high, across, wide)
+        operation(parts, values[:, None, :, None], out=parts)
+        return codes
 
     def _check_parts(self, scheme: Scheme) -> None:
         """The parts are those of one format, in dtypes it has."""
@@ -188,7 +206,8 @@ class Matrix(Readable):
 
 
 def _ints(words: Tensor, bits: int) -> Tensor:
-    """float32 integers of rows of words: the lowest bits first, half their range added."""
-    shifts = torch.arange(0, _WORD, bits, dtype=torch.int32, device=words.device)
-    codes = (words[..., None] >> shifts) & ((1 << bits) - 1)
-    return (codes - (1 << (bits - 1))).flatten(-2).float()
+    """int8 integers of rows of words: the lowest bits first, half their range added."""
+    codes = words.view(torch.uint8)  # safetensors and the machine: little-endian
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    return codes.view(torch.int8) - (1 << (bits - 1))  # wraps for 8 bits: 0 becomes -128

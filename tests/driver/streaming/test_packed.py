@@ -15,7 +15,7 @@ import reap_driver as rd
 from reap_driver.checkpoint.safetensors_file import read_header
 from reap_driver.checkpoint.source import open_source
 from reap_driver.cli import main
-from reap_driver.compressed.matrices import plain_weights
+from reap_driver.compressed.matrices import Matrix, plain_weights
 from reap_driver.loading import load_model
 from reap_driver.reading import Reader, start, stored
 from reap_kernels.errors import CheckpointError, UnsupportedModel
@@ -90,6 +90,21 @@ def test_scales_of_activations_and_devices(tmp_path: Path) -> None:
     for other in (None, {"quant_method": "fp8"}):
         assert plain_weights(found, other, "here", CPU) == found
     reader.close()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("int4")])
+def test_kernels_make_the_same(name: str, tmp_path: Path) -> None:
+    """What a GPU would compute by `dequantise` where that reads the format."""
+    parts, value = CASES[name][1](40, 96, np.random.default_rng(1))
+    reader = Reader()
+    found = stored(read_header(written(tmp_path, **parts)).tensors, reader)
+    matrix = plain_weights(found, CASES[name][0], "here", CPU)["a.b.weight"]
+    reader.close()
+    assert isinstance(matrix, Matrix)
+    other = name in ("int4 in groups of 4", "int4 float16", "int4 float32", "int4 zeros")
+    assert matrix._kernel_reads(parts) != other
+    if not other:
+        assert torch.equal(matrix._by_kernel(parts), value)
 
 
 def lacking(leaf: str) -> Callable[[Parts], Parts]:
@@ -272,6 +287,7 @@ def assert_pruned(source: Path, out: Path, kept: dict[str, tuple[int, ...]]) -> 
 
 def test_observed_planned_and_pruned(tmp_path: Path) -> None:
     folder, _ = checkpoints("deepseek_v3", tmp_path, {ROUTED: "int4"}, KIMI)
+    saved.change_config(folder, model_type="kimi_k2")  # as Kimi-K2-Thinking calls it
     model = rd.load_model(folder)
     with rd.observe(model) as observer:
         for ids in passes.batches(VOCAB).ids:
