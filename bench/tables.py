@@ -87,6 +87,34 @@ def writer() -> str:
     )
 
 
+def stream_cpu() -> str:
+    """Layer by layer beside resident."""
+    row = _rows("stream_cpu", "dtype", "threads")[-1]
+    return (
+        f"Streaming {row['checkpoint_gb']} GB, {row['layers']} layers, over {row['tokens']} tokens "
+        f"takes {row['streamed_s']} s beside {row['resident_s']} s resident, both with loading and "
+        f"from the page cache (ratio **{row['streamed/resident']}**), reads "
+        f"{float(row['read/checkpoint']):.2f} times the checkpoint, and holds "
+        f"{row['streamed_memory_mb']} MB beside {row['resident_memory_mb']} MB; {row['cpu']}, "
+        f"{row['threads']} threads, commit {row['commit']}; `python -m bench stream_cpu`.\n"
+    )
+
+
+def large_checkpoint() -> str:
+    """A checkpoint larger than memory."""
+    row = _rows("large_checkpoint", "layers", "scale")[-1]
+    seconds = float(row["killed_s"]) + float(row["resumed_s"])
+    return (
+        f"{row['checkpoint_gb']} GB of Qwen3-30B-A3B's layer shape ({row['layers']} layers, bf16), "
+        f"{row['tokens']} tokens, in a control group of {float(row['observe_limit_gb']):.0f} GB: "
+        f"killed behind layer {row['killed_behind_layer']}, resumed, {seconds / 60:.0f} minutes in "
+        f"all, {row['observe_anonymous_gb']} GB of memory at the peak, {row['read_gb']} GB read; "
+        f"then pruned to half in a group of {float(row['prune_limit_gb']):.0f} GB with "
+        f"{row['prune_anonymous_gb']} GB, in {row['prune_s']} s; commit {row['commit']}; "
+        "`python -m bench large_checkpoint`.\n"
+    )
+
+
 def _spread(row: Row, key: str, unit: str = "") -> str:
     middle = f"{row[key]}{unit}"
     return (
@@ -202,6 +230,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ptxas": ptxas,
     "demo": demo,
     "writer": writer,
+    "stream_cpu": stream_cpu,
+    "large_checkpoint": large_checkpoint,
     "gpu_layer": gpu_layer,
     "gpu_end_to_end": gpu_end_to_end,
 }
