@@ -214,7 +214,7 @@ def parted(
 
     Args:
         tensors: every tensor of the checkpoint, by its key.
-        split: the decoder layers of a model: qualified name and module. None: nothing is left out.
+        split: the decoder layers of a model: qualified name and module; none: all is loaded.
     """
     parts = Parts(tensors, split)
 
