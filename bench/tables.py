@@ -89,15 +89,28 @@ def writer() -> str:
 
 def stream_cpu() -> str:
     """Layer by layer beside resident."""
-    row = _rows("stream_cpu", "dtype", "threads")[-1]
-    return (
-        f"Streaming {row['checkpoint_gb']} GB, {row['layers']} layers, over {row['tokens']} tokens "
-        f"takes {row['streamed_s']} s beside {row['resident_s']} s resident, both with loading and "
-        f"from the page cache (ratio **{row['streamed/resident']}**), reads "
-        f"{float(row['read/checkpoint']):.2f} times the checkpoint, and holds "
-        f"{row['streamed_memory_mb']} MB beside {row['resident_memory_mb']} MB; {row['cpu']}, "
-        f"{row['threads']} threads, commit {row['commit']}; `python -m bench stream_cpu`.\n"
+    rows = _rows("stream_cpu", "dtype", "threads")
+    body = [
+        [
+            row["threads"],
+            f"{float(row['resident_s']):.1f} s",
+            f"{float(row['streamed_s']):.1f} s",
+            f"**{float(row['streamed/resident']):.2f}**",
+            f"{float(row['read/checkpoint']):.2f}",
+            f"{row['resident_memory_mb']} MB",
+            f"{row['streamed_memory_mb']} MB",
+        ]
+        for row in rows
+    ]
+    head = ["threads", "resident", "streamed", "streamed / resident", "read / checkpoint"]
+    first = rows[0]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    where = (
+        f"\n{first['checkpoint_gb']} GB in {first['layers']} layers, {first['tokens']} tokens, from the "
+        f"page cache, loading included; {first['cpu']}, 2 cores, commit {commits}; `python -m bench "
+        "stream_cpu`.\n"
     )
+    return markdown([*head, "memory, resident", "memory, streamed"], body) + where
 
 
 def large_checkpoint() -> str:

@@ -8,7 +8,7 @@ products round differently there: the same weights in other shards would give ot
 import contextlib
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from reap_driver.compat.parts import Chunk, Parts, parted
 from reap_driver.compressed.matrices import plain_weights
 from reap_driver.compressed.scheme import is_compressed
 from reap_driver.discover import find_moe_layers
-from reap_driver.reading import Readable, Reader, start, stored
+from reap_driver.reading import Readable, Reader, background, start, stored
 from reap_driver.sizing.layers import decoder_layers
 from reap_kernels.errors import UnsupportedModel
 
@@ -120,7 +120,7 @@ class StreamedModel:
         self.device = device
         self.model: PreTrainedModel = parts.model
         self.layers: list[tuple[str, nn.Module]] = parts.layers
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reap-load")
+        self._pool = background(1, "reap-load")
         self._coming: dict[int, Future[None]] = {}
         self._stopped = threading.Event()
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -41,6 +41,25 @@ _DTYPES = {
 }
 
 
+def background(threads: int, name: str) -> ThreadPoolExecutor:
+    """Threads that do not disturb the ones that compute: each makes its copies alone.
+
+    A thread that starts a team of OpenMP threads of its own makes more of them than there are
+    cores, and the runtime then puts all teams to sleep between two operations: with two cores,
+    streaming took a third longer than it does.
+    """
+    team = torch.get_num_threads()
+
+    def work_alone() -> None:
+        torch.get_num_threads()  # the first call gives a thread the number that all begin with
+        torch.set_num_threads(1)  # for this thread, and as the number that later ones begin with
+        other = threading.Thread(target=torch.set_num_threads, args=(team,))
+        other.start()
+        other.join()
+
+    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=work_alone)
+
+
 class Reader:
     """Reads byte ranges of files into memory, in a few threads.
 
@@ -52,7 +71,7 @@ class Reader:
     def __init__(self, *, pinned: bool = False) -> None:
         self.bytes_read = 0
         self.pinned = pinned
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="reap-read")
+        self._pool = background(THREADS, "reap-read")
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
