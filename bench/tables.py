@@ -106,9 +106,9 @@ def stream_cpu() -> str:
     first = rows[0]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     where = (
-        f"\n{first['checkpoint_gb']} GB in {first['layers']} layers, {first['tokens']} tokens, from the "
-        f"page cache, loading included; {first['cpu']}, 2 cores, commit {commits}; `python -m bench "
-        "stream_cpu`.\n"
+        f"\n{first['checkpoint_gb']} GB in {first['layers']} layers, {first['tokens']} tokens, from "
+        f"the page cache, loading included; {first['cpu']}, 2 cores, commit {commits}; `python -m "
+        "bench stream_cpu`.\n"
     )
     return markdown([*head, "memory, resident", "memory, streamed"], body) + where
 

@@ -72,8 +72,7 @@ def load_model(
     opened = _opened(path_or_id, dtype, torch.device(device), trust_remote_code, _layers_if_any)
     with opened as streamed:
         for layer in range(len(streamed.layers)):
-            streamed.prefetch(layer + 1)
-            streamed.ready(layer)
+            streamed.load(layer)
         streamed.tie()
         return streamed.model
 
@@ -129,6 +128,14 @@ class StreamedModel:
     def bytes_read(self) -> int:
         """Bytes of tensors read from disk so far."""
         return self._reader.bytes_read
+
+    def load(self, layer: int) -> None:
+        """Loads a layer in this thread, which has nothing else to do: with all of torch's threads.
+
+        Raises:
+            CheckpointError: it could not be read or converted.
+        """
+        self._load(layer)
 
     def prefetch(self, layer: int) -> None:
         """Begins to load a layer in the background; does nothing past the last."""
