@@ -106,7 +106,7 @@ def stream_cpu() -> str:
     first = rows[0]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     where = (
-        f"\n{first['checkpoint_gb']} GB in {first['layers']} layers, {first['tokens']} tokens, from "
+        f"\n{first['checkpoint_gb']} GB, {first['layers']} layers, {first['tokens']} tokens, from "
         f"the page cache, loading included; {first['cpu']}, 2 cores, commit {commits}; `python -m "
         "bench stream_cpu`.\n"
     )
