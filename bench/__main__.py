@@ -12,6 +12,7 @@ BENCHMARKS = {
     "demo": "the demo's perplexities and agreements, as rows",
     "startup": "import and --help time beside `import torch`",
     "stream_cpu": "a checkpoint observed layer by layer beside resident: time, bytes, memory; CPU",
+    "ranks_cpu": "one to three processes under torchrun beside one; CPU",
     "large_checkpoint": "a 29-GB checkpoint observed, killed, resumed and pruned in 8 GB; CPU",
     "bench_writer": "checkpoint writer beside cp, 8 GB",
 }

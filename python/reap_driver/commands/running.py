@@ -156,7 +156,8 @@ def _agreed(
     """How the model is held: as before where a run is resumed, else as the first rank decides."""
     if recorded is not None:
         sizes = recorded["batch sizes"] if args.batch_size is None else _sizes(args, sources)
-        return How(recorded["streamed"], recorded["parked"], sizes)
+        stream = {"always": True, "never": False}.get(args.stream, recorded["streamed"])
+        return How(stream, recorded["parked"], sizes)
     if args.device_map is not None:
         return How(False, "device", _sizes(args, sources))
     decision = _decision(args, model, sources, ranks)
@@ -235,13 +236,14 @@ def _identity(
 
 
 def _device_name(args: argparse.Namespace, ranks: Ranks) -> str:
-    """The kind of device: another kind rounds otherwise."""
+    """The kind of device: another kind, or another number of threads, may round otherwise."""
     if args.device_map is not None:
         return f"map {args.device_map}"
     device = device_of(args, ranks)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f"{device.type} {capability}, {threads} threads"
 
 
 def _run(
@@ -253,12 +255,12 @@ def _run(
     console: Console,
 ) -> tuple[SaliencyStats, float]:
     """Loads the model and observes this rank's batches, from where a journal is; and how long."""
-    batches = PackedBatches(sources, how.batch_sizes)
     entry = None
     if journal is not None and args.resume:
-        entry = journal.resume()
+        entry = journal.resume()  # before anything else: it may be of another run
     elif journal is not None:
         journal.remove()  # of a run that is started anew, by --overwrite
+    batches = PackedBatches(sources, how.batch_sizes)
     before = 0.0 if entry is None else entry.seconds
     total = sum(len(source.ids) for source in sources) // ranks.size
     with _listening(journal, console) as stop, _held(args, how, ranks, console) as held:

@@ -199,6 +199,12 @@ def _less_data(words: list[str], _: Path) -> list[str]:
     return [*words[:at], *words[at + 2 :]]
 
 
+def _chosen(words: list[str]) -> list[str]:
+    """With batch sizes as the journal has them, one for each of its sources."""
+    at = words.index("--batch-size")
+    return [*words[:at], *words[at + 2 :]]
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -211,6 +217,8 @@ def _less_data(words: list[str], _: Path) -> list[str]:
         (lambda words, _: [*words, "--seq-len", "8"], "seq_len was 16, now it is 8"),
         (lambda words, _: [*words, "--backend", "reference"], "backend was None, now it is 'ref"),
         (lambda words, _: [*words, "--dtype", "bfloat16"], "dtype was 'auto', now it is 'bfl"),
+        (lambda words, _: [*words, "--stream", "always"], "streamed was False, now it is True"),
+        (lambda words, _: _chosen(_less_data(words, _)), "data 2 was"),
     ],
 )
 def test_a_journal_of_another_run_is_refused(
