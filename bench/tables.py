@@ -113,6 +113,20 @@ def stream_cpu() -> str:
     return markdown([*head, "memory, resident", "memory, streamed"], body) + where
 
 
+def ranks_cpu() -> str:
+    """Data parallel beside one process."""
+    rows = _rows("ranks_cpu", "ranks", "cores")
+    alone, *more = rows
+    said = "; ".join(
+        f"{row['ranks']} processes {row['seconds']} s ({row['speedup']}x)" for row in more
+    )
+    return (
+        f"{alone['tokens']} tokens under torchrun on {alone['cores']} cores, one thread a process: 1 "
+        f"process {alone['seconds']} s; {said}; counts equal, sums within 1e-12; commit "
+        f"{alone['commit']}; `python -m bench ranks_cpu`.\n"
+    )
+
+
 def large_checkpoint() -> str:
     """A checkpoint larger than memory."""
     row = _rows("large_checkpoint", "layers", "scale")[-1]
@@ -244,6 +258,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "writer": writer,
     "stream_cpu": stream_cpu,
+    "ranks_cpu": ranks_cpu,
     "large_checkpoint": large_checkpoint,
     "gpu_layer": gpu_layer,
     "gpu_end_to_end": gpu_end_to_end,

@@ -146,7 +146,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch) -> None:
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("reap_kernels.stats.save_file", full)
+    monkeypatch.setattr("reap_kernels.files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         model().save(tmp_path / "stats.safetensors")
     assert os.listdir(tmp_path) == []

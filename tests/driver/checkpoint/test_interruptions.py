@@ -28,6 +28,8 @@ from tests.driver.checkpoint import saved
 def write_slowly(full: Path, plan: Plan, out: Path, threads: int, begun: Path) -> None:
     """Runs in a process of its own: writes for minutes, and says when it has begun."""
 
+    # Tests started in the background of a shell ignore it, and so would their forks.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stream._CHUNK_BYTES = 16
     copy = stream._copy_some
 
