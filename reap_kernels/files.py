@@ -1,6 +1,7 @@
 """Files that appear under their name only when they are complete, and files of tensors."""
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -10,6 +11,18 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+# Errors by which a disk, a quota or a limit says that it is full.
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Flushes a file's content, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -31,8 +44,7 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(mode)  # writers that replace the file make it private
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        sync(temporary)
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)

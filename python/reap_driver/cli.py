@@ -150,9 +150,9 @@ def _explain(error: Exception) -> tuple[str, int] | None:
 
 
 def _explain_os(error: OSError) -> tuple[str, int]:
-    import errno
+    from reap_kernels.files import NO_SPACE
 
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = error.errno in NO_SPACE
     remedy = "free some space or choose another disk" if full else "check the path and its rights"
     what = f"{error.filename}: {error.strerror}" if error.filename else _first_line(error)
     return f"{what}; {remedy}", RESOURCES if full else BAD_INPUT

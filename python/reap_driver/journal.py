@@ -6,7 +6,6 @@ the position before or the one after, each with all its files.
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -20,7 +19,7 @@ from typing import Any
 from reap_driver.streaming.store import states_folder
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import CheckpointError, DataError, ResourceError
-from reap_kernels.files import replaced
+from reap_kernels.files import NO_SPACE, replaced
 
 FORMAT = "reap-journal"
 VERSION = 1
@@ -245,7 +244,7 @@ def _disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = error.errno in NO_SPACE
         kind = ResourceError if full else CheckpointError
         raise kind(
             f"{folder}: the journal cannot be written ({error.strerror or error}); "

@@ -23,8 +23,9 @@ from reap_driver.compat.parts import Chunk, Parts, parted
 from reap_driver.compressed.matrices import plain_weights
 from reap_driver.compressed.scheme import is_compressed
 from reap_driver.discover import find_moe_layers
-from reap_driver.reading import Readable, Reader, background, start, stored
+from reap_driver.reading import Readable, Reader, start, stored
 from reap_driver.sizing.layers import decoder_layers
+from reap_driver.threads import background
 from reap_kernels.errors import UnsupportedModel
 
 

@@ -2,8 +2,9 @@
 
 import os
 import threading
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from reap_driver.checkpoint.safetensors_file import TensorEntry
 from reap_driver.compat.parts import Lazy
+from reap_driver.threads import background
 from reap_kernels.errors import CheckpointError
 
 # Reads under way at once, and bytes of each: what keeps a fast disk busy.
@@ -41,25 +43,6 @@ _DTYPES = {
 }
 
 
-def background(threads: int, name: str) -> ThreadPoolExecutor:
-    """Threads that do not disturb the ones that compute: each makes its copies alone.
-
-    A thread that starts a team of OpenMP threads of its own makes more of them than there are
-    cores, and the runtime then puts all teams to sleep between two operations: with two cores,
-    streaming took a third longer than it does.
-    """
-    team = torch.get_num_threads()
-
-    def work_alone() -> None:
-        torch.get_num_threads()  # the first call gives a thread the number that all begin with
-        torch.set_num_threads(1)  # for this thread, and as the number that later ones begin with
-        other = threading.Thread(target=torch.set_num_threads, args=(team,))
-        other.start()
-        other.join()
-
-    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=work_alone)
-
-
 class Reader:
     """Reads byte ranges of files into memory, in a few threads.
 
@@ -68,9 +51,9 @@ class Reader:
         pinned: whether to read into page-locked memory, from which a GPU copies fastest.
     """
 
-    def __init__(self, *, pinned: bool = False) -> None:
+    def __init__(self) -> None:
         self.bytes_read = 0
-        self.pinned = pinned
+        self.pinned = False
         self._pool = background(THREADS, "reap-read")
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
@@ -136,9 +119,9 @@ class Reading:
 class Readable(Lazy):
     """A tensor that is read from disk when it is asked for, or before, by `start`."""
 
+    @abstractmethod
     def start(self) -> None:
         """Begins to read."""
-        raise NotImplementedError
 
 
 class StoredTensor(Readable):

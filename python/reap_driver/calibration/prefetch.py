@@ -1,11 +1,12 @@
 """Preparing batches while the model runs: one ahead, in one background thread."""
 
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from reap_driver.threads import background
 
 THREAD = "reap-prefetch"  # what the thread's name begins with
 
@@ -26,7 +27,7 @@ def prefetched(batches: Iterable[BatchT], device: torch.device) -> Generator[Bat
         device: where the model is.
     """
     source = iter(batches)
-    with ThreadPoolExecutor(1, thread_name_prefix=THREAD) as pool:
+    with background(1, THREAD) as pool:
         coming = pool.submit(_next, source, device)
         while (batch := coming.result()) is not None:
             coming = pool.submit(_next, source, device)

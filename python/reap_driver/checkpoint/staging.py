@@ -8,7 +8,6 @@ dies with its process, and removes it.
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -20,8 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from reap_kernels.errors import CheckpointError, ResourceError
-
-_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+from reap_kernels.files import NO_SPACE, sync
 
 
 def check_target(out: Path, source: Path, *, overwrite: bool) -> None:
@@ -72,7 +70,7 @@ def staged(out: Path, *, needed: int) -> Iterator[Path]:
             yield folder
     except OSError as error:
         _remove_empty(made)
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             raise _no_space(out, needed, shutil.disk_usage(_existing(out.parent)).free) from error
         raise CheckpointError(
             f"{error.filename or out}: cannot be written ({error.strerror or error}); "
@@ -98,7 +96,7 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
     between the two renames, that is where it is found.
     """
     for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
+        sync(path)
     old: Path | None = None
     if overwrite and out.is_dir():
         old = folder.with_name(folder.name.replace("partial", "replaced"))
@@ -111,7 +109,7 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
         if old is not None:
             old.rename(out)
         raise
-    _fsync(out.parent)
+    sync(out.parent)
     if old is not None:
         shutil.rmtree(old)
 
@@ -226,15 +224,6 @@ def _no_space(out: Path, needed: int, free: int) -> ResourceError:
         "lower); "
         "free some space or choose a folder on another disk. Nothing was left behind."
     )
-
-
-def _fsync(path: Path) -> None:
-    """Flush a file's content or a folder's entries."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap_driver.commands import options
-from reap_driver.commands.console import Console, short
+from reap_driver.commands.console import Console
+from reap_driver.sizing.units import short
 
 if TYPE_CHECKING:
     from reap_driver.checkpoint import ApplyReport

@@ -3,18 +3,21 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_driver.calibration import DataSource, Encoder, PackedSource, pack
-from reap_driver.commands.console import Console, short
+from reap_driver.checkpoint.source import Source, open_source, resolve_folder
+from reap_driver.commands.console import Console
 from reap_driver.commands.options import SEQ_LEN
 from reap_driver.compat.models import config_digest, load_config, meta_model
 from reap_driver.criteria import Scores, shares
 from reap_driver.discover import MoELayer, find_moe_layers
 from reap_driver.distributed import Ranks
+from reap_driver.sizing.units import short
 from reap_kernels import SaliencyStats
 from reap_kernels.dispatch import Request, select
 from reap_kernels.errors import DataError, UnsupportedModel
@@ -37,6 +40,19 @@ class Model:
     meta: PreTrainedModel
     layers: list[MoELayer]
     provenance: dict[str, dict[str, Any]]
+
+    @cached_property
+    def source(self) -> Source:
+        """Its files, read and checked when they are first asked for: headers, no weights.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        return open_source(resolve_folder(self.path))
+
+    def check_files(self) -> None:
+        """Raises what `source` would raise, before anything else is done."""
+        _ = self.source
 
     def blank_scores(self) -> Scores:
         """Scores of 0 for every layer: enough to plan how many experts go."""

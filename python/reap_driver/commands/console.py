@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from reap_driver.sizing.units import short
+
 _SILENT = 2.0  # seconds before progress shows: what is quicker needs none
 # Where stderr is no terminal: a line for each tenth of the work, or each minute.
 _SHORTEST, _LONGEST = 5.0, 60.0
@@ -144,14 +146,6 @@ def emit(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def short(number: float) -> str:
-    """1234567 as 1.23M; at most three digits that matter."""
-    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:.3g}{letter}"
-    return f"{number:.3g}"
 
 
 def clock(seconds: float) -> str:

@@ -42,7 +42,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     if args.dry_run:
         return dry_run.run(args, console)
     from reap_driver.calibration import DataSource
-    from reap_driver.checkpoint.source import open_source, resolve_folder
     from reap_driver.commands import calibrate, running
     from reap_driver.commands.outputs import check_file
     from reap_driver.distributed import ranks
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
         running.check_journal(args, world)
         model = calibrate.inspect_model(args)
         seq_len = calibrate.check_options(args, model.config)
-        open_source(resolve_folder(args.model))
+        model.check_files()
         sources = calibrate.read_data(args, wanted, model.config, seq_len, console)
         with running.observed(args, model, sources, console, world) as found:
             if found is None:

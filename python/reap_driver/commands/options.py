@@ -214,8 +214,7 @@ def positive(text: str) -> int:
 
 def count(text: str) -> int:
     """A whole number above 0, with k, M, G or T (powers of 1000)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT]?)", text)
-    value = float(match[1]) * 1000 ** " kMGT".index(match[2] or " ") if match else 0
+    value = _scaled(text, r"(\d+(?:\.\d+)?)([kMGT]?)")
     if value < 1 or value != int(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 24M or 65536")
     return int(value)
@@ -233,11 +232,16 @@ def batch_size(text: str) -> int | None:
 
 def size(text: str) -> int:
     """Bytes, with kB, MB, GB or TB (powers of 1000)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
-    value = float(match[1]) * 1000 ** " kMGT".index(match[2] or " ") if match else 0
+    value = _scaled(text, r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?")
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 800MB")
     return int(value)
+
+
+def _scaled(text: str, pattern: str) -> float:
+    """A number and its power of 1000, as `pattern` finds them; 0 where it does not fit."""
+    match = re.fullmatch(pattern, text)
+    return float(match[1]) * 1000 ** " kMGT".index(match[2] or " ") if match else 0
 
 
 def weights(text: str) -> dict[str, float]:

@@ -21,7 +21,6 @@ import reap_kernels
 from reap_driver import journal as journals
 from reap_driver.calibration import PackedSource
 from reap_driver.checkpoint.digest import weights_digest
-from reap_driver.checkpoint.source import open_source, resolve_folder
 from reap_driver.commands.calibrate import Model, device_of
 from reap_driver.commands.console import Console
 from reap_driver.distributed import Ranks
@@ -177,8 +176,8 @@ def _sizes(args: argparse.Namespace, sources: Sequence[PackedSource]) -> list[in
 def _decision(
     args: argparse.Namespace, model: Model, sources: Sequence[PackedSource], ranks: Ranks
 ) -> Decision:
-    folder = resolve_folder(args.model)
-    dtype = run_dtype(args.dtype, model.config, stored_files(folder, model.config))
+    files = stored_files(model.source.folder, model.config)
+    dtype = run_dtype(args.dtype, model.config, files)
     seq_len, tokens = sources[0].seq_len, sum(len(source.ids) for source in sources)
     device = device_of(args, ranks)
     sizes = model_sizes(model.meta, model.layers, dtype=dtype, seq_len=seq_len)
@@ -217,7 +216,7 @@ def _identity(
         data[f"data {number}"] = f"{facts['group']}: {facts['tokens']} tokens {facts['digest']}"
     return {
         "model": model.provenance["model"]["config_digest"],
-        "weights": weights_digest(open_source(resolve_folder(args.model))),
+        "weights": weights_digest(model.source),
         **data,
         "seq_len": sources[0].seq_len,
         "seed": args.seed,

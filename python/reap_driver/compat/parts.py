@@ -10,6 +10,7 @@ of them once).
 import contextlib
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,7 @@ from transformers.utils import logging as library_logging
 
 from reap_driver.compat.conversion import KeyMap
 from reap_driver.compat.fp8 import partial_blocks
+from reap_driver.sizing.layers import owner_of
 from reap_kernels.errors import CheckpointError
 
 _convert_and_load = core_model_loading.convert_and_load_state_dict_in_model
@@ -35,21 +37,21 @@ _REMEDY = "use the config.json and weights of one and the same checkpoint"
 CHUNK_BYTES = 128 << 20
 
 
-class Lazy:
+class Lazy(ABC):
     """A tensor of a checkpoint that is read when it is indexed, as the library expects it."""
 
     nbytes: int
 
-    def __getitem__(self, index: Any) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, index: Any) -> Tensor: ...
 
+    @abstractmethod
     def get_dtype(self) -> str:
         """The safetensors name of its dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get_shape(self) -> list[int]:
         """Its shape."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ class Parts:
         covered: list[set[str]] = [set() for _ in self.layers]
         for key, tensor in self._tensors.items():
             target = keys.locate(key)
-            owner = _owner(target.name, owners) if keys.known(target) else None
+            layer = owner_of(target.name, owners) if keys.known(target) else None
+            owner = None if layer is None else owners[layer]
             if owner is None:
                 outside[key] = tensor
                 self._keys.setdefault(target.name, []).append(key)
@@ -264,16 +267,6 @@ def _experts(
     for first in range(0, total, step):
         part = tuple(key for keys in lists for key in keys[first : first + step])
         yield Chunk(part, {target: total})
-
-
-def _owner(name: str, owners: Mapping[str, int]) -> int | None:
-    """The decoder layer a tensor lies in."""
-    path = name.split(".")
-    for length in range(len(path) - 1, 0, -1):
-        owner = owners.get(".".join(path[:length]))
-        if owner is not None:
-            return owner
-    return None
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -1,6 +1,6 @@
 """The decoder layers of a model: the units that are streamed, found by where its experts are."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from torch import nn
 
@@ -42,3 +42,10 @@ def decoder_layers(model: nn.Module, moe_layer_names: Iterable[str]) -> list[tup
         for name, module in model.named_modules()
         if name.rpartition(".")[0] in outermost
     ]
+
+
+def owner_of(name: str, layers: Container[str]) -> str | None:
+    """The decoder layer a tensor or module is in, by its qualified name; None for none."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+    return next((prefix for prefix in prefixes if prefix in layers), None)

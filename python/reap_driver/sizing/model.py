@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_driver.batching import computes_all_logits
 from reap_driver.discover import MoELayer
-from reap_driver.sizing.layers import decoder_layers
+from reap_driver.sizing.layers import decoder_layers, owner_of
 
 # Names under which configs count the residual streams of hyper-connections.
 _STREAM_COUNTS = ("hc_mult", "hc_count")
@@ -83,7 +83,7 @@ def model_sizes(
     by_layer = dict.fromkeys([name for name, _ in decoders], 0)
     rest = 0
     for name, nbytes in tensor_bytes(model, dtype):
-        owner = _owner(name, by_layer)
+        owner = owner_of(name, by_layer)
         if owner is None:
             rest += nbytes
         else:
@@ -150,13 +150,6 @@ def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[s
     if dtype in (torch.float16, torch.bfloat16):
         names += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     return re.compile("|".join(name.replace("*", ".*") for name in names)) if names else None
-
-
-def _owner(name: str, layers: dict[str, int]) -> str | None:
-    """The decoder layer a tensor is in, None for none."""
-    parts = name.split(".")
-    prefixes = (".".join(parts[:depth]) for depth in range(1, len(parts)))
-    return next((prefix for prefix in prefixes if prefix in layers), None)
 
 
 def _idle(layer: MoELayer, numbers: int) -> int:

@@ -4,9 +4,8 @@ A journal needs the same files, so states that lie in files are in its folder al
 """
 
 import json
-import os
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from reap_driver.streaming.state import State
+from reap_driver.threads import background
 from reap_kernels.errors import DataError
-from reap_kernels.files import save_tensors
+from reap_kernels.files import save_tensors, sync
 
 Place = Literal["device", "host", "file"]
 
@@ -139,7 +139,7 @@ class _Files:
         self._root = folder
         self._source: Path | None = None
         self._target: Path | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reap-states")
+        self._pool = background(1, "reap-states")
         self._coming: tuple[int, Future[State]] | None = None
         self._written: Future[None] | None = None
 
@@ -180,7 +180,7 @@ class _Files:
         self._finish()
         assert folder == self._target, (folder, self._target)
         for path in folder.iterdir():
-            _sync(path)
+            sync(path)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -214,7 +214,7 @@ def write_state(path: Path, state: State, *, flush: bool = False) -> None:
     facts = {"layer": state.layer, "skeleton": state.skeleton, "tensors": shapes}
     save_tensors(tensors, path, {"state": json.dumps(facts)})
     if flush:
-        _sync(path)
+        sync(path)
 
 
 def read_state(path: Path) -> State:
@@ -273,11 +273,3 @@ def _pinned(tensor: Tensor) -> Tensor:
 
 def _file(folder: Path, number: int) -> Path:
     return folder / f"{number:06}.safetensors"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,8 +5,9 @@ import os
 import pytest
 
 from reap_driver.commands import console
-from reap_driver.commands.console import Console, clock, short
+from reap_driver.commands.console import Console, clock
 from reap_driver.commands.options import size
+from reap_driver.sizing.units import short
 
 
 class Clock:
