@@ -3,8 +3,6 @@
 import argparse
 import re
 
-from reap_driver.criteria import CRITERIA
-
 SEQ_LEN = 2048
 
 
@@ -162,31 +160,6 @@ def check_calibration(args: argparse.Namespace) -> None:
         args.refuse(f"the following arguments are required: {', '.join(missing)}")
 
 
-def add_ranking(parser: argparse.ArgumentParser) -> None:
-    """How many experts go, and which."""
-    group = parser.add_argument_group("which experts go")
-    group.add_argument(
-        "--ratio",
-        type=float,
-        default=0.5,
-        help="share of each layer's experts to remove, above 0 and below 1 (default: %(default)s)",
-    )
-    group.add_argument(
-        "--criterion",
-        choices=tuple(CRITERIA),
-        default="reap",
-        metavar="NAME",
-        help="what experts are ranked by (default: %(default)s); one of "
-        + "; ".join(f"{name}: {c.formula}" for name, c in CRITERIA.items()),
-    )
-    group.add_argument(
-        "--weights",
-        type=weights,
-        metavar="GROUP=W,...",
-        help="count the groups as if their tokens had these shares (default: as observed)",
-    )
-
-
 def add_writing(parser: argparse.ArgumentParser) -> None:
     """How the checkpoint is written."""
     group = parser.add_argument_group("writing the checkpoint")
@@ -242,17 +215,3 @@ def _scaled(text: str, pattern: str) -> float:
     """A number and its power of 1000, as `pattern` finds them; 0 where it does not fit."""
     match = re.fullmatch(pattern, text)
     return float(match[1]) * 1000 ** " kMGT".index(match[2] or " ") if match else 0
-
-
-def weights(text: str) -> dict[str, float]:
-    """GROUP=NUMBER, separated by commas."""
-    found: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, number = part.rpartition("=")
-        try:
-            found[name] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals or not name:
-            raise argparse.ArgumentTypeError(f"{part!r} is not GROUP=NUMBER, such as code=0.7")
-    return found

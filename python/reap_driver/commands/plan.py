@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap_driver.commands import options
+from reap_driver.commands import options, ranking
 from reap_driver.commands.console import Console
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="FILE", help="where to save the plan"
     )
     options.add_overwrite(parser)
-    options.add_ranking(parser)
+    ranking.add_ranking(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:

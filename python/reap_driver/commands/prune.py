@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap_driver.commands import apply, dry_run, options, plan
+from reap_driver.commands import apply, dry_run, options, plan, ranking
 from reap_driver.commands.console import Console
 
 if TYPE_CHECKING:  # they import torch, and --help must not
@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     options.add_overwrite(parser)
     options.add_trust(parser)
-    options.add_ranking(parser)
+    ranking.add_ranking(parser)
     options.add_calibration(parser)
     options.add_writing(parser)
 
