@@ -108,12 +108,15 @@ class LayerStats:
         """Counts `number` more tokens in `group`, for hosts that call `accumulate`."""
         self.tokens[group] += number
 
-    def merge_(self, other: "LayerStats", groups: Sequence[int] | None = None) -> "LayerStats":
+    def merge_(
+        self, other: "LayerStats", groups: Sequence[int | None] | None = None
+    ) -> "LayerStats":
         """Adds another layer's statistics in place.
 
         Args:
             other: same number of experts.
-            groups: for each group of `other`, the group of `self` it adds to; default the same.
+            groups: for each group of `other`, the group of `self` it adds to, or None to leave it
+                out; default the same.
 
         Raises:
             ShapeError: different numbers of experts, or a group that `self` does not have.
@@ -124,9 +127,11 @@ class LayerStats:
                 f"cannot merge statistics of {other.num_experts} experts and {other.num_groups} "
                 f"groups into {self.num_experts} experts by {len(groups)} groups"
             )
-        if any(not 0 <= group < self.num_groups for group in groups):
+        if any(group is not None and not 0 <= group < self.num_groups for group in groups):
             raise ShapeError(f"groups {list(groups)} leave 0..{self.num_groups - 1}; grow_groups")
         for source, target in enumerate(groups):
+            if target is None:
+                continue
             self.counts[:, target] += other.counts[:, source].to(self.device)
             self.sums[:, target] += other.sums[:, source].to(self.device)
             self.tokens[target] += other.tokens[source].to(self.device)
@@ -150,7 +155,21 @@ class LayerStats:
 
     def to(self, device: torch.device | str) -> "LayerStats":
         """A copy on `device`."""
-        return LayerStats(self.num_experts, self.num_groups, device).merge_(self)
+        with torch.inference_mode(False):
+            return LayerStats.from_packed([t.to(device, copy=True) for t in self.packed()])
+
+    def regrouped(self, targets: Sequence[int | None], num_groups: int) -> "LayerStats":
+        """A copy with other groups.
+
+        Args:
+            targets: for each group, the group of the copy it adds to; None leaves it out.
+            num_groups: of the copy; groups that nothing adds to are empty.
+
+        Raises:
+            ShapeError: not one target a group, or a target that the copy does not have.
+        """
+        copy = LayerStats(self.num_experts, num_groups, self.device)
+        return copy.merge_(self, targets)
 
 
 @dataclass
@@ -161,11 +180,15 @@ class SaliencyStats:
         layers: qualified name of the experts module -> its statistics; all with the same groups.
         groups: names of the calibration groups, in the order of the statistics' first dimension.
         provenance: JSON-serialisable record of model, data, gate rule, software and backend.
+        parts: disjoint shares of the calibration data, each with the layers, the groups and the
+            provenance of the whole, which is their merge; without parts of their own. They say how
+            far the scores depend on the sample. Empty where the data were not divided.
     """
 
     layers: dict[str, LayerStats]
     groups: list[str]
     provenance: dict[str, Any] = field(default_factory=dict)
+    parts: list["SaliencyStats"] = field(default_factory=list)
 
     def check_finite(self) -> None:
         """Raises DataError if any expert produced NaN or Inf, naming layer, group and count."""
@@ -182,6 +205,9 @@ class SaliencyStats:
 
     def merge(self, other: "SaliencyStats") -> "SaliencyStats":
         """Both observations as one; groups of the same name add.
+
+        Equally many parts add one by one; otherwise the merged statistics have none, since there
+        would be parts of unlike shares.
 
         Raises:
             DataError: the two come from different models or gate rules; the message names the
@@ -204,7 +230,11 @@ class SaliencyStats:
             for part, names in ((mine, self.groups), (other.layers[name], other.groups)):
                 layers[name].merge_(part, [groups.index(group) for group in names])
         data = [*self.provenance.get("data", []), *other.provenance.get("data", [])]
-        return SaliencyStats(layers, groups, {**self.provenance, "data": data})
+        parts = []
+        if len(self.parts) == len(other.parts):
+            pairs = zip(self.parts, other.parts, strict=True)
+            parts = [mine.merge(theirs) for mine, theirs in pairs]
+        return SaliencyStats(layers, groups, {**self.provenance, "data": data}, parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file (temporary sibling, fsync, rename)."""
@@ -213,11 +243,17 @@ class SaliencyStats:
             for name, layer in self.layers.items()
             for key, value in layer.fields().items()
         }
+        for name in self.layers if self.parts else ():
+            shares = [part.layers[name].fields() for part in self.parts]
+            for key in FIELDS:  # [parts, ...]: few tensors, so that many layers load fast
+                stack = [share[key].detach().cpu() for share in shares]
+                tensors[f"{name}|parts|{key}"] = torch.stack(stack)
         metadata = {
             "format": FORMAT,
             "version": str(VERSION),
             "layers": json.dumps(list(self.layers)),
             "groups": json.dumps(self.groups),
+            "parts": str(len(self.parts)),
             "provenance": json.dumps(self.provenance),
         }
         with replaced(path) as temporary:
@@ -244,12 +280,16 @@ class SaliencyStats:
             )
         try:
             groups: list[str] = json.loads(metadata["groups"])
-            layers = {
-                name: _layer_from(tensors, name, len(groups))
-                for name in json.loads(metadata["layers"])
-            }
-            return cls(layers, groups, json.loads(metadata["provenance"]))
-        except (KeyError, ValueError) as error:
+            names: list[str] = json.loads(metadata["layers"])
+            provenance = json.loads(metadata["provenance"])
+            layers = _layers_from(tensors, names, len(groups))
+            # A file from before there were parts has none.
+            parts = [
+                cls(_layers_from(tensors, names, len(groups), part), groups, provenance)
+                for part in range(int(metadata.get("parts", "0")))
+            ]
+            return cls(layers, groups, provenance, parts)
+        except (KeyError, ValueError, IndexError) as error:
             raise DataError(
                 f"statistics file {path} is incomplete: {error}; observe again"
             ) from error
@@ -260,11 +300,19 @@ def _identity(value: Any) -> Any:
     return value.get("config_digest") if isinstance(value, Mapping) else value
 
 
-def _layer_from(tensors: Mapping[str, Tensor], name: str, num_groups: int) -> LayerStats:
-    layer = LayerStats(tensors[f"{name}|count"].shape[-1], num_groups)
-    for key, view in layer.fields().items():
-        saved = tensors[f"{name}|{key}"]
-        if saved.shape != view.shape or saved.dtype != view.dtype:
-            raise ValueError(f"{name}|{key} is {saved.dtype} {tuple(saved.shape)}")
-        view.copy_(saved)
-    return layer
+def _layers_from(
+    tensors: Mapping[str, Tensor], names: Sequence[str], num_groups: int, part: int | None = None
+) -> dict[str, LayerStats]:
+    """Layers of the whole, or of one part: its entry of the fields stacked over parts."""
+    layers = {}
+    for name in names:
+        prefix = name if part is None else f"{name}|parts"
+        saved = {key: tensors[f"{prefix}|{key}"] for key in FIELDS}
+        if part is not None:
+            saved = {key: stack[part] for key, stack in saved.items()}
+        layers[name] = LayerStats(saved["count"].shape[-1], num_groups)
+        for key, view in layers[name].fields().items():
+            if saved[key].shape != view.shape or saved[key].dtype != view.dtype:
+                raise ValueError(f"{prefix}|{key} is {saved[key].dtype} {tuple(saved[key].shape)}")
+            view.copy_(saved[key])
+    return layers

@@ -1,10 +1,12 @@
 """Statistics: merge laws, groups, the file format and its refusals."""
 
+import functools
 import json
 import os
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import reap_kernels as rk
@@ -106,6 +108,84 @@ def test_merge_joins_groups_by_name_and_data_in_order() -> None:
     chat = a.layers[name].count[1] + b.layers[name].count[0]
     assert torch.equal(merged.layers[name].count[1], chat)
     assert torch.equal(merged.layers[name].count[4], b.layers[name].count[1])
+
+
+def divided(seeds=(1, 5, 9), **more) -> rk.SaliencyStats:
+    """Statistics of several shares, with the shares as parts."""
+    parts = [model(seed=seed, **more) for seed in seeds]
+    whole = functools.reduce(rk.SaliencyStats.merge, parts)
+    parts = [rk.SaliencyStats(part.layers, part.groups, whole.provenance) for part in parts]
+    return rk.SaliencyStats(whole.layers, whole.groups, whole.provenance, parts)
+
+
+def assert_identical(a: rk.SaliencyStats, b: rk.SaliencyStats) -> None:
+    assert (a.groups, a.provenance, list(a.layers)) == (b.groups, b.provenance, list(b.layers))
+    for name, layer in a.layers.items():
+        for key, value in layer.fields().items():
+            assert torch.equal(b.layers[name].fields()[key], value), (name, key)
+
+
+def test_parts_are_saved_with_the_whole(tmp_path) -> None:
+    stats = divided()
+    stats.save(tmp_path / "stats.safetensors")
+    again = rk.SaliencyStats.load(tmp_path / "stats.safetensors")
+    assert_identical(again, stats)
+    assert len(again.parts) == 3
+    for mine, read in zip(stats.parts, again.parts, strict=True):
+        assert_identical(read, mine)
+        assert read.parts == []
+
+
+def test_a_file_whose_parts_are_gone_is_refused(tmp_path) -> None:
+    path = tmp_path / "stats.safetensors"
+    divided().save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata={**metadata, "parts": "4"})
+    with pytest.raises(DataError, match="incomplete"):
+        rk.SaliencyStats.load(path)
+
+
+def test_a_file_from_before_parts_loads(tmp_path) -> None:
+    path = tmp_path / "stats.safetensors"
+    stats = model()
+    stats.save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != "parts"}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata=metadata)
+    again = rk.SaliencyStats.load(path)
+    assert_identical(again, stats)
+    assert again.parts == []
+
+
+def test_merging_merges_part_by_part() -> None:
+    a, b = divided((1, 5)), divided((9, 13), groups=("chat", "math"))
+    merged = a.merge(b)
+    assert len(merged.parts) == 2
+    for part, mine, theirs in zip(merged.parts, a.parts, b.parts, strict=True):
+        assert_identical(part, mine.merge(theirs))
+        assert part.groups == merged.groups
+    parts = functools.reduce(rk.SaliencyStats.merge, merged.parts)
+    for name, layer in merged.layers.items():
+        assert_same(parts.layers[name], layer)
+
+
+def test_merging_unlike_divisions_leaves_no_parts() -> None:
+    assert divided((1, 5)).merge(divided((1, 5, 9))).parts == []
+    assert divided((1, 5)).merge(model()).parts == []
+
+
+def test_regrouping_adds_drops_and_leaves_empty() -> None:
+    stats = observed([7])
+    regrouped = stats.regrouped([2, None, 2, 0], 4)
+    assert regrouped.num_groups == 4
+    assert torch.equal(regrouped.count[2], stats.count[0] + stats.count[2])
+    assert torch.equal(regrouped.count[0], stats.count[3])
+    assert int(regrouped.count[[1, 3]].sum()) == 0
+    with pytest.raises(ShapeError, match="grow_groups"):
+        stats.regrouped([0, 1, 2, 4], 4)
 
 
 @pytest.mark.parametrize(
