@@ -5,15 +5,29 @@ Of several fields in one record the first in that order counts.
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig
 
-from reap_driver.calibration.records import Record
+from reap_driver.calibration.records import BadRecords, Record
 from reap_kernels.errors import DataError
 
 FIELDS = ("input_ids", "text", "messages")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A record as a model reads it.
+
+    Attributes:
+        ids: token ids.
+        counted: one byte a token, 1 where an answer stands; None where every token counts.
+    """
+
+    ids: list[int]
+    counted: bytes | None = None
 
 
 class Encoder:
@@ -29,7 +43,13 @@ class Encoder:
     """
 
     def __init__(
-        self, model: str | Path, config: PretrainedConfig, *, trust_remote_code: bool = False
+        self,
+        model: str | Path,
+        config: PretrainedConfig,
+        *,
+        trust_remote_code: bool = False,
+        enable_thinking: bool | None = None,
+        answers_only: bool = False,
     ) -> None:
         self._model = model
         self._config = config
@@ -50,7 +70,9 @@ class Encoder:
             self._eos = self._tokenizer.eos_token_id
         return self._eos
 
-    def encode(self, records: Sequence[Record]) -> Iterator[list[int]]:
+    def encode(
+        self, records: Sequence[Record], bad: BadRecords | None = None
+    ) -> Iterator[Document]:
         """Token ids of each record, in order. Texts are tokenised together, which is faster.
 
         Raises:
@@ -80,7 +102,7 @@ class Encoder:
                 ids.update(zip(wanted, found, strict=True))
         for index, record in enumerate(records):
             self._check_vocabulary(record, ids[index])
-            yield ids[index]
+            yield Document(ids[index])
 
     def _load_tokenizer(self, record: Record) -> Any:
         if self._tokenizer is None:

@@ -70,7 +70,7 @@ class PackedSource:
         """The record statistics keep; the digest is over the ids the model saw, as int32."""
         return {
             "group": self.source.group,
-            "source": str(self.source.path),
+            "source": self.source.name,
             "records": self.records,
             "tokens": len(self.ids),
             "digest": "sha256:" + hashlib.sha256(self.ids.numpy().astype("<i4").data).hexdigest(),
@@ -84,10 +84,10 @@ class PackedSource:
         notes = []
         asked = self.source.samples
         if asked is not None and self.records < asked:
-            notes.append(f"{self.source.path} has {self.records} records, {asked} were asked for")
+            notes.append(f"{self.source.name} has {self.records} records, {asked} were asked for")
         if self.separator is None and self.records > 1:
             notes.append(
-                f"{self.source.path}: the model has no end-of-sequence token, so documents follow "
+                f"{self.source.name}: the model has no end-of-sequence token, so documents follow "
                 "each other without one"
             )
         return notes
@@ -116,7 +116,7 @@ def pack(
     ids, records = array("i"), 0
     for chunk in _chunks(read_records(source, seed)):
         before = len(ids)
-        for document in encoder.encode(chunk):
+        for document in (encoded.ids for encoded in encoder.encode(chunk)):
             separator = encoder.separator
             if ids and document and separator is not None and ids[-1] != separator:
                 ids.append(separator)
@@ -125,7 +125,7 @@ def pack(
         if progress is not None:
             progress(len(ids) - before)
     if not ids:
-        raise DataError(f"data {source.path}: its {records} records hold no token; give some text")
+        raise DataError(f"data {source.name}: its {records} records hold no token; give some text")
     tokens = torch.frombuffer(ids, dtype=torch.int32)
     return PackedSource(source, tokens, records, seq_len, seed, encoder.separator)
 

@@ -33,7 +33,28 @@ class Record:
     fields: dict[str, Any]
 
 
-def read_records(source: DataSource, seed: int) -> Iterator[Record]:
+class BadRecords:
+    """Records left out because something is wrong with them.
+
+    Attributes:
+        count: how many.
+        first: what is wrong with the first few, each by its place.
+    """
+
+    SHOWN = 5
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, error: DataError) -> None:
+        """One more."""
+        self.count += 1
+        if len(self.first) < self.SHOWN:
+            self.first.append(str(error))
+
+
+def read_records(source: DataSource, seed: int, bad: BadRecords | None = None) -> Iterator[Record]:
     """The records of a source, or the sample of them that its N asks for.
 
     Sampling counts the records first and then reads only the drawn ones, so memory holds one record
@@ -45,7 +66,7 @@ def read_records(source: DataSource, seed: int) -> Iterator[Record]:
     Raises:
         DataError: no data, an ending nobody reads, or a malformed record, by file and line.
     """
-    files = _files(source.path)
+    files = _files(source.location)
     chosen: set[int] | None = None
     if source.samples is not None:
         total = sum(_kind(file).count(file) for file in files)
@@ -59,7 +80,7 @@ def read_records(source: DataSource, seed: int) -> Iterator[Record]:
                 yield read()
             index += 1
     if not found:
-        raise DataError(f"data {source.path} holds no records; give data with at least one")
+        raise DataError(f"data {source.name} holds no records; give data with at least one")
 
 
 _Deferred = Callable[[], Record]  # parses a record when called: those not drawn never are

@@ -1,10 +1,13 @@
-"""What `--data [group=]SOURCE[:N]` means.
+"""What `--data [group=]SOURCE[:BUDGET]` means.
 
-SOURCE is a file (JSON lines, Parquet, text) or a folder of such files. N takes a random sample of N
-records, drawn with the seed; they stay in the order of the file. The group is the name statistics
-are kept under; by default that of the file or folder, without its ending.
+SOURCE is a file (JSON lines, Parquet, text; compressed or not), a folder of such files, or a data
+set of the Hugging Face hub, `owner/name[subset](split)@revision`, of which only the name must be
+given. BUDGET takes a random sample of the records, drawn with the seed: `:700` is 700 records,
+`:2Mtok` as many records as hold 2 million tokens. The group is the name statistics are kept under;
+by default that of the file, folder or data set, without owner and ending.
 
-A name that exists as written is taken as written, so `a=b.jsonl` and `part:7` can be read too.
+A name that exists as written is taken as written, so `a=b.jsonl` and `part:7` can be read too, and
+a folder `owner/name` comes before the data set of that name.
 """
 
 import re
@@ -13,41 +16,141 @@ from pathlib import Path
 
 from reap_kernels.errors import DataError
 
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+SPLIT = "train"
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+_NAME = r"[A-Za-z0-9](?:[\w.-]*\w)?"
+_HUB = re.compile(
+    rf"(?P<name>{_NAME}(?:/{_NAME})?)"
+    r"(?:\[(?P<subset>[^\[\]]+)\])?(?:\((?P<split>[^()]+)\))?(?:@(?P<revision>[\w./-]+))?",
+    re.ASCII,
+)
+_FORM = (
+    "give [GROUP=]SOURCE[:N] or [GROUP=]SOURCE[:Ntok], where SOURCE is a .jsonl, .parquet or .txt "
+    "file, a folder of such files, or a hub data set such as owner/name[subset](split)"
+)
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set of the hub: `name[subset](split)@revision`.
+
+    Attributes:
+        name: `owner/name`, or `name` alone for the few without an owner.
+        subset: its configuration; None for the default one.
+        split: None for `train`; anything `datasets.load_dataset` takes, such as `train[:10%]`.
+        revision: commit, tag or branch; None for the newest.
+    """
+
+    name: str
+    subset: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "HubDataset | None":
+        """The data set that `text` names, or None where it has not the form of one."""
+        found = _HUB.fullmatch(text)
+        return None if found is None else cls(**found.groupdict())
+
+    def __str__(self) -> str:
+        subset = "" if self.subset is None else f"[{self.subset}]"
+        split = "" if self.split is None else f"({self.split})"
+        revision = "" if self.revision is None else f"@{self.revision}"
+        return f"{self.name}{subset}{split}{revision}"
+
 
 @dataclass(frozen=True)
 class DataSource:
-    """One `--data` argument: where records are, how many of them, for which group."""
+    """One `--data` argument or entry of a recipe.
 
-    path: Path
+    Attributes:
+        location: where records are.
+        group: name their statistics are kept under.
+        samples: how many records to draw; None for no limit.
+        tokens: tokens to draw records for, None for no limit; `pack` stops when it has them.
+    """
+
+    location: Path | HubDataset
     group: str
     samples: int | None = None
+    tokens: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As people write it, for messages and provenance."""
+        return str(self.location)
 
     @classmethod
     def parse(cls, text: str) -> "DataSource":
-        """Reads `[group=]SOURCE[:N]`.
+        """Reads `[group=]SOURCE[:BUDGET]`.
 
         Raises:
-            DataError: nothing has that name, or N is 0.
+            DataError: nothing local has that name and it is none of a hub data set, or the budget
+                is 0.
         """
         if Path(text).exists():
-            return cls(Path(text), _stem(Path(text)))
-        named = re.fullmatch(r"([^=/\\]+)=(.+)", text)
+            return cls(Path(text), default_group(Path(text)))
+        named = re.fullmatch(r"([^=/\\\[\](]+)=(.+)", text)
         group, rest = (named[1], named[2]) if named else (None, text)
-        if Path(rest).exists():
-            return cls(Path(rest), group or _stem(Path(rest)))
-        counted = re.fullmatch(r"(.+):(\d+)", rest)
-        if counted is None or not Path(counted[1]).exists():
-            missing = counted[1] if counted else rest
-            raise DataError(
-                f"data {text!r}: no file or folder {missing!r}; give [group=]PATH[:N] of a .jsonl, "
-                ".parquet or .txt file, or of a folder of such files"
-            )
-        path, samples = Path(counted[1]), int(counted[2])
-        if samples == 0:
-            raise DataError(f"data {text!r}: takes 0 records; give a number above 0 after the ':'")
-        return cls(path, group or _stem(path), samples)
+        samples = tokens = None
+        if not Path(rest).exists():
+            budget = re.fullmatch(r"(.+):([^:/\\]*\d[^:/\\]*)", rest)
+            if budget and re.fullmatch(r"\d.*", budget[2]):
+                rest = budget[1]
+                samples, tokens = _budget(text, budget[2])
+        location = locate(rest, Path(), f"data {text!r}")
+        return cls(location, group or default_group(location), samples, tokens)
 
 
-def _stem(path: Path) -> str:
-    """`code` for data/code.jsonl and for the folder data/code."""
-    return path.resolve().stem
+def locate(text: str, folder: Path, what: str) -> Path | HubDataset:
+    """The file or folder of that name, else the hub data set that has the form of it.
+
+    Args:
+        text: SOURCE.
+        folder: what relative paths are relative to.
+        what: begins the error message.
+
+    Raises:
+        DataError: neither.
+    """
+    path = folder / Path(text).expanduser()
+    if path.exists():
+        return path
+    hub = HubDataset.parse(text)
+    if hub is None or _looks_like_a_file(hub.name):
+        raise DataError(f"{what}: no file or folder {str(path)!r}; {_FORM}")
+    return hub
+
+
+def default_group(location: Path | HubDataset) -> str:
+    """`code` for data/code.jsonl.gz, the folder data/code and the data set owner/code."""
+    if isinstance(location, HubDataset):
+        return location.subset or location.name.rpartition("/")[2]
+    path = location.resolve()
+    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).stem
+
+
+def token_count(text: str) -> int | None:
+    """Tokens that `2Mtok`, `500ktok`, `1.5Mtok` or `4096tok` stands for; None for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)tok", text, re.IGNORECASE)
+    return None if found is None else round(float(found[1]) * _SUFFIXES[found[2].lower()])
+
+
+def _budget(text: str, written: str) -> tuple[int | None, int | None]:
+    """(samples, tokens); one of them is None."""
+    samples = int(written) if written.isdecimal() else None
+    tokens = token_count(written) if samples is None else None
+    if samples is None and tokens is None:
+        raise DataError(
+            f"data {text!r}: {written!r} is no budget; give a number of records, such as 700, or "
+            "of tokens, such as 2Mtok"
+        )
+    if 0 in (samples, tokens):
+        raise DataError(f"data {text!r}: takes 0 records; give a number above 0 after the last ':'")
+    return samples, tokens
+
+
+def _looks_like_a_file(name: str) -> bool:
+    endings = (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".csv", *COMPRESSIONS)
+    return name.endswith(endings)

@@ -18,7 +18,7 @@ TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes
 def encode(encoder: Encoder, *records: dict[str, Any]) -> list[list[int]]:
     """Token ids of records that stand at data.jsonl:1, 2, ..."""
     placed = [Record(f"data.jsonl:{n}", fields) for n, fields in enumerate(records, start=1)]
-    return list(encoder.encode(placed))
+    return [document.ids for document in encoder.encode(placed)]
 
 
 def test_every_kind_in_its_place(encoder: Encoder, folder: Path) -> None:
