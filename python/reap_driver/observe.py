@@ -258,6 +258,7 @@ class LayerRecorder:
 
     def observe(self, hidden: Tensor, ids: Tensor, weights: Tensor, eager: Forward) -> Tensor:
         """Routed output [T, H] of one call, recorded; the first is compared with `eager`."""
+        self.routed(ids, weights)
         mask = self.token_mask(len(hidden), hidden.device)
         experts = self.weights()
         stats, group = self.open(hidden.device)
@@ -271,6 +272,9 @@ class LayerRecorder:
         if rows is not None:
             self.compare(out[rows], eager(hidden[rows], ids[rows], weights[rows]))
         return out
+
+    def routed(self, ids: Tensor, weights: Tensor) -> None:
+        """Nothing: statistics need no more than the experts' rows. Observers of routing ask."""
 
     def _comparable(self, ids: Tensor, mask: Tensor | None) -> Tensor | None:
         """Counted tokens with an expert of this process: of others it computes nothing."""

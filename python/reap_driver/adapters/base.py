@@ -37,6 +37,10 @@ class Recorder(Protocol):
         """Routed output [T, H] of a call, recorded; the first call is compared with `eager`."""
         ...
 
+    def routed(self, ids: Tensor, weights: Tensor) -> None:
+        """Told the routing of every call, ids and weights [T, k], where the block says it."""
+        ...
+
     def weights(self) -> ExpertWeights:
         """The module's weights as they lie now (fetched at every call: offloading moves them)."""
         ...

@@ -80,6 +80,7 @@ def _run(
     """Output rows [E * T, H] of scaled input rows [E * T, H] and router scores [T, E]."""
     weights = recorder.weights()
     tokens, experts = scores.shape
+    recorder.routed(torch.arange(experts, device=scores.device).expand_as(scores), scores)
     selected = scores.T != 0
     expert, token = selected.nonzero(as_tuple=True)  # ascending by expert
     flat = expert * tokens + token
