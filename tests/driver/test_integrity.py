@@ -106,7 +106,8 @@ def test_retained_is_the_kept_experts_share(observed: tuple[SaliencyStats, Plan]
             (share.saliency_share, layer.gate_norm_sum),
         ):
             assert 0 < got < 1
-            assert got == pytest.approx(float(field[0, kept].sum() / field[0].sum()), rel=1e-12)
+            whole = field[0].double()
+            assert got == pytest.approx(float(whole[kept].sum() / whole.sum()), rel=1e-12)
         dead = set((layer.count[0] == 0).nonzero().flatten().tolist())
         assert dead
         assert set(share.dead_kept) | set(share.dead_removed) == dead
