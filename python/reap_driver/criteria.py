@@ -1,12 +1,14 @@
 """Criteria: from the statistics of a layer to one score an expert, the higher the worthier.
 
-All but one are members of one family. With g the gate weight and f the output of an expert, over
+All but two are members of one family. With g the gate weight and f the output of an expert, over
 the n rows routed to it,
 
     S(b, alpha, p) = n^-b * sum g^alpha ||f||^p
 
 so that b = 1 takes a mean and b = 0 a sum. `reap` is S(1, 1, 1), equation 9 of the REAP paper
-(arXiv 2510.13999). An expert that no row was routed to scores 0.
+(arXiv 2510.13999). Any member whose sum is recorded can be named so: "S(0.5, 1, 1)". The others are
+`max_activation`, and `random` or `random:SEED`, which looks at nothing, to compare with. An expert
+that no row was routed to scores 0.
 
 Nothing here imports torch when the module is imported: `--help` lists the criteria.
 """
@@ -16,6 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,26 +41,72 @@ class Criterion:
     Attributes:
         formula: how people write it.
         field: the recorded sum it starts from (see `reap_kernels.LayerStats`); `out_max` stands for
-            the largest absolute element, which is no sum.
-        mean: whether it divides by the number of rows (b = 1).
+            the largest absolute element, and "" for nothing: neither is a sum.
+        b: power of the number of rows that it is divided by; 1 for a mean, 0 for a sum.
+        seed: of random scores.
     """
 
     formula: str
     field: str
-    mean: bool = False
+    b: float = 0
+    seed: int = 0
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is of the family, so that shares of the data have scores that can be mixed."""
+        return self.field in RECORDED.values()
+
+
+# (alpha, p) of the sums that are recorded -> the field that holds them.
+RECORDED: dict[tuple[float, float], str] = {
+    (0, 0): "count",
+    (1, 0): "gate_sum",
+    (0, 1): "norm_sum",
+    (1, 1): "gate_norm_sum",
+    (0, 2): "norm_sq_sum",
+    (2, 2): "gate_norm_sq_sum",
+}
 
 CRITERIA: dict[str, Criterion] = {
-    "reap": Criterion("mean g ||f||", "gate_norm_sum", mean=True),  # S(1, 1, 1), paper eq. 9
-    "reap_l2": Criterion("mean (g ||f||)^2", "gate_norm_sq_sum", mean=True),  # S(1, 2, 2)
+    "reap": Criterion("mean g ||f||", "gate_norm_sum", b=1),  # S(1, 1, 1), paper eq. 9
+    "reap_l2": Criterion("mean (g ||f||)^2", "gate_norm_sq_sum", b=1),  # S(1, 2, 2)
     "frequency": Criterion("n, rows routed", "count"),  # S(0, 0, 0)
     "weighted_frequency": Criterion("sum g", "gate_sum"),  # S(0, 1, 0)
     "ean_sum": Criterion("sum ||f||", "norm_sum"),  # S(0, 0, 1)
-    "ean_mean": Criterion("mean ||f||", "norm_sum", mean=True),  # S(1, 0, 1)
+    "ean_mean": Criterion("mean ||f||", "norm_sum", b=1),  # S(1, 0, 1)
     "weighted_ean": Criterion("sum g ||f||", "gate_norm_sum"),  # S(0, 1, 1)
-    "msan": Criterion("mean ||f||^2", "norm_sq_sum", mean=True),  # S(1, 0, 2)
+    "msan": Criterion("mean ||f||^2", "norm_sq_sum", b=1),  # S(1, 0, 2)
     "max_activation": Criterion("largest |element of f|", "out_max"),
 }
+
+_NUMBER = r"\s*([0-9]*\.?[0-9]+)\s*"
+_GENERIC = re.compile(rf"S\({_NUMBER},{_NUMBER},{_NUMBER}\)")
+_RANDOM = re.compile(r"random(?::([0-9]{1,18}))?")
+
+
+def criterion_named(name: str) -> Criterion:
+    """The criterion of a name of `CRITERIA`, `S(b,alpha,p)`, `random` or `random:SEED`.
+
+    Raises:
+        ValueError: there is none; the message says what there is.
+    """
+    if name in CRITERIA:
+        return CRITERIA[name]
+    if found := _RANDOM.fullmatch(name):
+        return Criterion("a random number", "", seed=int(found[1] or 0))
+    if found := _GENERIC.fullmatch(name):
+        b, alpha, p = (float(number) for number in found.groups())
+        if (alpha, p) in RECORDED:
+            return Criterion(f"n^-{b:g} sum g^{alpha:g} ||f||^{p:g}", RECORDED[alpha, p], b=b)
+        pairs = ", ".join(f"({a:g}, {p:g})" for a, p in RECORDED)
+        raise ValueError(
+            f"criterion {name!r} needs sum g^{alpha:g} ||f||^{p:g}, which is not recorded; (alpha, "
+            f"p) can be {pairs}"
+        )
+    raise ValueError(
+        f"criterion {name!r} is unknown; choose one of {', '.join(CRITERIA)}, S(b,alpha,p) or "
+        "random:SEED"
+    )
 
 
 class Scores(_Values):
@@ -104,7 +154,7 @@ def score(
 
     Args:
         stats: observed statistics.
-        criterion: a name of `CRITERIA`.
+        criterion: a name, see `criterion_named`.
         weights: {group: share}, one for every observed group, not negative; they are divided by
             their sum. Sums and counts of group G are then multiplied by share_G * T / T_G, where
             T_G are the tokens the layer saw in the group and T those of all groups: the scores are
@@ -116,22 +166,44 @@ def score(
         {layer: float64 [E]} on the CPU.
 
     Raises:
-        PlanError: unknown criterion; weights that do not name exactly the observed groups, or are
-            negative, not finite or all 0.
+        PlanError: unknown criterion, or one whose sum is not recorded; weights that do not name
+            exactly the observed groups, or are negative, not finite or all 0.
         DataError: an expert produced NaN or Inf; a layer saw no token, or no token of a group with
             a share above 0.
     """
-    from reap_kernels.errors import PlanError
-
-    if criterion not in CRITERIA:
-        raise PlanError(f"criterion {criterion!r} is unknown; choose one of {', '.join(CRITERIA)}")
+    found = checked_criterion(criterion)
     wanted = None if weights is None else shares(stats.groups, weights)
     stats.check_finite()
-    values = {
-        name: _score_layer(name, layer, stats.groups, CRITERIA[criterion], wanted)
-        for name, layer in stats.layers.items()
-    }
+    if found.field:
+        values = {
+            name: _score_layer(name, layer, stats.groups, found, wanted)
+            for name, layer in stats.layers.items()
+        }
+    else:
+        sizes = {name: layer.num_experts for name, layer in stats.layers.items()}
+        values = random_values(sizes, found.seed)
     return Scores(values, criterion=criterion, weights=weights, provenance=stats.provenance)
+
+
+def checked_criterion(name: str) -> Criterion:
+    """`criterion_named`, with an error of this package: PlanError."""
+    from reap_kernels.errors import PlanError
+
+    try:
+        return criterion_named(name)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+
+
+def random_values(sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+    """Random scores, float64 [E] in [0, 1) for each layer; the same on every machine."""
+    import torch
+
+    draw = random.Random(seed)
+    return {
+        name: torch.tensor([draw.random() for _ in range(experts)], dtype=torch.float64)
+        for name, experts in sizes.items()
+    }
 
 
 def shares(groups: list[str], weights: Mapping[str, float]) -> list[float]:
@@ -168,17 +240,10 @@ def _score_layer(
     from reap_kernels.errors import DataError
 
     layer = layer.to("cpu")
-    factors = layer.tokens.double() * 0 + 1  # [G]
     if shares is not None:
-        factors = factors.new_tensor(shares) * layer.tokens.sum()
-        if any(share > 0 and not seen for share, seen in zip(shares, layer.tokens, strict=True)):
-            counted = dict(zip(groups, layer.tokens.tolist(), strict=True))
-            raise DataError(
-                f"layer {name}: a group with a weight above 0 has no tokens ({counted}); observe "
-                "data of that group, or give it the weight 0"
-            )
-        factors = factors / layer.tokens.clamp(min=1)
-    rows = _mixed(layer.count.double(), factors)
+        check_tokens(name, layer, groups, shares)
+    factors = mix(layer.tokens, shares)
+    rows = mixed(layer.count, factors)
     if not rows.any():
         raise DataError(
             f"layer {name}: no token was routed to any of its {layer.num_experts} experts, so they "
@@ -191,8 +256,7 @@ def _score_layer(
         peak = high.maximum(-low).double()  # -inf where never routed
         values = peak.where(rows > 0, peak.new_zeros(()))
     else:
-        values = _mixed(getattr(layer, criterion.field).double(), factors)
-        values = values / rows.clamp(min=1e-300) if criterion.mean else values
+        values = family(mixed(getattr(layer, criterion.field), factors), rows, criterion.b)
     if not values.isfinite().all():
         experts = (~values.isfinite()).nonzero().flatten().tolist()
         raise DataError(
@@ -202,6 +266,40 @@ def _score_layer(
     return values
 
 
-def _mixed(sums: Tensor, factors: Tensor) -> Tensor:
-    """Groups [G, E] added with one factor each, float64 [E]."""
-    return (sums * factors[:, None]).sum(dim=0)
+def check_tokens(name: str, layer: LayerStats, groups: list[str], shares: list[float]) -> None:
+    """Raises DataError if a layer saw no token of a group with a share above 0."""
+    from reap_kernels.errors import DataError
+
+    if any(share > 0 and not seen for share, seen in zip(shares, layer.tokens, strict=True)):
+        counted = dict(zip(groups, layer.tokens.tolist(), strict=True))
+        raise DataError(
+            f"layer {name}: a group with a weight above 0 has no tokens ({counted}); observe "
+            "data of that group, or give it the weight 0"
+        )
+
+
+def mix(tokens: Tensor, shares: list[float] | None) -> Tensor:
+    """What each group's sums are multiplied by, so that groups have these shares of the tokens.
+
+    Args:
+        tokens: [..., G], tokens of each group.
+        shares: of the groups, adding to 1; None: as observed.
+
+    Returns:
+        float64 [..., G]: share_G * T / T_G, or 1.
+    """
+    observed = tokens.double()
+    if shares is None:
+        return observed.new_ones(observed.shape)
+    wanted = observed.new_tensor(shares) * observed.sum(dim=-1, keepdim=True)
+    return wanted / observed.clamp(min=1)
+
+
+def mixed(sums: Tensor, factors: Tensor) -> Tensor:
+    """Groups [..., G, E] added with one factor each [..., G], float64 [..., E]."""
+    return (sums.double() * factors[..., None]).sum(dim=-2)
+
+
+def family(sums: Tensor, rows: Tensor, b: float) -> Tensor:
+    """n^-b * sum, for sums and numbers of rows [..., E]; 0 where there were no rows."""
+    return (sums / rows**b).where(rows > 0, sums.new_zeros(()))

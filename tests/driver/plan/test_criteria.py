@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from reap_driver.criteria import CRITERIA, score
+from reap_driver.criteria import CRITERIA, RECORDED, criterion_named, score
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import DataError, PlanError
 from tests.driver.plan.statistics import EXPERTS, NEVER, Rows, model_stats
@@ -20,7 +20,12 @@ FAMILY = {
     "reap": (1, 1, 1),
     "msan": (1, 0, 2),
     "reap_l2": (1, 2, 2),
+    "S(0.5, 1, 1)": (0.5, 1, 1),
+    "S(1,0,0)": (1, 0, 0),
+    "S(2, 2.0, 2)": (2, 2, 2),
+    "S( .25 ,0,2 )": (0.25, 0, 2),
 }
+NAMES = [*FAMILY, "max_activation"]
 
 
 def by_formula(rows: Rows, criterion: str, factor: torch.Tensor | None = None) -> list[float]:
@@ -40,7 +45,7 @@ def by_formula(rows: Rows, criterion: str, factor: torch.Tensor | None = None) -
     return scores
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", NAMES)
 @pytest.mark.parametrize("groups", [1, 3])
 def test_scores_are_the_formula(criterion: str, groups: int) -> None:
     for seed in range(5):
@@ -53,7 +58,7 @@ def test_scores_are_the_formula(criterion: str, groups: int) -> None:
             assert values[NEVER] == 0
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", NAMES)
 def test_weights_give_what_that_mix_would_have_given(criterion: str) -> None:
     """Each group's rows count as often as its share of tokens asks for."""
     rows = Rows(3, 7)
@@ -64,7 +69,7 @@ def test_weights_give_what_that_mix_would_have_given(criterion: str) -> None:
     assert scores["a"].tolist() == pytest.approx(by_formula(rows, criterion, factor), rel=1e-12)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", NAMES)
 def test_weights_laws(criterion: str) -> None:
     rows = Rows(2, 3)
     stats = model_stats({"a": rows}, ["x", "y"])
@@ -81,8 +86,8 @@ def test_weights_laws(criterion: str) -> None:
     alone.layers["a"].tokens[1] = 0
     weighed = score(stats, criterion, {"x": 1, "y": 0})["a"]
     # A sum grows to the tokens of all groups, a mean and a maximum stay.
-    grows = rows.tokens.sum() / rows.tokens[0] if not CRITERIA[criterion].mean else 1.0
-    grows = 1.0 if criterion == "max_activation" else grows
+    power = 0 if criterion == "max_activation" else 1 - FAMILY[criterion][0]
+    grows = (rows.tokens.sum() / rows.tokens[0]) ** power
     torch.testing.assert_close(weighed, score(alone, criterion)["a"] * grows)
 
 
@@ -133,9 +138,50 @@ def test_wrong_weights_are_refused(weights: dict[str, float], says: str) -> None
         score(model_stats({"a": Rows(2, 0)}, ["x", "y"]), "reap", weights)
 
 
-def test_unknown_criterion_names_the_known() -> None:
-    with pytest.raises(PlanError, match=r"'taylor'.*reap, reap_l2, frequency"):
-        score(model_stats({"a": Rows(1, 0)}, ["x"]), "taylor")
+def test_every_criterion_is_tested() -> None:
+    assert set(CRITERIA) < set(NAMES)
+    assert set(RECORDED) == {(alpha, p) for _, alpha, p in FAMILY.values()}
+
+
+def test_the_generic_name_gives_the_bits_of_the_named_criterion() -> None:
+    stats = model_stats({"a": Rows(2, 0)}, ["x", "y"])
+    for name, (b, alpha, p) in FAMILY.items():
+        if name in CRITERIA:
+            generic = score(stats, f"S({b},{alpha},{p})", {"x": 1, "y": 2})
+            assert torch.equal(generic["a"], score(stats, name, {"x": 1, "y": 2})["a"])
+
+
+def test_random_scores_are_seeded_and_look_at_nothing() -> None:
+    stats, others = (model_stats({"a": Rows(1, n), "b": Rows(1, 9)}, ["x"]) for n in (0, 1))
+    for name in ("random", "random:0", "random:7"):
+        assert torch.equal(score(stats, name)["a"], score(others, name)["a"])
+    assert torch.equal(score(stats, "random")["b"], score(stats, "random:0")["b"])
+    assert not torch.equal(score(stats, "random:7")["a"], score(stats, "random")["a"])
+    assert not torch.equal(score(stats, "random")["a"], score(stats, "random")["b"])
+    # The same on every machine: the values are written down.
+    assert score(stats, "random:7")["a"][:2].tolist() == [0.32383276483316237, 0.15084917392450192]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("taylor", r"'taylor' is unknown.*reap, reap_l2, frequency.*S\(b,alpha,p\) or random:SEED"),
+        ("S(1,1,3)", r"needs sum g\^1 \|\|f\|\|\^3, which is not recorded; .*\(0, 0\), \(1, 0\)"),
+        ("S(1,0.5,1)", r"needs sum g\^0.5 \|\|f\|\|\^1, which is not recorded"),
+        ("S(-1,1,1)", "is unknown"),
+        ("S(1,1)", "is unknown"),
+        ("S(1,1,1", "is unknown"),
+        ("random:", "is unknown"),
+        ("random:-1", "is unknown"),
+        ("random:x", "is unknown"),
+        ("", "is unknown"),
+    ],
+)
+def test_unknown_criteria_are_told_what_there_is(name: str, says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        score(model_stats({"a": Rows(1, 0)}, ["x"]), name)
+    with pytest.raises(ValueError, match=says):
+        criterion_named(name)
 
 
 def test_a_layer_nobody_reached_is_not_ranked() -> None:
