@@ -108,6 +108,48 @@ class RouterMask(TorchFunctionMode):
             handle.remove()
 
 
+class RouterMasks:
+    """Masks one model's routers again and again; what does not depend on the experts that go is
+    found once.
+
+    Args:
+        model: a loaded MoE model, whose tensors stay in place for as long as this is used.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._layers = {layer.name: layer for layer in find_moe_layers(model)}
+        experts = {name: layer.num_experts for name, layer in self._layers.items()}
+        self._dims = expert_dims(model, experts)
+        self._state = model.state_dict(keep_vars=True)
+        self._known: dict[str, _Routing] = {}
+
+    @contextlib.contextmanager
+    def keeping(self, kept: Mapping[str, Sequence[int]]) -> Iterator[RouterMask]:
+        """See `masked_experts`."""
+        layers = self._layers
+        removed = {name: ids for name in kept if (ids := _removed(layers, name, kept[name]))}
+        routing = {name: self._routing(name) for name in removed}
+        routers = [pair for name in removed for pair in routing[name].without(removed[name])]
+        mask = RouterMask(routers)
+        with contextlib.ExitStack() as stack:
+            for name, ids in removed.items():
+                for tensor, value in routing[name].selection(ids, layers[name].num_experts):
+                    stack.enter_context(_overwritten(tensor, value))
+                own = [weight.name for weight in routing[name].weights]
+                block = block_of(self._model, layers[name])
+                stack.enter_context(mask.checked(name, block, own))
+            what = type(self._model).__name__
+            stack.enter_context(mask.checked(what, self._model, list(mask.removed)))
+            yield stack.enter_context(mask)
+
+    def _routing(self, name: str) -> "_Routing":
+        """What routes in a layer."""
+        if name not in self._known:
+            self._known[name] = _find_routing(self._layers[name], self._dims, self._state)
+        return self._known[name]
+
+
 @contextlib.contextmanager
 def masked_experts(
     model: PreTrainedModel, kept: Mapping[str, Sequence[int]]
@@ -117,6 +159,7 @@ def masked_experts(
 
     Outside it the model is what it was, bit by bit. Layers may keep different numbers of experts;
     layers that are not named keep all. Contexts nest, and may lie in or around `observe`.
+    `RouterMasks` does the same for many sets of experts, and finds the routers once.
 
     Args:
         model: a loaded MoE model. Its selection biases and tables of expert ids are overwritten
@@ -129,20 +172,8 @@ def masked_experts(
         UnsupportedModel: a layer whose router is not found, or (while the model runs) one that
             uses it in no matrix product.
     """
-    layers = {layer.name: layer for layer in find_moe_layers(model)}
-    removed = {name: ids for name in kept if (ids := _removed(layers, name, kept[name]))}
-    dims = expert_dims(model, {name: layer.num_experts for name, layer in layers.items()})
-    state = model.state_dict(keep_vars=True)
-    routers = [pair for name in removed for pair in _routers(name, removed[name], dims, state)]
-    mask = RouterMask(routers)
-    with contextlib.ExitStack() as stack:
-        for name, ids in removed.items():
-            for tensor, value in _selection(layers[name], ids, dims, state):
-                stack.enter_context(_overwritten(tensor, value))
-            own = [router.name for _, router in routers if router.layer == name]
-            stack.enter_context(mask.checked(name, block_of(model, layers[name]), own))
-        stack.enter_context(mask.checked(type(model).__name__, model, list(mask.removed)))
-        yield stack.enter_context(mask)
+    with RouterMasks(model).keeping(kept) as mask:
+        yield mask
 
 
 def _removed(layers: Mapping[str, MoELayer], name: str, kept: Sequence[int]) -> list[int]:
@@ -172,44 +203,84 @@ def _removed(layers: Mapping[str, MoELayer], name: str, kept: Sequence[int]) -> 
     return sorted(set(range(layer.num_experts)) - set(ids))
 
 
-def _routers(
-    layer: str, removed: list[int], dims: Mapping[str, ExpertDim], state: Mapping[str, Tensor]
-) -> list[tuple[Tensor, _Router]]:
-    """The weights that score a layer's experts: matrices outside the experts, a row for each."""
-    found = []
-    for name, dim in dims.items():
-        weight = state[name]
-        inside = name.startswith(layer + ".")
-        if dim.layer == layer and not inside and weight.squeeze().dim() == 2 and dim.block == 1:
-            _check_resident(name, weight)
-            rows = torch.tensor(removed, device=weight.device)
-            found.append((weight, _Router(name, layer, weight.shape[dim.dim], rows)))
-    if not found:
-        raise UnsupportedModel(
-            f"{layer}: no matrix in its block has a row for each expert, so its router cannot be "
-            "masked; prune the checkpoint instead (apply_plan)"
-        )
-    return found
+@dataclass(frozen=True)
+class _Weight:
+    """A router's weight: a matrix outside the experts with a row for each."""
+
+    name: str
+    tensor: Tensor
+    length: int
 
 
-def _selection(
-    layer: MoELayer, removed: list[int], dims: Mapping[str, ExpertDim], state: Mapping[str, Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """What else decides the selection in a layer, and its values without the removed experts.
+@dataclass(frozen=True)
+class _Routing:
+    """What decides the routing in a layer.
+
+    Attributes:
+        layer: its name.
+        weights: of its routers.
+        biases: tensors added for the selection, with the dimension that holds experts.
+        tables: integers that are expert ids, by name.
+    """
+
+    layer: str
+    weights: list[_Weight]
+    biases: list[tuple[Tensor, int]]
+    tables: dict[str, Tensor]
+
+    def without(self, removed: list[int]) -> Iterator[tuple[Tensor, _Router]]:
+        """The weights of the layer's routers, and what they are without the removed experts."""
+        for weight in self.weights:
+            rows = torch.tensor(removed, device=weight.tensor.device)
+            yield weight.tensor, _Router(weight.name, self.layer, weight.length, rows)
+
+    def selection(self, removed: list[int], experts: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What else decides the selection, and its values without the removed experts."""
+        for tensor, dim in self.biases:
+            rows = torch.tensor(removed, device=tensor.device)
+            yield tensor, tensor.detach().index_fill(dim, rows, _low(tensor.dtype))
+        kept = torch.tensor(sorted(set(range(experts)) - set(removed)))
+        for name, tensor in self.tables.items():
+            table = tensor.detach().cpu().numpy()
+            table = relabel(table, kept.tolist(), experts, first_row=0, where=name)
+            yield tensor, kept[torch.from_numpy(table).long()]
+
+
+def _find_routing(
+    layer: MoELayer, dims: Mapping[str, ExpertDim], state: Mapping[str, Tensor]
+) -> _Routing:
+    """Finds what routes in a layer.
 
     Raises:
-        UnsupportedModel: integers that may be expert ids, of unknown meaning.
+        UnsupportedModel: nothing that scores its experts; or integers that may be expert ids, of
+            unknown meaning.
     """
-    kept = torch.tensor(sorted(set(range(layer.num_experts)) - set(removed)))
+    found = _Routing(layer.name, [], [], {})
+    for name, dim in dims.items():
+        weight = state[name]
+        inside = name.startswith(layer.name + ".")
+        if (
+            dim.layer == layer.name
+            and not inside
+            and weight.squeeze().dim() == 2
+            and dim.block == 1
+        ):
+            _check_resident(name, weight)
+            found.weights.append(_Weight(name, weight, weight.shape[dim.dim]))
+    if not found.weights:
+        raise UnsupportedModel(
+            f"{layer.name}: no matrix in its block has a row for each expert, so its router cannot "
+            "be masked; prune the checkpoint instead (apply_plan)"
+        )
+    block = layer.name.rpartition(".")[0] + "."
     for name, tensor in state.items():
-        if not name.startswith(layer.name.rpartition(".")[0] + "."):
+        known = dims.get(name)
+        if not name.startswith(block):
             continue
-        dim, values = dims.get(name), tensor.detach()
-        if dim is not None and dim.layer == layer.name and _is_bias(name, tensor, dim):
+        if known is not None and known.layer == layer.name and _is_bias(name, tensor, known):
             _check_resident(name, tensor)
-            rows = torch.tensor(removed, device=tensor.device)
-            yield tensor, values.index_fill(dim.dim, rows, _low(tensor.dtype))
-        elif dim is None and tensor.dtype in (torch.int32, torch.int64):
+            found.biases.append((tensor, known.dim))
+        elif known is None and tensor.dtype in (torch.int32, torch.int64):
             _check_resident(name, tensor)
             if name.rpartition(".")[2] not in ID_TABLES:
                 raise UnsupportedModel(
@@ -217,9 +288,8 @@ def _selection(
                     f"{layer.name} may be expert ids, of a meaning this version does not know; "
                     "its router cannot be masked"
                 )
-            table = values.cpu().numpy()
-            table = relabel(table, kept.tolist(), layer.num_experts, first_row=0, where=name)
-            yield tensor, kept[torch.from_numpy(table).long()]
+            found.tables[name] = tensor
+    return found
 
 
 def _is_bias(name: str, tensor: Tensor, dim: ExpertDim) -> bool:
