@@ -1,20 +1,17 @@
-"""Records to token ids: `input_ids` as they are, `text` tokenised, `messages` by chat template.
+"""Records to token ids: ids as they are, texts tokenised, conversations by chat template."""
 
-Of several fields in one record the first in that order counts.
-"""
-
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer, PretrainedConfig
 
-from reap_driver.calibration.records import BadRecords, Record
+from reap_driver.calibration.chat import ChatTemplate, Span
+from reap_driver.calibration.records import BadRecords, Record, guard
+from reap_driver.calibration.shapes import Chat, Text, Tokens, shape_of
 from reap_kernels.errors import DataError
-
-FIELDS = ("input_ids", "text", "messages")
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,14 @@ class Document:
     counted: bytes | None = None
 
 
+@dataclass
+class _Texts:
+    """Texts to be tokenised together, by number of record; where in them answers stand."""
+
+    texts: dict[int, str] = field(default_factory=dict)
+    answers: dict[int, list[Span]] = field(default_factory=dict)
+
+
 class Encoder:
     """Turns records into token ids of one model, checked against its vocabulary.
 
@@ -37,6 +42,9 @@ class Encoder:
         model: folder or hub id, for the tokenizer; it is loaded when a record first needs it.
         config: of the model.
         trust_remote_code: allow a tokenizer's own code.
+        enable_thinking: for chat templates that know it; None leaves their own default.
+        answers_only: say which tokens are answers: what the assistant says in conversations, or the
+            answer to an instruction or prompt. Of records without any, an error.
 
     Attributes:
         vocab_size: ids must be below it; None where the config does not say.
@@ -54,7 +62,10 @@ class Encoder:
         self._model = model
         self._config = config
         self._trust = trust_remote_code
+        self._enable_thinking = enable_thinking
+        self._answers_only = answers_only
         self._tokenizer: Any = None
+        self._template: ChatTemplate | None = None
         text = config.get_text_config()
         size = getattr(text, "vocab_size", None)
         self.vocab_size: int | None = size if isinstance(size, int) else None
@@ -75,34 +86,92 @@ class Encoder:
     ) -> Iterator[Document]:
         """Token ids of each record, in order. Texts are tokenised together, which is faster.
 
+        Args:
+            records: read together; some hundreds keep a tokenizer's threads busy.
+            bad: takes what is wrong with records, which are left out; None raises it.
+
         Raises:
-            DataError: a record without a known field, of the wrong type, or with an id outside the
-                vocabulary; or the model has no tokenizer or chat template for it. Names the place.
+            DataError: a record of no known shape, with a field of the wrong type, an id outside the
+                vocabulary, or a conversation its chat template refuses, by place; or the model has
+                no tokenizer or chat template for it.
         """
-        ids: dict[int, list[int]] = {}
-        texts: dict[bool, dict[int, str]] = {True: {}, False: {}}
+        done: dict[int, Document] = {}
+        plain, rendered = _Texts(), _Texts()  # the latter have their special tokens already
+        left_out = guard(bad)
         for index, record in enumerate(records):
-            name = next((f for f in FIELDS if record.fields.get(f) is not None), None)
-            if name is None:
-                raise DataError(
-                    f"{record.place}: has none of the fields {', '.join(FIELDS)} (it has "
-                    f"{', '.join(sorted(record.fields)) or 'none at all'}); rename its field"
-                )
-            if name == "input_ids":
-                ids[index] = _checked_ids(record)
-            elif name == "text":
-                texts[True][index] = _checked_text(record)
-            else:  # a template writes the special tokens itself
-                texts[False][index] = self._render(record)
-        for special, wanted in texts.items():
-            if wanted:
-                found = self._load_tokenizer(records[next(iter(wanted))])(
-                    list(wanted.values()), add_special_tokens=special, verbose=False
-                )["input_ids"]
-                ids.update(zip(wanted, found, strict=True))
-        for index, record in enumerate(records):
-            self._check_vocabulary(record, ids[index])
-            yield Document(ids[index])
+            shape = None
+            with left_out:
+                shape = shape_of(record)
+            if isinstance(shape, Chat) and not self._has_template(record, shape):
+                shape = shape.plain
+            with left_out:
+                if isinstance(shape, Tokens):
+                    self._check_vocabulary(record, shape.ids)
+                    done[index] = Document(self._checked_ids(record, shape.ids))
+                elif isinstance(shape, Text):
+                    self._load_tokenizer(record)
+                    self._add_text(plain, index, record, shape)
+                elif isinstance(shape, Chat):
+                    self._add_chat(rendered, done, index, record, shape)
+        for special, group in ((True, plain), (False, rendered)):
+            for index, document in self._tokenised(group, special).items():
+                with left_out:
+                    self._check_vocabulary(records[index], document.ids)
+                    done[index] = document
+        yield from (done[index] for index in sorted(done))
+
+    def _add_text(self, group: _Texts, index: int, record: Record, shape: Text) -> None:
+        if self._answers_only:
+            if shape.answer is None:
+                raise _no_answer(record, "is a text")
+            group.answers[index] = [(shape.answer, len(shape.text))]
+        group.texts[index] = shape.text
+
+    def _add_chat(
+        self, group: _Texts, done: dict[int, Document], index: int, record: Record, shape: Chat
+    ) -> None:
+        template = self._template
+        assert template is not None
+        if not self._answers_only:
+            group.texts[index] = template.render(record.place, shape)
+        elif not any(message["role"] == "assistant" for message in shape.messages):
+            raise _no_answer(record, "is a conversation in which no assistant speaks")
+        elif template.marks_answers(shape):
+            done[index] = Document(*template.marked(record.place, shape))
+        else:
+            group.texts[index], group.answers[index] = template.answers(record.place, shape)
+
+    def _tokenised(self, group: _Texts, special: bool) -> dict[int, Document]:
+        """The documents of a group, by number of record."""
+        if not group.texts:
+            return {}
+        found = self._tokenizer(
+            list(group.texts.values()),
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=self._answers_only,
+            verbose=False,
+        )
+        documents = map(Document, found["input_ids"])
+        if self._answers_only:
+            masks = map(_mask, found["offset_mapping"], group.answers.values())
+            documents = map(Document, found["input_ids"], masks)
+        return dict(zip(group.texts, documents, strict=True))
+
+    def _has_template(self, record: Record, shape: Chat) -> bool:
+        """Loads the tokenizer; whether it has a chat template, which most conversations need."""
+        tokenizer = self._load_tokenizer(record)
+        if getattr(tokenizer, "chat_template", None):
+            if self._template is None:
+                self._template = ChatTemplate(tokenizer, str(self._model), self._enable_thinking)
+            return True
+        if shape.plain is None:
+            raise DataError(
+                f"{record.place}: is a conversation, but the tokenizer of {self._model} has no "
+                "chat template; add chat_template.jinja to the model's folder, or give records with text"
+            )
+        return False
 
     def _load_tokenizer(self, record: Record) -> Any:
         if self._tokenizer is None:
@@ -118,27 +187,18 @@ class Encoder:
                     f"({reason}); add its files (tokenizer.json, ...), allow its code with "
                     "--trust-remote-code, or give records with input_ids"
                 ) from error
+            if self._answers_only and not self._tokenizer.is_fast:
+                raise DataError(
+                    f"the tokenizer of {self._model} does not say which characters its tokens "
+                    "stand for, which answers are found by; add a tokenizer.json, or count all "
+                    "tokens"
+                )
         return self._tokenizer
 
-    def _render(self, record: Record) -> str:
-        """A conversation as the model's chat template writes it."""
-        from jinja2 import TemplateError
-
-        messages = _checked_messages(record, "messages")
-        tools = _checked_messages(record, "tools") if record.fields.get("tools") else None
-        tokenizer = self._load_tokenizer(record)
-        if not getattr(tokenizer, "chat_template", None):
-            raise DataError(
-                f"{record.place}: has messages, but the tokenizer of {self._model} has no chat "
-                "template; add chat_template.jinja to the model's folder, or give records with text"
-            )
-        try:
-            return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise DataError(
-                f"{record.place}: the chat template of {self._model} refuses the messages "
-                f"({error}); correct the roles and contents"
-            ) from error
+    def _checked_ids(self, record: Record, ids: list[int]) -> list[int]:
+        if self._answers_only:
+            raise _no_answer(record, "has token ids only")
+        return ids
 
     def _check_vocabulary(self, record: Record, ids: list[int]) -> None:
         if not ids:
@@ -152,28 +212,17 @@ class Encoder:
             )
 
 
-def _checked_ids(record: Record) -> list[int]:
-    ids = record.fields["input_ids"]
-    if not isinstance(ids, list) or any(type(i) is not int for i in ids):
-        raise DataError(f"{record.place}: input_ids must be a flat list of integers")
-    return ids
+def _mask(offsets: list[Span], answers: list[Span]) -> bytes:
+    """A byte a token: 1 where any of its characters stands in an answer."""
+    first, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    counted = np.zeros(len(offsets), dtype=bool)
+    for begin, stop in answers:
+        counted |= (first < stop) & (end > begin) & (end > first)
+    return counted.tobytes()
 
 
-def _checked_text(record: Record) -> str:
-    text = record.fields["text"]
-    if not isinstance(text, str):
-        raise DataError(f"{record.place}: text is a {type(text).__name__}; it must be a string")
-    return text
-
-
-def _checked_messages(record: Record, name: str) -> list[dict[str, Any]]:
-    """A list of objects, given as such or as JSON text; Parquet's empty fields are left out."""
-    value = record.fields[name]
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise DataError(f"{record.place}: {name} is text but not JSON ({error})") from error
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise DataError(f"{record.place}: {name} must be a list of objects, at least one")
-    return [{key: item for key, item in m.items() if item is not None} for m in value]
+def _no_answer(record: Record, why: str) -> DataError:
+    return DataError(
+        f"{record.place}: {why}, so it has no answer to count; give records with an assistant's "
+        "turns, instruction + output or prompt + completion, or count all tokens"
+    )

@@ -1,28 +1,19 @@
-"""Records of calibration files, one after another, each with the place it stands at.
+"""The records of a source, one after another, or the sample of them that its budget asks for."""
 
-| ending | a record is |
-|---|---|
-| .jsonl, .ndjson | a line: one JSON object; empty lines do not count |
-| .parquet | a row |
-| .txt | the whole file: one document |
-
-A folder stands for all such files in it, at any depth, in the order of their names; files with
-another ending and hidden ones are passed over.
-"""
-
-import json
 import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 from reap_driver.calibration.source import DataSource
 from reap_kernels.errors import DataError
 
-_PARQUET_ROWS = 1024  # read at a time
+# Records held at once where they come in random order: the first pass, and at most. Each pass reads
+# the source once more.
+_FIRST_PASS, _LARGEST_PASS = 256, 4096
 
 
 @dataclass(frozen=True)
@@ -34,7 +25,9 @@ class Record:
 
 
 class BadRecords:
-    """Records left out because something is wrong with them.
+    """Counts records that are left out because something is wrong with them.
+
+    As a context manager it takes a DataError raised inside, which then ends there.
 
     Attributes:
         count: how many.
@@ -53,150 +46,90 @@ class BadRecords:
         if len(self.first) < self.SHOWN:
             self.first.append(str(error))
 
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        if isinstance(error, DataError):
+            self.add(error)
+            return True
+        return False
+
+
+def guard(bad: BadRecords | None) -> AbstractContextManager[None]:
+    """Inside it, an error of a record is counted by `bad`, or raised where that is None."""
+    return nullcontext() if bad is None else bad
+
+
+class Reader(Protocol):
+    """What has records: files, or a data set of the hub."""
+
+    def count(self) -> int:
+        """How many there are."""
+
+    def read(self, bad: BadRecords | None) -> Iterator[Record]:
+        """All of them, in order."""
+
+    def pick(self, chosen: Sequence[int], bad: BadRecords | None) -> Iterator[tuple[int, Record]]:
+        """(number, record) of those with the numbers `chosen`, ascending from 0."""
+
 
 def read_records(source: DataSource, seed: int, bad: BadRecords | None = None) -> Iterator[Record]:
-    """The records of a source, or the sample of them that its N asks for.
+    """The records of a source, or the sample of them that its budget asks for.
 
-    Sampling counts the records first and then reads only the drawn ones, so memory holds one record
-    (of Parquet: one batch of rows) at a time.
+    For a number of records: a random sample, in the order of the source. For a number of tokens:
+    all (or that many) in random order, so that whoever stops at the budget has a random sample; a
+    pass over the source brings up to 4096 of them. Either counts the records first, and parses only
+    those drawn.
 
     Args:
+        source: what to read.
         seed: equal seeds draw equal samples.
+        bad: takes malformed records, which are left out; None raises their error.
 
     Raises:
-        DataError: no data, an ending nobody reads, or a malformed record, by file and line.
+        DataError: no data, a source nobody reads, or a malformed record, by file and line.
     """
-    files = _files(source.location)
-    chosen: set[int] | None = None
-    if source.samples is not None:
-        total = sum(_kind(file).count(file) for file in files)
-        if source.samples < total:
-            chosen = set(random.Random(seed).sample(range(total), source.samples))
-    index, found = 0, False
-    for file in files:
-        for read in _kind(file).read(file):
-            if chosen is None or index in chosen:
-                found = True
-                yield read()
-            index += 1
-    if not found:
+    reader, found = _reader(source), False
+    for record in _sampled(reader, source, seed, bad):
+        found = True
+        yield record
+    if not found and not (bad and bad.count):
         raise DataError(f"data {source.name} holds no records; give data with at least one")
 
 
-_Deferred = Callable[[], Record]  # parses a record when called: those not drawn never are
+def _reader(source: DataSource) -> Reader:
+    if isinstance(source.location, Path):
+        from reap_driver.calibration.files import Files
+
+        return Files(source.location)
+    from reap_driver.calibration.hub import HubRows
+
+    return HubRows(source.location)
 
 
-@dataclass(frozen=True)
-class _Kind:
-    count: Callable[[Path], int]
-    read: Callable[[Path], Iterable[_Deferred]]
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        _kind(path)
-        return [path]
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix in _KINDS
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
-    if not files:
-        raise DataError(f"data {path}: no {', '.join(_KINDS)} file in this folder; add one")
-    return files
-
-
-def _kind(file: Path) -> _Kind:
-    if file.suffix not in _KINDS:
-        raise DataError(
-            f"data {file}: ending {file.suffix!r} is not known; give one of {', '.join(_KINDS)}"
-        )
-    return _KINDS[file.suffix]
-
-
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, content) of the lines that are not empty."""
-    try:
-        with file.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise DataError(f"data {file} cannot be read: {error.strerror or error}") from error
-
-
-def _read_jsonl(file: Path) -> Iterator[_Deferred]:
-    for number, line in _lines(file):
-        yield partial(_parse_line, f"{file}:{number}", line)
-
-
-def _parse_line(place: str, line: bytes) -> Record:
-    try:
-        value = json.loads(line)
-    except ValueError as error:  # malformed JSON, or not UTF-8
-        raise DataError(f"{place}: not valid JSON ({error}); correct the line") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: a JSON {type(value).__name__}; every line must be an object")
-    return Record(place, value)
-
-
-@contextmanager
-def _parquet(file: Path) -> Iterator[Any]:
-    """The open file; whatever Arrow finds wrong with it becomes a DataError."""
-    try:
-        from pyarrow import parquet
-        from pyarrow.lib import ArrowException
-    except ImportError as error:
-        raise DataError(
-            f"data {file}: reading Parquet needs pyarrow, which is not installed; "
-            "run `pip install reap-kernels[parquet]`"
-        ) from error
-    try:
-        with parquet.ParquetFile(file) as opened:
-            yield opened
-    except (OSError, ArrowException) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"data {file} cannot be read as Parquet ({reason}); make or download it again"
-        ) from error
-
-
-def _count_parquet(file: Path) -> int:
-    with _parquet(file) as opened:
-        return int(opened.metadata.num_rows)
-
-
-def _read_parquet(file: Path) -> Iterator[_Deferred]:
-    number = 0
-    with _parquet(file) as opened:
-        for batch in opened.iter_batches(batch_size=_PARQUET_ROWS):
-            for row in range(batch.num_rows):
-                number += 1
-                yield partial(_row, f"{file}, row {number}", batch, row)
-
-
-def _row(place: str, batch: Any, row: int) -> Record:
-    return Record(place, batch.slice(row, 1).to_pylist()[0])
-
-
-def _read_text(file: Path) -> Iterator[_Deferred]:
-    def read() -> Record:
-        try:
-            return Record(str(file), {"text": file.read_text(encoding="utf-8")})
-        except OSError as error:
-            raise DataError(f"data {file} cannot be read: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"data {file} is not UTF-8 text: {error}; convert it") from error
-
-    yield read
-
-
-_JSONL = _Kind(lambda file: sum(1 for _ in _lines(file)), _read_jsonl)
-_KINDS = {
-    ".jsonl": _JSONL,
-    ".ndjson": _JSONL,
-    ".parquet": _Kind(_count_parquet, _read_parquet),
-    ".txt": _Kind(lambda _: 1, _read_text),
-}
+def _sampled(
+    reader: Reader, source: DataSource, seed: int, bad: BadRecords | None
+) -> Iterator[Record]:
+    if source.samples is None and source.tokens is None:
+        yield from reader.read(bad)
+        return
+    total = reader.count()
+    drawn = total if source.samples is None else min(total, source.samples)
+    if source.tokens is None and drawn == total:
+        yield from reader.read(bad)
+        return
+    order = random.Random(seed).sample(range(total), drawn)
+    if source.tokens is None:
+        yield from (record for _, record in reader.pick(sorted(order), bad))
+        return
+    start, size = 0, _FIRST_PASS
+    while part := order[start : start + size]:
+        records = dict(reader.pick(sorted(part), bad))
+        yield from (records[number] for number in part if number in records)
+        start, size = start + size, min(2 * size, _LARGEST_PASS)

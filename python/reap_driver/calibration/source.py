@@ -14,9 +14,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from reap_driver.calibration.compressed import COMPRESSIONS
 from reap_kernels.errors import DataError
 
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 SPLIT = "train"
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _NAME = r"[A-Za-z0-9](?:[\w.-]*\w)?"
@@ -40,12 +40,14 @@ class HubDataset:
         subset: its configuration; None for the default one.
         split: None for `train`; anything `datasets.load_dataset` takes, such as `train[:10%]`.
         revision: commit, tag or branch; None for the newest.
+        files: only these of its files, such as `en/c4-train.00000-of-01024.json.gz`; from recipes.
     """
 
     name: str
     subset: str | None = None
     split: str | None = None
     revision: str | None = None
+    files: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> "HubDataset | None":
@@ -95,10 +97,9 @@ class DataSource:
         group, rest = (named[1], named[2]) if named else (None, text)
         samples = tokens = None
         if not Path(rest).exists():
-            budget = re.fullmatch(r"(.+):([^:/\\]*\d[^:/\\]*)", rest)
-            if budget and re.fullmatch(r"\d.*", budget[2]):
-                rest = budget[1]
-                samples, tokens = _budget(text, budget[2])
+            budget = re.fullmatch(r"(.+):(\d[\w.]*)", rest)
+            if budget:
+                rest, (samples, tokens) = budget[1], _budget(text, budget[2])
         location = locate(rest, Path(), f"data {text!r}")
         return cls(location, group or default_group(location), samples, tokens)
 

@@ -11,7 +11,7 @@ from tests.driver.published.checkpoint import write_tokenizer
 VOCAB = 259
 EOS = 2
 TEMPLATE = (
-    "{% for t in tools or [] %}[{{ t['name'] }}]{% endfor %}"
+    "{% for t in tools or [] %}[{{ t['function']['name'] }}]{% endfor %}"
     "{% for m in messages %}"
     "{% if m['role'] == 'judge' %}{{ raise_exception('no such role') }}{% endif %}"
     "<bos>{{ m['role'] }}:{{ m['content'] }}{% if m['name'] %}!{% endif %}{% endfor %}"

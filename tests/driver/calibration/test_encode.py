@@ -64,11 +64,11 @@ def test_tools_reach_the_template(encoder: Encoder, folder: Path) -> None:
     ("record", "says"),
     [
         (
-            {"content": "a", "id": 1},
-            "has none of the fields input_ids, text, messages .*content, id",
+            {"body": "a", "id": 1},
+            r"no known shape, which are input_ids, text, messages, .*\(it has body, id\); rename",
         ),
         ({}, "it has none at all"),
-        ({"text": None}, "has none of the fields"),
+        ({"text": None}, "no known shape"),
         ({"text": 5}, "text is a int; it must be a string"),
         ({"input_ids": "1 2"}, "input_ids must be a flat list of integers"),
         ({"input_ids": [[1, 2]]}, "input_ids must be a flat list of integers"),
@@ -91,7 +91,7 @@ def test_what_is_wrong_is_named(encoder: Encoder, record: dict[str, Any], says: 
 def test_no_chat_template(encoder: Encoder, folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(
-        DataError, match=r"data.jsonl:1: has messages, but .* no chat template; add"
+        DataError, match=r"data.jsonl:1: is a conversation, but .* no chat template; add"
     ):
         encode(encoder, {"messages": TALK})
 

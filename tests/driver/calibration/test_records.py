@@ -41,7 +41,7 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     rows = [{"text": f"t{i}", "input_ids": list(range(i))} for i in range(10)]
     parquet.write_table(pa.Table.from_pylist(rows), path)
-    monkeypatch.setattr("reap_driver.calibration.records._PARQUET_ROWS", 3)
+    monkeypatch.setattr("reap_driver.calibration.files._PARQUET_ROWS", 3)
     assert fields(path) == rows
     assert [record.place for record in read(path)][3] == f"{path}, row 4"
 
@@ -154,7 +154,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
     path.write_bytes(b"")
     for module in ("pyarrow", "pyarrow.parquet", "pyarrow.lib"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DataError, match=r"pyarrow.*pip install reap-kernels\[parquet\]"):
+    with pytest.raises(DataError, match=r"pyarrow.*pip install reap-kernels\[data\]"):
         read(path)
 
 

@@ -1,5 +1,6 @@
 """`[group=]SOURCE[:N]`, with names that look like something else."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -57,11 +58,17 @@ def test_parse(here: Path, text: str, path: str, group: str | None, samples: int
         ("none.jsonl", "none.jsonl"),
         ("none.jsonl:5", "none.jsonl"),
         ("g=none.jsonl:5", "none.jsonl"),
-        ("org/dataset", "org/dataset"),
+        ("./org/dataset", "org/dataset"),
+        ("/org/dataset", "/org/dataset"),
+        ("a/b/c:5", "a/b/c"),
+        ("none.jsonl.gz", "none.jsonl.gz"),
+        ("what is this?", "what is this?"),
     ],
 )
 def test_missing(here: Path, text: str, missing: str) -> None:
-    with pytest.raises(DataError, match=rf"data '{text}': no file or folder '{missing}'; give"):
+    with pytest.raises(
+        DataError, match=re.escape(f"data {text!r}: no file or folder {missing!r}; give")
+    ):
         DataSource.parse(text)
 
 

@@ -1,0 +1,48 @@
+"""Rows of Arrow tables as records: of Parquet files, and of data sets from the hub."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from reap_driver.calibration.records import Record
+from reap_driver.calibration.shapes import FIELDS
+
+
+def known_columns(names: Sequence[str]) -> list[str] | None:
+    """The columns that records are made of; None, for all, where there is none of them."""
+    return [name for name in names if name in FIELDS] or None
+
+
+def arrow_records(rows: Any, places: Sequence[str]) -> Iterator[Record]:
+    """The rows of a record batch or table as records that stand at `places`.
+
+    Objects lose keys without a value: a column of objects has every key that any of them has.
+    """
+    import pyarrow
+
+    names = rows.schema.names
+    columns = [
+        [_without_nulls(value) for value in column.to_pylist()]
+        if _holds_objects(pyarrow, column.type)
+        else column.to_pylist()
+        for column in rows.columns
+    ]
+    for place, *values in zip(places, *columns, strict=True):
+        yield Record(place, dict(zip(names, values, strict=True)))
+
+
+def _holds_objects(pyarrow: Any, kind: Any) -> bool:
+    """Whether values of the type are objects, or lists of them."""
+    if pyarrow.types.is_struct(kind):
+        return True
+    nested = (
+        pyarrow.types.is_list(kind)
+        or pyarrow.types.is_large_list(kind)
+        or pyarrow.types.is_fixed_size_list(kind)
+    )
+    return nested and _holds_objects(pyarrow, kind.value_type)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

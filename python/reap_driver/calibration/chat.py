@@ -1,0 +1,133 @@
+"""Conversations as a model's chat template writes them, and where in them its answers stand."""
+
+import re
+from typing import Any
+
+from jinja2 import TemplateError
+
+from reap_driver.calibration.shapes import Chat
+from reap_kernels.errors import DataError
+
+Span = tuple[int, int]
+
+
+class ChatTemplate:
+    """The template of one tokenizer.
+
+    Args:
+        tokenizer: of the model.
+        model: its name, for messages.
+        enable_thinking: passed to the template; None leaves the template's own default.
+    """
+
+    def __init__(self, tokenizer: Any, model: str, enable_thinking: bool | None) -> None:
+        self._tokenizer = tokenizer
+        self._model = model
+        self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+
+    def render(self, place: str, chat: Chat) -> str:
+        """The conversation as text, special tokens included.
+
+        Args:
+            place: of the record, for the message.
+            chat: what it says.
+
+        Raises:
+            DataError: the template refuses it.
+        """
+        return str(self._apply(place, chat, chat.messages, tokenize=False))
+
+    def marks_answers(self, chat: Chat) -> bool:
+        """Whether the template itself says what the model generates, by `{% generation %}`."""
+        template = self._tokenizer.get_chat_template(None, chat.tools)
+        return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+    def marked(self, place: str, chat: Chat) -> tuple[list[int], bytes]:
+        """Token ids, and a byte for each: 1 where the template marks what the model generates.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        found = self._apply(
+            place,
+            chat,
+            chat.messages,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        return found["input_ids"], bytes(found["assistant_masks"])
+
+    def answers(self, place: str, chat: Chat) -> tuple[str, list[Span]]:
+        """The conversation as text, and [from, to) of each assistant's turn in it.
+
+        A turn begins where the text of the messages before it, with the prompt to go on, stops
+        being that of the whole. It ends where the text of the messages up to it ends; or, where the
+        template writes a turn in another way when it is the last (without its reasoning, say), as
+        many characters before the end of the next message as that message adds elsewhere.
+
+        Raises:
+            DataError: the template refuses the conversation, or writes messages in another way
+                before others, so that turns cannot be told apart.
+        """
+        whole = self.render(place, chat)
+        spans = [
+            (self._start(place, chat, number, whole), self._end(place, chat, number, whole))
+            for number, message in enumerate(chat.messages)
+            if message["role"] == "assistant"
+        ]
+        if any(start > end for start, end in spans):
+            raise self._inseparable(place)
+        return whole, spans
+
+    def _start(self, place: str, chat: Chat, number: int, whole: str) -> int:
+        before = chat.messages[:number]
+        if not before:  # templates take no empty conversation
+            raise self._inseparable(place)
+        text = self._apply(place, chat, before, tokenize=False)
+        prompt = self._apply(place, chat, before, tokenize=False, add_generation_prompt=True)
+        shared = _shared(prompt, whole)
+        if not whole.startswith(text) or shared < len(text):
+            raise self._inseparable(place)
+        return shared
+
+    def _end(self, place: str, chat: Chat, number: int, whole: str) -> int:
+        messages = chat.messages
+        if number == len(messages) - 1:
+            return len(whole)
+        text = self._apply(place, chat, messages[: number + 1], tokenize=False)
+        if whole.startswith(text):
+            return len(text)
+        before = self._apply(place, chat, messages[:number], tokenize=False)
+        skipped = self._apply(
+            place, chat, [*messages[:number], messages[number + 1]], tokenize=False
+        )
+        after = self._apply(place, chat, messages[: number + 2], tokenize=False)
+        added = skipped[len(before) :]
+        if not (skipped.startswith(before) and whole.startswith(after) and after.endswith(added)):
+            raise self._inseparable(place)
+        return len(after) - len(added)
+
+    def _inseparable(self, place: str) -> DataError:
+        return DataError(
+            f"{place}: the chat template of {self._model} writes messages differently before "
+            "others, so the answers in it cannot be told apart; mark them in the template with "
+            "{% generation %}, or count all tokens"
+        )
+
+    def _apply(self, place: str, chat: Chat, messages: list[dict[str, Any]], **options: Any) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, tools=chat.tools, **options, **self._options
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"{place}: the chat template of {self._model} refuses the messages "
+                f"({error}); correct the roles and contents"
+            ) from error
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,0 +1,202 @@
+"""Messages and tools of records, in the one form that chat templates of transformers take.
+
+Content is text; parts of it are joined. A tool is an object `{"type": "function", "function": ...}`
+with a JSON schema of its parameters, a tool call `{"type": "function", "function": {"name",
+"arguments"}}` with arguments as an object. Everything else a message has stays, such as
+`reasoning_content`.
+"""
+
+import json
+import re
+from typing import Any
+
+from reap_driver.calibration.records import Record
+from reap_kernels.errors import DataError
+
+# Names of roles in `from`, as ShareGPT and its descendants write them.
+_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+# JSON schema's names of the types in Python signatures.
+_TYPES = {
+    "str": "string",
+    "int": "integer",
+    "float": "number",
+    "bool": "boolean",
+    "list": "array",
+    "set": "array",
+    "tuple": "array",
+    "dict": "object",
+}
+
+
+def list_of_objects(
+    record: Record, name: str, value: Any = None, *, least: int = 1
+) -> list[dict[str, Any]]:
+    """A field that is a list of objects, or JSON text of one.
+
+    Args:
+        record: which has it.
+        name: of the field.
+        value: instead of the field's.
+        least: how many there must be.
+
+    Raises:
+        DataError: it is anything else.
+    """
+    value = _parsed(record, name, record.fields[name] if value is None else value)
+    if (
+        not isinstance(value, list)
+        or len(value) < least
+        or not all(isinstance(item, dict) for item in value)
+    ):
+        raise DataError(
+            f"{record.place}: {name} must be a list of objects" + ", at least one" * (least > 0)
+        )
+    return value
+
+
+def checked_messages(record: Record, name: str, value: Any = None) -> list[dict[str, Any]]:
+    """The messages in a field.
+
+    Raises:
+        DataError: it is no list of messages, or a message has no role or other parts than text.
+    """
+    messages = []
+    for number, given in enumerate(list_of_objects(record, name, value)):
+        message = {key: item for key, item in given.items() if item is not None}
+        if not isinstance(message.get("role"), str):
+            raise DataError(f"{record.place}: {name}[{number}] has no role; give every message one")
+        if isinstance(message.get("content"), list):
+            message["content"] = _joined(record, f"{name}[{number}]", message["content"])
+        if "tool_calls" in message:
+            what = f"{name}[{number}].tool_calls"
+            calls = message.pop("tool_calls") or []
+            found = list_of_objects(record, what, calls, least=0)
+            if found:
+                message["tool_calls"] = [tool_call(record, what, call) for call in found]
+        messages.append(message)
+    return messages
+
+
+def checked_tools(record: Record) -> list[dict[str, Any]] | None:
+    """The tools of a record, wrapped as OpenAI's interface has them; None where it has none.
+
+    Raises:
+        DataError: the field is no list of tools.
+    """
+    if not record.fields.get("tools"):
+        return None
+    tools = []
+    for number, tool in enumerate(list_of_objects(record, "tools", least=0)):
+        bare = {key: value for key, value in tool.items() if key != "type"}
+        function = tool.get("function", bare)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(
+                f"{record.place}: tools[{number}] has no name; give {{name, description, "
+                "parameters}, or that as the function of {type, function}"
+            )
+        tools.append({"type": "function", "function": _with_schema(function)})
+    return tools or None
+
+
+def tool_call(record: Record, name: str, call: dict[str, Any]) -> dict[str, Any]:
+    """A call, bare or wrapped, with its arguments as an object.
+
+    Arguments that are no JSON text of an object stay as they are: models write such ones too.
+
+    Raises:
+        DataError: it names no function.
+    """
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(
+            f"{record.place}: {name} has a call without a name; give {{name, arguments}}"
+        )
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments or "{}")
+        except ValueError:
+            parsed = arguments
+        arguments = parsed if isinstance(parsed, dict) else arguments
+    outer = {key: value for key, value in call.items() if key in ("id", "type")}
+    called = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+    return {**outer, "type": "function", "function": called}
+
+
+def turn(record: Record, role: Any, value: Any) -> dict[str, Any]:
+    """A message of `from` and `value`.
+
+    Raises:
+        DataError: the role is not known, or a call of tools is no JSON.
+    """
+    known = _ROLES.get(role) if isinstance(role, str) else None
+    if known is None:
+        raise DataError(
+            f"{record.place}: conversations are from {role!r}, which is not known; give one of "
+            f"{', '.join(_ROLES)}"
+        )
+    if role == "function_call":
+        calls = _parsed(record, "the function_call", value)
+        calls = [calls] if isinstance(calls, dict) else calls
+        return {"role": known, "tool_calls": calls}
+    return {"role": known, "content": value}
+
+
+def _parsed(record: Record, name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{record.place}: {name} is text but not JSON ({error})") from error
+
+
+def _joined(record: Record, what: str, parts: list[Any]) -> str:
+    """The text of parts `{"type": "text", "text": ...}`, or of strings."""
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text" or not isinstance(text, str):
+            raise DataError(
+                f"{record.place}: {what} has a part of type {kind!r}; only parts of text can be "
+                "read, so leave out or describe the others"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _with_schema(function: dict[str, Any]) -> dict[str, Any]:
+    """The function with JSON schema for parameters given as `{name: {type, description}}`.
+
+    That is how xlam-function-calling-60k gives them; its types are Python's ("List[int],
+    optional"), and a parameter is optional where the type says so or there is a default.
+    """
+    parameters = function.get("parameters")
+    if (
+        not isinstance(parameters, dict)
+        or "properties" in parameters
+        or isinstance(parameters.get("type"), str)
+        or not all(isinstance(value, dict) for value in parameters.values())
+    ):
+        return function
+    properties, required = {}, []
+    for name, given in parameters.items():
+        kind = str(given.get("type", ""))
+        known = _TYPES.get(re.split(r"\W", kind.strip(), maxsplit=1)[0].lower())
+        properties[name] = given if known is None else {**given, "type": known}
+        if "optional" not in kind.lower() and "default" not in given:
+            required.append(name)
+    schema = {"type": "object", "properties": properties, "required": required}
+    return {**function, "parameters": schema}

@@ -1,0 +1,177 @@
+"""What a record says: token ids, a text, or a conversation with tools.
+
+| fields | becomes |
+|---|---|
+| `input_ids` | token ids, as they are |
+| `text` | a text |
+| `messages` (+ `tools`) | a conversation |
+| `conversations` of `from` and `value` (+ `system`, `tools`) | a conversation |
+| `query`, `answers` (+ `tools`) | a question and the calls of tools that answer it |
+| `instruction`, `output` (+ `input`, `system`) | a question and its answer |
+| `prompt`, `completion` (+ `tools`) | the same, or two lists of messages |
+| `content` | a text |
+
+Of several shapes in one record the first in this order counts; a field that is null is absent.
+Lists and objects may be given as JSON text. A question and answer become a conversation where the
+tokenizer has a chat template, else a text: the parts of an instruction with an empty line between
+them, prompt and completion without.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from reap_driver.calibration.messages import (
+    checked_messages,
+    checked_tools,
+    list_of_objects,
+    tool_call,
+    turn,
+)
+from reap_driver.calibration.records import Record
+from reap_kernels.errors import DataError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids, [n]."""
+
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text; `answer` is where in it the answer begins, None where nothing is one."""
+
+    text: str
+    answer: int | None = None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as chat templates take it.
+
+    Attributes:
+        messages: of `role`, `content` and whatever else the record has.
+        tools: as JSON schemas, None where there are none.
+        plain: the same without a chat template, None where that would lose its meaning.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    plain: Text | None = None
+
+
+Shape = Tokens | Text | Chat
+
+
+def shape_of(record: Record) -> Shape:
+    """What a record says.
+
+    Raises:
+        DataError: it has no known shape, or a field of the wrong type. Names the place.
+    """
+    fields = record.fields
+    for needed, make in _SHAPES:
+        if all(fields.get(name) is not None for name in needed):
+            return make(record)
+    known = ", ".join(" + ".join(needed) for needed, _ in _SHAPES)
+    has = ", ".join(sorted(name for name, value in fields.items() if value is not None))
+    raise DataError(
+        f"{record.place}: has the fields of no known shape, which are {known} (it has "
+        f"{has or 'none at all'}); rename its fields"
+    )
+
+
+def _ids(record: Record) -> Tokens:
+    ids = record.fields["input_ids"]
+    if not isinstance(ids, list) or any(type(i) is not int for i in ids):
+        raise DataError(f"{record.place}: input_ids must be a flat list of integers")
+    return Tokens(ids)
+
+
+def _text(name: str) -> Callable[[Record], Text]:
+    return lambda record: Text(_string(record, name))
+
+
+def _messages(record: Record) -> Chat:
+    return Chat(checked_messages(record, "messages"), checked_tools(record))
+
+
+def _conversations(record: Record) -> Chat:
+    """`from` and `value`, as ShareGPT has them; items may have `role` and `content` instead."""
+    turns = []
+    for item in list_of_objects(record, "conversations"):
+        if "from" in item:
+            turns.append(turn(record, item["from"], item.get("value")))
+        else:
+            turns.append(item)
+    return Chat(
+        _system(record) + checked_messages(record, "conversations", turns), checked_tools(record)
+    )
+
+
+def _query(record: Record) -> Chat:
+    calls = [tool_call(record, "answers", c) for c in list_of_objects(record, "answers", least=0)]
+    # No `content`, as transformers documents turns that only call tools.
+    answer = {"role": "assistant", "tool_calls": calls} if calls else _says("assistant", "")
+    return Chat([_says("user", _string(record, "query")), answer], checked_tools(record))
+
+
+def _instruction(record: Record) -> Chat:
+    asked = [_string(record, name) for name in ("instruction", "input") if record.fields.get(name)]
+    question, answer = "\n\n".join(asked), _string(record, "output")
+    system = _system(record)
+    before = "\n\n".join([*(message["content"] for message in system), question, ""])
+    return Chat(
+        [*system, _says("user", question), _says("assistant", answer)],
+        plain=Text(before + answer, len(before)),
+    )
+
+
+def _prompt(record: Record) -> Chat:
+    prompt, completion = record.fields["prompt"], record.fields["completion"]
+    if isinstance(prompt, list) or isinstance(completion, list):
+        both = [
+            _says(role, value) if isinstance(value, str) else checked_messages(record, name)
+            for role, name, value in (
+                ("user", "prompt", prompt),
+                ("assistant", "completion", completion),
+            )
+        ]
+        messages = [m for part in both for m in (part if isinstance(part, list) else [part])]
+        return Chat(messages, checked_tools(record))
+    prompt, completion = _string(record, "prompt"), _string(record, "completion")
+    return Chat(
+        [_says("user", prompt), _says("assistant", completion)],
+        checked_tools(record),
+        Text(prompt + completion, len(prompt)),
+    )
+
+
+def _system(record: Record) -> list[dict[str, Any]]:
+    return [_says("system", _string(record, "system"))] if record.fields.get("system") else []
+
+
+def _says(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _string(record: Record, name: str) -> str:
+    value = record.fields[name]
+    if not isinstance(value, str):
+        raise DataError(f"{record.place}: {name} is a {type(value).__name__}; it must be a string")
+    return value
+
+
+_SHAPES: tuple[tuple[tuple[str, ...], Callable[[Record], Shape]], ...] = (
+    (("input_ids",), _ids),
+    (("text",), _text("text")),
+    (("messages",), _messages),
+    (("conversations",), _conversations),
+    (("query", "answers"), _query),
+    (("instruction", "output"), _instruction),
+    (("prompt", "completion"), _prompt),
+    (("content",), _text("content")),
+)
+FIELDS = frozenset({"tools", "input", "system"}.union(*(needed for needed, _ in _SHAPES)))
