@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from reap_driver.discover import MoELayer, find_moe_layers
     from reap_driver.loading import load_model
     from reap_driver.observe import Observer, observe
-    from reap_driver.plan import LayerPlan, Plan, make_plan, random_plan
+    from reap_driver.plan import LayerPlan, Plan
+    from reap_driver.planning import make_plan, plan_of_removals, random_plan
     from reap_driver.router_mask import masked_experts
     from reap_driver.streaming.observe import observe_streamed
     from reap_kernels import LayerStats, SaliencyStats, __version__
@@ -40,11 +41,12 @@ _HOMES = {
     "find_moe_layers": "reap_driver.discover",
     "load_config": "reap_driver.compat.models",
     "load_model": "reap_driver.loading",
-    "make_plan": "reap_driver.plan",
+    "make_plan": "reap_driver.planning",
     "masked_experts": "reap_driver.router_mask",
     "observe": "reap_driver.observe",
     "observe_streamed": "reap_driver.streaming.observe",
-    "random_plan": "reap_driver.plan",
+    "plan_of_removals": "reap_driver.planning",
+    "random_plan": "reap_driver.planning",
     "score": "reap_driver.criteria",
 }
 
@@ -66,6 +68,7 @@ __all__ = [
     "masked_experts",
     "observe",
     "observe_streamed",
+    "plan_of_removals",
     "random_plan",
     "score",
 ]

@@ -1,26 +1,19 @@
-"""The plan: which experts each layer keeps, made from scores, saved as JSON anybody can read."""
+"""The plan: which experts each layer keeps, and its file, JSON that anybody can read."""
 
 import itertools
 import json
 import os
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from reap_driver.allocate import Budget, check_ratio, kept_experts, uniform
-from reap_driver.criteria import Scores
+from reap_driver.allocate import check_ratio
 from reap_kernels.errors import PlanError
 from reap_kernels.files import replaced
 
 FORMAT = "reap-plan"
 VERSION = 1
-
-# Name -> {layer facts, ratio} -> a budget for every layer.
-ALLOCATIONS = {"uniform": uniform}
 
 
 @dataclass(frozen=True)
@@ -69,6 +62,8 @@ class Plan:
         weights: shares of the calibration groups, None as observed.
         data: provenance of the calibration data, an entry a source.
         notes: what a reader should know, such as rounding.
+        settings: what else the allocation was told: `protected` {layer: ids}, `layer_ratios`
+            {layer: ratio}, `normalise`; absent where not used.
         version: of the format.
     """
 
@@ -81,7 +76,14 @@ class Plan:
     weights: dict[str, float] | None = None
     data: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
+
+    @property
+    def uniform(self) -> bool:
+        """Whether layers with as many experts keep as many, so that one number says it all."""
+        counts = {(layer.num_experts, len(layer.kept)) for layer in self.layers.values()}
+        return len(counts) == len({experts for experts, _ in counts})
 
     @property
     def kept(self) -> dict[str, tuple[int, ...]]:
@@ -92,6 +94,7 @@ class Plan:
         """Writes JSON, a line for each layer (temporary sibling, fsync, rename)."""
         head = {"format": FORMAT, "version": self.version}
         head |= {name: getattr(self, name) for name in _FIELDS}
+        head |= {"settings": self.settings} if self.settings else {}
         lines = [
             f"    {json.dumps(name)}: "
             + json.dumps({key: getattr(layer, key) for key in _LAYER_FIELDS})
@@ -127,6 +130,8 @@ class Plan:
         if not layers:
             raise PlanError(f"plan {path}: field 'layers' is empty; make the plan again")
         check_ratio(fields["ratio"])
+        if "settings" in content:  # plans of before had none
+            fields["settings"] = _checked(path, content, "settings", dict)
         fields["layers"] = {name: _load_layer(path, name, e) for name, e in layers.items()}
         return cls(**fields)
 
@@ -142,81 +147,6 @@ _FIELDS: dict[str, Any] = {
     "notes": list,
 }
 _LAYER_FIELDS: dict[str, Any] = {"num_experts": int, "kept": list, "removed": list}
-
-
-def make_plan(scores: Scores, ratio: float = 0.5, *, allocation: str = "uniform") -> Plan:
-    """Decides which experts every layer keeps.
-
-    Args:
-        scores: of every MoE layer, from `reap_driver.score`.
-        ratio: share of experts to remove, 0 < ratio < 1; see `reap_driver.allocate` for rounding.
-        allocation: a name of `ALLOCATIONS`.
-
-    Raises:
-        PlanError: the ratio or the allocation is not possible; the message says what is.
-    """
-    if allocation not in ALLOCATIONS:
-        raise PlanError(
-            f"allocation {allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}"
-        )
-    if scores.unobserved:
-        raise PlanError(
-            f"layer {scores.unobserved[0]} ({len(scores.unobserved)} in all) was reached by no "
-            "token, so its experts cannot be ranked; calibrate with data that reaches it (vision "
-            "experts need images)"
-        )
-    missing = [name for name in scores if name not in scores.layers]
-    if missing:
-        raise PlanError(
-            f"layer {missing[0]}: the statistics do not say how it routes (top_k, n_group); "
-            'observe with reap-kernels, or add it to provenance["layers"]'
-        )
-    budgets = ALLOCATIONS[allocation]({name: scores.layers[name] for name in scores}, ratio)
-    layers = {
-        budget.name: LayerPlan.keeping(
-            budget.num_experts, kept_experts(scores[budget.name], budget)
-        )
-        for budget in budgets
-    }
-    return Plan(
-        model=scores.model,
-        criterion=scores.criterion,
-        allocation=allocation,
-        ratio=float(ratio),
-        layers=layers,
-        scores_digest=scores.digest(),
-        weights=scores.weights,
-        data=scores.data,
-        notes=_notes(budgets),
-    )
-
-
-def random_plan(scores: Scores, ratio: float, seed: int) -> Plan:
-    """The baseline that keeps experts at random, by the same budgets and groups as any other plan.
-
-    Args:
-        scores: for the layers and the model only; their values do not matter.
-        ratio: share of experts to remove.
-        seed: equal seeds give equal plans on every machine.
-    """
-    draw = random.Random(seed)
-    values = {
-        name: torch.tensor([draw.random() for _ in range(len(known))], dtype=torch.float64)
-        for name, known in scores.items()
-    }
-    provenance = {"model": scores.model, "layers": scores.layers}
-    return make_plan(Scores(values, criterion="random", provenance=provenance), ratio)
-
-
-def _notes(budgets: list[Budget]) -> list[str]:
-    """Where routing groups made a number smaller than asked."""
-    notes = {
-        f"removes {b.removed} instead of {b.asked} of {b.num_experts} experts a layer: the "
-        f"{b.n_group} routing groups must stay equal in size"
-        for b in budgets
-        if b.removed < b.asked
-    }
-    return sorted(notes)
 
 
 def _checked(path: Any, content: Mapping[str, Any], name: str, kind: Any) -> Any:

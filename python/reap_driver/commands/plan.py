@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from reap_driver.allocate import served_advice, uniform
     from reap_driver.commands.outputs import check_file
     from reap_driver.criteria import score
-    from reap_driver.plan import make_plan
+    from reap_driver.planning import make_plan
     from reap_kernels import SaliencyStats
 
     check_file(args.out, overwrite=args.overwrite)

@@ -89,7 +89,7 @@ def _check_writing(args: argparse.Namespace, model: "Model", console: Console) -
     """Checks early that what will be planned can be written."""
     from reap_driver.allocate import served_advice, uniform
     from reap_driver.checkpoint import check_plan
-    from reap_driver.plan import make_plan
+    from reap_driver.planning import make_plan
 
     # Any plan of this ratio needs the same space and passes the same checks.
     blank = make_plan(model.blank_scores(), args.ratio)
@@ -103,7 +103,7 @@ def _write(args: argparse.Namespace, found: "Observed", console: Console) -> dic
     from reap_driver.checkpoint import apply_plan
     from reap_driver.commands import calibrate
     from reap_driver.criteria import score
-    from reap_driver.plan import make_plan
+    from reap_driver.planning import make_plan
 
     stats = found.stats
     observed, text = calibrate.summary(stats, found.seconds)

@@ -34,7 +34,8 @@ from reap_driver.demo.picture import draw_scores
 from reap_driver.demo.table import format_report
 from reap_driver.loading import load_model
 from reap_driver.observe import observe
-from reap_driver.plan import Plan, make_plan, random_plan
+from reap_driver.plan import Plan
+from reap_driver.planning import make_plan, random_plan
 from reap_kernels.stats import SaliencyStats
 
 MODEL = Path(__file__).parent / "model"
@@ -199,7 +200,8 @@ def _prune(
         model = load_model(folder, dtype=torch.float32)
         evaluation = evaluate(model, held_out, reference=base)
         experts = model.config.num_experts
-        return Pruned(plan.criterion, plan.ratio, seed, experts, weight_bytes(folder), evaluation)
+        criterion = plan.criterion.partition(":")[0]  # without the seed of a random one
+        return Pruned(criterion, plan.ratio, seed, experts, weight_bytes(folder), evaluation)
 
 
 def _draw(scores: dict[str, Scores], plans: list[tuple[Plan, int | None]], path: Path) -> None:

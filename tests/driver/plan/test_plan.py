@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from reap_driver.criteria import Scores, score
-from reap_driver.plan import LayerPlan, Plan, make_plan, random_plan
+from reap_driver.plan import LayerPlan, Plan
+from reap_driver.planning import make_plan, random_plan
 from reap_kernels.errors import PlanError
 from tests.driver.plan.statistics import EXPERTS, MODEL, Rows, model_stats
 
@@ -77,7 +78,7 @@ def test_random_plans_are_seeded_and_differ() -> None:
     plans = [random_plan(known, 0.5, seed) for seed in (0, 0, 1)]
     assert plans[0] == plans[1]
     assert plans[0].kept != plans[2].kept
-    assert plans[0].criterion == "random"
+    assert plans[0].criterion == "random:0"
     assert plans[0].model == MODEL
     # The same on every machine: the values are written down.
     assert plans[0].kept == {LAYERS[0]: (0, 1, 4), LAYERS[1]: (0, 3, 4)}
@@ -201,8 +202,10 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_planned() -> None:
-    with pytest.raises(PlanError, match=r"allocation 'global' is unknown; choose one of uniform"):
-        make_plan(scores(), 0.5, allocation="global")
+    with pytest.raises(
+        PlanError, match=r"allocation 'best' is unknown; choose one of uniform, global"
+    ):
+        make_plan(scores(), 0.5, allocation="best")
     known = scores()
     known.layers = {}
     with pytest.raises(PlanError, match=r"layer model.layers.0.mlp.experts: the statistics do not"):

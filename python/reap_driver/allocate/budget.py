@@ -1,0 +1,180 @@
+"""What one layer can lose and does lose, and which of its experts stay."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from reap_kernels.errors import PlanError
+
+# A product such as 100 * 0.29 falls short of the integer it means by less than this.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Router:
+    """The shape of one layer's router.
+
+    Attributes:
+        name: the layer.
+        num_experts: E.
+        top_k: experts a token is routed to.
+        n_group: routing groups, consecutive runs of E / n_group ids; 1 where the router has none.
+        topk_group: groups a token's experts are chosen from.
+    """
+
+    name: str
+    num_experts: int
+    top_k: int
+    n_group: int
+    topk_group: int
+
+    @classmethod
+    def of(cls, name: str, layer: Mapping[str, Any]) -> "Router":
+        """From `num_experts`, `top_k` and, where there are groups, `n_group` and `topk_group`.
+
+        Raises:
+            PlanError: a number is not recorded, or the experts do not divide into the groups.
+        """
+        try:
+            experts, top_k = int(layer["num_experts"]), int(layer["top_k"])
+        except KeyError as error:
+            raise PlanError(
+                f"layer {name}: the statistics do not record {error}; observe with reap-kernels, "
+                'or add it to provenance["layers"]'
+            ) from error
+        n_group, topk_group = int(layer.get("n_group") or 1), int(layer.get("topk_group") or 1)
+        if experts % n_group:
+            raise PlanError(
+                f"layer {name}: {experts} experts do not divide into {n_group} routing groups; "
+                "correct n_group of the model's config.json"
+            )
+        return cls(name, experts, top_k, n_group, topk_group)
+
+    @property
+    def group_size(self) -> int:
+        """Experts in a routing group."""
+        return self.num_experts // self.n_group
+
+    def most(self, protected: Collection[int] = ()) -> int:
+        """The most experts that may go, a multiple of `n_group`; 0 where none may.
+
+        A router without groups needs top_k experts. One with groups scores a group by its best two
+        (so two must stay where there are two) and then needs top_k among the groups it chooses.
+        Protected experts stay besides, and every group keeps as many as the one with most of them.
+        """
+        needed = self.top_k
+        if self.n_group > 1:
+            needed = max(min(2, self.group_size), -(-self.top_k // self.topk_group))
+        held = [0] * self.n_group
+        for expert in protected:
+            held[expert // self.group_size] += 1
+        return max(0, self.group_size - max(needed, *held)) * self.n_group
+
+    def losing(self, removed: int, protected: frozenset[int], asked: int | None = None) -> "Budget":
+        """The budget that removes so many; `asked` where that is another number."""
+        wanted = removed if asked is None else asked
+        most = self.most(protected)
+        return Budget(self.name, self.num_experts, removed, wanted, most, self.n_group, protected)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one layer loses, and the shape of its router.
+
+    Attributes:
+        name: the layer.
+        num_experts: E.
+        removed: experts to remove, a multiple of `n_group`.
+        asked: what the ratio asked for; more than `removed` where groups made it round down.
+        most: the most that may go, beside those that are protected.
+        n_group: routing groups, consecutive runs of E / n_group ids; 1 where the router has none.
+        protected: experts that stay whatever their scores.
+    """
+
+    name: str
+    num_experts: int
+    removed: int
+    asked: int
+    most: int
+    n_group: int
+    protected: frozenset[int] = frozenset()
+
+    @property
+    def kept(self) -> int:
+        """How many experts stay."""
+        return self.num_experts - self.removed
+
+
+def check_ratio(ratio: float) -> None:
+    """Raises PlanError unless 0 < ratio < 1."""
+    if not 0 < ratio < 1:  # NaN ends here too
+        raise PlanError(
+            f"ratio {ratio:g} is not the share of experts to remove; give a number above 0 and "
+            "below 1, such as 0.5"
+        )
+
+
+def floor_of(experts: int, ratio: float) -> int:
+    """floor(experts * ratio), as published checkpoints count: 288 experts at 40 % keep 173."""
+    return math.floor(experts * ratio + _ROUNDING)
+
+
+def ratio_of(removed: int, experts: int) -> float:
+    """The ratio, in as few digits as do, that removes exactly so many."""
+    return math.ceil(removed / experts * 1e4 - _ROUNDING) / 1e4
+
+
+def refusal(router: Router, removed: int, protected: Collection[int]) -> str | None:
+    """Why a layer cannot lose so many experts; None where it can."""
+    if removed <= router.most(protected):
+        return None
+    left = f"leaves {router.num_experts - removed}"
+    if removed <= router.most():
+        return f"{left}, but {len(protected)} of its experts are protected"
+    grouped = f" from {router.topk_group} of {router.n_group} groups" if router.n_group > 1 else ""
+    return f"{left}, but the router chooses {router.top_k} experts{grouped}"
+
+
+def kept_experts(scores: Tensor, budget: Budget) -> tuple[int, ...]:
+    """The ids that stay, ascending: the highest scores of the layer or of each routing group.
+
+    Args:
+        scores: float64 [E].
+        budget: of this layer.
+
+    Raises:
+        PlanError: the scores are of another number of experts.
+    """
+    if tuple(scores.shape) != (budget.num_experts,):
+        raise PlanError(
+            f"layer {budget.name}: scores have shape {tuple(scores.shape)}, expected "
+            f"({budget.num_experts},); score statistics of this model"
+        )
+    size = budget.num_experts // budget.n_group
+    keep = size - budget.removed // budget.n_group
+    best = ranked(scores, budget.n_group, budget.protected)[:, :keep]
+    return tuple(
+        group * size + index for group, row in enumerate(best.tolist()) for index in sorted(row)
+    )
+
+
+def ranked(scores: Tensor, n_group: int, protected: Collection[int] = ()) -> Tensor:
+    """Experts of each routing group, the worthiest first.
+
+    Args:
+        scores: [..., E].
+        n_group: routing groups of the layer.
+        protected: come before all others.
+
+    Returns:
+        int64 [..., n_group, E / n_group], positions within the group.
+    """
+    if protected:
+        scores = scores.clone()
+        scores[..., sorted(protected)] = math.inf
+    grouped = scores.unflatten(-1, (n_group, -1))
+    # Stable: of equal scores the lower index comes first, and stays.
+    return grouped.sort(dim=-1, descending=True, stable=True).indices

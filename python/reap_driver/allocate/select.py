@@ -1,0 +1,91 @@
+"""Which layers and experts somebody means: by name, number or pattern, or by their activations."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from reap_kernels.errors import PlanError
+
+# Super experts: above this quantile of all experts, and above this share of the largest.
+_QUANTILE, _SHARE = 0.995, 0.1
+
+
+def select_layers(selector: str, layers: Collection[str]) -> list[str]:
+    """The layers that a selector means.
+
+    Args:
+        selector: a layer's name; its number, which is the first in its name; or a pattern of names
+            with `*`, `?` and `[...]`.
+        layers: names of all layers.
+
+    Raises:
+        PlanError: it means none.
+    """
+    if selector in layers:
+        return [selector]
+    if selector.isdecimal():
+        found = [name for name in layers if _number(name) == int(selector)]
+    else:
+        found = [name for name in layers if fnmatchcase(name, selector)]
+    if not found:
+        first, last = next(iter(layers)), list(layers)[-1]
+        raise PlanError(
+            f"layer {selector!r} is none of the {len(layers)} MoE layers, from {first} to {last}; "
+            "give a name, the number in it, or a pattern such as '*.3.*'"
+        )
+    return found
+
+
+def protected_experts(
+    wanted: Sequence[tuple[str, Sequence[int]]], sizes: Mapping[str, int]
+) -> dict[str, frozenset[int]]:
+    """Experts that stay.
+
+    Args:
+        wanted: (selector of layers, ids) as often as one likes; they add up.
+        sizes: {layer: experts}, of all layers.
+
+    Raises:
+        PlanError: a selector means no layer, or a layer does not have that expert.
+    """
+    found: dict[str, frozenset[int]] = {}
+    for selector, ids in wanted:
+        for name in select_layers(selector, sizes):
+            wrong = [expert for expert in ids if not 0 <= expert < sizes[name]]
+            if wrong:
+                raise PlanError(
+                    f"layer {name}: expert {wrong[0]} cannot be protected; the layer has the ids "
+                    f"0..{sizes[name] - 1}"
+                )
+            found[name] = found.get(name, frozenset()) | frozenset(ids)
+    return {name: found[name] for name in sizes if name in found}
+
+
+def super_experts(peaks: Mapping[str, Tensor]) -> dict[str, frozenset[int]]:
+    """The few experts whose outputs hold extreme activations; without them models fall apart.
+
+    As in "Unveiling Super Experts in Mixture-of-Experts Large Language Models" (arXiv 2507.23279):
+    experts whose largest activation is above the 99.5th percentile of all experts and above a tenth
+    of the largest. The paper looks only at the layers in which massive activations form, which its
+    code takes to be the first three quarters; here every layer counts, so large outputs of the last
+    layers are kept too. Never more than 0.5 % of the experts, rounded up.
+
+    Args:
+        peaks: {layer: float64 [E]}, scores by `max_activation`.
+
+    Returns:
+        {layer: ids}, layers with any.
+    """
+    values = torch.cat(list(peaks.values()))
+    threshold = max(float(values.quantile(_QUANTILE)), _SHARE * float(values.max()))
+    above = {name: (peak > threshold).nonzero().flatten().tolist() for name, peak in peaks.items()}
+    return {name: frozenset(ids) for name, ids in above.items() if ids}
+
+
+def _number(name: str) -> int | None:
+    """The first number that is a part of a dotted name."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(found[1]) if found else None

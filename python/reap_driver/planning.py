@@ -1,0 +1,216 @@
+"""Makes plans: scores in, which experts every layer keeps out."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from reap_driver.allocate import (
+    Budget,
+    check_ratio,
+    explicit,
+    kept_experts,
+    pooled,
+    removal_target,
+    uniform,
+)
+from reap_driver.criteria import Scores, random_values
+from reap_driver.plan import LayerPlan, Plan
+from reap_kernels.errors import PlanError
+
+# How `make_plan` can share out what is removed among layers.
+ALLOCATIONS = ("uniform", "global")
+
+
+def make_plan(
+    scores: Scores,
+    ratio: float = 0.5,
+    *,
+    allocation: str = "uniform",
+    protected: Mapping[str, Collection[int]] | None = None,
+    layer_ratios: Mapping[str, float] | None = None,
+    normalise: str | None = None,
+) -> Plan:
+    """Decides which experts every layer keeps.
+
+    Args:
+        scores: of every MoE layer, from `reap_driver.score`.
+        ratio: share of experts to remove, 0 < ratio < 1; see `reap_driver.allocate` for rounding.
+        allocation: "uniform" takes that share of every layer; "global" of all experts together,
+            those with the lowest scores.
+        protected: {layer: ids} that stay whatever their scores.
+        layer_ratios: {layer: ratio} of layers that lose another share; 0 keeps all of them. The
+            others lose `ratio` all the same.
+        normalise: for "global", what a layer's scores are divided by before layers are compared:
+            their "mean" (default) or "max", or "none".
+
+    Raises:
+        PlanError: the ratio or the allocation is not possible; the message says what is.
+    """
+    if allocation not in ALLOCATIONS:
+        raise PlanError(
+            f"allocation {allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}"
+        )
+    if normalise is not None and allocation != "global":
+        raise PlanError(
+            f"normalise {normalise!r} has no effect on {allocation} allocation, which compares no "
+            "scores of different layers; leave it out, or choose global"
+        )
+    facts = _facts(scores)
+    _check_names(facts, protected or {}, layer_ratios or {})
+    settings: dict[str, Any] = {}
+    if allocation == "global":
+        settings["normalise"] = normalise or "mean"
+        budgets = pooled(
+            scores,
+            facts,
+            ratio,
+            protected=protected,
+            layer_ratios=layer_ratios,
+            normalise=settings["normalise"],
+        )
+        notes = _short_notes(budgets, facts, ratio, layer_ratios or {})
+    else:
+        budgets = uniform(facts, ratio, protected=protected, layer_ratios=layer_ratios)
+        notes = _rounding_notes(budgets)
+    if layer_ratios:
+        settings["layer_ratios"] = dict(layer_ratios)
+    return _plan(scores, budgets, allocation, ratio, notes, settings)
+
+
+def plan_of_removals(
+    scores: Scores,
+    removals: Mapping[str, int],
+    *,
+    allocation: str,
+    ratio: float,
+    protected: Mapping[str, Collection[int]] | None = None,
+) -> Plan:
+    """The plan that removes a given number of each layer's experts, those with the lowest scores.
+
+    Args:
+        scores: of every MoE layer.
+        removals: {layer: experts to remove}, within `max_removable` and in `removal_steps` of
+            `reap_driver.allocate`.
+        allocation: what found the numbers, for the record.
+        ratio: share of experts it was asked to remove, for the record.
+        protected: {layer: ids} that stay whatever their scores.
+
+    Raises:
+        PlanError: the removals are not possible; the message says what is.
+    """
+    check_ratio(ratio)
+    facts = _facts(scores)
+    _check_names(facts, protected or {}, {})
+    budgets = explicit(facts, removals, protected=protected)
+    return _plan(scores, budgets, allocation, ratio, [], {})
+
+
+def random_plan(scores: Scores, ratio: float, seed: int) -> Plan:
+    """The baseline that keeps experts at random, by the same budgets and groups as any other plan.
+
+    Args:
+        scores: for the layers and the model only; their values do not matter.
+        ratio: share of experts to remove.
+        seed: equal seeds give equal plans on every machine.
+    """
+    values = random_values({name: len(known) for name, known in scores.items()}, seed)
+    provenance = {"model": scores.model, "layers": scores.layers}
+    return make_plan(Scores(values, criterion=f"random:{seed}", provenance=provenance), ratio)
+
+
+def _facts(scores: Scores) -> dict[str, dict[str, Any]]:
+    """What is known of each scored layer, all layers being scored."""
+    if scores.unobserved:
+        raise PlanError(
+            f"layer {scores.unobserved[0]} ({len(scores.unobserved)} in all) was reached by no "
+            "token, so its experts cannot be ranked; calibrate with data that reaches it (vision "
+            "experts need images)"
+        )
+    missing = [name for name in scores if name not in scores.layers]
+    if missing:
+        raise PlanError(
+            f"layer {missing[0]}: the statistics do not say how it routes (top_k, n_group); "
+            'observe with reap-kernels, or add it to provenance["layers"]'
+        )
+    return {name: scores.layers[name] for name in scores}
+
+
+def _check_names(facts: Mapping[str, Any], *asked: Mapping[str, Any]) -> None:
+    """Every layer that was named is one of the model's."""
+    for name in (name for names in asked for name in names):
+        if name not in facts:
+            raise PlanError(
+                f"layer {name!r} is none of the {len(facts)} MoE layers; `select_layers` of "
+                "reap_driver.allocate finds them by number or pattern"
+            )
+
+
+def _plan(
+    scores: Scores,
+    budgets: Sequence[Budget],
+    allocation: str,
+    ratio: float,
+    notes: list[str],
+    settings: dict[str, Any],
+) -> Plan:
+    """The experts with the highest scores stay, as many as the budgets leave."""
+    if not any(budget.removed for budget in budgets):
+        raise PlanError("nothing is removed: every layer is to keep all its experts")
+    layers = {
+        budget.name: LayerPlan.keeping(
+            budget.num_experts, kept_experts(scores[budget.name], budget)
+        )
+        for budget in budgets
+    }
+    protected = {b.name: sorted(b.protected) for b in budgets if b.protected}
+    plan = Plan(
+        model=scores.model,
+        criterion=scores.criterion,
+        allocation=allocation,
+        ratio=float(ratio),
+        layers=layers,
+        scores_digest=scores.digest(),
+        weights=scores.weights,
+        data=scores.data,
+        notes=notes,
+        settings=settings | ({"protected": protected} if protected else {}),
+    )
+    if not plan.uniform:
+        plan.notes.append(_uneven_note(budgets))
+    return plan
+
+
+def _rounding_notes(budgets: Sequence[Budget]) -> list[str]:
+    """Where routing groups made a number smaller than asked."""
+    notes = {
+        f"removes {b.removed} instead of {b.asked} of {b.num_experts} experts a layer: the "
+        f"{b.n_group} routing groups must stay equal in size"
+        for b in budgets
+        if b.removed < b.asked
+    }
+    return sorted(notes)
+
+
+def _short_notes(
+    budgets: Sequence[Budget],
+    facts: Mapping[str, Mapping[str, Any]],
+    ratio: float,
+    layer_ratios: Mapping[str, float],
+) -> list[str]:
+    """Where a ranking across layers could not remove as many as asked."""
+    pool = [budget for budget in budgets if budget.name not in layer_ratios]
+    removed, wanted = sum(b.removed for b in pool), removal_target(facts, ratio, layer_ratios)
+    if removed == wanted:
+        return []
+    return [
+        f"removes {removed} instead of {wanted} of {sum(b.num_experts for b in pool)} experts: "
+        "routers need as many as they choose, and routing groups stay equal in size"
+    ]
+
+
+def _uneven_note(budgets: Sequence[Budget]) -> str:
+    """Which numbers the layers keep, and what that means for loading them."""
+    kept = [budget.kept for budget in budgets]
+    return (
+        f"layers keep from {min(kept)} to {max(kept)} experts: stock transformers and vLLM read "
+        "one number for all layers, so they do not load such a checkpoint as it is"
+    )
