@@ -169,7 +169,8 @@ class Encoder:
         if shape.plain is None:
             raise DataError(
                 f"{record.place}: is a conversation, but the tokenizer of {self._model} has no "
-                "chat template; add chat_template.jinja to the model's folder, or give records with text"
+                "chat template; add chat_template.jinja to the model's folder, or give records "
+                "with text"
             )
         return False
 

@@ -98,6 +98,8 @@ def read_records(source: DataSource, seed: int, bad: BadRecords | None = None) -
     reader, found = _reader(source), False
     for record in _sampled(reader, source, seed, bad):
         found = True
+        if source.tools is not None and not record.fields.get("tools"):
+            record.fields["tools"] = source.tools
         yield record
     if not found and not (bad and bad.count):
         raise DataError(f"data {source.name} holds no records; give data with at least one")

@@ -71,12 +71,14 @@ class DataSource:
         group: name their statistics are kept under.
         samples: how many records to draw; None for no limit.
         tokens: tokens to draw records for, None for no limit; `pack` stops when it has them.
+        tools: JSON text of a list, for records that have none; from recipes.
     """
 
     location: Path | HubDataset
     group: str
     samples: int | None = None
     tokens: int | None = None
+    tools: str | None = None
 
     @property
     def name(self) -> str:
