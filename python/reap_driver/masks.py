@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_kernels.errors import DataError, UnsupportedModel
 
@@ -24,6 +24,11 @@ _PADDING_SENSITIVE = {
 
 # Arguments of a forward on text alone: every MoE layer gets all of its tokens.
 _TEXT = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels"}
+
+
+def takes_padding(config: PretrainedConfig) -> bool:
+    """Whether the model gives a padded sequence the outputs that it gives the sequence alone."""
+    return config.get_text_config().model_type not in _PADDING_SENSITIVE
 
 
 class TokenMask:
@@ -131,8 +136,9 @@ class TokenMask:
         return combined.reshape(-1)
 
     def _check_padding(self) -> None:
-        kind = self._model.config.get_text_config().model_type
-        if kind in _PADDING_SENSITIVE:
+        config = self._model.config
+        kind = config.get_text_config().model_type
+        if not takes_padding(config):
             raise UnsupportedModel(
                 f"{kind} gives other outputs for padded sequences than for the same ones alone; "
                 "pass sequences of equal length without padding, one at a time if need be"

@@ -20,8 +20,8 @@ import reap_kernels
 from reap_driver.adapters import KernelAdapter
 from reap_driver.compat.experts import Forward
 from reap_driver.compat.models import config_digest
-from reap_driver.compat.packing import unpacked
 from reap_driver.discover import MoELayer, adapter_of, block_of, find_moe_layers
+from reap_driver.isolation import documents_apart
 from reap_driver.masks import TokenMask
 from reap_kernels import ExpertWeights, GateFormula, LayerStats, SaliencyStats, observe_layer
 from reap_kernels.dispatch import Request, select
@@ -92,22 +92,29 @@ class Observer:
             token_mask: [batch, seq] bool, tokens to count (answer tokens only, say); combined with
                 `attention_mask` if both are given. Tokens left out are computed, not counted.
             **batch: the model's own arguments (`input_ids` [batch, seq] int64, ...), moved to its
-                device.
+                device. `position_ids` [batch, seq] that begin anew inside a row are those of
+                documents packed into it, which are kept apart.
 
         Raises:
             DataError: empty batch, a token id outside the vocabulary, masks that do not fit.
-            UnsupportedModel: a layer's output differs from the module's own, or padding in a model
-                whose own output changes with padding.
+            UnsupportedModel: a layer's output differs from the module's own; or padding in a model
+                whose own output changes with padding, or packed documents in one that cannot keep
+                them apart.
         """
         # Before the batch moves: on a GPU, reading the ids there would wait for all queued work, as
         # would the move itself from memory that is not pinned.
         _check_ids(self.model, batch.get("input_ids"))
-        device = _input_device(self.model)
-        if device.type != "meta":
-            batch = {k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        options = _economies(self.model, batch)
-        with torch.no_grad(), self.tokens.restricted_to(token_mask), unpacked(batch):
-            return self.model(**{**options, **batch})
+        with (
+            torch.no_grad(),
+            self.tokens.restricted_to(token_mask),
+            documents_apart(self.model.config, batch),
+        ):
+            device = _input_device(self.model)
+            if device.type != "meta":
+                batch = {
+                    k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()
+                }
+            return self.model(**{**_economies(self.model, batch), **batch})
 
     @contextlib.contextmanager
     def group(self, name: str) -> Iterator[None]:
