@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton kernels run in its interpreter, on the CPU; their self-checks' verdicts stay out of $HOME.
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("REAP_CACHE_DIR", str(Path(__file__).parent.parent / "out/test-cache"))
+# The CPU backend computes alike on every machine, whatever instructions it has.
+os.environ.setdefault("REAP_CPU_DTYPE", "float32")
 # CUDA kernels run as `make host` compiles them, for the CPU.
 os.environ.setdefault(
     "REAP_CUDA_HOST",
