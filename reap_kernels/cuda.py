@@ -19,6 +19,8 @@ from reap_kernels.errors import BackendUnavailable, DtypeError, KernelError, Sha
 
 INTEGERS = (torch.int32, torch.int64)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# As the module names dtypes.
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*INTEGERS, *FLOATS)}
 
 
 @functools.cache
@@ -127,12 +129,13 @@ class Kernel:
             values[name] = 0 if value is None else self._address(name, value, where)
             if isinstance(allowed, tuple):
                 dtype = allowed[0] if value is None else value.dtype
-                values[f"{name}_dtype"] = found.DTYPES[str(dtype).removeprefix("torch.")]
+                values[f"{name}_dtype"] = found.DTYPES[_NAMES[dtype]]
         stream = 0
         index = 0
         if where.type == "cuda":
-            stream = torch.cuda.current_stream(where).cuda_stream
             index = torch.cuda.current_device() if where.index is None else where.index
+            # As Triton's launcher does: making a Stream object takes as long as a launch.
+            stream = torch._C._cuda_getCurrentRawStream(index)
         with device.on(where):
             status = getattr(found, self.name)(**values, device=index, stream=stream)
         if status:
@@ -149,9 +152,7 @@ class Kernel:
         if tensor.dtype not in dtypes:
             wanted = ", ".join(map(str, dtypes))
             raise DtypeError(f"{self.name}: {name} is {tensor.dtype}; it takes {wanted}")
-        if tensor.device.type != where.type or (
-            where.index is not None and tensor.device.index != where.index
-        ):
+        if tensor.device != where and (tensor.device.type != where.type or where.index is not None):
             raise ShapeError(f"{self.name}: {name} is on {tensor.device}, the call on {where}")
         if not tensor.is_contiguous():
             raise ShapeError(

@@ -5,8 +5,7 @@ Imports no Triton, so that asking costs nothing where it is absent.
 
 import functools
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 
 import torch
@@ -103,11 +102,10 @@ def written_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 and interpreted() else dtype
 
 
-@contextmanager
-def on(device: torch.device) -> Iterator[None]:
-    """Makes `device` current: Triton launches on the current device's current stream."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            yield
-    else:
-        yield
+def on(device: torch.device) -> AbstractContextManager[None]:
+    """Makes `device` current, for free where it is: kernels launch on the current device's current
+    stream.
+    """
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)

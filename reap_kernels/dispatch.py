@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from reap_kernels import env
 from reap_kernels.errors import BackendUnavailable
@@ -138,6 +139,15 @@ def select(request: Request, requested: str | None = None) -> Backend:
             f"choose one of {', '.join(backends(request.op))}"
         )
     return automatic(request)
+
+
+def direct(tensor: Tensor) -> bool:
+    """Whether a call with this input may skip torch's operator and go straight to a backend, since
+    nothing compiles, traces or differentiates it. The operator costs the host more than the rest.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return type(tensor) is Tensor and not torch._C._len_torch_dispatch_stack()
 
 
 def automatic(request: Request) -> Backend:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from reap_kernels.dispatch import Backend, register, select
+from reap_kernels.dispatch import Backend, direct, register, select
 from reap_kernels.errors import ShapeError
 from reap_kernels.experts.op import check_experts, request_of
 from reap_kernels.gates import GateFormula
@@ -74,8 +74,8 @@ def observe_layer(
             )
         groups = group_ids(group, len(hidden), stats)
     formula = experts.formula
-    if formula.fn is not None:
-        # A torch function cannot pass through an operator schema, so it runs as plain torch code.
+    # A torch function cannot pass through an operator schema: it always runs as plain torch code.
+    if formula.fn is not None or direct(hidden):
         return _run(hidden, topk_ids, topk_weights, experts, stats, mask, groups, chunk, backend)
     out: Tensor = torch.ops.reap_kernels.observe_layer(
         hidden,
