@@ -104,12 +104,13 @@ class Encoder:
                 shape = shape_of(record)
             if isinstance(shape, Chat) and not self._has_template(record, shape):
                 shape = shape.plain
+            elif isinstance(shape, Text):
+                self._load_tokenizer(record)
             with left_out:
                 if isinstance(shape, Tokens):
                     self._check_vocabulary(record, shape.ids)
                     done[index] = Document(self._checked_ids(record, shape.ids))
                 elif isinstance(shape, Text):
-                    self._load_tokenizer(record)
                     self._add_text(plain, index, record, shape)
                 elif isinstance(shape, Chat):
                     self._add_chat(rendered, done, index, record, shape)
