@@ -240,8 +240,12 @@ def _score_layer(
     from reap_kernels.errors import DataError
 
     layer = layer.to("cpu")
-    if shares is not None:
-        check_tokens(name, layer, groups, shares)
+    if any(share > 0 and not n for share, n in zip(shares or [], layer.tokens, strict=False)):
+        counted = dict(zip(groups, layer.tokens.tolist(), strict=True))
+        raise DataError(
+            f"layer {name}: a group with a weight above 0 has no tokens ({counted}); observe "
+            "data of that group, or give it the weight 0"
+        )
     factors = mix(layer.tokens, shares)
     rows = mixed(layer.count, factors)
     if not rows.any():
@@ -264,18 +268,6 @@ def _score_layer(
             "weights, or load the model in a wider dtype"
         )
     return values
-
-
-def check_tokens(name: str, layer: LayerStats, groups: list[str], shares: list[float]) -> None:
-    """Raises DataError if a layer saw no token of a group with a share above 0."""
-    from reap_kernels.errors import DataError
-
-    if any(share > 0 and not seen for share, seen in zip(shares, layer.tokens, strict=True)):
-        counted = dict(zip(groups, layer.tokens.tolist(), strict=True))
-        raise DataError(
-            f"layer {name}: a group with a weight above 0 has no tokens ({counted}); observe "
-            "data of that group, or give it the weight 0"
-        )
 
 
 def mix(tokens: Tensor, shares: list[float] | None) -> Tensor:

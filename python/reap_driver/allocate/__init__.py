@@ -6,7 +6,7 @@ choose among groups of experts (n_group > 1) need as many experts in every group
 loses its own lowest, as many as the others. Among equal scores the lower index stays.
 """
 
-from reap_driver.allocate.budget import Budget, Router, check_ratio, kept_experts, ratio_of
+from reap_driver.allocate.budget import Budget, Router, check_ratio, kept_experts, ranked, ratio_of
 from reap_driver.allocate.explicit import explicit, max_removable, removal_steps
 from reap_driver.allocate.pooled import NORMALISATIONS, pooled, removal_target
 from reap_driver.allocate.select import protected_experts, select_layers, super_experts
@@ -25,6 +25,7 @@ __all__ = [
     "max_removable",
     "pooled",
     "protected_experts",
+    "ranked",
     "ratio_of",
     "removal_steps",
     "removal_target",

@@ -1,5 +1,7 @@
 """Random statistics of a model that does not exist, with the rows they are of, for oracles."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -62,3 +64,9 @@ def model_stats(rows: dict[str, Rows], groups: list[str], **facts: int) -> Salie
     layer = {"num_experts": EXPERTS, "top_k": 2, "n_group": 1, "topk_group": 1, **facts}
     provenance = {"model": MODEL, "layers": dict.fromkeys(rows, layer), "gate": "model"}
     return SaliencyStats({n: r.stats() for n, r in rows.items()}, groups, provenance)
+
+
+def in_parts(parts: list[SaliencyStats]) -> SaliencyStats:
+    """The merge of some statistics, which are its parts."""
+    whole = functools.reduce(SaliencyStats.merge, parts)
+    return SaliencyStats(whole.layers, whole.groups, parts[0].provenance, parts)
