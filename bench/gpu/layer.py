@@ -33,18 +33,18 @@ SHAPES = (
     _shape("Qwen3.5-397B", 512, 10, 4096, 1024),
     _shape("gpt-oss-120b in bf16", 128, 4, 2880, 2880),
 )
-TOKENS = (16384, 65536, 2048)
+TOKENS = (16384, 2048, 65536)
 _SMOKE = _shape("tiny", 4, 2, 64, 32)
 
 
 def plan(smoke: bool) -> list[Case]:
-    """Every layer call, shape by shape, balanced routing before Zipf's."""
+    """Every layer call: balanced routing before Zipf's, all shapes at one length before the next."""
     shapes, lengths = ((_SMOKE,), (16,)) if smoke else (SHAPES, TOKENS)
     return [
         replace(shape, tokens=tokens, skew=skew)
         for skew in (("balanced",) if smoke else ("balanced", "zipf"))
-        for shape in shapes
         for tokens in lengths
+        for shape in shapes
     ]
 
 

@@ -61,8 +61,8 @@ def survey(device: torch.device, smoke: bool, commit: str | None) -> Machine:
         "copy_gb_s": f"{copy / 1e9:.0f}",
         "smoke": "yes" if smoke else "no",
     }
-    if commit:
-        facts["commit"] = commit
+    if commit:  # of a tree that git knows nothing of, so neither whether it was changed
+        facts |= {"commit": commit, "dirty": "unknown"}
     return Machine(device, smoke, facts, peak, copy)
 
 
