@@ -8,11 +8,10 @@ random numbers come from `Random.random`, whose sequence Python keeps for a seed
 import heapq
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from reap_driver.allocate import Budget
 from reap_kernels.errors import PlanError
 
 # Experts removed from each layer, in the order of the space's layers.
@@ -34,7 +33,7 @@ class Space:
         names: of the layers.
         uniform: what the uniform plan removes from each.
         least, most: bounds of each layer's removals.
-        step: removals change by multiples of it; the routing groups, which must stay equal in size.
+        step: removals change by multiples of it, for routing groups must stay equal in size.
     """
 
     names: tuple[str, ...]
@@ -44,29 +43,34 @@ class Space:
     step: int
 
     @classmethod
-    def of(cls, budgets: Sequence[Budget], protected: Mapping[str, int] | None = None) -> "Space":
-        """The space around uniform budgets.
+    def around(
+        cls,
+        uniform: Mapping[str, int],
+        most: Mapping[str, int],
+        steps: Mapping[str, int],
+        fixed: Collection[str] = (),
+    ) -> "Space":
+        """The space around the uniform plan.
 
         Args:
-            budgets: a layer each, as `reap_driver.allocate.uniform` gives them.
-            protected: layer -> experts that must stay, beyond those its router needs.
+            uniform: layer -> experts that plan removes.
+            most: layer -> the most that may go.
+            steps: layer -> what its removals are multiples of.
+            fixed: layers that lose what they lose in the uniform plan.
 
         Raises:
             PlanError: nothing can be moved from any layer to another.
         """
-        step = math.lcm(*(budget.n_group for budget in budgets))
-        uniform = tuple(budget.removed for budget in budgets)
-        least = tuple(removed % step for removed in uniform)
-        kept = protected or {}
-        most = tuple(
-            max(removed, low + (_removable(budget, kept) - low) // step * step)
-            for budget, removed, low in zip(budgets, uniform, least, strict=True)
-        )
-        space = cls(tuple(budget.name for budget in budgets), uniform, least, most, step)
-        if not any(space.moves(uniform)):
+        step = math.lcm(*steps.values())
+        least = [count if name in fixed else count % step for name, count in uniform.items()]
+        room = [0 if name in fixed else most[name] - count for name, count in uniform.items()]
+        start = tuple(uniform.values())
+        highest = [count + r // step * step for count, r in zip(start, room, strict=True)]
+        space = cls(tuple(uniform), start, tuple(least), tuple(highest), step)
+        if not any(space.moves(start)):
             raise PlanError(
-                f"no budget but the uniform one removes {sum(uniform)} experts from {len(budgets)} "
-                f"layers ({step} at a time); use the uniform plan, or another ratio"
+                f"no budget but the uniform one removes {sum(start)} experts from {len(start)} "
+                f"layers, {step} at a time; use the uniform plan, or another ratio"
             )
         return space
 
@@ -157,11 +161,6 @@ def shapes(layers: int) -> list[list[float]]:
     early = [_BLOCK if 4 * i < layers else 1.0 for i in range(layers)]
     stripes = [1.0 if i % 2 else _BLOCK for i in range(layers)]
     return [up, up[::-1], triangle, valley, front, front[::-1], early, early[::-1], stripes]
-
-
-def _removable(budget: Budget, protected: Mapping[str, int]) -> int:
-    """The most experts a layer may lose."""
-    return min(budget.most, budget.num_experts - protected.get(budget.name, 0))
 
 
 def _below(draw: Random, bound: int) -> int:

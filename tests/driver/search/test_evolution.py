@@ -1,27 +1,33 @@
 """Budgets keep their sum and limits; a search is determined by its seed and its fitness values."""
 
 import itertools
+from collections.abc import Sequence
 from random import Random
 
 import pytest
 
-from reap_driver.allocate import Budget, uniform
 from reap_driver.search.evolution import Settings, best_of, evolve
 from reap_driver.search.space import MOST_MOVED, MOST_MOVES, Removals, Space, shapes
 from reap_kernels.errors import PlanError
 
 
-def budgets(*layers: tuple[int, int, int], n_group: int = 1) -> list[Budget]:
-    """Budgets from (experts, removed, most) of each layer."""
-    return [Budget(f"l{i}", e, r, r, m, n_group) for i, (e, r, m) in enumerate(layers)]
+def space_of(*layers: tuple[int, int], step: int = 1, fixed: Sequence[int] = ()) -> Space:
+    """A space from each layer's (uniform, most) removals."""
+    names = [f"l{i}" for i in range(len(layers))]
+    uniform, most = (dict(zip(names, part, strict=True)) for part in zip(*layers, strict=True))
+    return Space.around(uniform, most, dict.fromkeys(names, step), {f"l{i}" for i in fixed})
 
 
 SPACES = {
-    "two layers": Space.of(budgets((8, 4, 5), (8, 4, 5))),
-    "of different sizes": Space.of(budgets((8, 2, 6), (64, 32, 56), (16, 8, 14))),
-    "many": Space.of(budgets(*[(128, 64, 120)] * 48)),
-    "groups": Space.of(budgets(*[(64, 32, 48)] * 6, n_group=8)),
-    "protected": Space.of(budgets(*[(8, 2, 6)] * 4), {"l1": 6, "l2": 5}),
+    "two layers": space_of((4, 5), (4, 5)),
+    "of different sizes": space_of((2, 6), (32, 56), (8, 14)),
+    "many": space_of(*[(64, 120)] * 48),
+    "groups": space_of(*[(32, 48)] * 6, step=8),
+    "groups of some": Space.around(
+        {"a": 5, "b": 8, "c": 6}, {"a": 12, "b": 12, "c": 7}, {"a": 1, "b": 4, "c": 1}
+    ),
+    "bounded": space_of((2, 6), (2, 2), (2, 3), (2, 6)),
+    "with a fixed layer": space_of((2, 6), (3, 6), (2, 6), fixed=[1]),
 }
 
 
@@ -35,13 +41,15 @@ def test_candidates_keep_sum_and_limits(space: Space) -> None:
         assert space.contains(removals), removals
 
 
-def test_limits_are_those_of_router_groups_and_protected_experts() -> None:
-    grouped, protected = SPACES["groups"], SPACES["protected"]
-    assert (grouped.step, grouped.most) == (8, (48,) * 6)
-    assert not grouped.contains((31, 33, 32, 32, 32, 32))
-    assert protected.most == (6, 2, 3, 6)
-    assert not protected.contains((1, 3, 2, 2))
-    assert not protected.contains((2, 2, 2, 1))
+def test_limits_are_those_of_routing_groups_and_layers() -> None:
+    assert not SPACES["groups"].contains((31, 33, 32, 32, 32, 32))
+    assert SPACES["groups"].contains((24, 40, 32, 32, 32, 32))
+    mixed = SPACES["groups of some"]
+    assert (mixed.least, mixed.most, mixed.step) == ((1, 0, 2), (9, 12, 6), 4)
+    bounded = SPACES["bounded"]
+    assert not bounded.contains((1, 3, 2, 2))
+    assert not bounded.contains((2, 2, 2, 1))
+    assert not SPACES["with a fixed layer"].contains((1, 4, 2))
 
 
 def test_a_mutation_moves_few_experts() -> None:
@@ -67,18 +75,17 @@ def test_shapes_are_what_they_are_called() -> None:
 
 
 def test_sharing_out_is_proportional_up_to_the_limits() -> None:
-    space = Space.of(budgets(*[(100, 30, 90)] * 3))
+    space = space_of(*[(30, 90)] * 3)
     assert space.shared_out([1, 1, 1]) == (30, 30, 30)
     assert space.shared_out([1, 2, 3]) == (15, 30, 45)
     assert space.shared_out([1, 1, 1000]) == (0, 0, 90)
-    assert Space.of(budgets(*[(100, 30, 40)] * 3)).shared_out([1, 1, 1000]) == (25, 25, 40)
+    assert space_of(*[(30, 40)] * 3).shared_out([1, 1, 1000]) == (25, 25, 40)
 
 
-def test_where_nothing_can_be_moved_there_is_no_search() -> None:
-    with pytest.raises(PlanError, match="no budget but the uniform one removes 4 experts from 1"):
-        Space.of(budgets((8, 4, 5)))
-    with pytest.raises(PlanError, match="use the uniform plan, or another ratio"):
-        Space.of(uniform({f"l{i}": {"num_experts": 8, "top_k": 4} for i in range(3)}, 0.5))
+@pytest.mark.parametrize("layers", [[(4, 5)], [(4, 4), (4, 4)], [(0, 0), (4, 8)]])
+def test_where_nothing_can_be_moved_there_is_no_search(layers: list[tuple[int, int]]) -> None:
+    with pytest.raises(PlanError, match=r"no budget but the uniform one removes .*another ratio"):
+        space_of(*layers)
 
 
 def hills(removals: Removals) -> float:
@@ -87,7 +94,7 @@ def hills(removals: Removals) -> float:
     return -sum((a - b) ** 2 for a, b in zip(removals, wanted, strict=True)) + removals[0] % 2 / 4
 
 
-SPACE = Space.of(budgets(*[(16, 8, 14)] * 4))
+SPACE = space_of(*[(8, 14)] * 4)
 SMALL = Settings(evaluations=120, population=12, elites=3, seed=5)
 
 
