@@ -1,6 +1,6 @@
 """Rows of Arrow tables as records: of Parquet files, and of data sets from the hub."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from reap_driver.calibration.records import Record
@@ -12,22 +12,28 @@ def known_columns(names: Sequence[str]) -> list[str] | None:
     return [name for name in names if name in FIELDS] or None
 
 
-def arrow_records(rows: Any, places: Sequence[str]) -> Iterator[Record]:
-    """The rows of a record batch or table as records that stand at `places`.
+def row_records(
+    columns: Mapping[str, list[Any]], schema: Any, places: Sequence[str]
+) -> Iterator[Record]:
+    """Rows as records that stand at `places`.
 
     Objects lose keys without a value: a column of objects has every key that any of them has.
+
+    Args:
+        columns: name to the values of the rows.
+        schema: Arrow's, of a table with these columns.
+        places: one a row.
     """
     import pyarrow
 
-    names = rows.schema.names
-    columns = [
-        [_without_nulls(value) for value in column.to_pylist()]
-        if _holds_objects(pyarrow, column.type)
-        else column.to_pylist()
-        for column in rows.columns
+    cleaned = [
+        [_without_nulls(value) for value in values]
+        if _holds_objects(pyarrow, schema.field(name).type)
+        else values
+        for name, values in columns.items()
     ]
-    for place, *values in zip(places, *columns, strict=True):
-        yield Record(place, dict(zip(names, values, strict=True)))
+    for place, *values in zip(places, *cleaned, strict=True):
+        yield Record(place, dict(zip(columns, values, strict=True)))
 
 
 def _holds_objects(pyarrow: Any, kind: Any) -> bool:

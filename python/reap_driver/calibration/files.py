@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from reap_driver.calibration.arrow import arrow_records, known_columns
+from reap_driver.calibration.arrow import known_columns, row_records
 from reap_driver.calibration.compressed import COMPRESSIONS, inner_suffix, opened
 from reap_driver.calibration.records import BadRecords, Record, guard
 from reap_kernels.errors import DataError
@@ -177,11 +177,10 @@ def _read_parquet(file: Path, chosen: _Chosen, bad: BadRecords | None) -> _Numbe
             rows = range(start, start + batch.num_rows)
             wanted = [row for row in rows if chosen is None or row in chosen]
             if wanted:
-                part = (
-                    batch if len(wanted) == len(rows) else batch.take([r - start for r in wanted])
-                )
+                part = batch if chosen is None else batch.take([row - start for row in wanted])
                 places = [f"{file}, row {row + 1}" for row in wanted]
-                yield from zip(wanted, arrow_records(part, places), strict=True)
+                found = row_records(part.to_pydict(), part.schema, places)
+                yield from zip(wanted, found, strict=True)
             start += batch.num_rows
 
 

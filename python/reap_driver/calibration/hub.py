@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from reap_driver.calibration.arrow import arrow_records, known_columns
+from reap_driver.calibration.arrow import known_columns, row_records
 from reap_driver.calibration.records import BadRecords, Record
 from reap_driver.calibration.source import SPLIT, HubDataset
 from reap_kernels.errors import DataError
@@ -25,10 +25,11 @@ class HubRows:
 
     @cached_property
     def _rows(self) -> Any:
-        """The split, with rows as Arrow tables of the columns records are made of."""
+        """The split, with the columns records are made of."""
         rows = _load(self._location)
         columns = known_columns(rows.column_names)
-        return (rows.select_columns(columns) if columns else rows).with_format("arrow")
+        # Its own formats are not left on: they would make tensors of token ids.
+        return (rows.select_columns(columns) if columns else rows).with_format(None)
 
     def count(self) -> int:
         """How many rows there are."""
@@ -49,11 +50,12 @@ class HubRows:
             DataError: the data set cannot be loaded.
         """
         rows = self._rows.select(chosen)
+        schema = rows.features.arrow_schema
         for start in range(0, len(rows), _ROWS):
             part = chosen[start : start + _ROWS]
             places = [f"{self._location}, row {number + 1}" for number in part]
-            table = rows[start : start + len(part)]
-            yield from zip(part, arrow_records(table, places), strict=True)
+            columns = rows[start : start + len(part)]
+            yield from zip(part, row_records(columns, schema, places), strict=True)
 
 
 def _load(location: HubDataset) -> Any:
