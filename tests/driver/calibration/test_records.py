@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from reap_driver.calibration.records import Record, read_records
+from reap_driver.calibration.records import BadRecords, Record, read_records
 from reap_driver.calibration.source import DataSource
 from reap_kernels.errors import DataError
 
@@ -163,3 +163,79 @@ def test_unknown_endings(tmp_path: Path) -> None:
     path.write_text("text\n")
     with pytest.raises(DataError, match=r"a.csv: ending '.csv' is not known; give one of .jsonl"):
         read(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder"])
+def test_a_budget_of_tokens_brings_all_in_random_order(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reap_driver.calibration.records._FIRST_PASS", 4)
+    monkeypatch.setattr("reap_driver.calibration.records._LARGEST_PASS", 16)
+    rows = [{"text": f"{n:03}"} for n in range(100)]
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "jsonl":
+        write_jsonl(path, rows)
+    else:
+        path.mkdir()
+        for part in range(4):
+            write_jsonl(path / f"{part}.jsonl", rows[25 * part : 25 * part + 25])
+
+    def order(samples: int | None = None, seed: int = 0) -> list[int]:
+        source = DataSource(path, "g", samples, tokens=10)
+        return [int(record.fields["text"]) for record in read_records(source, seed)]
+
+    assert sorted(order()) == list(range(100))
+    assert order() == order() != order(seed=1)
+    assert max(order()[:10]) > 50  # what comes first is not the beginning
+    assert len(set(order(30))) == len(order(30)) == 30
+    # The same records as without the budget of tokens, in another order.
+    assert sorted(order(30)) == [int(f["text"]) for f in fields(path, 30)]
+
+
+def test_what_a_budget_does_not_need_is_not_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, [{"text": str(n)} for n in range(1000)])
+    source = DataSource(path, "g", tokens=10)
+    order = [record.fields["text"] for record in read_records(source, 0)]
+    first = set(order[:256])
+    lines = [json.dumps({"text": str(n)}) if str(n) in first else "{" for n in range(1000)]
+    path.write_text("\n".join(lines))
+    stream = read_records(source, 0)
+    assert [next(stream).fields["text"] for _ in range(256)] == order[:256]
+    with pytest.raises(DataError, match="not valid JSON"):
+        next(stream)
+
+
+@pytest.mark.parametrize("budget", [{}, {"samples": 9}, {"tokens": 100}])
+def test_bad_records_are_counted_where_they_may_be(tmp_path: Path, budget: dict[str, int]) -> None:
+    path = tmp_path / "data"
+    path.mkdir()
+    (path / "a.jsonl").write_text("".join(f'{{"text": "{n}"}}\n{{broken\n' for n in range(10)))
+    (path / "b.txt").write_bytes(b"\xe9")
+    source, bad = DataSource(path, "g", **budget), BadRecords()
+    found = [int(record.fields["text"]) for record in read_records(source, 0, bad)]
+    expected = min(9, 21) if "samples" in budget else 21
+    assert len(found) + bad.count == expected
+    assert len(found) == len(set(found))
+    assert len(bad.first) == min(bad.count, BadRecords.SHOWN)
+    assert all("not valid JSON" in text or "not UTF-8" in text for text in bad.first)
+    with pytest.raises(DataError, match=r"a.jsonl:\d+: not valid JSON|b.txt is not UTF-8"):
+        list(read_records(source, 0))
+
+
+def test_files_that_cannot_be_read_are_no_bad_records(tmp_path: Path) -> None:
+    bad = BadRecords()
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 but no more")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        list(read_records(DataSource(tmp_path, "g"), 0, bad))
+    assert bad.count == 0
+
+
+def test_only_bad_records(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("{\n[]\n")
+    bad = BadRecords()
+    assert list(read_records(DataSource(path, "g"), 0, bad)) == []
+    assert [text.partition(": ")[0] for text in bad.first] == [f"{path}:1", f"{path}:2"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from reap_driver.calibration import DataSource
+from reap_driver.calibration.source import HubDataset
 from reap_kernels.errors import DataError
 
 
@@ -72,9 +73,80 @@ def test_missing(here: Path, text: str, missing: str) -> None:
         DataSource.parse(text)
 
 
-def test_zero_records(here: Path) -> None:
+@pytest.mark.parametrize("budget", ["0", "0tok", "0.0001ktok"])
+def test_zero_records(here: Path, budget: str) -> None:
     with pytest.raises(DataError, match=r"takes 0 records; give a number above 0"):
-        DataSource.parse("code.jsonl:0")
+        DataSource.parse(f"code.jsonl:{budget}")
+
+
+@pytest.mark.parametrize(
+    ("budget", "tokens"),
+    [
+        ("4096tok", 4096),
+        ("500ktok", 500_000),
+        ("2Mtok", 2_000_000),
+        ("2mtok", 2_000_000),
+        ("1.5Mtok", 1_500_000),
+        ("1Gtok", 10**9),
+    ],
+)
+def test_budgets_of_tokens(here: Path, budget: str, tokens: int) -> None:
+    assert DataSource.parse(f"g=code.jsonl:{budget}") == DataSource(
+        Path("code.jsonl"), "g", tokens=tokens
+    )
+
+
+@pytest.mark.parametrize("budget", ["2M", "7records", "1.5", "2Mtokens"])
+def test_budgets_that_are_none(here: Path, budget: str) -> None:
+    with pytest.raises(
+        DataError, match=rf"'{budget}' is no budget; give a number of records, such"
+    ):
+        DataSource.parse(f"code.jsonl:{budget}")
+
+
+@pytest.mark.parametrize(
+    ("text", "location", "group", "samples", "tokens"),
+    [
+        ("owner/name", HubDataset("owner/name"), "name", None, None),
+        ("wikitext", HubDataset("wikitext"), "wikitext", None, None),
+        ("owner/name:700", HubDataset("owner/name"), "name", 700, None),
+        ("code=owner/name-v1.1:2Mtok", HubDataset("owner/name-v1.1"), "code", None, 2_000_000),
+        ("owner/name[math]:7", HubDataset("owner/name", "math"), "math", 7, None),
+        ("owner/name(tool)", HubDataset("owner/name", None, "tool"), "name", None, None),
+        (
+            "g=owner/name[a b](train[:10%])@refs/pr/2:7",
+            HubDataset("owner/name", "a b", "train[:10%]", "refs/pr/2"),
+            "g",
+            7,
+            None,
+        ),
+        # No group, though there is a "=" in it.
+        ("owner/name[a=b]", HubDataset("owner/name", "a=b"), "a=b", None, None),
+    ],
+)
+def test_data_sets_of_the_hub(
+    here: Path,
+    text: str,
+    location: HubDataset,
+    group: str,
+    samples: int | None,
+    tokens: int | None,
+) -> None:
+    source = DataSource.parse(text)
+    assert source == DataSource(location, group, samples, tokens)
+    assert HubDataset.parse(source.name) == location
+
+
+def test_what_exists_comes_before_a_data_set_of_its_name(here: Path) -> None:
+    (here / "owner" / "name").mkdir(parents=True)
+    (here / "wikitext").write_text("")
+    assert DataSource.parse("owner/name:5") == DataSource(Path("owner/name"), "name", 5)
+    assert DataSource.parse("wikitext").location == Path("wikitext")
+
+
+def test_groups_of_compressed_files(here: Path) -> None:
+    (here / "code.v2.jsonl.gz").write_text("")
+    assert DataSource.parse("code.v2.jsonl.gz").group == "code.v2"
 
 
 def test_a_relative_folder_has_a_name(here: Path) -> None:
