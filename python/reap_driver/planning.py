@@ -211,6 +211,7 @@ def _uneven_note(budgets: Sequence[Budget]) -> str:
     """Which numbers the layers keep, and what that means for loading them."""
     kept = [budget.kept for budget in budgets]
     return (
-        f"layers keep from {min(kept)} to {max(kept)} experts: stock transformers and vLLM read "
-        "one number for all layers, so they do not load such a checkpoint as it is"
+        f"layers keep from {min(kept)} to {max(kept)} experts: transformers' own from_pretrained, "
+        "vLLM and SGLang read one number for all layers and refuse such a checkpoint; `apply "
+        "--non-uniform` writes it for reap_driver to load"
     )

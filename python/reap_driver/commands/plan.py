@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from reap_driver.commands import options, ranking
 from reap_driver.commands.console import Console
+from reap_driver.criteria import criterion_named
 
 if TYPE_CHECKING:
     from reap_driver.plan import Plan
+    from reap_kernels import SaliencyStats
 
 NAME = "plan"
 SUMMARY = "rank experts by their statistics and decide which go"
@@ -17,13 +19,19 @@ Ranks the experts of every layer by a criterion and decides which go. Writes a p
 can read and edit. Takes no model, and no time.
 
 Removed per layer = experts * ratio, rounded down. Where the router chooses among groups of experts,
-each group loses as many.
+each group loses as many. Statistics that were observed in parts (`observe --folds 8`) also say
+which experts other data of the same kind might have decided otherwise.
 """
 EXAMPLES = """\
 examples:
   reap-kernels plan stats.safetensors --ratio 0.5 --out plan.json
   reap-kernels plan stats.safetensors --criterion frequency --ratio 0.25 --out plan.json
+  reap-kernels plan stats.safetensors --criterion 'S(0.5,1,1)' --out plan.json
+  reap-kernels plan stats.safetensors --criterion random:1 --out baseline.json
   reap-kernels plan stats.safetensors --weights code=0.7,tools=0.3 --out plan.json
+  reap-kernels plan stats.safetensors --protect super --protect 3:17,40 --out plan.json
+  reap-kernels plan stats.safetensors --allocation global --ratio 0.3 --out plan.json
+  reap-kernels plan stats.safetensors --skip-first 1 --layer-ratios ratios.yaml --out plan.json
 """
 
 
@@ -39,22 +47,58 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Scores, decides, saves."""
-    from reap_driver.allocate import served_advice, uniform
+    ranking.check_ranking(args)
     from reap_driver.commands.outputs import check_file
     from reap_driver.criteria import score
-    from reap_driver.planning import make_plan
     from reap_kernels import SaliencyStats
 
     check_file(args.out, overwrite=args.overwrite)
     stats = SaliencyStats.load(args.stats)
-    scores = score(stats, args.criterion, args.weights)
-    plan = make_plan(scores, args.ratio)
+    plan = ranking.planned(args, score(stats, args.criterion, args.weights), stats)
     plan.save(args.out)
-    for note in [*plan.notes, *served_advice(uniform(scores.layers, args.ratio))]:
+    sure = certainty(plan, stats, console)
+    for note in [*plan.notes, *advice(plan, stats.provenance["layers"])]:
         console.note(note)
     console.say(describe(plan))
     console.say(f"wrote {args.out}; next: reap-kernels apply MODEL {args.out} --out DIR")
-    return {"out": str(args.out), **facts(plan)}
+    return {"out": str(args.out), **facts(plan), **sure}
+
+
+def advice(plan: "Plan", layers: dict[str, dict[str, Any]]) -> list[str]:
+    """Numbers of experts that engines are surer to serve, of a plan they can load at all."""
+    from reap_driver.allocate import explicit, served_advice
+
+    if not plan.uniform:
+        return []
+    removed = {name: len(layer.removed) for name, layer in plan.layers.items()}
+    guarded = plan.settings.get("protected")
+    facts = {name: layers[name] for name in plan.layers}
+    return served_advice(explicit(facts, removed, protected=guarded))
+
+
+def certainty(plan: "Plan", stats: "SaliencyStats", console: Console) -> dict[str, Any]:
+    """Which experts other data might have decided otherwise, for people and for machines.
+
+    Returns:
+        `margin` {layer: ids}; nothing where the statistics cannot tell.
+    """
+    if not stats.parts or not criterion_named(plan.criterion).is_sum:
+        return {}
+    from reap_driver.stability import CERTAIN, keep_probability, margin
+    from reap_kernels.errors import DataError
+
+    try:
+        inside = margin(keep_probability(stats, plan))
+    except DataError as error:
+        console.note(f"how sure the plan is cannot be told: {error}")
+        return {}
+    experts = sum(layer.num_experts for layer in plan.layers.values())
+    console.note(
+        f"{sum(map(len, inside.values()))} of {experts} experts, in {len(inside)} layers, are "
+        f"inside the decision margin: other data of this kind would keep them with a probability "
+        f"between {1 - CERTAIN:.1%} and {CERTAIN:.1%} (as {len(stats.parts)} parts of it differ)"
+    )
+    return {"margin": inside}
 
 
 def facts(plan: "Plan") -> dict[str, Any]:
@@ -62,10 +106,13 @@ def facts(plan: "Plan") -> dict[str, Any]:
     return {
         "criterion": plan.criterion,
         "allocation": plan.allocation,
+        "settings": plan.settings,
         "ratio": plan.ratio,
         "layers": len(plan.layers),
         "experts": sum(layer.num_experts for layer in plan.layers.values()),
         "removed": sum(len(layer.removed) for layer in plan.layers.values()),
+        "kept_by_layer": {name: len(layer.kept) for name, layer in plan.layers.items()},
+        "uniform": plan.uniform,
         "scores_digest": plan.scores_digest,
         "notes": plan.notes,
     }
@@ -73,6 +120,14 @@ def facts(plan: "Plan") -> dict[str, Any]:
 
 def describe(plan: "Plan") -> str:
     """The plan in a line, for people."""
-    counts = {(layer.num_experts, len(layer.kept)) for layer in plan.layers.values()}
-    each = " and ".join(f"{kept} of {experts}" for experts, kept in sorted(counts))
-    return f"plan by {plan.criterion}: keeps {each} experts in each of {len(plan.layers)} layers"
+    layers = plan.layers.values()
+    if plan.uniform:
+        counts = {(layer.num_experts, len(layer.kept)) for layer in layers}
+        each = " and ".join(f"{kept} of {experts}" for experts, kept in sorted(counts))
+        return f"plan by {plan.criterion}: keeps {each} experts in each of {len(layers)} layers"
+    kept = [len(layer.kept) for layer in layers]
+    experts = sum(layer.num_experts for layer in layers)
+    return (
+        f"plan by {plan.criterion}, {plan.allocation}: keeps {sum(kept)} of {experts} experts, "
+        f"from {min(kept)} to {max(kept)} in each of {len(layers)} layers"
+    )

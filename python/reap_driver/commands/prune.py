@@ -51,16 +51,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     """Checks, observes, plans, writes."""
     options.check_calibration(args)
+    ranking.check_ranking(args)
     if args.dry_run:
         return dry_run.run(args, console)
-    from reap_driver.calibration import DataSource
     from reap_driver.commands import calibrate, running
     from reap_driver.commands.outputs import check_file
     from reap_driver.distributed import ranks
 
     with ranks() as world:
         console.speaks(first=world.rank == 0)
-        wanted = [DataSource.parse(text) for text in args.data]
+        wanted = calibrate.sources_of(args)
         if args.stats is not None:
             check_file(args.stats, overwrite=args.overwrite)
         running.check_journal(args, world)
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
         world.barrier()
         calibrate.check_groups(wanted, args.weights)
         seq_len = calibrate.check_options(args, model.config)
+        calibrate.check_packing(args, model.meta.config, model.layers)
         sources = calibrate.read_data(args, wanted, model.config, seq_len, console)
         with running.observed(args, model, sources, console, world) as found:
             return None if found is None else _write(args, found, console)
@@ -87,14 +88,13 @@ def _writing(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check_writing(args: argparse.Namespace, model: "Model", console: Console) -> None:
     """Checks early that what will be planned can be written."""
-    from reap_driver.allocate import served_advice, uniform
     from reap_driver.checkpoint import check_plan
-    from reap_driver.planning import make_plan
 
-    # Any plan of this ratio needs the same space and passes the same checks.
-    blank = make_plan(model.blank_scores(), args.ratio)
-    check_plan(args.model, blank, args.out, **_writing(args))
-    for advice in served_advice(uniform(model.provenance["layers"], args.ratio)):
+    # Plans that remove as many of each layer need the same space and pass the same checks.
+    plans = ranking.foreseen(args, model.blank_scores())
+    for blank in plans:
+        check_plan(args.model, blank, args.out, **_writing(args))
+    for advice in plan.advice(plans[0], model.provenance["layers"]):
         console.note(advice)
 
 
@@ -103,14 +103,14 @@ def _write(args: argparse.Namespace, found: "Observed", console: Console) -> dic
     from reap_driver.checkpoint import apply_plan
     from reap_driver.commands import calibrate
     from reap_driver.criteria import score
-    from reap_driver.planning import make_plan
 
     stats = found.stats
     observed, text = calibrate.summary(stats, found.seconds)
     console.say(text)
     if args.stats is not None:
         stats.save(args.stats)
-    chosen = make_plan(score(stats, args.criterion, args.weights), args.ratio)
+    chosen = ranking.planned(args, score(stats, args.criterion, args.weights), stats)
+    sure = plan.certainty(chosen, stats, console)
     for note in chosen.notes:
         console.note(note)
     console.say(plan.describe(chosen))
@@ -121,4 +121,5 @@ def _write(args: argparse.Namespace, found: "Observed", console: Console) -> dic
     for warning in report.warnings:
         console.note(warning)
     console.say(apply.describe(report))
-    return {"out": str(args.out), **observed, **plan.facts(chosen), **apply.facts(report)}
+    planned = {**plan.facts(chosen), **sure}
+    return {"out": str(args.out), **observed, **planned, **apply.facts(report)}

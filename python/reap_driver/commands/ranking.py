@@ -1,8 +1,22 @@
 """Options that say how many experts go, and which, for the commands that rank."""
 
 import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from reap_driver.criteria import CRITERIA
+from reap_driver.commands.options import positive
+from reap_driver.criteria import CRITERIA, criterion_named
+
+if TYPE_CHECKING:  # they import torch, and --help must not
+    from reap_driver.criteria import Scores
+    from reap_driver.plan import Plan
+    from reap_kernels import SaliencyStats
+
+SUPER = "super"
+# What --protect takes: SUPER, ids of layers, or a file of them.
+Protected = str | tuple[str, tuple[int, ...]] | Path
 
 
 def add_ranking(parser: argparse.ArgumentParser) -> None:
@@ -12,21 +26,213 @@ def add_ranking(parser: argparse.ArgumentParser) -> None:
         "--ratio",
         type=float,
         default=0.5,
-        help="share of each layer's experts to remove, above 0 and below 1 (default: %(default)s)",
+        help="share of experts to remove, above 0 and below 1 (default: %(default)s)",
     )
     group.add_argument(
         "--criterion",
-        choices=tuple(CRITERIA),
+        type=criterion,
         default="reap",
         metavar="NAME",
         help="what experts are ranked by (default: %(default)s); one of "
-        + "; ".join(f"{name}: {c.formula}" for name, c in CRITERIA.items()),
+        + "; ".join(f"{name}: {c.formula}" for name, c in CRITERIA.items())
+        + "; S(b,alpha,p): n^-b sum g^alpha ||f||^p; random:SEED: by chance, to compare with",
     )
     group.add_argument(
         "--weights",
         type=weights,
         metavar="GROUP=W,...",
         help="count the groups as if their tokens had these shares (default: as observed)",
+    )
+    group.add_argument(
+        "--protect",
+        type=protected,
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="experts that stay; again for more: super for those with extreme activations (above "
+        "the 99.5th percentile and a tenth of the largest); LAYER:ID,ID for experts by id; or a "
+        "JSON or YAML file {LAYER: [ID, ...]}",
+    )
+    _add_allocation(parser)
+
+
+def _add_allocation(parser: argparse.ArgumentParser) -> None:
+    """How many experts each layer loses."""
+    group = parser.add_argument_group(
+        "how many experts each layer loses",
+        "LAYER is the name of an experts module, the number in it, or a pattern such as '*.3.*'.\n"
+        "Transformers and serving engines read one number of experts for all layers, so every\n"
+        "choice here but the default makes a checkpoint they cannot load as it is.",
+    )
+    group.add_argument(
+        "--allocation",
+        choices=("uniform", "global"),
+        default="uniform",
+        help="uniform (default): the same share of each layer; global: the lowest scores of all "
+        "layers together, but never more than a router can spare",
+    )
+    group.add_argument(
+        "--normalise",
+        choices=("mean", "max", "none"),
+        help="with --allocation global: divide each layer's scores by their mean (default) or "
+        "maximum before comparing layers, or compare them as they are",
+    )
+    group.add_argument(
+        "--layer-ratios",
+        type=Path,
+        metavar="FILE",
+        help="JSON or YAML {LAYER: RATIO} of layers that lose another share, 0 for none; of "
+        "several that fit a layer the last counts; the other layers lose --ratio all the same",
+    )
+    for end, where in (("first", "first"), ("last", "last")):
+        group.add_argument(
+            f"--skip-{end}",
+            type=positive,
+            default=0,
+            metavar="N",
+            help=f"keep all experts of the {where} N MoE layers; the others lose no more for it",
+        )
+    parser.set_defaults(refuse=parser.error)
+
+
+def check_ranking(args: argparse.Namespace) -> None:
+    """Ends with a usage error where arguments contradict each other."""
+    if args.normalise is not None and args.allocation != "global":
+        args.refuse("argument --normalise: only with --allocation global, which compares layers")
+
+
+def planned(
+    args: argparse.Namespace, scores: "Scores", stats: "SaliencyStats | None" = None
+) -> "Plan":
+    """The plan that the arguments ask for.
+
+    Args:
+        args: of `add_ranking`.
+        scores: of every layer.
+        stats: what they are of; None where there are none yet, and super experts are unknown.
+
+    Raises:
+        DataError: a file cannot be read or holds something else.
+        PlanError: a layer or an expert that was named is not there, or the plan is not possible.
+    """
+    from reap_driver.planning import make_plan
+
+    return make_plan(
+        scores,
+        args.ratio,
+        allocation=args.allocation,
+        protected=_protected(args, scores, stats),
+        layer_ratios=_layer_ratios(args, list(scores)),
+        normalise=args.normalise,
+    )
+
+
+def foreseen(args: argparse.Namespace, blank: "Scores") -> "list[Plan]":
+    """Plans as far from each other as those that the arguments can lead to, before any statistics.
+
+    A uniform allocation removes as many experts of a layer whatever their scores. A global one may
+    empty the first layers as far as it can and leave the last alone: that is the second plan.
+
+    Args:
+        blank: scores of the model that is to be pruned; their values do not matter.
+    """
+    from reap_driver.criteria import Scores
+
+    plans = [planned(args, blank)]
+    if args.allocation == "global":
+        rising = {name: values + place for place, (name, values) in enumerate(blank.items())}
+        facts = {"model": blank.model, "layers": blank.layers}
+        scores = Scores(rising, criterion=blank.criterion, provenance=facts)
+        extreme = argparse.Namespace(**{**vars(args), "normalise": "none"})
+        plans.append(planned(extreme, scores))
+    return plans
+
+
+def _protected(
+    args: argparse.Namespace, scores: "Scores", stats: "SaliencyStats | None"
+) -> dict[str, frozenset[int]]:
+    """{layer: ids} of everything --protect names."""
+    from reap_driver.allocate import protected_experts, super_experts
+    from reap_driver.criteria import score
+    from reap_kernels.errors import DataError
+
+    wanted: list[tuple[str, tuple[int, ...]]] = []
+    for what in args.protect:
+        if isinstance(what, tuple):
+            wanted.append(what)
+        elif isinstance(what, Path):
+            for layer, ids in _read(what).items():
+                listed = ids if isinstance(ids, list) else [ids]
+                if not all(isinstance(e, int) and not isinstance(e, bool) for e in listed):
+                    raise DataError(f"{what}: {layer}: {ids!r} is no list of expert ids")
+                wanted.append((layer, tuple(listed)))
+        elif stats is not None:
+            peaks = super_experts(score(stats, "max_activation"))
+            wanted += [(layer, tuple(ids)) for layer, ids in peaks.items()]
+    return protected_experts(wanted, {name: len(values) for name, values in scores.items()})
+
+
+def _layer_ratios(args: argparse.Namespace, layers: list[str]) -> dict[str, float]:
+    """{layer: ratio} of layers that do not lose --ratio."""
+    from reap_driver.allocate import select_layers
+    from reap_kernels.errors import DataError, PlanError
+
+    found: dict[str, float] = {}
+    for selector, ratio in (_read(args.layer_ratios) if args.layer_ratios else {}).items():
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+            raise DataError(
+                f"{args.layer_ratios}: {selector}: {ratio!r} is no ratio; give a number from 0 "
+                "(keeps all) to below 1"
+            )
+        found |= dict.fromkeys(select_layers(selector, layers), float(ratio))
+    first, last = args.skip_first, args.skip_last
+    if first + last >= len(layers) > 0:
+        raise PlanError(
+            f"--skip-first {first} and --skip-last {last} leave none of the {len(layers)} MoE "
+            "layers to prune; skip fewer"
+        )
+    skipped = [*layers[:first], *layers[len(layers) - last :]]
+    return found | dict.fromkeys(skipped, 0.0)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """A JSON or YAML mapping; keys become text, since layers can be numbers."""
+    import yaml  # type: ignore[import-untyped]
+
+    from reap_kernels.errors import DataError
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        where = getattr(error, "problem_mark", None)
+        at = f", line {where.line + 1}" if where is not None else ""
+        raise DataError(f"{path} is neither JSON nor YAML{at}; correct the file") from error
+    if not isinstance(content, dict) or not content:
+        raise DataError(f"{path} holds no mapping from layers; see --help for what it should hold")
+    return {str(key): value for key, value in content.items()}
+
+
+def criterion(text: str) -> str:
+    """Name of a criterion."""
+    try:
+        criterion_named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def protected(text: str) -> Protected:
+    """`super`, LAYER:ID,ID or a JSON or YAML file."""
+    if text == SUPER:
+        return text
+    if found := re.fullmatch(r"(.+):(\d+(?:,\d+)*)", text):
+        return found[1], tuple(int(number) for number in found[2].split(","))
+    if Path(text).suffix in (".json", ".yaml", ".yml"):
+        return Path(text)
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not super, LAYER:ID,ID such as 3:17,40, or a .json or .yaml file"
     )
 
 

@@ -159,7 +159,7 @@ DATA = {
     "malformed": ('{"text": "a"}\n{"text"', r"code.jsonl:2: not valid JSON .*; correct the line"),
     "no known field": (
         '{"text": "a"}\n{"body": "b"}\n',
-        r"code.jsonl:2: has none of the fields input_ids, text, messages \(it has body\); rename",
+        r"code.jsonl:2: has the fields of no known shape, .*messages.* \(it has body\); rename its",
     ),
     "token id": (
         '{"input_ids": [1, 2]}\n\n{"input_ids": [3, 300]}\n',
@@ -321,7 +321,7 @@ def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(
         (("prune", "m", "--out", "o"), "required: --data"),
         (("prune", "m", "--data", "d"), "required: --out"),
         (("plan", "s", "--out", "o", "--ratio", "half"), "invalid float value: 'half'"),
-        (("plan", "s", "--out", "o", "--criterion", "taylor"), "invalid choice: 'taylor'"),
+        (("plan", "s", "--out", "o", "--criterion", "taylor"), "criterion 'taylor' is unknown; choose one of reap,"),
         (("plan", "s", "--out", "o", "--weights", "code"), "'code' is not GROUP=NUMBER"),
         (("apply", "m", "p", "--out", "o", "--shard-size", "big"), "'big' is not a size"),
         (("observe", "m", "--data", "d", "--out", "o", "--seq-len", "0"), "'0' is not a whole"),
