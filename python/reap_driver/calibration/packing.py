@@ -1,24 +1,34 @@
-"""Packing: documents of a source end to end in sequences of one length, and the batches they make.
+"""Packing: the documents of a source as sequences, in one of three ways.
 
-Documents follow each other with the model's end-of-sequence token between them. Nothing is padded
-and nothing lost: the last sequence of a source is shorter when the tokens do not fill it, and is a
-batch of its own. Attention crosses documents, as in the reference implementation of REAP.
+| packing | a sequence is | attention |
+|---|---|---|
+| `concat` | `seq_len` tokens of all documents, end to end | crosses documents |
+| `isolated` | the same tokens | ends where a document does; positions begin anew |
+| `none` | one document, cut to `seq_len` tokens | its own |
+
+`concat` is what the reference implementation of REAP does. Where documents follow each other the
+model's end-of-sequence token stands between them, and belongs to the one before. Nothing is padded
+here, and nothing lost but what `none` cuts off: the last sequence of a source is shorter when its
+tokens do not fill it.
 """
 
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from reap_driver.calibration.encode import Encoder
-from reap_driver.calibration.records import Record, read_records
+from reap_driver.calibration.encode import Document, Encoder
+from reap_driver.calibration.records import BadRecords, Record, read_records
 from reap_driver.calibration.source import DataSource
 from reap_kernels.errors import DataError
+
+Packing = Literal["concat", "isolated", "none"]
 
 _CHUNK = 256  # records tokenised together
 
@@ -29,67 +39,114 @@ class PackedSource:
 
     Attributes:
         source: where they came from.
-        ids: [tokens] int32, separators included; 4 bytes a token are all that is kept in memory.
+        ids: [tokens] int32, separators included.
+        starts: [documents] int64, where in `ids` the documents that hold tokens begin.
+        counted: [tokens] bool, those whose experts are counted; None where all are.
         records: how many were read.
-        seq_len: length of a sequence.
+        seq_len: length of a sequence, of `none` the largest.
         seed: of the sample.
-        separator: id between documents, None where the model has no such token.
+        separator: id between documents, None where there is none.
+        packing: how documents make sequences.
+        truncated: documents that were longer than `seq_len` and cut.
+        skipped: records left out because something is wrong with them; None: none may be.
     """
 
     source: DataSource
     ids: Tensor
+    starts: Tensor
+    counted: Tensor | None
     records: int
     seq_len: int
     seed: int
     separator: int | None
+    packing: Packing = "concat"
+    truncated: int = 0
+    skipped: BadRecords | None = None
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """Where in `ids` each sequence begins, and where the last one ends."""
+        apart = self.packing == "none"
+        starts = self.starts.tolist() if apart else range(0, self.tokens, self.seq_len)
+        return [*starts, self.tokens]
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.ids)
 
     @property
     def sequences(self) -> int:
-        """Sequences of `seq_len` tokens; 1 where the tokens do not fill one."""
-        return max(1, len(self.ids) // self.seq_len)
+        """How many there are."""
+        return len(self.bounds) - 1
 
-    def batch_count(self, batch_size: int = 1) -> int:
-        """Batches of that size, the shorter rest included."""
-        full, rest = divmod(len(self.ids), self.seq_len)
-        return -(-full // batch_size) + (rest > 0)
+    @property
+    def full_sequences(self) -> int:
+        """Sequences of `seq_len` tokens that the tokens would make: at least 1."""
+        return -(-self.tokens // self.seq_len)
 
-    def batch(self, number: int, batch_size: int = 1) -> Tensor:
-        """input_ids [up to batch_size, seq_len] int64; the last is the shorter rest [1, rest]."""
-        full = len(self.ids) // self.seq_len * self.seq_len
-        start = number * batch_size * self.seq_len
-        if start >= full:
-            return self.ids[full:].long()[None]
-        stop = min(start + batch_size * self.seq_len, full)
-        return self.ids[start:stop].long().view(-1, self.seq_len)
+    @cached_property
+    def counted_tokens(self) -> int:
+        """Tokens whose experts are counted."""
+        return self.tokens if self.counted is None else int(self.counted.sum())
 
-    def batches(self, batch_size: int = 1) -> Iterator[Tensor]:
-        """Every batch, in order."""
-        return (self.batch(n, batch_size) for n in range(self.batch_count(batch_size)))
+    def positions(self, begin: int, end: int) -> Tensor:
+        """[end - begin] int64: of each token of a sequence, its place in its document.
+
+        A document that began in another sequence begins anew in this one.
+        """
+        at = torch.arange(begin, end)
+        document = torch.searchsorted(self.starts, at, right=True) - 1
+        return at - self.starts[document].clamp(min=begin)
 
     def provenance(self) -> dict[str, Any]:
-        """The record statistics keep; the digest is over the ids the model saw, as int32."""
-        return {
+        """The record statistics keep. The digest is over the ids as int32, then, where they matter,
+        the documents' starts as int64 and a byte a token that says whether it counts."""
+        asked = {"samples": self.source.samples, "tokens": self.source.tokens}
+        facts = {
             "group": self.source.group,
             "source": self.source.name,
             "records": self.records,
-            "tokens": len(self.ids),
-            "digest": "sha256:" + hashlib.sha256(self.ids.numpy().astype("<i4").data).hexdigest(),
+            "tokens": self.tokens,
+            "counted_tokens": self.counted_tokens,
+            "sequences": self.sequences,
+            "digest": "sha256:" + self._digest(),
+            "packing": self.packing,
             "seq_len": self.seq_len,
             "seed": self.seed,
             "separator": self.separator,
+            "asked": {key: value for key, value in asked.items() if value is not None},
+            "truncated": self.truncated,
         }
+        bad = self.skipped
+        return facts if bad is None else {**facts, "skipped": bad.count, "skipped_first": bad.first}
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(self.ids.numpy().astype("<i4").data)
+        if self.packing != "concat":
+            digest.update(self.starts.numpy().astype("<i8").data)
+        if self.counted is not None:
+            digest.update(self.counted.numpy().view("u1").data)
+        return digest.hexdigest()
 
     def notes(self) -> list[str]:
         """What differs from what was asked for."""
-        notes = []
-        asked = self.source.samples
-        if asked is not None and self.records < asked:
-            notes.append(f"{self.source.name} has {self.records} records, {asked} were asked for")
-        if self.separator is None and self.records > 1:
+        name, asked, notes = self.source.name, self.source, []
+        if asked.samples is not None and self.records < asked.samples:
+            notes.append(f"{name} has {self.records} records, {asked.samples} were asked for")
+        if asked.tokens is not None and self.tokens < asked.tokens:
+            notes.append(f"{name} has {self.tokens} tokens, {asked.tokens} were asked for")
+        if self.separator is None and self.records > 1 and self.packing != "none":
             notes.append(
-                f"{self.source.name}: the model has no end-of-sequence token, so documents follow "
-                "each other without one"
+                f"{name}: the model has no end-of-sequence token, so documents follow each other "
+                "without one"
             )
+        if self.truncated:
+            cut = f"{self.truncated} of {self.records} records were cut to {self.seq_len} tokens"
+            notes.append(f"{name}: {cut}")
+        if self.skipped is not None and self.skipped.count:
+            first = "; ".join(self.skipped.first)
+            notes.append(f"{name}: {self.skipped.count} bad records were left out, first {first}")
         return notes
 
 
@@ -99,35 +156,121 @@ def pack(
     *,
     seq_len: int,
     seed: int = 0,
+    packing: Packing = "concat",
+    skip_bad: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> PackedSource:
     """Reads, tokenises and packs a source; equal arguments give equal tokens.
 
     Args:
-        source: what to read.
+        source: what to read; where it asks for a number of tokens, it is cut to exactly as many.
         encoder: of the model.
-        seq_len: tokens in a sequence.
+        seq_len: tokens in a sequence; with `none`, at most.
         seed: for the sample of records, where the source asks for one.
+        packing: how documents make sequences.
+        skip_bad: leave bad records out, and count them.
         progress: called with the number of tokens each chunk of records added.
 
     Raises:
-        DataError: the data cannot be read or tokenised, or holds no token.
+        DataError: the data cannot be read or tokenised, or holds no token that counts.
     """
-    ids, records = array("i"), 0
-    for chunk in _chunks(read_records(source, seed)):
-        before = len(ids)
-        for document in (encoded.ids for encoded in encoder.encode(chunk)):
-            separator = encoder.separator
-            if ids and document and separator is not None and ids[-1] != separator:
-                ids.append(separator)
-            ids.extend(document)
-        records += len(chunk)
+    bad = BadRecords() if skip_bad else None
+    stream = _Stream(source.tokens, seq_len if packing == "none" else None)
+    for chunk in _chunks(read_records(source, seed, bad)):
+        before = len(stream.ids)
+        for document in encoder.encode(chunk, bad):
+            stream.add(document, encoder.separator)
+            if stream.full:
+                break
         if progress is not None:
-            progress(len(ids) - before)
-    if not ids:
-        raise DataError(f"data {source.name}: its {records} records hold no token; give some text")
-    tokens = torch.frombuffer(ids, dtype=torch.int32)
-    return PackedSource(source, tokens, records, seq_len, seed, encoder.separator)
+            progress(len(stream.ids) - before)
+        if stream.full:
+            break
+    stream.check(source)
+    return PackedSource(
+        source,
+        torch.frombuffer(stream.ids, dtype=torch.int32),
+        torch.frombuffer(stream.starts, dtype=torch.int64),
+        None if stream.counted is None else torch.frombuffer(stream.counted, dtype=torch.bool),
+        stream.records,
+        seq_len,
+        seed,
+        None if packing == "none" else encoder.separator,
+        packing,
+        stream.truncated,
+        bad,
+    )
+
+
+class _Stream:
+    """Documents one behind the other, as they come.
+
+    Args:
+        budget: tokens after which it is full; None: never.
+        longest: tokens a document is cut to, documents then being apart; None: they are not cut
+            and have a separator between them.
+    """
+
+    def __init__(self, budget: int | None, longest: int | None) -> None:
+        self._budget, self._longest = budget, longest
+        self.ids = array("i")
+        self.starts = array("q")
+        self.counted: bytearray | None = None
+        self.records = self.truncated = 0
+        self._all_counted = True  # in the document before
+
+    @property
+    def full(self) -> bool:
+        """Whether the budget is reached."""
+        return self._budget is not None and len(self.ids) >= self._budget
+
+    def add(self, document: Document, separator: int | None) -> None:
+        """Appends a document; one without tokens is counted and leaves no trace."""
+        self.records += 1
+        ids = document.ids
+        if not ids:
+            return
+        if self._longest is not None:
+            self.truncated += len(ids) > self._longest
+            ids = ids[: self._longest]
+        elif self.ids and separator is not None and self.ids[-1] != separator:
+            self.ids.append(separator)
+        self.starts.append(len(self.ids))
+        self.ids.extend(ids)
+        self._count(document.counted)
+        if self.full:
+            self._cut()
+
+    def _count(self, counted: bytes | None) -> None:
+        """Brings `counted` up to `ids`; a separator counts where all of its document does."""
+        begin = self.starts[-1]
+        if counted is not None and self.counted is None:
+            self.counted = bytearray(b"\1" * begin)
+        if self.counted is not None:
+            self.counted += bytes([self._all_counted]) * (begin - len(self.counted))
+            added = len(self.ids) - begin
+            self.counted += b"\1" * added if counted is None else counted[:added]
+        self._all_counted = counted is None
+
+    def _cut(self) -> None:
+        """To the budget; a document that then has no token goes."""
+        del self.ids[self._budget :]
+        while self.starts and self.starts[-1] >= len(self.ids):
+            self.starts.pop()
+        if self.counted is not None:
+            del self.counted[self._budget :]
+
+    def check(self, source: DataSource) -> None:
+        """Raises DataError where nothing is left to count."""
+        if not self.ids:
+            raise DataError(
+                f"data {source.name}: its {self.records} records hold no token; give some text"
+            )
+        if self.counted is not None and not any(self.counted):
+            raise DataError(
+                f"data {source.name}: none of its {len(self.ids)} tokens is an answer's; give "
+                "conversations with answers, or leave out --answers-only"
+            )
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:

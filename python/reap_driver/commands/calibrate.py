@@ -1,26 +1,35 @@
-"""What `observe` and `prune` share before the model runs: checks of what is cheap, and the data."""
+"""What commands share before a model runs on data: checks of what is cheap, and the data."""
 
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig, PreTrainedModel
 
-from reap_driver.calibration import DataSource, Encoder, PackedSource, pack
+from reap_driver.calibration import DataSource, Encoder, PackedBatches, PackedSource, pack
+from reap_driver.calibration.cache import Cache
+from reap_driver.calibration.recipe import load_recipe
 from reap_driver.checkpoint.source import Source, open_source, resolve_folder
 from reap_driver.commands.console import Console
 from reap_driver.commands.options import SEQ_LEN
 from reap_driver.compat.models import config_digest, load_config, meta_model
 from reap_driver.criteria import Scores, shares
-from reap_driver.discover import MoELayer, find_moe_layers
+from reap_driver.discover import MoELayer, adapter_of, find_moe_layers
 from reap_driver.distributed import Ranks
+from reap_driver.isolation import check_isolation
+from reap_driver.masks import takes_padding
 from reap_driver.sizing.units import short
 from reap_kernels import SaliencyStats
 from reap_kernels.dispatch import Request, select
 from reap_kernels.errors import DataError, UnsupportedModel
+
+# What of a source's provenance adds up.
+_SUMMED = ("records", "sequences", "tokens", "counted_tokens")
 
 
 @dataclass(frozen=True)
@@ -95,15 +104,43 @@ def check_options(args: argparse.Namespace, config: PretrainedConfig) -> int:
     """
     dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
     select(Request("layer", device_of(args), dtype), args.backend)
+    option = "--max-len" if args.packing == "none" else "--seq-len"
+    asked = args.max_len if args.packing == "none" else args.seq_len
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if args.seq_len is None:
+    if asked is None:
         return min(SEQ_LEN, longest) if isinstance(longest, int) else SEQ_LEN
-    if isinstance(longest, int) and args.seq_len > longest:
+    if isinstance(longest, int) and asked > longest:
         raise DataError(
-            f"--seq-len {args.seq_len} is longer than the {longest} positions {args.model} was "
-            f"made for (max_position_embeddings); give --seq-len {longest} or less"
+            f"{option} {asked} is longer than the {longest} positions {args.model} was made for "
+            f"(max_position_embeddings); give {option} {longest} or less"
         )
-    return int(args.seq_len)
+    return int(asked)
+
+
+def check_packing(
+    args: argparse.Namespace, config: PretrainedConfig, layers: Sequence[MoELayer]
+) -> None:
+    """Checks early that the model can be given what the data options ask for.
+
+    Args:
+        config: of the model, with its implementation of attention, as `meta_model` has it.
+        layers: its MoE layers.
+
+    Raises:
+        UnsupportedModel: documents cannot be kept apart, or answers not counted alone.
+    """
+    if args.packing == "isolated":
+        check_isolation(config)
+    if args.answers_only and not _take_masks(layers):
+        raise UnsupportedModel(
+            f"{args.model}: a layer of it routes inside its block, so that no token can be left "
+            "out; leave out --answers-only"
+        )
+
+
+def _take_masks(layers: Sequence[MoELayer]) -> bool:
+    """Whether tokens can be left out in every layer."""
+    return all(adapter_of(layer).takes_mask for layer in layers)
 
 
 def check_groups(sources: Sequence[DataSource], weights: Mapping[str, float] | None) -> None:
@@ -137,6 +174,16 @@ def device_of(args: argparse.Namespace, ranks: Ranks | None = None) -> torch.dev
     return device
 
 
+def sources_of(args: argparse.Namespace) -> list[DataSource]:
+    """What --recipe and --data name, in this order.
+
+    Raises:
+        DataError: there is no such recipe or data.
+    """
+    listed = [source for recipe in args.recipe for source in load_recipe(recipe)]
+    return [*listed, *map(DataSource.parse, args.data)]
+
+
 def read_data(
     args: argparse.Namespace,
     wanted: Sequence[DataSource],
@@ -144,16 +191,62 @@ def read_data(
     seq_len: int,
     console: Console,
 ) -> list[PackedSource]:
-    """Reads, tokenises and packs all sources."""
-    encoder = Encoder(args.model, config, trust_remote_code=args.trust_remote_code)
+    """Reads, tokenises and packs all sources, or takes their tokens from the cache."""
+    options = {
+        "trust_remote_code": args.trust_remote_code,
+        "enable_thinking": args.enable_thinking,
+        "answers_only": args.answers_only,
+    }
+    encoder = Encoder(args.model, config, **options)
+    folder = _tokenizer_folder(args.model) if args.cache else None
+    made = pack if folder is None else Cache(folder, options, console.note).pack
     with console.progress("reading data", "tok") as progress:
         packed = [
-            pack(source, encoder, seq_len=seq_len, seed=args.seed, progress=progress.add)
+            made(
+                source,
+                encoder,
+                seq_len=seq_len,
+                seed=args.seed,
+                packing=args.packing,
+                skip_bad=args.skip_bad,
+                progress=progress.add,
+            )
             for source in wanted
         ]
     for note in (note for one in packed for note in one.notes()):
         console.note(note)
     return packed
+
+
+def _tokenizer_folder(model: str) -> Path | None:
+    """Where a model's tokenizer is; of a hub id, the snapshot its configuration was read from."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        config = try_to_load_from_cache(model, "config.json")
+    except ValueError:  # not the name of a repository either
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def batches_of(
+    config: PretrainedConfig,
+    layers: Sequence[MoELayer],
+    sources: Sequence[PackedSource],
+    sizes: Sequence[int],
+    folds: int = 1,
+) -> PackedBatches:
+    """The batches a model runs on.
+
+    Args:
+        config: of the model.
+        layers: its MoE layers.
+        sources: of `read_data`.
+        sizes: for each source, sequences at a time.
+        folds: shares that no batch crosses.
+    """
+    pad = takes_padding(config) and _take_masks(layers)
+    return PackedBatches(sources, sizes, folds=folds, pad=pad)
 
 
 def summary(stats: SaliencyStats, seconds: float) -> tuple[dict[str, Any], str]:
@@ -167,6 +260,8 @@ def summary(stats: SaliencyStats, seconds: float) -> tuple[dict[str, Any], str]:
     facts = {
         "layers": len(stats.layers),
         "groups": stats.groups,
+        "group_data": group_facts(sources),
+        "parts": len(stats.parts),
         "data": sources,
         "tokens": tokens,
         "experts": experts,
@@ -177,4 +272,42 @@ def summary(stats: SaliencyStats, seconds: float) -> tuple[dict[str, Any], str]:
         f"observed {tokens:,} tokens in {len(stats.layers)} layers, {seconds:.1f} s "
         f"({short(tokens / seconds)} tokens/s); {unused} of {experts} experts were never routed to"
     )
-    return facts, text
+    return facts, "\n".join([text, *group_lines(sources)])
+
+
+def group_facts(sources: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What each group is made of.
+
+    Args:
+        sources: `provenance()` of packed sources, as statistics keep them.
+
+    Returns:
+        By group: records, skipped records, sequences, tokens, tokens that count, and the share of
+        the latter in those of all groups.
+    """
+    whole = sum(source["counted_tokens"] for source in sources)
+    groups: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        facts = groups.setdefault(source["group"], dict.fromkeys((*_SUMMED, "skipped"), 0))
+        for key in _SUMMED:
+            facts[key] += source[key]
+        facts["skipped"] += source.get("skipped", 0)
+    for facts in groups.values():
+        facts["share"] = facts["counted_tokens"] / whole
+    return groups
+
+
+def group_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each group, where there is more to say than that there is one."""
+    groups = group_facts(sources)
+    lines = []
+    for name, facts in groups.items():
+        counted, skipped = facts["counted_tokens"], facts["skipped"]
+        lines.append(
+            f"  {name}: {facts['tokens']:,} tokens of {facts['records']:,} records in "
+            f"{facts['sequences']:,} sequences, {facts['share']:.1%} of all"
+            + (f"; {counted:,} counted" if counted < facts["tokens"] else "")
+            + (f"; {skipped:,} bad records left out" if skipped else "")
+        )
+    plain = len(groups) == 1 and all(";" not in line for line in lines)
+    return [] if plain else lines

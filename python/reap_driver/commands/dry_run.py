@@ -26,7 +26,7 @@ _GIGA = 10**9
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Decides as the real run would, prints the arithmetic, and writes nothing.
+    """Decides as the real run would, prints the arithmetic, and writes no output.
 
     Raises:
         ResourceError: the model does not fit this machine; what it needs is printed before.
@@ -71,6 +71,7 @@ def _inputs(args: argparse.Namespace, console: Console) -> "tuple[ModelSizes, St
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{args.model}: {error}") from error
     seq_len = calibrate.check_options(args, config)
+    calibrate.check_packing(args, model.config, layers)
     dtype = run_dtype(args.dtype, config, files)
     sizes = model_sizes(model, layers, dtype=dtype, seq_len=seq_len)
     work = workload(
@@ -109,14 +110,15 @@ def _count_tokens(
     args: argparse.Namespace, config: "PretrainedConfig", seq_len: int, console: Console
 ) -> int:
     """As said, or those of the data, read as a real run would."""
-    from reap_driver.calibration import DataSource
     from reap_driver.commands import calibrate
 
     if args.tokens is not None:
         return int(args.tokens)
-    wanted = [DataSource.parse(text) for text in args.data]
+    wanted = calibrate.sources_of(args)
     sources = calibrate.read_data(args, wanted, config, seq_len, console)
-    return sum(len(source.ids) for source in sources)
+    for line in calibrate.group_lines([source.provenance() for source in sources]):
+        console.say(line)
+    return sum(source.tokens for source in sources)
 
 
 def _say(console: Console, lines: Iterable[str]) -> None:

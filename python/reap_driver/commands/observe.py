@@ -41,18 +41,18 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     options.check_calibration(args)
     if args.dry_run:
         return dry_run.run(args, console)
-    from reap_driver.calibration import DataSource
     from reap_driver.commands import calibrate, running
     from reap_driver.commands.outputs import check_file
     from reap_driver.distributed import ranks
 
     with ranks() as world:
         console.speaks(first=world.rank == 0)
-        wanted = [DataSource.parse(text) for text in args.data]
+        wanted = calibrate.sources_of(args)
         check_file(args.out, overwrite=args.overwrite)
         running.check_journal(args, world)
         model = calibrate.inspect_model(args)
         seq_len = calibrate.check_options(args, model.config)
+        calibrate.check_packing(args, model.meta.config, model.layers)
         model.check_files()
         sources = calibrate.read_data(args, wanted, model.config, seq_len, console)
         with running.observed(args, model, sources, console, world) as found:

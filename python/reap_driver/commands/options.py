@@ -4,6 +4,8 @@ import argparse
 import re
 
 SEQ_LEN = 2048
+FOLDS = 8
+PACKINGS = ("concat", "isolated", "none")
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -35,21 +37,96 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """What is observed, and how the model runs."""
-    data = parser.add_argument_group("calibration data")
-    data.add_argument(
+    group = add_data(parser)
+    group.add_argument(
+        "--folds",
+        type=positive,
+        default=FOLDS,
+        metavar="F",
+        help="deal the sequences of each source to F shares and keep the statistics of each beside "
+        "those of the whole, which tell how far a plan depends on the sample (default: "
+        "%(default)s; 1: none)",
+    )
+    add_running(parser)
+    _add_journal(parser)
+    _add_dry_run(parser)
+
+
+def add_data(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+    """What text the model runs on, for every command that runs it; `check_data` checks them."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
         "--data",
         action="append",
+        default=[],
         metavar="[GROUP=]SOURCE[:N]",
-        help="a .jsonl, .parquet or .txt file, or a folder of them; N takes a random sample of N "
-        "records; GROUP names the statistics (default: the file's name); give it again for more",
+        help="a .jsonl, .parquet or .txt file, compressed or not, a folder of them, or a data set "
+        "of the hub, owner/name[subset](split); :N takes a random sample of N records, :2Mtok one "
+        "of 2 million tokens; GROUP names the statistics (default: the file's name); give it again "
+        "for more",
     )
-    data.add_argument(
+    group.add_argument(
+        "--recipe",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="sources listed in a .yaml or .json file, or a recipe that comes along, by name",
+    )
+    group.add_argument(
+        "--packing",
+        choices=PACKINGS,
+        default=PACKINGS[0],
+        help="how documents make sequences: concat (default) end to end, attention crossing their "
+        "boundaries as in the reference implementation; isolated, the same but kept apart, where "
+        "the model can; none, a sequence for every document",
+    )
+    group.add_argument(
         "--seq-len",
         type=positive,
         metavar="L",
         help=f"tokens in a sequence (default: {SEQ_LEN}, or the model's maximum if that is less)",
     )
-    data.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    group.add_argument(
+        "--max-len",
+        type=positive,
+        metavar="L",
+        help="with --packing none: tokens after which a document is cut off (same default)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    _add_reading(group)
+    parser.set_defaults(refuse=parser.error)
+    return group
+
+
+def _add_reading(group: "argparse._ArgumentGroup") -> None:
+    """How records are read."""
+    group.add_argument(
+        "--answers-only",
+        action="store_true",
+        help="count only what the assistant says, or the answer to an instruction or prompt; the "
+        "rest is read, not counted",
+    )
+    group.add_argument(
+        "--enable-thinking",
+        action=argparse.BooleanOptionalAction,
+        help="for chat templates that know it (default: as the template has it)",
+    )
+    group.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out records that are malformed or that the chat template refuses, and count "
+        "them, instead of ending",
+    )
+    group.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        help="tokenise anew, and keep nothing for the next run",
+    )
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """Where and how the model runs, for every command that runs it."""
     run = parser.add_argument_group("running the model")
     run.add_argument(
         "--batch-size",
@@ -90,8 +167,6 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         help="hold one decoder layer in memory at a time, each read once for all data: auto "
         "(default) where the whole model would take more than 90%% of the memory that is free",
     )
-    _add_journal(parser)
-    _add_dry_run(parser)
 
 
 def _add_journal(parser: argparse.ArgumentParser) -> None:
@@ -133,13 +208,27 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=count,
         metavar="N",
-        help="with --dry-run: plan for N tokens, such as 24M, instead of reading --data",
+        help="with --dry-run: plan for N tokens, such as 24M, instead of reading data",
     )
-    parser.set_defaults(refuse=parser.error)
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Ends with a usage error where options of `add_data` contradict each other."""
+    apart = args.packing == "none"
+    if args.max_len is not None and not apart:
+        args.refuse(
+            "argument --max-len: only with --packing none; packed sequences have --seq-len tokens"
+        )
+    if args.seq_len is not None and apart:
+        args.refuse(
+            "argument --seq-len: not together with --packing none, where a sequence is a document; "
+            "give --max-len to cut long ones"
+        )
 
 
 def check_calibration(args: argparse.Namespace) -> None:
     """Ends with a usage error where arguments are missing, or contradict each other."""
+    check_data(args)
     if args.resume and not args.journal:
         args.refuse("argument --resume: not together with --no-journal, which leaves none")
     if args.device_map is not None and (args.device != "auto" or args.stream == "always"):
@@ -147,15 +236,24 @@ def check_calibration(args: argparse.Namespace) -> None:
             "argument --device-map: not together with --device or --stream always; a map says "
             "where every layer is"
         )
+    _check_planning(args)
+
+
+def _check_planning(args: argparse.Namespace) -> None:
+    """That data and output are there, or a dry run needs none."""
+    data = bool(args.data or args.recipe)
     if args.tokens is not None and not args.dry_run:
         args.refuse(
             "argument --tokens: only with --dry-run; a real run counts the tokens of --data"
         )
-    if args.tokens is not None and args.data:
-        args.refuse("argument --tokens: not together with --data, whose tokens are counted")
-    if args.dry_run and args.tokens is None and not args.data:
+    if args.tokens is not None and data:
+        given = "--data" if args.data else "--recipe"
+        args.refuse(f"argument --tokens: not together with {given}, whose tokens are counted")
+    if args.dry_run and args.tokens is None and not data:
         args.refuse("argument --dry-run: give --tokens N, or the --data to count them in")
-    missing = [name for name in ("--out", "--data") if not vars(args)[name[2:]]]
+    missing = [
+        name for name, there in (("--out", args.out), ("--data or --recipe", data)) if not there
+    ]
     if missing and not args.dry_run:
         args.refuse(f"the following arguments are required: {', '.join(missing)}")
 

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import reap_kernels
 from reap_driver import journal as journals
 from reap_driver.calibration import PackedSource
 from reap_driver.checkpoint.digest import weights_digest
-from reap_driver.commands.calibrate import Model, device_of
+from reap_driver.commands.calibrate import Model, batches_of, device_of
 from reap_driver.commands.console import Console
 from reap_driver.distributed import Ranks
+from reap_driver.folds import FoldedBatches
 from reap_driver.interrupts import Stop, deferred
 from reap_driver.journal import Entry, Journal
 from reap_driver.loading import StreamedModel, load_model, open_streamed
@@ -60,29 +60,6 @@ class How:
     stream: bool
     park: Place
     batch_sizes: list[int]
-
-
-class PackedBatches:
-    """The batches of packed sources, one source after the other."""
-
-    def __init__(self, sources: Sequence[PackedSource], sizes: Sequence[int]) -> None:
-        self._places = [
-            (source, number, size)
-            for source, size in zip(sources, sizes, strict=True)
-            for number in range(source.batch_count(size))
-        ]
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def group(self, number: int) -> str:
-        """The group of the source a batch is from."""
-        return self._places[number][0].source.group
-
-    def inputs(self, number: int) -> dict[str, Tensor]:
-        """`input_ids` [batch, seq] int64."""
-        source, within, size = self._places[number]
-        return {"input_ids": source.batch(within, size)}
 
 
 def check_journal(args: argparse.Namespace, ranks: Ranks) -> None:
@@ -136,9 +113,7 @@ def observed(
         if args.journal:
             run = _identity(args, model, sources, how, ranks)
             journal = Journal(folder, run, args.journal_every)
-        stats, seconds = _run(args, sources, how, journal, ranks, console)
-        whole = ranks.merged(stats)
-        yield None if whole is None else Observed(whole, seconds)
+        yield _run(args, model, sources, how, journal, ranks, console)
         ranks.barrier()
         if journal is not None:
             journal.remove()
@@ -163,14 +138,14 @@ def _agreed(
     if decision.stream:
         for reason in decision.reasons:
             console.note(f"streaming: {reason}")
-    sizes = [min(decision.batch_size, source.sequences) for source in sources]
+    sizes = [min(decision.batch_size, source.full_sequences) for source in sources]
     own = How(decision.stream, decision.park or "device", sizes)
     return How(**json.loads(ranks.of_first(json.dumps(dataclasses.asdict(own)))))
 
 
 def _sizes(args: argparse.Namespace, sources: Sequence[PackedSource]) -> list[int]:
     """The batch size that was asked for, 1 where none was, at most the sequences there are."""
-    return [min(args.batch_size or 1, source.sequences) for source in sources]
+    return [min(args.batch_size or 1, source.full_sequences) for source in sources]
 
 
 def _decision(
@@ -178,7 +153,7 @@ def _decision(
 ) -> Decision:
     files = stored_files(model.source.folder, model.config)
     dtype = run_dtype(args.dtype, model.config, files)
-    seq_len, tokens = sources[0].seq_len, sum(len(source.ids) for source in sources)
+    seq_len, tokens = sources[0].seq_len, sum(source.tokens for source in sources)
     device = device_of(args, ranks)
     sizes = model_sizes(model.meta, model.layers, dtype=dtype, seq_len=seq_len)
     work = workload(
@@ -218,8 +193,11 @@ def _identity(
         "model": model.provenance["model"]["config_digest"],
         "weights": weights_digest(model.source),
         **data,
+        "packing": args.packing,
         "seq_len": sources[0].seq_len,
         "seed": args.seed,
+        "answers only": args.answers_only,
+        "folds": args.folds,
         "batch sizes": how.batch_sizes,
         "dtype": args.dtype,
         "streamed": how.stream,
@@ -247,29 +225,31 @@ def _device_name(args: argparse.Namespace, ranks: Ranks) -> str:
 
 def _run(
     args: argparse.Namespace,
+    model: Model,
     sources: Sequence[PackedSource],
     how: How,
     journal: Journal | None,
     ranks: Ranks,
     console: Console,
-) -> tuple[SaliencyStats, float]:
-    """Loads the model and observes this rank's batches, from where a journal is; and how long."""
+) -> Observed | None:
+    """Loads the model and observes this rank's batches, from where a journal is; merges all."""
     entry = None
     if journal is not None and args.resume:
         entry = journal.resume()  # before anything else: it may be of another run
     elif journal is not None:
         journal.remove()  # of a run that is started anew, by --overwrite
-    batches = PackedBatches(sources, how.batch_sizes)
+    packed = batches_of(model.config, model.layers, sources, how.batch_sizes, args.folds)
+    batches = FoldedBatches(packed)
     before = 0.0 if entry is None else entry.seconds
-    total = sum(len(source.ids) for source in sources) // ranks.size
+    total = sum(source.tokens for source in sources) // ranks.size
     with _listening(journal, console) as stop, _held(args, how, ranks, console) as held:
         observer = observe(held.model, backend=args.backend)
-        _prepare(observer, sources, how, entry)
+        _prepare(observer, sources, batches, how, entry)
         with console.progress("observing", "tok", total) as progress:
             run = Run(
                 observer,
                 batches,
-                ranks.share(len(batches)),
+                ranks.share(len(packed)),
                 stop,
                 journal,
                 done=lambda share: progress.add(share * total),
@@ -280,7 +260,9 @@ def _run(
             _observe(run, how, held, entry, journal_folder(args.out, ranks))
         if journal is not None:  # what follows may fail, and then go on from here
             journal.write(steps, observer.snapshot(), seconds=run.clock())
-        return observer.stats, run.clock()
+        stats, seconds = observer.stats, run.clock()
+    whole = ranks.merged(stats)
+    return None if whole is None else Observed(batches.merged(whole), seconds)
 
 
 @dataclass(frozen=True)
@@ -317,15 +299,21 @@ def _held(args: argparse.Namespace, how: How, ranks: Ranks, console: Console) ->
 
 
 def _prepare(
-    observer: Observer, sources: Sequence[PackedSource], how: How, entry: Entry | None
+    observer: Observer,
+    sources: Sequence[PackedSource],
+    batches: FoldedBatches,
+    how: How,
+    entry: Entry | None,
 ) -> None:
-    """Every group exists on every rank, in the order of the sources."""
+    """Every group exists on every rank, in one order."""
     if entry is not None:
         observer.restore(entry.snapshot)
-    for source, size in zip(sources, how.batch_sizes, strict=True):
-        with observer.group(source.source.group):
+    for group in batches.groups:
+        with observer.group(group):
             observer.group_index()
-        observer.add_source({**source.provenance(), "batch_size": size})
+    folds = batches.batches.folds
+    for source, size in zip(sources, how.batch_sizes, strict=True):
+        observer.add_source({**source.provenance(), "batch_size": size, "folds": folds})
 
 
 def _observe(run: Run, how: How, held: _Held, entry: Entry | None, folder: Path) -> None:

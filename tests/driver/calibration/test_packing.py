@@ -1,9 +1,11 @@
 """Packing loses no token, invents none, and gives the same for the same seed."""
 
 import hashlib
+import itertools
 import json
 import random
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ import torch
 from transformers import PretrainedConfig
 
 from reap_driver.calibration import DataSource, Encoder, PackedSource, pack
+from reap_driver.calibration.encode import Document
+from reap_driver.calibration.packing import Packing
+from reap_driver.calibration.records import BadRecords, Record
 from reap_kernels.errors import DataError
 from tests.driver.calibration.conftest import EOS
 
@@ -20,22 +25,43 @@ def write(path: Path, documents: list[list[int]]) -> Path:
     return path
 
 
-def packed(path: Path, encoder: Encoder, seq_len: int, samples: int | None = None) -> PackedSource:
-    return pack(DataSource(path, "g", samples), encoder, seq_len=seq_len)
+def packed(
+    path: Path,
+    encoder: Encoder,
+    seq_len: int,
+    samples: int | None = None,
+    tokens: int | None = None,
+    packing: Packing = "concat",
+) -> PackedSource:
+    source = DataSource(path, "g", samples, tokens)
+    return pack(source, encoder, seq_len=seq_len, packing=packing)
 
 
+def sequences(source: PackedSource) -> list[list[int]]:
+    """The tokens of every sequence."""
+    pairs = itertools.pairwise(source.bounds)
+    return [source.ids[begin:end].tolist() for begin, end in pairs]
+
+
+@pytest.mark.parametrize("packing", ["concat", "isolated"])
 def test_documents_follow_each_other_with_the_separator_between(
-    tmp_path: Path, encoder: Encoder
+    tmp_path: Path, encoder: Encoder, packing: Packing
 ) -> None:
     path = write(tmp_path / "a.jsonl", [[5, 6, 7], [8, EOS], [9], [], [10, 11]])
-    source = packed(path, encoder, 4)
+    source = packed(path, encoder, 4, packing=packing)
     assert source.ids.tolist() == [5, 6, 7, EOS, 8, EOS, 9, EOS, 10, 11]  # one EOS, never two
-    assert [batch.tolist() for batch in source.batches()] == [
-        [[5, 6, 7, EOS]],
-        [[8, EOS, 9, EOS]],
-        [[10, 11]],
-    ]
-    assert source.records == 5
+    assert source.starts.tolist() == [0, 4, 6, 8]
+    assert sequences(source) == [[5, 6, 7, EOS], [8, EOS, 9, EOS], [10, 11]]
+    assert (source.records, source.sequences, source.full_sequences) == (5, 3, 3)
+
+
+def test_positions_begin_anew_with_every_document_and_sequence(
+    tmp_path: Path, encoder: Encoder
+) -> None:
+    path = write(tmp_path / "a.jsonl", [[5] * 6, [6], [7] * 5])
+    source = packed(path, encoder, 5, packing="isolated")
+    positions = [source.positions(*pair).tolist() for pair in itertools.pairwise(source.bounds)]
+    assert positions == [[0, 1, 2, 3, 4], [0, 1, 0, 1, 0], [0, 1, 2, 3]]
 
 
 def test_no_token_is_lost_whatever_the_sizes(tmp_path: Path, encoder: Encoder) -> None:
@@ -45,16 +71,89 @@ def test_no_token_is_lost_whatever_the_sizes(tmp_path: Path, encoder: Encoder) -
             [draw.randrange(3, 259) for _ in range(draw.choice([0, 1, 3, 40, 200]))]
             for _ in range(draw.randint(1, 600))
         ] + [[5]]
-        seq_len, size = draw.choice([1, 7, 64, 10_000]), draw.choice([1, 3, 8])
+        seq_len = draw.choice([1, 7, 64, 10_000])
         source = packed(write(tmp_path / f"{trial}.jsonl", documents), encoder, seq_len)
         filled = [ids for ids in documents if ids]
         expected = [token for ids in filled for token in [*ids, EOS]][:-1]
-        batches = list(source.batches(size))
-        assert [t for batch in batches for t in batch.flatten().tolist()] == expected
-        assert all(batch.dtype == torch.int64 for batch in batches)
-        assert all(batch.shape == (size, seq_len) for batch in batches[:-2])
-        assert all(0 < len(batch) <= size and batch.shape[1] <= seq_len for batch in batches)
-        assert all(batch.numel() for batch in batches)
+        assert source.ids.tolist() == expected
+        assert [token for ids in sequences(source) for token in ids] == expected
+        assert all(len(ids) == seq_len for ids in sequences(source)[:-1])
+        assert 0 < len(sequences(source)[-1]) <= seq_len
+
+
+def test_a_sequence_for_every_document(tmp_path: Path, encoder: Encoder) -> None:
+    """No separators; what is longer is cut, and it is said."""
+    path = write(tmp_path / "a.jsonl", [[5, 6, 7, 8], [9, EOS], [], [10, 11, 12]])
+    source = packed(path, encoder, 3, packing="none")
+    assert sequences(source) == [[5, 6, 7], [9, EOS], [10, 11, 12]]
+    assert (source.records, source.truncated, source.separator) == (4, 1, None)
+    assert source.notes() == [f"{path}: 1 of 4 records were cut to 3 tokens"]
+
+
+@pytest.mark.parametrize("packing", ["concat", "isolated", "none"])
+@pytest.mark.parametrize("budget", [1, 3, 4, 5, 9, 10])
+def test_a_budget_of_tokens_is_kept_exactly(
+    tmp_path: Path, encoder: Encoder, budget: int, packing: Packing
+) -> None:
+    path = write(tmp_path / "a.jsonl", [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15]])
+    whole = packed(path, encoder, 4, tokens=1000, packing=packing)  # in the order of the draw
+    source = packed(path, encoder, 4, tokens=budget, packing=packing)
+    kept = min(budget, whole.tokens)  # `none` cuts a document: 9 tokens
+    assert source.ids.tolist() == whole.ids[:kept].tolist()
+    assert source.starts.tolist() == [at for at in whole.starts.tolist() if at < kept]
+    asked = f"{path} has {whole.tokens} tokens, {budget} were asked for"
+    assert (asked in source.notes()) == (budget > whole.tokens)
+    assert source.provenance()["asked"] == {"tokens": budget}
+
+
+def test_a_budget_reads_no_further(tmp_path: Path, encoder: Encoder) -> None:
+    """Records behind it are not counted."""
+    path = write(tmp_path / "a.jsonl", [[5, 6, 7]] * 20)
+    assert packed(path, encoder, 4, tokens=9).records == 3
+
+
+class Answering(Encoder):
+    """Counts tokens from 100 on; a document that begins with 3 counts as a whole."""
+
+    def encode(self, records: Sequence[Record], bad: BadRecords | None = None):
+        for document in super().encode(records, bad):
+            if document.ids[:1] == [3]:
+                yield document
+            else:
+                yield Document(document.ids, bytes(i >= 100 for i in document.ids))
+
+
+@pytest.mark.parametrize("packing", ["concat", "none"])
+def test_answers_keep_their_marks(
+    tmp_path: Path, folder: Path, config: PretrainedConfig, packing: Packing
+) -> None:
+    """Beside their tokens, whatever is cut; a separator counts where all of its document does."""
+    encoder = Answering(folder, config)
+    documents = [[3, 4, 5], [3], [], [6, 100, 101, 7], [8, 102], [3, 9], [103, 10]]
+    path = write(tmp_path / "a.jsonl", documents)
+    source = packed(path, encoder, 3 if packing == "none" else 5, packing=packing)
+    want = {
+        "concat": "3,4,5,S,3,S,6_,100,101,7_,S_,8_,102,S_,3,9,S,103,10_",
+        "none": "3,4,5,3,6_,100,101,8_,102,3,9,103,10_",
+    }[packing]
+    tokens = want.replace("S", str(EOS)).split(",")
+    assert source.ids.tolist() == [int(token.rstrip("_")) for token in tokens]
+    assert source.counted is not None
+    assert source.counted.tolist() == ["_" not in token for token in tokens]
+    assert source.counted_tokens == sum("_" not in token for token in tokens)
+    whole = packed(path, encoder, 3, tokens=1000, packing=packing)
+    for budget in range(1, whole.tokens):
+        cut = packed(path, encoder, 3, tokens=budget, packing=packing)
+        assert whole.counted is not None
+        assert cut.counted_tokens == int(whole.counted[:budget].sum())
+        if cut.counted is not None:  # else no marked document has come yet
+            assert torch.equal(cut.counted, whole.counted[:budget])
+
+
+def test_data_without_answers(tmp_path: Path, folder: Path, config: PretrainedConfig) -> None:
+    path = write(tmp_path / "a.jsonl", [[6, 7], [8]])
+    with pytest.raises(DataError, match=r"a.jsonl: none of its 4 tokens is an answer's; give conv"):
+        packed(path, Answering(folder, config), 8)
 
 
 def test_records_are_encoded_in_chunks_as_one(
@@ -77,11 +176,32 @@ def test_provenance_records_what_the_model_saw(tmp_path: Path, encoder: Encoder)
         "source": str(path),
         "records": 2,
         "tokens": 4,
+        "counted_tokens": 4,
+        "sequences": 1,
         "digest": "sha256:" + hashlib.sha256(struct.pack("<4i", 5, 6, EOS, 7)).hexdigest(),
+        "packing": "concat",
         "seq_len": 8,
         "seed": 0,
         "separator": EOS,
+        "asked": {},
+        "truncated": 0,
     }
+
+
+def test_the_digest_knows_boundaries_and_answers(
+    tmp_path: Path, encoder: Encoder, folder: Path, config: PretrainedConfig
+) -> None:
+    """Equal tokens are not equal data where attention or the counted tokens differ."""
+    path = write(tmp_path / "a.jsonl", [[5, 6, 101, EOS], [7]])
+    other = write(tmp_path / "b.jsonl", [[5, 6, 101], [7]])
+    sources = [
+        packed(path, encoder, 8),
+        packed(path, encoder, 8, packing="isolated"),
+        packed(path, Answering(folder, config), 8),
+        packed(other, Answering(folder, config), 8),
+    ]
+    assert len({tuple(source.ids.tolist()) for source in sources}) == 1
+    assert len({source.provenance()["digest"] for source in sources}) == 3
 
 
 def test_equal_seeds_give_equal_tokens(tmp_path: Path, encoder: Encoder) -> None:
