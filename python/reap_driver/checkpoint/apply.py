@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from reap_driver.checkpoint.actions import Drop, Relabel
 from reap_driver.checkpoint.card import model_card
-from reap_driver.checkpoint.checks import check_layers, check_model, expert_counts, served_warning
+from reap_driver.checkpoint.checks import (
+    check_counts,
+    check_layers,
+    check_model,
+    loader_warning,
+    served_warning,
+)
 from reap_driver.checkpoint.config_edit import ExpertNames, clear_mtp, differences, expert_numbers
 from reap_driver.checkpoint.keys import KeyActions, KeyDecider
 from reap_driver.checkpoint.models import PrunedModel, derive_model
@@ -22,6 +28,8 @@ from reap_driver.checkpoint.source import Source, open_source, read_json, resolv
 from reap_driver.checkpoint.staging import check_target, clean_stale, publish, rehearse, staged
 from reap_driver.checkpoint.stream import OutShard
 from reap_driver.checkpoint.verify import Checked, check_output, check_source
+from reap_driver.compat import load_pruned
+from reap_driver.compat.load_pruned import SETTINGS
 from reap_driver.compat.models import load_config, meta_model
 from reap_driver.discover import find_moe_layers
 from reap_kernels.errors import PlanError
@@ -29,6 +37,7 @@ from reap_kernels.errors import PlanError
 if TYPE_CHECKING:
     from reap_driver.plan import Plan
 
+LOADER = "load_pruned.py"  # of checkpoints whose layers keep different numbers of experts
 # Small JSON files beside config.json in which quantisers name modules.
 _QUANTISER_FILES = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
 
@@ -44,6 +53,7 @@ def apply_plan(
     trust_remote_code: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    non_uniform: bool = False,
 ) -> ApplyReport:
     """Write the checkpoint that a plan leaves of a model, from its files, in constant memory.
 
@@ -53,7 +63,7 @@ def apply_plan(
 
     Args:
         model_path: folder of a Hugging Face checkpoint in safetensors, or a hub id.
-        plan: which experts each layer keeps; the same number in every layer.
+        plan: which experts each layer keeps; the same number in every layer, unless `non_uniform`.
         out_path: folder to create.
         mtp: multi-token-prediction layers are dropped, and the fields that announce them cleared,
             or kept: then the plan must name the experts of those that have any.
@@ -63,6 +73,9 @@ def apply_plan(
         threads: how many files are written at once; None: at most 4. The output is the same.
         progress: called with (bytes written, bytes to write), in the calling thread. What it
             raises ends the run.
+        non_uniform: layers may keep different numbers. Such a checkpoint is loaded by this package
+            and by the `load_pruned.py` that is written beside its weights; transformers' own
+            `from_pretrained`, vLLM and SGLang refuse it.
 
     Returns:
         What was done.
@@ -79,7 +92,8 @@ def apply_plan(
     out = Path(out_path).absolute()
     folder = resolve_folder(model_path)
     check_target(out, folder, overwrite=overwrite)
-    job = _prepare(folder, plan, mtp == "keep", shard_size, trust_remote_code)
+    options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform)
+    job = _prepare(folder, plan, options)
     needed = job.bytes_needed()
     cleaned = clean_stale(out)
     with staged(out, needed=needed) as staging:
@@ -100,6 +114,7 @@ def check_plan(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     threads: int | None = None,
+    non_uniform: bool = False,
 ) -> None:
     """Raise what `apply_plan` with these arguments would raise before it writes its first byte.
 
@@ -110,8 +125,19 @@ def check_plan(
     out = Path(out_path).absolute()
     folder = resolve_folder(model_path)
     check_target(out, folder, overwrite=overwrite)
-    job = _prepare(folder, plan, mtp == "keep", shard_size, trust_remote_code)
+    options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform)
+    job = _prepare(folder, plan, options)
     rehearse(out, needed=job.bytes_needed())
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the caller chose."""
+
+    keep_mtp: bool
+    shard_size: int | None
+    trust: bool
+    non_uniform: bool
 
 
 @dataclass(frozen=True)
@@ -123,13 +149,15 @@ class _Job:
     keys: KeyActions
     checked: Checked
     shards: list[OutShard]
+    counts: Mapping[str, tuple[int, int]]  # experts of every layer, before and after
     json_files: Mapping[str, dict[str, Any]]  # rewritten: config.json and quantisers' files
+    loader: str | None  # content of load_pruned.py, where layers keep different numbers
 
     def bytes_needed(self) -> int:
         """Size of the output: shards, and what is copied beside them."""
         weights = sum(shard.nbytes + len(shard.header()) for shard in self.shards)
         small = sum((self.source.folder / path).stat().st_size for path in self.source.small_files)
-        return weights + small
+        return weights + small + len(self.loader or "")
 
 
 def _check_options(mtp: str, threads: int | None) -> None:
@@ -139,32 +167,25 @@ def _check_options(mtp: str, threads: int | None) -> None:
     check_threads(threads)
 
 
-def _prepare(
-    folder: Path, plan: "Plan", keep_mtp: bool, shard_size: int | None, trust: bool
-) -> _Job:
+def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     """Read, check and decide; nothing is written."""
     source = open_source(folder)
-    config = load_config(folder, trust_remote_code=trust)
+    config = load_config(folder, trust_remote_code=options.trust)
     check_model(plan, config, folder)
-    counts = expert_counts(plan)
+    check_counts(plan, given=SETTINGS in source.config, non_uniform=options.non_uniform)
     full = meta_model(config)
     layers = find_moe_layers(full)
     extra = check_layers(plan, layers)
-    model = derive_model(
-        folder,
-        full,
-        source.config,
-        [layer.name for layer in layers],
-        counts,
-        trust_remote_code=trust,
-    )
-    kept = {name: layer.kept for name, layer in plan.layers.items()}
-    mtp = MtpKeys(model.layout, model.old.shapes, kept)
+    counts = {la.name: (la.num_experts, len(plan.layers[la.name].kept)) for la in layers}
+    model = derive_model(folder, full, source.config, counts, trust_remote_code=options.trust)
+    mtp = MtpKeys(model.layout, model.old.shapes, plan.layers)
     _check_extra_layers(extra, mtp)
-    decider = KeyDecider(source.tensors, model.old, model.new, model.layout, kept)
-    keys = decider.decide(mtp, keep_mtp=keep_mtp)
+    decider = KeyDecider(source.tensors, model.old, model.new, model.layout, plan.kept)
+    keys = decider.decide(mtp, keep_mtp=options.keep_mtp)
     checked = check_source(source.tensors, model.old, str(folder / "config.json"))
-    if not keep_mtp:  # whether or not MTP tensors were there: MiniMax-M2 announces what it lacks
+    if (
+        not options.keep_mtp
+    ):  # whether or not MTP tensors were there: MiniMax-M2 announces what it lacks
         clear_mtp(model.raw_config)
     names = ExpertNames(expert_numbers(keys.lists, _renamed(keys)))
     files = {"config.json": _rewrite_quantisation(model.raw_config, names, folder)}
@@ -172,8 +193,8 @@ def _prepare(
         if path.as_posix() in _QUANTISER_FILES:
             content = read_json(folder / path, "restore the file")
             files[path.as_posix()] = names.rewrite(content, str(folder / path))
-    shards = plan_shards(source, keys.actions, shard_size)
-    return _Job(source, model, keys, checked, shards, files)
+    shards = plan_shards(source, keys.actions, options.shard_size)
+    return _Job(source, model, keys, checked, shards, counts, files, _loader(model.raw_config))
 
 
 def _write(
@@ -190,13 +211,15 @@ def _write(
     for path in job.source.small_files:
         target = staging / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path.as_posix() not in job.json_files:
+        if path.as_posix() not in (*job.json_files, LOADER):
             shutil.copyfile(job.source.folder / path, target)
             progress(target.stat().st_size)
             written += target.stat().st_size
     for name, content in job.json_files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         written += (staging / name).write_text(text, encoding="utf-8")
+    if job.loader is not None:
+        written += (staging / LOADER).write_text(job.loader, encoding="utf-8")
     tensors = [tensor for shard in job.shards for tensor in shard.tensors]
     check_output(tensors, job.model.new, job.checked, _renamed(job.keys))
     report = _report(job, out, written)
@@ -207,13 +230,16 @@ def _write(
 
 def _report(job: _Job, out: Path, written: int) -> ApplyReport:
     """The report, but for what happens after writing."""
-    warning = served_warning(job.model.layout.after)
+    before, after = zip(*job.counts.values(), strict=True)
+    differ = job.loader is not None
+    warning = loader_warning(after) if differ else served_warning(after[0])
     return ApplyReport(
         source=job.source.folder,
         out_path=out,
         layers=len(job.model.layout.layers),
-        experts_before=job.model.layout.before,
-        experts_after=job.model.layout.after,
+        experts_before=max(before),
+        experts_after=max(after),
+        experts_per_layer=job.counts,
         tensors=sum(len(shard.tensors) for shard in job.shards),
         tensor_bytes=sum(shard.nbytes for shard in job.shards),
         source_tensors=len(job.source.tensors),
@@ -227,6 +253,13 @@ def _report(job: _Job, out: Path, written: int) -> ApplyReport:
         left_out=[path.as_posix() for path in job.source.left_out],
         warnings=[warning] if warning else [],
     )
+
+
+def _loader(config: Mapping[str, Any]) -> str | None:
+    """The module that loads a checkpoint with these settings, if it takes one."""
+    if SETTINGS not in config:
+        return None
+    return Path(load_pruned.__file__).read_text(encoding="utf-8")
 
 
 def _check_extra_layers(names: tuple[str, ...], mtp: MtpKeys) -> None:

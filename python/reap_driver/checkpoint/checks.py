@@ -1,17 +1,32 @@
 """Checks of a plan against the model it is applied to, before anything is written."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
 
 from reap_driver.allocate import SERVED_STEP, is_served
+from reap_driver.checkpoint.lists import split_layer
 from reap_driver.compat.models import config_digest
 from reap_driver.discover import MoELayer
 from reap_kernels.errors import PlanError
 
 if TYPE_CHECKING:
     from reap_driver.plan import Plan
+
+
+# Why numbers of experts may not differ between layers, and what to do.
+_SHARED = "config.json counts one number for all of them; leave out the layers of another stack."
+_UNREADABLE = (
+    "transformers' own from_pretrained, vLLM and SGLang read one count for all layers and would "
+    "not load that. Pass non_uniform=True (--non-uniform) for a checkpoint that reap_driver and "
+    "the load_pruned.py beside its weights load, write masks (--as-masks), or plan with an "
+    "allocation that keeps the same number everywhere (--allocation uniform)."
+)
+_TOGETHER = (
+    "they are in one decoder layer, whose own code counts them together; plan the same number for "
+    "both."
+)
 
 
 def check_model(plan: "Plan", config: PretrainedConfig, where: object) -> None:
@@ -29,11 +44,17 @@ def check_model(plan: "Plan", config: PretrainedConfig, where: object) -> None:
         )
 
 
-def expert_counts(plan: "Plan") -> tuple[int, int]:
-    """(experts, kept experts) of a layer, the same in all layers.
+def check_counts(plan: "Plan", *, given: bool, non_uniform: bool) -> None:
+    """The numbers of experts that layers have and keep can be written.
+
+    Args:
+        plan: what is to be written.
+        given: the source's config.json gives every layer a number of its own already.
+        non_uniform: layers may keep different numbers.
 
     Raises:
-        PlanError: counts differ between layers, kept ids are invalid, or nothing is removed.
+        PlanError: kept ids are invalid, nothing is removed, or numbers differ between layers where
+            they may not.
     """
     if not plan.layers:
         raise PlanError("plan: has no layers.")
@@ -49,24 +70,31 @@ def expert_counts(plan: "Plan") -> tuple[int, int]:
                 f"plan: layer {name!r} keeps {list(kept)}, expected ascending ids in [0, "
                 f"{layer.num_experts})."
             )
-    for what, counts in (
-        ("has", {name: layer.num_experts for name, layer in plan.layers.items()}),
-        ("keeps", {name: len(layer.kept) for name, layer in plan.layers.items()}),
-    ):
-        first = next(iter(counts))
-        other = next((name for name in counts if counts[name] != counts[first]), None)
-        if other is not None:
-            raise PlanError(
-                f"plan: {first!r} {what} {counts[first]} experts but {other!r} {what} "
-                f"{counts[other]}; transformers "
-                "and vLLM read one count for all layers, so use an allocation that keeps the same "
-                "number everywhere."
-            )
-    layer = next(iter(plan.layers.values()))
-    before, after = layer.num_experts, len(layer.kept)
+    before = {name: layer.num_experts for name, layer in plan.layers.items()}
+    after = {name: len(layer.kept) for name, layer in plan.layers.items()}
+    if not given:
+        _check_equal("has", before, _SHARED)
     if before == after:
-        raise PlanError(f"plan: removes none of {before} experts; use a ratio above 0.")
-    return before, after
+        experts = " or ".join(map(str, sorted(set(before.values()))))
+        raise PlanError(f"plan: removes none of {experts} experts; use a ratio above 0.")
+    if not non_uniform:
+        _check_equal("keeps", after, _UNREADABLE)
+    decoders: dict[str, dict[str, int]] = {}
+    for name, count in after.items():
+        decoders.setdefault(split_layer(name)[0], {})[name] = count
+    for counts in decoders.values():
+        _check_equal("keeps", counts, _TOGETHER)
+
+
+def _check_equal(what: str, counts: Mapping[str, int], why: str) -> None:
+    """Raises PlanError naming two layers whose numbers differ."""
+    first = next(iter(counts))
+    other = next((name for name in counts if counts[name] != counts[first]), None)
+    if other is not None:
+        raise PlanError(
+            f"plan: {first!r} {what} {counts[first]} experts but {other!r} {what} "
+            f"{counts[other]}; {why}"
+        )
 
 
 def check_layers(plan: "Plan", layers: Sequence[MoELayer]) -> tuple[str, ...]:
@@ -135,4 +163,13 @@ def served_warning(after: int) -> str | None:
         f"{after} experts per layer is no multiple of {SERVED_STEP} (below it: no power of two); "
         "some serving engines "
         "have no kernel for such counts. transformers loads any."
+    )
+
+
+def loader_warning(counts: Collection[int]) -> str:
+    """What to say of a checkpoint whose layers keep different numbers of experts."""
+    return (
+        f"layers keep {min(counts)} to {max(counts)} experts: load this checkpoint with the "
+        "load_pruned.py beside its weights, or with reap_driver; transformers' own "
+        "from_pretrained, vLLM and SGLang read one count for all layers and refuse it."
     )

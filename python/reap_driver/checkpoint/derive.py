@@ -7,7 +7,7 @@ that belong to no routed expert (identity experts, shared rows of a router, a sk
 architecture is named here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,23 +18,26 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ExpertDim:
-    """Where a tensor holds experts: `block` rows each along `dim`, then `tail` rows that stay."""
+    """Where a tensor holds a layer's experts: `block` rows each along `dim`, then `tail` rows that
+    stay.
+    """
 
     layer: str
     dim: int
     block: int
     tail: int
+    experts: int
 
-    def length(self, num_experts: int) -> int:
+    def length(self, experts: int) -> int:
         """Length of the dimension with that many experts."""
-        return num_experts * self.block + self.tail
+        return experts * self.block + self.tail
 
-    def rows(self, kept: Iterable[int], before: int, block: int | None = None) -> tuple[int, ...]:
+    def rows(self, kept: Iterable[int], block: int | None = None) -> tuple[int, ...]:
         """Positions to keep along `dim`, the tail included. `block` differs for scales of blocks of
         rows.
         """
         size = self.block if block is None else block
-        end = before * size
+        end = self.experts * size
         experts = (old * size + i for old in kept for i in range(size))
         return (*experts, *range(end, end + self.tail))
 
@@ -43,8 +46,7 @@ class ExpertDim:
 class ExpertLayout:
     """Every tensor (and every per-expert module list) that depends on the number of experts."""
 
-    before: int
-    after: int
+    counts: Mapping[str, int]  # experts of each layer
     tensors: Mapping[str, ExpertDim]  # name in the model's state dict
     lists: Mapping[str, str]  # prefix "...experts." of modules kept in a ModuleList -> layer
 
@@ -62,31 +64,35 @@ class ExpertLayout:
 
 
 def derive_layout(
-    old: Mapping[str, Shape],
-    new: Mapping[str, Shape],
-    *,
-    before: int,
-    after: int,
-    layers: Iterable[str],
+    old: Mapping[str, Shape], new: Mapping[str, Shape], counts: Mapping[str, tuple[int, int]]
 ) -> ExpertLayout:
-    """Compare tensor shapes of the model with `before` and with `after` experts.
+    """Compare tensor shapes of a model and of the same model with other numbers of experts.
+
+    Args:
+        old: shapes of the model.
+        new: shapes of the other one.
+        counts: layer -> its number of experts in the first and in the second; they differ.
 
     Raises:
         PlanError: a layer of the plan holds no experts, or a MoE layer of the model is not in the
             plan.
         UnsupportedModel: a shape depends on the count in a way that is not rows per expert.
     """
-    names = sorted(layers)
+    names = sorted(counts)
     tensors: dict[str, ExpertDim] = {}
-    for name, shape in old.items():
-        if name in new and new[name] != shape:
-            dim, block, tail = _split(name, shape, new[name], before, after)
-            tensors[name] = ExpertDim(_owner(name, names), dim, block, tail)
-    lists = {}
-    for name in old.keys() - new.keys():
-        prefix = _list_prefix(name, after)
-        lists[prefix] = _owner(prefix, names)
-    layout = ExpertLayout(before, after, tensors, lists)
+    lists: dict[str, str] = {}
+    for name in _different(old, new):
+        if name in old and name in new:
+            layer = _owner(name, names)
+            dim, block, tail = _split(name, old[name], new[name], *counts[layer])
+            tensors[name] = ExpertDim(layer, dim, block, tail, counts[layer][0])
+            continue
+        prefix, index = _element(name)
+        if prefix not in lists:
+            lists[prefix] = _owner(prefix, names)
+        if index < min(counts[lists[prefix]]):
+            raise _no_element(name)
+    layout = ExpertLayout({name: counts[name][0] for name in names}, tensors, lists)
     idle = [name for name in names if name not in layout.layers]
     if idle:
         raise PlanError(
@@ -97,20 +103,20 @@ def derive_layout(
     return layout
 
 
-def unowned(
-    old: Mapping[str, Shape], new: Mapping[str, Shape], layers: Iterable[str], after: int
-) -> list[str]:
-    """Tensors that depend on the count but belong to none of the layers."""
+def unowned(old: Mapping[str, Shape], new: Mapping[str, Shape], layers: Iterable[str]) -> list[str]:
+    """What differs between two models of other numbers of experts but is in none of the layers:
+    tensors, and lists of experts.
+    """
     names = sorted(layers)
-    strangers = []
-    for name, shape in old.items():
-        if name not in new:
-            name = _list_prefix(name, after)
-        elif new[name] == shape:
-            continue
-        if _find_owner(name, names) is None:
-            strangers.append(name)
-    return strangers
+    both = old.keys() & new.keys()
+    found = (n if n in both else _element(n)[0] for n in _different(old, new))
+    return [name for name in dict.fromkeys(found) if _find_owner(name, names) is None]
+
+
+def _different(old: Mapping[str, Shape], new: Mapping[str, Shape]) -> Iterator[str]:
+    """Names of tensors that differ in shape, or that only one of two models has."""
+    yield from (name for name, shape in old.items() if new.get(name) != shape)
+    yield from (name for name in new if name not in old)
 
 
 def _split(name: str, old: Shape, new: Shape, before: int, after: int) -> tuple[int, int, int]:
@@ -167,15 +173,17 @@ def _common(left: list[str], right: list[str]) -> int:
     return min(len(left), len(right))
 
 
-def _list_prefix(name: str, after: int) -> str:
-    """`...experts.` for a tensor of a list element that vanished with the smaller count."""
+def _element(name: str) -> tuple[str, int]:
+    """(`...experts.`, i) for a tensor of element i of a list."""
     path = name.split(".")
     for position in range(len(path) - 1, 0, -1):
         if path[position].isdigit():
-            if int(path[position]) >= after:
-                return ".".join(path[:position]) + "."
-            break
-    raise UnsupportedModel(
+            return ".".join(path[:position]) + ".", int(path[position])
+    raise _no_element(name)
+
+
+def _no_element(name: str) -> UnsupportedModel:
+    return UnsupportedModel(
         f"{name}: exists only with the larger number of experts, but is no element of a list of "
         "experts; "
         "this architecture cannot be pruned by files."

@@ -124,7 +124,8 @@ class KeyDecider:
         self._covered.update(name for name in inside if name.startswith(own))
         experts.tail = max(inside.values(), default=0)
         kept = [self._kept[layer] for layer in experts.layers]
-        return experts.renumber(prefix, kept, self._layout.before, self._folder)
+        before = [self._layout.counts[layer] for layer in experts.layers]
+        return experts.renumber(prefix, kept, before, self._folder)
 
     def _action(self, key: str, target: Target) -> Action:
         """Action of a key outside per-expert lists."""
@@ -143,7 +144,7 @@ class KeyDecider:
 
     def _select(self, key: str, target: Target, dims: list[ExpertDim]) -> Action:
         """Rows of a tensor that the model loads."""
-        entry, length = self._tensors[key], dims[0].length(self._layout.before)
+        entry, length = self._tensors[key], dims[0].length(dims[0].experts)
         if len(target.names) == 1 and target.pattern is None:
             candidates = [dims[0].dim] if entry.shape == self._old_shapes[target.name] else []
         else:
@@ -163,7 +164,7 @@ class KeyDecider:
             raise UnsupportedModel(
                 f"{key}: holds experts of {len(dims)} layers in a way that cannot be split."
             )
-        rows = tuple(d.rows(self._kept[d.layer], self._layout.before) for d in dims)
+        rows = tuple(d.rows(self._kept[d.layer]) for d in dims)
         if len(target.names) == 1:
             self._selected[key] = replace(dims[0], dim=dim)
         return Select(key, dim, rows if len(set(rows)) > 1 else rows[:1])
@@ -176,7 +177,7 @@ class KeyDecider:
         shapes = {}
         for k in group.sources.get(target.name, [key]):
             shape = list(self._tensors[k].shape)
-            shape[dim] = expert.length(self._layout.after)
+            shape[dim] = expert.length(len(self._kept[expert.layer]))
             shapes[k] = tuple(shape)
         made = self._new.loaded_shapes(shapes).shapes
         return all(made.get(name) == self._new_shapes[name] for name in target.names)
@@ -192,7 +193,7 @@ class KeyDecider:
         if layer is None or entry.dtype not in _INTEGERS:
             return Copy(key)
         if target.name.rpartition(".")[2] in ID_TABLES:
-            return Relabel(key, self._kept[layer], self._layout.before)
+            return Relabel(key, self._kept[layer], self._layout.counts[layer])
         raise UnsupportedModel(
             f"{key}: integers ({entry.dtype} {list(entry.shape)}) inside a MoE block of {layer} "
             "may be expert ids; "
@@ -218,18 +219,18 @@ class KeyDecider:
             return Copy(key)  # one scale for all experts
         for dim in dict.fromkeys((expert.dim, 0)):
             block, rest = (
-                divmod(entry.shape[dim] - expert.tail, self._layout.before)
+                divmod(entry.shape[dim] - expert.tail, expert.experts)
                 if dim < len(entry.shape)
                 else (0, 1)
             )
             if rest == 0 and block > 0:
                 self._selected[key] = replace(expert, dim=dim)
                 kept = self._kept[expert.layer]
-                return Select(key, dim, (expert.rows(kept, self._layout.before, block),))
+                return Select(key, dim, (expert.rows(kept, block),))
         raise UnsupportedModel(
             f"{key}: goes with {companion}, but its shape {list(entry.shape)} does not divide "
             "among "
-            f"{self._layout.before} experts; dequantise the checkpoint first."
+            f"{expert.experts} experts; dequantise the checkpoint first."
         )
 
     def _refuse_unexplained(self, key: str, target: Target) -> None:

@@ -2,6 +2,7 @@
 unit.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -18,20 +19,20 @@ class ExpertList:
     tail: int = 0  # elements that may follow the experts (identity experts)
 
     def renumber(
-        self, prefix: str, kept: Sequence[tuple[int, ...]], before: int, where: object
+        self, prefix: str, kept: Sequence[tuple[int, ...]], before: Sequence[int], where: object
     ) -> dict[str, Action]:
         """Actions for every key.
 
         Args:
             prefix: what the keys begin with.
-            kept: kept ids of each of `layers`, all of one length.
-            before: experts of one layer.
+            kept: kept ids of each of `layers`.
+            before: experts of each of `layers`.
             where: names the checkpoint in an error.
 
         Raises:
             CheckpointError: an expert is missing, or there are more than the config says.
         """
-        total, after = before * len(kept), len(kept[0])
+        total = sum(before)
         found = set(self.keys.values())
         missing = sorted(set(range(total)) - found)
         extra = sorted(index for index in found if index >= total + self.tail)
@@ -41,12 +42,10 @@ class ExpertList:
                 f"{where}: {prefix}{index} is {what}, though config.json says {total} experts; "
                 "use config.json and weights of one checkpoint."
             )
-        number = {
-            part * before + old: part * after + rank
-            for part, ids in enumerate(kept)
-            for rank, old in enumerate(ids)
-        }
-        number.update({total + i: after * len(kept) + i for i in range(self.tail)})
+        first = itertools.accumulate(before, initial=0)
+        stays = [start + old for start, ids in zip(first, kept, strict=False) for old in ids]
+        stays += range(total, total + self.tail)
+        number = {old: rank for rank, old in enumerate(stays)}
         actions: dict[str, Action] = {}
         for key, index in self.keys.items():
             leaf = key[len(prefix) :].partition(".")[2]

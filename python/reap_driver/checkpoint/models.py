@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from reap_driver.checkpoint.config_edit import Site, count_sites, with_count
+from reap_driver.checkpoint.config_edit import Site, count_sites, with_counts
 from reap_driver.checkpoint.derive import ExpertLayout, Shape, derive_layout, unowned
 from reap_driver.compat.conversion import KeyMap
 from reap_driver.compat.models import load_config, meta_model
@@ -27,7 +27,7 @@ class PrunedModel:
 
     old: KeyMap
     new: KeyMap
-    raw_config: dict[str, Any]  # config.json with the new count
+    raw_config: dict[str, Any]  # config.json with the new counts
     layout: ExpertLayout
 
 
@@ -35,54 +35,60 @@ def derive_model(
     folder: Path,
     model: PreTrainedModel,
     raw: Mapping[str, Any],
-    layers: Collection[str],
-    counts: tuple[int, int],
+    counts: Mapping[str, tuple[int, int]],
     *,
     trust_remote_code: bool,
 ) -> PrunedModel:
     """Build both models and compare them. The smaller one is built from the edited config.json
     itself.
 
+    Where layers keep different numbers, some may keep all, and those would not differ. Where the
+    experts are is then seen beside a model with twice as many in every layer.
+
     Args:
         folder: the source.
         model: the source's model, on meta.
         raw: its config.json as written.
-        layers: its MoE layers.
-        counts: experts of a layer before and after.
+        counts: MoE layer -> its experts before and after.
         trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
         CheckpointError: config.json does not say the number of experts the plan counts.
         PlanError, UnsupportedModel: see `derive_layout`.
     """
-    before, after = counts
-    old = KeyMap(model)
-    names = list(layers)
+    before = {name: pair[0] for name, pair in counts.items()}
+    after = {name: pair[1] for name, pair in counts.items()}
+    uniform = len(set(counts.values())) == 1
+    other = after if uniform else {name: 2 * count for name, count in before.items()}
+    old, largest = KeyMap(model), max(before.values())
+    known = count_sites(model.config.to_dict(), largest)
 
     @functools.cache
-    def build(sites: tuple[Site, ...]) -> tuple[dict[str, Any], KeyMap]:
-        edited = with_count(raw, list(sites), after)
+    def build(sites: tuple[Site, ...], pruned: bool) -> tuple[dict[str, Any], KeyMap]:
+        parents = {site[:-1] for site in sites}
+        fields = [site for site in known if site[:-1] in parents]
+        edited = with_counts(raw, list(sites), after if pruned else other, fields)
         return edited, _smaller_keys(folder, edited, trust_remote_code)
 
-    sites = count_sites(raw, before) or count_sites(model.config.to_dict(), before)
+    sites = count_sites(raw, largest) or known
     if not sites:
         raise CheckpointError(
-            f"{folder / 'config.json'}: no field says {before}, the number of experts in the plan; "
-            "the plan belongs to another model."
+            f"{folder / 'config.json'}: no field says {largest}, the number of experts in the "
+            "plan; the plan belongs to another model."
         )
-    sites = own_sites(sites, old.shapes, names, after, lambda part: build(tuple(part))[1].shapes)
-    edited, new = build(tuple(sites))
-    layout = derive_layout(old.shapes, new.shapes, before=before, after=after, layers=names)
+    sites = own_sites(sites, old.shapes, before, lambda part: build(tuple(part), uniform)[1].shapes)
+    compared = build(tuple(sites), uniform)[1].shapes
+    layout = derive_layout(old.shapes, compared, {n: (before[n], other[n]) for n in before})
     if not layout.layers:
         raise UnsupportedModel(f"{folder}: no tensor depends on the number of experts.")
+    edited, new = build(tuple(sites), True)
     return PrunedModel(old, new, edited, layout)
 
 
 def own_sites(
     sites: list[Site],
     old: Mapping[str, Shape],
-    layers: list[str],
-    after: int,
+    layers: Collection[str],
     shapes_of: Callable[[list[Site]], Mapping[str, Shape]],
 ) -> list[Site]:
     """Those of the fields that count the planned layers' experts: a second stack of experts (a
@@ -92,15 +98,14 @@ def own_sites(
         sites: fields that hold the count before.
         old: shapes before.
         layers: the planned layers.
-        after: the other count.
-        shapes_of: builds the model with that count at some fields.
+        shapes_of: builds the model with another count at some fields.
     """
-    if not unowned(old, shapes_of(sites), layers, after):
+    if not unowned(old, shapes_of(sites), layers):
         return sites
     own: list[Site] = []
     for _, group in groupby(sorted(sites), key=lambda site: site[:-1]):
         part = list(group)
-        if not unowned(old, shapes_of(part), layers, after):
+        if not unowned(old, shapes_of(part), layers):
             own += part
     return own
 

@@ -8,12 +8,17 @@ layer without experts is kept as it is.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from reap_driver.checkpoint.actions import Action, Copy, Select
 from reap_driver.checkpoint.derive import ExpertDim, ExpertLayout, Shape
 from reap_driver.checkpoint.lists import ExpertList, split_layer
 from reap_driver.checkpoint.safetensors_file import TensorEntry
 from reap_kernels.errors import PlanError
+
+if TYPE_CHECKING:
+    from reap_driver.plan import LayerPlan
 
 
 class MtpKeys:
@@ -22,16 +27,16 @@ class MtpKeys:
     Args:
         layout: the main model's.
         shapes: tensors of the main model.
-        kept: kept ids by layer, MTP layers included where the plan has them.
+        plan: by layer, MTP layers included where there are entries for them.
     """
 
     def __init__(
         self,
         layout: ExpertLayout,
         shapes: Mapping[str, Shape],
-        kept: Mapping[str, tuple[int, ...]],
+        plan: Mapping[str, "LayerPlan"],
     ) -> None:
-        self._before, self._kept = layout.before, kept
+        self._plan = plan
         self._depths = _stack_depths(layout, shapes)
         self._lists: dict[str, str] = {}  # "mlp.experts." on disk -> "mlp.experts" in memory
         self._selects: dict[str, ExpertDim] = {}  # "mlp.gate.weight" on disk -> its rows
@@ -73,8 +78,8 @@ class MtpKeys:
                 actions[key] = self._action(key, tensors[key])
         for prefix, experts in lists.items():
             where = tensors[next(iter(experts.keys))].file.parent
-            kept = [self._kept_of(experts.layers[0])]
-            actions.update(experts.renumber(prefix, kept, self._before, where))
+            plan = self._plan_of(experts.layers[0])
+            actions.update(experts.renumber(prefix, [plan.kept], [plan.num_experts], where))
         return actions
 
     def _list_of(self, key: str) -> tuple[str, str, int] | None:
@@ -94,21 +99,26 @@ class MtpKeys:
             if not key.endswith("." + suffix):
                 continue
             layer = key[: -len(suffix)] + split_layer(expert.layer + ".")[1].rstrip(".")
-            block = (entry.shape[expert.dim] - expert.tail) // self._before
-            return Select(
-                key, expert.dim, (expert.rows(self._kept_of(layer), self._before, block),)
-            )
+            plan = self._plan_of(layer)
+            block, rest = divmod(entry.shape[expert.dim] - expert.tail, plan.num_experts)
+            if rest or not block:
+                raise PlanError(
+                    f"plan: counts {plan.num_experts} experts in {layer!r}, but {key} has shape "
+                    f"{list(entry.shape)}; correct the entry."
+                )
+            own = replace(expert, layer=layer, experts=plan.num_experts)
+            return Select(key, own.dim, (own.rows(plan.kept, block),))
         return Copy(key)
 
-    def _kept_of(self, layer: str) -> tuple[int, ...]:
-        """Kept experts of an MTP layer."""
-        if layer not in self._kept:
+    def _plan_of(self, layer: str) -> "LayerPlan":
+        """What the plan says of an MTP layer."""
+        if layer not in self._plan:
             raise PlanError(
                 f"plan: has no entry {layer!r}, so which experts of that multi-token-prediction "
                 "layer matter is "
                 "unknown; drop MTP layers (mtp='drop', --mtp drop), or add the entry to the plan."
             )
-        return self._kept[layer]
+        return self._plan[layer]
 
 
 def _stack_depths(layout: ExpertLayout, shapes: Mapping[str, Shape]) -> dict[str, int]:

@@ -13,8 +13,9 @@ class ApplyReport:
     source: Path
     out_path: Path
     layers: int
-    experts_before: int  # routed experts of a layer
+    experts_before: int  # routed experts of a layer; the largest, where numbers differ
     experts_after: int
+    experts_per_layer: Mapping[str, tuple[int, int]]  # layer -> (before, after)
     tensors: int  # written
     tensor_bytes: int  # data of these tensors
     bytes_written: int  # all files
@@ -29,3 +30,8 @@ class ApplyReport:
     cleaned: list[str] = field(default_factory=list)  # leftovers of killed runs, removed
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer keeps the same number; else `load_pruned.py` is in the folder."""
+        return len({after for _, after in self.experts_per_layer.values()}) == 1

@@ -17,6 +17,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from reap_driver.compat.fp8 import partial_blocks
+from reap_driver.compat.load_pruned import built_per_layer
 from reap_driver.compressed.scheme import is_compressed
 from reap_kernels.errors import CheckpointError, ReapError, UnsupportedModel
 
@@ -174,7 +175,7 @@ def from_checkpoint(
         options.update(device_map=device_map, offload_folder=offload_folder)
     try:  # its report of missing keys is raised below; its tensor-parallel advice is noise
         noisy = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
-        with _quiet(*noisy), partial_blocks():
+        with _quiet(*noisy), partial_blocks(), built_per_layer(cls):
             model, info = cls.from_pretrained(
                 str(path_or_id),
                 config=config,
@@ -204,7 +205,10 @@ def meta_model(
     from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
     chosen = model_class(config) if cls is None else cls
-    with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
+    with contextlib.ExitStack() as stack:
+        for context in (torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights()):
+            stack.enter_context(context)
+        stack.enter_context(built_per_layer(chosen))
         return chosen(config)
 
 

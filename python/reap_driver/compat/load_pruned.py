@@ -1,0 +1,154 @@
+"""Loads a checkpoint whose layers keep different numbers of experts; needs transformers alone.
+
+    from load_pruned import from_pretrained  # this file lies beside the weights
+
+    model = from_pretrained("path/to/checkpoint", dtype="auto", device_map="auto")
+
+transformers gives every layer of a model the one number of experts that config.json says: the
+largest here, so its own `from_pretrained` refuses the other layers' weights. The numbers of the
+single layers stand beside it:
+
+    "reap": {
+      "count_fields": ["num_experts"],
+      "experts_per_layer": {"model.layers.0.mlp.experts": 96, "model.layers.1.mlp.experts": 64}
+    }
+
+`count_fields` are the fields of the configuration (dotted where they are nested) that give a
+number to all layers, `experts_per_layer` is the number of each experts module. The model is built
+once for every number that occurs, without weights, and each decoder layer is taken from the model
+with its own number. Loading, saving, devices and quantisation are the library's.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+SETTINGS = "reap"  # the key in config.json
+
+
+def from_pretrained(path_or_id: str, **options: Any) -> PreTrainedModel:
+    """Load the model, as its class's own `from_pretrained` would.
+
+    Args:
+        path_or_id: folder of the checkpoint, or its hub id.
+        options: what the library's `from_pretrained` takes (`dtype`, `device_map`, ...).
+
+    Raises:
+        ValueError: transformers has no class for the model, or the settings are damaged.
+    """
+    raw, _ = PretrainedConfig.get_config_dict(path_or_id)
+    name = (raw.get("architectures") or [""])[0]
+    remote = (raw.get("auto_map") or {}).get("AutoModelForCausalLM")
+    cls: Any
+    if options.get("trust_remote_code") and remote is not None:
+        config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=True)
+        cls = get_class_from_dynamic_module(remote, path_or_id)
+    else:
+        cls = getattr(transformers, name, None)
+        if cls is None:
+            raise ValueError(
+                f"{path_or_id}: transformers {transformers.__version__} has no class {name!r}; use "
+                "another version, trust_remote_code=True for code that comes with the checkpoint, "
+                "or load_model of reap_driver"
+            )
+        config = cls.config_class.from_pretrained(path_or_id)
+        config.model_type = cls.config_class.model_type  # not an alias the library does not know
+    with built_per_layer(cls):
+        model: PreTrainedModel = cls.from_pretrained(path_or_id, config=config, **options)
+    return model
+
+
+@contextlib.contextmanager
+def built_per_layer(cls: type[PreTrainedModel]) -> Iterator[None]:
+    """Inside, models of `cls` get the numbers of experts that their configuration gives each layer.
+
+    A configuration without such numbers builds what it always builds.
+    """
+    own, inherited = cls.__init__, "__init__" not in vars(cls)
+
+    @functools.wraps(own)
+    def build(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        own(self, config, *args, **kwargs)
+        fields, counts = _settings(config)
+        for count in sorted(set(counts.values()) - {max(counts.values(), default=0)}):
+            other = cls.__new__(cls)
+            own(other, _with_count(config, fields, count), *args, **kwargs)
+            for layer in {_decoder_layer(name) for name in counts if counts[name] == count}:
+                _take_layer(self, other, layer)
+
+    cls.__init__ = build  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if inherited:
+            del cls.__init__
+        else:
+            cls.__init__ = own  # type: ignore[method-assign]
+
+
+def _settings(config: PretrainedConfig) -> tuple[list[str], Mapping[str, int]]:
+    """Fields that count experts, and the number of each layer; both empty without settings."""
+    found = getattr(config, SETTINGS, None)
+    if found is None:
+        return [], {}
+    fields = found.get("count_fields") if isinstance(found, dict) else None
+    counts = found.get("experts_per_layer") if isinstance(found, dict) else None
+    fine = isinstance(fields, list) and fields and isinstance(counts, dict) and counts
+    if not fine or not all(isinstance(n, int) and n > 0 for n in counts.values()):
+        raise ValueError(
+            f"config.json: {SETTINGS!r} is {str(found)[:80]}, expected an object of count_fields "
+            "(names) and experts_per_layer (numbers by layer); restore the file"
+        )
+    return fields, counts
+
+
+def _with_count(config: PretrainedConfig, fields: list[str], count: int) -> PretrainedConfig:
+    """A copy of the configuration that counts as many experts in every layer."""
+    changed = copy.deepcopy(config)
+    for field in fields:
+        *path, name = field.split(".")
+        part: Any = changed
+        for step in path:
+            part = part[step] if isinstance(part, dict) else getattr(part, step)
+        old = part[name] if isinstance(part, dict) else getattr(part, name)
+        new = [count] * len(old) if isinstance(old, list) else count
+        part.update({name: new}) if isinstance(part, dict) else setattr(part, name, new)
+    return changed
+
+
+def _decoder_layer(name: str) -> str:
+    """`model.layers.3` of `model.layers.3.mlp.experts`: up to the first number."""
+    path = name.split(".")
+    number = next((place for place, part in enumerate(path) if part.isdigit()), len(path))
+    return ".".join(path[: number + 1])
+
+
+def _take_layer(model: nn.Module, other: nn.Module, name: str) -> None:
+    """Put a layer of another model in the place of the model's own.
+
+    What does not depend on the number of experts reads the model's configuration again, so that it
+    follows when that changes (`set_attn_implementation`).
+    """
+    try:
+        old, new = model.get_submodule(name), other.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(
+            f"config.json: {SETTINGS!r} names {name!r}, which this model does not have "
+            f"({error}); use the transformers version the checkpoint was written with"
+        ) from error
+    shapes = {key: tensor.shape for key, tensor in old.state_dict().items()}
+    for path, module in new.named_modules():
+        same = all(
+            shapes.get(f"{path}.{key}" if path else key) == tensor.shape
+            for key, tensor in module.state_dict().items()
+        )
+        if same and hasattr(module, "config"):
+            module.config = old.get_submodule(path).config
+    model.set_submodule(name, new)
