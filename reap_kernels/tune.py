@@ -110,7 +110,7 @@ def tune(
         )
     entries: list[Entry] = []
     for shape in shapes:
-        weights = _weights(shape, dtype, where)
+        weights = random_experts(shape, dtype, where)
         for bound, rows in BUCKETS:
             best = {}
             for op in PRODUCTS:
@@ -127,7 +127,7 @@ def tune(
     return Table(device.architecture(where), origin, ordered(entries))
 
 
-def _weights(shape: Shape, dtype: torch.dtype, where: torch.device) -> ExpertWeights:
+def random_experts(shape: Shape, dtype: torch.dtype, where: torch.device) -> ExpertWeights:
     """Random experts of unit scale."""
     e, h, i = shape.experts, shape.hidden, shape.intermediate
 
@@ -158,7 +158,7 @@ def _best(
 ) -> Launch:
     """The fastest launch of one product among those that compute it right."""
     found = []
-    for measured in _measured(op, launches, shape, weights, rows, timer):
+    for measured in measurements(op, launches, shape, weights, rows, timer):
         seen(measured)
         if measured.milliseconds is not None:
             found.append((measured.milliseconds, measured.launch))
@@ -170,7 +170,7 @@ def _best(
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def _measured(
+def measurements(
     op: str,
     launches: Sequence[Launch],
     shape: Shape,

@@ -12,20 +12,21 @@ import torch
 from bench import gpu, rows
 from bench.gpu.clock import Deadline
 
-STAGES = ("checks", "kernels", "layer", "end2end", "streaming")
-# Streaming is left out unless asked for: it fills tens of GB of a disk.
-DEFAULT = STAGES[:-1]
+STAGES = ("checks", "kernels", "layer", "end2end", "tiles", "streaming")
+# Left out unless asked for: tiles is for who writes a launch table, and streaming fills tens of GB.
+DEFAULT = STAGES[:-2]
 FILES = {
     "checks": "gpu_checks",
     "kernels": "gpu_kernels",
     "layer": "gpu_layer",
     "end2end": "gpu_end_to_end",
+    "tiles": "gpu_tiles",
     "streaming": "gpu_streaming",
 }
 # Seconds for all stages but streaming, and for streaming, which comes on top.
 BUDGET, STREAMING = 440, 240
 # Shares of the budget by whose end a stage starts nothing more; the last one may take what is left.
-_ENDS = {"checks": 0.42, "kernels": 0.54, "layer": 0.75, "end2end": 0.97}
+_ENDS = {"checks": 0.42, "kernels": 0.54, "layer": 0.75, "end2end": 0.97, "tiles": 0.97}
 _LAST = 0.97
 RED, NO_GPU = 1, 4
 
@@ -42,7 +43,8 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--only",
         default=",".join(DEFAULT),
-        help=f"stages, comma-separated, of {', '.join(STAGES)}; default all but streaming",
+        help=f"stages, comma-separated, of {', '.join(STAGES)}; "
+        "default all but tiles and streaming",
     )
     parser.add_argument(
         "--budget",
@@ -123,7 +125,7 @@ def _device(smoke: bool) -> torch.device | None:
 
 def _stage(stage: str, machine: Any, deadline: Deadline, folder: Path | None) -> Rows:
     """Rows of one stage."""
-    from bench.gpu import checks, end_to_end, facts, kernels, layer, streaming
+    from bench.gpu import checks, end_to_end, facts, kernels, layer, streaming, tiles
 
     if stage == "checks":
         planned = [*facts.plan(machine.smoke), *checks.plan(machine.smoke)]
@@ -134,6 +136,8 @@ def _stage(stage: str, machine: Any, deadline: Deadline, folder: Path | None) ->
         return layer.run(machine, layer.plan(machine.smoke), deadline)
     if stage == "end2end":
         return end_to_end.run(machine, deadline)
+    if stage == "tiles":
+        return tiles.run(machine, deadline)
     return streaming.run(machine, deadline, folder)
 
 
@@ -145,7 +149,7 @@ def _report(folder: Path, stage: str, facts: dict[str, str], stages: dict[str, R
     """Appends the stage's rows, rewrites gpu.md, prints what is not green."""
     from bench.gpu import report
 
-    echo = stage in ("end2end", "streaming")
+    echo = stage in ("end2end", "tiles", "streaming")
     rows.write(FILES[stage], stages[stage], folder=folder, facts=facts, echo=echo)
     (folder / "gpu.md").write_text(report.page(facts, stages))
     for row in stages[stage]:

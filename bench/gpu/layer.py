@@ -38,7 +38,7 @@ _SMOKE = _shape("tiny", 4, 2, 64, 32)
 
 
 def plan(smoke: bool) -> list[Case]:
-    """Every layer call: balanced routing before Zipf's, all shapes at one length before the next."""
+    """Every layer call: balanced routing before Zipf's, a length of all shapes before the next."""
     shapes, lengths = ((_SMOKE,), (16,)) if smoke else (SHAPES, TOKENS)
     return [
         replace(shape, tokens=tokens, skew=skew)
