@@ -29,6 +29,16 @@ def triton_version() -> str | None:
     return None
 
 
+@functools.cache
+def _unusable(version: str | None) -> str | None:
+    """Why this version of Triton will not do, or None."""
+    if version is None:
+        return "Triton is not installed (pip install 'triton>=3.4')"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {version} is older than 3.4; upgrade it"
+    return None
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU (`TRITON_INTERPRET=1`)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -79,11 +89,9 @@ def _too_old(index: int) -> str | None:
 
 def triton_refusal(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`, or None."""
-    version = triton_version()
-    if version is None:
-        return "Triton is not installed (pip install 'triton>=3.4')"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
-        return f"Triton {version} is older than 3.4; upgrade it"
+    reason = _unusable(triton_version())
+    if reason is not None:
+        return reason
     if device.type == "cpu":
         if interpreted():
             return None

@@ -123,9 +123,8 @@ def select(request: Request, requested: str | None = None) -> Backend:
             carries every reason.
     """
     requested = requested or env.backend(request.op)
-    peers = _ranked(request)
     if requested is not None:
-        for backend in peers:
+        for backend in _REGISTRY[request.op]:
             if backend.name == requested:
                 reason = backend.supports(request)
                 if reason is None:

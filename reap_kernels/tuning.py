@@ -156,36 +156,40 @@ def _entry(line: dict[str, Any]) -> Entry:
     return Entry(**bucket, launch=launch)
 
 
-@functools.cache
-def _shipped(arch: str) -> Table | None:
-    path = CONFIGS / f"{arch}.json"
-    return Table.load(path) if path.exists() else None
+# What tables depend on: the architecture, the file `REAP_TUNING` names, and when it changed.
+_Key = tuple[str, Path | None, int]
 
 
-@functools.cache
-def _override(path: str, changed: int) -> Table:
-    """The file `REAP_TUNING` names; `changed` makes an edited file be read again."""
-    return Table.load(Path(path))
-
-
-def tables(arch: str) -> list[Table]:
+def tables(arch: str) -> tuple[Table, ...]:
     """Tables that hold for an architecture, first choice first.
 
     Raises:
         DataError: `REAP_TUNING` names a file that is no table, or one of another architecture.
     """
-    found = [_shipped(arch)]
+    return _tables(_key(arch))
+
+
+def _key(arch: str) -> _Key:
     path = env.tuning()
+    if path is None:
+        return arch, None, 0
+    return arch, path, path.stat().st_mtime_ns if path.exists() else 0
+
+
+@functools.cache
+def _tables(key: _Key) -> tuple[Table, ...]:
+    arch, path, _ = key
+    shipped = CONFIGS / f"{arch}.json"
+    found = [Table.load(shipped)] if shipped.exists() else []
     if path is not None:
-        changed = path.stat().st_mtime_ns if path.exists() else 0
-        table = _override(str(path), changed)
+        table = Table.load(path)
         if table.arch != arch:
             raise DataError(
                 f"REAP_TUNING={path} is a launch table for {table.arch}, this device is {arch}; "
                 "run `reap-kernels tune` here, or unset REAP_TUNING"
             )
         found.insert(0, table)
-    return [table for table in found if table is not None]
+    return tuple(found)
 
 
 def table_dtype(dtype: torch.dtype) -> str:
@@ -204,12 +208,17 @@ def choose(where: torch.device, op: str, dtype: torch.dtype, width: int, rows: f
         width: I, the experts' width.
         rows: mean rows an expert, T * k / E of the whole call.
     """
-    name = table_dtype(dtype)
-    for table in tables(device.architecture(where)):
-        for entry in table.entries:
-            if entry.covers(op, name, width, rows) and entry.launch is not None:
-                return entry.launch
-    return fallback(op, dtype, rows, device.shared_memory(where))
+    key = _key(device.architecture(where))
+    found = _launch(key, op, table_dtype(dtype), width, rows)
+    return found or fallback(op, dtype, rows, device.shared_memory(where))
+
+
+# Looked up several times a call, and for one model always the same.
+@functools.lru_cache(maxsize=4096)
+def _launch(key: _Key, op: str, dtype: str, width: int, rows: float) -> Launch | None:
+    """The first launch that covers a call."""
+    entries = (entry for table in _tables(key) for entry in table.entries)
+    return next((e.launch for e in entries if e.launch and e.covers(op, dtype, width, rows)), None)
 
 
 @dataclass(frozen=True)
@@ -267,11 +276,15 @@ def _roomier(launch: Launch) -> Launch:
 
 def choose_path(where: torch.device, op: str, dtype: torch.dtype, width: int, rows: float) -> str:
     """Whose kernels a stage takes: one of `PATHS[op]`; the first where no table says."""
-    for table in tables(device.architecture(where)):
-        for entry in table.entries:
-            if entry.covers(op, table_dtype(dtype), width, rows) and entry.path is not None:
-                return entry.path
-    return PATHS[op][0]
+    found = _path(_key(device.architecture(where)), op, table_dtype(dtype), width, rows)
+    return found or PATHS[op][0]
+
+
+@functools.lru_cache(maxsize=4096)
+def _path(key: _Key, op: str, dtype: str, width: int, rows: float) -> str | None:
+    """The first path that covers a call."""
+    entries = (entry for table in _tables(key) for entry in table.entries)
+    return next((e.path for e in entries if e.path and e.covers(op, dtype, width, rows)), None)
 
 
 def fallback(op: str, dtype: torch.dtype, rows: float, shared_memory: int) -> Launch:
