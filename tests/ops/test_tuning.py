@@ -49,10 +49,16 @@ def test_buckets() -> None:
         return tuning.choose(CPU, "down", torch.float16, width, rows)
 
     half = [e for e in table.entries if (e.op, e.dtype) == ("down", "half")]
-    few, narrow, rest = (entry.launch for entry in half)
-    assert [launch(768, 64), launch(768, 64.1), launch(1024, 999)] == [few, narrow, narrow]
-    assert [launch(1025, 999), launch(1025, 1)] == [rest, few]
+    few, some, rest = (entry.launch for entry in half)
+    assert [launch(768, 64), launch(768, 64.1), launch(1024, 255)] == [few, some, some]
+    assert [launch(1025, 255.1), launch(1025, 1)] == [rest, few]
     assert tuning.choose(CPU, "down", torch.bfloat16, 768, 64) == few
+
+    def path(width: int, rows: float) -> str:
+        return tuning.choose_path(CPU, "layer", torch.float16, width, rows)
+
+    narrow, wide = path(1024, 999), path(1025, 999)
+    assert [narrow, wide, path(1025, 255)] == ["triton", "grouped_mm", "triton"]
 
 
 @pytest.mark.usefixtures("on_sm90")
