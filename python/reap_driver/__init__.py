@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from reap_driver.plan import LayerPlan, Plan
     from reap_driver.planning import make_plan, plan_of_removals, random_plan
     from reap_driver.router_mask import masked_experts
+    from reap_driver.search.search import search_plan
     from reap_driver.streaming.observe import observe_streamed
     from reap_kernels import LayerStats, SaliencyStats, __version__
 
@@ -48,6 +49,7 @@ _HOMES = {
     "plan_of_removals": "reap_driver.planning",
     "random_plan": "reap_driver.planning",
     "score": "reap_driver.criteria",
+    "search_plan": "reap_driver.search.search",
 }
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "plan_of_removals",
     "random_plan",
     "score",
+    "search_plan",
 ]
 
 

@@ -129,7 +129,7 @@ class Journal:
                 its files are damaged.
         """
         content = read(self.folder)
-        _check_same(self.folder, content["run"], self._run)
+        check_same(self.folder, content["run"], self._run)
         snapshot = SaliencyStats.load(self.folder / content["stats"])
         states = content["states"]
         self.position = int(content["position"])
@@ -217,13 +217,14 @@ def _lock(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _check_same(folder: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same(path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises DataError unless what a journal records of its run is what this run is."""
     for field in dict.fromkeys([*recorded, *now]):
         before, after = recorded.get(field), now.get(field)
         if before != after:
             raise DataError(
-                f"{folder}: the journal is of another run: {field} was {before!r}, now it is "
-                f"{after!r}; give what was given then, or delete the folder and start anew"
+                f"{path}: the journal is of another run: {field} was {before!r}, now it is "
+                f"{after!r}; give what was given then, or delete it and start anew"
             )
 
 

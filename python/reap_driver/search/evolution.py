@@ -49,17 +49,15 @@ def evolve(
     fitness: Callable[[Removals], float],
     settings: Settings,
     *,
-    known: Mapping[Removals, float] | None = None,
-    generation_done: Callable[[dict[Removals, float]], None] = lambda _: None,
+    generation_done: Callable[[], None] = lambda: None,
 ) -> dict[Removals, float]:
     """Searches a space for the removals of highest fitness.
 
     Args:
         space: of the candidates.
-        fitness: the higher the better; called once for each candidate that is not known.
+        fitness: the higher the better; called once for each candidate.
         settings: of the search.
-        known: candidates whose fitness need not be computed, from a search that was interrupted.
-        generation_done: called after each generation with all that was evaluated.
+        generation_done: called after each generation.
 
     Returns:
         Every candidate that was evaluated, in order, with its fitness.
@@ -69,9 +67,8 @@ def evolve(
     while True:
         new = _generation(space, settings, generation, evaluated)
         for removals in new[: settings.evaluations - len(evaluated)]:
-            value = None if known is None else known.get(removals)
-            evaluated[removals] = fitness(removals) if value is None else value
-        generation_done(evaluated)
+            evaluated[removals] = fitness(removals)
+        generation_done()
         if not new or len(evaluated) == settings.evaluations:
             return evaluated
         generation += 1

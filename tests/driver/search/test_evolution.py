@@ -99,15 +99,12 @@ SMALL = Settings(evaluations=120, population=12, elites=3, seed=5)
 
 
 class Counted:
-    """A fitness that knows what it was asked, and may be interrupted."""
+    """A fitness that knows what it was asked."""
 
-    def __init__(self, stop_after: int | None = None) -> None:
+    def __init__(self) -> None:
         self.calls: list[Removals] = []
-        self._stop = stop_after
 
     def __call__(self, removals: Removals) -> float:
-        if len(self.calls) == self._stop:
-            raise KeyboardInterrupt
         self.calls.append(removals)
         return hills(removals)
 
@@ -136,25 +133,6 @@ def test_the_course_is_the_same_on_every_machine() -> None:
     assert evaluated[-1] == (5, 13, 8, 6)
 
 
-@pytest.mark.parametrize("stop", [0, 1, 12, 50, 119])
-def test_resumed_is_undisturbed(stop: int) -> None:
-    """Interrupted anywhere: what was known is not computed again, and the outcome is the same."""
-    undisturbed = evolve(SPACE, hills, SMALL)
-    known: dict[Removals, float] = {}
-    interrupted = Counted(stop)
-
-    def remembered(removals: Removals) -> float:
-        known[removals] = interrupted(removals)
-        return known[removals]
-
-    with pytest.raises(KeyboardInterrupt):
-        evolve(SPACE, remembered, SMALL)
-    resumed = Counted()
-    evaluated = evolve(SPACE, resumed, SMALL, known=known)
-    assert list(evaluated.items()) == list(undisturbed.items())
-    assert resumed.calls == list(undisturbed)[stop:]
-
-
 def test_more_evaluations_go_on_where_fewer_ended() -> None:
     short = evolve(SPACE, hills, Settings(evaluations=50, population=12, elites=3, seed=5))
     assert list(evolve(SPACE, hills, SMALL))[:50] == list(short)
@@ -170,8 +148,8 @@ def test_ends_where_everything_is_known() -> None:
 
 
 def test_generations_are_told() -> None:
-    sizes: list[int] = []
-    evolve(SPACE, hills, SMALL, generation_done=lambda evaluated: sizes.append(len(evaluated)))
+    fitness, sizes = Counted(), []
+    evolve(SPACE, fitness, SMALL, generation_done=lambda: sizes.append(len(fitness.calls)))
     assert sizes == [12, *range(21, 120, 9), 120]
 
 
