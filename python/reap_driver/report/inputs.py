@@ -1,0 +1,143 @@
+"""What a report is made of, checked: statistics, and perhaps a plan and a comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from reap_driver.criteria import Scores, criterion_named, score
+from reap_driver.plan import Plan
+from reap_driver.report.measures import NEAR, LayerMeasures, measure
+from reap_driver.stability import (
+    Uncertainty,
+    group_scores,
+    keep_probability,
+    margin,
+    uncertainty,
+)
+from reap_kernels import SaliencyStats
+from reap_kernels.errors import PlanError
+
+DEFAULT_CRITERION = "reap"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Statistics with their scores and, if there is one, a plan of the same model.
+
+    Attributes:
+        stats: observed statistics.
+        plan: which experts stay; None for none.
+        scores: what the pictures show.
+    """
+
+    stats: SaliencyStats
+    plan: Plan | None
+    scores: Scores
+
+    @classmethod
+    def checked(cls, stats: SaliencyStats, plan: Plan | None, criterion: str | None) -> Inputs:
+        """Scores the statistics by the plan's criterion and weights, or by `criterion`.
+
+        Raises:
+            PlanError: the plan is of another model, lacks an observed layer, or counts other
+                experts in one; the criterion is unknown, or the weights do not fit.
+            DataError: see `reap_driver.score`.
+        """
+        if plan is not None:
+            _check_plan(stats, plan)
+        chosen = criterion or (plan.criterion if plan is not None else DEFAULT_CRITERION)
+        weights = None if plan is None else plan.weights
+        return cls(stats, plan, score(stats, chosen, weights))
+
+    @cached_property
+    def layers(self) -> list[LayerMeasures]:
+        """The measures of every observed layer."""
+        inside = None
+        if self.plan is not None and self.doubt is None:
+            inside = margin(keep_probability(self.stats, self.plan))
+        return measure(self.stats, self.scores, self.plan, inside)
+
+    @property
+    def doubt(self) -> str | None:
+        """Why it is not known which experts are inside the decision margin; None where it is."""
+        if len(self.stats.parts) < 2:
+            return (
+                "The statistics were not kept in parts, so which decisions another sample of the "
+                "data would change is not known; observe with --folds 8 to see it here."
+            )
+        if self.plan is not None and self.plan.criterion != self.scores.criterion:
+            return "Scores are by another criterion than the plan's, so its margin is not shown."
+        if not criterion_named(self.scores.criterion).is_sum:
+            return (
+                f"{self.scores.criterion} is no function of sums, so parts of the data say nothing "
+                "about its margin."
+            )
+        return None
+
+    @property
+    def near(self) -> str:
+        """What experts close to the cut are, in words."""
+        return f"within {100 * NEAR:g} % of the cut" if self.doubt else "inside the decision margin"
+
+    @cached_property
+    def uncertainty(self) -> dict[str, Uncertainty]:
+        """Of the scores; empty where it is not known."""
+        if self.doubt is not None:
+            return {}
+        return uncertainty(self.stats, self.scores.criterion, self.scores.weights)
+
+    @cached_property
+    def single_groups(self) -> dict[str, Scores]:
+        """Scores by each group alone; empty where one of them did not reach every layer."""
+        reached = all(bool(layer.tokens.all()) for layer in self.stats.layers.values())
+        return group_scores(self.stats, self.scores.criterion) if reached else {}
+
+    @property
+    def protected(self) -> int:
+        """Experts the plan was told to keep whatever they score."""
+        named = {} if self.plan is None else self.plan.settings.get("protected", {})
+        return sum(len(experts) for experts in named.values())
+
+    def notes(self) -> list[str]:
+        """What a reader must know before the pictures."""
+        found = []
+        plan, unobserved = self.plan, self.scores.unobserved
+        if plan is not None:
+            found += plan.notes
+            if plan.criterion != self.scores.criterion:
+                found.append(
+                    f"The plan was made by {plan.criterion}; the scores shown are by "
+                    f"{self.scores.criterion}."
+                )
+            elif plan.scores_digest != self.scores.digest():
+                found.append(
+                    "The plan was made from other scores than these statistics give (digests "
+                    "differ): the cut is the plan's, the scores are these statistics'."
+                )
+        if unobserved:
+            found.append(
+                f"{len(unobserved)} MoE layers were reached by no token and are not shown: "
+                f"{', '.join(unobserved[:4])}{', ...' if len(unobserved) > 4 else ''}."
+            )
+        return found
+
+
+def _check_plan(stats: SaliencyStats, plan: Plan) -> None:
+    """The plan is one of the model that was observed."""
+    model = stats.provenance.get("model") or {}
+    mine, theirs = model.get("config_digest"), plan.model.get("config_digest")
+    if mine != theirs:
+        raise PlanError(
+            f"plan: made for {plan.model.get('id')!r} with config digest {theirs}, but the "
+            f"statistics are of {model.get('id')!r} with {mine}; give a plan made from these "
+            "statistics"
+        )
+    for name, layer in stats.layers.items():
+        planned = plan.layers.get(name)
+        if planned is None or planned.num_experts != layer.num_experts:
+            says = "nothing about it" if planned is None else f"{planned.num_experts} experts"
+            raise PlanError(
+                f"plan: layer {name} was observed with {layer.num_experts} experts, the plan says "
+                f"{says}; give a plan made from these statistics"
+            )

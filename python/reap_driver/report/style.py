@@ -1,0 +1,144 @@
+"""How pictures look: one palette for light and dark pages, and figures as SVG or PNG.
+
+Figures are drawn without pyplot, so no display is needed and no global state is touched. The page
+embeds them as SVG whose text and lines take the page's colours; PNG files have a white ground.
+Equal figures give equal bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+# What pages replace by a colour of their own, light or dark: {drawn: CSS}.
+INK, MUTED, GRID = "#1f2430", "#5b6372", "#d3d8e0"
+# After Okabe and Ito: told apart by colour-blind readers; lines differ in their dashes as well.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#b05b8f", "#8a6d00", "#3d8fbf")
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 3)))
+_ON_PAGE = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--grid)",
+    **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)},
+}
+# One ordering of lightness, equal for colour-blind readers and in grey print.
+COLOURS = "cividis"
+
+WIDE, NARROW = 9.6, 3.75  # inches; 72 points each, of which a browser makes 96 pixels
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.7,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.facecolor": "none",
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "reap",
+    "svg.image_inline": True,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report.
+
+    Attributes:
+        name: of its file, without the ending.
+        title: above it.
+        text: what it shows, for readers who do not see it.
+        caption: how to read it.
+        draw: makes the figure; `narrow=True` for a phone's page.
+    """
+
+    name: str
+    title: str
+    text: str
+    caption: str
+    draw: Callable[..., Figure]
+
+    def svg(self, *, narrow: bool) -> str:
+        """An `<svg>` element for the page; its ids do not meet those of other pictures."""
+        with _drawing():
+            buffer = io.StringIO()
+            figure = self.draw(narrow=narrow)
+            metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :]
+        prefix = f"{self.name}-{'narrow' if narrow else 'wide'}-"
+        text = re.sub(r'\bid="', f'id="{prefix}', text)
+        text = re.sub(r'href="#', f'href="#{prefix}', text)
+        text = re.sub(r"url\(#", f"url(#{prefix}", text)
+        for drawn, css in _ON_PAGE.items():
+            text = text.replace(drawn, css)
+        return re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+
+    def save_png(self, path: Path) -> None:
+        """A PNG file, white ground, 150 dots an inch."""
+        with _drawing():
+            figure = self.draw(narrow=False)
+            figure.savefig(
+                path, format="png", dpi=150, facecolor="white", metadata={"Software": None}
+            )
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def new_figure(height: float, *, narrow: bool) -> Figure:
+    """An empty figure of the page's width, `height` inches high."""
+    return Figure(figsize=(NARROW if narrow else WIDE, height), layout="constrained")
+
+
+def layer_ticks(axis: Any, labels: list[str], *, narrow: bool) -> None:
+    """Marks the layers along x, as many as there is room for."""
+    room = 8 if narrow else 24
+    step = next(
+        s for s in (1, 2, 3, 4, 5, 6, 8, 10, 12, 20, 50, 100, 1000) if len(labels) / s <= room
+    )
+    places = range(0, len(labels), step)
+    axis.set_xticks(places, [labels[place] for place in places])
+    axis.set_xlim(-0.5, len(labels) - 0.5)
+
+
+def colour_bar(figure: Figure, image: Any, axes: Any, label: str, *, narrow: bool) -> Any:
+    """A colour bar: beside the axes on wide pages, below them on narrow ones."""
+    place = (
+        {"location": "bottom", "aspect": 40, "pad": 0.01}
+        if narrow
+        else {"location": "right", "aspect": 30, "pad": 0.01}
+    )
+    bar = figure.colorbar(image, ax=axes, label=label, **place)
+    bar.solids.set_rasterized(True)  # 256 paths otherwise
+    bar.outline.set_visible(False)
+    return bar
