@@ -19,11 +19,18 @@ Writes a new checkpoint with the experts the plan keeps. Works on files, at the 
 and with little memory, whatever the size or the quantisation of the model. The source is never
 touched; the output appears under its name when it is complete and verified. It also holds the
 plan, in DIR/reap.
+
+A plan may keep different numbers of experts in different layers. transformers' own from_pretrained,
+vLLM and SGLang read one number for all layers and refuse such a checkpoint, so it is only written
+with --non-uniform: for reap-kernels, and for the load_pruned.py it then holds, which needs
+transformers alone. --as-masks writes the plan as masks for the original's routers instead.
 """
 EXAMPLES = """\
 examples:
   reap-kernels apply MODEL plan.json --out MODEL-half
   reap-kernels apply MODEL plan.json --out MODEL-half --shard-size 5GB
+  reap-kernels apply MODEL budgets.json --non-uniform --out MODEL-half
+  reap-kernels apply MODEL budgets.json --as-masks masks.safetensors
 """
 
 
@@ -31,8 +38,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Model, plan, output."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
     parser.add_argument("plan", type=Path, metavar="PLAN", help="file that `plan` wrote")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of the new checkpoint"
+    result = parser.add_mutually_exclusive_group(required=True)
+    result.add_argument("--out", type=Path, metavar="DIR", help="folder of the new checkpoint")
+    result.add_argument(
+        "--as-masks",
+        type=Path,
+        metavar="FILE",
+        help="write no checkpoint but a safetensors file of one bool tensor [E] a layer: the "
+        "experts its router may choose",
     )
     options.add_overwrite(parser)
     options.add_trust(parser)
@@ -45,6 +58,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from reap_driver.plan import Plan
 
     plan = Plan.load(args.plan)
+    if args.as_masks is not None:
+        return _write_masks(args, plan, console)
     with console.progress("writing", "B") as progress:
         report = apply_plan(
             args.model,
@@ -55,12 +70,29 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             overwrite=args.overwrite,
             trust_remote_code=args.trust_remote_code,
             progress=progress.reach,
+            non_uniform=args.non_uniform,
         )
     save_record(args.out, plan)
     for warning in report.warnings:
         console.note(warning)
     console.say(describe(report))
     return {"out": str(args.out), **facts(report)}
+
+
+def _write_masks(args: argparse.Namespace, plan: "Plan", console: Console) -> dict[str, Any]:
+    """Writes the plan as masks."""
+    from reap_driver.checkpoint.masks import save_masks
+    from reap_driver.commands.outputs import check_file
+
+    check_file(args.as_masks, overwrite=args.overwrite)
+    save_masks(args.model, plan, args.as_masks, trust_remote_code=args.trust_remote_code)
+    experts = sum(layer.num_experts for layer in plan.layers.values())
+    kept = sum(len(layer.kept) for layer in plan.layers.values())
+    console.say(
+        f"wrote {args.as_masks}: {kept} of {experts} experts may be routed to, in "
+        f"{len(plan.layers)} layers; reap_driver.masked_experts applies them"
+    )
+    return {"masks": str(args.as_masks), "layers": len(plan.layers), "kept": kept}
 
 
 def save_record(out: Path, plan: "Plan") -> Path:
@@ -77,6 +109,7 @@ def facts(report: "ApplyReport") -> dict[str, Any]:
         "layers": report.layers,
         "experts_before": report.experts_before,
         "experts_after": report.experts_after,
+        "experts_per_layer": {name: list(pair) for name, pair in report.experts_per_layer.items()},
         "tensor_bytes_before": report.source_tensor_bytes,
         "tensor_bytes_after": report.tensor_bytes,
         "bytes_written": report.bytes_written,
@@ -91,8 +124,10 @@ def facts(report: "ApplyReport") -> dict[str, Any]:
 
 def describe(report: "ApplyReport") -> str:
     """The report in a few lines, for people."""
+    fewest = min(after for _, after in report.experts_per_layer.values())
+    kept = str(fewest) if report.uniform else f"{fewest} to {report.experts_after}"
     lines = [
-        f"wrote {report.out_path} in {report.seconds:.1f} s: {report.experts_after} of "
+        f"wrote {report.out_path} in {report.seconds:.1f} s: {kept} of "
         f"{report.experts_before} experts in each of {report.layers} layers, "
         f"{short(report.tensor_bytes)}B of {short(report.source_tensor_bytes)}B"
     ]

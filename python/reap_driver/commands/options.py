@@ -274,6 +274,13 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="largest weight file, such as 5GB (default: as the source is divided)",
     )
+    group.add_argument(
+        "--non-uniform",
+        action="store_true",
+        help="write a checkpoint whose layers keep different numbers of experts, where the plan "
+        "says so; reap-kernels and the load_pruned.py in DIR load it, transformers' own "
+        "from_pretrained, vLLM and SGLang do not",
+    )
 
 
 def positive(text: str) -> int:

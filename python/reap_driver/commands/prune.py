@@ -83,6 +83,7 @@ def _writing(args: argparse.Namespace) -> dict[str, Any]:
         "shard_size": args.shard_size,
         "overwrite": args.overwrite,
         "trust_remote_code": args.trust_remote_code,
+        "non_uniform": args.non_uniform,
     }
 
 

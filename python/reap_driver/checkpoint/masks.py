@@ -1,0 +1,91 @@
+"""A plan as masks: for every MoE layer, which of its experts may be routed to.
+
+For what cannot run layers of different sizes, or should not be rewritten at all: the original model
+with its routers masked computes what the pruned one would, without becoming smaller.
+
+    with rd.masked_experts(model, load_masks("masks.safetensors")):
+        model(**batch)
+
+The file is a safetensors file of one bool tensor [E] a layer, True for the experts that stay, named
+after the experts module (`model.layers.3.mlp.experts`). Elsewhere: where a mask is False, put the
+router's score below every other before the top k are taken, and leave it out of the softmax.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from reap_driver.checkpoint.checks import check_layers, check_model
+from reap_driver.checkpoint.source import resolve_folder
+from reap_driver.compat.models import load_config, meta_model
+from reap_driver.discover import find_moe_layers
+from reap_kernels.errors import PlanError
+from reap_kernels.files import replaced, save_tensors
+
+if TYPE_CHECKING:
+    from reap_driver.plan import Plan
+
+FORMAT = "reap-masks"
+VERSION = "1"
+
+
+def expert_masks(plan: "Plan") -> dict[str, Tensor]:
+    """Layer -> bool [E], True for the experts that stay."""
+    masks = {}
+    for name, layer in plan.layers.items():
+        masks[name] = torch.zeros(layer.num_experts, dtype=torch.bool)
+        masks[name][list(layer.kept)] = True
+    return masks
+
+
+def save_masks(
+    model_path: str | Path,
+    plan: "Plan",
+    path: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a plan as masks, once it is known to fit the model.
+
+    Args:
+        model_path: folder of the model's checkpoint, or a hub id; no weights are read.
+        plan: made for it; layers may keep different numbers of experts.
+        path: the file (temporary sibling, fsync, rename).
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        PlanError: the plan does not belong to the model, or leaves a router too few experts.
+        UnsupportedModel, CheckpointError: see `load_config` and `find_moe_layers`.
+    """
+    folder = resolve_folder(model_path)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    check_model(plan, config, folder)
+    check_layers(plan, find_moe_layers(meta_model(config)))
+    facts = {"format": FORMAT, "version": VERSION, "model": json.dumps(plan.model)}
+    with replaced(path) as temporary:
+        save_tensors(expert_masks(plan), temporary, facts)
+
+
+def load_masks(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """Read what `save_masks` wrote: layer -> ids that stay, as `masked_experts` takes them.
+
+    Raises:
+        PlanError: the file cannot be read, or holds something else.
+    """
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            facts = file.metadata() or {}
+            masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise PlanError(f"masks {path} cannot be read: {error}; write them again") from error
+    if (facts.get("format"), facts.get("version")) != (FORMAT, VERSION):
+        raise PlanError(
+            f"{path} is no file of masks of version {VERSION} (format {facts.get('format')!r}, "
+            f"version {facts.get('version')!r}); write one with `reap-kernels apply --as-masks`"
+        )
+    return {name: tuple(mask.nonzero().flatten().tolist()) for name, mask in masks.items()}
