@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 import reap_kernels as rk
 from bench import rows
 from reap_kernels import device, tuning
+from reap_kernels.compare import gpu as compare
 from reap_kernels.experts.gpu import activated
 from reap_kernels.layer import gpu
 from reap_kernels.route.gpu import schedule
@@ -179,6 +180,16 @@ def _observe(
     )
 
 
+def _compare(vocabulary: int, dtype: torch.dtype) -> None:
+    """Comparisons of logits: as a search makes them, and of columns that are far apart."""
+    logits = torch.zeros(2, vocabulary, dtype=dtype)
+    for known in (None, torch.zeros(2)):
+        compare.compare_logits(logits, logits, known)
+    spread = torch.zeros(vocabulary, 2, dtype=dtype).T
+    compare.compare_logits(spread, spread, None)
+    compare.compare_logits(logits.float(), logits, None)
+
+
 def _pairs(arch: Arch, dtype: torch.dtype) -> list[Launches]:
     """Every launch of the architecture's table, and of the arithmetic fallback."""
     found: dict[str, list[Launch]] = {op: [] for op in tuning.PRODUCTS}
@@ -211,6 +222,9 @@ def launches_of(arch: Arch) -> list[Launched]:
             with recording(f"accumulate, {short}", found):
                 y, ids, gates = torch.zeros(64, 256, dtype=dtype), torch.zeros(64), torch.ones(64)
                 triton_backend.run(y, ids.long(), gates, rk.LayerStats(8), None, 0)
+            for vocabulary in (151936, 50257):
+                with recording(f"compare, V = {vocabulary}, {short}", found):
+                    _compare(vocabulary, dtype)
         _variants(found)
     return found
 

@@ -2,10 +2,11 @@
 
 Tensors in, tensors out; imports torch, never transformers. Layers, lowest first: errors, env,
 gates, quantised -> types -> dispatch, stats, device -> tuning, selfcheck -> route, dequant ->
-experts -> saliency -> layer.
+experts -> saliency -> layer, compare.
 """
 
 from reap_kernels import errors
+from reap_kernels.compare import LogitComparison, compare_logits
 from reap_kernels.dequant import dequantise
 from reap_kernels.dispatch import explain
 from reap_kernels.experts import expert_outputs
@@ -23,10 +24,12 @@ __all__ = [
     "ExpertWeights",
     "GateFormula",
     "LayerStats",
+    "LogitComparison",
     "Quantised",
     "Routing",
     "SaliencyStats",
     "accumulate",
+    "compare_logits",
     "dequantise",
     "errors",
     "expert_outputs",

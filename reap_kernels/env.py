@@ -29,7 +29,7 @@ from pathlib import Path
 
 from reap_kernels.errors import BackendUnavailable
 
-OPS = ("route", "dequant", "experts", "saliency", "layer")
+OPS = ("route", "dequant", "experts", "saliency", "layer", "compare")
 CPU_DTYPES = ("auto", "native", "float32")
 
 
