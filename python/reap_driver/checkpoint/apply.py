@@ -25,6 +25,7 @@ from reap_driver.checkpoint.parallel import check_threads, write_shards
 from reap_driver.checkpoint.report import ApplyReport
 from reap_driver.checkpoint.shards import plan_shards, write_index
 from reap_driver.checkpoint.source import Source, open_source, read_json, resolve_folder
+from reap_driver.checkpoint.specification import Specification, specify
 from reap_driver.checkpoint.staging import check_target, clean_stale, publish, rehearse, staged
 from reap_driver.checkpoint.stream import OutShard
 from reap_driver.checkpoint.verify import Checked, check_output, check_source
@@ -151,6 +152,7 @@ class _Job:
     shards: list[OutShard]
     counts: Mapping[str, tuple[int, int]]  # experts of every layer, before and after
     json_files: Mapping[str, dict[str, Any]]  # rewritten: config.json and quantisers' files
+    specification: Specification
     loader: str | None  # content of load_pruned.py, where layers keep different numbers
 
     def bytes_needed(self) -> int:
@@ -194,7 +196,11 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
             content = read_json(folder / path, "restore the file")
             files[path.as_posix()] = names.rewrite(content, str(folder / path))
     shards = plan_shards(source, keys.actions, options.shard_size)
-    return _Job(source, model, keys, checked, shards, counts, files, _loader(model.raw_config))
+    left = {name: after for name, (_, after) in counts.items()}
+    entries = source.tensors.values()
+    spec = specify(full, layers, left, model.new.shapes, entries, source.config)
+    loader = _loader(model.raw_config)
+    return _Job(source, model, keys, checked, shards, counts, files, spec, loader)
 
 
 def _write(
@@ -246,6 +252,7 @@ def _report(job: _Job, out: Path, written: int) -> ApplyReport:
         source_tensor_bytes=job.source.nbytes,
         bytes_written=written,
         shards=len(job.shards),
+        specification=job.specification,
         edited_config=differences(job.source.config, job.json_files["config.json"]),
         expert_keys_dropped=len(job.keys.dropped("expert")),
         tables_rewritten=sum(isinstance(a, Relabel) for a in job.keys.actions.values()),

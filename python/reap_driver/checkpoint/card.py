@@ -1,13 +1,19 @@
 """The model card of a pruned checkpoint: what was done, to what, how to load it. Every number is
-from the run.
+from the run; what the run does not know is not said.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import transformers
 import yaml  # type: ignore[import-untyped]
+
+import reap_kernels
+from reap_driver.criteria import criterion_named
+from reap_driver.provenance import calibration_mix, public_name
+from reap_driver.sizing.units import in_bytes, short
 
 if TYPE_CHECKING:
     from reap_driver.checkpoint.report import ApplyReport
@@ -16,43 +22,14 @@ if TYPE_CHECKING:
 # Fields of the source's card that stay true for the pruned model.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 
-_TEMPLATE = """\
-# {title}
-
-{source} with {after} of {before} routed experts in each of its {layers} MoE layers, chosen by
-`{criterion}` (ratio {ratio:g}, {allocation} allocation) and written by reap-kernels. Nothing was
-trained or quantised: every weight that is left has the bytes it had.
-
-| | before | after |
-|---|---|---|
-| routed experts per layer | {before} | {after} |
-| tensor bytes | {bytes_before} | {bytes_after} |
-| tensors | {tensors_before} | {tensors_after} |
-
-{details}
-
-## Load
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-```sh
-vllm serve {name}
-```
-
-## Citation
-
+_CITATION = """\
 ```bibtex
-@article{{lasby2025reap,
-  title   = {{{{REAP}} the Experts: Why Pruning Prevails for One-Shot {{MoE}} Compression}},
-  author  = {{Lasby, Mike and others}},
-  journal = {{arXiv preprint arXiv:2510.13999}},
-  year    = {{2025}}
-}}
+@article{lasby2025reap,
+  title   = {{REAP} the Experts: Why Pruning Prevails for One-Shot {MoE} Compression},
+  author  = {Lasby, Mike and others},
+  journal = {arXiv preprint arXiv:2510.13999},
+  year    = {2025}
+}
 ```
 """
 
@@ -65,36 +42,42 @@ def model_card(source_card: Path, plan: "Plan", report: "ApplyReport") -> str:
         plan: what was applied.
         report: of this run, complete but for its duration.
     """
-    source = str(plan.model.get("id") or report.source.name)
-    if Path(source).is_absolute():  # cards are published; where somebody keeps files is not
-        source = Path(source).name
-    front = yaml.safe_dump(_front_matter(source_card, source), sort_keys=False, allow_unicode=True)
-    body = _TEMPLATE.format(
-        title=report.out_path.name,
-        name=report.out_path.name,
-        source=source,
-        criterion=plan.criterion,
-        allocation=plan.allocation,
-        ratio=plan.ratio,
-        layers=report.layers,
-        before=report.experts_before,
-        after=report.experts_after,
-        bytes_before=f"{report.source_tensor_bytes:,}",
-        bytes_after=f"{report.tensor_bytes:,}",
-        tensors_before=f"{report.source_tensors:,}",
-        tensors_after=f"{report.tensors:,}",
-        details="\n".join(f"- {line}" for line in _details(plan, report)),
-    )
-    return f"---\n{front}---\n\n{body}"
-
-
-def _front_matter(source_card: Path, source: str) -> dict[str, Any]:
-    """Metadata of the card."""
+    source = public_name(str(plan.model.get("id") or report.source.name))
     inherited = read_front_matter(source_card)
+    front = yaml.safe_dump(_front_matter(inherited, source), sort_keys=False, allow_unicode=True)
+    sections = {
+        "Specification": _specification(report),
+        "Method": _method(plan),
+        "Calibration data": _calibration(plan),
+        "What changed and what did not": _bullets(_changes(plan, report)),
+        "Use": _use(report),
+        "Limitations": _bullets(_limitations(report)),
+        "Licence": _licence(source, inherited),
+        "Citation": _CITATION,
+    }
+    body = "\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
+    return (
+        f"---\n{front}---\n\n# {report.out_path.name}\n\n{_statement(source, plan, report)}\n{body}"
+    )
+
+
+def _statement(source: str, plan: "Plan", report: "ApplyReport") -> str:
+    """What this is, in a few lines."""
+    before, after = _experts(report)
+    return (
+        f"{_name(source)} with {after} of {before} routed experts in each of its {report.layers} "
+        f"MoE layers: {_shrink(*report.specification.parameters)} fewer parameters. The experts "
+        f"were chosen by `{plan.criterion}` on calibration data and removed by reap-kernels in one "
+        "shot. Nothing was trained, merged or quantised.\n"
+    )
+
+
+def _front_matter(inherited: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Metadata of the card."""
     front = {name: inherited[name] for name in _INHERITED if name in inherited}
     tags = inherited.get("tags")
     old = [str(tag) for tag in tags] if isinstance(tags, list) else []
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if _is_hub_id(source):
         front["base_model"] = source
     front["tags"] = list(dict.fromkeys([*old, "moe", "pruned", "reap"]))
     return front
@@ -116,28 +99,214 @@ def read_front_matter(card: Path) -> Mapping[str, Any]:
     return front if isinstance(front, dict) else {}
 
 
-def _details(plan: "Plan", report: "ApplyReport") -> list[str]:
-    """Facts that not every run has."""
-    lines = [f"Model digest `{plan.model['config_digest']}`, scores digest `{plan.scores_digest}`."]
-    lines += [
-        f"Calibration data: {entry.get('source')} (group {entry.get('group')}), "
-        f"{entry.get('records')} records, {entry.get('tokens')} tokens, "
-        f"digest `{entry.get('digest')}`."
-        for entry in plan.data
+def _specification(report: "ApplyReport") -> str:
+    """The table of both models."""
+    spec = report.specification
+    top_k = " or ".join(map(str, spec.top_k))
+    stored = ", ".join(spec.stored)
+    if spec.quantisation is not None:
+        stored += f" ({spec.quantisation})"
+    rows = [
+        ("parameters", *map(_parameters, spec.parameters)),
+        ("parameters used for a token", *map(_parameters, spec.active_parameters)),
+        ("routed experts per layer", *_experts(report)),
+        ("experts a token is routed to", top_k, top_k),
+        ("MoE layers", report.layers, report.layers),
+        ("decoder layers", spec.layers, spec.layers),
+        ("attention heads", spec.heads, spec.heads),
+        ("key-value heads", spec.key_value_heads, spec.key_value_heads),
+        ("context length", spec.context, spec.context),
+        ("tensor bytes", f"{report.source_tensor_bytes:,}", f"{report.tensor_bytes:,}"),
+        ("size", in_bytes(report.source_tensor_bytes), in_bytes(report.tensor_bytes)),
+        ("tensors", f"{report.source_tensors:,}", f"{report.tensors:,}"),
+        ("stored as", stored, stored),
     ]
-    edited = ", ".join(
-        f"`{name}` {old!r} -> {new!r}" for name, (old, new) in report.edited_config.items()
+    known = [row for row in rows if row[1] is not None]
+    return _table(("", "original", "pruned"), known)
+
+
+def _method(plan: "Plan") -> str:
+    """How experts were chosen."""
+    found = criterion_named(plan.criterion)
+    weights = "as observed"
+    if plan.weights is not None:
+        weights = ", ".join(f"{group} {weight:g}" for group, weight in plan.weights.items())
+    protected = sum(len(experts) for experts in plan.settings.get("protected", {}).values())
+    total = sum(layer.num_experts for layer in plan.layers.values())
+    removed = sum(len(layer.removed) for layer in plan.layers.values())
+    rows = [
+        ("criterion", f"`{plan.criterion}`: {_code(found.formula)}"),
+        ("ratio asked", f"{plan.ratio:g}"),
+        ("experts removed", f"{removed:,} of {total:,} ({100 * removed / total:.1f} %)"),
+        ("allocation", plan.allocation),
+        ("weights of calibration groups", weights),
+        *([("protected experts", f"{protected:,}")] if protected else []),
+        ("digest of the scores", f"`{plan.scores_digest}`"),
+        ("digest of the model's config", f"`{plan.model['config_digest']}`"),
+        (
+            "written by",
+            f"reap-kernels {reap_kernels.__version__}, transformers {transformers.__version__}",
+        ),
+    ]
+    words = (
+        "\nOver the tokens routed to an expert: g is the weight its output is combined with, f the "
+        "output, n their number. Each layer lost its lowest-scored experts, as many as the "
+        "allocation says.\n"
     )
-    lines.append(f"Edited in config.json: {edited}.")
+    return _table(("setting", "value"), rows) + words
+
+
+def _calibration(plan: "Plan") -> str:
+    """The mix the scores are from."""
+    mix = calibration_mix(plan.data)
+    if not mix:
+        return "The plan does not record which data its scores are from.\n"
+    rows = [
+        (
+            entry.group,
+            entry.source,
+            _count(entry.records),
+            _count(entry.tokens),
+            "" if entry.share is None else f"{100 * entry.share:.1f} %",
+            _count(entry.seq_len),
+            entry.packing or "",
+            f"`{entry.digest}`" if entry.digest else "",
+        )
+        for entry in mix
+    ]
+    columns = ["group", "source", "records", "tokens", "share of tokens", "sequence length"]
+    columns += ["packing", "digest of the tokens"]
+    used = [n for n in range(len(columns)) if any(row[n] for row in rows)]
+    table = _table([columns[n] for n in used], [[row[n] for n in used] for row in rows])
+    total = sum(entry.tokens or 0 for entry in mix)
+    return f"{table}\n{total:,} tokens in all.\n"
+
+
+def _changes(plan: "Plan", report: "ApplyReport") -> list[str]:
+    """What the run did, and what it left alone."""
+    edited = ", ".join(
+        f"`{name}` {_code(repr(old))} -> {_code(repr(new))}"
+        for name, (old, new) in report.edited_config.items()
+    )
+    lines = [
+        "Removed: the weights of the experts that go, and their rows of the router (weight, bias, "
+        "correction bias); the experts that stay are numbered anew in their old order.",
+        f"Edited in config.json: {edited}.",
+        "Unchanged: every tensor, and every row of the router, that stays has the bytes and the "
+        "format it had. So have tokenizer, chat template and generation settings.",
+    ]
     if report.mtp_dropped:
         lines.append(
-            f"{len(report.mtp_dropped)} tensors of multi-token-prediction layers were left out: "
-            "their experts were not observed. Speculative decoding by MTP needs the original."
+            f"Left out: {len(report.mtp_dropped)} tensors of multi-token-prediction layers, whose "
+            "experts were not observed. Speculative decoding by MTP needs the original."
         )
     if report.tables_rewritten:
         lines.append(
-            f"{report.tables_rewritten} tables route tokens to experts by token id; in them every "
-            "removed expert was replaced by a kept one."
+            f"Rewritten: {report.tables_rewritten} tables that route tokens to experts by token "
+            "id; in them every removed expert was replaced by a kept one."
         )
-    lines += [*plan.notes, *report.warnings]
-    return lines
+    if report.left_out:
+        lines.append(f"Not copied, other formats of the weights: {_names(report.left_out)}.")
+    return lines + list(plan.notes)
+
+
+def _use(report: "ApplyReport") -> str:
+    """How to load it."""
+    name, spec = report.out_path.name, report.specification
+    options = 'dtype="auto", device_map="auto"'
+    options += ", trust_remote_code=True" if spec.remote_code else ""
+    if not report.uniform:
+        return (
+            "Layers keep different numbers of experts, and transformers' own `from_pretrained`, "
+            "vLLM and SGLang read one number for all of them: they refuse this checkpoint. The "
+            "loader that comes with it needs transformers alone:\n\n"
+            "```python\nimport sys\n\n"
+            f'sys.path.insert(0, "{name}")  # load_pruned.py lies beside the weights\n'
+            "from load_pruned import from_pretrained\nfrom transformers import AutoTokenizer\n\n"
+            f'model = from_pretrained("{name}", {options})\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n'
+        )
+    vision = spec.architecture.endswith("ForConditionalGeneration")
+    auto = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
+    reader, word = ("AutoProcessor", "processor") if vision else ("AutoTokenizer", "tokenizer")
+    trust = " --trust-remote-code" if spec.remote_code else ""
+    return (
+        f"```python\nfrom transformers import {', '.join(sorted((auto, reader)))}\n\n"
+        f'model = {auto}.from_pretrained("{name}", {options})\n'
+        f'{word} = {reader}.from_pretrained("{name}")\n```\n\n'
+        f"```sh\nvllm serve {name}{trust}\n```\n"
+    )
+
+
+def _limitations(report: "ApplyReport") -> list[str]:
+    return [
+        "No benchmark is part of this run. Measure the model on your own tasks, beside the "
+        "original (`reap-kernels compare`), before you rely on it.",
+        "Experts were ranked on the calibration data above. What those data lack (other languages, "
+        "domains, styles) can have lost more than what they have.",
+        "Limits and biases of the original remain.",
+        *report.warnings,
+    ]
+
+
+def _licence(source: str, inherited: Mapping[str, Any]) -> str:
+    """Whose terms apply."""
+    named = inherited.get("license_name") or inherited.get("license")
+    terms = f": {named}" if isinstance(named, str) else "; its card names none"
+    return f"That of {_name(source)} applies{terms}.\n"
+
+
+def _experts(report: "ApplyReport") -> tuple[str, str]:
+    """Routed experts of a layer, before and after; ranges where layers differ."""
+    before, after = zip(*report.experts_per_layer.values(), strict=True)
+    return _range(before), _range(after)
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    if low == high:
+        return str(low)
+    return f"{low} to {high} ({sum(numbers) / len(numbers):.1f} on average)"
+
+
+def _shrink(before: int, after: int) -> str:
+    return f"{100 * (1 - after / before):.1f} %"
+
+
+def _parameters(number: int) -> str:
+    return f"{number:,} ({short(number, 'kMBT')})"
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(_code, names))
+
+
+def _code(text: str) -> str:
+    """Text as code."""
+    return f"`{text}`"
+
+
+def _name(source: str) -> str:
+    return f"[{source}](https://huggingface.co/{source})" if _is_hub_id(source) else source
+
+
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in lines)
+
+
+def _cell(value: object) -> str:
+    """Text in one cell, whatever is in it."""
+    return " ".join(str(value).split()).replace("|", "\\|")

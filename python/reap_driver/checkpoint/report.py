@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reap_driver.checkpoint.specification import Specification
+
 
 @dataclass
 class ApplyReport:
@@ -22,6 +24,7 @@ class ApplyReport:
     source_tensors: int
     source_tensor_bytes: int
     shards: int
+    specification: Specification
     edited_config: Mapping[str, tuple[Any, Any]]  # dotted field of config.json -> (old, new)
     expert_keys_dropped: int  # tensors of removed experts
     tables_rewritten: int = 0  # tables of expert ids by token (DeepSeek-V4)
