@@ -62,7 +62,9 @@ def explicit(
 
 def _budget(router: Router, removed: int, protected: frozenset[int]) -> Budget:
     problem = refusal(router, removed, protected)
-    if removed < 0 or removed % router.n_group:
+    if removed < 0:
+        problem = "is no number of experts"
+    elif removed % router.n_group:
         problem = f"is no multiple of its {router.n_group} routing groups"
     if problem is not None:
         raise PlanError(

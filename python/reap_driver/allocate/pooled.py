@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from reap_driver.allocate.budget import Budget, Router, check_ratio, floor_of, ranked
+from reap_driver.allocate.budget import Budget, Router, check_ratio, floor_of, ranked, ratio_of
 from reap_driver.allocate.uniform import share
 from reap_kernels.errors import PlanError
 
@@ -85,9 +85,13 @@ def pooled(
     ]
     removed = _lowest(units, removal_target(layers, ratio, own))
     if pool and not removed:
+        experts = sum(routers[name].num_experts for name in pool)
+        remedy = "protect fewer experts, or leave the model as it is: no router can spare any"
+        if units:
+            least = ratio_of(min(unit.size for unit in units), experts)
+            remedy = f"use a ratio of {least:g} or more"
         raise PlanError(
-            f"ratio {ratio:g} of the {sum(routers[name].num_experts for name in pool)} experts of "
-            "all layers removes none; use a larger ratio, or protect fewer experts"
+            f"ratio {ratio:g} of the {experts} experts of all layers removes none; {remedy}"
         )
     return [
         share(router, own[name], kept[name])

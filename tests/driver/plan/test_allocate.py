@@ -7,7 +7,16 @@ from fractions import Fraction
 import pytest
 import torch
 
-from reap_driver.allocate import is_served, kept_experts, ratio_of, served_advice, uniform
+from reap_driver.allocate import (
+    explicit,
+    is_served,
+    kept_experts,
+    max_removable,
+    ratio_of,
+    removal_steps,
+    served_advice,
+    uniform,
+)
 from reap_kernels.errors import PlanError
 
 PUBLISHED = [(288, 0.4, 173), (128, 0.25, 96), (160, 0.5, 80), (512, 0.5, 256), (100, 0.29, 71)]
@@ -54,8 +63,10 @@ def test_properties_of_every_allocation() -> None:
         top_k = draw.randint(1, min(8, topk_group * size))
         experts, ratio = n_group * size, draw.uniform(0.01, 0.99)
         scores = torch.tensor([draw.choice([0, 1, draw.random()]) for _ in range(experts)]).double()
+        protected = set(draw.sample(range(experts), draw.choice([0, 0, experts // 3])))
+        layers = {"a": facts(experts, top_k, n_group, topk_group)}
         try:
-            [budget] = uniform({"a": facts(experts, top_k, n_group, topk_group)}, ratio)
+            [budget] = uniform(layers, ratio, protected={"a": protected})
         except PlanError:
             continue
         planned += 1
@@ -70,7 +81,8 @@ def test_properties_of_every_allocation() -> None:
             assert len(stay) == len(kept) // n_group
             assert len(stay) * topk_group >= top_k
             # Whoever goes scores no better than who stays; between equals the lower index stays.
-            for a in stay:
+            assert not protected & set(go)
+            for a in set(stay) - protected:
                 assert all((scores[a], -a) > (scores[b], -b) for b in go)
             if n_group > 1:
                 assert len(stay) >= min(2, size)
@@ -150,6 +162,53 @@ def test_numbers_of_experts_that_engines_serve(
         [budget] = uniform({"a": layer}, float(offered))
         assert budget.num_experts - budget.removed == int(kept)
         assert is_served(int(kept))
+
+
+def test_layers_can_have_ratios_of_their_own() -> None:
+    layers = {name: facts(8, 2) for name in "abc"}
+    budgets = uniform(layers, 0.5, layer_ratios={"a": 0, "c": 0.25})
+    assert [budget.removed for budget in budgets] == [0, 4, 2]
+    with pytest.raises(PlanError, match=r"ratio 0.9 of the 8 experts of layer b leaves 1"):
+        uniform(layers, 0.5, layer_ratios={"b": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("protected", "says"),
+    [
+        (range(5), r"leaves 4, but 5 of its experts are protected; use a ratio .* to 0.375"),
+        (range(8), r"leaves 4, but 8 of its .*; protect fewer of its experts, or give .* ratio 0"),
+    ],
+)
+def test_protected_experts_limit_what_a_layer_can_lose(protected: range, says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        uniform({"a": facts(8, 2)}, 0.5, protected={"a": protected})
+
+
+def test_removals_layer_by_layer() -> None:
+    layers = {"a": facts(8, 3), "b": facts(16, 2, 4, 2), "c": facts(4, 4)}
+    assert removal_steps(layers) == {"a": 1, "b": 4, "c": 1}
+    assert max_removable(layers) == {"a": 5, "b": 8, "c": 0}
+    assert max_removable(layers, {"a": {1, 2, 5, 6}}) == {"a": 4, "b": 8, "c": 0}
+    for removals in ({"a": 5, "b": 8, "c": 0}, {"b": 0, "a": 1, "c": 0}):
+        budgets = explicit(layers, removals, protected={"a": {7}})
+        assert {budget.name: budget.removed for budget in budgets} == removals
+        assert budgets[0].protected == {7}
+
+
+@pytest.mark.parametrize(
+    ("removals", "says"),
+    [
+        ({"a": 1}, r"removals name no layers that there are not, and leave out \['b'\]"),
+        ({"a": 1, "b": 0, "z": 0}, r"removals name \['z'\] layers that there are not"),
+        ({"a": 6, "b": 0}, r"6 of the 8 experts of layer a leaves 2, .* 3 .*; remove from 0 to 5$"),
+        ({"a": -1, "b": 0}, r"removing -1 of the 8 experts of layer a is no number of experts"),
+        ({"a": 0, "b": 6}, r"removing 6 .* b is no multiple of its 4 .* 0 to 8 in steps of 4"),
+        ({"a": 0, "b": 0}, r"removals are 0 in every layer"),
+    ],
+)
+def test_removals_that_cannot_be(removals: dict[str, int], says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        explicit({"a": facts(8, 3), "b": facts(16, 2, 4, 2)}, removals)
 
 
 def test_scores_of_another_model_are_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from reap_driver.criteria import Scores, score
 from reap_driver.plan import LayerPlan, Plan
-from reap_driver.planning import make_plan, random_plan
+from reap_driver.planning import make_plan, plan_of_removals, random_plan
 from reap_kernels.errors import PlanError
 from tests.driver.plan.statistics import EXPERTS, MODEL, Rows, model_stats
 
@@ -71,6 +71,93 @@ def test_saving_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytest.Mo
         dataclasses.replace(plan, notes=["new"]).save(tmp_path / "plan.json")
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     assert (tmp_path / "plan.json").read_bytes() == before
+
+
+UNEVEN = (
+    "layers keep from 1 to 5 experts: transformers' own from_pretrained, vLLM and SGLang read one "
+    "number for all layers and refuse such a checkpoint; `apply --non-uniform` writes it for "
+    "reap_driver to load"
+)
+
+
+def test_a_global_plan_keeps_the_best_of_all_layers(tmp_path: Path) -> None:
+    known = scores(top_k=1)
+    known[LAYERS[1]] = known[LAYERS[0]] + 1000
+    plan = make_plan(known, 0.5, allocation="global", normalise="none")
+    assert [len(plan.kept[name]) for name in LAYERS] == [1, 5]
+    assert plan.kept[LAYERS[0]] == (int(known[LAYERS[0]].argmax()),)
+    assert plan.layers[LAYERS[1]].removed == (int(known[LAYERS[1]].argmin()),)
+    assert (plan.allocation, plan.settings) == ("global", {"normalise": "none"})
+    assert plan.notes == [UNEVEN]
+    assert not plan.uniform
+    assert plan == make_plan(known, 0.5, allocation="global", normalise="none")
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    default = make_plan(known, 0.5, allocation="global")
+    assert default.settings == {"normalise": "mean"}
+    assert default == make_plan(known, 0.5, allocation="global", normalise="mean")
+
+
+def test_a_global_plan_that_falls_short_says_so() -> None:
+    plan = make_plan(scores(), 0.75, allocation="global")  # two of six stay in both layers
+    assert [len(plan.kept[name]) for name in LAYERS] == [2, 2]
+    assert plan.uniform
+    assert plan.notes == [
+        "removes 8 instead of 9 of 12 experts: routers need as many as they choose, and routing "
+        "groups stay equal in size"
+    ]
+    plan = make_plan(scores(), 0.75, allocation="global", layer_ratios={LAYERS[0]: 0.5})
+    assert [note.partition(" experts")[0] for note in plan.notes] == ["layers keep from 2 to 3"]
+    assert [len(plan.kept[name]) for name in LAYERS] == [3, 2]
+
+
+def test_protected_experts_and_ratios_are_recorded(tmp_path: Path) -> None:
+    known = scores()
+    worst = int(known[LAYERS[0]].argmin())
+    plan = make_plan(known, 0.5, protected={LAYERS[0]: {worst}}, layer_ratios={LAYERS[1]: 0})
+    assert worst in plan.kept[LAYERS[0]]
+    assert plan.layers[LAYERS[1]].removed == ()
+    assert plan.settings == {"layer_ratios": {LAYERS[1]: 0}, "protected": {LAYERS[0]: [worst]}}
+    assert not plan.uniform
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_plans_of_given_removals() -> None:
+    known = scores()
+    plan = plan_of_removals(known, {LAYERS[1]: 4, LAYERS[0]: 1}, allocation="searched", ratio=0.42)
+    assert (plan.allocation, plan.ratio, plan.criterion) == ("searched", 0.42, "reap")
+    assert list(plan.layers) == list(LAYERS)
+    for name, removed in ((LAYERS[0], 1), (LAYERS[1], 4)):
+        lowest = known[name].argsort()[:removed].tolist()
+        assert plan.layers[name].removed == tuple(sorted(lowest))
+    assert plan.scores_digest == known.digest()
+    same = plan_of_removals(known, dict.fromkeys(LAYERS, 3), allocation="uniform", ratio=0.5)
+    assert same == make_plan(known, 0.5)
+    guarded = plan_of_removals(
+        known,
+        {LAYERS[0]: 4, LAYERS[1]: 0},
+        allocation="searched",
+        ratio=0.3,
+        protected={LAYERS[0]: plan.layers[LAYERS[0]].removed},
+    )
+    assert set(plan.layers[LAYERS[0]].removed) <= set(guarded.kept[LAYERS[0]])
+    with pytest.raises(PlanError, match="removing 5 of the 6 experts"):
+        plan_of_removals(known, dict.fromkeys(LAYERS, 5), allocation="searched", ratio=0.5)
+
+
+def test_uniform_means_one_number_for_layers_of_one_size() -> None:
+    def plan(*counts: tuple[int, int]) -> Plan:
+        layers = {
+            str(place): LayerPlan.keeping(experts, tuple(range(kept)))
+            for place, (experts, kept) in enumerate(counts)
+        }
+        return Plan({}, "reap", "uniform", 0.5, layers, "")
+
+    assert plan((8, 4), (8, 4)).uniform
+    assert plan((8, 4), (16, 8), (8, 4)).uniform
+    assert not plan((8, 4), (8, 8)).uniform
+    assert not plan((8, 4), (16, 8), (16, 4)).uniform
 
 
 def test_random_plans_are_seeded_and_differ() -> None:
@@ -164,6 +251,7 @@ def test_every_field_of_a_layer_is_needed(tmp_path: Path, field: str) -> None:
         ("weights", [], r"field 'weights' is \[\]"),
         ("layers", {}, "'layers' is empty"),
         ("layers", {"a": [1]}, r"layer a is \[1\]"),
+        ("settings", [], r"field 'settings' is \[\]; expected dict"),
         (f"{LAYER}.kept", [0, 1, 2, 3, "4"], "field 'kept' holds other things"),
         (f"{LAYER}.kept", [0, True], "field 'kept' holds other things"),
         (f"{LAYER}.kept", [0, 1], "do not share out"),
@@ -206,6 +294,13 @@ def test_what_cannot_be_planned() -> None:
         PlanError, match=r"allocation 'best' is unknown; choose one of uniform, global"
     ):
         make_plan(scores(), 0.5, allocation="best")
+    for wrong in ({"protected": {"z": [1]}}, {"layer_ratios": {"z": 0.5}}):
+        with pytest.raises(PlanError, match="layer 'z' is none of the 2 MoE layers"):
+            make_plan(scores(), 0.5, **wrong)
+    with pytest.raises(PlanError, match="normalise 'max' has no effect on uniform allocation"):
+        make_plan(scores(), 0.5, normalise="max")
+    with pytest.raises(PlanError, match="nothing is removed"):
+        make_plan(scores(), 0.5, layer_ratios=dict.fromkeys(LAYERS, 0))
     known = scores()
     known.layers = {}
     with pytest.raises(PlanError, match=r"layer model.layers.0.mlp.experts: the statistics do not"):
