@@ -52,6 +52,12 @@ def assert_one_process(mine: SaliencyStats, words: list[str], out: Path) -> None
     """Counts exact, sums within 1e-12 of what one process observes."""
     assert main([*words, "--out", str(out)]) == 0
     theirs = SaliencyStats.load(out)
+    assert len(mine.parts) == 8
+    for part, other in zip([mine, *mine.parts], [theirs, *theirs.parts], strict=True):
+        assert_close(part, other)
+
+
+def assert_close(mine: SaliencyStats, theirs: SaliencyStats) -> None:
     assert list(mine.layers) == list(theirs.layers)
     assert mine.groups == theirs.groups == ["code", "text"]
     for name, layer in mine.layers.items():

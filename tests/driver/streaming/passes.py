@@ -61,7 +61,7 @@ def streamed(
 
 
 def assert_same_bits(mine: SaliencyStats, theirs: SaliencyStats) -> None:
-    """Every field of every layer equal, and the same record but for the time."""
+    """Every field of every layer equal, of parts too, and the same record but for the time."""
     assert list(mine.layers) == list(theirs.layers)
     assert mine.groups == theirs.groups
     for name, layer in mine.layers.items():
@@ -69,3 +69,5 @@ def assert_same_bits(mine: SaliencyStats, theirs: SaliencyStats) -> None:
             assert torch.equal(value, theirs.layers[name].fields()[field]), (name, field)
     left, right = ({**s.provenance, "created": None} for s in (mine, theirs))
     assert left == right
+    for part, other in zip(mine.parts, theirs.parts, strict=True):
+        assert_same_bits(part, other)
