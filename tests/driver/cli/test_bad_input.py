@@ -321,7 +321,10 @@ def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(
         (("prune", "m", "--out", "o"), "required: --data"),
         (("prune", "m", "--data", "d"), "required: --out"),
         (("plan", "s", "--out", "o", "--ratio", "half"), "invalid float value: 'half'"),
-        (("plan", "s", "--out", "o", "--criterion", "taylor"), "criterion 'taylor' is unknown; choose one of reap,"),
+        (
+            ("plan", "s", "--out", "o", "--criterion", "taylor"),
+            "'taylor' is unknown; choose one of",
+        ),
         (("plan", "s", "--out", "o", "--weights", "code"), "'code' is not GROUP=NUMBER"),
         (("apply", "m", "p", "--out", "o", "--shard-size", "big"), "'big' is not a size"),
         (("observe", "m", "--data", "d", "--out", "o", "--seq-len", "0"), "'0' is not a whole"),
