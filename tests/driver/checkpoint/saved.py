@@ -75,6 +75,24 @@ def scattered(layer: MoELayer, generator: torch.Generator) -> list[int]:
     )
 
 
+def differing() -> Chooser:
+    """5, 4, 7 experts in turn, 3 or all 4 of every routing group; alike in one decoder layer."""
+    places: dict[str, int] = {}
+
+    def choose(layer: MoELayer, generator: torch.Generator) -> list[int]:
+        number = next(part for part in layer.name.split(".") if part.isdigit())
+        place = places.setdefault(number, len(places))
+        keep = (5, 4, 7)[place % 3] if layer.n_group == 1 else (3, 4)[place % 2]
+        size = layer.num_experts // layer.n_group
+        return sorted(
+            group * size + int(expert)
+            for group in range(layer.n_group)
+            for expert in torch.randperm(size, generator=generator)[:keep]
+        )
+
+    return choose
+
+
 def make_plan(
     folder: Path, model: PreTrainedModel, choose: Chooser = scattered, seed: int = 0
 ) -> Plan:

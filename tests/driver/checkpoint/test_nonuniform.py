@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import reap_driver as rd
 from reap_driver.checkpoint import apply_plan
-from reap_driver.discover import MoELayer, find_moe_layers
+from reap_driver.discover import find_moe_layers
 from reap_driver.loading import open_streamed
 from tests.driver import zoo
 from tests.driver.checkpoint import saved
@@ -21,24 +21,6 @@ from tests.driver.checkpoint.test_truth import _CHANGED_BY_LOADING, _REFUSED, lo
 
 # transformers has no class for it; ours is known to reap_driver alone.
 _OWN_CLASS = {"step3p7"}
-
-
-def differing() -> saved.Chooser:
-    """5, 4, 7 experts in turn, 3 or all 4 of every routing group; alike in one decoder layer."""
-    places: dict[str, int] = {}
-
-    def choose(layer: MoELayer, generator: torch.Generator) -> list[int]:
-        number = next(part for part in layer.name.split(".") if part.isdigit())
-        place = places.setdefault(number, len(places))
-        keep = (5, 4, 7)[place % 3] if layer.n_group == 1 else (3, 4)[place % 2]
-        size = layer.num_experts // layer.n_group
-        return sorted(
-            group * size + int(expert)
-            for group in range(layer.n_group)
-            for expert in torch.randperm(size, generator=generator)[:keep]
-        )
-
-    return choose
 
 
 def loader_of(folder: Path) -> Any:
@@ -63,7 +45,7 @@ def test_pruned_checkpoint_equals_masked_original(
 ) -> None:
     full, out = tmp_path / "full", tmp_path / "pruned"
     original = saved.save(name, full)
-    plan = saved.make_plan(full, original, differing())
+    plan = saved.make_plan(full, original, saved.differing())
     apply_plan(full, plan, out, non_uniform=True)
     if name in _CHANGED_BY_LOADING:
         original = rd.load_model(full)
