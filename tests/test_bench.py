@@ -80,7 +80,7 @@ def test_smoke_mode_runs_every_stage(tmp_path: Path) -> None:
     assert skipped == {"needs a CUDA device"}
     single = read(tmp_path / "gpu_kernels.csv")
     assert {row["status"] for row in single} == {"timed"}
-    assert {row["variant"] for row in single} == {"triton", "cuda", "reference"}
+    assert {row["variant"] for row in single} == {"triton", "cuda", "reference", "torch"}
     assert all(float(row["us"]) > 0 and float(row["error"]) < 4e-3 for row in single)
     timed = [row for row in read(tmp_path / "gpu_layer.csv") if row["status"] == "timed"]
     keys = [(row["provider"], row["variant"], row["observed"]) for row in timed]

@@ -387,10 +387,10 @@ def run(
         machine: where.
         checks: what to run.
         deadline: checks that have not begun by then are skipped.
-        workers: processes; default none on the CPU, else half as many as cores, at most 8.
+        workers: processes; default none on the CPU, else three for four cores, at most 12.
     """
     if workers is None:
-        workers = 0 if machine.device.type == "cpu" else max(1, min(8, (os.cpu_count() or 2) // 2))
+        workers = 0 if machine.device.type == "cpu" else max(1, min(12, 3 * (os.cpu_count() or 2) // 4))
     if not workers:
         return [outcome(check, machine.device, deadline) for check in checks]
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork

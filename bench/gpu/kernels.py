@@ -14,6 +14,8 @@ import torch
 from bench.gpu.checks import outcome_of
 from bench.gpu.clock import Deadline, times
 from bench.gpu.layer import SHAPES, TOKENS
+from bench.gpu.logits import NAME as COMPARE
+from bench.gpu.logits import of_vocabulary
 from bench.gpu.machine import Machine
 from bench.gpu.parts import (
     AROUND,
@@ -81,8 +83,8 @@ def run(machine: Machine, deadline: Deadline) -> list[Row]:
 
 
 def _groups(machine: Machine) -> Iterator[list[Part]]:
-    """Parts that are timed in turn: of the first shape and length, of quantised matrices, then of
-    the other shapes.
+    """Parts that are timed in turn: of the first shape and length, of quantised matrices, of
+    logits, then of the other shapes.
     """
     cases = plan(machine.smoke)
     for number, case in enumerate(cases):
@@ -90,6 +92,7 @@ def _groups(machine: Machine) -> Iterator[list[Part]]:
         if number == 0:
             for shape in quantised(machine.smoke):
                 yield of_formats(machine, [shape], DEQUANT_BACKENDS)
+            yield of_vocabulary(machine)
 
 
 def _release(machine: Machine) -> None:
@@ -186,7 +189,7 @@ def _attempt(part: Part, row: Row, timer: Timer | None, machine: Machine) -> Tim
 
 
 _FIGURES = ("calls", "us", "us_p20", "us_p80", "us_queued", "gb_s", "pct_copy")
-_RATIOS = ("observed/unobserved", "cuda/other")
+_RATIOS = ("observed/unobserved", "ours/other")
 _PRINTED = ("shape", "tokens", "kernel", "variant", "status", "us", "pct_copy", "note")
 
 
@@ -200,15 +203,15 @@ def _row(part: Part) -> Row:
 
 
 def _ratios(pairs: list[tuple[Part, Row]]) -> None:
-    """What norms add to the combination, and CUDA's time over the other backend's."""
+    """What norms add to the combination, and a kernel's time over what it replaces."""
     timed = {(p.name, p.variant): row for p, row in pairs if row["status"] == "timed"}
     for (name, variant), row in timed.items():
         plain = timed.get((UNOBSERVED, variant))
         if name == OBSERVED and plain:
             row["observed/unobserved"] = _over(row, plain)
-        others = [own for (n, v), own in timed.items() if n == name and v != "cuda"]
-        if variant == "cuda" and others:
-            row["cuda/other"] = _over(row, others[0])
+        others = [own for (n, v), own in timed.items() if n == name and v != variant]
+        if others and (variant == "cuda" or (name, variant) == (COMPARE, "triton")):
+            row["ours/other"] = _over(row, others[0])
 
 
 def _over(row: Row, other: Row) -> str:

@@ -66,12 +66,12 @@ def kernels(rows: Sequence[Row]) -> str:
             row["kernel"],
             row["variant"],
             *(row[key] for key in ("us", "us_queued", "gb_s", "pct_copy")),
-            *(row[key] for key in ("observed/unobserved", "cuda/other")),
+            *(row[key] for key in ("observed/unobserved", "ours/other")),
         ]
         for row in timed
     ]
     head = ["shape", "size", "kernel", "variant", "us", "us, launched one by one", "GB/s"]
-    head += ["% of copy", "observed / unobserved", "cuda / other"]
+    head += ["% of copy", "observed / unobserved", "time / other's"]
     goals = "; ".join(f"{name}: {goal}" for name, goal in GOALS.items())
     text = f"Goals of the CUDA kernels: {goals}.\n\n" + (markdown(head, body) if body else "")
     return text + _untimed(
@@ -85,6 +85,8 @@ def _length(row: Row) -> str:
     """Tokens of a layer's part, or experts and matrix of a dequantisation."""
     if row["kernel"].startswith("dequantise"):
         return f"{row['E']} x {row['I']} x {row['H']}"
+    if row["k"] == 1:
+        return f"{row['tokens']} x {row['H']}"
     return f"T={row['tokens']}, k={row['k']}"
 
 
