@@ -390,7 +390,8 @@ def run(
         workers: processes; default none on the CPU, else three for four cores, at most 12.
     """
     if workers is None:
-        workers = 0 if machine.device.type == "cpu" else max(1, min(12, 3 * (os.cpu_count() or 2) // 4))
+        several = max(1, min(12, 3 * (os.cpu_count() or 2) // 4))
+        workers = 0 if machine.device.type == "cpu" else several
     if not workers:
         return [outcome(check, machine.device, deadline) for check in checks]
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
