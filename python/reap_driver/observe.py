@@ -6,14 +6,13 @@ same output and the statistics in one pass, and swapped back on exit whatever ha
 
 import contextlib
 import datetime
-import inspect
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import reap_kernels
@@ -21,7 +20,7 @@ from reap_driver.adapters import KernelAdapter
 from reap_driver.compat.experts import Forward
 from reap_driver.compat.models import config_digest
 from reap_driver.discover import MoELayer, adapter_of, block_of, find_moe_layers
-from reap_driver.isolation import documents_apart
+from reap_driver.forward import forward
 from reap_driver.masks import TokenMask
 from reap_kernels import ExpertWeights, GateFormula, LayerStats, SaliencyStats, observe_layer
 from reap_kernels.dispatch import Request, select
@@ -101,20 +100,8 @@ class Observer:
                 whose own output changes with padding, or packed documents in one that cannot keep
                 them apart.
         """
-        # Before the batch moves: on a GPU, reading the ids there would wait for all queued work, as
-        # would the move itself from memory that is not pinned.
-        _check_ids(self.model, batch.get("input_ids"))
-        with (
-            torch.no_grad(),
-            self.tokens.restricted_to(token_mask),
-            documents_apart(self.model.config, batch),
-        ):
-            device = _input_device(self.model)
-            if device.type != "meta":
-                batch = {
-                    k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()
-                }
-            return self.model(**{**_economies(self.model, batch), **batch})
+        with self.tokens.restricted_to(token_mask):
+            return forward(self.model, batch)
 
     @contextlib.contextmanager
     def group(self, name: str) -> Iterator[None]:
@@ -373,47 +360,3 @@ def observe(model: PreTrainedModel, *, backend: str | None = None) -> Observer:
         UnsupportedModel: see `find_moe_layers`.
     """
     return Observer(model, backend)
-
-
-def _economies(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that spare the model work nobody looks at: its cache, and all logits but one."""
-    parameters = inspect.signature(type(model).forward).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    options: dict[str, Any] = {}
-    if "use_cache" in parameters or open_ended:
-        options["use_cache"] = False
-    # A loss needs them all; and where layers share keys and values (gemma4), transformers 5.24 runs
-    # those that make none of their own on the tokens whose logits are kept.
-    text = model.config.get_text_config()
-    shared = bool(getattr(text, "num_kv_shared_layers", 0))
-    if "logits_to_keep" in parameters and "labels" not in batch and not shared:
-        options["logits_to_keep"] = 1
-    return options
-
-
-def _input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go: the embedding's device; a streamed model's first weights may be away."""
-    embeddings = model.get_input_embeddings()
-    weight = next(embeddings.parameters(), None) if embeddings is not None else None
-    return model.device if weight is None or weight.is_meta else weight.device
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; the move from pinned memory is queued, not waited for."""
-    return tensor.to(device, non_blocking=tensor.is_pinned())
-
-
-def _check_ids(model: PreTrainedModel, ids: Tensor | None) -> None:
-    """Raise DataError for an empty batch or a token id the model has no embedding for."""
-    if ids is None:
-        return
-    if not ids.numel():
-        raise DataError(f"input_ids is empty (shape {tuple(ids.shape)}); give at least one token")
-    embeddings = model.get_input_embeddings()
-    size = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
-    low, high = (int(v) for v in torch.aminmax(ids))
-    if size is not None and not 0 <= low <= high < size:
-        raise DataError(
-            f"input_ids holds token id {high if high >= size else low}, outside the model's "
-            f"vocabulary of {size}; tokenise with the model's own tokenizer"
-        )

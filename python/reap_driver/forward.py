@@ -1,0 +1,85 @@
+"""Runs a model on a batch, the way every part of the driver does: checked, moved, and spared what
+nobody looks at.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reap_driver.isolation import documents_apart
+from reap_kernels.errors import DataError
+
+
+def forward(model: PreTrainedModel, batch: Mapping[str, Any], *, all_logits: bool = False) -> Any:
+    """The model's output for a batch; no gradient, no cache.
+
+    Args:
+        model: loaded, or streamed.
+        batch: its own arguments (`input_ids` [batch, seq] int64, ...), moved to its device.
+            `position_ids` [batch, seq] that begin anew inside a row are those of documents packed
+            into it, which are kept apart.
+        all_logits: compute those of every token, where the model can do with the last one's.
+
+    Raises:
+        DataError: empty batch, or a token id outside the vocabulary.
+        UnsupportedModel: packed documents, and the model cannot keep them apart.
+    """
+    # Before the batch moves: on a GPU, reading the ids there would wait for all queued work, as
+    # would the move itself from memory that is not pinned.
+    _check_ids(model, batch.get("input_ids"))
+    with torch.no_grad(), documents_apart(model.config, batch):
+        device = _input_device(model)
+        if device.type != "meta":
+            batch = {k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return model(**{**_economies(model, batch, all_logits), **batch})
+
+
+def _economies(
+    model: PreTrainedModel, batch: Mapping[str, Any], all_logits: bool
+) -> dict[str, Any]:
+    """Arguments that spare the model work nobody looks at: its cache, and all logits but one."""
+    parameters = inspect.signature(type(model).forward).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    options: dict[str, Any] = {}
+    if "use_cache" in parameters or open_ended:
+        options["use_cache"] = False
+    # A loss needs them all; and where layers share keys and values (gemma4), transformers 5.24 runs
+    # those that make none of their own on the tokens whose logits are kept.
+    text = model.config.get_text_config()
+    shared = bool(getattr(text, "num_kv_shared_layers", 0))
+    wanted = all_logits or "labels" in batch or shared
+    if "logits_to_keep" in parameters and not wanted:
+        options["logits_to_keep"] = 1
+    return options
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: the embedding's device; a streamed model's first weights may be away."""
+    embeddings = model.get_input_embeddings()
+    weight = next(embeddings.parameters(), None) if embeddings is not None else None
+    return model.device if weight is None or weight.is_meta else weight.device
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; the move from pinned memory is queued, not waited for."""
+    return tensor.to(device, non_blocking=tensor.is_pinned())
+
+
+def _check_ids(model: PreTrainedModel, ids: Tensor | None) -> None:
+    """Raise DataError for an empty batch or a token id the model has no embedding for."""
+    if ids is None:
+        return
+    if not ids.numel():
+        raise DataError(f"input_ids is empty (shape {tuple(ids.shape)}); give at least one token")
+    embeddings = model.get_input_embeddings()
+    size = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
+    low, high = (int(v) for v in torch.aminmax(ids))
+    if size is not None and not 0 <= low <= high < size:
+        raise DataError(
+            f"input_ids holds token id {high if high >= size else low}, outside the model's "
+            f"vocabulary of {size}; tokenise with the model's own tokenizer"
+        )
