@@ -201,6 +201,9 @@ def meta_model(
     Args:
         config: the configuration.
         cls: the class to build, by default `model_class(config)`.
+
+    Raises:
+        CheckpointError: the configuration has values that no model can be built with.
     """
     from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
@@ -209,7 +212,12 @@ def meta_model(
         for context in (torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights()):
             stack.enter_context(context)
         stack.enter_context(built_per_layer(chosen))
-        return chosen(config)
+        try:
+            return chosen(config)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{chosen.__name__} cannot be built: {_one_line(error)}"
+            ) from error
 
 
 def _raw_config(path_or_id: str | Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from reap_driver.checkpoint import apply_plan, check_plan
 from reap_driver.checkpoint.source import INDEX_NAME
 from reap_driver.compat.models import config_digest, load_config, meta_model
+from reap_driver.loading import load_model
 from reap_driver.plan import LayerPlan, Plan
 from reap_kernels.errors import CheckpointError, PlanError, ReapError, UnsupportedModel
 from tests.driver import zoo
@@ -270,7 +271,46 @@ def test_plan_counting_other_experts(full: Path, plan: Plan) -> None:
 
 def test_plan_with_different_counts(full: Path, plan: Plan) -> None:
     uneven = with_layer(plan, EXPERTS, LayerPlan.keeping(8, (0, 1, 2, 3)))
-    assert_refused(full, uneven, PlanError, EXPERTS, "keeps 4", "one count for all layers")
+    remedies = ("--non-uniform", "--as-masks", "--allocation uniform")
+    readers = ("from_pretrained, vLLM and SGLang", "one count for all layers", "load_pruned.py")
+    assert_refused(full, uneven, PlanError, EXPERTS, "keeps 4", *readers, *remedies)
+
+
+def test_plan_of_layers_of_two_sizes(full: Path, plan: Plan) -> None:
+    """A second stack of experts: config.json says no number for each layer."""
+    uneven = with_layer(plan, EXPERTS, LayerPlan.keeping(16, (0, 1, 2, 3, 4)))
+    says = (EXPERTS, "has 16", "one number for all of them")
+    assert_refused(full, uneven, PlanError, *says, non_uniform=True)
+
+
+def test_plan_with_different_counts_in_one_decoder_layer(tmp_path: Path) -> None:
+    """ERNIE's text and vision experts: the code of their block has one count for both."""
+    model = saved.save("ernie4_5_vl_moe", tmp_path / "full")
+    good = saved.make_plan(tmp_path / "full", model)
+    name = next(name for name in good.layers if "vision" in name)
+    uneven = with_layer(good, name, LayerPlan.keeping(8, (0, 1, 2, 3)))
+    says = (name, "keeps 4", "in one decoder layer")
+    assert_refused(tmp_path / "full", uneven, PlanError, *says, non_uniform=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("all", "'reap' is all, expected"),
+        ({"count_fields": ["num_local_experts"]}, "expected an object of count_fields"),
+        ({"count_fields": ["num_local_experts"], "experts_per_layer": {EXPERTS: 0}}, "restore"),
+        (
+            {"count_fields": ["num_local_experts"], "experts_per_layer": {"a.9.b": 1, EXPERTS: 8}},
+            "names 'a.9', which this model does not have",
+        ),
+    ],
+)
+def test_damaged_settings(full: Path, settings: object, says: str) -> None:
+    saved.change_config(full, reap=settings)
+    with pytest.raises(CheckpointError, match=says):
+        meta_model(load_config(full))
+    with pytest.raises(CheckpointError, match=says):
+        load_model(full)
 
 
 def test_plan_removing_nothing(full: Path, plan: Plan) -> None:

@@ -20,12 +20,20 @@ from tests.driver.checkpoint.saved import same_bytes
 Tensors = dict[str, torch.Tensor]
 
 
-def prune(full: Path, model: PreTrainedModel, **options: Any) -> tuple[Plan, Tensors, Tensors]:
+def prune(
+    full: Path, model: PreTrainedModel, choose: saved.Chooser = saved.scattered, **options: Any
+) -> tuple[Plan, Tensors, Tensors]:
     """(plan, tensors before, tensors after) of one run."""
-    plan = saved.make_plan(full, model)
+    plan = saved.make_plan(full, model, choose)
     before = saved.read_all(full)
-    apply_plan(full, plan, full.parent / "pruned", **options)
+    apply_plan(full, plan, full.parent / "pruned", non_uniform=True, **options)
     return plan, before, saved.read_all(full.parent / "pruned")
+
+
+@pytest.fixture(params=["same", "differing"])
+def choose(request: pytest.FixtureRequest) -> saved.Chooser:
+    """As many experts in every layer, or other numbers (all of them in some)."""
+    return saved.scattered if request.param == "same" else saved.differing()
 
 
 def plan_of(plan: Plan, key: str) -> LayerPlan:
@@ -93,10 +101,10 @@ def as_packed(leaves: dict[str, torch.dtype]) -> Callable[[Tensors], Tensors]:
     return change
 
 
-def test_fp8_scales_move_with_their_expert(tmp_path: Path) -> None:
+def test_fp8_scales_move_with_their_expert(choose: saved.Chooser, tmp_path: Path) -> None:
     model = saved.save("deepseek_v3", tmp_path / "full")
     saved.change_tensors(tmp_path / "full", as_fp8)
-    plan, before, after = prune(tmp_path / "full", model)
+    plan, before, after = prune(tmp_path / "full", model, choose)
     leaves = [f"{p}.{leaf}" for p in PROJECTIONS for leaf in ("weight", "weight_scale_inv")]
     assert_listed(plan, before, after, leaves)
     assert_rest_unchanged(plan, before, after)
@@ -125,11 +133,11 @@ def test_fp8_scales_move_with_their_expert(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
 def test_packed_experts_move_whole(
-    name: str, leaves: dict[str, torch.dtype], tmp_path: Path
+    name: str, leaves: dict[str, torch.dtype], choose: saved.Chooser, tmp_path: Path
 ) -> None:
     model = saved.save(name, tmp_path / "full")
     saved.change_tensors(tmp_path / "full", as_packed(leaves))
-    plan, before, after = prune(tmp_path / "full", model)
+    plan, before, after = prune(tmp_path / "full", model, choose)
     assert_listed(plan, before, after, [f"{p}.{leaf}" for p in PROJECTIONS for leaf in leaves])
     assert_rest_unchanged(plan, before, after)
     for layer, entry in plan.layers.items():
@@ -150,10 +158,12 @@ def as_mxfp4(tensors: Tensors) -> Tensors:
     return out
 
 
-def test_mxfp4_blocks_scales_and_biases_are_cut_alike(tmp_path: Path) -> None:
+def test_mxfp4_blocks_scales_and_biases_are_cut_alike(
+    choose: saved.Chooser, tmp_path: Path
+) -> None:
     model = saved.save("gpt_oss", tmp_path / "full")
     saved.change_tensors(tmp_path / "full", as_mxfp4)
-    plan, before, after = prune(tmp_path / "full", model)
+    plan, before, after = prune(tmp_path / "full", model, choose)
     assert before.keys() == after.keys()
     for layer, entry in plan.layers.items():
         block = layer.removesuffix("experts")
@@ -167,7 +177,7 @@ def test_mxfp4_blocks_scales_and_biases_are_cut_alike(tmp_path: Path) -> None:
     assert_rest_unchanged(plan, before, after)
 
 
-def test_stacked_fp8_scales_are_cut_alike(tmp_path: Path) -> None:
+def test_stacked_fp8_scales_are_cut_alike(choose: saved.Chooser, tmp_path: Path) -> None:
     """Step-3.5 stores gate and up separately, stacked, each with its scale."""
     model = saved.save("step3p7", tmp_path / "full")
 
@@ -180,7 +190,7 @@ def test_stacked_fp8_scales_are_cut_alike(tmp_path: Path) -> None:
         return out
 
     saved.change_tensors(tmp_path / "full", change)
-    plan, before, after = prune(tmp_path / "full", model)
+    plan, before, after = prune(tmp_path / "full", model, choose)
     assert before.keys() == after.keys()
     checked = 0
     for key, value in before.items():

@@ -80,6 +80,47 @@ def test_kept_when_the_plan_names_its_experts(full: Path, tmp_path: Path) -> Non
         assert torch.equal(after[MTP + name], before[MTP + name])
 
 
+def test_kept_with_a_number_of_its_own(full: Path, tmp_path: Path) -> None:
+    """Where layers keep different numbers, an MTP layer's is its own too."""
+    plan = saved.make_plan(full, meta_model(load_config(full)), saved.differing())
+    assert {len(kept) for kept in plan.kept.values()} == {6, 8}
+    kept = (1, 5)
+    plan = replace(plan, layers={**plan.layers, LAYER: LayerPlan.keeping(8, kept)})
+    before = saved.read_all(full)
+    apply_plan(full, plan, tmp_path / "out", mtp="keep", non_uniform=True)
+    after = saved.read_all(tmp_path / "out")
+    for new, old in enumerate(kept):
+        name = "down_proj.weight"
+        assert torch.equal(after[f"{LAYER}.{new}.{name}"], before[f"{LAYER}.{old}.{name}"])
+    assert f"{LAYER}.2.down_proj.weight" not in after
+    gate = f"{MTP}mlp.gate.weight"
+    assert torch.equal(after[gate], before[gate][list(kept)])
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["reap"]
+    assert LAYER not in settings["experts_per_layer"]  # transformers has no such layer
+
+    out = tmp_path / "out"
+    again = saved.make_plan(
+        out,
+        meta_model(load_config(out)),
+        lambda layer, _: list(KEPT if layer.num_experts == 8 else range(6)),
+    )
+    wrong = {**again.layers, LAYER: LayerPlan.keeping(5, kept[:1])}
+    with pytest.raises(PlanError, match=rf"counts 5 experts in '{LAYER}', but .* has shape"):
+        apply_plan(
+            out, replace(again, layers=wrong), tmp_path / "two", mtp="keep", non_uniform=True
+        )
+
+
+def test_another_number_in_the_plan_is_refused(full: Path, tmp_path: Path) -> None:
+    plan = saved.make_plan(full, meta_model(load_config(full)), saved.differing())
+    for count, says in ((7, "8 experts but .* 7"), (5, "8 experts but .* 5")):
+        wrong = {**plan.layers, LAYER: LayerPlan.keeping(count, (0, 1))}
+        with pytest.raises(PlanError, match=says):
+            apply_plan(
+                full, replace(plan, layers=wrong), tmp_path / "out", mtp="keep", non_uniform=True
+            )
+
+
 def test_keeping_unplanned_experts_is_refused(full: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=rf"no entry '{LAYER}'.*--mtp drop"):
         apply_plan(full, plan_for(full), tmp_path / "out", mtp="keep")
