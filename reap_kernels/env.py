@@ -12,7 +12,7 @@ dtype), `float32`, or `auto` (native where the CPU has instructions for it). Def
 `REAP_SCRATCH_BYTES`: scratch a GPU backend may hold in one layer, in bytes; a call that needs more
 is computed in parts. Default: a quarter of free device memory.
 
-`REAP_CACHE_DIR`: where verdicts of the kernels' self-checks are kept. Default:
+`REAP_CACHE_DIR`: where verdicts of the kernels' self-checks and tokenised data are kept. Default:
 `$XDG_CACHE_HOME/reap-kernels`, or `~/.cache/reap-kernels`.
 
 `REAP_CUDA_HOST`: path of the kernels of `csrc/` compiled for the CPU (`make host`), which makes the
@@ -90,7 +90,7 @@ def scratch_bytes() -> int | None:
 
 
 def cache_dir() -> Path:
-    """Where verdicts of self-checks are kept."""
+    """Where verdicts of self-checks and tokenised data are kept."""
     own = os.environ.get("REAP_CACHE_DIR")
     if own:
         return Path(own)

@@ -14,15 +14,21 @@ Runs the model once over your data and saves, for every expert, how often it was
 it contributed. The slow step, and the only one that loads the weights: plans made from the
 statistics later cost seconds, whatever criterion, ratio or weights of groups you try.
 
-Records are JSON lines, Parquet rows or text files. A record has `input_ids` (token ids), `text`,
-or `messages` (put through the model's chat template). Documents are packed end to end into
-sequences of --seq-len tokens; nothing is padded and nothing is cut off.
+Records are JSON lines, Parquet rows, text files or rows of a hub data set, of any common shape:
+`text`, `messages` (put through the model's chat template), `instruction` and `output`, `input_ids`,
+and more. Documents are packed end to end into sequences of --seq-len tokens, where nothing is
+padded and nothing is cut off; --packing has other ways.
+
+Statistics are kept by group, and for --folds shares of the sequences beside the whole: what `plan`
+and `report` say of how sure a choice is comes from them.
 """
 EXAMPLES = """\
 examples:
   reap-kernels observe MODEL --data code.jsonl --out stats.safetensors
   reap-kernels observe MODEL --data code=src.parquet:700 --data tools=calls.jsonl:330 \\
       --seq-len 2048 --out stats.safetensors
+  reap-kernels observe MODEL --recipe mix.yaml --packing none --max-len 16384 --answers-only \\
+      --out stats.safetensors
   reap-kernels observe config.json --dry-run --tokens 24M
 """
 

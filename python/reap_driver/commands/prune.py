@@ -19,8 +19,9 @@ ones that matter least. Everything that could refuse the model, the data or the 
 before the weights are loaded. The output also holds the statistics and the plan it came from, in
 DIR/reap.
 
-Records are JSON lines, Parquet rows or text files. A record has `input_ids` (token ids), `text`, or
-`messages` (put through the model's chat template).
+Records are JSON lines, Parquet rows, text files or rows of a hub data set, of any common shape:
+`text`, `messages` (put through the model's chat template), `instruction` and `output`, `input_ids`,
+and more.
 """
 EXAMPLES = """\
 examples:
