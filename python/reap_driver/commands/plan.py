@@ -85,10 +85,12 @@ def certainty(plan: "Plan", stats: "SaliencyStats", console: Console) -> dict[st
     if not stats.parts or not criterion_named(plan.criterion).is_sum:
         return {}
     from reap_driver.stability import CERTAIN, keep_probability, margin
+    from reap_driver.threads import single_threaded
     from reap_kernels.errors import DataError
 
     try:
-        inside = margin(keep_probability(stats, plan))
+        with single_threaded():
+            inside = margin(keep_probability(stats, plan))
     except DataError as error:
         console.note(f"how sure the plan is cannot be told: {error}")
         return {}

@@ -28,6 +28,8 @@ examples:
   reap-kernels prune MODEL --data code.jsonl --ratio 0.5 --out MODEL-half
   reap-kernels prune MODEL --data code.jsonl:1000 --data chat.parquet:500 --ratio 0.25 --out OUT
   reap-kernels prune MODEL --data notes/ --dtype bfloat16 --device cuda --ratio 0.4 --out OUT
+  reap-kernels prune MODEL --data code.jsonl --protect super --criterion msan --out OUT
+  reap-kernels prune MODEL --data code.jsonl --allocation global --non-uniform --out OUT
   reap-kernels prune MODEL --data notes/ --dry-run
 """
 

@@ -1,0 +1,115 @@
+"""Deciding which experts go: `reap-kernels plan` on statistics of 92 layers of 512 experts.
+
+The statistics are random, in five groups and eight parts, which is a file of 136 MB; of the steps
+of the command each is timed in a process of its own, that has imported torch, and the whole command
+beside `import torch` alone. Steps run with one thread; medians of the rounds.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import reduce
+from pathlib import Path
+
+import torch
+
+from bench import rows
+from reap_kernels import LayerStats, SaliencyStats
+
+LAYERS, EXPERTS, GROUPS, PARTS = 92, 512, 5, 8
+
+_STEPS = """
+import json, sys, time
+import torch
+torch.set_num_threads(1)
+from reap_driver.criteria import score
+from reap_driver.planning import make_plan
+from reap_driver.stability import keep_probability, margin
+from reap_kernels import SaliencyStats
+
+taken = {}
+def step(name, function):
+    start = time.perf_counter()
+    result = function()
+    taken[name] = time.perf_counter() - start
+    return result
+
+stats = step("load", lambda: SaliencyStats.load(sys.argv[1]))
+scores = step("score", lambda: score(stats))
+plan = step("plan", lambda: make_plan(scores, 0.5))
+step("global", lambda: make_plan(scores, 0.5, allocation="global"))
+step("margin", lambda: margin(keep_probability(stats, plan)))
+step("save", lambda: plan.save(sys.argv[2]))
+print(json.dumps(taken))
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Makes the statistics, takes turns, appends one row of medians."""
+    parser = argparse.ArgumentParser(prog="python -m bench plan_cpu", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="reap-bench-") as name:
+        stats, plan = Path(name) / "stats.safetensors", Path(name) / "plan.json"
+        made(torch.Generator().manual_seed(0)).save(stats)
+        size = stats.stat().st_size
+        command = [sys.executable, "-m", "reap_driver", "plan", stats, "--out", plan, "--overwrite"]
+        taken: dict[str, list[float]] = {}
+        for _ in range(options.rounds + 1):
+            run = subprocess.run(
+                [sys.executable, "-c", _STEPS, stats, plan], check=True, capture_output=True
+            )
+            seconds = json.loads(run.stdout)
+            seconds["import_torch"] = elapsed([sys.executable, "-c", "import torch"])
+            seconds["command"] = elapsed(command)
+            for step, value in seconds.items():
+                taken.setdefault(step, []).append(value)
+    row: dict[str, object] = {
+        "layers": LAYERS,
+        "experts": EXPERTS,
+        "groups": GROUPS,
+        "parts": PARTS,
+        "file_mb": f"{size / 1e6:.0f}",
+        "rounds": options.rounds,
+    }
+    # The first round warms the page cache.
+    row |= {f"{step}_s": f"{statistics.median(times[1:]):.3f}" for step, times in taken.items()}
+    rows.write("plan_cpu", [row])
+
+
+def elapsed(command: list[object]) -> float:
+    """Seconds a command takes."""
+    start = time.perf_counter()
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def made(draw: torch.Generator) -> SaliencyStats:
+    """Statistics of experts that differ by more than their parts do."""
+    names = [f"model.layers.{n}.mlp.experts" for n in range(LAYERS)]
+    facts = {"num_experts": EXPERTS, "top_k": 8, "n_group": 1, "topk_group": 1}
+    provenance = {"model": {"id": "bench"}, "layers": dict.fromkeys(names, facts)}
+    groups = [f"group{n}" for n in range(GROUPS)]
+    worth = {name: torch.rand(EXPERTS, generator=draw, dtype=torch.float64) for name in names}
+    parts = [
+        SaliencyStats({name: _layer(worth[name], draw) for name in names}, groups, dict(provenance))
+        for _ in range(PARTS)
+    ]
+    whole = reduce(SaliencyStats.merge, parts)
+    return SaliencyStats(whole.layers, groups, provenance, parts)
+
+
+def _layer(worth: torch.Tensor, draw: torch.Generator) -> LayerStats:
+    """One layer of one part: about 500 rows an expert and group, scores scattered by 3 %."""
+    layer = LayerStats(EXPERTS, GROUPS)
+    count = torch.poisson(torch.full((GROUPS, EXPERTS), 500.0), generator=draw)
+    noise = torch.randn(count.shape, generator=draw, dtype=torch.float64)
+    layer.count.copy_(count)
+    layer.sums.copy_((count * worth * (1 + 0.03 * noise)).expand_as(layer.sums))
+    layer.extrema[0], layer.extrema[1] = 1.0, -1.0
+    layer.tokens += int(count.sum()) // (8 * GROUPS)
+    return layer
