@@ -5,8 +5,8 @@ token to token in another way passes the boundary: the state of a linear attenti
 layer, the window of a convolution, the choice of keys of a sparse indexer.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -114,8 +114,9 @@ def check_isolation(config: PretrainedConfig) -> None:
         )
 
 
-@contextlib.contextmanager
-def documents_apart(config: PretrainedConfig, batch: Mapping[str, Any]) -> Iterator[None]:
+def documents_apart(
+    config: PretrainedConfig, batch: Mapping[str, Any]
+) -> AbstractContextManager[None]:
     """Inside, a forward on the batch keeps documents apart that its positions say are packed.
 
     Args:
@@ -126,19 +127,13 @@ def documents_apart(config: PretrainedConfig, batch: Mapping[str, Any]) -> Itera
     Raises:
         UnsupportedModel: the model cannot.
     """
-    positions = batch.get("position_ids")
     if set(batch) == {"input_ids"}:
-        with never_packed():
-            yield
-        return
-    plain = isinstance(positions, Tensor) and positions.ndim == 2
-    if not plain or batch.get("attention_mask") is not None:
-        yield
-        return
-    documents = documents_of(positions)
+        return never_packed()
+    positions = batch.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.ndim != 2:
+        return nullcontext()
+    documents = documents_of(positions) if batch.get("attention_mask") is None else None
     if documents is None:
-        yield
-        return
+        return nullcontext()
     check_isolation(config)
-    with packed(documents):
-        yield
+    return packed(documents)
