@@ -133,6 +133,20 @@ def test_answers_alone_are_counted(run: Run, model: Path, chats: Path, tmp_path:
     assert f"; {facts['counted_tokens']} counted" in told
 
 
+def test_blocks_that_take_no_mask_are_refused_answers_alone(
+    run: Run, model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the data are read."""
+    from reap_driver.adapters.stacked import StackedExperts
+
+    monkeypatch.setattr(StackedExperts, "takes_mask", False)
+    words = ("observe", model, "--data", chats, "--out", tmp_path / "out")
+    done = run(*words, "--answers-only")
+    assert done.code == 3
+    assert "a layer of it routes inside its block, so that no token can be left out" in done.error
+    assert run(*words, "--packing", "none", "--batch-size", 8).code == 0  # rows of one length
+
+
 def test_thinking_is_the_templates_business(run: Run, model: Path, tmp_path: Path) -> None:
     """Three ways to call one that knows it."""
     text = "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}" + TEMPLATE
