@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reap_driver.checkpoint import ApplyReport, apply_plan
+    from reap_driver.compare import Comparison, compare
     from reap_driver.compat.models import load_config
     from reap_driver.criteria import Scores, score
     from reap_driver.discover import MoELayer, find_moe_layers
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ApplyReport": "reap_driver.checkpoint",
+    "Comparison": "reap_driver.compare",
     "LayerPlan": "reap_driver.plan",
     "LayerStats": "reap_kernels",
     "MoELayer": "reap_driver.discover",
@@ -39,6 +41,7 @@ _HOMES = {
     "__version__": "reap_kernels",
     "Scores": "reap_driver.criteria",
     "apply_plan": "reap_driver.checkpoint",
+    "compare": "reap_driver.compare",
     "find_moe_layers": "reap_driver.discover",
     "load_config": "reap_driver.compat.models",
     "load_model": "reap_driver.loading",
@@ -54,6 +57,7 @@ _HOMES = {
 
 __all__ = [
     "ApplyReport",
+    "Comparison",
     "LayerPlan",
     "LayerStats",
     "MoELayer",
@@ -63,6 +67,7 @@ __all__ = [
     "Scores",
     "__version__",
     "apply_plan",
+    "compare",
     "find_moe_layers",
     "load_config",
     "load_model",
