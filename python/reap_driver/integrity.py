@@ -116,7 +116,8 @@ def orphans(
         UnsupportedModel: see `RoutingObserver` and `observe`.
         DataError: see `observe`.
     """
-    with RoutingObserver(model, plan) as observer:
+    observer = RoutingObserver(model, plan)
+    with observer:
         for batch in batches:
             observer(**batch)
     return observer.orphans

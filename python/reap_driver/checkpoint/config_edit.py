@@ -83,7 +83,7 @@ def with_counts(
     edited.pop(SETTINGS, None)
     if len(set(counts.values())) > 1:
         names = [".".join(field) for field in fields]
-        edited[SETTINGS] = {"count_fields": names, "experts_per_layer": dict(counts)}
+        edited[SETTINGS] = {"count_fields": names, "counts": dict(counts)}
     return edited
 
 

@@ -49,7 +49,7 @@ def _stacks(model: PreTrainedModel, layers: Mapping[str, int]) -> list[dict[str,
 def _own_counts(model: PreTrainedModel) -> Mapping[str, int]:
     """Layers to which the configuration gives numbers of their own, with these."""
     settings = getattr(model.config, SETTINGS, None) or {}
-    found: Mapping[str, int] = settings.get("experts_per_layer", {})
+    found: Mapping[str, int] = settings.get("counts", {})
     return found
 
 

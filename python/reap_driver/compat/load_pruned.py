@@ -8,13 +8,13 @@ transformers gives every layer of a model the one number of experts that config.
 largest here, so its own `from_pretrained` refuses the other layers' weights. The numbers of the
 single layers stand beside it:
 
-    "reap": {
+    "experts_per_layer": {
       "count_fields": ["num_experts"],
-      "experts_per_layer": {"model.layers.0.mlp.experts": 96, "model.layers.1.mlp.experts": 64}
+      "counts": {"model.layers.0.mlp.experts": 96, "model.layers.1.mlp.experts": 64}
     }
 
 `count_fields` are the fields of the configuration (dotted where they are nested) that give a
-number to all layers, `experts_per_layer` is the number of each experts module. The model is built
+number to all layers, `counts` are the numbers of the single experts modules. The model is built
 once for every number that occurs, without weights, and each decoder layer is taken from the model
 with its own number. Loading, saving, devices and quantisation are the library's.
 """
@@ -30,7 +30,8 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-SETTINGS = "reap"  # the key in config.json
+SETTINGS = "experts_per_layer"  # the key in config.json
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")  # where the files come from
 
 
 def from_pretrained(path_or_id: str, **options: Any) -> PreTrainedModel:
@@ -43,13 +44,14 @@ def from_pretrained(path_or_id: str, **options: Any) -> PreTrainedModel:
     Raises:
         ValueError: transformers has no class for the model, or the settings are damaged.
     """
-    raw, _ = PretrainedConfig.get_config_dict(path_or_id)
+    hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
+    raw, _ = PretrainedConfig.get_config_dict(path_or_id, **hub)
     name = (raw.get("architectures") or [""])[0]
     remote = (raw.get("auto_map") or {}).get("AutoModelForCausalLM")
     cls: Any
     if options.get("trust_remote_code") and remote is not None:
-        config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=True)
-        cls = get_class_from_dynamic_module(remote, path_or_id)
+        config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=True, **hub)
+        cls = get_class_from_dynamic_module(remote, path_or_id, **hub)
     else:
         cls = getattr(transformers, name, None)
         if cls is None:
@@ -58,7 +60,7 @@ def from_pretrained(path_or_id: str, **options: Any) -> PreTrainedModel:
                 "another version, trust_remote_code=True for code that comes with the checkpoint, "
                 "or load_model of reap_driver"
             )
-        config = cls.config_class.from_pretrained(path_or_id)
+        config = cls.config_class.from_pretrained(path_or_id, **hub)
         config.model_type = cls.config_class.model_type  # not an alias the library does not know
     with built_per_layer(cls):
         model: PreTrainedModel = cls.from_pretrained(path_or_id, config=config, **options)
@@ -66,8 +68,9 @@ def from_pretrained(path_or_id: str, **options: Any) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def built_per_layer(cls: type[PreTrainedModel]) -> Iterator[None]:
-    """Inside, models of `cls` get the numbers of experts that their configuration gives each layer.
+def built_per_layer(cls: Any) -> Iterator[None]:
+    """Inside, models of class `cls` get the numbers of experts that their configuration gives each
+    layer.
 
     A configuration without such numbers builds what it always builds.
     """
@@ -83,14 +86,14 @@ def built_per_layer(cls: type[PreTrainedModel]) -> Iterator[None]:
             for layer in {_decoder_layer(name) for name in counts if counts[name] == count}:
                 _take_layer(self, other, layer)
 
-    cls.__init__ = build  # type: ignore[method-assign]
+    cls.__init__ = build
     try:
         yield
     finally:
         if inherited:
             del cls.__init__
         else:
-            cls.__init__ = own  # type: ignore[method-assign]
+            cls.__init__ = own
 
 
 def _settings(config: PretrainedConfig) -> tuple[list[str], Mapping[str, int]]:
@@ -98,13 +101,13 @@ def _settings(config: PretrainedConfig) -> tuple[list[str], Mapping[str, int]]:
     found = getattr(config, SETTINGS, None)
     if found is None:
         return [], {}
-    fields = found.get("count_fields") if isinstance(found, dict) else None
-    counts = found.get("experts_per_layer") if isinstance(found, dict) else None
+    fields: Any = found.get("count_fields") if isinstance(found, dict) else None
+    counts: Any = found.get("counts") if isinstance(found, dict) else None
     fine = isinstance(fields, list) and fields and isinstance(counts, dict) and counts
     if not fine or not all(isinstance(n, int) and n > 0 for n in counts.values()):
         raise ValueError(
             f"config.json: {SETTINGS!r} is {str(found)[:80]}, expected an object of count_fields "
-            "(names) and experts_per_layer (numbers by layer); restore the file"
+            "(names) and counts (numbers by layer); restore the file"
         )
     return fields, counts
 

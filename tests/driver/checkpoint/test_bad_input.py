@@ -296,17 +296,17 @@ def test_plan_with_different_counts_in_one_decoder_layer(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ("all", "'reap' is all, expected"),
+        ("all", "'experts_per_layer' is all, expected"),
         ({"count_fields": ["num_local_experts"]}, "expected an object of count_fields"),
-        ({"count_fields": ["num_local_experts"], "experts_per_layer": {EXPERTS: 0}}, "restore"),
+        ({"count_fields": ["num_local_experts"], "counts": {EXPERTS: 0}}, "restore"),
         (
-            {"count_fields": ["num_local_experts"], "experts_per_layer": {"a.9.b": 1, EXPERTS: 8}},
+            {"count_fields": ["num_local_experts"], "counts": {"a.9.b": 1, EXPERTS: 8}},
             "names 'a.9', which this model does not have",
         ),
     ],
 )
 def test_damaged_settings(full: Path, settings: object, says: str) -> None:
-    saved.change_config(full, reap=settings)
+    saved.change_config(full, experts_per_layer=settings)
     with pytest.raises(CheckpointError, match=says):
         meta_model(load_config(full))
     with pytest.raises(CheckpointError, match=says):

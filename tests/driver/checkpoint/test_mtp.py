@@ -95,8 +95,8 @@ def test_kept_with_a_number_of_its_own(full: Path, tmp_path: Path) -> None:
     assert f"{LAYER}.2.down_proj.weight" not in after
     gate = f"{MTP}mlp.gate.weight"
     assert torch.equal(after[gate], before[gate][list(kept)])
-    settings = json.loads((tmp_path / "out" / "config.json").read_text())["reap"]
-    assert LAYER not in settings["experts_per_layer"]  # transformers has no such layer
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["experts_per_layer"]
+    assert LAYER not in settings["counts"]  # transformers has no such layer
 
     out = tmp_path / "out"
     again = saved.make_plan(

@@ -94,11 +94,11 @@ def test_config_says_the_largest_and_all(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "pruned" / "config.json").read_text())
     assert config["num_local_experts"] == 5
     per_layer = {"model.layers.0.mlp.experts": 5, "model.layers.1.mlp.experts": 4}
-    settings = {"count_fields": ["num_local_experts"], "experts_per_layer": per_layer}
-    assert config["reap"] == settings
+    settings = {"count_fields": ["num_local_experts"], "counts": per_layer}
+    assert config["experts_per_layer"] == settings
     assert {name: len(kept) for name, kept in plan.kept.items()} == per_layer
     before = json.loads((tmp_path / "full" / "config.json").read_text())
-    assert config == {**before, "num_local_experts": 5, "reap": settings}
+    assert config == {**before, "num_local_experts": 5, "experts_per_layer": settings}
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v4", "qwen3_vl_moe", "dbrx"])
@@ -118,7 +118,7 @@ def test_settings_outlive_the_library(tmp_path: Path) -> None:
     inputs = zoo.tiny_inputs("glm4_moe", pruned.config)
     assert torch.equal(logits(rd.load_model(tmp_path / "again"), inputs), logits(pruned, inputs))
     config = AutoConfig.from_pretrained(tmp_path / "pruned")
-    assert config.reap == load_config(tmp_path / "again").reap
+    assert config.experts_per_layer == load_config(tmp_path / "again").experts_per_layer
     assert config_digest(config) != config_digest(load_config(tmp_path / "full"))
 
 
@@ -185,7 +185,7 @@ def test_it_can_be_pruned_again(name: str, same: bool, tmp_path: Path) -> None:
     report = apply_plan(half, plan, out, non_uniform=not same)
     assert report.uniform is same
     assert (out / "load_pruned.py").exists() is not same
-    assert ("reap" in json.loads((out / "config.json").read_text())) is not same
+    assert ("experts_per_layer" in json.loads((out / "config.json").read_text())) is not same
     inputs = zoo.tiny_inputs(name, model.config)
     again = load(out) if same else rd.load_model(out)
     with rd.masked_experts(model, plan.kept):
