@@ -16,9 +16,10 @@ from reap_driver.calibration.prefetch import prefetched, ready_for
 from reap_driver.interrupts import Interrupted, Stop
 from reap_driver.journal import Journal
 from reap_driver.loading import StreamedModel
-from reap_driver.observe import Observer
+from reap_driver.observe import DEFAULT_GROUP, Observer
 from reap_driver.streaming.runner import LayerRunner
 from reap_driver.streaming.store import StateStore
+from reap_kernels.errors import DataError
 
 _LISTEN = 0.1  # seconds between two looks at whether somebody has asked the run to end
 
@@ -33,6 +34,35 @@ class Batches(Protocol):
     def inputs(self, number: int) -> dict[str, Tensor]:
         """The observer's arguments: `input_ids` [batch, seq] int64 and what goes with them."""
         ...
+
+
+@dataclass(frozen=True)
+class Given:
+    """Batches and their groups as they were given from Python."""
+
+    batches: Sequence[Mapping[str, Tensor]]
+    groups: Sequence[str]
+
+    @classmethod
+    def checked(
+        cls, batches: Sequence[Mapping[str, Tensor]], groups: Sequence[str] | None
+    ) -> "Given":
+        """Raises DataError unless there is a batch, and a group for each; None: one for all."""
+        names = [DEFAULT_GROUP] * len(batches) if groups is None else list(groups)
+        if not batches or len(names) != len(batches):
+            raise DataError(
+                f"{len(batches)} batches and {len(names)} groups: give at least one batch, and one "
+                "group for each"
+            )
+        return cls(batches, names)
+
+    def group(self, number: int) -> str:
+        """See `Batches`."""
+        return self.groups[number]
+
+    def inputs(self, number: int) -> dict[str, Tensor]:
+        """See `Batches`."""
+        return dict(self.batches[number])
 
 
 @dataclass

@@ -3,7 +3,6 @@
 import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,11 +11,10 @@ from torch import Tensor
 from reap_driver import run as runs
 from reap_driver.interrupts import Stop
 from reap_driver.loading import open_streamed
-from reap_driver.observe import DEFAULT_GROUP, observe
-from reap_driver.run import Run
+from reap_driver.observe import observe
+from reap_driver.run import Given, Run
 from reap_driver.streaming.store import Place, StateStore
 from reap_kernels import SaliencyStats
-from reap_kernels.errors import DataError
 
 
 def observe_streamed(
@@ -54,12 +52,7 @@ def observe_streamed(
         CheckpointError, UnsupportedModel: see `load_model`; or the model hands on more between its
             layers than can be kept.
     """
-    names = [DEFAULT_GROUP] * len(batches) if groups is None else list(groups)
-    if not batches or len(names) != len(batches):
-        raise DataError(
-            f"{len(batches)} batches and {len(names)} groups: give at least one batch, and one "
-            "group for each"
-        )
+    given = Given.checked(batches, groups)
     with contextlib.ExitStack() as stack:
         folder = park_folder
         if park == "file" and folder is None:
@@ -72,20 +65,6 @@ def observe_streamed(
         store = StateStore(park, streamed.device, None if folder is None else Path(folder))
         stack.callback(store.close)
         observer = observe(streamed.model, backend=backend)
-        run = Run(observer, _Given(batches, names), range(len(batches)), Stop())
+        run = Run(observer, given, range(len(batches)), Stop())
         runs.observe_streamed(run, streamed, store)
         return observer.stats
-
-
-@dataclass(frozen=True)
-class _Given:
-    """Batches and their groups as they were given."""
-
-    batches: Sequence[Mapping[str, Tensor]]
-    groups: Sequence[str]
-
-    def group(self, number: int) -> str:
-        return self.groups[number]
-
-    def inputs(self, number: int) -> dict[str, Tensor]:
-        return dict(self.batches[number])
