@@ -121,3 +121,43 @@ def test_a_model_without_vocabulary_size(folder: Path, config: PretrainedConfig)
     assert encode(encoder, {"input_ids": [70000]}) == [[70000]]
     with pytest.raises(DataError, match="token id 2147483648"):
         encode(encoder, {"input_ids": [2**31]})
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(
+    folder: Path, config: PretrainedConfig
+) -> None:
+    config.vocab_size = 100
+    encoder = Encoder(folder, config)
+    assert all(token < 100 for token in encode(encoder, {"text": "abc"})[0])
+    with pytest.raises(DataError, match=r"data.jsonl:1: token id \d+ is outside the vocabulary"):
+        encode(encoder, {"text": "é"})
+    with pytest.raises(DataError, match=r"data.jsonl:1: token id 100 is outside"):
+        encode(encoder, {"input_ids": [100]})
+
+
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_what_the_tokenizer_file_cuts_and_pads_is_not(
+    folder: Path, config: PretrainedConfig, answers_only: bool
+) -> None:
+    whole = AutoTokenizer.from_pretrained(folder)(["abcdefg", "a"])["input_ids"]
+    path = folder / "tokenizer.json"
+    facts = json.loads(path.read_text())
+    facts["truncation"] = {
+        "max_length": 3,
+        "strategy": "LongestFirst",
+        "direction": "Right",
+        "stride": 0,
+    }
+    facts["padding"] = {
+        "strategy": {"Fixed": 5},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
+    }
+    path.write_text(json.dumps(facts))
+    (folder / "chat_template.jinja").unlink()
+    encoder = Encoder(folder, config, answers_only=answers_only)
+    records = [{"prompt": "", "completion": "abcdefg"}, {"prompt": "", "completion": "a"}]
+    assert encode(encoder, *records) == whole

@@ -1,0 +1,141 @@
+"""Records read, tokenised and packed beside the tokenizer alone on the same texts, CPU.
+
+Three variants run in turn, several rounds, in one process, so with the same threads: ours, from
+JSON lines to packed sequences; the tokenizer called on lists of 1,000 texts that are in memory
+already; and the same asked for token ids only, as ours asks it. A figure is the median over rounds
+of the ratio to ours in the same round, of seconds that passed and of seconds of processors, which
+other work on the machine moves less. Texts are words of this project's sources; messages are
+rendered beforehand for the tokenizer alone, and by our part in its time.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import statistics
+import tempfile
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from bench import rows
+from reap_driver.calibration import DataSource, Encoder, PackedSource, pack
+from reap_driver.compat.models import load_config
+
+MODEL = rows.ROOT / "python/reap_driver/demo/model"
+SHAPES = ("text", "messages")
+_BATCH = 1000
+
+Times = tuple[float, float]  # seconds that passed, of processors
+
+
+def _words() -> list[str]:
+    files = sorted((rows.ROOT / "python").rglob("*.py"))
+    return [word for file in files for word in file.read_text(encoding="utf-8").split()]
+
+
+def _records(shape: str, count: int) -> list[dict[str, Any]]:
+    """Records of 10 to 190 words, or conversations of four turns that have as many together."""
+    rng, words = random.Random(0), _words()
+    made = []
+    for _ in range(count):
+        said = rng.choices(words, k=rng.randint(10, 190))
+        if shape == "text":
+            made.append({"text": " ".join(said)})
+        else:
+            parts = [" ".join(said[turn::4]) for turn in range(4)]
+            roles = ("user", "assistant") * 2
+            turns = zip(roles, parts, strict=True)
+            made.append({"messages": [{"role": role, "content": part} for role, part in turns]})
+    return made
+
+
+def _texts(tokenizer: Any, records: list[dict[str, Any]]) -> list[str]:
+    if "text" in records[0]:
+        return [record["text"] for record in records]
+    return [tokenizer.apply_chat_template(r["messages"], tokenize=False) for r in records]
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, Times]:
+    start, processors = time.perf_counter(), time.process_time()
+    result = work()
+    return result, (time.perf_counter() - start, time.process_time() - processors)
+
+
+def _alone(tokenizer: Any, texts: list[str], **options: bool) -> list[list[int]]:
+    found = []
+    for start in range(0, len(texts), _BATCH):
+        found += tokenizer(texts[start : start + _BATCH], **options)["input_ids"]
+    return found
+
+
+def _verify(packed: PackedSource, documents: list[list[int]]) -> None:
+    """No figure before the packed ids are the tokenizer's, with separators between documents."""
+    ids = array("i")
+    for document in documents:
+        if ids and ids[-1] != packed.separator:
+            ids.append(packed.separator)
+        ids.extend(document)
+    digests = [hashlib.sha256(data).hexdigest() for data in (ids, packed.ids.numpy().data)]
+    if digests[0] != digests[1]:
+        raise SystemExit("the packed ids are not those of the tokenizer")
+
+
+def measure(shape: str, count: int, rounds: int) -> dict[str, object]:
+    """One row: seconds of each variant, and speed of ours over that of the tokenizer alone."""
+    tokenizer, config = AutoTokenizer.from_pretrained(MODEL), load_config(MODEL)
+    records = _records(shape, count)
+    texts = _texts(tokenizer, records)
+    special = {"add_special_tokens": shape == "text"}
+    slim = {**special, "return_attention_mask": False, "return_token_type_ids": False}
+    taken: dict[str, list[Times]] = {"ours": [], "alone": [], "ids": []}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "records.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        del records
+        source = DataSource(path, "bench")
+        for turn in range(rounds):
+            work = lambda: pack(source, Encoder(MODEL, config), seq_len=2048)  # noqa: E731
+            packed, times = _timed(work)
+            taken["ours"].append(times)
+            documents, times = _timed(lambda: _alone(tokenizer, texts, **special))
+            taken["alone"].append(times)
+            if turn == 0:
+                _verify(packed, documents)
+            del documents
+            taken["ids"].append(_timed(lambda: _alone(tokenizer, texts, **slim))[1])
+    seconds = {name: statistics.median(t[0] for t in times) for name, times in taken.items()}
+    row: dict[str, object] = {
+        "shape": shape,
+        "records": count,
+        "tokens": len(packed.ids),
+        "rounds": rounds,
+        **{f"{name}_s": f"{value:.2f}" for name, value in seconds.items()},
+        "ours_tokens_per_s": f"{len(packed.ids) / seconds['ours']:.0f}",
+    }
+    for kind, part in (("passed", 0), ("processor", 1)):
+        for name in ("alone", "ids"):
+            pairs = zip(taken[name], taken["ours"], strict=True)
+            ratio = statistics.median(theirs[part] / ours[part] for theirs, ours in pairs)
+            row[f"{name}/ours_{kind}"] = f"{ratio:.3f}"
+    return row
+
+
+def main(arguments: list[str]) -> None:
+    """Runs texts and messages; prints the rows, and appends them with --record."""
+    parser = argparse.ArgumentParser(prog="python -m bench calibration_cpu", description=__doc__)
+    parser.add_argument("--records", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shape", choices=SHAPES, action="append")
+    parser.add_argument("--record", action="store_true", help="append the rows to bench/results")
+    options = parser.parse_args(arguments)
+    for shape in options.shape or SHAPES:
+        row = measure(shape, options.records, options.rounds)
+        if options.record:
+            rows.write("calibration_cpu", [row])
+        else:
+            print(row, flush=True)
