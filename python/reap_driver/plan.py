@@ -133,6 +133,7 @@ class Plan:
         if "settings" in content:  # plans of before had none
             fields["settings"] = _checked(path, content, "settings", dict)
         fields["layers"] = {name: _load_layer(path, name, e) for name, e in layers.items()}
+        _check_protected(path, fields.get("settings", {}).get("protected", {}), fields["layers"])
         return cls(**fields)
 
 
@@ -174,6 +175,17 @@ def _load_layer(path: Any, name: str, entry: Any) -> LayerPlan:
         return LayerPlan(fields["num_experts"], tuple(fields["kept"]), tuple(fields["removed"]))
     except PlanError as error:
         raise PlanError(f"plan {where}: {error}; make the plan again") from error
+
+
+def _check_protected(path: Any, protected: Any, layers: Mapping[str, LayerPlan]) -> None:
+    """Protected experts are kept ones, as who edits a plan may forget."""
+    for name, ids in protected.items() if isinstance(protected, dict) else [("", protected)]:
+        kept = set(layers[name].kept) if name in layers else set()
+        if not isinstance(ids, list) or not all(isinstance(e, int) and e in kept for e in ids):
+            raise PlanError(
+                f"plan {path}: settings.protected of layer {name!r} is {_short(ids)}, but these "
+                "are not ids that the layer keeps; keep them, or protect others"
+            )
 
 
 def _short(value: Any) -> str:

@@ -123,13 +123,16 @@ def facts(plan: "Plan") -> dict[str, Any]:
 def describe(plan: "Plan") -> str:
     """The plan in a line, for people."""
     layers = plan.layers.values()
+    held = sum(len(ids) for ids in plan.settings.get("protected", {}).values())
+    tail = f"; {held} of them protected" if held else ""
     if plan.uniform:
         counts = {(layer.num_experts, len(layer.kept)) for layer in layers}
         each = " and ".join(f"{kept} of {experts}" for experts, kept in sorted(counts))
-        return f"plan by {plan.criterion}: keeps {each} experts in each of {len(layers)} layers"
+        text = f"keeps {each} experts in each of {len(layers)} layers"
+        return f"plan by {plan.criterion}: {text}{tail}"
     kept = [len(layer.kept) for layer in layers]
     experts = sum(layer.num_experts for layer in layers)
     return (
         f"plan by {plan.criterion}, {plan.allocation}: keeps {sum(kept)} of {experts} experts, "
-        f"from {min(kept)} to {max(kept)} in each of {len(layers)} layers"
+        f"from {min(kept)} to {max(kept)} in each of {len(layers)} layers{tail}"
     )

@@ -97,7 +97,9 @@ def test_protection_ratios_and_skipped_layers(run: Run, stats: Path) -> None:
         "layer_ratios": {LAYERS[0]: 0, LAYERS[1]: 0.2, LAYERS[2]: 0.7, LAYERS[3]: 0},
         "protected": {LAYERS[0]: [0, 4], LAYERS[1]: [4], LAYERS[3]: [5]},
     }
-    assert "keeps 19 of 24 experts, from 2 to 6 in each of 4 layers" in done.out
+    assert (
+        "keeps 19 of 24 experts, from 2 to 6 in each of 4 layers; 4 of them protected" in done.out
+    )
     assert "layers keep from 2 to 6 experts: transformers' own" in done.err
     assert "surest to have kernels" not in done.err
 

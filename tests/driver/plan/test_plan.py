@@ -274,6 +274,20 @@ def test_wrong_values_are_named(tmp_path: Path, field: str, value: Any, says: st
 
 
 @pytest.mark.parametrize(
+    "protected",
+    [[1], {"z": [1]}, {LAYERS[0]: 1}, {LAYERS[0]: ["1"]}, {LAYERS[0]: [6]}, {LAYERS[0]: "removed"}],
+)
+def test_protected_experts_are_kept(tmp_path: Path, protected: Any) -> None:
+    path, content = saved(tmp_path)
+    if isinstance(protected, dict) and protected.get(LAYERS[0]) == "removed":
+        protected = {LAYERS[0]: content["layers"][LAYERS[0]]["removed"][:1]}
+    content["settings"] = {"protected": protected}
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match=r"plan.json: settings.protected of layer .*keep them, or"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [("", "is not JSON"), ("{", "is not JSON"), ("[]", "is not a plan"), ("\xff\xfe", "not JSON")],
 )
