@@ -70,8 +70,8 @@ def _cut_words(inputs: Inputs) -> str:
     margin = (
         ""
         if inputs.doubt
-        else f" Inside the margin are experts that other data of this kind would have kept with a "
-        f"probability between {100 * (1 - CERTAIN):g} % and {100 * CERTAIN:g} %."
+        else " Inside the decision margin are experts that other data of this kind would have kept "
+        f"with a probability between {100 * (1 - CERTAIN):g} % and {100 * CERTAIN:g} %."
     )
     return (
         f" The thick line is the cut; the thin ones enclose as many experts as are {inputs.near}."

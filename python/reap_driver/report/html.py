@@ -52,7 +52,7 @@ def table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[Cell]])
     body = "".join(f"<tr>{_row(row)}</tr>\n" for row in rows)
     return (
         f'<div class="table" role="region" tabindex="0" aria-label="{escape(caption)}">'
-        f"<table><caption>{escape(caption)}</caption>\n"
+        f"<table><caption><span>{escape(caption)}</span></caption>\n"
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
     )
 
@@ -177,6 +177,8 @@ figcaption { color: var(--muted); font-size: .9rem; max-width: 46rem; margin-top
 .table { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding-bottom: .4rem; }
+caption span { display: inline-block; position: sticky; left: 0;
+  max-width: min(46rem, calc(100vw - 2rem)); }
 th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--grid);
   vertical-align: top; }
 th { font-weight: 600; white-space: nowrap; }
@@ -204,6 +206,8 @@ summary { cursor: pointer; color: var(--accent); }
   .wide { display: block; }
   .narrow { display: none; }
   .table { overflow: visible; }
+  details::details-content { content-visibility: visible; block-size: auto; }
+  summary { display: none; }
   figure, tr, .tiles li { break-inside: avoid; }
   h2, h3, caption { break-after: avoid; }
 }

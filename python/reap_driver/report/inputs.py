@@ -78,7 +78,7 @@ class Inputs:
     @property
     def near(self) -> str:
         """What experts close to the cut are, in words."""
-        return f"within {100 * NEAR:g} % of the cut" if self.doubt else "inside the decision margin"
+        return f"within {100 * NEAR:g} % of the cut" if self.doubt else "inside the margin"
 
     @cached_property
     def uncertainty(self) -> dict[str, Uncertainty]:

@@ -33,9 +33,11 @@ def load_curves(layers: Sequence[LayerMeasures]) -> np.ndarray:
 def draw_load(layers: Sequence[LayerMeasures], *, narrow: bool) -> Figure:
     """Sorted load curves; below, per layer: the busiest expert, Gini coefficient, dead experts."""
     figure = new_figure(7.0, narrow=narrow)
-    curves, below = figure.subfigures(2, 1, height_ratios=[3, 4])
-    _draw_curves(curves.subplots(), layers)
-    axes = below.subplots(3, 1, sharex=True)
+    curves, *axes = figure.subplots(4, 1, height_ratios=[3, 1, 1, 1])
+    _draw_curves(curves, layers)
+    for axis in axes[:-1]:
+        axis.sharex(axes[-1])
+        axis.tick_params(labelbottom=False)
     _line(axes[0], [layer.max_load for layer in layers], "Busiest expert, times the mean load")
     _line(axes[1], [layer.gini for layer in layers], "Gini coefficient (0: even load)")
     axes[1].set_ylim(0, 1)

@@ -59,6 +59,7 @@ _STYLE = {
     "legend.frameon": False,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
+    "text.parse_math": False,  # names of groups may hold dollars
     "svg.fonttype": "none",
     "svg.hashsalt": "reap",
     "svg.image_inline": True,
@@ -93,7 +94,10 @@ class Picture:
         text = buffer.getvalue()
         text = text[text.index("<svg") :]
         prefix = f"{self.name}-{'narrow' if narrow else 'wide'}-"
-        text = re.sub(r'\bid="', f'id="{prefix}', text)
+        used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
+        text = re.sub(
+            r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", text
+        )
         text = re.sub(r'href="#', f'href="#{prefix}', text)
         text = re.sub(r"url\(#", f"url(#{prefix}", text)
         for drawn, css in _ON_PAGE.items():
