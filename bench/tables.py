@@ -220,34 +220,79 @@ def ptxas() -> str:
     return markdown([*head, "most registers"], body) + where
 
 
-_PROVIDER = ("provider", "variant", "observed")
-
-
-def _gpu(name: str, table: Callable[[list[Row]], str], *keys: str) -> str:
-    """What `bench.gpu` measured, and on which machine."""
-    rows = _rows(name, "gpu", *keys, *_PROVIDER)
+def _measured_on(rows: list[Row]) -> str:
+    """Which GPU and software rows of `bench.gpu` come from."""
     first = rows[0]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     gpus = ", ".join(dict.fromkeys(row["gpu"] for row in rows))
     software = f"driver {first['driver']}, CUDA {first['cuda']}, torch {first['torch']}, Triton "
     software += f"{first['triton']}, transformers {first['transformers']}"
-    peaks = f"measured peaks {first['peak_tflops']} TFLOP/s and {first['copy_gb_s']} GB/s"
-    where = f"\n{gpus}; {software}, commit {commits}; {peaks}; `python -m bench.gpu`.\n"
-    return table(rows) + where
+    return f"\n{gpus}; {software}, commit {commits}; `python -m bench.gpu`.\n"
 
 
 def gpu_layer() -> str:
-    """One layer on a GPU, every provider."""
-    from bench.gpu import report
+    """One observed layer on a GPU, beside transformers and the all-experts algorithm."""
+    keys = ("shape", "tokens", "routing", "provider", "variant", "observed")
+    rows = [row for row in _rows("gpu_layer", *keys) if row["status"] == "timed"]
+    body = []
+    for ours in rows:
+        if (ours["provider"], ours["variant"], ours["observed"]) != ("reap", "automatic", "yes"):
+            continue
+        same = [row for row in rows if all(row[key] == ours[key] for key in keys[:3])]
+        theirs = [float(row["ms"]) for row in same if row["provider"] == "transformers"]
+        everything = [float(row["ms"]) for row in same if row["provider"] == "all-experts"]
+        body.append(
+            [
+                f"{ours['shape']} ({ours['E']}, {ours['k']}, {ours['H']}, {ours['I']})",
+                ours["tokens"],
+                f"{float(ours['ms']):.3g} ms",
+                f"{float(ours['pct_peak']):.0f} %",
+                f"{float(ours['observed/unobserved']):.3f}",
+                f"{min(theirs):.3g} ms",
+                f"**{float(ours['transformers/observed']):.2f}x**",
+                f"{everything[0] + min(theirs):.4g} ms",
+            ]
+        )
+    head = ["layer (E, k, H, I)", "tokens", "observed", "of dense peak", "observed / unobserved"]
+    head += ["fastest of transformers, unobserved", "we are faster by", "all experts on all tokens"]
+    return markdown(head, body) + _measured_on(rows)
 
-    return _gpu("gpu_layer", report.layer, "shape", "tokens", "routing")
+
+def gpu_kernels() -> str:
+    """Kernels around the products on a GPU, at one size each."""
+    rows = _rows("gpu_kernels", "shape", "tokens", "kernel", "variant")
+    body = []
+    for row in rows:
+        first = (row["shape"], row["tokens"]) == ("Qwen3-30B-A3B", "16384")
+        wanted = first or row["kernel"].startswith(("dequantise", "compare"))
+        if not wanted or not row["ours/other"]:
+            continue
+        size = row["shape"] + (f", {row['tokens']} tokens" if first else "")
+        share = f"{float(row['pct_copy']):.0f} %"
+        ratio = f"{float(row['ours/other']):.3f}"
+        body.append(
+            [row["kernel"], size, row["variant"], f"{float(row['us']):.4g} us", share, ratio]
+        )
+    head = ["kernel", "size", "by", "time", "of copy bandwidth", "time / Triton's or torch's"]
+    return markdown(head, body) + _measured_on(rows)
 
 
 def gpu_end_to_end() -> str:
     """A whole model on a GPU."""
-    from bench.gpu import report
-
-    return _gpu("gpu_end_to_end", report.end_to_end, "model")
+    rows = _rows("gpu_end_to_end", "provider", "variant", "observed")
+    timed = {(r["provider"], r["observed"]): r for r in rows if r["status"] == "timed"}
+    ours, plain = timed["reap", "yes"], timed["transformers", "no"]
+    everything = timed["all-experts", "yes"]
+    ratio = float(everything["seconds"]) / float(ours["seconds"])
+    return (
+        f"{ours['sequences']} x {ours['length']} tokens of {ours['model']} ({ours['layers']} "
+        f"layers, random weights, {ours['batch']} sequences at a time): observed in "
+        f"**{float(ours['seconds']):.1f} s** ({int(ours['tokens_s']):,} tokens/s), "
+        f"{float(ours['time/transformers']):.2f} of the {float(plain['seconds']):.1f} s that "
+        f"transformers' fastest forward takes unobserved; every expert on every token would take "
+        f"{float(everything['seconds']):.0f} s (extrapolated from two layers), **{ratio:.0f}x** as "
+        "long.\n" + _measured_on(rows)
+    )
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -261,6 +306,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ranks_cpu": ranks_cpu,
     "large_checkpoint": large_checkpoint,
     "gpu_layer": gpu_layer,
+    "gpu_kernels": gpu_kernels,
     "gpu_end_to_end": gpu_end_to_end,
 }
 

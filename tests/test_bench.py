@@ -353,11 +353,16 @@ def test_what_the_budget_cuts_off_is_said() -> None:
 
 def test_readme_tables_are_made_from_rows(tmp_path, monkeypatch) -> None:
     facts = {**here().facts, "gpu": "A GPU", "smoke": "no"}
-    row = layer._row(replace(layer.SHAPES[0], tokens=16384, skew="balanced"), PROVIDERS[0], "timed")
-    rows.write("gpu_layer", [{**row, "ms": "1.5"}], folder=tmp_path, facts=facts, echo=False)
+    case = replace(layer.SHAPES[0], tokens=16384, skew="balanced")
+    found = [{**layer._row(case, provider, "timed"), "ms": "8"} for provider in PROVIDERS]
+    ours = {"ms": "1.5", "pct_peak": "58.4", "observed/unobserved": "1.004"}
+    for row, provider in zip(found, PROVIDERS, strict=True):
+        if (provider.name, provider.variant, provider.observed) == ("reap", "automatic", True):
+            row |= {**ours, "transformers/observed": "5.333"}
+    rows.write("gpu_layer", found, folder=tmp_path, facts=facts, echo=False)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     text = tables.TABLES["gpu_layer"]()
-    assert "| 1.5 |" in text
+    assert "| 16384 | 1.5 ms | 58 % | 1.004 | 8 ms | **5.33x** | 16 ms |" in text
     assert "A GPU" in text
 
 
