@@ -85,7 +85,7 @@ def _included() -> dict[str, Path]:
 
 
 def _parse(file: Path) -> Any:
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         text = file.read_text(encoding="utf-8")

@@ -53,7 +53,9 @@ class HubDataset:
     def parse(cls, text: str) -> "HubDataset | None":
         """The data set that `text` names, or None where it has not the form of one."""
         found = _HUB.fullmatch(text)
-        return None if found is None else cls(**found.groupdict())
+        if found is None:
+            return None
+        return cls(found["name"], found["subset"], found["split"], found["revision"])
 
     def __str__(self) -> str:
         subset = "" if self.subset is None else f"[{self.subset}]"
