@@ -234,7 +234,7 @@ def _deviations(
             f"layer {name}: one part of the data holds all its tokens, so it says nothing about "
             "uncertainty; observe more sequences"
         )
-    tokens = torch.stack([part.tokens for part in parts]).double()  # [P, G]
+    tokens = torch.stack([part.tokens.cpu() for part in parts]).double()  # [P, G]
     total = tokens.sum()
     others = 1 - torch.eye(len(parts), dtype=torch.float64)  # [P, P]: without each part
     left = _without(others, tokens)
@@ -247,7 +247,7 @@ def _deviations(
     # Sums are brought to as many tokens as the whole has.
     factors = mix(left, shares) * (total / left.sum(dim=-1, keepdim=True))
     counts, sums = (
-        _without(others, torch.stack([getattr(part, field) for part in parts]).double())
+        _without(others, torch.stack([getattr(part, field).cpu() for part in parts]).double())
         for field in ("count", criterion.field)
     )
     without = family(mixed(sums, factors), mixed(counts, factors), criterion.b)  # [P, E]

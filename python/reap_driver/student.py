@@ -28,9 +28,10 @@ def t_quantile(probability: float, degrees: int) -> float:
         high *= 2
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if _t_probability(middle, degrees) < probability else (low, middle)
-        )
+        if _t_probability(middle, degrees) < probability:
+            low = middle
+        else:
+            high = middle
     return high
 
 
