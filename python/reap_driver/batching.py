@@ -99,6 +99,7 @@ def footprint_of(
     *,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    all_logits: bool = False,
 ) -> Footprint:
     """The footprint of a token in this model.
 
@@ -108,6 +109,7 @@ def footprint_of(
         seq_len: tokens in a sequence.
         device: where it runs, by default where it is.
         dtype: what it runs in, by default its own.
+        all_logits: whether the logits of every token are wanted, not only the last one's.
     """
     device = model.device if device is None else device
     itemsize = (model.dtype if dtype is None else dtype).itemsize
@@ -115,7 +117,7 @@ def footprint_of(
     head = model.get_output_embeddings()
     linear = (m for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
     hidden = int(getattr(config, "hidden_size", layers[0].hidden_size))
-    all_logits = computes_all_logits(model)
+    all_logits = all_logits or computes_all_logits(model)
     eager = config._attn_implementation == "eager"
     # A checkpoint's own code may call its heads otherwise; they are hardly ever narrower than 64.
     heads = int(getattr(config, "num_attention_heads", hidden // 64))

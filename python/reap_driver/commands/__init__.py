@@ -7,6 +7,6 @@ and `run(args, console)`, which does the work, tells a human through the console
 
 from types import ModuleType
 
-from reap_driver.commands import apply, demo, doctor, observe, plan, prune, report, tune
+from reap_driver.commands import apply, demo, doctor, observe, plan, prune, report, search, tune
 
-COMMANDS: tuple[ModuleType, ...] = (demo, prune, observe, plan, apply, report, doctor, tune)
+COMMANDS: tuple[ModuleType, ...] = (demo, prune, observe, plan, search, apply, report, doctor, tune)

@@ -111,7 +111,7 @@ def observed(
         how = _agreed(args, model, sources, ranks, recorded, console)
         journal = None
         if args.journal:
-            run = _identity(args, model, sources, how, ranks)
+            run = identity(args, model, sources, how, ranks)
             journal = Journal(folder, run, args.journal_every)
         yield _run(args, model, sources, how, journal, ranks, console)
         ranks.barrier()
@@ -134,7 +134,7 @@ def _agreed(
         return How(stream, recorded["parked"], sizes)
     if args.device_map is not None:
         return How(False, "device", _sizes(args, sources))
-    decision = _decision(args, model, sources, ranks)
+    decision = decided(args, model, sources, ranks)
     if decision.stream:
         for reason in decision.reasons:
             console.note(f"streaming: {reason}")
@@ -148,9 +148,22 @@ def _sizes(args: argparse.Namespace, sources: Sequence[PackedSource]) -> list[in
     return [min(args.batch_size or 1, source.full_sequences) for source in sources]
 
 
-def _decision(
-    args: argparse.Namespace, model: Model, sources: Sequence[PackedSource], ranks: Ranks
+def decided(
+    args: argparse.Namespace,
+    model: Model,
+    sources: Sequence[PackedSource],
+    ranks: Ranks,
+    *,
+    all_logits: bool = False,
 ) -> Decision:
+    """How the model is best held on this machine, and how many sequences run at a time.
+
+    Args:
+        all_logits: whether the logits of every token are wanted.
+
+    Raises:
+        ResourceError: it does not fit as wanted.
+    """
     files = stored_files(model.source.folder, model.config)
     dtype = run_dtype(args.dtype, model.config, files)
     seq_len, tokens = sources[0].seq_len, sum(source.tokens for source in sources)
@@ -164,6 +177,7 @@ def _decision(
         device=device,
         dtype=dtype,
         batch_size=args.batch_size,
+        all_logits=all_logits,
     )
     machine = this_machine(device, args.out.absolute().parent).shared(ranks.local_size)
     decision = decide(args.stream, sizes, machine, work)
@@ -177,7 +191,7 @@ def _decision(
     return decision
 
 
-def _identity(
+def identity(
     args: argparse.Namespace,
     model: Model,
     sources: Sequence[PackedSource],
@@ -242,7 +256,7 @@ def _run(
     batches = FoldedBatches(packed)
     before = 0.0 if entry is None else entry.seconds
     total = sum(source.tokens for source in sources) // ranks.size
-    with _listening(journal, console) as stop, _held(args, how, ranks, console) as held:
+    with _listening(journal, console) as stop, holding(args, how, ranks, console) as held:
         observer = observe(held.model, backend=args.backend)
         _prepare(observer, sources, batches, how, entry)
         with console.progress("observing", "tok", total) as progress:
@@ -266,7 +280,7 @@ def _run(
 
 
 @dataclass(frozen=True)
-class _Held:
+class Held:
     """A model that is loaded, and how its layers come if they are streamed."""
 
     model: PreTrainedModel
@@ -279,14 +293,14 @@ class _Held:
 
 
 @contextlib.contextmanager
-def _held(args: argparse.Namespace, how: How, ranks: Ranks, console: Console) -> Iterator[_Held]:
+def holding(args: argparse.Namespace, how: How, ranks: Ranks, console: Console) -> Iterator[Held]:
     """The model, held as decided."""
     options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     if how.stream:
         with open_streamed(args.model, device=device_of(args, ranks), **options) as streamed:
-            yield _Held(streamed.model, streamed)
+            yield Held(streamed.model, streamed)
     elif args.device_map is None:
-        yield _Held(load_model(args.model, device=device_of(args, ranks), **options))
+        yield Held(load_model(args.model, device=device_of(args, ranks), **options))
     else:
         with (
             tempfile.TemporaryDirectory(
@@ -295,7 +309,7 @@ def _held(args: argparse.Namespace, how: How, ranks: Ranks, console: Console) ->
             console.library_progress(),
         ):
             options["offload_folder"] = folder
-            yield _Held(load_model(args.model, device_map=args.device_map, **options))
+            yield Held(load_model(args.model, device_map=args.device_map, **options))
 
 
 def _prepare(
@@ -316,7 +330,7 @@ def _prepare(
         observer.add_source({**source.provenance(), "batch_size": size, "folds": folds})
 
 
-def _observe(run: Run, how: How, held: _Held, entry: Entry | None, folder: Path) -> None:
+def _observe(run: Run, how: How, held: Held, entry: Entry | None, folder: Path) -> None:
     """Runs, resident or streamed."""
     if held.streamed is None:
         observe_resident(run)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from reap_driver.calibration.prefetch import ready_for
 from reap_driver.predictions import Predictions, counted_targets, predict
 from reap_driver.router_mask import RouterMasks
 from reap_driver.sizing.host_memory import free_host_memory
@@ -76,12 +77,12 @@ class Fitness:
         self.nbytes = 0
         place: torch.device | None = None
         for inputs in batches:
-            moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            logits = predict(model, moved).logits
+            ready = ready_for(dict(inputs), model.device)
+            logits = predict(model, ready).logits
             if place is None:
                 size = logits.shape[1] * logits.element_size() + 4
                 place = _place(self.predictions * size, logits)
-            self._known.append(_known(moved, logits, place))
+            self._known.append(_known(ready, logits, place))
             self.nbytes += sum(t.nbytes for t in (self._known[-1].logits, self._known[-1].lse))
 
     def __call__(self, kept: Kept) -> float:
@@ -135,10 +136,9 @@ def acceptance_by_sequence(
     masks = RouterMasks(model) if masks is None else masks
     sums, counts = [], []
     for inputs in batches:
-        moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        full = predict(model, moved)
-        rows = len(moved["input_ids"])
-        each = [_sums(model, moved, full, masks, kept, rows) for kept in candidates]
+        full = predict(model, inputs)
+        each = [_sums(model, inputs, full, masks, kept) for kept in candidates]
+        rows = len(inputs["input_ids"])
         number = torch.bincount(full.sequences.cpu(), minlength=rows)
         sums.append(torch.stack(each)[:, number > 0])
         counts.append(number[number > 0])
@@ -151,13 +151,14 @@ def _sums(
     full: Predictions,
     masks: RouterMasks,
     kept: Kept,
-    rows: int,
 ) -> Tensor:
     """Sums of a candidate's acceptance in each row of a batch, float64 [rows] on the CPU."""
     with masks.keeping(kept):
         found = predict(model, inputs).logits
     accepted = compare_logits(full.logits, found).acceptance.double().cpu()
-    return torch.bincount(full.sequences.cpu(), weights=accepted, minlength=rows)
+    return torch.bincount(
+        full.sequences.cpu(), weights=accepted, minlength=len(inputs["input_ids"])
+    )
 
 
 def _place(nbytes: int, logits: Tensor) -> torch.device:

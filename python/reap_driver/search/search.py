@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from reap_driver.allocate import max_removable, removal_steps
+from reap_driver.checkpoint.checks import check_model
 from reap_driver.criteria import Scores
 from reap_driver.interrupts import Interrupted, Stop
 from reap_driver.plan import Plan
@@ -24,38 +25,30 @@ _WRITE_AFTER = 30.0  # seconds between two writes of the state within a generati
 
 
 class Task:
-    """What is searched: plans that remove as many experts as the uniform one, lowest scores first.
+    """What is searched: plans that remove as many experts as a uniform one, lowest scores first.
 
     Args:
         scores: of every MoE layer; they rank the experts within a layer.
-        ratio: share of experts to remove.
-        protected: {layer: ids} that stay.
-        layer_ratios: {layer: ratio} of layers that lose just that.
+        uniform: the uniform plan made from them. Its protected experts stay, and layers that were
+            given a ratio of their own lose what they lose in it.
 
     Attributes:
-        uniform: the uniform plan.
+        uniform: that plan.
         space: of removals per layer.
 
     Raises:
-        PlanError: there is no uniform plan, or no other.
+        PlanError: there is no other plan.
     """
 
-    def __init__(
-        self,
-        scores: Scores,
-        ratio: float,
-        *,
-        protected: Mapping[str, Collection[int]] | None = None,
-        layer_ratios: Mapping[str, float] | None = None,
-    ) -> None:
-        self._scores, self._ratio, self._protected = scores, ratio, protected
-        self.uniform = make_plan(scores, ratio, protected=protected, layer_ratios=layer_ratios)
-        facts = {name: scores.layers[name] for name in self.uniform.layers}
+    def __init__(self, scores: Scores, uniform: Plan) -> None:
+        self._scores, self.uniform = scores, uniform
+        self._protected = uniform.settings.get("protected")
+        facts = {name: scores.layers[name] for name in uniform.layers}
         self.space = Space.around(
-            {name: len(layer.removed) for name, layer in self.uniform.layers.items()},
-            max_removable(facts, protected),
+            {name: len(layer.removed) for name, layer in uniform.layers.items()},
+            max_removable(facts, self._protected),
             removal_steps(facts),
-            fixed=layer_ratios or (),
+            fixed=uniform.settings.get("layer_ratios", ()),
         )
 
     def plan(self, removals: Removals) -> Plan:
@@ -64,7 +57,7 @@ class Task:
             self._scores,
             dict(zip(self.space.names, removals, strict=True)),
             allocation="searched",
-            ratio=self._ratio,
+            ratio=self.uniform.ratio,
             protected=self._protected,
         )
         settings = self.uniform.settings | plan.settings
@@ -221,18 +214,19 @@ def search_plan(
         The plan of highest expected acceptance, with notes of what it is worth.
 
     Raises:
-        PlanError: the ratio is not possible, or there is nothing to search.
+        PlanError: the scores are of another model, the ratio is not possible, or there is nothing
+            to search.
         DataError: no token of the text counts, or logits are not finite.
         ResourceError: the full model's logits do not fit in memory.
         UnsupportedModel: routers cannot be masked.
     """
     settings = Settings() if settings is None else settings
-    task = Task(scores, ratio, protected=protected, layer_ratios=layer_ratios)
-    masks = RouterMasks(model)
+    uniform = make_plan(scores, ratio, protected=protected, layer_ratios=layer_ratios)
+    check_model(uniform, model.config, type(model).__name__)
+    task, masks = Task(scores, uniform), RouterMasks(model)
     fitness = Fitness(model, batches, masks)
 
     def check(uniform: Plan, searched: Plan) -> HeldOut:
         return held_out(model, validation, uniform, searched, masks=masks, seed=settings.seed)
 
-    found = search(Recorder(fitness, task), settings, check if validation else None)
-    return found.plan
+    return search(Recorder(fitness, task), settings, check if validation else None).plan

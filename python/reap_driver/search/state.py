@@ -6,6 +6,7 @@ found. The file is replaced at once, so a search killed at any moment leaves one
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,21 @@ from reap_kernels.files import replaced
 
 FORMAT = "reap-search"
 VERSION = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a state file holds.
+
+    Attributes:
+        run: what identifies the search.
+        evaluated: every candidate with its fitness, in order.
+        seconds: the search took up to there.
+    """
+
+    run: dict[str, Any]
+    evaluated: dict[Removals, float]
+    seconds: float
 
 
 class SearchState:
@@ -45,33 +61,41 @@ class SearchState:
         with replaced(self.path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
-    def read(self) -> tuple[dict[Removals, float], float]:
-        """What is there: candidates with their fitness, and the seconds that took.
+    def resume(self) -> Saved:
+        """What is there, if it is of this search.
 
         Raises:
-            DataError: there is no such file, it is damaged, or of another search (the field that
-                differs is named).
+            DataError: see `read`; or it is of another search (the field that differs is named).
         """
-        if not self.path.is_file():
-            raise DataError(
-                f"{self.path}: no state of a search there, so there is nothing to resume; run "
-                "without --resume"
-            )
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            known = (content["format"], content["version"])
-            if known != (FORMAT, VERSION):
-                raise ValueError(f"format and version are {known}, not {(FORMAT, VERSION)}")
-            seconds, run = float(content["seconds"]), dict(content["run"])
-            evaluated = {tuple(map(int, row[1:])): float(row[0]) for row in content["evaluated"]}
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise DataError(
-                f"{self.path}: not the state of a search ({error!r}); delete it and run without "
-                "--resume"
-            ) from error
-        check_same(self.path, run, self._run)
-        return evaluated, seconds
+        saved = read(self.path)
+        check_same(self.path, saved.run, self._run)
+        return saved
 
     def remove(self) -> None:
         """Deletes the file, when the plan is written."""
         self.path.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Saved:
+    """The content of a state file.
+
+    Raises:
+        DataError: there is no such file, or it is damaged.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no state of a search there, so there is nothing to resume; run without "
+            "--resume"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = (content["format"], content["version"])
+        if known != (FORMAT, VERSION):
+            raise ValueError(f"format and version are {known}, not {(FORMAT, VERSION)}")
+        rows = content["evaluated"]
+        evaluated = {tuple(map(int, row[1:])): float(row[0]) for row in rows}
+        return Saved(dict(content["run"]), evaluated, float(content["seconds"]))
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            f"{path}: not the state of a search ({error!r}); delete it and run without --resume"
+        ) from error

@@ -20,6 +20,7 @@ def workload(
     device: torch.device,
     dtype: torch.dtype,
     batch_size: int | None = None,
+    all_logits: bool = False,
 ) -> Workload:
     """What is to run.
 
@@ -31,6 +32,7 @@ def workload(
         device: where it will run.
         dtype: in what.
         batch_size: sequences at a time, None for as many as keep the device busy.
+        all_logits: whether the logits of every token are wanted.
     """
     sequences = math.ceil(tokens / seq_len)
     wanted = full_batch(
@@ -39,10 +41,13 @@ def workload(
         experts_per_choice=max(layer.num_experts / layer.top_k for layer in layers),
         accelerator=device.type != "cpu",
     )
+    footprint = footprint_of(
+        model, layers, seq_len, device=device, dtype=dtype, all_logits=all_logits
+    )
     return Workload(
         tokens=tokens,
         seq_len=seq_len,
-        footprint=footprint_of(model, layers, seq_len, device=device, dtype=dtype),
+        footprint=footprint,
         full_batch=wanted if batch_size is None else min(batch_size, sequences),
         fixed=batch_size is not None,
     )

@@ -16,7 +16,7 @@ from reap_driver.search.evolution import Settings
 from reap_driver.search.fitness import Fitness, Kept
 from reap_driver.search.held_out import HeldOut, held_out
 from reap_driver.search.search import Recorder, Task, search
-from reap_driver.search.state import SearchState
+from reap_driver.search.state import Saved, SearchState, read
 from reap_kernels.errors import DataError, PlanError
 from tests.driver import zoo
 from tests.driver.search.test_fitness import batches, brute_force
@@ -38,6 +38,10 @@ def scores(model: Any) -> rd.Scores:
         for inputs in batches((4, 30)):
             obs(**inputs)
     return rd.score(obs.stats)
+
+
+def task_of(scores: rd.Scores, ratio: float = 0.25) -> Task:
+    return Task(scores, rd.make_plan(scores, ratio))
 
 
 def removed(plan: rd.Plan) -> list[int]:
@@ -63,6 +67,12 @@ def test_a_plan_is_found(model: Any, scores: rd.Scores) -> None:
     )
 
 
+def test_scores_of_another_model_are_refused(model: Any, scores: rd.Scores) -> None:
+    _, other = zoo.tiny("qwen3_moe", vocab_size=97, num_hidden_layers=LAYERS)
+    with pytest.raises(PlanError, match=r"made for .* but Qwen3MoeForCausalLM has sha256:"):
+        rd.search_plan(other, scores, batches((2, 20)), settings=SETTINGS)
+
+
 def test_within_a_layer_the_lowest_scores_go(model: Any, scores: rd.Scores) -> None:
     plan = rd.search_plan(model, scores, batches((2, 20)), 0.5, settings=SETTINGS)
     for name, layer in plan.layers.items():
@@ -74,7 +84,9 @@ def test_within_a_layer_the_lowest_scores_go(model: Any, scores: rd.Scores) -> N
 def test_protected_experts_stay_and_fixed_layers_lose_what_they_are_told(scores: rd.Scores) -> None:
     first, second = list(scores)[:2]
     worst = [int(expert) for expert in scores[first].argsort()[:6]]
-    task = Task(scores, 0.25, protected={first: worst}, layer_ratios={second: 0.5})
+    task = Task(
+        scores, rd.make_plan(scores, 0.25, protected={first: worst}, layer_ratios={second: 0.5})
+    )
     assert task.space.most[:2] == (2, 4)
     assert task.space.least[1] == 4
     draw, removals = Random(0), task.space.uniform
@@ -93,7 +105,7 @@ def test_routing_groups_stay_equal_in_size() -> None:
     draw = torch.Generator().manual_seed(0)
     values = {name: torch.rand(16, generator=draw, dtype=torch.float64) for name in facts}
     scores = rd.Scores(values, criterion="reap", provenance={"layers": facts, "model": {"id": "m"}})
-    task = Task(scores, 0.25)
+    task = task_of(scores)
     assert task.space.step == 4
     plan = task.plan(task.space.mutated(task.space.uniform, Random(1)))
     assert sorted(removed(plan)) == [0, 8]
@@ -103,7 +115,7 @@ def test_routing_groups_stay_equal_in_size() -> None:
 
 def test_a_ratio_that_leaves_nothing_to_search(scores: rd.Scores) -> None:
     with pytest.raises(PlanError, match="no budget but the uniform one removes 20 experts from 4"):
-        Task(scores, 0.625)  # every layer at what its router needs
+        task_of(scores, 0.625)  # every layer at what its router needs
 
 
 class Pretended:
@@ -123,21 +135,23 @@ class Pretended:
 @pytest.mark.parametrize("after", [1, 10, 17, 39])
 def test_resumed_is_undisturbed(scores: rd.Scores, tmp_path: Path, after: int) -> None:
     """Ended by request within a generation or between two: the same plan, the same file."""
-    task = Task(scores, 0.25)
+    task = task_of(scores)
     whole = SearchState(tmp_path / "whole", RUN)
     undisturbed = search(Recorder(Pretended(), task, whole), SETTINGS)
 
     state, stop = SearchState(tmp_path / "state", RUN), Stop()
     with pytest.raises(Interrupted, match=rf"after {after} candidates; they are in .*--resume"):
         search(Recorder(Pretended(stop, after), task, state, stop), SETTINGS)
-    known, seconds = state.read()
-    assert len(known) == after
+    saved = state.resume()
+    assert len(saved.evaluated) == after
     again = Pretended()
-    found = search(Recorder(again, task, state, known=known, seconds=seconds), SETTINGS)
+    recorder = Recorder(again, task, state, known=saved.evaluated, seconds=saved.seconds)
+    found = search(recorder, SETTINGS)
+    assert recorder.clock() >= saved.seconds
     assert again.calls == len(undisturbed.evaluated) - after
     assert list(found.evaluated.items()) == list(undisturbed.evaluated.items())
     assert found == undisturbed
-    assert list(state.read()[0].items()) == list(whole.read()[0].items())
+    assert list(read(state.path).evaluated.items()) == list(read(whole.path).evaluated.items())
 
 
 @pytest.mark.parametrize("after", [3, 10, 25])
@@ -153,21 +167,21 @@ def test_a_killed_search_loses_a_generation_at_most(
                 raise Killed
             return super().__call__(kept)
 
-    task, state = Task(scores, 0.25), SearchState(tmp_path / "state", RUN)
+    task, state = task_of(scores), SearchState(tmp_path / "state", RUN)
     undisturbed = search(Recorder(Pretended(), task), SETTINGS)
     with pytest.raises(Killed):
         search(Recorder(Dying(), task, state), SETTINGS)
-    known = state.read()[0] if state.path.exists() else {}
+    known = read(state.path).evaluated if state.path.exists() else {}
     assert len(known) == {3: 0, 10: 10, 25: 24}[after]  # generations of 10, then 7
     assert search(Recorder(Pretended(), task, state, known=known), SETTINGS) == undisturbed
 
 
 def test_a_finished_search_can_be_made_longer(scores: rd.Scores, tmp_path: Path) -> None:
-    task, state = Task(scores, 0.25), SearchState(tmp_path / "state", RUN)
+    task, state = task_of(scores), SearchState(tmp_path / "state", RUN)
     search(Recorder(Pretended(), task, state), SETTINGS)
     longer = dataclasses.replace(SETTINGS, evaluations=60)
     more = Pretended()
-    found = search(Recorder(more, task, state, known=state.read()[0]), longer)
+    found = search(Recorder(more, task, state, known=read(state.path).evaluated), longer)
     assert more.calls == 20
     assert found == search(Recorder(Pretended(), task), longer)
 
@@ -175,15 +189,15 @@ def test_a_finished_search_can_be_made_longer(scores: rd.Scores, tmp_path: Path)
 def test_interrupted_without_a_file(scores: rd.Scores) -> None:
     stop = Stop()
     with pytest.raises(Interrupted, match=r"^interrupted after 5 candidates$"):
-        search(Recorder(Pretended(stop, 5), Task(scores, 0.25), stop=stop), SETTINGS)
+        search(Recorder(Pretended(stop, 5), task_of(scores), stop=stop), SETTINGS)
 
 
 def test_states_are_exact(tmp_path: Path) -> None:
     state = SearchState(tmp_path / "state", RUN)
     evaluated = {(1, 2): 0.1 + 0.2, (2, 1): 1 / 3, (0, 3): 5e-324}
     state.write(evaluated, 1.5)
-    assert state.read() == (evaluated, 1.5)
-    assert list(state.read()[0]) == list(evaluated)
+    assert read(state.path) == Saved(RUN, evaluated, 1.5)
+    assert list(read(state.path).evaluated) == list(evaluated)
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     state.remove()
     assert not list(tmp_path.iterdir())
@@ -215,19 +229,19 @@ def test_states_that_cannot_be_read(spoil: Any, says: str, tmp_path: Path) -> No
     state.write({(1, 2): 0.5}, 0)
     spoil(state.path)
     with pytest.raises(DataError, match=says):
-        state.read()
+        state.resume()
 
 
 def test_the_state_of_another_search(tmp_path: Path) -> None:
     SearchState(tmp_path / "state", RUN).write({(1, 2): 0.5}, 0)
     other = SearchState(tmp_path / "state", {**RUN, "seed": 3})
     with pytest.raises(DataError, match="of another run: seed was 2, now it is 3; give what was"):
-        other.read()
+        other.resume()
 
 
 def test_held_out_text_is_measured_by_sequence(model: Any, scores: rd.Scores) -> None:
     text = batches((3, 12), (2, 7))
-    task = Task(scores, 0.25)
+    task = task_of(scores)
     plan = task.plan((4, 0, 2, 2))
     found = held_out(model, text, task.uniform, plan)
     values = [
@@ -247,20 +261,20 @@ def test_held_out_text_is_measured_by_sequence(model: Any, scores: rd.Scores) ->
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:
-    """Of 200 samples of 40 sequences with a known mean gain, 95 % hold it, give or take."""
+    """Of 120 samples of 30 sequences with a known mean gain, 95 % hold it, give or take."""
     draw, held = torch.Generator().manual_seed(0), 0
-    for trial in range(200):
-        counts = torch.randint(20, 60, (40,), generator=draw)
-        gains = counts * (0.01 + 0.05 * torch.randn(40, generator=draw, dtype=torch.float64))
+    for trial in range(120):
+        counts = torch.randint(20, 60, (30,), generator=draw)
+        gains = counts * (0.01 + 0.05 * torch.randn(30, generator=draw, dtype=torch.float64))
         low, high = held_out_module._interval(gains, counts, Random(trial))
         held += low < 0.01 < high
-    assert 0.89 <= held / 200 <= 0.98
+    assert 0.87 <= held / 120 <= 0.99
 
 
 @pytest.mark.parametrize("searched", [0.79, 0.81])
 def test_a_plan_that_loses_is_kept_and_said_so(scores: rd.Scores, searched: float) -> None:
     check = HeldOut(7, 700, 0.8, searched, searched - 0.82, searched - 0.78)
-    found = search(Recorder(Pretended(), Task(scores, 0.25)), SETTINGS, lambda *_: check)
+    found = search(Recorder(Pretended(), task_of(scores)), SETTINGS, lambda *_: check)
     assert found.check == check
     assert found.plan.allocation == "searched"
     assert (

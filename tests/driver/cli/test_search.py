@@ -1,0 +1,185 @@
+"""`search` on a tiny checkpoint: a plan, its figures, resumed searches, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import reap_driver as rd
+from reap_driver.commands import running
+from reap_driver.search.state import read
+from reap_driver.sizing.decision import decide
+from reap_driver.sizing.host_memory import Free
+from reap_driver.sizing.machine import Machine
+from tests.driver.cli.conftest import Run, write_model
+
+COMMON = ("--seq-len", 16, "--population", 8, "--elites", 2, "--ratio", 0.25, "--batch-size", 4)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of four layers; read only."""
+    return write_model(tmp_path_factory.mktemp("deep") / "model", "qwen3_moe", num_hidden_layers=4)
+
+
+@pytest.fixture
+def stats(run: Run, deep: Path, data: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "stats.safetensors"
+    assert run("observe", deep, "--data", data, "--seq-len", 32, "--out", out).code == 0
+    return out
+
+
+@pytest.fixture
+def words(deep: Path, stats: Path, data: Path) -> tuple[Any, ...]:
+    """The command without --out and --evaluations."""
+    return ("search", deep, stats, "--data", data, *COMMON)
+
+
+def test_a_plan_and_what_it_is_worth(run: Run, words: Any, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    outcome = run(*words, "--evaluations", 30, "--out", out, "--json")
+    assert outcome.code == 0, outcome.err
+    plan, said = rd.Plan.load(out), outcome.json
+    assert (plan.allocation, said["allocation"], said["evaluations"]) == (
+        "searched",
+        "searched",
+        30,
+    )
+    assert sum(len(layer.removed) for layer in plan.layers.values()) == 8 == said["removed"]
+    assert 0 < said["acceptance"]["uniform"] <= said["acceptance"]["searched"] <= 1
+    held = said["held_out"]
+    assert held["difference_low"] <= held["searched"] - held["uniform"] <= held["difference_high"]
+    both = said["predictions"] + held["predictions"]
+    assert 0.4 < held["predictions"] / both < 0.6
+    assert said["cache_bytes"] == said["predictions"] * (259 * 4 + 4)
+    assert "logits for" in outcome.err
+    assert any(f"on {held['sequences']} held-out sequences" in note for note in plan.notes)
+    assert not list(tmp_path.glob("*.search*"))
+
+
+def test_without_validation_everything_is_searched_on(run: Run, words: Any, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    half = run(*words, "--generations", 1, "--out", out, "--json").json
+    rest = ("--generations", 3, "--validation", 0, "--overwrite", "--out", out)
+    whole = run(*words, *rest, "--json").json
+    assert (half["evaluations"], whole["evaluations"]) == (8, 8 + 2 * 6)
+    assert whole["held_out"] is None
+    assert whole["predictions"] == half["predictions"] + half["held_out"]["predictions"]
+    said = run(*words, *rest)
+    assert f"wrote {out}; next: reap-kernels apply MODEL {out} --non-uniform --out DIR" in said.out
+
+
+def test_killed_and_interrupted_searches_go_on_to_the_same_bits(
+    run: Run, words: Any, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole.json", tmp_path / "plan.json"
+    assert run(*words, "--evaluations", 200, "--out", whole).code == 0
+    command = [sys.executable, "-m", "reap_driver", *map(str, words), "--evaluations", "200"]
+    state = tmp_path / "plan.json.search"
+    known = 0
+    for number in (signal.SIGKILL, signal.SIGINT):
+        resume = ["--resume"] if known else []
+        process = subprocess.Popen(
+            [*command, "--out", str(out), *resume],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        while process.poll() is None and (
+            not state.exists() or len(read(state).evaluated) <= known
+        ):
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, err = process.communicate()
+        if process.returncode == 0:  # it was faster
+            break
+        assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[number], err
+        assert not out.exists()
+        known = len(read(state).evaluated)
+        if number == signal.SIGINT:
+            assert f"interrupted after {known} candidates; they are in {state}: give the" in err
+    if known:
+        outcome = run(*words, "--evaluations", 200, "--out", out, "--resume")
+        assert outcome.code == 0, outcome.err
+    assert out.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob("*.search*"))
+
+
+def test_a_state_that_is_there(run: Run, words: Any, tmp_path: Path) -> None:
+    out, state = tmp_path / "plan.json", tmp_path / "plan.json.search"
+    missing = run(*words, "--out", out, "--resume")
+    assert (missing.code, "no state of a search there" in missing.error) == (3, True)
+    content = {"format": "reap-search", "version": 1, "run": {}, "seconds": 1, "evaluated": []}
+    state.write_text(json.dumps(content))
+    left = run(*words, "--out", out)
+    assert (left.code, f"{state}: the state of a search that was int" in left.error) == (3, True)
+    other = run(*words, "--out", out, "--resume")
+    assert (other.code, "the journal is of another run: model was None" in other.error) == (3, True)
+    assert run(*words, "--evaluations", 8, "--out", out, "--overwrite").code == 0
+    assert not state.exists()
+
+
+def test_protected_experts_stay(run: Run, words: Any, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    rest = ("--protect", "1:0,1,2,3,4,5", "--skip-first", 1, "--evaluations", 20, "--out", out)
+    assert run(*words, *rest).code == 0
+    plan = rd.Plan.load(out)
+    first, second, *_ = plan.layers.values()
+    assert not first.removed
+    assert set(range(6)) <= set(second.kept)
+    assert plan.settings["protected"] == {list(plan.layers)[1]: [0, 1, 2, 3, 4, 5]}
+
+
+@pytest.mark.parametrize(
+    ("rest", "code", "says"),
+    [
+        (("--allocation", "global"), 2, "--allocation: a search finds an allocation itself"),
+        (("--stream", "always"), 2, "--stream: a search needs the whole model in memory"),
+        (("--device-map", "auto", "--device", "cpu"), 2, "--device-map: not together with"),
+        (("--elites", 8), 2, "--elites: fewer than the population of 8"),
+        (("--validation", 1), 2, "'1' is not 0 or a share from 0.05 to 0.95"),
+        (("--validation", "nan"), 2, "'nan' is not 0 or a share"),
+        (("--validation", 0.01), 2, "'0.01' is not 0 or a share"),
+        (("--evaluations", 9, "--generations", 2), 2, "not allowed with argument"),
+        (("--seq-len", 256, "--validation", 0.95), 3, "too few to hold out 19/20 of them; give"),
+        (("--ratio", 0.7), 3, "no budget but the uniform one removes 20 experts from 4 layers"),
+    ],
+)
+def test_what_is_refused(
+    rest: Any, code: int, says: str, run: Run, words: Any, tmp_path: Path
+) -> None:
+    outcome = run(*words, *rest, "--out", tmp_path / "plan.json")
+    assert (outcome.code, says in outcome.error) == (code, True), outcome.error
+    assert not list(tmp_path.glob("plan.json*"))
+
+
+def test_data_is_required(run: Run, deep: Path, stats: Path, tmp_path: Path) -> None:
+    outcome = run("search", deep, stats, "--out", tmp_path / "plan.json")
+    assert (outcome.code, "required: --data or --recipe" in outcome.error) == (2, True)
+
+
+def test_another_model_is_refused(
+    run: Run, model: Path, stats: Path, data: Path, tmp_path: Path
+) -> None:
+    outcome = run("search", model, stats, "--data", data, *COMMON, "--out", tmp_path / "plan.json")
+    assert (outcome.code, "statistics of this model" in outcome.error) == (3, True), outcome.error
+
+
+def test_a_model_that_does_not_fit_is_refused(
+    run: Run, words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = Free(400_000_000, "by a test")
+    machine = Machine("cpu", free, free, tmp_path, 1 << 40)
+    monkeypatch.setattr(running, "this_machine", lambda *_: machine)
+    monkeypatch.setattr(running, "decide", lambda _, *rest: decide("always", *rest))
+    outcome = run(*words[:-2], "--out", tmp_path / "plan.json")
+    assert outcome.code == 4
+    assert (
+        "the model does not fit in memory, and a search runs it hundreds of times" in outcome.error
+    )
