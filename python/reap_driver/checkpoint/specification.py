@@ -102,8 +102,11 @@ def _idle(
 
 
 def _number(config: Any, name: str) -> int | None:
-    value = getattr(config, name, None)
-    return value if isinstance(value, int) else None
+    """A field of the configuration; None where it has none, or another one for every layer."""
+    differing = getattr(config, "is_heterogeneous", False)  # then it refuses to be asked itself
+    parts = list(config.per_layer_config) if differing else [config]
+    first, *rest = (getattr(part, name, None) for part in parts)
+    return first if isinstance(first, int) and all(value == first for value in rest) else None
 
 
 def _dtypes(tensors: Iterable[TensorEntry]) -> tuple[str, ...]:
