@@ -10,6 +10,7 @@ BENCHMARKS = {
     "ptxas": "reap_kernels._C built for every architecture, its kernels inspected; needs no GPU",
     "calibration_cpu": "records read, tokenised and packed beside the tokenizer alone, CPU",
     "gpu": "everything a GPU is needed for: checks, layer timings, a whole model",
+    "criteria_cpu": "criteria and allocations on held-out text, five calibration draws; CPU",
     "demo": "the demo's perplexities and agreements, as rows",
     "plan_cpu": "`reap-kernels plan` on 92 layers of 512 experts in eight parts, step by step; CPU",
     "startup": "import and --help time beside `import torch`",

@@ -32,9 +32,10 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def test_tables_are_what_the_newest_rows_say() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert tables.BLOCK.findall(text), "the README has lost its tables"
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_tables_are_what_the_newest_rows_say(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert tables.BLOCK.findall(text), f"{page} has lost its tables"
     assert tables.rewritten(text) == text, "run: python -m bench.tables"
 
 

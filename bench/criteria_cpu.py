@@ -1,0 +1,170 @@
+"""Which criterion and which allocation keep the bundled model's predictions best; on held-out text.
+
+For each of several seeds, calibration windows are drawn from the calibration split and observed.
+Every criterion makes a plan of each ratio, uniform and across layers; budgets are searched, on the
+same windows, for the order of `reap`. Plans are evaluated by masking routers, on windows of the
+held-out split that are the same for all. Rows have means over seeds and 95 % intervals of Student's
+t: what varies is the calibration text, and for `random` the draw.
+"""
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+import reap_driver as rd
+from bench import rows
+from reap_driver.compare.sequences import Sums
+from reap_driver.criteria import CRITERIA
+from reap_driver.demo.corpus import DOMAINS, Document, load_corpus
+from reap_driver.demo.evaluate import token_windows
+from reap_driver.demo.run import CALIBRATION_WINDOWS, HELD_OUT_WINDOWS, MODEL, WINDOW
+from reap_driver.plan import Plan
+from reap_driver.predictions import Predictions, predict
+from reap_driver.router_mask import RouterMasks
+from reap_driver.search.evolution import Settings
+from reap_driver.student import t_quantile
+
+RATIOS = (0.25, 0.5)
+# Windows of each domain that budgets are searched on; the first of those observed.
+SEARCH_WINDOWS = 8
+BATCH = 16
+FIGURES = ("perplexity", "acceptance", "same_top")
+Row = dict[str, object]
+
+
+def drawn_windows(documents: Sequence[Document], tokenizer: Any, seed: int) -> dict[str, Tensor]:
+    """Calibration windows [n, WINDOW] of each domain, at places drawn with a seed."""
+    windows = {}
+    for domain in DOMAINS:
+        texts = [d.text + tokenizer.eos_token for d in documents if d.domain == domain]
+        ids = [i for text in tokenizer(texts)["input_ids"] for i in text]
+        last = len(ids) - WINDOW
+        starts = Random(f"{seed} {domain}").sample(range(last + 1), CALIBRATION_WINDOWS)
+        windows[domain] = torch.tensor([ids[start : start + WINDOW] for start in starts])
+    return windows
+
+
+class HeldOut:
+    """The full model's predictions of the held-out windows, kept to compare plans with."""
+
+    def __init__(self, model: Any, windows: dict[str, Tensor]) -> None:
+        self.model, self.masks = model, RouterMasks(model)
+        self._known: list[tuple[str, dict[str, Tensor], Predictions]] = []
+        for domain, ids in windows.items():
+            for part in ids.split(BATCH):
+                inputs = {"input_ids": part}
+                self._known.append((domain, inputs, predict(model, inputs)))
+
+    def figures(self, plan: Plan) -> dict[str, float]:
+        """Perplexity, expected acceptance and share of equal most likely tokens."""
+        sums = Sums()
+        with self.masks.keeping(plan.kept):
+            for domain, inputs, full in self._known:
+                sums.add(domain, inputs, full, predict(self.model, inputs))
+        found = sums.comparison(draws=2, seed=0)
+        mean = found.sums.sum(dim=0) / found.counts.sum()
+        return dict(zip(FIGURES, (math.exp(mean[1]), float(mean[3]), float(mean[4])), strict=True))
+
+
+def plans(
+    stats: rd.SaliencyStats, model: Any, windows: dict[str, Tensor], seed: int, evaluations: int
+) -> Iterator[tuple[str, str, float, Plan]]:
+    """(criterion, allocation, ratio, plan) of all that is compared."""
+    batches = [{"input_ids": ids[:SEARCH_WINDOWS]} for ids in windows.values()]
+    for ratio in RATIOS:
+        for criterion in CRITERIA:
+            scores = rd.score(stats, criterion)
+            for allocation in ("uniform", "global"):
+                yield (
+                    criterion,
+                    allocation,
+                    ratio,
+                    rd.make_plan(scores, ratio, allocation=allocation),
+                )
+        yield "random", "uniform", ratio, rd.make_plan(rd.score(stats, f"random:{seed}"), ratio)
+        if evaluations:
+            settings = Settings(evaluations=evaluations, seed=seed)
+            scores = rd.score(stats, "reap")
+            plan = rd.search_plan(model, scores, batches, ratio, settings=settings)
+            yield "reap", "searched", ratio, plan
+
+
+def observed(model: Any, windows: dict[str, Tensor]) -> rd.SaliencyStats:
+    """Statistics of the windows, a group a domain."""
+    with rd.observe(model) as observer:
+        for domain, ids in windows.items():
+            with observer.group(domain):
+                for part in ids.split(BATCH):
+                    observer(input_ids=part)
+    return observer.stats
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the 95 % interval of Student's t."""
+    if len(values) < 2:
+        return values[0], 0.0
+    half = t_quantile(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), half
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Any]:
+    """A bar of plans on stderr."""
+    with tqdm(total=total, unit="plan") as bar:
+        yield bar
+
+
+def measure(seeds: int, evaluations: int) -> list[Row]:
+    """Rows of every criterion, allocation and ratio."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    documents = load_corpus(("calibration", "held_out"))
+    own = [d for d in documents if d.split == "held_out"]
+    model = rd.load_model(MODEL, dtype=torch.float32)
+    held = HeldOut(model, token_windows(own, tokenizer, per_domain=HELD_OUT_WINDOWS, length=WINDOW))
+    calibration = [d for d in documents if d.split == "calibration"]
+    found: dict[tuple[str, str, float], list[dict[str, float]]] = {}
+    total = seeds * len(RATIOS) * (2 * len(CRITERIA) + 1 + bool(evaluations))
+    with progress(total) as bar:
+        for seed in range(seeds):
+            windows = drawn_windows(calibration, tokenizer, seed)
+            stats = observed(model, windows)
+            for *key, plan in plans(stats, model, windows, seed, evaluations):
+                found.setdefault((key[0], key[1], key[2]), []).append(held.figures(plan))
+                bar.update()
+    return [_row(*key, evaluations, each) for key, each in found.items()]
+
+
+def _row(
+    criterion: str, allocation: str, ratio: float, evaluations: int, each: list[dict[str, float]]
+) -> Row:
+    row: Row = {"criterion": criterion, "allocation": allocation, "ratio": ratio}
+    row |= {"seeds": len(each), "evaluations": evaluations if allocation == "searched" else ""}
+    for name in FIGURES:
+        middle, half = spread([figures[name] for figures in each])
+        row |= {name: f"{middle:.4f}", f"{name}_half": f"{half:.4f}"}
+    return row
+
+
+def main(arguments: list[str]) -> None:
+    """Measures, prints, appends rows."""
+    parser = argparse.ArgumentParser(prog="python -m bench criteria_cpu", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5, help="calibration draws (default: 5)")
+    parser.add_argument(
+        "--evaluations", type=int, default=500, help="of each search (default: 500; 0: none)"
+    )
+    options = parser.parse_args(arguments)
+    began = time.perf_counter()
+    with torch.no_grad():
+        found = measure(options.seeds, options.evaluations)
+    seconds = f"{time.perf_counter() - began:.0f}"
+    rows.write("criteria_cpu", [{**row, "all_s": seconds} for row in found])
