@@ -30,7 +30,7 @@ def draw_margin(
     beside, level = figure.subplots(2, 1, sharex=True, height_ratios=[5, 3])
     places = np.arange(len(layers))
     cuts = [layer.cut for layer in layers if layer.cut is not None]
-    ids = {
+    ids: dict[str, Sequence[int | None]] = {
         "lowest kept": [cut.lowest_kept for cut in cuts],
         "highest removed": [cut.highest_removed for cut in cuts],
     }

@@ -137,12 +137,15 @@ def layer_ticks(axis: Any, labels: list[str], *, narrow: bool) -> None:
 
 def colour_bar(figure: Figure, image: Any, axes: Any, label: str, *, narrow: bool) -> Any:
     """A colour bar: beside the axes on wide pages, below them on narrow ones."""
-    place = (
-        {"location": "bottom", "aspect": 40, "pad": 0.01}
-        if narrow
-        else {"location": "right", "aspect": 30, "pad": 0.01}
+    bar = figure.colorbar(
+        image,
+        ax=axes,
+        label=label,
+        location="bottom" if narrow else "right",
+        aspect=40 if narrow else 30,
+        pad=0.01,
     )
-    bar = figure.colorbar(image, ax=axes, label=label, **place)
-    bar.solids.set_rasterized(True)  # 256 paths otherwise
+    cells: Any = bar.solids
+    cells.set_rasterized(True)  # 256 paths otherwise
     bar.outline.set_visible(False)
     return bar
