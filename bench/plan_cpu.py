@@ -2,16 +2,18 @@
 
 The statistics are random, in five groups and eight parts, which is a file of 136 MB; of the steps
 of the command each is timed in a process of its own, that has imported torch, and the whole command
-beside `import torch` alone. Steps run with one thread; medians of the rounds.
+beside `import torch` alone. All figures are processor seconds, of one thread, so other work on the
+machine moves them little; medians of the rounds.
 """
 
 import argparse
 import json
+import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from functools import reduce
 from pathlib import Path
 
@@ -33,9 +35,9 @@ from reap_kernels import SaliencyStats
 
 taken = {}
 def step(name, function):
-    start = time.perf_counter()
+    start = time.process_time()
     result = function()
-    taken[name] = time.perf_counter() - start
+    taken[name] = time.process_time() - start
     return result
 
 stats = step("load", lambda: SaliencyStats.load(sys.argv[1]))
@@ -64,8 +66,8 @@ def main(arguments: list[str]) -> None:
                 [sys.executable, "-c", _STEPS, stats, plan], check=True, capture_output=True
             )
             seconds = json.loads(run.stdout)
-            seconds["import_torch"] = elapsed([sys.executable, "-c", "import torch"])
-            seconds["command"] = elapsed(command)
+            seconds["import_torch"] = used([sys.executable, "-c", "import torch"])
+            seconds["command"] = used(command)
             for step, value in seconds.items():
                 taken.setdefault(step, []).append(value)
     row: dict[str, object] = {
@@ -77,15 +79,20 @@ def main(arguments: list[str]) -> None:
         "rounds": options.rounds,
     }
     # The first round warms the page cache.
-    row |= {f"{step}_s": f"{statistics.median(times[1:]):.3f}" for step, times in taken.items()}
+    row |= {f"{step}_cpu_s": f"{statistics.median(times[1:]):.3f}" for step, times in taken.items()}
     rows.write("plan_cpu", [row])
 
 
-def elapsed(command: list[object]) -> float:
-    """Seconds a command takes."""
-    start = time.perf_counter()
-    subprocess.run([str(word) for word in command], check=True, capture_output=True)
-    return time.perf_counter() - start
+def used(command: list[object]) -> float:
+    """Processor seconds of a command, user's and system's."""
+
+    def so_far() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    start, alone = so_far(), {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([str(word) for word in command], check=True, capture_output=True, env=alone)
+    return so_far() - start
 
 
 def made(draw: torch.Generator) -> SaliencyStats:
