@@ -2,19 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from random import Random
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from reap_driver.compare.figures import DRAWS, intervals
 from reap_driver.plan import Plan
 from reap_driver.router_mask import RouterMasks
 from reap_driver.search.fitness import Inputs, acceptance_by_sequence
 from reap_kernels.errors import DataError
-
-_DRAWS = 2000
-_TAIL = 0.025  # on either side of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -26,15 +23,16 @@ class HeldOut:
         predictions: counted in them.
         uniform: acceptance of the uniform plan, the mean over predictions.
         searched: that of the searched plan.
-        low, high: 95 % interval of searched - uniform, by a bootstrap over sequences.
+        low, high: 95 % interval of searched - uniform, by a bootstrap over sequences; None where
+            there is but one.
     """
 
     sequences: int
     predictions: int
     uniform: float
     searched: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     @property
     def lost(self) -> bool:
@@ -72,19 +70,18 @@ def held_out(
         )
     total = int(counts.sum())
     first, second = (sums.sum(dim=1) / total).tolist()
-    low, high = _interval(sums[1] - sums[0], counts, Random(f"reap-held-out {seed}"))
+    low, high = _interval(sums[1] - sums[0], counts, seed)
     return HeldOut(len(counts), total, first, second, low, high)
 
 
-def _interval(gains: Tensor, counts: Tensor, draw: Random) -> tuple[float, float]:
+def _interval(gains: Tensor, counts: Tensor, seed: int) -> tuple[float | None, float | None]:
     """Where the mean gain a prediction lies, were other sequences of this kind drawn.
 
     Args:
-        gains: float64 [S], a sequence each.
+        gains: float64 [S], sums over a sequence's predictions.
         counts: int64 [S], its predictions.
-        draw: of the sequences.
+        seed: of the bootstrap.
     """
-    rows = [int(draw.random() * len(counts)) for _ in range(_DRAWS * len(counts))]
-    drawn = torch.tensor(rows).view(_DRAWS, len(counts))
-    means = (gains[drawn].sum(dim=1) / counts[drawn].sum(dim=1)).sort().values
-    return float(means[round(_TAIL * _DRAWS)]), float(means[round((1 - _TAIL) * _DRAWS) - 1])
+    data, one = torch.stack([gains, counts.double()], dim=1), torch.zeros_like(counts)
+    found = intervals(lambda totals: totals[:, :1] / totals[:, 1:], data, one, DRAWS, seed)
+    return (None, None) if found is None else (float(found[0]), float(found[1]))

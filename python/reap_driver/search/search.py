@@ -174,9 +174,11 @@ def _check_notes(check: HeldOut) -> list[str]:
     """What held-out text says."""
     said = (
         f"expected acceptance on {check.sequences} held-out sequences {check.searched:.4f}, of the "
-        f"uniform plan {check.uniform:.4f} (difference {check.searched - check.uniform:+.4f}, 95 % "
-        f"interval {check.low:+.4f} to {check.high:+.4f})"
+        f"uniform plan {check.uniform:.4f} (difference {check.searched - check.uniform:+.4f}"
     )
+    if check.low is not None:
+        said += f", 95 % interval {check.low:+.4f} to {check.high:+.4f}"
+    said += ")"
     if not check.lost:
         return [said]
     return [

@@ -11,7 +11,6 @@ import torch
 
 import reap_driver as rd
 from reap_driver.interrupts import Interrupted, Stop
-from reap_driver.search import held_out as held_out_module
 from reap_driver.search.evolution import Settings
 from reap_driver.search.fitness import Fitness, Kept
 from reap_driver.search.held_out import HeldOut, held_out
@@ -255,20 +254,17 @@ def test_held_out_text_is_measured_by_sequence(model: Any, scores: rd.Scores) ->
     assert found.low < found.searched - found.uniform < found.high
     assert held_out(model, text, task.uniform, plan) == found
     assert held_out(model, text, task.uniform, plan, seed=1) != found
+    alone = held_out(model, batches((1, 12)), task.uniform, plan)
+    assert (alone.sequences, alone.low, alone.high) == (1, None, None)
     nothing = [{"input_ids": torch.tensor([[5]])}]
     with pytest.raises(DataError, match=r"held out is a prediction that counts; .*--validation 0"):
         held_out(model, nothing, task.uniform, plan)
 
 
-def test_the_interval_covers_as_often_as_it_says() -> None:
-    """Of 120 samples of 30 sequences with a known mean gain, 95 % hold it, give or take."""
-    draw, held = torch.Generator().manual_seed(0), 0
-    for trial in range(120):
-        counts = torch.randint(20, 60, (30,), generator=draw)
-        gains = counts * (0.01 + 0.05 * torch.randn(30, generator=draw, dtype=torch.float64))
-        low, high = held_out_module._interval(gains, counts, Random(trial))
-        held += low < 0.01 < high
-    assert 0.87 <= held / 120 <= 0.99
+def test_one_held_out_sequence_has_no_interval(scores: rd.Scores) -> None:
+    check = HeldOut(1, 100, 0.8, 0.81, None, None)
+    notes = search(Recorder(Pretended(), task_of(scores)), SETTINGS, lambda *_: check).plan.notes
+    assert any(note.endswith("uniform plan 0.8000 (difference +0.0100)") for note in notes)
 
 
 @pytest.mark.parametrize("searched", [0.79, 0.81])
