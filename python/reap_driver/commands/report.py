@@ -38,6 +38,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="whose scores are shown (default: the plan's, or reap); `plan --help` lists them",
     )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help="show this output of `compare --json` too",
+    )
     options.add_overwrite(parser)
 
 
@@ -45,14 +51,15 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Reads, draws, writes."""
     from reap_driver.commands.outputs import check_folder
     from reap_driver.plan import Plan
-    from reap_driver.report import write_report
+    from reap_driver.report import read_comparison, write_report
     from reap_driver.report.page import FILES
     from reap_kernels import SaliencyStats
 
     check_folder(args.out, FILES, overwrite=args.overwrite)
     stats = SaliencyStats.load(args.stats)
     plan = None if args.plan is None else Plan.load(args.plan)
+    comparison = None if args.compare is None else read_comparison(args.compare)
     args.out.mkdir(exist_ok=True)
-    files = write_report(stats, args.out, plan, criterion=args.criterion)
+    files = write_report(stats, args.out, plan, criterion=args.criterion, comparison=comparison)
     console.say(f"wrote {files[0]} and {len(files) - 1} pictures beside it")
     return {"out": str(args.out), "files": [str(path) for path in files]}

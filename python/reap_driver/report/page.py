@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from reap_driver.plan import Plan
 from reap_driver.provenance import public_name
 from reap_driver.report import html
+from reap_driver.report.comparison import comparison_table
 from reap_driver.report.gallery import (
     cut_pictures,
     group_pictures,
@@ -27,7 +29,12 @@ FILES = (PAGE, *(f"{name}.png" for name in PICTURES))
 
 
 def write_report(
-    stats: SaliencyStats, out: Path, plan: Plan | None = None, *, criterion: str | None = None
+    stats: SaliencyStats,
+    out: Path,
+    plan: Plan | None = None,
+    *,
+    criterion: str | None = None,
+    comparison: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Writes `report.html`, which needs no other file, and a PNG of every picture in it.
 
@@ -38,6 +45,7 @@ def write_report(
         out: an existing folder; files of an earlier report in it are replaced or removed.
         plan: which experts stay, of the same model.
         criterion: what the scores shown are; default the plan's, or `reap`.
+        comparison: from `read_comparison`, to be shown too.
 
     Returns:
         The files, the page first.
@@ -47,12 +55,15 @@ def write_report(
         DataError: see `reap_driver.score`.
     """
     inputs = Inputs.checked(stats, plan, criterion)
-    sections = [
+    sections: list[tuple[str, str, list[Picture], str]] = [
         ("cut", "The cut", cut_pictures(inputs), ""),
         ("margin", "How clear the decision is", margin_pictures(inputs), ""),
         ("groups", "Whom the experts serve", group_pictures(inputs), group_tables(inputs)),
         ("load", "How the router used the experts", load_pictures(inputs), ""),
     ]
+    if comparison is not None:
+        measured = comparison_table(comparison)
+        sections.append(("comparison", "Measured beside the original", [], measured))
     pictures = [picture for _, _, drawn, _ in sections for picture in drawn]
     files = []
     for picture in pictures:

@@ -1,5 +1,7 @@
 """`reap-kernels report`: files, JSON, refusals."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,71 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["report", "--help"])
     assert "reap-kernels report stats.safetensors plan.json --out report" in capsys.readouterr().out
+
+
+def figures(value: float) -> dict[str, object]:
+    """Figures as `compare` prints them; each its own value."""
+    return {
+        "sequences": 3,
+        "predictions": 1234,
+        **{
+            name: {"value": value + n, "low": value + n - 0.25, "high": value + n + 0.5}
+            for n, name in enumerate(
+                ("original_perplexity", "pruned_perplexity", "perplexity_ratio", "kl")
+            )
+        },
+        "acceptance": {"value": None, "low": None, "high": None},
+        "same_top": {"value": 0.5, "low": None, "high": None},
+    }
+
+
+def compared(path: Path, **changes: object) -> Path:
+    """A file of `compare --json`."""
+    content = {
+        "command": "compare",
+        "original": "/home/me/big",
+        "pruned": "acme/small",
+        "confidence": 0.95,
+        "overall": figures(10),
+        "groups": {"code": figures(20), "a<b": figures(30)},
+        "integrity": {"orphan_rate": 0.125},
+        **changes,
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_shows_a_comparison(run: Run, files: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+    comparison = compared(tmp_path / "compare.json")
+    words = ("report", files[0], "--compare", comparison, "--out", tmp_path / "report")
+    assert run(*words).code == 0
+    source = (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    [table] = re.findall(r"<table><caption><span>big and acme/small.*?</table>", source, re.DOTALL)
+    assert '<th scope="col">a&lt;b</th>' in table
+    rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', table)
+    cells = {name: re.findall(r"<td.*?>(.*?)</td>", rest) for name, rest in rows}
+    assert cells["perplexity, pruned"] == [
+        "21 [20.75, 21.5]",
+        "31 [30.75, 31.5]",
+        "11 [10.75, 11.5]",
+    ]
+    assert cells["expected acceptance"] == ["-", "-", "-"]
+    assert cells["same top token"] == ["0.5", "0.5", "0.5"]
+    assert cells["predictions"] == ["1,234"] * 3
+    assert "12.5\u00a0%" in source
+    assert "/home/me" not in source
+
+
+def test_refuses_what_is_no_comparison(run: Run, files: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    for path, message in (
+        (tmp_path / "missing.json", "cannot be read"),
+        (broken, "is not JSON"),
+        (compared(tmp_path / "plan.json", command="plan"), "is no comparison; give the output of"),
+        (compared(tmp_path / "half.json", overall=None), "the figures of 'all' are incomplete"),
+    ):
+        done = run("report", files[0], "--compare", path, "--out", tmp_path / "out")
+        assert done.code == 3
+        assert message in done.error
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,78 @@
+"""What `reap-kernels compare --json` printed, as a table of the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reap_driver.provenance import public_name
+from reap_driver.report import html
+from reap_driver.report.html import Share
+from reap_kernels.errors import DataError
+
+# Key of a figure -> its name, in the order of the table.
+_FIGURES = {
+    "original_perplexity": "perplexity, original",
+    "pruned_perplexity": "perplexity, pruned",
+    "perplexity_ratio": "perplexity, ratio",
+    "kl": "KL divergence (nats)",
+    "acceptance": "expected acceptance",
+    "same_top": "same top token",
+}
+_KEYS = {*_FIGURES, "predictions"}
+_RATES = {
+    "orphan_rate": "Tokens that lose their first expert",
+    "stranded_rate": "Tokens that lose all their experts",
+    "retained_gate_share": "Gate weight of a token that stays",
+}
+
+
+def read_comparison(path: Path) -> dict[str, Any]:
+    """Reads what `compare --json` printed.
+
+    Raises:
+        DataError: the file cannot be read, or is something else.
+    """
+    remedy = "give the output of `reap-kernels compare ... --json`"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"comparison {path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"comparison {path} is not JSON ({error}); {remedy}") from error
+    if not isinstance(found, dict) or found.get("command") != "compare":
+        raise DataError(f"{path} is no comparison; {remedy}")
+    columns = {**found.get("groups", {}), "all": found.get("overall")}
+    for name, figures in columns.items():
+        if not isinstance(figures, dict) or not _KEYS <= figures.keys():
+            raise DataError(f"comparison {path}: the figures of {name!r} are incomplete; {remedy}")
+    return found
+
+
+def comparison_table(found: Mapping[str, Any]) -> str:
+    """Figures by group with their intervals, and what the plan did to the routing."""
+    groups = found["groups"] if len(found["groups"]) > 1 else {}
+    columns = {**groups, "all": found["overall"]}
+    rows: list[list[html.Cell]] = [
+        [name, *(_interval(figures[key]) for figures in columns.values())]
+        for key, name in _FIGURES.items()
+    ]
+    rows.append(["predictions", *(f"{figures['predictions']:,}" for figures in columns.values())])
+    names = (public_name(str(found.get(key))) for key in ("original", "pruned"))
+    caption = f"{' and '.join(names)} on the same text, with {found['confidence']:.0%} intervals"
+    rates = found.get("integrity") or {}
+    known = [(name, str(Share(rates[key]))) for key, name in _RATES.items() if key in rates]
+    table = html.table(caption, ["", *columns], rows)
+    return table + (html.facts(known) if known else "")
+
+
+def _interval(figure: Mapping[str, Any]) -> str | None:
+    """`10.55 [10.2, 10.9]`; None where the figure is infinite, which JSON has as null."""
+    value, low, high = figure["value"], figure["low"], figure["high"]
+    if value is None:
+        return None
+    if low is None or high is None:
+        return f"{value:.4g}"
+    return f"{value:.4g} [{low:.4g}, {high:.4g}]"
