@@ -1,6 +1,9 @@
 """Conversations as a model's chat template writes them, and where in them its answers stand."""
 
+import json
 import re
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -9,6 +12,10 @@ from reap_driver.calibration.shapes import Chat
 from reap_kernels.errors import DataError
 
 Span = tuple[int, int]
+
+# How templates want turns that call tools: arguments as an object or as JSON text, content that is
+# empty as a text or null. The first is what transformers documents; DeepSeek-V3's take the others.
+_FORMS = ((dict, ""), (str, ""), (str, None))
 
 
 class ChatTemplate:
@@ -35,7 +42,7 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses it.
         """
-        return str(self._apply(place, chat, chat.messages, tokenize=False))
+        return str(self._apply(place, chat, self._formed(place, chat), tokenize=False))
 
     def marks_answers(self, chat: Chat) -> bool:
         """Whether the template itself says what the model generates, by `{% generation %}`."""
@@ -51,7 +58,7 @@ class ChatTemplate:
         found = self._apply(
             place,
             chat,
-            chat.messages,
+            self._formed(place, chat),
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -70,7 +77,8 @@ class ChatTemplate:
             DataError: the template refuses the conversation, or writes messages in another way
                 before others, so that turns cannot be told apart.
         """
-        whole = self.render(place, chat)
+        chat = replace(chat, messages=self._formed(place, chat))
+        whole = str(self._apply(place, chat, chat.messages, tokenize=False))
         spans = [
             (self._start(place, chat, number, whole), self._end(place, chat, number, whole))
             for number, message in enumerate(chat.messages)
@@ -108,6 +116,37 @@ class ChatTemplate:
             raise self._inseparable(place)
         return len(after) - len(added)
 
+    def _formed(self, place: str, chat: Chat) -> list[dict[str, Any]]:
+        """The messages, with calls of tools in the form that the template writes."""
+        if not any(message.get("tool_calls") for message in chat.messages):
+            return chat.messages
+        if self._form is None:
+            raise DataError(
+                f"{place}: the chat template of {self._model} leaves out or refuses the calls of "
+                "tools that the messages have; use a template that writes them, or other data"
+            )
+        return [_with_calls_as(message, *self._form) for message in chat.messages]
+
+    @cached_property
+    def _form(self) -> tuple[type, str | None] | None:
+        """The first form of calls that the template neither refuses nor leaves out."""
+        call = {"name": "probe", "arguments": {"argument": "probed"}}
+        calls = [{"id": "call00000", "type": "function", "function": call}]
+        messages = [
+            {"role": "user", "content": "probe"},
+            {"role": "assistant", "content": "", "tool_calls": calls},
+        ]
+        tools = [{"type": "function", "function": {"name": "probe", "description": "A probe."}}]
+        for form in _FORMS:
+            formed = [_with_calls_as(message, *form) for message in messages]
+            try:
+                text = self._apply("a probe", Chat([], tools), formed, tokenize=False)
+            except DataError:
+                continue
+            if "probed" in text:
+                return form
+        return None
+
     def _inseparable(self, place: str) -> DataError:
         return DataError(
             f"{place}: the chat template of {self._model} writes messages differently before "
@@ -131,3 +170,16 @@ def _shared(one: str, other: str) -> int:
     """How many characters two texts begin with in common."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _with_calls_as(message: dict[str, Any], kind: type, empty: str | None) -> dict[str, Any]:
+    """The message with its calls' arguments as objects or JSON text, and empty content as given."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        if kind is str and not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "content": message["content"] or empty, "tool_calls": calls}

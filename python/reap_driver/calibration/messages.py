@@ -2,8 +2,8 @@
 
 Content is text; parts of it are joined. A tool is an object `{"type": "function", "function": ...}`
 with a JSON schema of its parameters, a tool call `{"type": "function", "function": {"name",
-"arguments"}}` with arguments as an object. Everything else a message has stays, such as
-`reasoning_content`.
+"arguments"}}` with an id of nine characters and arguments as an object; the message that has it has
+content, if only an empty one. Everything else a message has stays, such as `reasoning_content`.
 """
 
 import json
@@ -71,7 +71,7 @@ def checked_messages(record: Record, name: str, value: Any = None) -> list[dict[
     Raises:
         DataError: it is no list of messages, or a message has no role or other parts than text.
     """
-    messages = []
+    messages, calls = [], 0
     for number, given in enumerate(list_of_objects(record, name, value)):
         message = {key: item for key, item in given.items() if item is not None}
         if not isinstance(message.get("role"), str):
@@ -80,10 +80,11 @@ def checked_messages(record: Record, name: str, value: Any = None) -> list[dict[
             message["content"] = _joined(record, f"{name}[{number}]", message["content"])
         if "tool_calls" in message:
             what = f"{name}[{number}].tool_calls"
-            calls = message.pop("tool_calls") or []
-            found = list_of_objects(record, what, calls, least=0)
+            found = list_of_objects(record, what, message.pop("tool_calls") or [], least=0)
             if found:
-                message["tool_calls"] = [tool_call(record, what, call) for call in found]
+                named = [tool_call(record, what, c, calls + n) for n, c in enumerate(found)]
+                message = {"content": "", **message, "tool_calls": named}
+                calls += len(named)
         messages.append(message)
     return messages
 
@@ -109,10 +110,17 @@ def checked_tools(record: Record) -> list[dict[str, Any]] | None:
     return tools or None
 
 
-def tool_call(record: Record, name: str, call: dict[str, Any]) -> dict[str, Any]:
+def tool_call(record: Record, name: str, call: dict[str, Any], number: int) -> dict[str, Any]:
     """A call, bare or wrapped, with its arguments as an object.
 
     Arguments that are no JSON text of an object stay as they are: models write such ones too.
+
+    Args:
+        record: which has it.
+        name: of the field.
+        call: as it is there.
+        number: in the record; makes an id where the call has none (Mistral's templates refuse
+            others than of nine characters).
 
     Raises:
         DataError: it names no function.
@@ -129,9 +137,8 @@ def tool_call(record: Record, name: str, call: dict[str, Any]) -> dict[str, Any]
         except ValueError:
             parsed = arguments
         arguments = parsed if isinstance(parsed, dict) else arguments
-    outer = {key: value for key, value in call.items() if key in ("id", "type")}
     called = {"name": function["name"], "arguments": {} if arguments is None else arguments}
-    return {**outer, "type": "function", "function": called}
+    return {"id": call.get("id") or f"call{number:05}", "type": "function", "function": called}
 
 
 def turn(record: Record, role: Any, value: Any) -> dict[str, Any]:

@@ -112,9 +112,9 @@ def _conversations(record: Record) -> Chat:
 
 
 def _query(record: Record) -> Chat:
-    calls = [tool_call(record, "answers", c) for c in list_of_objects(record, "answers", least=0)]
-    # No `content`, as transformers documents turns that only call tools.
-    answer = {"role": "assistant", "tool_calls": calls} if calls else _says("assistant", "")
+    given = list_of_objects(record, "answers", least=0)
+    calls = [tool_call(record, "answers", call, n) for n, call in enumerate(given)]
+    answer = _says("assistant", "") | ({"tool_calls": calls} if calls else {})
     return Chat([_says("user", _string(record, "query")), answer], checked_tools(record))
 
 

@@ -61,7 +61,8 @@ class HubDataset:
         subset = "" if self.subset is None else f"[{self.subset}]"
         split = "" if self.split is None else f"({self.split})"
         revision = "" if self.revision is None else f"@{self.revision}"
-        return f"{self.name}{subset}{split}{revision}"
+        files = f"{{{','.join(self.files)}}}" if self.files else ""
+        return f"{self.name}{subset}{split}{revision}{files}"
 
 
 @dataclass(frozen=True)

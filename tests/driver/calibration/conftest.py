@@ -14,7 +14,8 @@ TEMPLATE = (
     "{% for t in tools or [] %}[{{ t['function']['name'] }}]{% endfor %}"
     "{% for m in messages %}"
     "{% if m['role'] == 'judge' %}{{ raise_exception('no such role') }}{% endif %}"
-    "<bos>{{ m['role'] }}:{{ m['content'] }}{% if m['name'] %}!{% endif %}{% endfor %}"
+    "<bos>{{ m['role'] }}:{{ m['content'] }}{% if m['name'] %}!{% endif %}"
+    "{% for c in m['tool_calls'] or [] %}{{ c['function'] | tojson }}{% endfor %}{% endfor %}"
 )
 
 

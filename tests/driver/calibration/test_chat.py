@@ -99,6 +99,51 @@ def test_turns_of_tools_do_not_count(folder: Path, config: PretrainedConfig) -> 
         assert counted(folder, encoded(made, messages=messages)) == ["yes<eos>\n", last]
 
 
+# Turns that call tools: as most templates write them, as DeepSeek-V3's, and as templates that know
+# none or refuse them.
+_EACH = "{% for m in messages %}<bos>{{ m['role'] }}:"
+_CALLS = "{% for c in m['tool_calls'] or [] %}{{ c['function']['arguments']"
+OBJECTS = _EACH + "{{ m['content'] + '' }}" + _CALLS + "['n'] }};{% endfor %}{% endfor %}"
+STRINGS = _EACH + "{{ m['content'] + '' }}" + _CALLS + " + ';' }}{% endfor %}{% endfor %}"
+NULL = (
+    _EACH + "{% if m['content'] is none %}" + _CALLS + " + ';' }}{% endfor %}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+REFUSED = "{% if messages[-1]['tool_calls'] %}{{ raise_exception('no tools') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (OBJECTS, "<bos>user:hi?<bos>assistant:1;2;"),
+        (STRINGS, '<bos>user:hi?<bos>assistant:{"n": 1};{"n": 2};'),
+        (NULL, '<bos>user:hi?<bos>assistant:{"n": 1};{"n": 2};'),
+    ],
+    ids=["objects", "strings", "null"],
+)
+def test_calls_are_given_in_the_form_a_template_takes(
+    folder: Path, config: PretrainedConfig, template: str, text: str
+) -> None:
+    calls = [{"name": "f", "arguments": {"n": 1}}, {"name": "f", "arguments": '{"n": 2}'}]
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
+    # The probe's argument has another name than these calls'.
+    template = template.replace(
+        "['n']", "['n' if 'n' in c['function']['arguments'] else 'argument']"
+    )
+    document = encoded(encoder(folder, config, template), messages=[TALK[0], message])
+    assert document.ids == AutoTokenizer.from_pretrained(folder)(text).input_ids
+
+
+@pytest.mark.parametrize("template", [PLAIN, REFUSED], ids=["left out", "refused"])
+def test_a_template_without_calls_is_named(
+    folder: Path, config: PretrainedConfig, template: str
+) -> None:
+    made = encoder(folder, config, template)
+    with pytest.raises(DataError, match=r"data.jsonl:3: the chat template of .* leaves out or ref"):
+        encoded(made, query="q", answers='[{"name": "f", "arguments": {}}]')
+    encoded(made, messages=TALK)  # other records come
+
+
 @pytest.mark.parametrize(
     ("template", "messages"),
     [(MOVED, TALK), (PLAIN, TALK[1:])],

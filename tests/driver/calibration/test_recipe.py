@@ -209,7 +209,7 @@ def test_included_recipes_read_what_the_data_sets_have(
     assert sum(source.tokens or 0 for source in sources) == tokens
 
     def load(hub: str, subset: str | None, *, split: str, **rest: Any) -> Any:
-        wanted = HubDataset(hub, subset, None if split == "train" else split)
+        wanted = HubDataset(hub, subset, None if split == "train" else split)  # of c4, one file
         return datasets.Dataset.from_list([ROWS[str(wanted)]] * 2)
 
     monkeypatch.setattr(datasets, "load_dataset", load)

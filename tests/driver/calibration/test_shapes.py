@@ -26,8 +26,8 @@ def chat(**fields: Any) -> Chat:
     return found
 
 
-def called(name: str, arguments: Any) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+def called(name: str, arguments: Any, id: str = "call00000") -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def test_ids_and_texts() -> None:
@@ -75,10 +75,10 @@ def test_arguments_of_calls_become_objects(given: Any, arguments: Any) -> None:
         {"name": "add", "arguments": given},
     ]
     message = {"role": "assistant", "content": None, "tool_calls": calls}
-    expected = [{"id": "1", **called("add", arguments)}, called("add", arguments)]
+    expected = [called("add", arguments, "1"), called("add", arguments, "call00001")]
     for tool_calls in (calls, json.dumps(calls)):
         found = chat(messages=[USER, {**message, "tool_calls": tool_calls}]).messages[1]
-        assert found == {"role": "assistant", "tool_calls": expected}
+        assert found == {"role": "assistant", "content": "", "tool_calls": expected}
 
 
 @pytest.mark.parametrize("none", [[], None, "", "[]"])
@@ -128,9 +128,10 @@ def test_query_and_answers_become_calls_of_tools() -> None:
         {"role": "user", "content": "Where?"},
         {
             "role": "assistant",
+            "content": "",
             "tool_calls": [
                 called("live_giveaways", {"type": "beta"}),
-                called("live_giveaways", {"type": "game"}),
+                called("live_giveaways", {"type": "game"}, "call00001"),
             ],
         },
     ]
@@ -159,7 +160,7 @@ def test_conversations() -> None:
     expected = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "1 + 2?"},
-        {"role": "assistant", "tool_calls": [called("add", {"n": 1})]},
+        {"role": "assistant", "content": "", "tool_calls": [called("add", {"n": 1})]},
         {"role": "tool", "content": "3"},
         {"role": "assistant", "content": "3."},
     ]

@@ -151,3 +151,7 @@ def test_groups_of_compressed_files(here: Path) -> None:
 
 def test_a_relative_folder_has_a_name(here: Path) -> None:
     assert DataSource.parse(".").group == here.stem
+
+
+def test_files_of_a_data_set_are_in_its_name() -> None:
+    assert str(HubDataset("o/n", "a", files=("x.json", "y.json"))) == "o/n[a]{x.json,y.json}"
