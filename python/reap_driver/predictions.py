@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from reap_driver.calibration.prefetch import ready_for
 from reap_driver.forward import forward
 from reap_kernels.errors import DataError, UnsupportedModel
 
@@ -76,6 +77,8 @@ def counted_targets(inputs: Mapping[str, Tensor]) -> Tensor:
 def predict(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Predictions:
     """Runs a model on a batch; its head only where a prediction counts.
 
+    With inputs in main memory (pinned for a GPU), nothing here waits for the device.
+
     Args:
         model: with a head over a vocabulary, in eval mode; loaded, or streamed.
         inputs: see `counted_targets`; `token_mask` is not given to the model.
@@ -92,7 +95,7 @@ def predict(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Predictions
     with _head_at(model, rows, ids.shape):
         logits = forward(model, batch, all_logits=True).logits
     if logits.shape[:2] == ids.shape:  # it does not call its head, but uses the weight
-        logits = logits.flatten(0, 1)[rows.to(logits.device)]
+        logits = logits.flatten(0, 1)[_sent(rows, logits.device)]
     elif logits.shape[:2] == (1, len(rows)):
         logits = logits[0]
     else:
@@ -100,8 +103,8 @@ def predict(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Predictions
             f"{type(model).__name__} gives logits of shape {tuple(logits.shape)} for "
             f"{tuple(ids.shape)} tokens; this version does not know which are whose"
         )
-    labels = ids[:, 1:][counted].to(logits.device)
-    sequences = counted.nonzero()[:, 0].to(logits.device)
+    labels = _sent(ids[:, 1:][counted], logits.device)
+    sequences = _sent(counted.nonzero()[:, 0], logits.device)
     return Predictions(logits, labels, sequences)
 
 
@@ -124,10 +127,17 @@ def _head_at(model: PreTrainedModel, rows: Tensor, shape: torch.Size) -> Iterato
         hidden = args[0] if args else None
         if not isinstance(hidden, Tensor) or hidden.shape[:-1] != shape:
             return None
-        return hidden.flatten(0, 1)[rows.to(hidden.device)].unsqueeze(0), *args[1:]
+        return hidden.flatten(0, 1)[_sent(rows, hidden.device)].unsqueeze(0), *args[1:]
 
     handle = head.register_forward_pre_hook(narrow)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a move from main memory is queued, not waited for."""
+    if tensor.device.type == "cpu":
+        return ready_for(tensor, device).to(device, non_blocking=True)
+    return tensor.to(device)
