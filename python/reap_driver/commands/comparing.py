@@ -1,0 +1,267 @@
+"""How `compare` runs: two models, or one with masked routers, held as fits, on the same batches."""
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from reap_driver.calibration import DataSource, PackedBatches, PackedSource
+from reap_driver.checkpoint.checks import check_model
+from reap_driver.commands import calibrate
+from reap_driver.commands.calibrate import Model
+from reap_driver.commands.console import Console
+from reap_driver.compare import tasks
+from reap_driver.compare.alike import check_vocabularies
+from reap_driver.compare.models import compare_resident, compare_streamed
+from reap_driver.compare.sequences import Comparison, Sums
+from reap_driver.integrity import Orphans, orphans
+from reap_driver.loading import load_model, open_streamed
+from reap_driver.plan import Plan
+from reap_driver.sizing.decision import Decision, decide
+from reap_driver.sizing.machine import this_machine
+from reap_driver.sizing.model import ModelSizes, model_sizes
+from reap_driver.sizing.plan import workload
+from reap_driver.sizing.stored import run_dtype, stored_files
+from reap_driver.streaming.store import StateStore
+from reap_kernels.dispatch import Request, select
+from reap_kernels.errors import ResourceError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is compared.
+
+    Attributes:
+        original: the original.
+        pruned: the pruned model; None where a plan masks the original's routers.
+        plan: what was pruned, where that is known.
+    """
+
+    original: Model
+    pruned: Model | None
+    plan: Plan | None
+
+    @property
+    def models(self) -> list[Model]:
+        """Those that are loaded."""
+        return [self.original] if self.pruned is None else [self.original, self.pruned]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a run found; `orphans` where the plan is known and the original was in memory."""
+
+    comparison: Comparison
+    orphans: dict[str, Orphans] | None
+
+
+def pair_of(args: argparse.Namespace) -> Pair:
+    """Both models, checked without reading weights; PRUNED is a plan where it is a file.
+
+    Raises:
+        CheckpointError, UnsupportedModel: one of the models cannot be loaded.
+        PlanError: the plan is of another model.
+        DataError: the vocabularies differ.
+    """
+    original = calibrate.inspect_model(args)
+    original.check_files()
+    if Path(args.pruned).is_file():
+        plan = Plan.load(args.pruned)
+        check_model(plan, original.config, args.model)
+        return Pair(original, None, plan)
+    pruned = calibrate.inspect_model(argparse.Namespace(**{**vars(args), "model": args.pruned}))
+    folders = [(model.source.folder, model.config) for model in (original, pruned)]
+    check_vocabularies(*folders, trust_remote_code=args.trust_remote_code)
+    record = pruned.source.folder / "reap" / "plan.json"
+    plan = None
+    if record.is_file():
+        plan = Plan.load(record)
+        check_model(plan, original.config, args.model)
+    return Pair(original, pruned, plan)
+
+
+def read_data(args: argparse.Namespace, pair: Pair, console: Console) -> list[PackedSource]:
+    """Tokens of all sources, by the original's tokenizer, in sequences both models can read."""
+    seq_len = min(calibrate.check_options(args, model.config) for model in pair.models)
+    for model in pair.models:
+        calibrate.check_packing(args, model.meta.config, model.layers)
+    wanted = [_limited(source, args, seq_len) for source in calibrate.sources_of(args)]
+    return calibrate.read_data(args, wanted, pair.original.config, seq_len, console)
+
+
+def _limited(source: DataSource, args: argparse.Namespace, seq_len: int) -> DataSource:
+    """A source with what --sequences or --tokens allows, unless it has a budget of its own."""
+    if source.samples is not None or source.tokens is not None:
+        return source
+    if args.sequences is not None and args.packing == "none":
+        return replace(source, samples=args.sequences)
+    tokens = args.tokens if args.sequences is None else args.sequences * seq_len
+    return replace(source, tokens=tokens)
+
+
+def compared(
+    args: argparse.Namespace, pair: Pair, sources: Sequence[PackedSource], console: Console
+) -> Compared:
+    """Runs the models.
+
+    Raises:
+        ResourceError: they do not fit; or a plan, and the original would have to be streamed.
+        DataError: nothing counts, or logits are not finite.
+    """
+    device = calibrate.device_of(args)
+    backend = args.backend
+    select(Request("compare", device, pair.original.meta.dtype), backend)
+    decision = None if args.device_map is not None else _decided(args, pair, sources)
+    size = (args.batch_size or 1) if decision is None else decision.batch_size
+    sizes = [min(size, source.full_sequences) for source in sources]
+    batches = calibrate.batches_of(pair.original.config, _layers(pair), sources, sizes)
+    total = sum(source.tokens for source in sources)
+    if decision is not None and decision.stream:
+        for reason in decision.reasons:
+            console.note(f"streaming both models: {reason}")
+        with console.progress("comparing", "tok", total) as progress:
+            sums = _streamed(args, pair, decision, batches, lambda s: progress.add(s * total))
+        return Compared(sums.comparison(args.draws, args.seed), None)
+    with contextlib.ExitStack() as stack:
+        loaded = [stack.enter_context(_loaded(args, model, console)) for model in pair.models]
+        pruned = pair.plan if pair.pruned is None else loaded[1]
+        assert pruned is not None
+        with console.progress("comparing", "tok", total) as progress:
+            sums = compare_resident(
+                loaded[0],
+                pruned,
+                batches,
+                range(len(batches)),
+                backend=backend,
+                done=lambda share: progress.add(share * total),
+            )
+        lost = (
+            None if pair.plan is None else _orphans(loaded[0], batches, pair.plan, total, console)
+        )
+    return Compared(sums.comparison(args.draws, args.seed), lost)
+
+
+def _layers(pair: Pair) -> Any:
+    """MoE layers of both: what either cannot be given is not given to any."""
+    return [layer for model in pair.models for layer in model.layers]
+
+
+def _decided(args: argparse.Namespace, pair: Pair, sources: Sequence[PackedSource]) -> Decision:
+    """How the models are best held, both alike.
+
+    Raises:
+        ResourceError: see `decide`; or a plan, and the original does not fit in memory.
+    """
+    model, device = pair.original, calibrate.device_of(args)
+    seq_len = sources[0].seq_len
+    sizes = [_sizes(args, each, seq_len) for each in pair.models]
+    dtype = run_dtype(args.dtype, model.config, stored_files(model.source.folder, model.config))
+    work = workload(
+        model.meta,
+        model.layers,
+        tokens=sum(source.tokens for source in sources),
+        seq_len=seq_len,
+        device=device,
+        dtype=dtype,
+        batch_size=args.batch_size,
+        all_logits=True,
+    )
+    machine = this_machine(device, Path(tempfile.gettempdir()))
+    decision = decide(args.stream, _together(sizes), machine, work)
+    if decision.stream and pair.pruned is None:
+        raise ResourceError(
+            f"{args.model} would be streamed ({'; '.join(decision.reasons)}), and routers are "
+            f"masked in memory only; write the checkpoint with `reap-kernels apply {args.model} "
+            f"{args.pruned} --out DIR` and compare with that"
+        )
+    return decision
+
+
+def _sizes(args: argparse.Namespace, model: Model, seq_len: int) -> ModelSizes:
+    dtype = run_dtype(args.dtype, model.config, stored_files(model.source.folder, model.config))
+    return model_sizes(model.meta, model.layers, dtype=dtype, seq_len=seq_len)
+
+
+def _together(sizes: Sequence[ModelSizes]) -> ModelSizes:
+    """Models of which all are in memory, or the states of all and the layers of one at a time."""
+    return replace(
+        sizes[0],
+        layer_bytes=tuple(nbytes for each in sizes for nbytes in each.layer_bytes),
+        rest_bytes=sum(each.rest_bytes for each in sizes),
+        state_bytes=sum(each.state_bytes for each in sizes),
+    )
+
+
+@contextlib.contextmanager
+def _loaded(args: argparse.Namespace, model: Model, console: Console) -> Iterator[PreTrainedModel]:
+    """One model in memory."""
+    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    if args.device_map is None:
+        yield load_model(model.path, device=calibrate.device_of(args), **options)
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="reap-offload-") as folder,
+        console.library_progress(),
+    ):
+        yield load_model(model.path, device_map=args.device_map, offload_folder=folder, **options)
+
+
+def _streamed(
+    args: argparse.Namespace, pair: Pair, decision: Decision, batches: PackedBatches, done: Any
+) -> Sums:
+    """Both models, one decoder layer at a time."""
+    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    place = decision.park or "device"
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reap-states-")))
+        models, stores = [], []
+        for number, model in enumerate(pair.models):
+            device = calibrate.device_of(args)
+            models.append(stack.enter_context(open_streamed(model.path, device=device, **options)))
+            stores.append(StateStore(place, device, folder / str(number)))
+            stack.callback(stores[-1].close)
+        return compare_streamed(
+            models, stores, batches, range(len(batches)), backend=args.backend, done=done
+        )
+
+
+def _orphans(
+    model: PreTrainedModel, batches: PackedBatches, plan: Plan, total: int, console: Console
+) -> dict[str, Orphans]:
+    """Runs the original once more, and follows its routing."""
+    with console.progress("following the routing", "tok", total) as progress:
+
+        def each() -> Iterator[dict[str, Any]]:
+            for number in range(len(batches)):
+                yield batches.inputs(number)
+                progress.add(total / len(batches))
+
+        return orphans(model, each(), plan)
+
+
+def evaluated(
+    args: argparse.Namespace, pair: Pair, console: Console
+) -> tuple[tasks.Results, tasks.Results]:
+    """Tasks by the original and by the pruned model, one in memory at a time."""
+    options = {
+        "folder": args.task_folder,
+        "limit": args.limit,
+        "batch_size": args.batch_size or 1,
+        "trust_remote_code": args.trust_remote_code,
+    }
+
+    def answers(model: PreTrainedModel, plan: Plan | None = None) -> tasks.Results:
+        kept = None if plan is None else plan.kept
+        return tasks.evaluate(model, args.model, args.tasks, kept=kept, **options)
+
+    with _loaded(args, pair.original, console) as original:
+        first = answers(original)
+        if pair.pruned is None:
+            return first, answers(original, pair.plan)
+    with _loaded(args, pair.pruned, console) as pruned:
+        return first, answers(pruned)

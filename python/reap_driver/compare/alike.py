@@ -1,0 +1,61 @@
+"""Whether two checkpoints can be compared: token by token, so their tokens must be the same."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PretrainedConfig
+
+from reap_kernels.errors import DataError
+
+_FILE = "tokenizer.json"
+
+
+def check_vocabularies(
+    original: tuple[Path, PretrainedConfig],
+    pruned: tuple[Path, PretrainedConfig],
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Checks that both models mean the same by every token id.
+
+    A checkpoint without a tokenizer is taken at its number of tokens.
+
+    Args:
+        original: folder and configuration.
+        pruned: likewise.
+        trust_remote_code: run tokenizer code that comes with the checkpoints.
+
+    Raises:
+        DataError: they do not.
+    """
+    sizes = [config.get_text_config().vocab_size for _, config in (original, pruned)]
+    if sizes[0] != sizes[1]:
+        raise DataError(
+            f"{original[0]} has {sizes[0]} tokens, {pruned[0]} {sizes[1]}; compare a model with "
+            "one that was made of it"
+        )
+    files = [folder / _FILE for folder, _ in (original, pruned)]
+    if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
+        return
+    tokens = [_tokens(*model, trust_remote_code) for model in (original, pruned)]
+    if None in tokens or tokens[0] == tokens[1]:
+        return
+    first, second = (set(found.items()) for found in tokens if found is not None)
+    token, number = min(first ^ second, key=lambda entry: (entry[1], entry[0]))
+    raise DataError(
+        f"the tokenizers of {original[0]} and {pruned[0]} differ (first in token {number}, "
+        f"{token!r}), so their predictions are of other texts; compare a model with one that was "
+        "made of it"
+    )
+
+
+def _tokens(folder: Path, config: PretrainedConfig, trust: bool) -> dict[str, int] | None:
+    """Every token and its id; None without a tokenizer."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(folder), config=config, trust_remote_code=trust
+        )
+    except (OSError, ValueError, KeyError, ImportError, AttributeError):
+        return None
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    return vocabulary
