@@ -110,7 +110,7 @@ class PackedSource:
             "tokens": self.tokens,
             "counted_tokens": self.counted_tokens,
             "sequences": self.sequences,
-            "digest": "sha256:" + self._digest(),
+            "digest": "sha256:" + self._digest,
             "packing": self.packing,
             "seq_len": self.seq_len,
             "seed": self.seed,
@@ -121,6 +121,7 @@ class PackedSource:
         bad = self.skipped
         return facts if bad is None else {**facts, "skipped": bad.count, "skipped_first": bad.first}
 
+    @cached_property
     def _digest(self) -> str:
         digest = hashlib.sha256(self.ids.numpy().astype("<i4").data)
         if self.packing != "concat":
