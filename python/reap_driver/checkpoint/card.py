@@ -11,6 +11,7 @@ import transformers
 import yaml  # type: ignore[import-untyped]
 
 import reap_kernels
+from reap_driver.compat.load_pruned import SETTINGS
 from reap_driver.criteria import criterion_named
 from reap_driver.provenance import calibration_mix, public_name
 from reap_driver.sizing.units import in_bytes, short
@@ -49,7 +50,7 @@ def model_card(source_card: Path, plan: "Plan", report: "ApplyReport") -> str:
         "Specification": _specification(report),
         "Method": _method(plan),
         "Calibration data": _calibration(plan),
-        "What changed and what did not": _bullets(_changes(plan, report)),
+        "What changed and what did not": _bullets(_changes(report)),
         "Use": _use(report),
         "Limitations": _bullets(_limitations(report)),
         "Licence": _licence(source, inherited),
@@ -153,6 +154,7 @@ def _method(plan: "Plan") -> str:
         "output, n their number. Each layer lost its lowest-scored experts, as many as the "
         "allocation says.\n"
     )
+    rows += [("note", note) for note in plan.notes]
     return _table(("setting", "value"), rows) + words
 
 
@@ -182,12 +184,15 @@ def _calibration(plan: "Plan") -> str:
     return f"{table}\n{total:,} tokens in all.\n"
 
 
-def _changes(plan: "Plan", report: "ApplyReport") -> list[str]:
+def _changes(report: "ApplyReport") -> list[str]:
     """What the run did, and what it left alone."""
     edited = ", ".join(
-        f"`{name}` {_code(repr(old))} -> {_code(repr(new))}"
+        f"{_code(name)} {_code(repr(old))} -> {_code(repr(new))}"
         for name, (old, new) in report.edited_config.items()
+        if name.partition(".")[0] != SETTINGS
     )
+    if not report.uniform:
+        edited += f", and the number of experts of every layer under {_code(SETTINGS)}"
     lines = [
         "Removed: the weights of the experts that go, and their rows of the router (weight, bias, "
         "correction bias); the experts that stay are numbered anew in their old order.",
@@ -207,7 +212,7 @@ def _changes(plan: "Plan", report: "ApplyReport") -> list[str]:
         )
     if report.left_out:
         lines.append(f"Not copied, other formats of the weights: {_names(report.left_out)}.")
-    return lines + list(plan.notes)
+    return lines
 
 
 def _use(report: "ApplyReport") -> str:
@@ -245,7 +250,7 @@ def _limitations(report: "ApplyReport") -> list[str]:
         "Experts were ranked on the calibration data above. What those data lack (other languages, "
         "domains, styles) can have lost more than what they have.",
         "Limits and biases of the original remain.",
-        *report.warnings,
+        *(report.warnings if report.uniform else []),  # of others, "Use" says it all
     ]
 
 
@@ -291,7 +296,8 @@ def _code(text: str) -> str:
 
 
 def _name(source: str) -> str:
-    return f"[{source}](https://huggingface.co/{source})" if _is_hub_id(source) else source
+    hub = f"[{source}](https://huggingface.co/{source})"
+    return hub if _is_hub_id(source) else _code(source)
 
 
 def _is_hub_id(source: str) -> bool:

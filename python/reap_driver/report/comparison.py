@@ -42,11 +42,11 @@ def read_comparison(path: Path) -> dict[str, Any]:
         raise DataError(f"comparison {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise DataError(f"comparison {path} is not JSON ({error}); {remedy}") from error
-    if not isinstance(found, dict) or found.get("command") != "compare":
+    if not isinstance(found, dict) or not isinstance(found.get("groups"), dict):
         raise DataError(f"{path} is no comparison; {remedy}")
-    columns = {**found.get("groups", {}), "all": found.get("overall")}
+    columns = {**found["groups"], "all": found.get("overall")}
     for name, figures in columns.items():
-        if not isinstance(figures, dict) or not _KEYS <= figures.keys():
+        if not isinstance(figures, dict) or not figures.keys() >= _KEYS:
             raise DataError(f"comparison {path}: the figures of {name!r} are incomplete; {remedy}")
     return found
 

@@ -97,11 +97,16 @@ def test_a_plan_without_data_claims_none(tmp_path: Path) -> None:
 
 def test_the_method_is_the_plan(tmp_path: Path) -> None:
     card, report = write(
-        tmp_path, criterion="frequency", weights={"code": 0.7, "tools": 0.3}, allocation="global"
+        tmp_path,
+        criterion="frequency",
+        weights={"code": 0.7, "tools": 0.3},
+        allocation="global",
+        notes=["removes 3 | not 4"],
     )
     rows = {row[0]: row[1] for row in tables(card)["Method"]}
     assert rows["criterion"] == "`frequency`: `n, rows routed`"
     assert rows["allocation"] == "global"
+    assert rows["note"] == "removes 3 | not 4"
     assert rows["weights of calibration groups"] == "code 0.7, tools 0.3"
     gone = sum(before - after for before, after in report.experts_per_layer.values())
     total = sum(before for before, _ in report.experts_per_layer.values())
@@ -132,6 +137,8 @@ def test_layers_that_differ_come_with_their_loader(
     [row] = [r for r in tables(card)["Specification"] if r[0] == "routed experts per layer"]
     assert row[2].startswith(f"{min(counts)} to {max(counts)} (")
     assert "vllm serve" not in card
+    assert "the number of experts of every layer under `experts_per_layer`" in card
+    assert "experts_per_layer.counts" not in card
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(sys.path))
     loaded: dict[str, object] = {}

@@ -127,7 +127,7 @@ def test_refuses_what_is_no_comparison(run: Run, files: tuple[Path, Path], tmp_p
     for path, message in (
         (tmp_path / "missing.json", "cannot be read"),
         (broken, "is not JSON"),
-        (compared(tmp_path / "plan.json", command="plan"), "is no comparison; give the output of"),
+        (compared(tmp_path / "other.json", groups=None), "is no comparison; give the output of"),
         (compared(tmp_path / "half.json", overall=None), "the figures of 'all' are incomplete"),
     ):
         done = run("report", files[0], "--compare", path, "--out", tmp_path / "out")
