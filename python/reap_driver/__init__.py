@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reap_driver.checkpoint import ApplyReport, apply_plan
+    from reap_driver.checkpoint.masks import load_masks, save_masks
     from reap_driver.compare import Comparison, compare
     from reap_driver.compat.models import load_config
     from reap_driver.criteria import Scores, score
     from reap_driver.discover import MoELayer, find_moe_layers
+    from reap_driver.integrity import orphans, retained
     from reap_driver.loading import load_model
     from reap_driver.observe import Observer, observe
+    from reap_driver.permutation import check_permutation
     from reap_driver.plan import LayerPlan, Plan
     from reap_driver.planning import make_plan, plan_of_removals, random_plan
     from reap_driver.router_mask import masked_experts
@@ -38,19 +41,24 @@ _HOMES = {
     "Observer": "reap_driver.observe",
     "Plan": "reap_driver.plan",
     "SaliencyStats": "reap_kernels",
-    "__version__": "reap_kernels",
     "Scores": "reap_driver.criteria",
+    "__version__": "reap_kernels",
     "apply_plan": "reap_driver.checkpoint",
+    "check_permutation": "reap_driver.permutation",
     "compare": "reap_driver.compare",
     "find_moe_layers": "reap_driver.discover",
     "load_config": "reap_driver.compat.models",
+    "load_masks": "reap_driver.checkpoint.masks",
     "load_model": "reap_driver.loading",
     "make_plan": "reap_driver.planning",
     "masked_experts": "reap_driver.router_mask",
     "observe": "reap_driver.observe",
     "observe_streamed": "reap_driver.streaming.observe",
+    "orphans": "reap_driver.integrity",
     "plan_of_removals": "reap_driver.planning",
     "random_plan": "reap_driver.planning",
+    "retained": "reap_driver.integrity",
+    "save_masks": "reap_driver.checkpoint.masks",
     "score": "reap_driver.criteria",
     "search_plan": "reap_driver.search.search",
 }
@@ -67,16 +75,21 @@ __all__ = [
     "Scores",
     "__version__",
     "apply_plan",
+    "check_permutation",
     "compare",
     "find_moe_layers",
     "load_config",
+    "load_masks",
     "load_model",
     "make_plan",
     "masked_experts",
     "observe",
     "observe_streamed",
+    "orphans",
     "plan_of_removals",
     "random_plan",
+    "retained",
+    "save_masks",
     "score",
     "search_plan",
 ]
