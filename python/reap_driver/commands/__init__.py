@@ -7,6 +7,28 @@ and `run(args, console)`, which does the work, tells a human through the console
 
 from types import ModuleType
 
-from reap_driver.commands import apply, demo, doctor, observe, plan, prune, report, search, tune
+from reap_driver.commands import (
+    apply,
+    compare,
+    demo,
+    doctor,
+    observe,
+    plan,
+    prune,
+    report,
+    search,
+    tune,
+)
 
-COMMANDS: tuple[ModuleType, ...] = (demo, prune, observe, plan, search, apply, report, doctor, tune)
+COMMANDS: tuple[ModuleType, ...] = (
+    demo,
+    prune,
+    observe,
+    plan,
+    search,
+    apply,
+    compare,
+    report,
+    doctor,
+    tune,
+)
