@@ -92,29 +92,35 @@ class ChatTemplate:
         before = chat.messages[:number]
         if not before:  # templates take no empty conversation
             raise self._inseparable(place)
-        text = self._apply(place, chat, before, tokenize=False)
         prompt = self._apply(place, chat, before, tokenize=False, add_generation_prompt=True)
-        shared = _shared(prompt, whole)
-        if not whole.startswith(text) or shared < len(text):
+        if whole.startswith(prompt):
+            return len(prompt)
+        text = self._apply(place, chat, before, tokenize=False)
+        if not whole.startswith(text) or not prompt.startswith(text):
             raise self._inseparable(place)
-        return shared
+        return _shared(prompt, whole)
 
     def _end(self, place: str, chat: Chat, number: int, whole: str) -> int:
         messages = chat.messages
         if number == len(messages) - 1:
             return len(whole)
         text = self._apply(place, chat, messages[: number + 1], tokenize=False)
-        if whole.startswith(text):
-            return len(text)
-        before = self._apply(place, chat, messages[:number], tokenize=False)
-        skipped = self._apply(
-            place, chat, [*messages[:number], messages[number + 1]], tokenize=False
-        )
-        after = self._apply(place, chat, messages[: number + 2], tokenize=False)
-        added = skipped[len(before) :]
-        if not (skipped.startswith(before) and whole.startswith(after) and after.endswith(added)):
+        # Phi-3's end every text with the token that ends a sequence, not every turn.
+        for ended in (text, text.removesuffix(self._tokenizer.eos_token or "")):
+            if whole.startswith(ended):
+                return len(ended)
+        before, after = messages[:number], messages[: number + 2]
+        try:
+            begin, skipped, end = (
+                self._apply(place, chat, part, tokenize=False)
+                for part in (before, [*before, messages[number + 1]], after)
+            )
+        except DataError as error:
+            raise self._inseparable(place) from error
+        added = skipped[len(begin) :]
+        if not (skipped.startswith(begin) and whole.startswith(end) and end.endswith(added)):
             raise self._inseparable(place)
-        return len(after) - len(added)
+        return len(end) - len(added)
 
     def _formed(self, place: str, chat: Chat) -> list[dict[str, Any]]:
         """The messages, with calls of tools in the form that the template writes."""

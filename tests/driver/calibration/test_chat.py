@@ -29,8 +29,14 @@ REASONING = (
 )
 # As DeepSeek-R1's: the prompt to go on opens the reasoning, which is not in the turn itself.
 OPENED = PLAIN.replace("<bos>assistant:{% endif %}", "<bos>assistant:<think>{% endif %}")
+# As Phi-3's: a text ends with the token that ends a sequence, a turn with another.
+ENDED = PLAIN.replace("<eos>", "<pad>") + "{% if not add_generation_prompt %}<eos>{% endif %}"
 # As Mistral's: what comes before the last question depends on where that is.
 MOVED = "{% for m in messages %}{% if loop.last %}[tools]{% endif %}{{ m['content'] }};{% endfor %}"
+ALTERNATING = (
+    "{% for m in messages %}{% if not loop.first and m['role'] == messages[loop.index0 - 1]['role'] %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+)
 THINKING = "{% if enable_thinking is defined %}{{ enable_thinking }}{% else %}unset{% endif %}"
 
 TALK = [
@@ -80,8 +86,9 @@ def test_thinking_is_passed_on_or_left_to_the_template(
         (MARKED, ["yes<eos>", "no<eos>"]),
         (REASONING, ["yes<eos>\n", "<think>ha</think>no<eos>\n"]),
         (OPENED, ["yes<eos>\n", "no<eos>\n"]),
+        (ENDED, ["yes<pad>\n", "no<pad>\n<eos>"]),
     ],
-    ids=["plain", "marked", "reasoning", "opened"],
+    ids=["plain", "marked", "reasoning", "opened", "ended"],
 )
 def test_answers_are_found(
     folder: Path, config: PretrainedConfig, template: str, answers: list[str]
@@ -146,8 +153,8 @@ def test_a_template_without_calls_is_named(
 
 @pytest.mark.parametrize(
     ("template", "messages"),
-    [(MOVED, TALK), (PLAIN, TALK[1:])],
-    ids=["moved", "answer first"],
+    [(MOVED, TALK), (PLAIN, TALK[1:]), (REASONING + ALTERNATING, TALK)],
+    ids=["moved", "answer first", "alternating"],
 )
 def test_answers_that_cannot_be_told_apart(
     folder: Path, config: PretrainedConfig, template: str, messages: list[dict[str, Any]]
