@@ -123,7 +123,10 @@ def _specification(report: "ApplyReport") -> str:
         ("stored as", stored, stored),
     ]
     known = [row for row in rows if row[1] is not None]
-    return _table(("", "original", "pruned"), known)
+    table = _table(("", "original", "pruned"), known)
+    if report.mtp_dropped:
+        table += "\nParameters are counted without multi-token-prediction layers.\n"
+    return table
 
 
 def _method(plan: "Plan") -> str:

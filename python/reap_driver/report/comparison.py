@@ -61,7 +61,9 @@ def comparison_table(found: Mapping[str, Any]) -> str:
     ]
     rows.append(["predictions", *(f"{figures['predictions']:,}" for figures in columns.values())])
     names = (public_name(str(found.get(key))) for key in ("original", "pruned"))
-    caption = f"{' and '.join(names)} on the same text, with {found['confidence']:.0%} intervals"
+    caption = (
+        f"{' and '.join(names)} on the same text, with {100 * found['confidence']:g} % intervals"
+    )
     rates = found.get("integrity") or {}
     known = [(name, str(Share(rates[key]))) for key, name in _RATES.items() if key in rates]
     table = html.table(caption, ["", *columns], rows)

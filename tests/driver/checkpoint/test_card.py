@@ -10,8 +10,12 @@ import torch
 
 from reap_driver.checkpoint import apply_plan
 from reap_driver.checkpoint.report import ApplyReport
+from reap_driver.checkpoint.specification import specify
 from reap_driver.compat.models import load_config, meta_model
+from reap_driver.discover import find_moe_layers
 from reap_driver.loading import load_model
+from reap_driver.sizing.model import model_sizes
+from tests.driver import zoo
 from tests.driver.checkpoint import saved
 from tests.driver.published.checkpoint import write_tokenizer
 
@@ -73,6 +77,18 @@ def test_the_specification_is_that_of_both_models(tmp_path: Path) -> None:
         assert rows["stored as"][column] == "F32"
     assert rows["tensor bytes"] == [f"{report.source_tensor_bytes:,}", f"{report.tensor_bytes:,}"]
     assert rows["tensors"] == [f"{report.source_tensors:,}", f"{report.tensors:,}"]
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_parameters_are_those_that_sizing_counts(name: str) -> None:
+    _, model = zoo.tiny(name)
+    layers = find_moe_layers(model)
+    everything = {layer.name: layer.num_experts for layer in layers}
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    spec = specify(model, layers, everything, shapes, [], {})
+    sizes = model_sizes(model, layers, dtype=torch.float32, seq_len=8)
+    assert spec.parameters == (sizes.parameters, sizes.parameters)
+    assert spec.active_parameters == (sizes.active_parameters, sizes.active_parameters)
 
 
 def test_the_mix_has_proportions_and_no_paths(tmp_path: Path) -> None:
