@@ -127,7 +127,8 @@ class RoutingObserver(Observer):
     """An observer of the original model that also follows each token's routing under a plan.
 
     Used as `observe` is, resident or streamed. The largest of a token's combine weights says which
-    expert is its first; slots with weight 0 and identity experts, which stay, are no loss.
+    expert is its first; slots with weight 0 and identity experts, which stay, are no loss. What it
+    counts beside the statistics is in no snapshot, so a resumed run lacks what was before.
 
     Raises:
         PlanError: the plan has none of the model's layers, or counts other experts.

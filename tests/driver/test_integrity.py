@@ -1,6 +1,7 @@
 """Integrity measures of a plan and of the checkpoint it makes."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,11 @@ import torch
 
 import reap_driver as rd
 from reap_driver.integrity import RoutingObserver, orphans, retained
+from reap_driver.interrupts import Stop
+from reap_driver.loading import open_streamed
 from reap_driver.plan import LayerPlan, Plan
+from reap_driver.run import Given, Run, observe_streamed
+from reap_driver.streaming.store import StateStore
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import PlanError, UnsupportedModel
 from tests.driver import zoo
@@ -131,3 +136,17 @@ def test_plans_of_other_models_are_refused(observed: tuple[SaliencyStats, Plan])
         orphans(model, [], replace(plan, layers=elsewhere))
     with pytest.raises(PlanError, match=r"counts 6 experts in .* the original has 8"):
         orphans(model, [], replace(plan, layers=other))
+
+
+def test_orphans_of_a_streamed_model(tmp_path: Path) -> None:
+    """The observer of routing takes the place of any other in a run."""
+    config, model = zoo.tiny("glm4_moe")
+    model.save_pretrained(tmp_path)
+    plan = plan_for(model)
+    batches = [zoo.tiny_inputs("glm4_moe", config, seed=seed) for seed in (0, 1)]
+    with open_streamed(tmp_path) as streamed:
+        observer = RoutingObserver(streamed.model, plan)
+        store = StateStore("device", streamed.device)
+        given = Given.checked(batches, None)
+        observe_streamed(Run(observer, given, range(2), Stop()), streamed, store)
+    assert observer.orphans == orphans(rd.load_model(tmp_path), batches, plan)
