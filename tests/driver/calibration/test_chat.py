@@ -34,7 +34,8 @@ ENDED = PLAIN.replace("<eos>", "<pad>") + "{% if not add_generation_prompt %}<eo
 # As Mistral's: what comes before the last question depends on where that is.
 MOVED = "{% for m in messages %}{% if loop.last %}[tools]{% endif %}{{ m['content'] }};{% endfor %}"
 ALTERNATING = (
-    "{% for m in messages %}{% if not loop.first and m['role'] == messages[loop.index0 - 1]['role'] %}"
+    "{% for m in messages %}"
+    "{% if not loop.first and m['role'] == messages[loop.index0 - 1]['role'] %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
 )
 THINKING = "{% if enable_thinking is defined %}{{ enable_thinking }}{% else %}unset{% endif %}"
