@@ -138,7 +138,7 @@ class ChatTemplate:
         """The first form of calls that the template neither refuses nor leaves out."""
         call = {"name": "probe", "arguments": {"argument": "probed"}}
         calls = [{"id": "call00000", "type": "function", "function": call}]
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "user", "content": "probe"},
             {"role": "assistant", "content": "", "tool_calls": calls},
         ]
