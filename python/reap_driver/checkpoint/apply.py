@@ -185,9 +185,8 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     decider = KeyDecider(source.tensors, model.old, model.new, model.layout, plan.kept)
     keys = decider.decide(mtp, keep_mtp=options.keep_mtp)
     checked = check_source(source.tensors, model.old, str(folder / "config.json"))
-    if (
-        not options.keep_mtp
-    ):  # whether or not MTP tensors were there: MiniMax-M2 announces what it lacks
+    # Whether or not MTP tensors were there: MiniMax-M2 announces what it lacks.
+    if not options.keep_mtp:
         clear_mtp(model.raw_config)
     names = ExpertNames(expert_numbers(keys.lists, _renamed(keys)))
     files = {"config.json": _rewrite_quantisation(model.raw_config, names, folder)}

@@ -117,13 +117,22 @@ def _with_count(config: PretrainedConfig, fields: list[str], count: int) -> Pret
     changed = copy.deepcopy(config)
     for field in fields:
         *path, name = field.split(".")
-        part: Any = changed
-        for step in path:
-            part = part[step] if isinstance(part, dict) else getattr(part, step)
-        old = part[name] if isinstance(part, dict) else getattr(part, name)
+        try:
+            part: Any = functools.reduce(_field, path, changed)
+            old = _field(part, name)
+        except (AttributeError, KeyError) as error:
+            raise ValueError(
+                f"config.json: {SETTINGS!r} says that {field!r} counts experts, which is no field "
+                f"of {type(config).__name__}; restore the file"
+            ) from error
         new = [count] * len(old) if isinstance(old, list) else count
         part.update({name: new}) if isinstance(part, dict) else setattr(part, name, new)
     return changed
+
+
+def _field(part: Any, name: str) -> Any:
+    """A field of a configuration, or of a part of one that is no configuration of its own."""
+    return part[name] if isinstance(part, dict) else getattr(part, name)
 
 
 def _decoder_layer(name: str) -> str:

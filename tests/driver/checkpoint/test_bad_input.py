@@ -299,6 +299,7 @@ def test_plan_with_different_counts_in_one_decoder_layer(tmp_path: Path) -> None
         ("all", "'experts_per_layer' is all, expected"),
         ({"count_fields": ["num_local_experts"]}, "expected an object of count_fields"),
         ({"count_fields": ["num_local_experts"], "counts": {EXPERTS: 0}}, "restore"),
+        ({"count_fields": ["a.b"], "counts": {EXPERTS: 8, "x.0.y": 7}}, "says that 'a.b' counts"),
         (
             {"count_fields": ["num_local_experts"], "counts": {"a.9.b": 1, EXPERTS: 8}},
             "names 'a.9', which this model does not have",
