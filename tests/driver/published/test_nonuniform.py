@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import reap_driver as rd
 from reap_driver.compat.models import load_config, meta_model
 from reap_driver.permutation import check_permutation
 from reap_driver.plan import LayerPlan, Plan
 from tests.driver.checkpoint import saved
+from tests.driver.checkpoint.test_nonuniform import loader_of
 from tests.driver.published.expected import expected_tensors, read_tensors, same_bytes
 from tests.driver.published.models import MODELS
 from tests.driver.published.test_pipeline import generates, kept_by_block
@@ -48,6 +50,10 @@ def test_every_other_layer_is_cut(name: str, checkpoint: Checkpoints, tmp_path: 
     model = rd.load_model(out)
     counts = [layer.num_experts for layer in rd.find_moe_layers(model)]
     assert counts == [len(kept) for kept in plan.kept.values()]
+    if entry.not_plain is None and hasattr(transformers, config["architectures"][0]):
+        state = loader_of(out).from_pretrained(out, dtype="auto").state_dict()
+        assert state.keys() == model.state_dict().keys()
+        assert all(same_bytes(state[key], value) for key, value in model.state_dict().items())
     generates(model, out)
 
 
