@@ -38,10 +38,10 @@ def check(run: Callable[..., tuple[Tensor, ...]], request: Request) -> str | Non
         full = 3 * torch.randn(33, vocabulary, generator=rng)
         candidate = full + torch.rand(33, 1, generator=rng) * torch.randn(full.shape, generator=rng)
         full[::4, ::3] = -torch.inf
-        pair = [x.round(decimals=1).to(request.device, request.dtype) for x in (full, candidate)]
-        want = reference.compare_logits(*pair, None)
+        f, c = (x.round(decimals=1).to(request.device, request.dtype) for x in (full, candidate))
+        want = reference.compare_logits(f, c, None)
         for known in (None, want[2]):
-            got = run(*pair, known)
+            got = run(f, c, known)
             for name, ours, theirs in zip(names, got, want, strict=False):
                 error = float(((ours - theirs).abs() / theirs.abs().clamp(min=1)).max())
                 if not error <= BOUND:

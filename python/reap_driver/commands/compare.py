@@ -44,6 +44,8 @@ _ROWS = (
     ("expected acceptance", "acceptance", 4),
     ("same top token", "same_top", 4),
 )
+# Of both checkpoints, spread evenly: enough to find experts that were written in another order.
+_CHECKED_LAYERS = 4
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -187,18 +189,18 @@ def _integrity(args: argparse.Namespace, pair: "Pair", outcome: "Compared") -> d
         return found
     found |= _calibration(pair.pruned.source.folder / "reap" / "stats.safetensors", pair)
     from reap_driver.permutation import check_permutation
+    from reap_driver.sizing.layers import decoder_layers
 
+    names = [layer.name for layer in pair.original.layers]
+    checked = min(_CHECKED_LAYERS, len(decoder_layers(pair.original.meta, names)))
     problems = check_permutation(
         pair.original.path,
         pair.pruned.path,
         pair.plan,
-        sample=_CHECKED_LAYERS,
+        sample=checked,
         trust_remote_code=args.trust_remote_code,
     )
-    return {**found, "layers_checked": _CHECKED_LAYERS, "misplaced": problems}
-
-
-_CHECKED_LAYERS = 4
+    return {**found, "layers_checked": checked, "misplaced": problems}
 
 
 def _calibration(path: Path, pair: "Pair") -> dict[str, Any]:

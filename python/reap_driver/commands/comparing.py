@@ -71,18 +71,19 @@ def pair_of(args: argparse.Namespace) -> Pair:
     original = calibrate.inspect_model(args)
     original.check_files()
     if Path(args.pruned).is_file():
-        plan = Plan.load(args.pruned)
-        check_model(plan, original.config, args.model)
-        return Pair(original, None, plan)
+        return Pair(original, None, _plan(args, Path(args.pruned), original))
     pruned = calibrate.inspect_model(argparse.Namespace(**{**vars(args), "model": args.pruned}))
     folders = [(model.source.folder, model.config) for model in (original, pruned)]
     check_vocabularies(*folders, trust_remote_code=args.trust_remote_code)
     record = pruned.source.folder / "reap" / "plan.json"
-    plan = None
-    if record.is_file():
-        plan = Plan.load(record)
-        check_model(plan, original.config, args.model)
-    return Pair(original, pruned, plan)
+    return Pair(original, pruned, _plan(args, record, original) if record.is_file() else None)
+
+
+def _plan(args: argparse.Namespace, path: Path, original: Model) -> Plan:
+    """A plan that is the original's."""
+    plan = Plan.load(path)
+    check_model(plan, original.config, args.model)
+    return plan
 
 
 def read_data(args: argparse.Namespace, pair: Pair, console: Console) -> list[PackedSource]:

@@ -8,6 +8,8 @@ from transformers import AutoTokenizer, PretrainedConfig
 from reap_kernels.errors import DataError
 
 _FILE = "tokenizer.json"
+# What tokenizers come in. The library makes an empty one where none of them is.
+_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "*.model")
 
 
 def check_vocabularies(
@@ -51,6 +53,8 @@ def check_vocabularies(
 
 def _tokens(folder: Path, config: PretrainedConfig, trust: bool) -> dict[str, int] | None:
     """Every token and its id; None without a tokenizer."""
+    if not any(found for pattern in _FILES for found in folder.glob(pattern)):
+        return None
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             str(folder), config=config, trust_remote_code=trust

