@@ -134,9 +134,10 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="B",
         help="sequences at a time (of --packing none: as many documents as have their tokens): a "
-        "whole number, or auto (default) for as many as give an expert 256 rows on average and a GPU 16384 tokens, within half of the memory that is free once "
-        "the model is loaded; another size changes rounding only: the model's own, and the sums' "
-        "(about 1e-12)",
+        "whole number, or auto (default) for as many as give an expert 256 rows on average "
+        "and a GPU 16384 tokens, within half of the memory that is free once the model "
+        "is loaded; another size changes rounding only: the model's own, and the sums' (about "
+        "1e-12)",
     )
     run.add_argument(
         "--device",
