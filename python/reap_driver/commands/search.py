@@ -21,7 +21,8 @@ experts with the lowest scores go, as in `plan`.
 
 The model must fit in memory, with its logits for the text beside it; no checkpoint is written. A
 part of the text is held out, and tells in the end whether the plan is better than the uniform one
-on text it was not searched on. Use other text than STATS was observed on.
+on text it was not searched on. Use other text than STATS was observed on, and not much of it: the
+model runs on all of it for every plan, and ten thousand tokens tell plans apart.
 
 The plan keeps different numbers of experts in different layers; `apply --help` says what loads such
 a checkpoint.

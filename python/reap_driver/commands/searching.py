@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from reap_driver.search.search import Found, Recorder, Task, search
 from reap_driver.search.state import Saved, SearchState
 from reap_driver.sizing.units import in_bytes
 from reap_kernels import SaliencyStats
+from reap_kernels.dispatch import Request, select
 from reap_kernels.errors import CheckpointError, DataError, ResourceError
 
 _ALONE = Ranks()  # a search runs in one process
@@ -63,7 +65,8 @@ def searched(args: argparse.Namespace, console: Console) -> Iterator[tuple[Found
             state.remove()
         with running.holding(args, how, _ALONE, console) as held:
             parts = _parts(args, model, sources, how)
-            yield _run(held.model, parts, task, settings, state, saved, console)
+            job = _Job(task, settings, state, saved, args.backend)
+            yield _run(held.model, parts, job, console)
         state.remove()
 
 
@@ -105,6 +108,8 @@ def _task(args: argparse.Namespace) -> Task:
 def _sources(args: argparse.Namespace, model: Model, console: Console) -> list[PackedSource]:
     wanted = calibrate.sources_of(args)
     seq_len = calibrate.check_options(args, model.config)
+    request = Request("compare", calibrate.device_of(args), model.meta.dtype)
+    select(request, args.backend)
     calibrate.check_packing(args, model.meta.config, model.layers)
     model.check_files()
     return calibrate.read_data(args, wanted, model.config, seq_len, console)
@@ -180,40 +185,47 @@ def _parts(
     return parts
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is searched, how, and where it is written down."""
+
+    task: Task
+    settings: Settings
+    state: SearchState
+    saved: Saved | None
+    backend: str | None
+
+
 def _run(
-    model: PreTrainedModel,
-    parts: tuple[Batches, Batches],
-    task: Task,
-    settings: Settings,
-    state: SearchState,
-    saved: Saved | None,
-    console: Console,
+    model: PreTrainedModel, parts: tuple[Batches, Batches], job: _Job, console: Console
 ) -> tuple[Found, dict[str, Any]]:
     """Searches with a model that is loaded."""
-    masks = RouterMasks(model)
-    fitness = Fitness(model, parts[0], masks)
+    masks, settings = RouterMasks(model), job.settings
+    fitness = Fitness(model, parts[0], masks, backend=job.backend)
     console.note(
         f"the full model's logits for {fitness.predictions:,} predictions take "
         f"{in_bytes(fitness.nbytes)} of memory"
     )
+    how: dict[str, Any] = {"masks": masks, "seed": settings.seed, "backend": job.backend}
 
     def check(uniform: Plan, plan: Plan) -> HeldOut:
-        return held_out(model, parts[1], uniform, plan, masks=masks, seed=settings.seed)
+        return held_out(model, parts[1], uniform, plan, **how)
 
     text = "writing the state, then ending; press Ctrl-C again to end without"
     with (
         deferred(lambda: console.note(text)) as stop,
         console.progress("searching", " plans", settings.evaluations) as progress,
     ):
-        known = {} if saved is None else dict(saved.evaluated)
+        saved = job.saved or Saved({}, {}, 0.0)
+        known = dict(saved.evaluated)
         recorder = Recorder(
             fitness,
-            task,
-            state,
+            job.task,
+            job.state,
             stop,
             done=lambda: progress.add(1),
             known=known,
-            seconds=0.0 if saved is None else saved.seconds,
+            seconds=saved.seconds,
         )
         progress.skip(min(len(known), settings.evaluations))
         found = search(recorder, settings, check if parts[1] else None)

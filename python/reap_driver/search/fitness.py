@@ -49,6 +49,7 @@ class Fitness:
         model: the full model, in memory.
         batches: arguments of its forward, as `reap_driver.predictions.predict` takes them.
         masks: of this model, where there are any already.
+        backend: of `compare_logits`, never falling back.
 
     Attributes:
         predictions: how many are counted.
@@ -64,8 +65,10 @@ class Fitness:
         model: PreTrainedModel,
         batches: Sequence[Inputs],
         masks: RouterMasks | None = None,
+        *,
+        backend: str | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._backend = model, backend
         self._masks = RouterMasks(model) if masks is None else masks
         self.predictions = sum(int(counted_targets(inputs).sum()) for inputs in batches)
         if not self.predictions:
@@ -82,7 +85,7 @@ class Fitness:
             if place is None:
                 size = logits.shape[1] * logits.element_size() + 4
                 place = _place(self.predictions * size, logits)
-            self._known.append(_known(ready, logits, place))
+            self._known.append(_known(ready, logits, place, backend))
             self.nbytes += sum(t.nbytes for t in (self._known[-1].logits, self._known[-1].lse))
 
     def __call__(self, kept: Kept) -> float:
@@ -112,7 +115,8 @@ class Fitness:
         found = predict(self._model, known.inputs).logits
         full = known.logits.to(found.device, non_blocking=True)
         lse = known.lse.to(found.device, non_blocking=True)
-        return compare_logits(full, found, full_lse=lse).acceptance.double().sum()
+        compared = compare_logits(full, found, full_lse=lse, backend=self._backend)
+        return compared.acceptance.double().sum()
 
 
 def acceptance_by_sequence(
@@ -120,6 +124,8 @@ def acceptance_by_sequence(
     batches: Sequence[Inputs],
     candidates: Sequence[Kept],
     masks: RouterMasks | None = None,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Acceptance of candidates, sequence by sequence, without a cache: the full model runs too.
 
@@ -128,6 +134,7 @@ def acceptance_by_sequence(
         batches: arguments of its forward.
         candidates: layer -> ids that stay, of each.
         masks: of this model, where there are any already.
+        backend: of `compare_logits`, never falling back.
 
     Returns:
         Sums of the acceptance, float64 [candidates, sequences], and how many predictions each sums
@@ -137,7 +144,7 @@ def acceptance_by_sequence(
     sums, counts = [], []
     for inputs in batches:
         full = predict(model, inputs)
-        each = [_sums(model, inputs, full, masks, kept) for kept in candidates]
+        each = [_sums(model, inputs, full, masks, kept, backend) for kept in candidates]
         rows = len(inputs["input_ids"])
         number = torch.bincount(full.sequences.cpu(), minlength=rows)
         sums.append(torch.stack(each)[:, number > 0])
@@ -151,11 +158,13 @@ def _sums(
     full: Predictions,
     masks: RouterMasks,
     kept: Kept,
+    backend: str | None,
 ) -> Tensor:
     """Sums of a candidate's acceptance in each row of a batch, float64 [rows] on the CPU."""
     with masks.keeping(kept):
         found = predict(model, inputs).logits
-    accepted = compare_logits(full.logits, found).acceptance.double().cpu()
+    compared = compare_logits(full.logits, found, backend=backend)
+    accepted = compared.acceptance.double().cpu()
     return torch.bincount(
         full.sequences.cpu(), weights=accepted, minlength=len(inputs["input_ids"])
     )
@@ -185,9 +194,11 @@ def _row(logits: Tensor) -> int:
     return logits.shape[1] * logits.element_size() + 4
 
 
-def _known(inputs: dict[str, Tensor], logits: Tensor, place: torch.device) -> _Known:
+def _known(
+    inputs: dict[str, Tensor], logits: Tensor, place: torch.device, backend: str | None
+) -> _Known:
     """What is kept of a batch."""
-    lse = compare_logits(logits, logits).full_lse
+    lse = compare_logits(logits, logits, backend=backend).full_lse
     if not bool(lse.isfinite().all()):
         raise DataError(
             "the logits of the full model are not finite; check the checkpoint's weights, or load "

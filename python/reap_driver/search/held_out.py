@@ -48,6 +48,7 @@ def held_out(
     *,
     masks: RouterMasks | None = None,
     seed: int = 0,
+    backend: str | None = None,
 ) -> HeldOut:
     """Compares two plans on sequences they were not searched on.
 
@@ -57,12 +58,13 @@ def held_out(
         uniform, searched: the plans.
         masks: of this model, where there are any already.
         seed: of the bootstrap.
+        backend: of `compare_logits`, never falling back.
 
     Raises:
         DataError: nothing in the batches counts; or logits are not finite.
     """
     plans = [uniform.kept, searched.kept]
-    sums, counts = acceptance_by_sequence(model, batches, plans, masks)
+    sums, counts = acceptance_by_sequence(model, batches, plans, masks, backend=backend)
     if not counts.sum():
         raise DataError(
             "none of the tokens that are held out is a prediction that counts; give more data, or "

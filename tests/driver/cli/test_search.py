@@ -148,6 +148,7 @@ def test_protected_experts_stay(run: Run, words: Any, tmp_path: Path) -> None:
         (("--validation", 0.01), 2, "'0.01' is not 0 or a share"),
         (("--evaluations", 9, "--generations", 2), 2, "not allowed with argument"),
         (("--seq-len", 256, "--validation", 0.95), 3, "too few to hold out 19/20 of them; give"),
+        (("--backend", "nonesuch"), 4, "nonesuch"),
         (("--ratio", 0.7), 3, "no budget but the uniform one removes 20 experts from 4 layers"),
     ],
 )

@@ -12,7 +12,7 @@ import reap_driver as rd
 from reap_driver.search import fitness as module
 from reap_driver.search.fitness import Fitness, acceptance_by_sequence
 from reap_driver.sizing.host_memory import Free
-from reap_kernels.errors import DataError, ResourceError
+from reap_kernels.errors import BackendUnavailable, DataError, ResourceError
 from tests.driver import zoo
 from tests.driver.checkpoint.test_router_mask import FIRST, SECOND, bits, smaller_router
 
@@ -108,6 +108,16 @@ def test_by_sequence_adds_up(model: Any) -> None:
     for row, kept in zip(sums, CANDIDATES, strict=True):
         each = torch.cat([brute_force(model, inputs, kept).sum(-1) for inputs in BATCHES])
         torch.testing.assert_close(row, each, rtol=1e-5, atol=0)
+
+
+def test_the_backend_is_the_one_that_was_asked_for(model: Any) -> None:
+    """Both that serve here agree; one that does not is said, not replaced."""
+    values = [Fitness(model, BATCHES, backend=name)(CANDIDATES[0]) for name in ("reference", "cpu")]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    with pytest.raises(BackendUnavailable, match="nonesuch"):
+        Fitness(model, BATCHES, backend="nonesuch")
+    with pytest.raises(BackendUnavailable, match="nonesuch"):
+        acceptance_by_sequence(model, BATCHES, CANDIDATES, backend="nonesuch")
 
 
 def test_text_without_predictions_is_refused(model: Any) -> None:
