@@ -56,7 +56,9 @@ def read(text: str, seed: int = 0) -> list[Record]:
 def test_rows_are_records_of_the_known_columns(asked: list[dict[str, Any]]) -> None:
     records = read("owner/name")
     assert records[0] == Record("owner/name, row 1", {"messages": ROWS[0]["messages"]})
-    assert records[49].fields == {"messages": ROWS[49]["messages"]}
+    # Older versions of the library leave out the null.
+    [_, call] = records[49].fields["messages"]
+    assert {"content": None, **call} == ROWS[49]["messages"][1]
     assert [r.fields["messages"][0]["content"] for r in records] == [f"q{n}" for n in range(50)]
     assert asked == [
         {
