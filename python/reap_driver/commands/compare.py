@@ -92,6 +92,9 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         "--task-folder", type=Path, metavar="DIR", help="where more tasks are, as its .yaml files"
     )
     group.add_argument(
+        "--chat-template", action="store_true", help="put questions through the chat template"
+    )
+    group.add_argument(
         "--limit", type=options.positive, metavar="N", help="questions of each task (default: all)"
     )
 

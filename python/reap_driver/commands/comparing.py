@@ -125,6 +125,8 @@ def compared(
     if decision is not None and decision.stream:
         for reason in decision.reasons:
             console.note(f"streaming both models: {reason}")
+        if pair.plan is not None:
+            console.note("orphans are not counted of streamed models")
         with console.progress("comparing", "tok", total) as progress:
             sums = _streamed(args, pair, decision, batches, lambda s: progress.add(s * total))
         return Compared(sums.comparison(args.draws, args.seed), None)
@@ -252,6 +254,7 @@ def evaluated(
     options = {
         "folder": args.task_folder,
         "limit": args.limit,
+        "chat_template": args.chat_template,
         "batch_size": args.batch_size or 1,
         "trust_remote_code": args.trust_remote_code,
     }

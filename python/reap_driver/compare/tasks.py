@@ -32,6 +32,7 @@ def evaluate(
     kept: Mapping[str, Sequence[int]] | None = None,
     folder: Path | None = None,
     limit: int | None = None,
+    chat_template: bool = False,
     batch_size: int = 1,
     trust_remote_code: bool = False,
 ) -> Results:
@@ -44,6 +45,7 @@ def evaluate(
         kept: experts that its routers may choose, by layer; None for all.
         folder: of more task files (.yaml).
         limit: questions of each task; None for all.
+        chat_template: whether questions are put through the tokenizer's chat template.
         batch_size: requests at a time.
         trust_remote_code: run tokenizer code that comes with the checkpoint.
 
@@ -72,6 +74,7 @@ def evaluate(
             model=adapters.HFLM(pretrained=model, tokenizer=own, batch_size=batch_size),
             tasks=list(tasks),
             limit=limit,
+            apply_chat_template=chat_template,
             task_manager=manager,
             log_samples=False,
         )

@@ -56,8 +56,9 @@ def test_checkpoint_plan_and_streams_agree(
     found = run(*words, "--json").json
     assert found["overall"]["predictions"] > 500
     assert 0.5 < found["overall"]["acceptance"]["value"] < 1
-    streamed = run(*words, "--json", "--stream", "always").json
-    assert streamed["overall"] == found["overall"]
+    streamed = run(*words, "--json", "--stream", "always")
+    assert streamed.json["overall"] == found["overall"]
+    assert "orphans are not counted of streamed models" in streamed.err
     words[2] = pruned / "reap" / "plan.json"
     masked = run(*words, "--json").json
     assert values(masked) == pytest.approx(values(found), rel=1e-4, abs=1e-5)
@@ -103,6 +104,8 @@ def test_groups_limits_and_words(run: Run, words: list[object], data: Path) -> N
     assert "all in the plan's order" in said.out
     found = run(*words, "--tokens", 64, "--json").json
     assert found["groups"]["code"]["predictions"] == 62
+    apart = [*words[:5], "--packing", "none", "--sequences", 4]
+    assert run(*apart, "--json").json["data"][0]["records"] == 4
     one = run(*words[:-2], "--sequences", 1)
     assert "no interval: a group has one sequence" in one.out
     whole = run(*words[:-2], "--sequences", 1, "--json").json["overall"]
@@ -227,7 +230,7 @@ def test_tasks_are_asked_of_both_models(
     """Of a plan, the original with masked routers answers; the settings arrive."""
     harness = Harness()
     harness.install(monkeypatch)
-    more = ["--tasks", "one,two", "--limit", 7, "--batch-size", 2, "--json"]
+    more = ["--tasks", "one,two", "--limit", 7, "--batch-size", 2, "--chat-template", "--json"]
     outcomes = []
     for second in (pruned, pruned / "reap" / "plan.json"):
         done = run("compare", words[1], second, *more)
@@ -241,6 +244,7 @@ def test_tasks_are_asked_of_both_models(
     assert values[0][1] == 0.5
     asked = harness.asked[0]
     assert (asked["tasks"], asked["limit"], asked["model"].batch_size) == (["one", "two"], 7, 2)
+    assert asked["apply_chat_template"] is True
     said = run("compare", words[1], pruned, *more[:-1])
     assert "original" in said.out
     assert said.out.count("acc") == 2
