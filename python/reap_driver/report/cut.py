@@ -208,7 +208,7 @@ def draw_budget(layers: Layers, *, narrow: bool) -> Figure:
     axis.set(ylabel="experts", xlabel="MoE layer")
     axis.set_ylim(0, experts.max() * 1.02)
     layer_ticks(axis, [layer.label for layer in layers], narrow=narrow)
-    figure.legend(loc="outside upper left", ncols=3)
+    figure.legend(loc="outside lower left", ncols=3)
     return figure
 
 

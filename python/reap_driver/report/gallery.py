@@ -108,7 +108,7 @@ def margin_pictures(inputs: Inputs) -> list[Picture]:
             f"relative to the cut. The median of the gap between them is {median}.",
             caption="Where the gap is small, another sample of the data could have kept the other "
             "expert. That matters little for one expert, and more where many are near the cut. "
-            + (inputs.doubt or "Bands hold the true scores with a probability of 90 %."),
+            + (inputs.doubt or "Bars or bands hold the true scores with a probability of 90 %."),
             draw=partial(draw_margin, inputs.layers, inputs.uncertainty),
         )
     ]

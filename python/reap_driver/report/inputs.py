@@ -7,6 +7,7 @@ from functools import cached_property
 
 from reap_driver.criteria import Scores, criterion_named, score
 from reap_driver.plan import Plan
+from reap_driver.provenance import public_name
 from reap_driver.report.measures import NEAR, LayerMeasures, measure
 from reap_driver.stability import (
     Uncertainty,
@@ -49,6 +50,12 @@ class Inputs:
         chosen = criterion or (plan.criterion if plan is not None else DEFAULT_CRITERION)
         weights = None if plan is None else plan.weights
         return cls(stats, plan, score(stats, chosen, weights))
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        known = self.stats.provenance.get("model") or {}
+        return public_name(str(known.get("id") or "a model"))
 
     @cached_property
     def layers(self) -> list[LayerMeasures]:

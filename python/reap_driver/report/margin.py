@@ -12,7 +12,7 @@ from reap_driver.report.measures import LayerMeasures
 from reap_driver.report.style import DASHES, MUTED, SERIES, layer_ticks, new_figure
 from reap_driver.stability import Uncertainty
 
-_FEW_LAYERS = 40  # up to here points are marked
+_FEW_LAYERS = 24  # up to here points are marked
 _LEVEL = 0.9  # of intervals
 
 
@@ -34,24 +34,25 @@ def draw_margin(
         "lowest kept": [cut.lowest_kept for cut in cuts],
         "highest removed": [cut.highest_removed for cut in cuts],
     }
+    few = len(layers) <= _FEW_LAYERS
     for (name, experts), colour, dash in zip(ids.items(), SERIES, DASHES, strict=False):
-        values = [_percent(la, e, la.scores) for la, e in zip(layers, experts, strict=True)]
-        marker = "o" if len(layers) <= _FEW_LAYERS else None
-        beside.plot(
-            places, values, color=colour, linestyle=dash, marker=marker, markersize=4, label=name
-        )
+        values = _beside(layers, experts, [layer.scores for layer in layers])
+        style = {"color": colour, "linestyle": dash, "marker": "o" if few else None}
+        beside.plot(places, values, markersize=4, label=name, **style)
         if known:
             bounds = [known[layer.name].interval(_LEVEL) for layer in layers]
-            low, high = (
-                [_percent(la, e, b[side]) for la, e, b in zip(layers, experts, bounds, strict=True)]
-                for side in (0, 1)
-            )
-            beside.fill_between(places, low, high, color=colour, alpha=0.25, lw=0)
+            low, high = (_beside(layers, experts, list(b)) for b in zip(*bounds, strict=True))
+            if few:  # points have bars of their own, lines a band
+                beside.errorbar(places, values, (values - low, high - values), fmt="none",
+                                ecolor=colour, capsize=3, linewidth=1)  # fmt: skip
+            else:
+                beside.fill_between(places, low, high, color=colour, alpha=0.25, lw=0)
     beside.axhline(0, color=MUTED, linewidth=0.8)
     beside.set_title("Scores beside the cut, % above or below it")
     beside.legend(loc="upper left", ncols=2)
     beside.margins(y=0.2)
-    level.plot(places, [cut.score for cut in cuts], color=SERIES[0])
+    marker = "o" if few else None
+    level.plot(places, [cut.score for cut in cuts], color=SERIES[0], marker=marker, markersize=4)
     level.set(title="Score at the cut", xlabel="MoE layer")
     level.set_ylim(bottom=0)
     for axis in (beside, level):
@@ -60,7 +61,14 @@ def draw_margin(
     return figure
 
 
-def _percent(layer: LayerMeasures, expert: int | None, values: Tensor) -> float:
-    """How far the value of an expert is above its layer's cut, in percent of the cut."""
-    cut = 0.0 if layer.cut is None else layer.cut.score
-    return float("nan") if expert is None or not cut else 100 * (float(values[expert]) / cut - 1)
+def _beside(
+    layers: Sequence[LayerMeasures], experts: Sequence[int | None], values: Sequence[Tensor]
+) -> np.ndarray:
+    """How far the value of an expert of each layer is above its cut, in percent of the cut; NaN
+    where there is no such expert.
+    """
+    found = np.full(len(layers), np.nan)
+    for place, (layer, expert, of_layer) in enumerate(zip(layers, experts, values, strict=True)):
+        if expert is not None and layer.cut is not None and layer.cut.score:
+            found[place] = 100 * (float(of_layer[expert]) / layer.cut.score - 1)
+    return found

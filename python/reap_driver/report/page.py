@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from reap_driver.plan import Plan
-from reap_driver.provenance import public_name
 from reap_driver.report import html
 from reap_driver.report.comparison import comparison_table
 from reap_driver.report.gallery import (
@@ -68,7 +67,7 @@ def write_report(
     files = []
     for picture in pictures:
         with replaced(out / f"{picture.name}.png") as temporary:
-            picture.save_png(temporary)
+            picture.save_png(temporary, inputs.model)
         files.append(out / f"{picture.name}.png")
     for name in set(PICTURES) - {picture.name for picture in pictures}:
         (out / f"{name}.png").unlink(missing_ok=True)
@@ -82,8 +81,7 @@ def _figures(pictures: list[Picture]) -> list[str]:
 
 
 def _page(inputs: Inputs, sections: Iterable[tuple[str, str, list[Picture], str]]) -> str:
-    model = str((inputs.stats.provenance.get("model") or {}).get("id") or "a model")
-    title = f"Expert report: {public_name(model)}"
+    title = f"Expert report: {inputs.model}"
     shown = [(name, text, drawn, more) for name, text, drawn, more in sections if drawn or more]
     body = "".join(
         html.section(name, text, *_figures(drawn), more) for name, text, drawn, more in shown

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 
 from reap_driver.criteria import criterion_named, score
-from reap_driver.provenance import calibration_mix, gate_rule, public_name
+from reap_driver.provenance import calibration_mix, gate_rule
 from reap_driver.report import html
 from reap_driver.report.html import Share
 from reap_driver.report.inputs import Inputs
@@ -111,7 +111,7 @@ def record(inputs: Inputs) -> str:
     model = known.get("model") or {}
     plan, criterion = inputs.plan, inputs.scores.criterion
     pairs = [
-        ("Model", public_name(str(model.get("id") or "not recorded"))),
+        ("Model", inputs.model),
         ("Architecture", str(model.get("architecture") or "not recorded")),
         ("Criterion", f"{criterion}: {criterion_named(criterion).formula}"),
         ("Gate weights g", gate_rule(known)),

@@ -104,10 +104,11 @@ class Picture:
             text = text.replace(drawn, css)
         return re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
 
-    def save_png(self, path: Path) -> None:
-        """A PNG file, white ground, 150 dots an inch."""
+    def save_png(self, path: Path, model: str) -> None:
+        """A PNG file, white ground, 150 dots an inch, that says which model it is of."""
         with _drawing():
             figure = self.draw(narrow=False)
+            figure.suptitle(f"{model}: {self.title}", x=0.01, ha="left", fontsize=11)
             figure.savefig(
                 path, format="png", dpi=150, facecolor="white", metadata={"Software": None}
             )
