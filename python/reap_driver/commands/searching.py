@@ -20,12 +20,11 @@ from reap_driver.commands.running import How
 from reap_driver.criteria import score
 from reap_driver.distributed import Ranks
 from reap_driver.interrupts import deferred
-from reap_driver.plan import Plan
 from reap_driver.router_mask import RouterMasks
 from reap_driver.search import state as states
 from reap_driver.search.evolution import Settings
 from reap_driver.search.fitness import Fitness
-from reap_driver.search.held_out import HeldOut, held_out
+from reap_driver.search.held_out import held_out
 from reap_driver.search.search import Found, Recorder, Task, search
 from reap_driver.search.state import Saved, SearchState
 from reap_driver.sizing.units import in_bytes
@@ -206,11 +205,6 @@ def _run(
         f"the full model's logits for {fitness.predictions:,} predictions take "
         f"{in_bytes(fitness.nbytes)} of memory"
     )
-    how: dict[str, Any] = {"masks": masks, "seed": settings.seed, "backend": job.backend}
-
-    def check(uniform: Plan, plan: Plan) -> HeldOut:
-        return held_out(model, parts[1], uniform, plan, **how)
-
     text = "writing the state, then ending; press Ctrl-C again to end without"
     with (
         deferred(lambda: console.note(text)) as stop,
@@ -228,7 +222,11 @@ def _run(
             seconds=saved.seconds,
         )
         progress.skip(min(len(known), settings.evaluations))
-        found = search(recorder, settings, check if parts[1] else None)
+        found = search(recorder, settings)
+    if parts[1]:
+        plans = (job.task.uniform, found.plan)
+        how: dict[str, Any] = {"masks": masks, "seed": settings.seed, "backend": job.backend}
+        found = found.checked(held_out(model, parts[1], *plans, **how))
     costs = {
         "seconds": round(recorder.clock(), 3),
         "predictions": fitness.predictions,

@@ -107,12 +107,17 @@ class Recorder:
         if self.stop.requested or time.monotonic() - self._wrote > _WRITE_AFTER:
             self.write()
         if self.stop.requested:
-            raise Interrupted(
-                f"interrupted after {len(self.known)} candidates"
-                + (f"; they are in {self.state.path}: give the same command with --resume to go "
-                   "on from there" if self.state else "")
-            )  # fmt: skip
+            raise Interrupted(f"interrupted after {len(self.known)} candidates{self._remedy()}")
         return value
+
+    def _remedy(self) -> str:
+        """How to go on, where that is possible."""
+        if self.state is None:
+            return ""
+        return (
+            f"; they are in {self.state.path}: give the same command with --resume to go on from "
+            "there"
+        )
 
     def write(self) -> None:
         """Writes the state, where there is anything new."""
@@ -137,20 +142,22 @@ class Found:
     evaluated: dict[Removals, float]
     fitness: float
     uniform: float
-    check: HeldOut | None
+    check: HeldOut | None = None
+
+    def checked(self, check: HeldOut) -> "Found":
+        """The same with what held-out text says; the plan stays what it is."""
+        notes = [*self.plan.notes, *_check_notes(check)]
+        return dataclasses.replace(
+            self, plan=dataclasses.replace(self.plan, notes=notes), check=check
+        )
 
 
-def search(
-    recorder: Recorder,
-    settings: Settings,
-    check: Callable[[Plan, Plan], HeldOut] | None = None,
-) -> Found:
+def search(recorder: Recorder, settings: Settings) -> Found:
     """Runs a search to its end.
 
     Args:
         recorder: of the task; what it knows is not evaluated again.
         settings: of the search.
-        check: compares the uniform plan and the one that was found on held-out text.
 
     Raises:
         Interrupted: on request.
@@ -159,15 +166,13 @@ def search(
     evaluated = evolve(task.space, recorder, settings, generation_done=recorder.write)
     [best] = best_of(evaluated, 1)
     plan, value, uniform = task.plan(best), evaluated[best], evaluated[task.space.uniform]
-    found = None if check is None else check(task.uniform, plan)
     notes = [
         *task.uniform.notes,
         *plan.notes,
         f"the fittest of {len(evaluated)} budgets: expected acceptance {value:.4f} on the text it "
         f"was searched on, where the uniform plan has {uniform:.4f}",
-        *([] if found is None else _check_notes(found)),
     ]
-    return Found(dataclasses.replace(plan, notes=notes), evaluated, value, uniform, found)
+    return Found(dataclasses.replace(plan, notes=notes), evaluated, value, uniform)
 
 
 def _check_notes(check: HeldOut) -> list[str]:
@@ -228,7 +233,9 @@ def search_plan(
     task, masks = Task(scores, uniform), RouterMasks(model)
     fitness = Fitness(model, batches, masks)
 
-    def check(uniform: Plan, searched: Plan) -> HeldOut:
-        return held_out(model, validation, uniform, searched, masks=masks, seed=settings.seed)
-
-    return search(Recorder(fitness, task), settings, check if validation else None).plan
+    found = search(Recorder(fitness, task), settings)
+    if validation:
+        plans = (uniform, found.plan)
+        check = held_out(model, validation, *plans, masks=masks, seed=settings.seed)
+        found = found.checked(check)
+    return found.plan

@@ -134,6 +134,23 @@ def test_logits_that_do_not_fit_are_refused(model: Any, monkeypatch: pytest.Monk
         Fitness(model, BATCHES)
 
 
+@pytest.mark.gpu
+def test_logits_that_wait_in_main_memory_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = zoo.tiny("qwen3_moe", vocab_size=211)[1]
+    model = model.to("cuda")
+    there = Fitness(model, BATCHES)
+    assert all(known.logits.is_cuda for known in there._known)
+    sizes = {"cuda": 0, "cpu": 1 << 30}
+    monkeypatch.setattr(
+        module, "free_device_memory", lambda device: Free(sizes[device.type], "by a test")
+    )
+    here = Fitness(model, BATCHES)
+    assert all(known.logits.is_pinned() and known.lse.is_pinned() for known in here._known)
+    assert here.nbytes == there.nbytes
+    for kept in CANDIDATES:
+        assert here(kept) == pytest.approx(there(kept), rel=1e-6)
+
+
 def test_logits_that_are_not_finite_are_refused() -> None:
     _, model = zoo.tiny("qwen3_moe", vocab_size=211)
     fitness = Fitness(model, BATCHES)

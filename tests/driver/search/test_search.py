@@ -263,14 +263,14 @@ def test_held_out_text_is_measured_by_sequence(model: Any, scores: rd.Scores) ->
 
 def test_one_held_out_sequence_has_no_interval(scores: rd.Scores) -> None:
     check = HeldOut(1, 100, 0.8, 0.81, None, None)
-    notes = search(Recorder(Pretended(), task_of(scores)), SETTINGS, lambda *_: check).plan.notes
+    notes = search(Recorder(Pretended(), task_of(scores)), SETTINGS).checked(check).plan.notes
     assert any(note.endswith("uniform plan 0.8000 (difference +0.0100)") for note in notes)
 
 
 @pytest.mark.parametrize("searched", [0.79, 0.81])
 def test_a_plan_that_loses_is_kept_and_said_so(scores: rd.Scores, searched: float) -> None:
     check = HeldOut(7, 700, 0.8, searched, searched - 0.82, searched - 0.78)
-    found = search(Recorder(Pretended(), task_of(scores)), SETTINGS, lambda *_: check)
+    found = search(Recorder(Pretended(), task_of(scores)), SETTINGS).checked(check)
     assert found.check == check
     assert found.plan.allocation == "searched"
     assert (
