@@ -135,6 +135,7 @@ def test_logits_that_do_not_fit_are_refused(model: Any, monkeypatch: pytest.Monk
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_logits_that_wait_in_main_memory_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = zoo.tiny("qwen3_moe", vocab_size=211)[1]
     model = model.to("cuda")
