@@ -11,7 +11,7 @@ from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- support -->\n", "<!-- end support -->"
-COLUMNS = ("statistics", "end to end", "output", "checkpoint", "streamed")
+COLUMNS = ("statistics", "end to end", "output", "checkpoint", "non-uniform", "streamed")
 COLUMNS += ("left padding", "right padding")
 PUBLISHED = "published"
 
@@ -35,9 +35,9 @@ def table(facts: dict[str, dict[str, list[str]]]) -> str:
     for name in sorted(rows):
         cells = [", ".join(rows[name].get(column, ["-"])) for column in COLUMNS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    complete = sum(all(column in rows[name] for column in COLUMNS[:5]) for name in rows)
+    complete = sum(all(column in rows[name] for column in COLUMNS[:6]) for name in rows)
     head = (
-        f"{complete} of {len(rows)} architectures pass all five; {len(published)} published "
+        f"{complete} of {len(rows)} architectures pass all six; {len(published)} published "
         f"models (their configs at reduced width, in their own file layout) go from observation to "
         f"generation: {', '.join(published)}.\n\n"
     )

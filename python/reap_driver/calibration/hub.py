@@ -61,7 +61,7 @@ class HubRows:
 def _load(location: HubDataset) -> Any:
     """The split as a `datasets.Dataset`."""
     try:
-        import datasets  # type: ignore[import-untyped]
+        import datasets
     except ImportError as error:
         raise DataError(
             f"data {location}: no file or folder has that name, and a data set of the hub needs "
