@@ -5,7 +5,7 @@ which as many sequences as there are are drawn with replacement from each calibr
 shares therefore stay what they are. Figures are ratios of sums, and both models are drawn together.
 Percentiles are those of the expanded percentile interval (Hesterberg, "What Teachers Should Know
 about the Bootstrap", arXiv 1411.5279): plain ones are too narrow for few sequences.
-In simulation they cover 92 to 95 % from 10 sequences on; of a figure whose values are very skewed
+In simulation they cover 90 to 96 % from 10 sequences on; of a figure whose values are very skewed
 (lognormal, sigma 0.9), 86 % with 10 sequences, 90 % with 40, 92 % with 100.
 """
 
