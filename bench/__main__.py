@@ -13,7 +13,7 @@ BENCHMARKS = {
     "criteria_cpu": "criteria and allocations on held-out text, five calibration draws; CPU",
     "demo": "the demo's perplexities and agreements, as rows",
     "plan_cpu": "`reap-kernels plan` on 92 layers of 512 experts in eight parts, step by step; CPU",
-    "search_cpu": "budgets searched on the bundled model: cost, and acceptance on held-out text; CPU",
+    "search_cpu": "budgets searched on the bundled model: cost, acceptance on held-out text; CPU",
     "startup": "import and --help time beside `import torch`",
     "stream_cpu": "a checkpoint observed layer by layer beside resident: time, bytes, memory; CPU",
     "ranks_cpu": "one to three processes under torchrun beside one; CPU",
