@@ -66,7 +66,7 @@ def test_python_blocks_run_in_order(workplace, monkeypatch) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_paths_named_exist(page: str) -> None:
-    text = (ROOT / page).read_text()
+    text = re.sub(r"`[^`]*`", "", (ROOT / page).read_text())  # code holds no links
     for path in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`((?:reap_kernels|python|bench|tests)/[\w./-]+)`", text):

@@ -19,8 +19,8 @@ SUPER = "super"
 Protected = str | tuple[str, tuple[int, ...]] | Path
 
 
-def add_ranking(parser: argparse.ArgumentParser) -> None:
-    """How many experts go, and which."""
+def add_ranking(parser: argparse.ArgumentParser, *, searched: bool = False) -> None:
+    """How many experts go, and which; no allocation to choose where it is searched."""
     group = parser.add_argument_group("which experts go")
     group.add_argument(
         "--ratio",
@@ -53,10 +53,10 @@ def add_ranking(parser: argparse.ArgumentParser) -> None:
         "the 99.5th percentile and a tenth of the largest); LAYER:ID,ID for experts by id; or a "
         "JSON or YAML file {LAYER: [ID, ...]}",
     )
-    _add_allocation(parser)
+    _add_allocation(parser, searched)
 
 
-def _add_allocation(parser: argparse.ArgumentParser) -> None:
+def _add_allocation(parser: argparse.ArgumentParser, searched: bool) -> None:
     """How many experts each layer loses."""
     group = parser.add_argument_group(
         "how many experts each layer loses",
@@ -64,19 +64,22 @@ def _add_allocation(parser: argparse.ArgumentParser) -> None:
         "Transformers and serving engines read one number of experts for all layers, so every\n"
         "choice here but the default makes a checkpoint they cannot load as it is.",
     )
-    group.add_argument(
-        "--allocation",
-        choices=("uniform", "global"),
-        default="uniform",
-        help="uniform (default): the same share of each layer; global: the lowest scores of all "
-        "layers together, but never more than a router can spare",
-    )
-    group.add_argument(
-        "--normalise",
-        choices=("mean", "max", "none"),
-        help="with --allocation global: divide each layer's scores by their mean (default) or "
-        "maximum before comparing layers, or compare them as they are",
-    )
+    if searched:
+        parser.set_defaults(allocation="uniform", normalise=None)
+    else:
+        group.add_argument(
+            "--allocation",
+            choices=("uniform", "global"),
+            default="uniform",
+            help="uniform (default): the same share of each layer; global: the lowest scores of "
+            "all layers together, but never more than a router can spare",
+        )
+        group.add_argument(
+            "--normalise",
+            choices=("mean", "max", "none"),
+            help="with --allocation global: divide each layer's scores by their mean (default) or "
+            "maximum before comparing layers, or compare them as they are",
+        )
     group.add_argument(
         "--layer-ratios",
         type=Path,

@@ -47,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     options.add_overwrite(parser)
     options.add_trust(parser)
-    ranking.add_ranking(parser)
+    ranking.add_ranking(parser, searched=True)
     group = parser.add_argument_group("search", "--seed is of the search, too.")
     length = group.add_mutually_exclusive_group()
     length.add_argument(
@@ -117,8 +117,6 @@ def _check(args: argparse.Namespace) -> None:
     ranking.check_ranking(args)
     if not args.data and not args.recipe:
         args.refuse("the following arguments are required: --data or --recipe")
-    if args.allocation != "uniform":
-        args.refuse("argument --allocation: a search finds an allocation itself; leave it out")
     if args.stream == "always":
         args.refuse("argument --stream: a search needs the whole model in memory; leave it out")
     if args.device_map is not None and args.device != "auto":

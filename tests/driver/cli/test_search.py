@@ -139,7 +139,7 @@ def test_protected_experts_stay(run: Run, words: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rest", "code", "says"),
     [
-        (("--allocation", "global"), 2, "--allocation: a search finds an allocation itself"),
+        (("--allocation", "global"), 2, "unrecognized arguments: --allocation"),
         (("--stream", "always"), 2, "--stream: a search needs the whole model in memory"),
         (("--device-map", "auto", "--device", "cpu"), 2, "--device-map: not together with"),
         (("--elites", 8), 2, "--elites: fewer than the population of 8"),
