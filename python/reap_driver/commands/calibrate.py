@@ -73,26 +73,30 @@ class Model:
         return Scores(values, criterion="none", provenance=self.provenance)
 
 
-def inspect_model(args: argparse.Namespace) -> Model:
+def inspect_model(args: argparse.Namespace, path: str | None = None) -> Model:
     """Reads the configuration and finds the MoE layers on the meta device; no weights are read.
+
+    Args:
+        path: folder or hub id, default MODEL.
 
     Raises:
         CheckpointError, UnsupportedModel: there is no such model, or it cannot be observed.
     """
-    config = load_config(args.model, trust_remote_code=args.trust_remote_code)
+    path = str(args.model) if path is None else path
+    config = load_config(path, trust_remote_code=args.trust_remote_code)
     meta = meta_model(config)
     try:
         layers = find_moe_layers(meta)
     except UnsupportedModel as error:
-        raise UnsupportedModel(f"{args.model}: {error}") from error
+        raise UnsupportedModel(f"{path}: {error}") from error
     facts = {
-        "id": str(args.model),
+        "id": path,
         "config_digest": config_digest(config),
         "model_type": type(config).model_type,
         "architecture": type(meta).__name__,
     }
     known = {"model": facts, "layers": {layer.name: layer.provenance() for layer in layers}}
-    return Model(str(args.model), config, meta, layers, known)
+    return Model(path, config, meta, layers, known)
 
 
 def check_options(args: argparse.Namespace, config: PretrainedConfig) -> int:

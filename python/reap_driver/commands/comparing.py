@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from reap_driver.calibration import DataSource, PackedBatches, PackedSource
 from reap_driver.checkpoint.checks import check_model
-from reap_driver.commands import calibrate
+from reap_driver.commands import calibrate, running
 from reap_driver.commands.calibrate import Model
 from reap_driver.commands.console import Console
 from reap_driver.compare import tasks
@@ -20,13 +20,11 @@ from reap_driver.compare.alike import check_vocabularies
 from reap_driver.compare.models import compare_resident, compare_streamed
 from reap_driver.compare.sequences import Comparison, Sums
 from reap_driver.integrity import Orphans, orphans
-from reap_driver.loading import load_model, open_streamed
+from reap_driver.loading import open_streamed
 from reap_driver.plan import Plan
 from reap_driver.sizing.decision import Decision, decide
 from reap_driver.sizing.machine import this_machine
-from reap_driver.sizing.model import ModelSizes, model_sizes
-from reap_driver.sizing.plan import workload
-from reap_driver.sizing.stored import run_dtype, stored_files
+from reap_driver.sizing.model import ModelSizes
 from reap_driver.streaming.store import StateStore
 from reap_kernels.dispatch import Request, select
 from reap_kernels.errors import ResourceError
@@ -72,7 +70,7 @@ def pair_of(args: argparse.Namespace) -> Pair:
     original.check_files()
     if Path(args.pruned).is_file():
         return Pair(original, None, _plan(args, Path(args.pruned), original))
-    pruned = calibrate.inspect_model(argparse.Namespace(**{**vars(args), "model": args.pruned}))
+    pruned = calibrate.inspect_model(args, args.pruned)
     folders = [(model.source.folder, model.config) for model in (original, pruned)]
     check_vocabularies(*folders, trust_remote_code=args.trust_remote_code)
     record = pruned.source.folder / "reap" / "plan.json"
@@ -160,20 +158,9 @@ def _decided(args: argparse.Namespace, pair: Pair, sources: Sequence[PackedSourc
     Raises:
         ResourceError: see `decide`; or a plan, and the original does not fit in memory.
     """
-    model, device = pair.original, calibrate.device_of(args)
-    seq_len = sources[0].seq_len
-    sizes = [_sizes(args, each, seq_len) for each in pair.models]
-    dtype = run_dtype(args.dtype, model.config, stored_files(model.source.folder, model.config))
-    work = workload(
-        model.meta,
-        model.layers,
-        tokens=sum(source.tokens for source in sources),
-        seq_len=seq_len,
-        device=device,
-        dtype=dtype,
-        batch_size=args.batch_size,
-        all_logits=True,
-    )
+    device = calibrate.device_of(args)
+    sized = [running.sized(args, each, sources, device, all_logits=True) for each in pair.models]
+    sizes, (work, *_) = zip(*sized, strict=True)
     machine = this_machine(device, Path(tempfile.gettempdir()))
     decision = decide(args.stream, _together(sizes), machine, work)
     if decision.stream and pair.pruned is None:
@@ -183,11 +170,6 @@ def _decided(args: argparse.Namespace, pair: Pair, sources: Sequence[PackedSourc
             f"{args.pruned} --out DIR` and compare with that"
         )
     return decision
-
-
-def _sizes(args: argparse.Namespace, model: Model, seq_len: int) -> ModelSizes:
-    dtype = run_dtype(args.dtype, model.config, stored_files(model.source.folder, model.config))
-    return model_sizes(model.meta, model.layers, dtype=dtype, seq_len=seq_len)
 
 
 def _together(sizes: Sequence[ModelSizes]) -> ModelSizes:
@@ -200,26 +182,19 @@ def _together(sizes: Sequence[ModelSizes]) -> ModelSizes:
     )
 
 
-@contextlib.contextmanager
-def _loaded(args: argparse.Namespace, model: Model, console: Console) -> Iterator[PreTrainedModel]:
-    """One model in memory."""
-    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    if args.device_map is None:
-        yield load_model(model.path, device=calibrate.device_of(args), **options)
-        return
-    with (
-        tempfile.TemporaryDirectory(prefix="reap-offload-") as folder,
-        console.library_progress(),
-    ):
-        yield load_model(model.path, device_map=args.device_map, offload_folder=folder, **options)
+def _loaded(
+    args: argparse.Namespace, model: Model, console: Console
+) -> contextlib.AbstractContextManager[PreTrainedModel]:
+    """One model in memory; what a device map puts on the disk goes to the temporary folder."""
+    beside = Path(tempfile.gettempdir(), "reap-compare")
+    return running.in_memory(args, model.path, beside, console)
 
 
 def _streamed(
     args: argparse.Namespace, pair: Pair, decision: Decision, batches: PackedBatches, done: Any
 ) -> Sums:
     """Both models, one decoder layer at a time."""
-    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    place = decision.park or "device"
+    options, place = running.load_options(args), decision.park or "device"
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reap-states-")))
         models, stores = [], []

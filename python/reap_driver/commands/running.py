@@ -29,9 +29,9 @@ from reap_driver.journal import Entry, Journal
 from reap_driver.loading import StreamedModel, load_model, open_streamed
 from reap_driver.observe import Observer, observe
 from reap_driver.run import Run, observe_resident, observe_streamed
-from reap_driver.sizing.decision import Decision, decide
+from reap_driver.sizing.decision import Decision, Workload, decide
 from reap_driver.sizing.machine import this_machine
-from reap_driver.sizing.model import model_sizes
+from reap_driver.sizing.model import ModelSizes, model_sizes
 from reap_driver.sizing.plan import workload
 from reap_driver.sizing.stored import run_dtype, stored_files
 from reap_driver.streaming.store import Place, StateStore
@@ -164,21 +164,8 @@ def decided(
     Raises:
         ResourceError: it does not fit as wanted.
     """
-    files = stored_files(model.source.folder, model.config)
-    dtype = run_dtype(args.dtype, model.config, files)
-    seq_len, tokens = sources[0].seq_len, sum(source.tokens for source in sources)
     device = device_of(args, ranks)
-    sizes = model_sizes(model.meta, model.layers, dtype=dtype, seq_len=seq_len)
-    work = workload(
-        model.meta,
-        model.layers,
-        tokens=-(-tokens // ranks.size),
-        seq_len=seq_len,
-        device=device,
-        dtype=dtype,
-        batch_size=args.batch_size,
-        all_logits=all_logits,
-    )
+    sizes, work = sized(args, model, sources, device, share=ranks.size, all_logits=all_logits)
     machine = this_machine(device, args.out.absolute().parent).shared(ranks.local_size)
     decision = decide(args.stream, sizes, machine, work)
     states = work.tokens * sizes.state_bytes
@@ -189,6 +176,40 @@ def decided(
             "on another disk, or pass --no-journal"
         )
     return decision
+
+
+def sized(
+    args: argparse.Namespace,
+    model: Model,
+    sources: Sequence[PackedSource],
+    device: torch.device,
+    *,
+    share: int = 1,
+    all_logits: bool = False,
+) -> tuple[ModelSizes, Workload]:
+    """What a model takes in memory, and what is to run.
+
+    Args:
+        sources: the data.
+        device: where it runs.
+        share: processes that share the data.
+        all_logits: whether the logits of every token are wanted.
+    """
+    files = stored_files(model.source.folder, model.config)
+    dtype = run_dtype(args.dtype, model.config, files)
+    seq_len, tokens = sources[0].seq_len, sum(source.tokens for source in sources)
+    sizes = model_sizes(model.meta, model.layers, dtype=dtype, seq_len=seq_len)
+    work = workload(
+        model.meta,
+        model.layers,
+        tokens=-(-tokens // share),
+        seq_len=seq_len,
+        device=device,
+        dtype=dtype,
+        batch_size=args.batch_size,
+        all_logits=all_logits,
+    )
+    return sizes, work
 
 
 def identity(
@@ -295,21 +316,40 @@ class Held:
 @contextlib.contextmanager
 def holding(args: argparse.Namespace, how: How, ranks: Ranks, console: Console) -> Iterator[Held]:
     """The model, held as decided."""
-    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    if how.stream:
-        with open_streamed(args.model, device=device_of(args, ranks), **options) as streamed:
-            yield Held(streamed.model, streamed)
-    elif args.device_map is None:
-        yield Held(load_model(args.model, device=device_of(args, ranks), **options))
-    else:
-        with (
-            tempfile.TemporaryDirectory(
-                prefix=f".{args.out.name}.offload-", dir=args.out.absolute().parent
-            ) as folder,
-            console.library_progress(),
-        ):
-            options["offload_folder"] = folder
-            yield Held(load_model(args.model, device_map=args.device_map, **options))
+    if not how.stream:
+        with in_memory(args, args.model, args.out.absolute(), console, ranks) as model:
+            yield Held(model)
+        return
+    device = device_of(args, ranks)
+    with open_streamed(args.model, device=device, **load_options(args)) as streamed:
+        yield Held(streamed.model, streamed)
+
+
+@contextlib.contextmanager
+def in_memory(
+    args: argparse.Namespace, path: str, beside: Path, console: Console, ranks: Ranks | None = None
+) -> Iterator[PreTrainedModel]:
+    """A model loaded whole, on one device or as --device-map spreads it.
+
+    Args:
+        path: folder or hub id of the model.
+        beside: where a folder is made for what the map puts on the disk.
+    """
+    options = load_options(args)
+    if args.device_map is None:
+        yield load_model(path, device=device_of(args, ranks), **options)
+        return
+    prefix = f".{beside.name}.offload-"
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix, dir=beside.parent) as folder,
+        console.library_progress(),
+    ):
+        yield load_model(path, device_map=args.device_map, offload_folder=folder, **options)
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of loading, however a model is held."""
+    return {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
 
 
 def _prepare(
