@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reap_kernels.compare import cpu, reference, triton_backend
-from reap_kernels.dispatch import Backend, Request, Sizes, register, select
+from reap_kernels.dispatch import Backend, Request, Sizes, direct, register, select
 from reap_kernels.errors import DtypeError, ShapeError
 from reap_kernels.route.op import cpu_only
 
@@ -64,9 +64,8 @@ def compare_logits(
         BackendUnavailable: no backend serves, or the requested one refuses, with the reason.
     """
     _check(full, candidate, full_lse)
-    return LogitComparison(
-        *torch.ops.reap_kernels.compare_logits(full, candidate, full_lse, backend)
-    )
+    run = _run if direct(full) else torch.ops.reap_kernels.compare_logits
+    return LogitComparison(*run(full, candidate, full_lse, backend))
 
 
 def _check(full: Tensor, candidate: Tensor, full_lse: Tensor | None) -> None:
@@ -93,8 +92,7 @@ def _check(full: Tensor, candidate: Tensor, full_lse: Tensor | None) -> None:
         )
 
 
-@torch.library.custom_op("reap_kernels::compare_logits", mutates_args=())
-def _compare_logits(
+def _run(
     full: Tensor, candidate: Tensor, full_lse: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, vocabulary = full.shape
@@ -107,6 +105,13 @@ def _compare_logits(
             full, candidate, full_lse
         )
     return results
+
+
+@torch.library.custom_op("reap_kernels::compare_logits", mutates_args=())
+def _compare_logits(
+    full: Tensor, candidate: Tensor, full_lse: Tensor | None, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _run(full, candidate, full_lse, backend)
 
 
 @_compare_logits.register_fake
