@@ -12,7 +12,6 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from random import Random
 from typing import Any
 
@@ -27,7 +26,13 @@ from reap_driver.compare.sequences import Sums
 from reap_driver.criteria import CRITERIA
 from reap_driver.demo.corpus import DOMAINS, Document, load_corpus
 from reap_driver.demo.evaluate import token_windows
-from reap_driver.demo.run import CALIBRATION_WINDOWS, HELD_OUT_WINDOWS, MODEL, WINDOW
+from reap_driver.demo.run import (
+    CALIBRATION_WINDOWS,
+    HELD_OUT_WINDOWS,
+    MODEL,
+    WINDOW,
+    observe_windows,
+)
 from reap_driver.plan import Plan
 from reap_driver.predictions import Predictions, predict
 from reap_driver.router_mask import RouterMasks
@@ -99,29 +104,12 @@ def plans(
             yield "reap", "searched", ratio, plan
 
 
-def observed(model: Any, windows: dict[str, Tensor]) -> rd.SaliencyStats:
-    """Statistics of the windows, a group a domain."""
-    with rd.observe(model) as observer:
-        for domain, ids in windows.items():
-            with observer.group(domain):
-                for part in ids.split(BATCH):
-                    observer(input_ids=part)
-    return observer.stats
-
-
 def spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the 95 % interval of Student's t."""
     if len(values) < 2:
         return values[0], 0.0
     half = t_quantile(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.mean(values), half
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Any]:
-    """A bar of plans on stderr."""
-    with tqdm(total=total, unit="plan") as bar:
-        yield bar
 
 
 def measure(seeds: int, evaluations: int) -> list[Row]:
@@ -134,10 +122,10 @@ def measure(seeds: int, evaluations: int) -> list[Row]:
     calibration = [d for d in documents if d.split == "calibration"]
     found: dict[tuple[str, str, float], list[dict[str, float]]] = {}
     total = seeds * len(RATIOS) * (2 * len(CRITERIA) + 1 + bool(evaluations))
-    with progress(total) as bar:
+    with tqdm(total=total, unit="plan") as bar:
         for seed in range(seeds):
             windows = drawn_windows(calibration, tokenizer, seed)
-            stats = observed(model, windows)
+            stats = observe_windows(model, windows)
             for *key, plan in plans(stats, model, windows, seed, evaluations):
                 found.setdefault((key[0], key[1], key[2]), []).append(held.figures(plan))
                 bar.update()
