@@ -25,6 +25,16 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names a file; false for names that no file can have (too long, links in a
+    loop), for which pathlib raises.
+    """
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 @contextlib.contextmanager
 def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary sibling to write, flushed to disk and renamed to `path` when the block ends.

@@ -1,0 +1,175 @@
+"""JSON that comes from elsewhere, read within limits: the one reader of all our formats.
+
+Whatever a file holds, its reader gets a value of plain types or raises one error that names the
+file. Refused are files above a size, nesting above a depth, names that an object has twice, texts
+that cannot be encoded (lone surrogates), and numbers that no 64-bit type holds.
+"""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reap_kernels.errors import ReapError
+from reap_kernels.schema import MAX_INT, Anything, Kind, Mismatch, Record, Text, check, short
+
+MAX_BYTES = 100_000_000  # the limit of the safetensors library for a header, which is JSON too
+MAX_DEPTH = 64
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
+    """A whole file of at most `limit` bytes.
+
+    Raises:
+        ValueError: it cannot be read, with the system's reason, or it is larger.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # a name that no file can have
+        raise ValueError(f"cannot be read ({error})") from error
+    if len(content) > limit:
+        raise ValueError(f"is larger than {limit} bytes")
+    return content
+
+
+def parse_json(text: str | bytes, *, plain: bool = True) -> Any:
+    """A JSON value within the limits of this module.
+
+    Args:
+        text: UTF-8 if bytes; a byte order mark is passed over.
+        plain: whether to refuse numbers that JSON does not have or that no 64-bit type holds; other
+            tools' files may hold Infinity, or an enormous integer for "no limit".
+
+    Raises:
+        ValueError: with the reason in plain words.
+
+    Example:
+        >>> parse_json(b'{"kept": [0, 2]}')
+        {'kept': [0, 2]}
+    """
+    try:
+        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 ({error.reason} at byte {error.start})") from error
+    try:
+        value = json.loads(decoded, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError(f"is nested deeper than {MAX_DEPTH} levels") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error})") from error
+    except _Twice:
+        raise
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"holds a number that cannot be read ({error})") from error
+    _check_values(value, plain=plain, texts=bool(_SURROGATE.search(decoded)))
+    return value
+
+
+@dataclass(frozen=True)
+class Format:
+    """One of our file formats: a JSON object with `format`, `version` and fields of known kinds.
+
+    Attributes:
+        name: what `format` says.
+        version: what `version` says; others are refused.
+        what: the file in a message, such as "plan".
+        fields, optional: kinds of the other fields.
+        error: raised for whatever is wrong.
+        remedy: what to do then, such as "make it again with `reap-kernels plan`".
+        limit: bytes of the largest file.
+    """
+
+    name: str
+    version: int
+    what: str
+    fields: Mapping[str, Kind]
+    error: type[ReapError]
+    remedy: str
+    optional: Mapping[str, Kind] | None = None
+    limit: int = MAX_BYTES
+
+    def read(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """The checked content of a file.
+
+        Raises:
+            ReapError: of the class `error`; the message names file, field, value and remedy.
+        """
+        try:
+            content = read_bytes(path, self.limit)
+        except ValueError as error:
+            raise self.error(f"{self.what} {path} {error}; {self.remedy}") from error
+        return self.parse(content, path)
+
+    def parse(self, text: str | bytes, where: object) -> dict[str, Any]:
+        """The checked content of a text; `where` names it in a message.
+
+        Raises:
+            ReapError: see `read`.
+        """
+        try:
+            content = parse_json(text)
+            if not isinstance(content, dict) or content.get("format") != self.name:
+                raise ValueError(f"is not a {self.what}: its format is not {self.name!r}")
+            if type(content.get("version")) is not int or content["version"] != self.version:
+                raise ValueError(
+                    f"has version {short(content.get('version'))}, this reap-kernels reads "
+                    f"{self.version}"
+                )
+            head: dict[str, Kind] = {"format": Text(), "version": Anything()}
+            check(content, Record({**head, **self.fields}, self.optional or {}))
+        except Mismatch as error:
+            raise self.error(f"{self.what} {where}: {error}; {self.remedy}") from error
+        except ValueError as error:
+            raise self.error(f"{self.what} {where} {error}; {self.remedy}") from error
+        return content
+
+
+class _Twice(ValueError):
+    """An object has a name twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise _Twice(f"has the name {short(twice)} twice in one object")
+    return value
+
+
+def _check_values(value: Any, *, plain: bool, texts: bool) -> None:
+    """Depth, numbers and texts of a parsed value, without recursion."""
+    level = [value]
+    for depth in range(MAX_DEPTH + 1):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict | list):
+                if depth == MAX_DEPTH:
+                    raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
+                below.extend(item.values() if isinstance(item, dict) else item)
+                if texts and isinstance(item, dict):
+                    below.extend(item)
+            elif isinstance(item, str):
+                if texts:
+                    _check_text(item)
+            elif plain and isinstance(item, float) and not math.isfinite(item):
+                raise ValueError(f"holds the number {item}, which JSON does not have")
+            elif plain and isinstance(item, int) and not -MAX_INT - 1 <= item <= MAX_INT:
+                raise ValueError(f"holds the number {short(item)}, which 64 bits do not hold")
+        level = below
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"holds a text that no encoding writes, {short(text)}: half of a surrogate pair"
+        ) from error
