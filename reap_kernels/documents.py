@@ -69,7 +69,7 @@ def parse_json(text: str | bytes, *, plain: bool = True) -> Any:
         raise
     except ValueError as error:  # an integer of thousands of digits
         raise ValueError(f"holds a number that cannot be read ({error})") from error
-    _check_values(value, plain=plain, texts=bool(_SURROGATE.search(decoded)))
+    check_values(value, plain=plain, texts=bool(_SURROGATE.search(decoded)))
     return value
 
 
@@ -144,8 +144,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _check_values(value: Any, *, plain: bool, texts: bool) -> None:
-    """Depth, numbers and texts of a parsed value, without recursion."""
+def check_values(value: Any, *, plain: bool = True, texts: bool = True) -> None:
+    """Checks depth, numbers and texts of a value that some parser made, without recursion.
+
+    Args:
+        value: of dictionaries, lists and plain values; it must not contain itself.
+        plain: see `parse_json`.
+        texts: whether to look for texts that cannot be encoded.
+
+    Raises:
+        ValueError: with the reason in plain words.
+    """
     level = [value]
     for depth in range(MAX_DEPTH + 1):
         below: list[Any] = []
