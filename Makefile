@@ -14,13 +14,18 @@ WORKERS ?= 2
 HOST := out/host
 CMAKE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m cmake
 
-.PHONY: demo test support lint host sanitize aot cuda bench clean
+.PHONY: demo test fuzz support lint host sanitize aot cuda bench clean
 
 demo: $(READY)
 	$(RUN) -m reap_driver demo --out out/demo
 
 test: $(READY) host
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) $(TESTS)
+
+# Feeds 50,000 changed inputs to every reader, about half an hour; INPUTS=5000 SEED=7 for others.
+fuzz: $(READY) host
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m tests.fuzz --inputs $(or $(INPUTS),50000) \
+		--seed $(or $(SEED),0)
 
 # Rewrites the README's support matrix from what the tests prove.
 support: $(READY) host

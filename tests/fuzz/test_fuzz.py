@@ -1,0 +1,44 @@
+"""A short campaign over every reader, and that a campaign sees faults. `make fuzz`: a long one."""
+
+import time
+
+import pytest
+
+from reap_kernels.errors import DataError
+from tests.fuzz.campaign import Nonsense, Outcomes, Reader, run
+from tests.fuzz.changes import json_value
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("reader", "counted"),
+    [
+        (lambda _: _raise(KeyError("x")), "tracebacks"),
+        (lambda _: _raise(DataError("")), "tracebacks"),
+        (lambda _: _raise(DataError("x" * 10_000)), "tracebacks"),
+        (lambda _: _raise(DataError("\ud800")), "tracebacks"),
+        (lambda _: _raise(Nonsense("x")), "nonsense"),
+        (lambda _: time.sleep(1), "hangs"),
+    ],
+    ids=["traceback", "no message", "long message", "unprintable", "nonsense", "hang"],
+)
+def test_a_fault_is_counted(reader, counted) -> None:
+    one = Reader("planted", [b'{"a": 1}'], json_value, reader)
+    faults: list[str] = []
+    found = run([one], 2, seed=0, shown=faults.append, hang=0.05)["planted"]
+    assert (getattr(found, counted), found.wrong, len(faults)) == (2, 2, 1)
+    assert "planted:0:0" in faults[0]
+
+
+def test_a_refusal_and_an_accepted_input_are_no_faults() -> None:
+    outcomes = [
+        run([Reader("x", [b"{}"], json_value, read)], 3, seed=0)["x"]
+        for read in (lambda _: _raise(DataError("no")), lambda _: None)
+    ]
+    assert outcomes[0].refused == 3
+    assert outcomes[1].accepted == 3
+    assert not any(one.wrong for one in outcomes)
+    assert isinstance(outcomes[0], Outcomes)
