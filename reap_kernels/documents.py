@@ -2,17 +2,21 @@
 
 Whatever a file holds, its reader gets a value of plain types or raises one error that names the
 file. Refused are files above a size, nesting above a depth, names that an object has twice, texts
-that cannot be encoded (lone surrogates), and numbers that no 64-bit type holds.
+that cannot be encoded (lone surrogates), and numbers that no 64-bit type holds. What is written is
+checked by the same kinds, so that it can be read.
 """
 
+import errno
+import hashlib
 import json
 import math
 import os
 import re
+import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from reap_kernels.errors import ReapError
 from reap_kernels.schema import MAX_INT, Anything, Kind, Mismatch, Record, Text, check, short
@@ -22,6 +26,23 @@ MAX_DEPTH = 64
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file to read; a pipe or a device, which may never end, is refused.
+
+    Raises:
+        OSError: it cannot be opened, or it is no file, with the reason as `strerror`.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a name that no file can have
+        raise OSError(errno.EINVAL, str(error)) from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "a folder" if stat.S_ISDIR(mode) else "no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
 def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
     """A whole file of at most `limit` bytes.
 
@@ -29,12 +50,10 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
         ValueError: it cannot be read, with the system's reason, or it is larger.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             content = file.read(limit + 1)
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror or error})") from error
-    except ValueError as error:  # a name that no file can have
-        raise ValueError(f"cannot be read ({error})") from error
     if len(content) > limit:
         raise ValueError(f"is larger than {limit} bytes")
     return content
@@ -73,6 +92,23 @@ def parse_json(text: str | bytes, *, plain: bool = True) -> Any:
     return value
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON text, with a question mark for each half of a surrogate pair, such as paths
+    that are not UTF-8 are given.
+
+    Raises:
+        ValueError: it holds NaN or an infinity, which JSON does not have.
+        TypeError: it holds something that JSON has no type for.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "replace").decode()
+
+
+def as_read(value: Any) -> Any:
+    """A value as it is read back from the JSON it is written as."""
+    return json.loads(to_json(value))
+
+
 @dataclass(frozen=True)
 class Format:
     """One of our file formats: a JSON object with `format`, `version` and fields of known kinds.
@@ -84,6 +120,8 @@ class Format:
         fields, optional: kinds of the other fields.
         error: raised for whatever is wrong.
         remedy: what to do then, such as "make it again with `reap-kernels plan`".
+        sealed: whether a field `digest` guards all others, and the data that go with them; for
+            files that nobody edits.
         limit: bytes of the largest file.
     """
 
@@ -94,6 +132,7 @@ class Format:
     error: type[ReapError]
     remedy: str
     optional: Mapping[str, Kind] | None = None
+    sealed: bool = False
     limit: int = MAX_BYTES
 
     def read(self, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -105,11 +144,16 @@ class Format:
         try:
             content = read_bytes(path, self.limit)
         except ValueError as error:
-            raise self.error(f"{self.what} {path} {error}; {self.remedy}") from error
+            raise self.refusal(path, str(error)) from error
         return self.parse(content, path)
 
-    def parse(self, text: str | bytes, where: object) -> dict[str, Any]:
-        """The checked content of a text; `where` names it in a message.
+    def parse(self, text: str | bytes, where: object, data: Iterable[bytes] = ()) -> dict[str, Any]:
+        """The checked content of a text.
+
+        Args:
+            text: what a file holds.
+            where: names it in a message.
+            data: what its digest guards besides.
 
         Raises:
             ReapError: see `read`.
@@ -123,13 +167,56 @@ class Format:
                     f"has version {short(content.get('version'))}, this reap-kernels reads "
                     f"{self.version}"
                 )
-            head: dict[str, Kind] = {"format": Text(), "version": Anything()}
-            check(content, Record({**head, **self.fields}, self.optional or {}))
+            check(content, self._kind())
+            if self.sealed and content["digest"] != _digest(content, data):
+                raise ValueError("is damaged: its content has another digest than it records")
         except Mismatch as error:
-            raise self.error(f"{self.what} {where}: {error}; {self.remedy}") from error
+            raise self.refusal(where, str(error), ":") from error
         except ValueError as error:
-            raise self.error(f"{self.what} {where} {error}; {self.remedy}") from error
+            raise self.refusal(where, str(error)) from error
         return content
+
+    def complete(self, content: Mapping[str, Any], data: Iterable[bytes] = ()) -> dict[str, Any]:
+        """What is to be written: `content` as it will be read, with `format`, `version` and, where
+        the format is sealed, `digest`.
+
+        Args:
+            content: the other fields.
+            data: what the digest guards besides.
+
+        Raises:
+            ReapError: of the class `error`: this could not be read again.
+        """
+        try:
+            head = as_read({"format": self.name, "version": self.version, **content})
+            if self.sealed:
+                head["digest"] = _digest(head, data)
+            check_values(head)
+            check(head, self._kind())
+        except Mismatch as error:
+            raise self.error(f"{self.what}: {error}") from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self.error(f"{self.what} cannot be written: {error}") from error
+        return head
+
+    def refusal(self, where: object, why: str, joint: str = "") -> ReapError:
+        """The error about one file."""
+        return self.error(f"{self.what} {where}{joint} {why}; {self.remedy}")
+
+    def _kind(self) -> Record:
+        head: dict[str, Kind] = {"format": Text(), "version": Anything()}
+        if self.sealed:
+            head["digest"] = Text()
+        return Record({**head, **self.fields}, self.optional or {})
+
+
+def _digest(content: Mapping[str, Any], data: Iterable[bytes]) -> str:
+    """`sha256:...` over all fields but `digest`, and `data`."""
+    rest = {name: value for name, value in content.items() if name != "digest"}
+    found = hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
+    for part in data:
+        found.update(part)
+    return f"sha256:{found.hexdigest()}"
 
 
 class _Twice(ValueError):

@@ -50,10 +50,10 @@ def check(value: Any, kind: Kind, at: str = "") -> None:
     kind.check(value, at)
 
 
-def short(value: Any) -> str:
-    """A value as a message can show it: printable, in at most 60 characters."""
+def short(value: Any, longest: int = 60) -> str:
+    """A value as a message can show it: printable, in at most `longest` characters."""
     text = repr(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,27 @@ class Int:
 
 @dataclass(frozen=True)
 class Real:
-    """A finite number, `low` to `high`."""
+    """A finite number within the limits that are given; `above` and `below` are outside."""
 
-    low: float = -math.inf
-    high: float = math.inf
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
 
     def check(self, value: Any, at: str) -> None:
-        if type(value) not in (int, float) or not (
-            self.low <= value <= self.high and math.isfinite(value)
-        ):
-            limits = (self.low > -math.inf, self.high < math.inf)
-            text = {
-                (True, True): f", {self.low} to {self.high}",
-                (True, False): f", {self.low} or more",
-                (False, True): f", {self.high} or less",
-                (False, False): "",
-            }[limits]
-            raise Mismatch(at, f"is {short(value)}", "a finite number" + text)
+        if type(value) not in (int, float) or not math.isfinite(value) or not self._holds(value):
+            words = {"above {}": self.above, "{} or more": self.low}
+            words |= {"below {}": self.below, "{} or less": self.high}
+            limits = [text.format(limit) for text, limit in words.items() if limit is not None]
+            raise Mismatch(at, f"is {short(value)}", ", ".join(["a finite number", *limits]))
+
+    def _holds(self, value: float) -> bool:
+        return (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
 
 
 @dataclass(frozen=True)
@@ -204,4 +208,4 @@ def _under(at: str, name: str) -> str:
 
 
 def _field(at: str) -> str:
-    return f"field {short(at)}" if at else "the content"
+    return f"field {short(at, 200)}" if at else "the content"

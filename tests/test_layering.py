@@ -10,7 +10,7 @@ KERNELS, DRIVER = ROOT / "reap_kernels", ROOT / "python" / "reap_driver"
 
 # Lowest first: a module may import from its own level or one before it.
 KERNEL_ORDER = (
-    ("errors", "files", "schema", "documents"),
+    ("errors", "files", "schema", "documents", "provenance"),
     ("env", "gates", "quantised"),
     ("types",),
     ("dispatch", "stats", "device", "testing", "scratch"),

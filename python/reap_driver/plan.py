@@ -1,19 +1,43 @@
 """The plan: which experts each layer keeps, and its file, JSON that anybody can read."""
 
 import itertools
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from reap_driver.allocate import check_ratio
+from reap_kernels.documents import Format, to_json
 from reap_kernels.errors import PlanError
 from reap_kernels.files import replaced
+from reap_kernels.provenance import MAX_EXPERTS, MODEL, SOURCE
+from reap_kernels.schema import Int, Kind, ListOf, MapOf, OrNull, Real, Record, Text, short
 
-FORMAT = "reap-plan"
-VERSION = 1
+_IDS = ListOf(Int(0, MAX_EXPERTS - 1))
+_LAYER: dict[str, Kind] = {"num_experts": Int(1, MAX_EXPERTS), "kept": _IDS, "removed": _IDS}
+_SETTINGS: dict[str, Kind] = {
+    "normalise": Text(choices=("mean", "max", "none")),
+    "layer_ratios": MapOf(Real(low=0, below=1)),
+    "protected": MapOf(_IDS),
+}
+_FIELDS: dict[str, Kind] = {
+    "model": MODEL,
+    "criterion": Text(1000),
+    "weights": OrNull(MapOf(Real(low=0))),
+    "allocation": Text(1000),
+    "ratio": Real(above=0, below=1),
+    "scores_digest": Text(1000),
+    "data": ListOf(SOURCE),
+    "notes": ListOf(Text()),
+}
+FORMAT = Format(
+    "reap-plan",
+    1,
+    "plan",
+    {**_FIELDS, "layers": MapOf(Record(_LAYER), 1)},
+    PlanError,
+    "make it again with `reap-kernels plan`",
+    {"settings": Record(optional=_SETTINGS)},
+)
 
 
 @dataclass(frozen=True)
@@ -31,13 +55,16 @@ class LayerPlan:
     def __post_init__(self) -> None:
         for name in ("kept", "removed"):
             ids = getattr(self, name)
+            if any(type(expert) is not int for expert in ids):
+                raise PlanError(f"{name} holds other things than expert ids: {short(ids)}")
             if any(a >= b for a, b in itertools.pairwise(ids)):
-                raise PlanError(f"{name} is not ascending without repetition: {_short(ids)}")
+                raise PlanError(f"{name} is not ascending without repetition: {short(ids)}")
         if not self.kept:
             raise PlanError("kept is empty; a layer needs experts")
-        if sorted([*self.kept, *self.removed]) != list(range(self.num_experts)):
+        ids = sorted([*self.kept, *self.removed])
+        if len(ids) != self.num_experts or ids != list(range(len(ids))):
             raise PlanError(
-                f"kept {_short(self.kept)} and removed {_short(self.removed)} do not share out the "
+                f"kept {short(self.kept)} and removed {short(self.removed)} do not share out the "
                 f"ids 0..{self.num_experts - 1}"
             )
 
@@ -77,7 +104,7 @@ class Plan:
     data: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
-    version: int = VERSION
+    version: int = FORMAT.version
 
     @property
     def uniform(self) -> bool:
@@ -91,16 +118,21 @@ class Plan:
         return {name: layer.kept for name, layer in self.layers.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON, a line for each layer (temporary sibling, fsync, rename)."""
-        head = {"format": FORMAT, "version": self.version}
-        head |= {name: getattr(self, name) for name in _FIELDS}
-        head |= {"settings": self.settings} if self.settings else {}
-        lines = [
-            f"    {json.dumps(name)}: "
-            + json.dumps({key: getattr(layer, key) for key in _LAYER_FIELDS})
+        """Writes JSON, a line for each layer (temporary sibling, fsync, rename).
+
+        Raises:
+            PlanError: a field has a value that could not be read again.
+        """
+        content: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
+        content |= {"settings": self.settings} if self.settings else {}
+        content["layers"] = {
+            name: {key: getattr(layer, key) for key in _LAYER}
             for name, layer in self.layers.items()
-        ]
-        text = json.dumps(head, indent=2)[:-2] + ',\n  "layers": {\n' + ",\n".join(lines)
+        }
+        head = FORMAT.complete(content)
+        layers = head.pop("layers")
+        lines = [f"    {to_json(name)}: {to_json(layer)}" for name, layer in layers.items()]
+        text = to_json(head, indent=2)[:-2] + ',\n  "layers": {\n' + ",\n".join(lines)
         with replaced(path) as temporary:
             temporary.write_text(text + "\n  }\n}\n", encoding="utf-8")
 
@@ -112,83 +144,27 @@ class Plan:
             PlanError: the file cannot be read, is no plan of this version, lacks a field, or has a
                 value that makes no sense; the message names file and field.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"plan {path} cannot be read: {error.strerror or error}") from error
-        except ValueError as error:
-            raise PlanError(f"plan {path} is not JSON ({error}); make it again") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise PlanError(f"{path} is not a plan; make one with `reap-kernels plan`")
-        if content.get("version") != VERSION:
-            raise PlanError(
-                f"plan {path} has version {content.get('version')!r}, this reap-kernels reads "
-                f"{VERSION}; make the plan again with `reap-kernels plan`"
-            )
-        fields = {name: _checked(path, content, name, kind) for name, kind in _FIELDS.items()}
-        layers = _checked(path, content, "layers", dict)
-        if not layers:
-            raise PlanError(f"plan {path}: field 'layers' is empty; make the plan again")
-        check_ratio(fields["ratio"])
-        if "settings" in content:  # plans of before had none
-            fields["settings"] = _checked(path, content, "settings", dict)
-        fields["layers"] = {name: _load_layer(path, name, e) for name, e in layers.items()}
-        _check_protected(path, fields.get("settings", {}).get("protected", {}), fields["layers"])
-        return cls(**fields)
+        content = FORMAT.read(path)
+        layers = {}
+        for name, entry in content["layers"].items():
+            try:
+                kept, removed = tuple(entry["kept"]), tuple(entry["removed"])
+                layers[name] = LayerPlan(entry["num_experts"], kept, removed)
+            except PlanError as error:
+                raise FORMAT.refusal(path, f"layer {name}: {error}", ":") from error
+        settings = content.get("settings", {})  # plans of before had none
+        _check_protected(path, settings.get("protected", {}), layers)
+        fields = {name: content[name] for name in _FIELDS}
+        return cls(**fields, layers=layers, settings=settings)
 
 
-_FIELDS: dict[str, Any] = {
-    "model": dict,
-    "criterion": str,
-    "weights": dict | None,
-    "allocation": str,
-    "ratio": float | int,
-    "scores_digest": str,
-    "data": list,
-    "notes": list,
-}
-_LAYER_FIELDS: dict[str, Any] = {"num_experts": int, "kept": list, "removed": list}
-
-
-def _checked(path: Any, content: Mapping[str, Any], name: str, kind: Any) -> Any:
-    """A field, there and of its kind."""
-    if name not in content:
-        raise PlanError(f"plan {path}: field {name!r} is missing; make the plan again")
-    value = content[name]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise PlanError(
-            f"plan {path}: field {name!r} is {_short(value)}; expected "
-            f"{getattr(kind, '__name__', kind)}"
-        )
-    return value
-
-
-def _load_layer(path: Any, name: str, entry: Any) -> LayerPlan:
-    where = f"{path}: layer {name}"
-    if not isinstance(entry, dict):
-        raise PlanError(f"plan {where} is {_short(entry)}; expected an object")
-    fields = {key: _checked(where, entry, key, kind) for key, kind in _LAYER_FIELDS.items()}
-    for key in ("kept", "removed"):
-        if any(not isinstance(e, int) or isinstance(e, bool) for e in fields[key]):
-            raise PlanError(f"plan {where}: field {key!r} holds other things than expert ids")
-    try:
-        return LayerPlan(fields["num_experts"], tuple(fields["kept"]), tuple(fields["removed"]))
-    except PlanError as error:
-        raise PlanError(f"plan {where}: {error}; make the plan again") from error
-
-
-def _check_protected(path: Any, protected: Any, layers: Mapping[str, LayerPlan]) -> None:
+def _check_protected(
+    path: object, protected: Mapping[str, list[int]], layers: Mapping[str, LayerPlan]
+) -> None:
     """Protected experts are kept ones, as who edits a plan may forget."""
-    for name, ids in protected.items() if isinstance(protected, dict) else [("", protected)]:
-        kept = set(layers[name].kept) if name in layers else set()
-        if not isinstance(ids, list) or not all(isinstance(e, int) and e in kept for e in ids):
+    for name, ids in protected.items():
+        if not set(ids) <= set(layers[name].kept if name in layers else ()):
             raise PlanError(
-                f"plan {path}: settings.protected of layer {name!r} is {_short(ids)}, but these "
+                f"plan {path}: settings.protected of layer {name!r} is {short(ids)}, but these "
                 "are not ids that the layer keeps; keep them, or protect others"
             )
-
-
-def _short(value: Any) -> str:
-    """A value as a message can show it."""
-    text = repr(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,11 +1,12 @@
 """The one reader of JSON: limits of size, depth, numbers and texts; kinds that name the field."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from reap_kernels.documents import MAX_DEPTH, Format, parse_json, read_bytes
+from reap_kernels.documents import MAX_DEPTH, Format, parse_json, read_bytes, to_json
 from reap_kernels.errors import PlanError
 from reap_kernels.files import is_file
 from reap_kernels.schema import (
@@ -91,7 +92,7 @@ def test_other_tools_may_write_infinity_and_huge_numbers() -> None:
         ({"counts": {"x": [True]}}, r"'counts.x\[0\]' is True"),
         ({"counts": {"x": 3}}, "'counts.x' is 3; expected a list"),
         ({"counts": []}, r"'counts' is \[\]; expected an object"),
-        ({"ratio": 1.5}, "'ratio' is 1.5; expected a finite number, 0 to 1"),
+        ({"ratio": 1.5}, "'ratio' is 1.5; expected a finite number, 0 or more, 1 or less"),
         ({"ratio": "1"}, "'ratio' is '1'"),
         ({"name": "abcdef"}, "'name' has 6 characters"),
         ({"name": 3}, "'name' is 3; expected a text"),
@@ -129,3 +130,57 @@ def test_names_that_no_file_has(tmp_path: Path, name: str) -> None:
     assert not is_file(tmp_path / name)
     with pytest.raises(PlanError, match="cannot be read"):
         FORMAT.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["folder", "pipe"])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PlanError, match=r"cannot be read \((a folder|no regular file)\)"):
+        FORMAT.read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        (Real(above=0, below=1), 1, "above 0, below 1"),
+        (Real(above=0), 0, "a finite number, above 0$"),
+        (Real(low=0, below=1), 1.0, "0 or more, below 1"),
+        (Real(high=3), 4, "3 or less"),
+        (Real(), float("nan"), "a finite number$"),
+    ],
+)
+def test_limits_of_numbers(kind: Real, value: float, message: str) -> None:
+    with pytest.raises(Mismatch, match=message):
+        check(value, kind)
+    check(0.5, kind)
+
+
+SEALED = Format("sealed", 1, "thing", {"n": Int(), "x": Real()}, PlanError, "again", sealed=True)
+
+
+def test_a_sealed_file_is_refused_when_anything_changed() -> None:
+    content = SEALED.complete({"n": 1, "x": 0.1}, [b"data"])
+    assert SEALED.parse(to_json(content), "x", [b"da", b"ta"]) == content
+    for changed, data in (
+        ({**content, "n": 2}, b"data"),
+        ({**content, "x": 0.1 + 2e-17 * 4}, b"data"),
+        ({**content, "digest": "sha256:0"}, b"data"),
+        (content, b"dbta"),
+    ):
+        with pytest.raises(PlanError, match=r"thing x is damaged.*; again"):
+            SEALED.parse(to_json(changed), "x", [data])
+    with pytest.raises(PlanError, match="'digest' is missing"):
+        SEALED.parse(to_json({k: v for k, v in content.items() if k != "digest"}), "x", [b"data"])
+
+
+@pytest.mark.parametrize(
+    "content", [{"n": -1, "x": 1}, {"n": 1}, {"n": 1, "x": float("inf")}, {"n": 1, "x": {2}}]
+)
+def test_what_could_not_be_read_is_not_written(content: dict[str, object]) -> None:
+    with pytest.raises(PlanError, match="thing"):
+        SEALED.complete(content)
+
+
+def test_halves_of_surrogate_pairs_are_written_as_question_marks() -> None:
+    assert to_json({"a\udcff": "\ud800", "b": "ä"}) == '{"a?": "?", "b": "ä"}'

@@ -146,7 +146,7 @@ def _method(plan: "Plan") -> str:
         ("weights of calibration groups", weights),
         *([("protected experts", f"{protected:,}")] if protected else []),
         ("digest of the scores", f"`{plan.scores_digest}`"),
-        ("digest of the model's config", f"`{plan.model['config_digest']}`"),
+        ("digest of the model's config", f"`{plan.model.get('config_digest')}`"),
         (
             "written by",
             f"reap-kernels {reap_kernels.__version__}, transformers {transformers.__version__}",

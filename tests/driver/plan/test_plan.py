@@ -197,6 +197,8 @@ def test_random_plans_respect_groups() -> None:
         ((1, 0), (2, 3), "not ascending"),
         ((0, 0), (1, 2, 3), "not ascending"),
         ((), (0, 1, 2, 3), "kept is empty"),
+        ((False, True), (2, 3), "kept holds other things than expert ids"),
+        (("0", "1"), (2, 3), "kept holds other things"),
     ],
 )
 def test_kept_and_removed_share_out_the_experts(
@@ -234,7 +236,7 @@ def test_every_field_of_a_layer_is_needed(tmp_path: Path, field: str) -> None:
     path, content = saved(tmp_path)
     del content["layers"][LAYERS[0]][field]
     path.write_text(json.dumps(content))
-    with pytest.raises(PlanError, match=rf"plan.json: layer {LAYERS[0]}: field '{field}' is miss"):
+    with pytest.raises(PlanError, match=rf"plan.json: field '{LAYER}.{field}' is missing"):
         Plan.load(path)
 
 
@@ -246,18 +248,32 @@ def test_every_field_of_a_layer_is_needed(tmp_path: Path, field: str) -> None:
         ("version", None, "version None"),
         ("ratio", "half", "field 'ratio' is 'half'"),
         ("ratio", True, "field 'ratio' is True"),
-        ("ratio", 1.5, "ratio 1.5"),
-        ("model", [], r"field 'model' is \[\]; expected dict"),
+        ("ratio", 1.5, "'ratio' is 1.5; expected a finite number, above 0, below 1"),
+        ("ratio", 0, "'ratio' is 0"),
+        ("model", [], r"field 'model' is \[\]; expected an object"),
+        ("model", {"id": 3}, "field 'model.id' is 3; expected a text"),
         ("weights", [], r"field 'weights' is \[\]"),
-        ("layers", {}, "'layers' is empty"),
-        ("layers", {"a": [1]}, r"layer a is \[1\]"),
-        ("settings", [], r"field 'settings' is \[\]; expected dict"),
-        (f"{LAYER}.kept", [0, 1, 2, 3, "4"], "field 'kept' holds other things"),
-        (f"{LAYER}.kept", [0, True], "field 'kept' holds other things"),
+        ("weights", {"x": -1}, "field 'weights.x' is -1; expected a finite number, 0 or more"),
+        ("data", [1], r"field 'data\[0\]' is 1; expected an object"),
+        ("data", [{"tokens": "5"}], r"field 'data\[0\].tokens' is '5'"),
+        ("data", [{"records": -1}], r"field 'data\[0\].records' is -1"),
+        ("data", [{"source": ["x"]}], r"field 'data\[0\].source' is \['x'\]"),
+        ("notes", [1], r"field 'notes\[0\]' is 1"),
+        ("layers", {}, "'layers' has 0 entries"),
+        ("layers", {"a": [1]}, r"'layers.a' is \[1\]; expected an object"),
+        ("settings", [], r"field 'settings' is \[\]; expected an object"),
+        ("settings", {"normalize": "max"}, "field 'settings.normalize' is unknown"),
+        ("settings", {"normalise": "min"}, "field 'settings.normalise' is 'min'; expected one of"),
+        ("settings", {"layer_ratios": {"a": 1}}, "'settings.layer_ratios.a' is 1; expected"),
+        ("more", 1, "field 'more' is unknown"),
+        (f"{LAYER}.kept", [0, 1, 2, 3, "4"], rf"field '{LAYER}.kept\[4\]' is '4'"),
+        (f"{LAYER}.kept", [0, True], rf"field '{LAYER}.kept\[1\]' is True"),
+        (f"{LAYER}.num_experts", 10**9, rf"field '{LAYER}.num_experts' is 1000000000"),
+        (f"{LAYER}.num_experts", 10**6, "do not share out"),
         (f"{LAYER}.kept", [0, 1], "do not share out"),
         (f"{LAYER}.removed", [5, 4, 3], "not ascending"),
         (f"{LAYER}.num_experts", 7, "do not share out"),
-        (f"{LAYER}.num_experts", 6.0, "field 'num_experts' is 6.0"),
+        (f"{LAYER}.num_experts", 6.0, rf"field '{LAYER}.num_experts' is 6.0"),
     ],
 )
 def test_wrong_values_are_named(tmp_path: Path, field: str, value: Any, says: str) -> None:
@@ -269,8 +285,8 @@ def test_wrong_values_are_named(tmp_path: Path, field: str, value: Any, says: st
     path.write_text(json.dumps(content))
     with pytest.raises(PlanError, match=says) as caught:
         Plan.load(path)
-    if field != "ratio":
-        assert str(path) in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert str(caught.value).endswith("make it again with `reap-kernels plan`")
 
 
 @pytest.mark.parametrize(
@@ -283,13 +299,13 @@ def test_protected_experts_are_kept(tmp_path: Path, protected: Any) -> None:
         protected = {LAYERS[0]: content["layers"][LAYERS[0]]["removed"][:1]}
     content["settings"] = {"protected": protected}
     path.write_text(json.dumps(content))
-    with pytest.raises(PlanError, match=r"plan.json: settings.protected of layer .*keep them, or"):
+    with pytest.raises(PlanError, match=r"plan.json: (field ')?settings.protected"):
         Plan.load(path)
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("", "is not JSON"), ("{", "is not JSON"), ("[]", "is not a plan"), ("\xff\xfe", "not JSON")],
+    [("", "is not JSON"), ("{", "is not JSON"), ("[]", "is not a plan"), ("\xff\xfe", "not UTF-8")],
 )
 def test_files_that_are_no_plans(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "plan.json"
@@ -298,8 +314,34 @@ def test_files_that_are_no_plans(tmp_path: Path, text: str, says: str) -> None:
         Plan.load(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"id": 3}},
+        {"notes": [None]},
+        {"ratio": 2.0},
+        {"weights": {"x": float("nan")}},
+        {"data": [{"tokens": -1}]},
+        {"data": [{"mine": {1, 2}}]},
+        {"settings": {"protect": {}}},
+    ],
+    ids=str,
+)
+def test_what_could_not_be_read_is_not_written(tmp_path: Path, change: dict[str, Any]) -> None:
+    plan = dataclasses.replace(make_plan(scores(), 0.5), **change)
+    with pytest.raises(PlanError, match=f"plan.*{next(iter(change))}|cannot be written"):
+        plan.save(tmp_path / "plan.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_is_not_utf_8_is_written_with_question_marks(tmp_path: Path) -> None:
+    plan = dataclasses.replace(make_plan(scores(), 0.5), model={"id": "models/\udcff"})
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").model == {"id": "models/?"}
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"none.json cannot be read: No such file"):
+    with pytest.raises(PlanError, match=r"none.json cannot be read \(No such file"):
         Plan.load(tmp_path / "none.json")
 
 

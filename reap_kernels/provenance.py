@@ -1,0 +1,53 @@
+"""What statistics and plans record of where they come from: the kinds of the fields that are read.
+
+Other fields may stand beside them: they are kept, and never computed with.
+"""
+
+from reap_kernels.schema import Int, Kind, ListOf, MapOf, OrNull, Real, Record, Text
+
+MAX_EXPERTS = 1_000_000  # of a layer
+MAX_TOKENS = 2**53  # float64, which scores are computed in, counts no further one by one
+
+_NUMBER = OrNull(Int(0, MAX_TOKENS))
+_NAME = OrNull(Text(10_000))
+
+MODEL = Record(
+    optional=dict.fromkeys(("id", "config_digest", "model_type", "architecture"), _NAME), open=True
+)
+
+# Of one MoE layer: `MoELayer.provenance` of the driver.
+LAYER = Record(
+    optional={
+        "num_experts": Int(1, MAX_EXPERTS),
+        "top_k": Int(1, MAX_EXPERTS),
+        "n_group": OrNull(Int(0, MAX_EXPERTS)),
+        "topk_group": OrNull(Int(0, MAX_EXPERTS)),
+        "hidden_size": _NUMBER,
+        "intermediate_size": _NUMBER,
+        "scale": OrNull(Real()),
+        "norm_space": _NAME,
+    },
+    open=True,
+)
+
+# Of one source of calibration data.
+SOURCE = Record(
+    optional={
+        **dict.fromkeys(("group", "source", "packing", "digest"), _NAME),
+        **dict.fromkeys(("records", "tokens", "counted_tokens", "sequences", "seq_len"), _NUMBER),
+    },
+    open=True,
+)
+
+_FIELDS: dict[str, Kind] = {
+    "model": OrNull(MODEL),
+    "layers": OrNull(MapOf(LAYER)),
+    "data": OrNull(ListOf(SOURCE)),
+    "gate": _NAME,
+    "backend": _NAME,
+    "created": _NAME,
+    "software": OrNull(MapOf(_NAME)),
+    "unobserved": OrNull(ListOf(Text())),
+    "served": MapOf(ListOf(Text())),  # by layer, of a snapshot: the backends that served it
+}
+PROVENANCE = Record(optional=_FIELDS, open=True)
