@@ -147,7 +147,9 @@ class Format:
             raise self.refusal(path, str(error)) from error
         return self.parse(content, path)
 
-    def parse(self, text: str | bytes, where: object, data: Iterable[bytes] = ()) -> dict[str, Any]:
+    def parse(
+        self, text: str | bytes, where: object, data: Iterable[bytes | memoryview] = ()
+    ) -> dict[str, Any]:
         """The checked content of a text.
 
         Args:
@@ -176,7 +178,9 @@ class Format:
             raise self.refusal(where, str(error)) from error
         return content
 
-    def complete(self, content: Mapping[str, Any], data: Iterable[bytes] = ()) -> dict[str, Any]:
+    def complete(
+        self, content: Mapping[str, Any], data: Iterable[bytes | memoryview] = ()
+    ) -> dict[str, Any]:
         """What is to be written: `content` as it will be read, with `format`, `version` and, where
         the format is sealed, `digest`.
 
@@ -210,7 +214,7 @@ class Format:
         return Record({**head, **self.fields}, self.optional or {})
 
 
-def _digest(content: Mapping[str, Any], data: Iterable[bytes]) -> str:
+def _digest(content: Mapping[str, Any], data: Iterable[bytes | memoryview]) -> str:
     """`sha256:...` over all fields but `digest`, and `data`."""
     rest = {name: value for name, value in content.items() if name != "digest"}
     found = hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())

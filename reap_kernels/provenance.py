@@ -40,14 +40,14 @@ SOURCE = Record(
 )
 
 _FIELDS: dict[str, Kind] = {
-    "model": OrNull(MODEL),
-    "layers": OrNull(MapOf(LAYER)),
-    "data": OrNull(ListOf(SOURCE)),
+    "model": MODEL,
+    "layers": MapOf(LAYER),
+    "data": ListOf(SOURCE),
     "gate": _NAME,
     "backend": _NAME,
     "created": _NAME,
-    "software": OrNull(MapOf(_NAME)),
-    "unobserved": OrNull(ListOf(Text())),
-    "served": MapOf(ListOf(Text())),  # by layer, of a snapshot: the backends that served it
+    "software": MapOf(_NAME),
+    "unobserved": ListOf(Text(10_000)),
+    "served": MapOf(ListOf(Text(10_000))),  # by layer, of a snapshot: the backends it ran on
 }
 PROVENANCE = Record(optional=_FIELDS, open=True)

@@ -4,25 +4,41 @@ Every field adds (or takes a maximum or minimum), so merge(a, b) is observing bo
 and counts int64: splitting batches differently moves a sum by at most about 1e-12 relative.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from reap_kernels.documents import Format
 from reap_kernels.errors import DataError, ShapeError
-from reap_kernels.files import replaced, save_tensors
+from reap_kernels.files import replaced
+from reap_kernels.provenance import PROVENANCE
+from reap_kernels.schema import Int, ListOf, Text
+from reap_kernels.stats_values import check_parts, check_values
+from reap_kernels.tensor_files import read_tensors, write_tensors
 
 COUNTS = ("count", "nonfinite")
 SUMS = ("gate_sum", "norm_sum", "gate_norm_sum", "norm_sq_sum", "gate_norm_sq_sum")
 EXTREMA = ("out_max", "out_min")
 FIELDS = (*COUNTS, *SUMS, *EXTREMA, "tokens")
-FORMAT = "reap-stats"
-VERSION = 1
+_DTYPES = dict.fromkeys(SUMS, torch.float64) | dict.fromkeys(EXTREMA, torch.float32)
+FORMAT = Format(
+    "reap-stats",
+    2,
+    "statistics file",
+    {
+        "layers": ListOf(Text(10_000)),
+        "groups": ListOf(Text(10_000), shortest=1),
+        "parts": Int(0, 10_000),
+        "provenance": PROVENANCE,
+    },
+    DataError,
+    "make one with `reap-kernels observe`",
+    sealed=True,
+)
 
 
 class LayerStats:
@@ -237,62 +253,74 @@ class SaliencyStats:
         return SaliencyStats(layers, groups, {**self.provenance, "data": data}, parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file (temporary sibling, fsync, rename)."""
+        """Writes one safetensors file (temporary sibling, fsync, rename).
+
+        Raises:
+            DataError: the provenance holds what could not be read again.
+        """
         tensors = {
-            f"{name}|{key}": value.detach().cpu().contiguous()
+            f"{name}|{key}": value
             for name, layer in self.layers.items()
             for key, value in layer.fields().items()
         }
         for name in self.layers if self.parts else ():
             shares = [part.layers[name].fields() for part in self.parts]
             for key in FIELDS:  # [parts, ...]: few tensors, so that many layers load fast
-                stack = [share[key].detach().cpu() for share in shares]
-                tensors[f"{name}|parts|{key}"] = torch.stack(stack)
-        metadata = {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "layers": json.dumps(list(self.layers)),
-            "groups": json.dumps(self.groups),
-            "parts": str(len(self.parts)),
-            "provenance": json.dumps(self.provenance),
+                tensors[f"{name}|parts|{key}"] = torch.stack([share[key] for share in shares])
+        content = {
+            "layers": list(self.layers),
+            "groups": self.groups,
+            "parts": len(self.parts),
+            "provenance": self.provenance,
         }
         with replaced(path) as temporary:
-            save_tensors(tensors, temporary, metadata)
+            write_tensors(tensors, temporary, FORMAT, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SaliencyStats":
         """Reads a file `save` wrote, onto the CPU.
 
         Raises:
-            DataError: the file is missing, not statistics, of another version, or incomplete.
+            DataError: the file is missing, not statistics, of another version, damaged, or its
+                numbers are none that an observation leaves; the message names layer and field.
         """
+        content, tensors = read_tensors(path, FORMAT)
         try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"statistics file {path} cannot be read: {error}") from error
-        if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
-            raise DataError(
-                f"{path} is not a statistics file of version {VERSION} (format "
-                f"{metadata.get('format')!r}, version {metadata.get('version')!r}); make one with "
-                "`reap-kernels observe`"
-            )
-        try:
-            groups: list[str] = json.loads(metadata["groups"])
-            names: list[str] = json.loads(metadata["layers"])
-            provenance = json.loads(metadata["provenance"])
-            layers = _layers_from(tensors, names, len(groups))
-            # A file from before there were parts has none.
-            parts = [
-                cls(_layers_from(tensors, names, len(groups), part), groups, provenance)
-                for part in range(int(metadata.get("parts", "0")))
-            ]
-            return cls(layers, groups, provenance, parts)
-        except (KeyError, ValueError, IndexError) as error:
-            raise DataError(
-                f"statistics file {path} is incomplete: {error}; observe again"
-            ) from error
+            return cls._of(content, tensors)
+        except ValueError as error:
+            raise FORMAT.refusal(path, str(error), ":") from error
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any], tensors: dict[str, Tensor]) -> "SaliencyStats":
+        names, groups, provenance = content["layers"], content["groups"], content["provenance"]
+        for field_name in ("layers", "groups"):
+            if len(set(content[field_name])) < len(content[field_name]):
+                raise ValueError(f"field {field_name!r} has a name twice")
+        wholes, shares = {}, {}
+        for name in names:
+            wholes[name] = _taken(tensors, name, [len(groups)])
+            experts = wholes[name]["count"].shape[-1]
+            facts = provenance.get("layers", {}).get(name, {})
+            if facts.get("num_experts", experts) != experts:
+                raise ValueError(
+                    f"layer {name}: num_experts is {facts['num_experts']} in its provenance; "
+                    f"expected {experts}"
+                )
+            rows = facts.get("top_k", experts)
+            check_values(name, wholes[name], rows)
+            if content["parts"]:
+                shape = [content["parts"], len(groups)]
+                shares[name] = _taken(tensors, f"{name}|parts", shape)
+                check_values(name, shares[name], rows)
+                check_parts(name, wholes[name], shares[name])
+        if tensors:
+            raise ValueError(f"has the tensor {min(tensors)!r}, which no layer has")
+        layers = {name: _layer(fields) for name, fields in wholes.items()}
+        parts = [
+            cls({name: _layer(stack, part) for name, stack in shares.items()}, groups, provenance)
+            for part in range(content["parts"])
+        ]
+        return cls(layers, groups, provenance, parts)
 
 
 def _identity(value: Any) -> Any:
@@ -300,19 +328,29 @@ def _identity(value: Any) -> Any:
     return value.get("config_digest") if isinstance(value, Mapping) else value
 
 
-def _layers_from(
-    tensors: Mapping[str, Tensor], names: Sequence[str], num_groups: int, part: int | None = None
-) -> dict[str, LayerStats]:
-    """Layers of the whole, or of one part: its entry of the fields stacked over parts."""
-    layers = {}
-    for name in names:
-        prefix = name if part is None else f"{name}|parts"
-        saved = {key: tensors[f"{prefix}|{key}"] for key in FIELDS}
-        if part is not None:
-            saved = {key: stack[part] for key, stack in saved.items()}
-        layers[name] = LayerStats(saved["count"].shape[-1], num_groups)
-        for key, view in layers[name].fields().items():
-            if saved[key].shape != view.shape or saved[key].dtype != view.dtype:
-                raise ValueError(f"{prefix}|{key} is {saved[key].dtype} {tuple(saved[key].shape)}")
-            view.copy_(saved[key])
-    return layers
+def _taken(tensors: dict[str, Tensor], prefix: str, shape: list[int]) -> dict[str, Tensor]:
+    """The fields of one layer, taken out of `tensors`: [*shape, E] each, `tokens` [*shape]."""
+    found = {}
+    for key in FIELDS:
+        if f"{prefix}|{key}" not in tensors:
+            raise ValueError(f"tensor '{prefix}|{key}' is missing")
+        found[key] = tensors.pop(f"{prefix}|{key}")
+    experts = found["count"].shape[-1:]
+    for key, tensor in found.items():
+        wanted = (*shape, *(() if key == "tokens" else experts))
+        dtype = _DTYPES.get(key, torch.int64)
+        if tuple(tensor.shape) != wanted or tensor.dtype != dtype or not tensor.numel():
+            raise ValueError(
+                f"tensor '{prefix}|{key}' is {tensor.dtype} {list(tensor.shape)}; expected "
+                f"{dtype} {list(wanted)}, an expert at least"
+            )
+    return found
+
+
+def _layer(fields: Mapping[str, Tensor], part: int | None = None) -> LayerStats:
+    """Statistics that are a copy of these fields, [G, E] each, or of one part of [P, G, E]."""
+    groups, experts = fields["count"].shape[-2:]
+    layer = LayerStats(experts, groups)
+    for key, view in layer.fields().items():
+        view.copy_(fields[key] if part is None else fields[key][part])
+    return layer

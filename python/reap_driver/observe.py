@@ -24,8 +24,11 @@ from reap_driver.forward import forward
 from reap_driver.masks import TokenMask
 from reap_kernels import ExpertWeights, GateFormula, LayerStats, SaliencyStats, observe_layer
 from reap_kernels.dispatch import Request, select
+from reap_kernels.documents import as_read
 from reap_kernels.errors import DataError, UnsupportedModel
 from reap_kernels.experts.op import request_of
+from reap_kernels.provenance import SOURCE
+from reap_kernels.schema import check, short
 
 DEFAULT_GROUP = "default"
 
@@ -113,7 +116,15 @@ class Observer:
             self.current = before
 
     def add_source(self, source: dict[str, Any]) -> None:
-        """Record where calibration data came from, in the provenance of the statistics."""
+        """Record where calibration data came from, in the provenance of the statistics.
+
+        Raises:
+            DataError: a field has a value that statistics cannot keep.
+        """
+        try:
+            check(as_read(source), SOURCE)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"the source {short(source)} cannot be recorded: {error}") from error
         self._sources.append(source)
 
     def group_index(self) -> int:
@@ -164,14 +175,19 @@ class Observer:
         """Goes on from a snapshot of an observation of the same model, as if it had been made here.
 
         Raises:
-            DataError: the snapshot has a layer that this model has not.
+            DataError: the snapshot has a layer that this model has not, or not so.
         """
-        unknown = sorted(snapshot.layers.keys() - self._recorders.keys())
-        if unknown:
-            raise DataError(f"a snapshot has layer {unknown[0]!r}, which this model has not")
+        served = snapshot.provenance.get("served", {})
+        experts = {layer.name: layer.local_experts for layer in self.layers}
+        for name, stats in snapshot.layers.items():
+            if name not in served or experts.get(name) != stats.num_experts:
+                raise DataError(
+                    f"a snapshot has layer {name!r} with {stats.num_experts} experts, which this "
+                    "model has not; start anew"
+                )
         self.groups = list(snapshot.groups)
         for name, stats in snapshot.layers.items():
-            self._recorders[name].restore(stats, snapshot.provenance["served"][name])
+            self._recorders[name].restore(stats, served[name])
 
     def _after_forward(self, *_: Any) -> None:
         """Refuse a model that runs without calling any of the experts we bound."""

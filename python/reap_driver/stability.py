@@ -128,7 +128,7 @@ def keep_probability(
     noise = normal(draws, 2 * parts - 1, seed)
     found = {}
     for name, one in known.items():
-        router = Router.of(name, stats.provenance["layers"][name])
+        router = Router.of(name, stats.provenance.get("layers", {}).get(name, {}))
         drawn = one.scores + student(noise, len(one.deviations)) @ one.deviations
         protected = plan.settings.get("protected", {}).get(name, [])
         drawn[:, protected] = math.inf

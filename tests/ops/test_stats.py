@@ -1,17 +1,20 @@
 """Statistics: merge laws, groups, the file format and its refusals."""
 
+import dataclasses
 import functools
-import json
+import math
 import os
+import random
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 import reap_kernels as rk
 from reap_kernels.errors import DataError, ShapeError
-from reap_kernels.stats import EXTREMA, FIELDS, SUMS
+from reap_kernels.schema import Anything
+from reap_kernels.stats import EXTREMA, FIELDS, FORMAT, SUMS
+from reap_kernels.tensor_files import write_tensors
 from reap_kernels.testing import CASES, largest_relative_error, make_experts, make_inputs
 
 CASE = next(case for case in CASES if case.name == "everything")
@@ -136,30 +139,6 @@ def test_parts_are_saved_with_the_whole(tmp_path) -> None:
         assert read.parts == []
 
 
-def test_a_file_whose_parts_are_gone_is_refused(tmp_path) -> None:
-    path = tmp_path / "stats.safetensors"
-    divided().save(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    save_file(tensors, path, metadata={**metadata, "parts": "4"})
-    with pytest.raises(DataError, match="incomplete"):
-        rk.SaliencyStats.load(path)
-
-
-def test_a_file_from_before_parts_loads(tmp_path) -> None:
-    path = tmp_path / "stats.safetensors"
-    stats = model()
-    stats.save(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = {key: value for key, value in file.metadata().items() if key != "parts"}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    save_file(tensors, path, metadata=metadata)
-    again = rk.SaliencyStats.load(path)
-    assert_identical(again, stats)
-    assert again.parts == []
-
-
 def test_merging_merges_part_by_part() -> None:
     a, b = divided((1, 5)), divided((9, 13), groups=("chat", "math"))
     merged = a.merge(b)
@@ -213,13 +192,159 @@ def test_load_refuses_what_is_not_statistics(tmp_path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         rk.SaliencyStats.load(path)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(DataError, match="not a statistics file"):
+    with pytest.raises(DataError, match=r"is not a statistics file.*reap-kernels observe"):
         rk.SaliencyStats.load(path)
-    metadata = {"format": "reap-stats", "version": "1", "groups": json.dumps(["a"])}
-    metadata |= {"layers": json.dumps(["layer"]), "provenance": "{}"}
-    save_file({"layer|count": torch.zeros(1, 3, dtype=torch.int64)}, path, metadata=metadata)
-    with pytest.raises(DataError, match="incomplete"):
-        rk.SaliencyStats.load(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="no regular file"):
+        rk.SaliencyStats.load(tmp_path / "pipe")
+
+
+def test_one_flipped_bit_anywhere_is_noticed(tmp_path) -> None:
+    path = tmp_path / "s.safetensors"
+    divided((1, 5)).save(path)
+    good = path.read_bytes()
+    draw = random.Random(0)
+    header = 8 + int.from_bytes(good[:8], "little")
+    places = [*range(8), *draw.sample(range(8, header), 250), *range(header - 8, header)]
+    places += draw.sample(range(header, len(good)), 150)
+    for place in places:
+        bad = bytearray(good)
+        bad[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(bad)
+        with pytest.raises(DataError, match=r"s\.safetensors"):
+            rk.SaliencyStats.load(path)
+    path.write_bytes(good)
+    rk.SaliencyStats.load(path)
+
+
+LAYER = "model.layers.1.mlp.experts"
+
+
+def change(field: str, value: float):
+    """Puts a value into the second layer."""
+
+    def apply(stats: rk.SaliencyStats) -> None:
+        fields = stats.layers[LAYER].fields()[field]
+        fields[1 if field == "tokens" else (1, 0)] = value
+
+    return apply
+
+
+def empty_expert(field: str, value: float):
+    """An expert without rows that has a value all the same."""
+
+    def apply(stats: rk.SaliencyStats) -> None:
+        layer, neutral = stats.layers[LAYER], rk.LayerStats(1)
+        for key, mine in layer.fields().items():
+            if key != "tokens":
+                mine[1, 0] = neutral.fields()[key][0, 0]
+        change(field, value)(stats)
+
+    return apply
+
+
+WHERE = f"layer {LAYER}, group 1, expert 0: "
+WRONG = {
+    "negative count": (change("count", -1), WHERE + "count is -1; expected 0 to"),
+    "huge count": (change("count", 2**62), WHERE + "count is 4611686018427387904"),
+    "more rows than tokens": (change("count", 10**6), f"{LAYER}, group 1: tokens is .* over 4"),
+    "negative nonfinite": (change("nonfinite", -3), WHERE + "nonfinite is -3"),
+    "nonfinite beyond tokens": (change("nonfinite", 2**40), "group 1: tokens is"),
+    "huge tokens": (change("tokens", 2**62), f"{LAYER}, group 1: tokens is 4611686018427387904"),
+    "negative tokens": (change("tokens", -1), f"{LAYER}, group 1: tokens is -1"),
+    "no tokens": (change("tokens", 0), f"{LAYER}, group 1: tokens is 0; expected no less"),
+    **{f"nan {f}": (change(f, math.nan), WHERE + f"{f} is nan") for f in (*SUMS, *EXTREMA)},
+    **{f"inf {f}": (change(f, math.inf), WHERE + f"{f} is inf") for f in (*SUMS, *EXTREMA)},
+    **{
+        f"negative {f}": (change(f, -1), WHERE + f"{f} is -1.0; expected 0 or more")
+        for f in ("norm_sum", "norm_sq_sum", "gate_norm_sq_sum")
+    },
+    **{
+        f"empty {f}": (empty_expert(f, 1.5), WHERE + f"{f} is 1.5; expected .*no row was counted")
+        for f in (*SUMS, *EXTREMA)
+    },
+    "large sum": (change("norm_sum", 1e9), WHERE + "norm_sum is .* root of count times norm_sq"),
+    "large mean": (change("gate_norm_sum", -1e9), WHERE + "gate_norm_sum is -1000000000.0"),
+    "extrema crossed": (change("out_max", -1e9), WHERE + "out_max is .*; expected out_min or more"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_numbers_that_no_observation_leaves_are_refused(tmp_path, wrong: str) -> None:
+    spoil, message = WRONG[wrong]
+    stats = model(layers={LAYER: {"num_experts": CASE.experts, "top_k": CASE.top_k}})
+    stats.save(tmp_path / "s")
+    rk.SaliencyStats.load(tmp_path / "s")
+    spoil(stats)
+    stats.save(tmp_path / "s")
+    with pytest.raises(DataError, match=message) as caught:
+        rk.SaliencyStats.load(tmp_path / "s")
+    assert str(caught.value).startswith(f"statistics file {tmp_path / 's'}: ")
+
+
+def test_tokens_that_overflow_when_groups_add_up(tmp_path) -> None:
+    layer = rk.LayerStats(2, 3)
+    layer.tokens.fill_(2**53 - 1)
+    rk.SaliencyStats({"a": layer}, ["x", "y", "z"]).save(tmp_path / "s")
+    with pytest.raises(DataError, match=r"layer a, group 0: tokens is .* in all groups"):
+        rk.SaliencyStats.load(tmp_path / "s")
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_parts_add_up(tmp_path, field: str) -> None:
+    stats = divided((1, 5))
+    stats.save(tmp_path / "s")
+    rk.SaliencyStats.load(tmp_path / "s")
+    values = stats.layers[LAYER].fields()[field]
+    at = 1 if field == "tokens" else (1, 0)
+    values[at] += 1 if values.dtype == torch.int64 else -1e-6 * values[at].abs()
+    stats.save(tmp_path / "s")
+    with pytest.raises(DataError, match=f"layer {LAYER}, group 1.*: {field} is .* its parts"):
+        rk.SaliencyStats.load(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": ["a", "a"]}, "field 'layers' has a name twice"),
+        ({"layers": ["a", "b"]}, r"tensor 'b\|count' is missing"),
+        ({"layers": []}, r"the tensor 'a\|count', which no layer has"),
+        ({"groups": ["x", "x"]}, "field 'groups' has a name twice"),
+        ({"groups": []}, "field 'groups' has 0 entries"),
+        ({"groups": ["x"]}, r"tensor 'a\|count' is torch.int64 \[2, 3\]; expected .* \[1, 3\]"),
+        ({"groups": [f"{n}" for n in range(10**5)]}, r"expected torch.int64 \[100000, 3\]"),
+        ({"parts": 10**9}, "field 'parts' is 1000000000"),
+        ({"parts": 1}, r"tensor 'a\|parts\|count' is missing"),
+        ({"provenance": {"layers": {"a": {"num_experts": 4}}}}, "layer a: num_experts is 4"),
+        ({"provenance": {"layers": {"a": {"top_k": -1}}}}, "'provenance.layers.a.top_k' is -1"),
+        ({"provenance": {"layers": {"a": 1}}}, "'provenance.layers.a' is 1; expected an object"),
+        ({"provenance": {"model": "m"}}, "'provenance.model' is 'm'; expected an object"),
+        ({"provenance": {"data": {}}}, "'provenance.data' is {}; expected a list"),
+        ({"provenance": {"data": [{"tokens": 1.5}]}}, r"'provenance.data\[0\].tokens' is 1.5"),
+        ({"provenance": {"unobserved": "a"}}, "'provenance.unobserved' is 'a'"),
+        ({"provenance": {"software": []}}, r"'provenance.software' is \[\]"),
+        ({"provenance": {"served": {"a": "cpu"}}}, "'provenance.served.a' is 'cpu'"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(tmp_path, change: dict, message: str) -> None:
+    fields = rk.LayerStats(3, 2).fields()
+    content = {"layers": ["a"], "groups": ["x", "y"], "parts": 0, "provenance": {}}
+    tensors = {f"a|{key}": value for key, value in fields.items()}
+    write_tensors(tensors, tmp_path / "s", FORMAT, content)
+    rk.SaliencyStats.load(tmp_path / "s")
+    # Sealed by somebody who checks nothing.
+    unchecked = {"layers": Anything(), "groups": Anything(), "parts": Anything()}
+    lax = dataclasses.replace(FORMAT, fields={**unchecked, "provenance": Anything()})
+    write_tensors(tensors, tmp_path / "s", lax, {**content, **change})
+    with pytest.raises(DataError, match=message):
+        rk.SaliencyStats.load(tmp_path / "s")
+
+
+def test_provenance_that_could_not_be_read_is_not_saved(tmp_path) -> None:
+    for wrong in ({"data": [{"tokens": math.inf}]}, {"model": {"id": 3}}, {"x": {1}}):
+        with pytest.raises(DataError, match="statistics file"):
+            model(**wrong).save(tmp_path / "s")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch) -> None:

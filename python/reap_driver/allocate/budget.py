@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from reap_kernels.errors import PlanError
+from reap_kernels.provenance import LAYER
+from reap_kernels.schema import Mismatch, check
 
 # A product such as 100 * 0.29 falls short of the integer it means by less than this.
 _ROUNDING = 1e-9
@@ -36,20 +38,28 @@ class Router:
         """From `num_experts`, `top_k` and, where there are groups, `n_group` and `topk_group`.
 
         Raises:
-            PlanError: a number is not recorded, or the experts do not divide into the groups.
+            PlanError: a number is not recorded or makes no sense, or the experts do not divide
+                into the groups.
         """
         try:
-            experts, top_k = int(layer["num_experts"]), int(layer["top_k"])
-        except KeyError as error:
+            check(layer, LAYER)
+            experts, top_k = layer["num_experts"], layer["top_k"]
+        except (KeyError, Mismatch) as error:
+            what = f"do not record {error}" if isinstance(error, KeyError) else f"say: {error}"
             raise PlanError(
-                f"layer {name}: the statistics do not record {error}; observe with reap-kernels, "
-                'or add it to provenance["layers"]'
+                f"layer {name}: the statistics {what}; observe with reap-kernels, or correct "
+                'provenance["layers"]'
             ) from error
-        n_group, topk_group = int(layer.get("n_group") or 1), int(layer.get("topk_group") or 1)
+        n_group, topk_group = layer.get("n_group") or 1, layer.get("topk_group") or 1
         if experts % n_group:
             raise PlanError(
                 f"layer {name}: {experts} experts do not divide into {n_group} routing groups; "
                 "correct n_group of the model's config.json"
+            )
+        if top_k > experts or topk_group > n_group:
+            raise PlanError(
+                f"layer {name}: a token is routed to {top_k} of {experts} experts in {topk_group} "
+                f"of {n_group} groups, says its provenance; observe again"
             )
         return cls(name, experts, top_k, n_group, topk_group)
 

@@ -32,6 +32,7 @@ class Rows:
         self.high = torch.rand(rows, generator=draw)
         self.low = -3 * torch.rand(rows, generator=draw)
         self.tokens = torch.randint(10, 90, (groups,), generator=draw)
+        self.tokens += self.group.bincount(minlength=groups)
 
     def stats(self) -> LayerStats:
         """The statistics an observation of these rows leaves."""

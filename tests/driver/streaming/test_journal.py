@@ -43,7 +43,9 @@ def stats(tokens: int) -> SaliencyStats:
     """Statistics that tell two entries apart."""
     layer = LayerStats(3)
     layer.tokens.fill_(tokens)
+    layer.count.fill_(tokens)
     layer.sums.fill_(tokens / 7)
+    layer.extrema.fill_(tokens)
     return SaliencyStats(
         {"layers.0.mlp": layer}, ["default"], {"served": {"layers.0.mlp": ["cpu"]}}
     )
