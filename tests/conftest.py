@@ -9,6 +9,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("REAP_CACHE_DIR", str(Path(__file__).parent.parent / "out/test-cache"))
 # The CPU backend computes alike on every machine, whatever instructions it has.
 os.environ.setdefault("REAP_CPU_DTYPE", "float32")
+# No test reads the hub: a name that only it could have is refused at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
 # CUDA kernels run as `make host` compiles them, for the CPU.
 os.environ.setdefault(
     "REAP_CUDA_HOST",

@@ -36,11 +36,12 @@ class Reader:
 
     Attributes:
         name: in the table.
-        seeds: valid inputs.
+        seeds: valid inputs, which must be accepted as they are.
         change: makes a changed input of a valid one.
         read: reads an input and uses what it was given; raises a ReapError where it refuses, or
             Nonsense where what was accepted makes no sense.
         share: inputs it gets, relative to others.
+        odd: inputs that need not be valid, from which changed ones are made too.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Reader:
     change: Change
     read: Callable[[bytes], None]
     share: int = 1
+    odd: Sequence[bytes] = ()
 
 
 @dataclass
@@ -86,6 +88,7 @@ def run(
     found = {}
     for reader in readers:
         outcomes = found[reader.name] = Outcomes()
+        _check_seeds(reader, outcomes, shown)
         for number in range(max(1, inputs * reader.share // total)):
             _one(reader, f"{reader.name}:{seed}:{number}", outcomes, shown, hang)
     return found
@@ -111,7 +114,18 @@ def table(found: dict[str, Outcomes]) -> str:
 
 def _input(reader: Reader, case: str) -> bytes:
     rng = Random(case)
-    return reader.change(rng.choice(reader.seeds), rng)
+    return reader.change(rng.choice([*reader.seeds, *reader.odd]), rng)
+
+
+def _check_seeds(reader: Reader, outcomes: Outcomes, shown: Callable[[str], None]) -> None:
+    """A valid input that is refused is a fault, and would make a campaign blind."""
+    for number, seed in enumerate(reader.seeds):
+        try:
+            reader.read(seed)
+        except (ReapError, Nonsense) as error:
+            outcomes.nonsense += 1
+            fault = f"valid-{reader.name}-{number} is refused: {error}"
+            _record(outcomes, fault, f"{reader.name} seed {number}", shown)
 
 
 def _one(

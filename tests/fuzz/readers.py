@@ -153,7 +153,7 @@ def _sane(launch: Launch) -> bool:
 
 def _use_comparison(world: World, path: Path) -> None:
     out = world.folder / "report-comparison"
-    command("report", world.stats, world.plan, "--comparison", path, "--out", out, "--overwrite")
+    command("report", world.stats, world.plan, "--compare", path, "--out", out, "--overwrite")
 
 
 def _use_layer_file(world: World, option: str, path: Path) -> None:
@@ -315,7 +315,7 @@ def _dry_run(world: World, model: Path) -> None:
 
 def _estimate(path: Path) -> None:
     """A configuration without weights."""
-    found = command("observe", path, "--dry-run", "--tokens", "1M")
+    found = command("observe", path, "--dry-run", "--tokens", "1M", "--dtype", "bfloat16")
     _check_estimate(found, json.loads(path.read_bytes()))
 
 
@@ -422,13 +422,16 @@ def _data(world: World) -> Iterable[Reader]:
     ]
     yield Reader("recipe .json", valid, json_value, _in_file(new / "r.json", _use_recipe), 2)
     yield Reader("recipe .yaml", valid, json_value, _in_file(new / "r.yaml", _use_recipe), 2)
-    lines = [f"- source: {world.data}\n  group: code\n  samples: 3\n".encode(), *_YAML]
-    yield Reader("recipe of lines", lines, raw_bytes, _in_file(new / "l.yaml", _use_recipe), 2)
+    lines = [line.replace("DATA", str(world.data)).encode() for line in _YAML]
+    use_lines = _in_file(new / "l.yaml", _use_recipe)
+    yield Reader("recipe of lines", lines[:2], raw_bytes, use_lines, 2, odd=lines[2:])
 
 
 _YAML = (
-    b"sources: &a\n  - {source: x.jsonl, tokens: 2M}\n  - *a\n",
-    b"description: d\nsources:\n- source: >-\n    x.jsonl\n  date: 2024-01-01\n",
+    "- source: DATA\n  group: code\n  samples: 3\n",
+    "description: d\nsources:\n- source: >-\n    DATA\n  tokens: 2M\n",
+    "sources: &a\n  - {source: DATA, tokens: 2M}\n  - *a\n",
+    "- source: DATA\n  date: 2024-13-01\n",
 )
 
 
@@ -490,7 +493,6 @@ _WORDS = (
     b"plan STATS --out OUT --ratio 0.5 --protect super --criterion random:7",
     b"observe MODEL --dry-run --tokens 24M --seq-len 16 --batch-size 2 --folds 4",
     b"observe MODEL --dry-run --data code=DATA:7 --packing none --max-len 16",
-    b"merge STATS STATS --out OUT",
     b"report STATS PLAN --out OUT",
 )
 _ODD = (

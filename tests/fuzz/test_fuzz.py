@@ -26,7 +26,7 @@ def _raise(error: BaseException) -> None:
     ids=["traceback", "no message", "long message", "unprintable", "nonsense", "hang"],
 )
 def test_a_fault_is_counted(reader, counted) -> None:
-    one = Reader("planted", [b'{"a": 1}'], json_value, reader)
+    one = Reader("planted", [], json_value, reader, odd=[b'{"a": 1}'])
     faults: list[str] = []
     found = run([one], 2, seed=0, shown=faults.append, hang=0.05)["planted"]
     assert (getattr(found, counted), found.wrong, len(faults)) == (2, 2, 1)
@@ -35,10 +35,15 @@ def test_a_fault_is_counted(reader, counted) -> None:
 
 def test_a_refusal_and_an_accepted_input_are_no_faults() -> None:
     outcomes = [
-        run([Reader("x", [b"{}"], json_value, read)], 3, seed=0)["x"]
+        run([Reader("x", [], json_value, read, odd=[b"{}"])], 3, seed=0)["x"]
         for read in (lambda _: _raise(DataError("no")), lambda _: None)
     ]
     assert outcomes[0].refused == 3
     assert outcomes[1].accepted == 3
     assert not any(one.wrong for one in outcomes)
     assert isinstance(outcomes[0], Outcomes)
+
+
+def test_a_valid_input_that_is_refused_is_a_fault() -> None:
+    one = Reader("x", [b"{}"], json_value, lambda _: _raise(DataError("no")))
+    assert run([one], 1, seed=0, shown=lambda _: None)["x"].nonsense == 1

@@ -15,7 +15,9 @@ from tests.fuzz.campaign import Nonsense
 
 VOCAB = 259  # what write_tokenizer makes
 _TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+    "{{ tools | tojson if tools }}{% for message in messages %}<{{ message['role'] }}>"
+    "{{ message['reasoning_content'] }}{{ message['content'] }}"
+    "{% for call in message['tool_calls'] %}{{ call | tojson }}{% endfor %}\n{% endfor %}"
 )
 
 
