@@ -3,17 +3,13 @@
 Other fields may stand beside them: they are kept, and never computed with.
 """
 
-from reap_kernels.schema import Int, Kind, ListOf, MapOf, OrNull, Real, Record, Text
+from reap_kernels.schema import Anything, Int, Kind, ListOf, MapOf, OrNull, Real, Record, Text
 
 MAX_EXPERTS = 1_000_000  # of a layer
 MAX_TOKENS = 2**53  # float64, which scores are computed in, counts no further one by one
 
 _NUMBER = OrNull(Int(0, MAX_TOKENS))
 _NAME = OrNull(Text(10_000))
-
-MODEL = Record(
-    optional=dict.fromkeys(("id", "config_digest", "model_type", "architecture"), _NAME), open=True
-)
 
 # Of one MoE layer: `MoELayer.provenance` of the driver.
 LAYER = Record(
@@ -26,6 +22,15 @@ LAYER = Record(
         "intermediate_size": _NUMBER,
         "scale": OrNull(Real()),
         "norm_space": _NAME,
+    },
+    open=True,
+)
+
+MODEL = Record(
+    optional={
+        **dict.fromkeys(("id", "config_digest", "model_type", "architecture"), _NAME),
+        "config": MapOf(Anything()),  # what its digest is of
+        "layers": MapOf(LAYER),  # of a plan
     },
     open=True,
 )
@@ -48,6 +53,7 @@ _FIELDS: dict[str, Kind] = {
     "created": _NAME,
     "software": MapOf(_NAME),
     "unobserved": ListOf(Text(10_000)),
+    "notes": ListOf(Text()),
     "served": MapOf(ListOf(Text(10_000))),  # by layer, of a snapshot: the backends it ran on
 }
 PROVENANCE = Record(optional=_FIELDS, open=True)

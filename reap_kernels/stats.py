@@ -15,6 +15,7 @@ from torch import Tensor
 from reap_kernels.documents import Format
 from reap_kernels.errors import DataError, ShapeError
 from reap_kernels.files import replaced
+from reap_kernels.model_match import differences
 from reap_kernels.provenance import PROVENANCE
 from reap_kernels.schema import Int, ListOf, Text
 from reap_kernels.stats_values import check_parts, check_values
@@ -222,22 +223,29 @@ class SaliencyStats:
     def merge(self, other: "SaliencyStats") -> "SaliencyStats":
         """Both observations as one; groups of the same name add.
 
+        Where the models differ in nothing that decides (see `reap_kernels.model_match`), what else
+        differs is noted in the provenance.
+
         Equally many parts add one by one; otherwise the merged statistics have none, since there
         would be parts of unlike shares.
 
         Raises:
-            DataError: the two come from different models or gate rules; the message names the
-                field that differs.
+            DataError: the two come from models that do not match or different gate rules; the
+                message names the field that differs.
         """
+        found = differences(other.provenance, self.provenance)
+        if found.deciding or found.unnamed:
+            raise DataError(
+                f"cannot merge statistics: {found.text}; merge observations of one model only"
+            )
         for key, mine, theirs in (
-            ("model", self.provenance.get("model"), other.provenance.get("model")),
             ("gate", self.provenance.get("gate"), other.provenance.get("gate")),
             ("layers", list(self.layers), list(other.layers)),
         ):
-            if _identity(mine) != _identity(theirs):
+            if mine != theirs:
                 raise DataError(
-                    f"cannot merge statistics: {key} is {_identity(mine)!r} here and "
-                    f"{_identity(theirs)!r} there; merge observations of one model only"
+                    f"cannot merge statistics: {key} is {mine!r} here and {theirs!r} there; merge "
+                    "observations of one model only"
                 )
         groups = list(dict.fromkeys([*self.groups, *other.groups]))
         layers = {}
@@ -250,7 +258,18 @@ class SaliencyStats:
         if len(self.parts) == len(other.parts):
             pairs = zip(self.parts, other.parts, strict=True)
             parts = [mine.merge(theirs) for mine, theirs in pairs]
-        return SaliencyStats(layers, groups, {**self.provenance, "data": data}, parts)
+        provenance = {**self.provenance, "data": data}
+        notes = [*self.provenance.get("notes", []), *other.provenance.get("notes", [])]
+        if found.other:
+            records = (other.provenance, self.provenance)
+            ids = [(record.get("model") or {}).get("id") for record in records]
+            notes.append(
+                f"statistics of {ids[0]!r} (there) were merged into those of {ids[1]!r} (here): "
+                f"{found.text}"
+            )
+        if notes:
+            provenance["notes"] = list(dict.fromkeys(notes))
+        return SaliencyStats(layers, groups, provenance, parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file (temporary sibling, fsync, rename).
@@ -321,11 +340,6 @@ class SaliencyStats:
             for part in range(content["parts"])
         ]
         return cls(layers, groups, provenance, parts)
-
-
-def _identity(value: Any) -> Any:
-    """What must agree for two observations to be of one model: its digest, not its path."""
-    return value.get("config_digest") if isinstance(value, Mapping) else value
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str, shape: list[int]) -> dict[str, Tensor]:

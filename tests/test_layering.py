@@ -10,7 +10,8 @@ KERNELS, DRIVER = ROOT / "reap_kernels", ROOT / "python" / "reap_driver"
 
 # Lowest first: a module may import from its own level or one before it.
 KERNEL_ORDER = (
-    ("errors", "files", "schema", "documents", "provenance", "tensor_files", "stats_values"),
+    ("errors", "files", "schema", "documents", "provenance"),
+    ("model_match", "tensor_files", "stats_values"),
     ("env", "gates", "quantised"),
     ("types",),
     ("dispatch", "stats", "device", "testing", "scratch"),

@@ -119,6 +119,7 @@ class Scores(_Values):
         layers: what is known of each layer (`num_experts`, `top_k`, `n_group`, `topk_group`, ...).
         data: provenance of the calibration data, one entry a source.
         unobserved: MoE layers of the model that no token reached, so they have no scores.
+        notes: what a reader of a plan made from them should know.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Scores(_Values):
         self.layers: dict[str, dict[str, Any]] = dict(known.get("layers") or {})
         self.data: list[dict[str, Any]] = list(known.get("data") or [])
         self.unobserved: list[str] = list(known.get("unobserved") or [])
+        self.notes: list[str] = list(known.get("notes") or [])
 
     def digest(self) -> str:
         """`sha256:...` over criterion, weights, layer names and the bits of every score."""

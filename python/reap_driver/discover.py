@@ -1,6 +1,7 @@
 """Find the MoE layers of a model, say what each is, and refuse what could not be observed right."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_driver.adapters import ADAPTERS, Adapter
 from reap_driver.adapters.expert_parallel import ExpertSlice
+from reap_driver.compat.models import config_digest, identifying_fields
 from reap_kernels.errors import UnsupportedModel
 
 # Models whose experts are recognisable but must not be ranked or removed, and why.
@@ -101,6 +103,45 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
             "experts can be observed and pruned"
         )
     return layers
+
+
+def record_of(
+    model: PreTrainedModel, layers: Sequence[MoELayer], name: str | None = None
+) -> dict[str, Any]:
+    """What identifies a model in the provenance of statistics and plans, JSON-serialisable.
+
+    Args:
+        model: the model, which may be on the meta device.
+        layers: those of `find_moe_layers` to describe.
+        name: path or hub id of the model; by default what its configuration says.
+
+    Returns:
+        `model` (id, digest and fields of the configuration, ...) and `layers` {name: facts}, as
+        `reap_kernels.model_match.differences` compares them.
+    """
+    config = model.config
+    return {
+        "model": {
+            "id": str(getattr(config, "_name_or_path", "") or "") if name is None else name,
+            "config_digest": config_digest(config),
+            "model_type": type(config).model_type,
+            "architecture": type(model).__name__,
+            "config": _as_json(identifying_fields(config)),
+        },
+        "layers": {layer.name: layer.provenance() for layer in layers},
+    }
+
+
+def _as_json(value: Any) -> Any:
+    """A value of a configuration as JSON has it; what JSON has no word for, as text."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    known = value is None or isinstance(value, str | int)
+    if known or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)
 
 
 def adapter_of(layer: MoELayer) -> Adapter:

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 import reap_kernels
 from reap_driver.adapters import KernelAdapter
 from reap_driver.compat.experts import Forward
-from reap_driver.compat.models import config_digest
-from reap_driver.discover import MoELayer, adapter_of, block_of, find_moe_layers
+from reap_driver.discover import MoELayer, adapter_of, block_of, find_moe_layers, record_of
 from reap_driver.forward import forward
 from reap_driver.masks import TokenMask
 from reap_kernels import ExpertWeights, GateFormula, LayerStats, SaliencyStats, observe_layer
@@ -199,15 +198,8 @@ class Observer:
             )
 
     def _provenance(self, names: list[str]) -> dict[str, Any]:
-        config = self.model.config
         facts: dict[str, Any] = {
-            "model": {
-                "id": str(getattr(config, "_name_or_path", "") or ""),
-                "config_digest": config_digest(config),
-                "model_type": type(config).model_type,
-                "architecture": type(self.model).__name__,
-            },
-            "layers": {la.name: la.provenance() for la in self.layers if la.name in names},
+            **record_of(self.model, [layer for layer in self.layers if layer.name in names]),
             "data": [dict(source) for source in self._sources],
             "gate": "model",
             "software": {

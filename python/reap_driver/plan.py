@@ -2,13 +2,14 @@
 
 import itertools
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from reap_kernels.documents import Format, to_json
 from reap_kernels.errors import PlanError
 from reap_kernels.files import replaced
+from reap_kernels.model_match import DECIDING
 from reap_kernels.provenance import MAX_EXPERTS, MODEL, SOURCE
 from reap_kernels.schema import Int, Kind, ListOf, MapOf, OrNull, Real, Record, Text, short
 
@@ -75,12 +76,26 @@ class LayerPlan:
         return cls(num_experts, kept, tuple(e for e in range(num_experts) if e not in stays))
 
 
+def deciding_facts(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What decides whether a plan for these layers holds for another model, as `Plan.model` has it.
+
+    Args:
+        layers: facts of each layer, as the provenance of statistics records them.
+    """
+    return {
+        name: {fact: facts[fact] for fact in DECIDING if fact in facts}
+        for name, facts in layers.items()
+    }
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which experts every layer keeps, and where that came from.
 
     Attributes:
-        model: `id`, `config_digest`, `model_type`, `architecture` of the model it was made for.
+        model: `id`, `config_digest`, `model_type`, `architecture` of the model it was made for, the
+            fields of its configuration that the digest is of (`config`), and `layers`: how each
+            layer routes, and its sizes. Plans of before have neither of the last two.
         criterion: what ranked the experts.
         allocation: how the number removed was shared out among layers.
         ratio: share of experts asked to be removed.
@@ -113,6 +128,20 @@ class Plan:
         return len(counts) == len({experts for experts, _ in counts})
 
     @property
+    def record(self) -> dict[str, Any]:
+        """What identifies the model it was made for, for `reap_kernels.model_match.differences`."""
+        facts = self.model.get("layers") or {}
+        layers = {
+            name: {**facts.get(name, {}), "num_experts": layer.num_experts}
+            for name, layer in self.layers.items()
+        }
+        return {"model": self.model, "layers": layers}
+
+    def noting(self, notes: Sequence[str]) -> "Plan":
+        """A copy with more notes."""
+        return replace(self, notes=[*self.notes, *(n for n in notes if n not in self.notes)])
+
+    @property
     def kept(self) -> dict[str, tuple[int, ...]]:
         """Layer name -> ids that stay, ascending."""
         return {name: layer.kept for name, layer in self.layers.items()}
@@ -129,12 +158,9 @@ class Plan:
             name: {key: getattr(layer, key) for key in _LAYER}
             for name, layer in self.layers.items()
         }
-        head = FORMAT.complete(content)
-        layers = head.pop("layers")
-        lines = [f"    {to_json(name)}: {to_json(layer)}" for name, layer in layers.items()]
-        text = to_json(head, indent=2)[:-2] + ',\n  "layers": {\n' + ",\n".join(lines)
+        text = _in_lines(FORMAT.complete(content))
         with replaced(path) as temporary:
-            temporary.write_text(text + "\n  }\n}\n", encoding="utf-8")
+            temporary.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
@@ -156,6 +182,20 @@ class Plan:
         _check_protected(path, settings.get("protected", {}), layers)
         fields = {name: content[name] for name in _FIELDS}
         return cls(**fields, layers=layers, settings=settings)
+
+
+def _in_lines(value: Any, depth: int = 0) -> str:
+    """JSON with a line for each field and for each entry of a field."""
+    if depth == 2 or not value or not isinstance(value, dict | list):
+        return to_json(value)
+    indent = "  " * depth
+    entries = (
+        [f"{to_json(key)}: {_in_lines(item, depth + 1)}" for key, item in value.items()]
+        if isinstance(value, dict)
+        else [_in_lines(item, depth + 1) for item in value]
+    )
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return opening + ",".join(f"\n{indent}  {entry}" for entry in entries) + f"\n{indent}{closing}"
 
 
 def _check_protected(

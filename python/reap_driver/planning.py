@@ -13,7 +13,7 @@ from reap_driver.allocate import (
     uniform,
 )
 from reap_driver.criteria import Scores, random_values
-from reap_driver.plan import LayerPlan, Plan
+from reap_driver.plan import LayerPlan, Plan, deciding_facts
 from reap_kernels.errors import PlanError
 
 # How `make_plan` can share out what is removed among layers.
@@ -163,7 +163,7 @@ def _plan(
     }
     protected = {b.name: sorted(b.protected) for b in budgets if b.protected}
     plan = Plan(
-        model=scores.model,
+        model=scores.model | {"layers": deciding_facts(scores.layers)},
         criterion=scores.criterion,
         allocation=allocation,
         ratio=float(ratio),
@@ -171,7 +171,7 @@ def _plan(
         scores_digest=scores.digest(),
         weights=scores.weights,
         data=scores.data,
-        notes=notes,
+        notes=[*scores.notes, *notes],
         settings=settings | ({"protected": protected} if protected else {}),
     )
     if not plan.uniform:

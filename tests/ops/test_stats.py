@@ -169,7 +169,10 @@ def test_regrouping_adds_drops_and_leaves_empty() -> None:
 
 @pytest.mark.parametrize(
     ("other", "field"),
-    [({"digest": "sha256:b"}, "model"), ({"gate": "softmax"}, "gate")],
+    [
+        ({"digest": "sha256:b"}, "config digest is sha256:b there and"),
+        ({"gate": "softmax"}, "gate"),
+    ],
 )
 def test_merge_refuses_another_model(other: dict, field: str) -> None:
     with pytest.raises(DataError, match=f"cannot merge statistics: {field}"):

@@ -15,6 +15,7 @@ from reap_driver.checkpoint.checks import (
     check_layers,
     check_model,
     loader_warning,
+    no_such_layer,
     served_warning,
 )
 from reap_driver.checkpoint.config_edit import ExpertNames, clear_mtp, differences, expert_numbers
@@ -32,7 +33,7 @@ from reap_driver.checkpoint.verify import Checked, check_output, check_source
 from reap_driver.compat import load_pruned
 from reap_driver.compat.load_pruned import SETTINGS
 from reap_driver.compat.models import load_config, meta_model
-from reap_driver.discover import find_moe_layers
+from reap_driver.discover import find_moe_layers, record_of
 from reap_kernels.errors import PlanError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def apply_plan(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     non_uniform: bool = False,
+    force_model: bool = False,
 ) -> ApplyReport:
     """Write the checkpoint that a plan leaves of a model, from its files, in constant memory.
 
@@ -77,6 +79,8 @@ def apply_plan(
         non_uniform: layers may keep different numbers. Such a checkpoint is loaded by this package
             and by the `load_pruned.py` that is written beside its weights; transformers' own
             `from_pretrained`, vLLM and SGLang refuse it.
+        force_model: apply a plan of a model that routes or is sized otherwise, where it can be
+            written; what differs is noted in the model card and in the report's plan.
 
     Returns:
         What was done.
@@ -93,12 +97,12 @@ def apply_plan(
     out = Path(out_path).absolute()
     folder = resolve_folder(model_path)
     check_target(out, folder, overwrite=overwrite)
-    options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform)
+    options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
     job = _prepare(folder, plan, options)
     needed = job.bytes_needed()
     cleaned = clean_stale(out)
     with staged(out, needed=needed) as staging:
-        report = _write(job, plan, staging, out, _counter(progress, needed), threads)
+        report = _write(job, staging, out, _counter(progress, needed), threads)
         publish(staging, out, overwrite=overwrite)
     report.cleaned = [str(path) for path in cleaned]
     report.seconds = time.perf_counter() - started
@@ -116,6 +120,7 @@ def check_plan(
     trust_remote_code: bool = False,
     threads: int | None = None,
     non_uniform: bool = False,
+    force_model: bool = False,
 ) -> None:
     """Raise what `apply_plan` with these arguments would raise before it writes its first byte.
 
@@ -126,7 +131,7 @@ def check_plan(
     out = Path(out_path).absolute()
     folder = resolve_folder(model_path)
     check_target(out, folder, overwrite=overwrite)
-    options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform)
+    options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
     job = _prepare(folder, plan, options)
     rehearse(out, needed=job.bytes_needed())
 
@@ -139,12 +144,14 @@ class _Options:
     shard_size: int | None
     trust: bool
     non_uniform: bool
+    force_model: bool
 
 
 @dataclass(frozen=True)
 class _Job:
     """Everything decided before the first byte is written."""
 
+    plan: "Plan"  # with notes of how the model differs from the plan's
     source: Source
     model: PrunedModel
     keys: KeyActions
@@ -173,11 +180,11 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     """Read, check and decide; nothing is written."""
     source = open_source(folder)
     config = load_config(folder, trust_remote_code=options.trust)
-    check_model(plan, config, folder)
     check_counts(plan, given=SETTINGS in source.config, non_uniform=options.non_uniform)
     full = meta_model(config)
     layers = find_moe_layers(full)
     extra = check_layers(plan, layers)
+    notes = check_model(plan, record_of(full, layers), folder, force=options.force_model)
     counts = {la.name: (la.num_experts, len(plan.layers[la.name].kept)) for la in layers}
     model = derive_model(folder, full, source.config, counts, trust_remote_code=options.trust)
     mtp = MtpKeys(model.layout, model.old.shapes, plan.layers)
@@ -199,12 +206,12 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     entries = source.tensors.values()
     spec = specify(full, layers, left, model.new.shapes, entries, source.config)
     loader = _loader(model.raw_config)
-    return _Job(source, model, keys, checked, shards, counts, files, spec, loader)
+    plan = plan.noting(notes)
+    return _Job(plan, source, model, keys, checked, shards, counts, files, spec, loader)
 
 
 def _write(
     job: _Job,
-    plan: "Plan",
     staging: Path,
     out: Path,
     progress: Callable[[int], None],
@@ -228,7 +235,7 @@ def _write(
     tensors = [tensor for shard in job.shards for tensor in shard.tensors]
     check_output(tensors, job.model.new, job.checked, _renamed(job.keys))
     report = _report(job, out, written)
-    card = model_card(job.source.folder / "README.md", plan, report)
+    card = model_card(job.source.folder / "README.md", job.plan, report)
     report.bytes_written += (staging / "README.md").write_text(card, encoding="utf-8")
     return report
 
@@ -239,6 +246,7 @@ def _report(job: _Job, out: Path, written: int) -> ApplyReport:
     differ = job.loader is not None
     warning = loader_warning(after) if differ else served_warning(after[0])
     return ApplyReport(
+        plan=job.plan,
         source=job.source.folder,
         out_path=out,
         layers=len(job.model.layout.layers),
@@ -272,10 +280,7 @@ def _check_extra_layers(names: tuple[str, ...], mtp: MtpKeys) -> None:
     """Layers of the plan that the main model lacks must be MTP layers."""
     for name in names:
         if not mtp.owns(name, name + "."):
-            raise PlanError(
-                f"plan: layer {name!r} does not exist in this model; make the plan from statistics "
-                "of this model."
-            )
+            raise no_such_layer(name)
 
 
 def _rewrite_quantisation(

@@ -1,15 +1,14 @@
 """Checks of a plan against the model it is applied to, before anything is written."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from reap_driver.allocate import SERVED_STEP, is_served
 from reap_driver.checkpoint.lists import split_layer
-from reap_driver.compat.models import config_digest
 from reap_driver.discover import MoELayer
+from reap_driver.provenance import public_name
 from reap_kernels.errors import PlanError
+from reap_kernels.model_match import differences
 
 if TYPE_CHECKING:
     from reap_driver.plan import Plan
@@ -29,19 +28,37 @@ _TOGETHER = (
 )
 
 
-def check_model(plan: "Plan", config: PretrainedConfig, where: object) -> None:
-    """The plan was made for this model.
+def check_model(
+    plan: "Plan", record: Mapping[str, Any], where: object, *, force: bool = False
+) -> list[str]:
+    """The plan was made for this model, or for one that differs in nothing that decides.
+
+    Args:
+        plan: to be applied.
+        record: of the model it is applied to, see `reap_driver.discover.record_of`.
+        where: the model, for messages.
+        force: let through what decides too (routing, sizes); that it can be written at all
+            `check_layers` says.
+
+    Returns:
+        Notes of what differs, for the reader of the outcome.
 
     Raises:
-        PlanError: it was made for another one.
+        PlanError: it was made for another one; the message names the fields that differ.
     """
-    digest = config_digest(config)
-    if plan.model.get("config_digest") != digest:
+    found = differences(plan.record, record)
+    if not found.text:
+        return []
+    made_for = plan.model.get("id")
+    if not force and (found.deciding or found.unnamed):
         raise PlanError(
-            f"plan: made for {plan.model.get('id')!r} with config digest "
-            f"{plan.model.get('config_digest')}, but {where} has {digest}; make the plan from "
-            "statistics of this model."
+            f"plan: made for {made_for!r}, which is no match for {where}: "
+            f"{', '.join(found.deciding) or found.text}; make the plan from statistics of this "
+            "model, or take it all the same by --force-model (force_model=True)."
         )
+    here = public_name(str(where))
+    how = "applied by force" if found.deciding or found.unnamed else "applied"
+    return [f"made for {public_name(str(made_for))} (there), {how} to {here} (here): {found.text}"]
 
 
 def check_counts(plan: "Plan", *, given: bool, non_uniform: bool) -> None:
@@ -128,6 +145,24 @@ def check_layers(plan: "Plan", layers: Sequence[MoELayer]) -> tuple[str, ...]:
             check_groups(layer, planned.kept)
     known = {layer.name for layer in layers}
     return tuple(name for name in plan.layers if name not in known)
+
+
+def check_same_layers(plan: "Plan", layers: Sequence[MoELayer]) -> None:
+    """`check_layers`, where the model is run: the plan names no layer that it does not have.
+
+    Raises:
+        PlanError: see `check_layers`; or naming such a layer.
+    """
+    for name in check_layers(plan, layers):
+        raise no_such_layer(name)
+
+
+def no_such_layer(name: str) -> PlanError:
+    """The error for a layer of a plan that the model does not have."""
+    return PlanError(
+        f"plan: layer {name!r} does not exist in this model; make the plan from statistics of this "
+        "model."
+    )
 
 
 def check_groups(layer: MoELayer, kept: Sequence[int]) -> None:

@@ -20,10 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from reap_driver.checkpoint.checks import check_layers, check_model
+from reap_driver.checkpoint.checks import check_model, check_same_layers
 from reap_driver.checkpoint.source import resolve_folder
 from reap_driver.compat.models import load_config, meta_model
-from reap_driver.discover import find_moe_layers
+from reap_driver.discover import find_moe_layers, record_of
 from reap_kernels.errors import PlanError
 from reap_kernels.files import replaced, save_tensors
 
@@ -49,7 +49,8 @@ def save_masks(
     path: str | os.PathLike[str],
     *,
     trust_remote_code: bool = False,
-) -> None:
+    force_model: bool = False,
+) -> "Plan":
     """Write a plan as masks, once it is known to fit the model.
 
     Args:
@@ -57,6 +58,10 @@ def save_masks(
         plan: made for it; layers may keep different numbers of experts.
         path: the file (temporary sibling, fsync, rename).
         trust_remote_code: run model code that comes with the checkpoint.
+        force_model: as for `apply_plan`.
+
+    Returns:
+        The plan, with notes of how the model differs from the one it was made for.
 
     Raises:
         PlanError: the plan does not belong to the model, or leaves a router too few experts.
@@ -64,11 +69,15 @@ def save_masks(
     """
     folder = resolve_folder(model_path)
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    check_model(plan, config, folder)
-    check_layers(plan, find_moe_layers(meta_model(config)))
+    full = meta_model(config)
+    layers = find_moe_layers(full)
+    check_same_layers(plan, layers)
+    notes = check_model(plan, record_of(full, layers), folder, force=force_model)
     facts = {"format": FORMAT, "version": VERSION, "model": json.dumps(plan.model)}
+    facts |= {"notes": json.dumps(notes)} if notes else {}
     with replaced(path) as temporary:
         save_tensors(expert_masks(plan), temporary, facts)
+    return plan.noting(notes)
 
 
 def load_masks(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:

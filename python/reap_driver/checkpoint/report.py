@@ -3,15 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap_driver.checkpoint.specification import Specification
+
+if TYPE_CHECKING:
+    from reap_driver.plan import Plan
 
 
 @dataclass
 class ApplyReport:
     """Result of writing one pruned checkpoint."""
 
+    plan: "Plan"  # that was applied, with notes of how the model differs from the plan's own
     source: Path
     out_path: Path
     layers: int

@@ -49,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     options.add_overwrite(parser)
     options.add_trust(parser)
+    options.add_force_model(parser)
     options.add_writing(parser)
 
 
@@ -71,10 +72,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             trust_remote_code=args.trust_remote_code,
             progress=progress.reach,
             non_uniform=args.non_uniform,
+            force_model=args.force_model,
         )
-    save_record(args.out, plan)
-    for warning in report.warnings:
-        console.note(warning)
+    save_record(args.out, report.plan)
+    for note in [*report.plan.notes[len(plan.notes) :], *report.warnings]:
+        console.note(note)
     console.say(describe(report))
     return {"out": str(args.out), **facts(report)}
 
@@ -85,7 +87,15 @@ def _write_masks(args: argparse.Namespace, plan: "Plan", console: Console) -> di
     from reap_driver.commands.outputs import check_file
 
     check_file(args.as_masks, overwrite=args.overwrite)
-    save_masks(args.model, plan, args.as_masks, trust_remote_code=args.trust_remote_code)
+    applied = save_masks(
+        args.model,
+        plan,
+        args.as_masks,
+        trust_remote_code=args.trust_remote_code,
+        force_model=args.force_model,
+    )
+    for note in applied.notes[len(plan.notes) :]:
+        console.note(note)
     experts = sum(layer.num_experts for layer in plan.layers.values())
     kept = sum(len(layer.kept) for layer in plan.layers.values())
     console.say(

@@ -17,9 +17,9 @@ from reap_driver.calibration.recipe import load_recipe
 from reap_driver.checkpoint.source import Source, open_source, resolve_folder
 from reap_driver.commands.console import Console
 from reap_driver.commands.options import SEQ_LEN
-from reap_driver.compat.models import config_digest, load_config, meta_model
+from reap_driver.compat.models import load_config, meta_model
 from reap_driver.criteria import Scores, shares
-from reap_driver.discover import MoELayer, adapter_of, find_moe_layers
+from reap_driver.discover import MoELayer, adapter_of, find_moe_layers, record_of
 from reap_driver.distributed import Ranks
 from reap_driver.isolation import check_isolation
 from reap_driver.masks import takes_padding
@@ -89,14 +89,7 @@ def inspect_model(args: argparse.Namespace, path: str | None = None) -> Model:
         layers = find_moe_layers(meta)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{path}: {error}") from error
-    facts = {
-        "id": path,
-        "config_digest": config_digest(config),
-        "model_type": type(config).model_type,
-        "architecture": type(meta).__name__,
-    }
-    known = {"model": facts, "layers": {layer.name: layer.provenance() for layer in layers}}
-    return Model(path, config, meta, layers, known)
+    return Model(path, config, meta, layers, record_of(meta, layers, path))
 
 
 def check_options(args: argparse.Namespace, config: PretrainedConfig) -> int:

@@ -55,6 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "pruned", metavar="PRUNED", help="checkpoint folder or hub id; or a plan, as a file"
     )
     options.add_trust(parser)
+    options.add_force_model(parser)
     group = options.add_data(parser)
     limit = group.add_mutually_exclusive_group()
     limit.add_argument(
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     if args.tasks:
         tasks.check_installed()
-    pair = comparing.pair_of(args)
+    pair = comparing.pair_of(args, console)
     found: dict[str, Any] = {"original": args.model, "pruned": args.pruned}
     if args.data or args.recipe:
         sources = comparing.read_data(args, pair, console)

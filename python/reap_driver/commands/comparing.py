@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from reap_driver.calibration import DataSource, PackedBatches, PackedSource
-from reap_driver.checkpoint.checks import check_model
+from reap_driver.checkpoint.checks import check_model, check_same_layers
 from reap_driver.commands import calibrate, running
 from reap_driver.commands.calibrate import Model
 from reap_driver.commands.console import Console
@@ -58,7 +58,7 @@ class Compared:
     orphans: dict[str, Orphans] | None
 
 
-def pair_of(args: argparse.Namespace) -> Pair:
+def pair_of(args: argparse.Namespace, console: Console) -> Pair:
     """Both models, checked without reading weights; PRUNED is a plan where it is a file.
 
     Raises:
@@ -69,18 +69,22 @@ def pair_of(args: argparse.Namespace) -> Pair:
     original = calibrate.inspect_model(args)
     original.check_files()
     if Path(args.pruned).is_file():
-        return Pair(original, None, _plan(args, Path(args.pruned), original))
+        return Pair(original, None, _plan(args, Path(args.pruned), original, console))
     pruned = calibrate.inspect_model(args, args.pruned)
     folders = [(model.source.folder, model.config) for model in (original, pruned)]
     check_vocabularies(*folders, trust_remote_code=args.trust_remote_code)
     record = pruned.source.folder / "reap" / "plan.json"
-    return Pair(original, pruned, _plan(args, record, original) if record.is_file() else None)
+    known = _plan(args, record, original, console) if record.is_file() else None
+    return Pair(original, pruned, known)
 
 
-def _plan(args: argparse.Namespace, path: Path, original: Model) -> Plan:
-    """A plan that is the original's."""
+def _plan(args: argparse.Namespace, path: Path, original: Model, console: Console) -> Plan:
+    """A plan that is the original's, or holds for it."""
     plan = Plan.load(path)
-    check_model(plan, original.config, args.model)
+    check_same_layers(plan, original.layers)
+    notes = check_model(plan, original.provenance, args.model, force=args.force_model)
+    for note in notes:
+        console.note(note)
     return plan
 
 

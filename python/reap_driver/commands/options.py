@@ -259,6 +259,17 @@ def _check_planning(args: argparse.Namespace) -> None:
         args.refuse(f"the following arguments are required: {', '.join(missing)}")
 
 
+def add_force_model(parser: argparse.ArgumentParser) -> None:
+    """Plans of other models."""
+    parser.add_argument(
+        "--force-model",
+        action="store_true",
+        help="take a plan of a model that routes otherwise or has other sizes, where it can be "
+        "applied at all, and note what differs; a plan of a model that differs in neither, such as "
+        "the base of a fine-tuned one, is taken anyway",
+    )
+
+
 def add_writing(parser: argparse.ArgumentParser) -> None:
     """How the checkpoint is written."""
     group = parser.add_argument_group("writing the checkpoint")

@@ -47,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     options.add_overwrite(parser)
     options.add_trust(parser)
+    options.add_force_model(parser)
     ranking.add_ranking(parser, searched=True)
     group = parser.add_argument_group("search", "--seed is of the search, too.")
     length = group.add_mutually_exclusive_group()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from reap_driver import journal as journals
 from reap_driver.calibration import PackedSource
-from reap_driver.checkpoint.checks import check_model
+from reap_driver.checkpoint.checks import check_model, check_same_layers
 from reap_driver.commands import calibrate, ranking, running
 from reap_driver.commands.calibrate import Model
 from reap_driver.commands.console import Console
@@ -53,7 +53,9 @@ def searched(args: argparse.Namespace, console: Console) -> Iterator[tuple[Found
         settings = _settings(args)
         task = _task(args)
         model = calibrate.inspect_model(args)
-        check_model(task.uniform, model.config, args.model)
+        check_same_layers(task.uniform, model.layers)
+        force = args.force_model
+        task.notes = check_model(task.uniform, model.provenance, args.model, force=force)
         sources = _sources(args, model, console)
         args.folds = args.validation.denominator
         how = How(False, "device", _batch_sizes(args, model, sources, saved))

@@ -140,7 +140,8 @@ def config_digest(config: PretrainedConfig) -> str:
     left out at every level, so a config in memory, saved, reloaded, dequantised, or read by another
     transformers version that only added fields, keeps its digest.
     """
-    text = json.dumps(_identity(config), sort_keys=True, separators=(",", ":"), default=str)
+    identity = identifying_fields(config)
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), default=str)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -273,8 +274,10 @@ def _remote_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     )
 
 
-def _identity(config: PretrainedConfig) -> dict[str, Any]:
-    """Fields of one (sub) config that differ from its class's defaults, less volatile ones."""
+def identifying_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """What `config_digest` is made of: the fields of one (sub) config that differ from its class's
+    defaults, less volatile ones.
+    """
     try:
         defaults = _plain(type(config)().to_dict())
     except (TypeError, ValueError, AttributeError, KeyError):  # no default: every field counts
@@ -287,7 +290,7 @@ def _identity(config: PretrainedConfig) -> dict[str, Any]:
             continue
         nested = getattr(config, key, None) if isinstance(value, dict) else None
         if isinstance(nested, PretrainedConfig):
-            kept[key] = _identity(nested)
+            kept[key] = identifying_fields(nested)
         elif key not in defaults or value != defaults[key]:
             kept[key] = value
     return kept

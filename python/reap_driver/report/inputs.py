@@ -18,6 +18,7 @@ from reap_driver.stability import (
 )
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import PlanError
+from reap_kernels.model_match import differences
 
 DEFAULT_CRITERION = "reap"
 
@@ -112,6 +113,12 @@ class Inputs:
         plan, unobserved = self.plan, self.scores.unobserved
         if plan is not None:
             found += plan.notes
+            other = differences(plan.record, self.stats.provenance).text
+            if other:
+                found.append(
+                    "The plan was made for a model (there) whose configuration differs from that "
+                    f"of the model observed (here): {other}."
+                )
             if plan.criterion != self.scores.criterion:
                 found.append(
                     f"The plan was made by {plan.criterion}; the scores shown are by "
@@ -132,14 +139,6 @@ class Inputs:
 
 def _check_plan(stats: SaliencyStats, plan: Plan) -> None:
     """The plan is one of the model that was observed."""
-    model = stats.provenance.get("model") or {}
-    mine, theirs = model.get("config_digest"), plan.model.get("config_digest")
-    if mine != theirs:
-        raise PlanError(
-            f"plan: made for {plan.model.get('id')!r} with config digest {theirs}, but the "
-            f"statistics are of {model.get('id')!r} with {mine}; give a plan made from these "
-            "statistics"
-        )
     for name, layer in stats.layers.items():
         planned = plan.layers.get(name)
         if planned is None or planned.num_experts != layer.num_experts:
@@ -148,3 +147,10 @@ def _check_plan(stats: SaliencyStats, plan: Plan) -> None:
                 f"plan: layer {name} was observed with {layer.num_experts} experts, the plan says "
                 f"{says}; give a plan made from these statistics"
             )
+    found = differences(plan.record, stats.provenance)
+    if found.deciding or found.unnamed:
+        model = stats.provenance.get("model") or {}
+        raise PlanError(
+            f"plan: made for {plan.model.get('id')!r} (there), but the statistics are of "
+            f"{model.get('id')!r} (here): {found.text}; give a plan made from these statistics"
+        )

@@ -9,8 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from reap_driver.allocate import max_removable, removal_steps
-from reap_driver.checkpoint.checks import check_model
+from reap_driver.checkpoint.checks import check_model, check_same_layers
 from reap_driver.criteria import Scores
+from reap_driver.discover import find_moe_layers, record_of
 from reap_driver.interrupts import Interrupted, Stop
 from reap_driver.plan import Plan
 from reap_driver.planning import make_plan, plan_of_removals
@@ -34,6 +35,7 @@ class Task:
 
     Attributes:
         uniform: that plan.
+        notes: for the reader of every plan.
         space: of removals per layer.
 
     Raises:
@@ -42,6 +44,7 @@ class Task:
 
     def __init__(self, scores: Scores, uniform: Plan) -> None:
         self._scores, self.uniform = scores, uniform
+        self.notes: list[str] = []
         self._protected = uniform.settings.get("protected")
         facts = {name: scores.layers[name] for name in uniform.layers}
         self.space = Space.around(
@@ -61,7 +64,7 @@ class Task:
             protected=self._protected,
         )
         settings = self.uniform.settings | plan.settings
-        return dataclasses.replace(plan, settings=settings)
+        return dataclasses.replace(plan, settings=settings).noting(self.notes)
 
 
 @dataclass
@@ -203,6 +206,7 @@ def search_plan(
     settings: Settings | None = None,
     protected: Mapping[str, Collection[int]] | None = None,
     layer_ratios: Mapping[str, float] | None = None,
+    force_model: bool = False,
 ) -> Plan:
     """Searches how many experts each layer should lose (EvoESAP, arXiv 2603.06003).
 
@@ -216,6 +220,8 @@ def search_plan(
         settings: number of candidates, population, seed; default 500 candidates.
         protected: {layer: ids} that stay.
         layer_ratios: {layer: ratio} of layers that lose just that.
+        force_model: take scores of a model that routes otherwise or has other sizes, where its
+            layers and their numbers of experts are the same.
 
     Returns:
         The plan of highest expected acceptance, with notes of what it is worth.
@@ -229,8 +235,11 @@ def search_plan(
     """
     settings = Settings() if settings is None else settings
     uniform = make_plan(scores, ratio, protected=protected, layer_ratios=layer_ratios)
-    check_model(uniform, model.config, type(model).__name__)
+    layers = find_moe_layers(model)
+    check_same_layers(uniform, layers)
+    record, name = record_of(model, layers), type(model).__name__
     task, masks = Task(scores, uniform), RouterMasks(model)
+    task.notes = check_model(uniform, record, name, force=force_model)
     fitness = Fitness(model, batches, masks)
 
     found = search(Recorder(fitness, task), settings)

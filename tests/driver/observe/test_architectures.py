@@ -9,7 +9,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from reap_driver.compat.models import config_digest
+from reap_driver.compat.models import config_digest, identifying_fields
 from reap_driver.observe import observe
 from reap_kernels.errors import UnsupportedModel
 from tests.driver import zoo
@@ -141,6 +141,7 @@ def test_provenance() -> None:
         "config_digest": config_digest(run.model.config),
         "model_type": "qwen3_moe",
         "architecture": "Qwen3MoeForCausalLM",
+        "config": identifying_fields(run.model.config),
     }
     assert list(record["layers"]) == [f"model.layers.{i}.mlp.experts" for i in range(2)]
     assert (record["gate"], record["data"], record["backend"]) == ("model", [], "cpu")

@@ -31,7 +31,8 @@ def test_a_plan_keeps_the_best_and_says_why() -> None:
         best = sorted(known[name].argsort(descending=True)[:3].tolist())
         assert plan.layers[name].kept == plan.kept[name] == tuple(best)
         assert sorted(plan.layers[name].kept + plan.layers[name].removed) == list(range(EXPERTS))
-    assert plan.model == MODEL
+    routing = {"num_experts": EXPERTS, "top_k": 2, "n_group": 1, "topk_group": 1}
+    assert plan.model == {**MODEL, "layers": dict.fromkeys(LAYERS, routing)}
     assert (plan.criterion, plan.allocation, plan.ratio) == ("reap", "uniform", 0.5)
     assert plan.scores_digest == known.digest()
     assert plan.weights == {"x": 0.25, "y": 0.75}
@@ -166,7 +167,7 @@ def test_random_plans_are_seeded_and_differ() -> None:
     assert plans[0] == plans[1]
     assert plans[0].kept != plans[2].kept
     assert plans[0].criterion == "random:0"
-    assert plans[0].model == MODEL
+    assert plans[0].model == make_plan(known, 0.5).model
     # The same on every machine: the values are written down.
     assert plans[0].kept == {LAYERS[0]: (0, 1, 4), LAYERS[1]: (0, 3, 4)}
 
