@@ -5,15 +5,18 @@ from typing import Any
 
 from reap_driver.calibration.records import Record
 from reap_driver.calibration.shapes import FIELDS
+from reap_driver.calibration.unused import IRRELEVANT
 
 
-def known_columns(names: Sequence[str]) -> list[str] | None:
-    """The columns that records are made of; None, for all, where there is none of them."""
-    return [name for name in names if name in FIELDS] or None
+def known_columns(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(those that records are made of, or all where there is none of them; others that might
+    matter)."""
+    known = [name for name in names if name in FIELDS] or list(names)
+    return known, [name for name in names if name not in IRRELEVANT.union(known)]
 
 
 def row_records(
-    columns: Mapping[str, list[Any]], schema: Any, places: Sequence[str]
+    columns: Mapping[str, list[Any]], schema: Any, places: Sequence[str], others: Sequence[str]
 ) -> Iterator[Record]:
     """Rows as records that stand at `places`.
 
@@ -23,6 +26,7 @@ def row_records(
         columns: name to the values of the rows.
         schema: Arrow's, of a table with these columns.
         places: one a row.
+        others: columns that are not read, and are not used then.
     """
     import pyarrow
 
@@ -33,7 +37,7 @@ def row_records(
         for name, values in columns.items()
     ]
     for place, *values in zip(places, *cleaned, strict=True):
-        yield Record(place, dict(zip(columns, values, strict=True)))
+        yield Record(place, dict(zip(columns, values, strict=True)), set(others))
 
 
 def _holds_objects(pyarrow: Any, kind: Any) -> bool:

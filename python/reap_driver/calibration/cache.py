@@ -40,7 +40,7 @@ _LIMIT = 4 * 2**30
 
 # Files of a model's folder that a tokenizer may read; config.json has the end of a sequence.
 _TOKENIZER = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
-_TENSORS = ("ids", "starts", "counted")
+_TENSORS = ("ids", "starts", "counted", "given")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Cache:
             bad.count, bad.first = facts["skipped"]
         return {
             **{name: tensors.get(name) for name in _TENSORS},
-            **{name: facts[name] for name in ("records", "separator", "truncated")},
+            **{name: facts[name] for name in ("records", "separator", "truncated", "unused")},
             "skipped": bad,
         }
 
@@ -146,6 +146,7 @@ class Cache:
             "records": made.records,
             "separator": made.separator,
             "truncated": made.truncated,
+            "unused": list(made.unused),
             "skipped": None if bad is None else [bad.count, bad.first],
         }
         try:

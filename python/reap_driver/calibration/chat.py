@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from reap_driver.calibration.shapes import Chat
+from reap_driver.calibration.steps import limited_steps
+from reap_driver.calibration.unused import unused
 from reap_kernels.errors import DataError
 
 Span = tuple[int, int]
@@ -16,6 +19,8 @@ Span = tuple[int, int]
 # How templates want turns that call tools: arguments as an object or as JSON text, content that is
 # empty as a text or null. The first is what transformers documents; DeepSeek-V3's take the others.
 _FORMS = ((dict, ""), (str, ""), (str, None))
+# Records with a field from which it is told whether the template writes that field.
+_TRIALS = 8
 
 
 class ChatTemplate:
@@ -25,12 +30,18 @@ class ChatTemplate:
         tokenizer: of the model.
         model: its name, for messages.
         enable_thinking: passed to the template; None leaves the template's own default.
+
+    Attributes:
+        written: names of fields beside role, content and calls that it was seen to write, as
+            `unwritten` has them.
     """
 
     def __init__(self, tokenizer: Any, model: str, enable_thinking: bool | None) -> None:
         self._tokenizer = tokenizer
         self._model = model
         self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self._trials: Counter[str] = Counter()
+        self.written: set[str] = set()
 
     def render(self, place: str, chat: Chat) -> str:
         """The conversation as text, special tokens included.
@@ -44,9 +55,40 @@ class ChatTemplate:
         """
         return str(self._apply(place, chat, self._formed(place, chat), tokenize=False))
 
-    def marks_answers(self, chat: Chat) -> bool:
-        """Whether the template itself says what the model generates, by `{% generation %}`."""
-        template = self._tokenizer.get_chat_template(None, chat.tools)
+    def unwritten(self, place: str, chat: Chat) -> set[str]:
+        """Names of what a conversation has and the template does not write.
+
+        That are its `tools`, and fields of its messages, `messages[].reasoning_content` say. A
+        field is written where the text is another without it; this is tried with the first records
+        that have it.
+        """
+        found = {"tools": _without_tools(chat)} if chat.tools else {}
+        for message in chat.messages:
+            for name in unused(message, ("role", "content", "tool_calls")):
+                found.setdefault(f"messages[].{name}", _without(chat, name))
+        return {name for name, less in found.items() if not self._writes(name, place, chat, less)}
+
+    def _writes(self, name: str, place: str, chat: Chat, less: Chat) -> bool:
+        if name not in self.written and self._trials[name] < _TRIALS:
+            self._trials[name] += 1
+            try:
+                same = self.render(place, chat) == self.render(place, less)
+            except DataError:  # it does not do without
+                same = False
+            if not same:
+                self.written.add(name)
+        return name in self.written
+
+    def marks_answers(self, place: str, chat: Chat) -> bool:
+        """Whether the template itself says what the model generates, by `{% generation %}`.
+
+        Raises:
+            DataError: there are several templates, and none of them is the default.
+        """
+        try:
+            template = self._tokenizer.get_chat_template(None, chat.tools)
+        except ValueError as error:
+            raise self._refused(place, error) from error
         return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
     def marked(self, place: str, chat: Chat) -> tuple[list[int], bytes]:
@@ -131,7 +173,10 @@ class ChatTemplate:
                 f"{place}: the chat template of {self._model} leaves out or refuses the calls of "
                 "tools that the messages have; use a template that writes them, or other data"
             )
-        return [_with_calls_as(message, *self._form) for message in chat.messages]
+        try:
+            return [_with_calls_as(message, *self._form) for message in chat.messages]
+        except (TypeError, ValueError) as error:  # arguments of other types than JSON's
+            raise self._refused(place, error) from error
 
     @cached_property
     def _form(self) -> tuple[type, str | None] | None:
@@ -160,16 +205,36 @@ class ChatTemplate:
             "{% generation %}, or count all tokens"
         )
 
+    def _refused(self, place: str, error: Exception) -> DataError:
+        reason = " ".join(str(error).split())
+        if not isinstance(error, TemplateError):
+            reason = f"{type(error).__name__}: {reason}"
+        return DataError(
+            f"{place}: the chat template of {self._model} refuses the messages ({reason}); correct "
+            "the roles and contents, or the template"
+        )
+
     def _apply(self, place: str, chat: Chat, messages: list[dict[str, Any]], **options: Any) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(
-                messages, tools=chat.tools, **options, **self._options
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"{place}: the chat template of {self._model} refuses the messages "
-                f"({error}); correct the roles and contents"
-            ) from error
+            with limited_steps():
+                made = self._tokenizer.apply_chat_template(
+                    messages, tools=chat.tools, **options, **self._options
+                )
+            if isinstance(made, str):
+                made.encode()  # fails on half of a surrogate pair
+            return made
+        except Exception as error:  # whatever a template does, such as 1 / 0 or endless recursion
+            raise self._refused(place, error) from error
+
+
+def _without_tools(chat: Chat) -> Chat:
+    return replace(chat, tools=None)
+
+
+def _without(chat: Chat, name: str) -> Chat:
+    """The conversation without a field of its messages."""
+    messages = [{k: v for k, v in message.items() if k != name} for message in chat.messages]
+    return replace(chat, messages=messages)
 
 
 def _shared(one: str, other: str) -> int:

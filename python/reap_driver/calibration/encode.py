@@ -1,6 +1,7 @@
 """Records to token ids: ids as they are, texts tokenised, conversations by chat template."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ import numpy as np
 from transformers import AutoTokenizer, PretrainedConfig
 
 from reap_driver.calibration.chat import ChatTemplate, Span
-from reap_driver.calibration.records import BadRecords, Record, guard
+from reap_driver.calibration.records import BadRecords, Record, first_line, guard
 from reap_driver.calibration.shapes import Chat, Text, Tokens, shape_of
 from reap_kernels.errors import DataError
+from reap_kernels.schema import short
+
+_INT32 = 2**31  # ids are kept in 32 bits
+_NO_LABEL = -100  # what trainers write where a token is none to learn
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,12 @@ class Document:
     Attributes:
         ids: token ids.
         counted: one byte a token, 1 where an answer stands; None where every token counts.
+        given: whether the record had these ids, and was not tokenized here.
     """
 
     ids: list[int]
     counted: bytes | None = None
+    given: bool = False
 
 
 @dataclass
@@ -82,6 +89,11 @@ class Encoder:
             self._eos = self._tokenizer.eos_token_id
         return self._eos
 
+    @property
+    def written(self) -> frozenset[str]:
+        """Names of fields of records that the chat template was seen to write."""
+        return frozenset() if self._template is None else frozenset(self._template.written)
+
     def encode(
         self, records: Sequence[Record], bad: BadRecords | None = None
     ) -> Iterator[Document]:
@@ -104,19 +116,20 @@ class Encoder:
             with left_out:
                 shape = shape_of(record)
             if isinstance(shape, Chat) and not self._has_template(record, shape):
+                record.unused.update(["tools"] if shape.tools else [])
                 shape = shape.plain
             elif isinstance(shape, Text):
                 self._load_tokenizer(record)
             with left_out:
                 if isinstance(shape, Tokens):
                     self._check_vocabulary(record, shape.ids)
-                    done[index] = Document(self._checked_ids(record, shape.ids))
+                    done[index] = Document(shape.ids, self._labelled(record, shape), given=True)
                 elif isinstance(shape, Text):
                     self._add_text(plain, index, record, shape)
                 elif isinstance(shape, Chat):
                     self._add_chat(rendered, done, index, record, shape)
         for special, group in ((True, plain), (False, rendered)):
-            done |= self._tokenised(group, special)
+            done |= self._tokenised(records, group, special, left_out)
         kept = []
         for index in sorted(done):
             with left_out:
@@ -126,46 +139,76 @@ class Encoder:
         yield from kept
 
     def _add_text(self, group: _Texts, index: int, record: Record, shape: Text) -> None:
-        if self._answers_only:
-            if shape.answer is None:
-                raise _no_answer(record, "is a text")
-            group.answers[index] = [(shape.answer, len(shape.text))]
+        if self._answers_only and shape.answer is None:
+            raise _no_answer(record, "is a text")
+        try:
+            shape.text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{record.place}: its text has half of a surrogate pair as character "
+                f"{error.start}, which no encoding writes; correct it"
+            ) from error
         group.texts[index] = shape.text
+        group.answers[index] = [(shape.answer or 0, len(shape.text))]
 
     def _add_chat(
         self, group: _Texts, done: dict[int, Document], index: int, record: Record, shape: Chat
     ) -> None:
-        template = self._template
+        template, place = self._template, record.place
         assert template is not None
         if not self._answers_only:
-            group.texts[index] = template.render(record.place, shape)
+            group.texts[index] = template.render(place, shape)
         elif not any(message["role"] == "assistant" for message in shape.messages):
             raise _no_answer(record, "is a conversation in which no assistant speaks")
-        elif template.marks_answers(shape):
-            done[index] = Document(*template.marked(record.place, shape))
+        elif template.marks_answers(place, shape):
+            done[index] = Document(*template.marked(place, shape))
         else:
-            group.texts[index], group.answers[index] = template.answers(record.place, shape)
+            group.texts[index], group.answers[index] = template.answers(place, shape)
+        record.unused.update(template.unwritten(place, shape))
 
-    def _tokenised(self, group: _Texts, special: bool) -> dict[int, Document]:
-        """The documents of a group, by number of record."""
-        if not group.texts:
-            return {}
-        texts = list(group.texts.values())
+    def _tokenised(
+        self,
+        records: Sequence[Record],
+        group: _Texts,
+        special: bool,
+        left_out: AbstractContextManager[None],
+    ) -> dict[int, Document]:
+        """The documents of a group, by number of record; one by one where a tokenizer fails."""
+        indices = list(group.texts)
+        try:
+            return dict(zip(indices, self._documents(group, indices, special), strict=True))
+        except Exception:  # noqa: BLE001  the library's own have no common class
+            done = {}
+            for index in indices:
+                with left_out:
+                    done[index] = self._alone(records[index], group, index, special)
+            return done
+
+    def _alone(self, record: Record, group: _Texts, index: int, special: bool) -> Document:
+        try:
+            [document] = self._documents(group, [index], special)
+            return document
+        except Exception as error:
+            raise DataError(
+                f"{record.place}: the tokenizer of {self._model} fails on its text "
+                f"({first_line(error)}); correct the text or the tokenizer"
+            ) from error
+
+    def _documents(self, group: _Texts, indices: list[int], special: bool) -> list[Document]:
+        texts = [group.texts[index] for index in indices]
+        if not texts:
+            return []
         if not self._tokenizer.is_fast:
             call = self._tokenizer(texts, add_special_tokens=special, verbose=False)
-            documents = [Document(ids) for ids in call["input_ids"]]
-        elif self._answers_only:
-            found = self._tokenizer.backend_tokenizer.encode_batch(
-                texts, add_special_tokens=special
-            )
-            pairs = zip(found, group.answers.values(), strict=True)
-            documents = [Document(one.ids, _mask(one.offsets, answers)) for one, answers in pairs]
-        else:  # without offsets, which are a fifth of the time of the tokenizer's own call
-            found = self._tokenizer.backend_tokenizer.encode_batch_fast(
-                texts, add_special_tokens=special
-            )
-            documents = [Document(one.ids) for one in found]
-        return dict(zip(group.texts, documents, strict=True))
+            return [Document(ids) for ids in call["input_ids"]]
+        backend = self._tokenizer.backend_tokenizer
+        if self._answers_only:
+            found = backend.encode_batch(texts, add_special_tokens=special)
+            pairs = zip(found, (group.answers[index] for index in indices), strict=True)
+            return [Document(one.ids, _mask(one.offsets, answers)) for one, answers in pairs]
+        # Without offsets, which are a fifth of the time of the tokenizer's own call.
+        found = backend.encode_batch_fast(texts, add_special_tokens=special)
+        return [Document(one.ids) for one in found]
 
     def _has_template(self, record: Record, shape: Chat) -> bool:
         """Loads the tokenizer; whether it has a chat template, which most conversations need."""
@@ -189,12 +232,11 @@ class Encoder:
                 self._tokenizer = AutoTokenizer.from_pretrained(
                     str(self._model), config=self._config, trust_remote_code=self._trust
                 )
-            except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            except Exception as error:  # of whatever code and library the files ask for
                 raise DataError(
                     f"{record.place}: needs the tokenizer of {self._model}, which cannot be loaded "
-                    f"({reason}); add its files (tokenizer.json, ...), allow its code with "
-                    "--trust-remote-code, or give records with input_ids"
+                    f"({first_line(error)}); add its files (tokenizer.json, ...), allow its code "
+                    "with --trust-remote-code, or give records with input_ids"
                 ) from error
             if self._answers_only and not self._tokenizer.is_fast:
                 raise DataError(
@@ -205,24 +247,34 @@ class Encoder:
             if self._tokenizer.is_fast:  # what is set in tokenizer.json is for other uses
                 self._tokenizer.backend_tokenizer.no_truncation()
                 self._tokenizer.backend_tokenizer.no_padding()
-            size = self.vocab_size or 2**31
+            size = self.vocab_size or _INT32
             self._fits = max(self._tokenizer.get_vocab().values(), default=0) < size
         return self._tokenizer
 
-    def _checked_ids(self, record: Record, ids: list[int]) -> list[int]:
-        if self._answers_only:
-            raise _no_answer(record, "has token ids only")
-        return ids
+    def _labelled(self, record: Record, shape: Tokens) -> bytes | None:
+        """A byte a token, 1 where it has a label; None where all tokens count."""
+        if not self._answers_only:
+            return None
+        if shape.labels is None:
+            raise _no_answer(record, "has token ids without labels")
+        for at, (token, label) in enumerate(zip(shape.ids, shape.labels, strict=True)):
+            if label not in (token, _NO_LABEL):
+                raise DataError(
+                    f"{record.place}: its token {at} is {short(token)} and has the label "
+                    f"{short(label)}; give labels that are not shifted: the token itself, or "
+                    f"{_NO_LABEL}"
+                )
+        return bytes(label != _NO_LABEL for label in shape.labels)
 
     def _check_vocabulary(self, record: Record, ids: list[int]) -> None:
         if not ids:
             return
         low, high = min(ids), max(ids)
-        size = self.vocab_size or 2**31
+        size = min(self.vocab_size or _INT32, _INT32)
         if low < 0 or high >= size:
             raise DataError(
-                f"{record.place}: token id {low if low < 0 else high} is outside the vocabulary of "
-                f"{self._model} ({size} tokens); tokenise with this model's tokenizer"
+                f"{record.place}: token id {short(low if low < 0 else high)} is outside the "
+                f"vocabulary of {self._model} ({size} tokens); tokenise with this model's tokenizer"
             )
 
 
@@ -238,5 +290,5 @@ def _mask(offsets: list[Span], answers: list[Span]) -> bytes:
 def _no_answer(record: Record, why: str) -> DataError:
     return DataError(
         f"{record.place}: {why}, so it has no answer to count; give records with an assistant's "
-        "turns, instruction + output or prompt + completion, or count all tokens"
+        "turns, instruction + output, prompt + completion or labels, or count all tokens"
     )

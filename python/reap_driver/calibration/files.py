@@ -172,14 +172,14 @@ def _count_parquet(file: Path) -> int:
 def _read_parquet(file: Path, chosen: _Chosen, bad: BadRecords | None) -> _Numbered:
     start = 0
     with _parquet(file) as source:
-        columns = known_columns(source.schema_arrow.names)
+        columns, others = known_columns(source.schema_arrow.names)
         for batch in source.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
             rows = range(start, start + batch.num_rows)
             wanted = [row for row in rows if chosen is None or row in chosen]
             if wanted:
                 part = batch if chosen is None else batch.take([row - start for row in wanted])
                 places = [f"{file}, row {row + 1}" for row in wanted]
-                found = row_records(part.to_pydict(), part.schema, places)
+                found = row_records(part.to_pydict(), part.schema, places, others)
                 yield from zip(wanted, found, strict=True)
             start += batch.num_rows
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from reap_driver.calibration.arrow import known_columns, row_records
-from reap_driver.calibration.records import BadRecords, Record
+from reap_driver.calibration.records import BadRecords, Record, first_line
 from reap_driver.calibration.source import SPLIT, HubDataset
 from reap_kernels.errors import DataError
 
@@ -24,16 +24,16 @@ class HubRows:
         self._location = location
 
     @cached_property
-    def _rows(self) -> Any:
-        """The split, with the columns records are made of."""
+    def _loaded(self) -> tuple[Any, list[str]]:
+        """(the split, with the columns records are made of; others that might matter)."""
         rows = _load(self._location)
-        columns = known_columns(rows.column_names)
+        columns, others = known_columns(rows.column_names)
         # Its own formats are not left on: they would make tensors of token ids.
-        return (rows.select_columns(columns) if columns else rows).with_format(None)
+        return rows.select_columns(columns).with_format(None), others
 
     def count(self) -> int:
         """How many rows there are."""
-        return len(self._rows)
+        return len(self._loaded[0])
 
     def read(self, bad: BadRecords | None) -> Iterator[Record]:
         """All rows, in order.
@@ -41,7 +41,7 @@ class HubRows:
         Raises:
             DataError: the data set cannot be loaded.
         """
-        return (record for _, record in self.pick(range(len(self._rows)), bad))
+        return (record for _, record in self.pick(range(self.count()), bad))
 
     def pick(self, chosen: Sequence[int], bad: BadRecords | None) -> Iterator[tuple[int, Record]]:
         """(number, record) of the rows with those numbers, ascending from 0.
@@ -49,13 +49,14 @@ class HubRows:
         Raises:
             DataError: the data set cannot be loaded.
         """
-        rows = self._rows.select(chosen)
+        loaded, others = self._loaded
+        rows = loaded.select(chosen)
         schema = rows.features.arrow_schema
         for start in range(0, len(rows), _ROWS):
             part = chosen[start : start + _ROWS]
             places = [f"{self._location}, row {number + 1}" for number in part]
             columns = rows[start : start + len(part)]
-            yield from zip(part, row_records(columns, schema, places), strict=True)
+            yield from zip(part, row_records(columns, schema, places, others), strict=True)
 
 
 def _load(location: HubDataset) -> Any:
@@ -77,10 +78,9 @@ def _load(location: HubDataset) -> Any:
             revision=location.revision,
         )
     except Exception as error:  # of the network's and Arrow's libraries, and its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"data {location}: no file or folder has that name, and the hub's data set cannot be "
-            f"loaded ({type(error).__name__}: {reason}); {_remedy(error)}"
+            f"loaded ({type(error).__name__}: {first_line(error)}); {_remedy(error)}"
         ) from error
 
 

@@ -3,15 +3,18 @@
 Content is text; parts of it are joined. A tool is an object `{"type": "function", "function": ...}`
 with a JSON schema of its parameters, a tool call `{"type": "function", "function": {"name",
 "arguments"}}` with an id of nine characters and arguments as an object; the message that has it has
-content, if only an empty one. Everything else a message has stays, such as `reasoning_content`.
+content, if only an empty one. Everything else a message has stays, such as `reasoning_content`;
+what else a call, a tool or a part of content has is noted in the record as not used.
 """
 
-import json
 import re
 from typing import Any
 
 from reap_driver.calibration.records import Record
+from reap_driver.calibration.unused import unused
+from reap_kernels.documents import parse_json
 from reap_kernels.errors import DataError
+from reap_kernels.schema import short
 
 # Names of roles in `from`, as ShareGPT and its descendants write them.
 _ROLES = {
@@ -26,6 +29,8 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+# What is taken of a call and of its function.
+_CALL = ("id", "type", "function", "name", "arguments")
 # JSON schema's names of the types in Python signatures.
 _TYPES = {
     "str": "string",
@@ -76,8 +81,8 @@ def checked_messages(record: Record, name: str, value: Any = None) -> list[dict[
         message = {key: item for key, item in given.items() if item is not None}
         if not isinstance(message.get("role"), str):
             raise DataError(f"{record.place}: {name}[{number}] has no role; give every message one")
-        if isinstance(message.get("content"), list):
-            message["content"] = _joined(record, f"{name}[{number}]", message["content"])
+        if "content" in message:
+            message["content"] = _content(record, f"{name}[{number}]", message["content"])
         if "tool_calls" in message:
             what = f"{name}[{number}].tool_calls"
             found = list_of_objects(record, what, message.pop("tool_calls") or [], least=0)
@@ -106,6 +111,8 @@ def checked_tools(record: Record) -> list[dict[str, Any]] | None:
                 f"{record.place}: tools[{number}] has no name; give {{name, description, "
                 "parameters}, or that as the function of {type, function}"
             )
+        if function is not bare:
+            record.unused.update(unused(tool, ("type", "function"), "tools[]."))
         tools.append({"type": "function", "function": _with_schema(function)})
     return tools or None
 
@@ -130,10 +137,12 @@ def tool_call(record: Record, name: str, call: dict[str, Any], number: int) -> d
         raise DataError(
             f"{record.place}: {name} has a call without a name; give {{name, arguments}}"
         )
+    for given in (call, function):
+        record.unused.update(unused(given, _CALL, "tool_calls[]."))
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            parsed = json.loads(arguments or "{}")
+            parsed = parse_json(arguments or "{}", plain=False)
         except ValueError:
             parsed = arguments
         arguments = parsed if isinstance(parsed, dict) else arguments
@@ -141,47 +150,60 @@ def tool_call(record: Record, name: str, call: dict[str, Any], number: int) -> d
     return {"id": call.get("id") or f"call{number:05}", "type": "function", "function": called}
 
 
-def turn(record: Record, role: Any, value: Any) -> dict[str, Any]:
-    """A message of `from` and `value`.
+def turn(record: Record, given: dict[str, Any]) -> dict[str, Any]:
+    """A message of `from` and `value`; what else is given stays.
 
     Raises:
         DataError: the role is not known, or a call of tools is no JSON.
     """
+    message = dict(given)
+    role, value = message.pop("from"), message.pop("value", None)
     known = _ROLES.get(role) if isinstance(role, str) else None
     if known is None:
         raise DataError(
-            f"{record.place}: conversations are from {role!r}, which is not known; give one of "
-            f"{', '.join(_ROLES)}"
+            f"{record.place}: conversations are from {short(role)}, which is not known; give one "
+            f"of {', '.join(_ROLES)}"
         )
     if role == "function_call":
         calls = _parsed(record, "the function_call", value)
         calls = [calls] if isinstance(calls, dict) else calls
-        return {"role": known, "tool_calls": calls}
-    return {"role": known, "content": value}
+        return {**message, "role": known, "tool_calls": calls}
+    return {**message, "role": known, "content": value}
 
 
 def _parsed(record: Record, name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{record.place}: {name} is text but not JSON ({error})") from error
+        return parse_json(value, plain=False)
+    except ValueError as error:
+        raise DataError(f"{record.place}: {name} is text, which {error}; correct it") from error
 
 
-def _joined(record: Record, what: str, parts: list[Any]) -> str:
-    """The text of parts `{"type": "text", "text": ...}`, or of strings."""
-    texts = []
-    for part in parts:
-        text = part.get("text") if isinstance(part, dict) else part
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind != "text" or not isinstance(text, str):
-            raise DataError(
-                f"{record.place}: {what} has a part of type {kind!r}; only parts of text can be "
-                "read, so leave out or describe the others"
-            )
-        texts.append(text)
-    return "".join(texts)
+def _content(record: Record, what: str, content: Any) -> str:
+    """A text, or the one that parts `{"type": "text", "text": ...}` and strings make."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise DataError(
+            f"{record.place}: the content of {what} is a {type(content).__name__}; give a text, or "
+            "a list of parts"
+        )
+    return "".join(_text_of(record, what, part) for part in content)
+
+
+def _text_of(record: Record, what: str, part: Any) -> str:
+    """Of a part of a content; the one place where parts of other types are refused."""
+    text = part.get("text") if isinstance(part, dict) else part
+    kind = part.get("type", "text") if isinstance(part, dict) else "text"
+    if kind != "text" or not isinstance(text, str):
+        raise DataError(
+            f"{record.place}: {what} has a part of type {short(kind)}; only parts of text can be "
+            "read, so leave out or describe the others"
+        )
+    if isinstance(part, dict):
+        record.unused.update(unused(part, ("type", "text"), "content[]."))
+    return text
 
 
 def _with_schema(function: dict[str, Any]) -> dict[str, Any]:

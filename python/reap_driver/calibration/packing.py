@@ -6,15 +6,18 @@
 | `isolated` | the same tokens | ends where a document does; positions begin anew |
 | `none` | one document, cut to `seq_len` tokens | its own |
 
-`concat` is what the reference implementation of REAP does. Where documents follow each other the
-model's end-of-sequence token stands between them, and belongs to the one before. Nothing is padded
-here, and nothing lost but what `none` cuts off: the last sequence of a source is shorter when its
-tokens do not fill it.
+`concat` is what the reference implementation of REAP does. The model's end-of-sequence token ends a
+document that another one follows. Nothing is padded here, and nothing lost but what `none` cuts
+off: the last sequence of a source is shorter when its tokens do not fill it.
+
+Documents that were token ids in their records stay as they were made elsewhere: no token is added
+to them, and one of exactly `seq_len` tokens is a sequence of its own, before which the sequence
+that was begun ends.
 """
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -49,6 +52,8 @@ class PackedSource:
         packing: how documents make sequences.
         truncated: documents that were longer than `seq_len` and cut.
         skipped: records left out because something is wrong with them; None: none may be.
+        given: [documents] bool, those that were token ids; None where none was.
+        unused: names of fields of the records that nothing was made of.
     """
 
     source: DataSource
@@ -62,13 +67,27 @@ class PackedSource:
     packing: Packing = "concat"
     truncated: int = 0
     skipped: BadRecords | None = None
+    given: Tensor | None = None
+    unused: Sequence[str] = ()
 
     @cached_property
     def bounds(self) -> list[int]:
         """Where in `ids` each sequence begins, and where the last one ends."""
-        apart = self.packing == "none"
-        starts = self.starts.tolist() if apart else range(0, self.tokens, self.seq_len)
-        return [*starts, self.tokens]
+        if self.packing == "none":
+            return [*self.starts.tolist(), self.tokens]
+        ends = [*sorted(self._whole | {begin + self.seq_len for begin in self._whole}), self.tokens]
+        bounds = [0]
+        for end in ends:
+            bounds += [*range(bounds[-1] + self.seq_len, end, self.seq_len), end]
+        return list(dict.fromkeys(bounds))
+
+    @cached_property
+    def _whole(self) -> set[int]:
+        """Where documents begin that were token ids, as many as a sequence has."""
+        if self.given is None:
+            return set()
+        lengths = torch.diff(self.starts, append=torch.tensor([self.tokens]))
+        return set(self.starts[self.given & (lengths == self.seq_len)].tolist())
 
     @property
     def tokens(self) -> int:
@@ -101,7 +120,8 @@ class PackedSource:
 
     def provenance(self) -> dict[str, Any]:
         """The record statistics keep. The digest is over the ids as int32, then, where they matter,
-        the documents' starts as int64 and a byte a token that says whether it counts."""
+        the documents' starts as int64 and a byte a token that says whether it counts; and the
+        sequences' bounds as int64 where documents are sequences of their own."""
         asked = {"samples": self.source.samples, "tokens": self.source.tokens}
         facts = {
             "group": self.source.group,
@@ -117,6 +137,7 @@ class PackedSource:
             "separator": self.separator,
             "asked": {key: value for key, value in asked.items() if value is not None},
             "truncated": self.truncated,
+            "unused": list(self.unused),
         }
         bad = self.skipped
         return facts if bad is None else {**facts, "skipped": bad.count, "skipped_first": bad.first}
@@ -128,6 +149,8 @@ class PackedSource:
             digest.update(self.starts.numpy().astype("<i8").data)
         if self.counted is not None:
             digest.update(self.counted.numpy().view("u1").data)
+        if self.packing != "none" and any(begin % self.seq_len for begin in self._whole):
+            digest.update(torch.tensor(self.bounds).numpy().astype("<i8").data)
         return digest.hexdigest()
 
     def notes(self) -> list[str]:
@@ -137,7 +160,7 @@ class PackedSource:
             notes.append(f"{name} has {self.records} records, {asked.samples} were asked for")
         if asked.tokens is not None and self.tokens < asked.tokens:
             notes.append(f"{name} has {self.tokens} tokens, {asked.tokens} were asked for")
-        if self.separator is None and self.records > 1 and self.packing != "none":
+        if self.separator is None and self._has_gaps:
             notes.append(
                 f"{name}: the model has no end-of-sequence token, so documents follow each other "
                 "without one"
@@ -148,7 +171,16 @@ class PackedSource:
         if self.skipped is not None and self.skipped.count:
             first = "; ".join(self.skipped.first)
             notes.append(f"{name}: {self.skipped.count} bad records were left out, first {first}")
+        if self.unused:
+            notes.append(f"{name}: fields not used: {', '.join(self.unused)}")
         return notes
+
+    @property
+    def _has_gaps(self) -> bool:
+        """Whether separators have a place: another document follows one that was tokenized here."""
+        if self.packing == "none" or len(self.starts) < 2:
+            return False
+        return self.given is None or not bool(self.given[:-1].all())
 
 
 def pack(
@@ -175,7 +207,7 @@ def pack(
     Raises:
         DataError: the data cannot be read or tokenised, or holds no token that counts.
     """
-    bad = BadRecords() if skip_bad else None
+    bad, unused = BadRecords() if skip_bad else None, set[str]()
     stream = _Stream(source.tokens, seq_len if packing == "none" else None)
     for chunk in _chunks(read_records(source, seed, bad)):
         before = len(stream.ids)
@@ -183,11 +215,13 @@ def pack(
             stream.add(document, encoder.separator)
             if stream.full:
                 break
+        unused.update(*(record.unused for record in chunk))
         if progress is not None:
             progress(len(stream.ids) - before)
         if stream.full:
             break
     stream.check(source)
+    given = torch.frombuffer(stream.given, dtype=torch.bool)
     return PackedSource(
         source,
         torch.frombuffer(stream.ids, dtype=torch.int32),
@@ -196,10 +230,12 @@ def pack(
         stream.records,
         seq_len,
         seed,
-        None if packing == "none" else encoder.separator,
+        None if packing == "none" or given.all() else encoder.separator,
         packing,
         stream.truncated,
         bad,
+        given if given.any() else None,
+        sorted(unused - encoder.written),
     )
 
 
@@ -210,12 +246,16 @@ class _Stream:
         budget: tokens after which it is full; None: never.
         longest: tokens a document is cut to, documents then being apart; None: they are not cut
             and have a separator between them.
+
+    Attributes:
+        ids, starts, counted, given, records, truncated: as a packed source has them, in buffers.
     """
 
     def __init__(self, budget: int | None, longest: int | None) -> None:
         self._budget, self._longest = budget, longest
         self.ids = array("i")
         self.starts = array("q")
+        self.given = bytearray()
         self.counted: bytearray | None = None
         self.records = self.truncated = 0
         self._all_counted = True  # in the document before
@@ -234,9 +274,10 @@ class _Stream:
         if self._longest is not None:
             self.truncated += len(ids) > self._longest
             ids = ids[: self._longest]
-        elif self.ids and separator is not None and self.ids[-1] != separator:
+        elif self.ids and not self.given[-1] and separator not in (None, self.ids[-1]):
             self.ids.append(separator)
         self.starts.append(len(self.ids))
+        self.given.append(document.given)
         self.ids.extend(ids)
         self._count(document.counted)
         if self.full:
@@ -258,6 +299,7 @@ class _Stream:
         del self.ids[self._budget :]
         while self.starts and self.starts[-1] >= len(self.ids):
             self.starts.pop()
+            self.given.pop()
         if self.counted is not None:
             del self.counted[self._budget :]
 

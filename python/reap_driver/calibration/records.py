@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -18,10 +18,18 @@ _FIRST_PASS, _LARGEST_PASS = 256, 4096
 
 @dataclass(frozen=True)
 class Record:
-    """One record and where it stands, as an error message names it."""
+    """One record.
+
+    Attributes:
+        place: where it stands, as an error message names it.
+        fields: what it has.
+        unused: names of fields that nothing is made of, added by whoever passes them over: the
+            reader of a table, whoever tells shapes apart, the chat template.
+    """
 
     place: str
     fields: dict[str, Any]
+    unused: set[str] = field(default_factory=set, compare=False)
 
 
 class BadRecords:
@@ -64,6 +72,11 @@ class BadRecords:
 def guard(bad: BadRecords | None) -> AbstractContextManager[None]:
     """Inside it, an error of a record is counted by `bad`, or raised where that is None."""
     return nullcontext() if bad is None else bad
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Reader(Protocol):

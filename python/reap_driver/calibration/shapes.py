@@ -2,7 +2,7 @@
 
 | fields | becomes |
 |---|---|
-| `input_ids` | token ids, as they are |
+| `input_ids` (+ `attention_mask`, `labels`) | token ids, but those of mask 0 |
 | `text` | a text |
 | `messages` (+ `tools`) | a conversation |
 | `conversations` of `from` and `value` (+ `system`, `tools`) | a conversation |
@@ -12,6 +12,7 @@
 | `content` | a text |
 
 Of several shapes in one record the first in this order counts; a field that is null is absent.
+Fields beside the shape that may say something are noted in the record as not used.
 Lists and objects may be given as JSON text. A question and answer become a conversation where the
 tokenizer has a chat template, else a text: the parts of an instruction with an empty line between
 them, prompt and completion without.
@@ -19,6 +20,7 @@ them, prompt and completion without.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 from reap_driver.calibration.messages import (
@@ -29,14 +31,21 @@ from reap_driver.calibration.messages import (
     turn,
 )
 from reap_driver.calibration.records import Record
+from reap_driver.calibration.unused import unused
 from reap_kernels.errors import DataError
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids, [n]."""
+    """Token ids.
+
+    Attributes:
+        ids: [n], without those that `attention_mask` leaves out.
+        labels: [n], of the same positions; None where the record has none.
+    """
 
     ids: list[int]
+    labels: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,10 +81,11 @@ def shape_of(record: Record) -> Shape:
         DataError: it has no known shape, or a field of the wrong type. Names the place.
     """
     fields = record.fields
-    for needed, make in _SHAPES:
+    for needed, more, make in _SHAPES:
         if all(fields.get(name) is not None for name in needed):
+            record.unused.update(unused(fields, (*needed, *more)))
             return make(record)
-    known = ", ".join(" + ".join(needed) for needed, _ in _SHAPES)
+    known = ", ".join(" + ".join(needed) for needed, _, _ in _SHAPES)
     has = ", ".join(sorted(name for name, value in fields.items() if value is not None))
     raise DataError(
         f"{record.place}: has the fields of no known shape, which are {known} (it has "
@@ -84,10 +94,39 @@ def shape_of(record: Record) -> Shape:
 
 
 def _ids(record: Record) -> Tokens:
-    ids = record.fields["input_ids"]
-    if not isinstance(ids, list) or any(type(i) is not int for i in ids):
-        raise DataError(f"{record.place}: input_ids must be a flat list of integers")
-    return Tokens(ids)
+    ids, labels = _integers(record, "input_ids"), None
+    if record.fields.get("labels") is not None:
+        labels = _beside(record, "labels", ids)
+    if record.fields.get("attention_mask") is None:
+        return Tokens(ids, labels)
+    mask = _beside(record, "attention_mask", ids)
+    if not {0, 1}.issuperset(mask):
+        raise DataError(
+            f"{record.place}: attention_mask must hold 0 and 1 only; give documents that were "
+            "packed together as records of their own"
+        )
+    return Tokens(
+        list(compress(ids, mask)), None if labels is None else list(compress(labels, mask))
+    )
+
+
+def _integers(record: Record, name: str) -> list[int]:
+    value = record.fields[name]
+    kinds = (int, bool) if name == "attention_mask" else (int,)
+    if not isinstance(value, list) or any(type(item) not in kinds for item in value):
+        raise DataError(f"{record.place}: {name} must be a flat list of integers")
+    return value
+
+
+def _beside(record: Record, name: str, ids: list[int]) -> list[int]:
+    """A field with a number for each token id."""
+    value = _integers(record, name)
+    if len(value) != len(ids):
+        raise DataError(
+            f"{record.place}: input_ids has {len(ids)} entries and {name} {len(value)}; give "
+            "one for each token"
+        )
+    return value
 
 
 def _text(name: str) -> Callable[[Record], Text]:
@@ -100,12 +139,8 @@ def _messages(record: Record) -> Chat:
 
 def _conversations(record: Record) -> Chat:
     """`from` and `value`, as ShareGPT has them; items may have `role` and `content` instead."""
-    turns = []
-    for item in list_of_objects(record, "conversations"):
-        if "from" in item:
-            turns.append(turn(record, item["from"], item.get("value")))
-        else:
-            turns.append(item)
+    given = list_of_objects(record, "conversations")
+    turns = [turn(record, item) if "from" in item else item for item in given]
     return Chat(
         _system(record) + checked_messages(record, "conversations", turns), checked_tools(record)
     )
@@ -164,14 +199,15 @@ def _string(record: Record, name: str) -> str:
     return value
 
 
-_SHAPES: tuple[tuple[tuple[str, ...], Callable[[Record], Shape]], ...] = (
-    (("input_ids",), _ids),
-    (("text",), _text("text")),
-    (("messages",), _messages),
-    (("conversations",), _conversations),
-    (("query", "answers"), _query),
-    (("instruction", "output"), _instruction),
-    (("prompt", "completion"), _prompt),
-    (("content",), _text("content")),
+# What must be there, what else is taken, what makes a shape of it.
+_SHAPES: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Record], Shape]], ...] = (
+    (("input_ids",), ("attention_mask", "labels", "token_type_ids"), _ids),
+    (("text",), (), _text("text")),
+    (("messages",), ("tools",), _messages),
+    (("conversations",), ("system", "tools"), _conversations),
+    (("query", "answers"), ("tools",), _query),
+    (("instruction", "output"), ("input", "system"), _instruction),
+    (("prompt", "completion"), ("tools",), _prompt),
+    (("content",), (), _text("content")),
 )
-FIELDS = frozenset({"tools", "input", "system"}.union(*(needed for needed, _ in _SHAPES)))
+FIELDS = frozenset(name for needed, more, _ in _SHAPES for name in (*needed, *more))

@@ -184,7 +184,7 @@ def test_answers_of_instructions_and_prompts(folder: Path, config: PretrainedCon
     ("fields", "why"),
     [
         ({"text": "abc"}, "is a text"),
-        ({"input_ids": [5]}, "has token ids only"),
+        ({"input_ids": [5]}, "has token ids without labels"),
         ({"messages": TALK[:1]}, "is a conversation in which no assistant speaks"),
     ],
 )

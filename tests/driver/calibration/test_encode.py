@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer, PretrainedConfig
 
 from reap_driver.calibration import Encoder
-from reap_driver.calibration.records import Record
+from reap_driver.calibration.records import BadRecords, Record
 from reap_kernels.errors import DataError
 from tests.driver.calibration.conftest import EOS
 
@@ -78,9 +78,9 @@ def test_tools_reach_the_template(encoder: Encoder, folder: Path) -> None:
         ({"input_ids": [-1, 2]}, "token id -1 is outside the vocabulary"),
         ({"messages": []}, "messages must be a list of objects, at least one"),
         ({"messages": ["hi"]}, "messages must be a list of objects"),
-        ({"messages": "{broken"}, "messages is text but not JSON"),
+        ({"messages": "{broken"}, "messages is text, which is not JSON"),
         ({"messages": [{"role": "judge", "content": "a"}]}, "refuses the messages .no such role"),
-        ({"messages": TALK, "tools": "add"}, "tools is text but not JSON"),
+        ({"messages": TALK, "tools": "add"}, "tools is text, which is not JSON"),
     ],
 )
 def test_what_is_wrong_is_named(encoder: Encoder, record: dict[str, Any], says: str) -> None:
@@ -161,3 +161,144 @@ def test_what_the_tokenizer_file_cuts_and_pads_is_not(
     encoder = Encoder(folder, config, answers_only=answers_only)
     records = [{"prompt": "", "completion": "abcdefg"}, {"prompt": "", "completion": "a"}]
     assert encode(encoder, *records) == whole
+
+
+def test_labels_say_which_ids_count(folder: Path, config: PretrainedConfig) -> None:
+    ids = [5, 6, 7, 8]
+    given = {"input_ids": ids, "labels": [-100, 6, -100, 8], "attention_mask": [0, 1, 1, 1]}
+    record = Record("data.jsonl:1", given)
+    [document] = Encoder(folder, config, answers_only=True).encode([record])
+    assert (document.ids, document.counted) == ([6, 7, 8], b"\1\0\1")
+    [document] = Encoder(folder, config).encode([record])
+    assert (document.ids, document.counted) == ([6, 7, 8], None)
+    shifted = Record("data.jsonl:1", {"input_ids": ids, "labels": [6, 7, 8, -100]})
+    with pytest.raises(DataError, match=r":1: its token 0 is 5 and has the label 6; give labels"):
+        list(Encoder(folder, config, answers_only=True).encode([shifted]))
+    list(Encoder(folder, config).encode([shifted]))  # nothing asks for its labels
+
+
+WRITING = "{% for m in messages %}{{ m['content'] }}{{ m['reasoning_content'] }}{% endfor %}"
+DUMPING = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "names"),
+    [
+        (None, {"tools"}),
+        ("{{ messages[0]['content'] }}", {"tools", "messages[].mood", "messages[].thought"}),
+        (WRITING, {"tools", "messages[].mood"}),
+        ("{{ tools }}" + DUMPING, set()),
+    ],
+)
+def test_what_a_template_does_not_write_is_named(
+    folder: Path, config: PretrainedConfig, template: str | None, names: set[str]
+) -> None:
+    """And what is lost without a template; what one record shows holds for the others."""
+    path = folder / "chat_template.jinja"
+    path.unlink()
+    if template is not None:
+        path.write_text(template.replace("reasoning_content", "thought"))
+    encoder = Encoder(folder, config)
+    if template is None:
+        fields: dict[str, Any] = {"prompt": "a", "completion": "b"}
+    else:
+        answer = {**TALK[1], "mood": "m", "tool_call_id": "1"}
+        fields = {"messages": [TALK[0], {**answer, "thought": "t"}]}
+        encode(encoder, {"messages": [TALK[0], {**answer, "thought": ""}]})
+    for n in range(12):
+        record = Record(f"data.jsonl:{n}", {**fields, "tools": [{"name": "f"}]})
+        list(encoder.encode([record]))
+        assert record.unused == names
+
+
+def test_a_field_that_some_record_shows_is_used(folder: Path, config: PretrainedConfig) -> None:
+    """Reasoning is written in the last turn only."""
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ messages[-1]['thought'] }}"
+    )
+    encoder = Encoder(folder, config)
+    answer = {**TALK[1], "thought": "t"}
+    encode(encoder, {"messages": [TALK[0], answer, TALK[0]]})
+    assert encoder.written == frozenset()
+    encode(encoder, {"messages": [TALK[0], answer]})
+    assert encoder.written == {"messages[].thought"}
+
+
+ENDLESS = "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(30) }}"
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError: Range too big."),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: maximum recursion"),
+        (ENDLESS, "it takes more than 10,000 steps"),
+        (LOOPS, "it takes more than 10,000 steps"),
+        ("{{ messages[0].content.no.such }}", "has no attribute"),
+        ("{{ messages | sum }}", "TypeError: unsupported operand"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% for", "unexpected|Unexpected|expected"),
+        ("{% include 'a' %}", "no loader"),
+        ("{{ '\\ud800' }}", "UnicodeEncodeError: .*surrogates not allowed"),
+        ("{{ messages | tojson(indent='x' * 3, separators=1) }}", "TypeError"),
+    ],
+)
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_templates_that_fail_are_named_with_the_record(
+    folder: Path,
+    config: PretrainedConfig,
+    template: str,
+    says: str,
+    answers_only: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("reap_driver.calibration.steps.LIMIT", 10_000)
+    (folder / "chat_template.jinja").write_text(template)
+    encoder = Encoder(folder, config, answers_only=answers_only)
+    with pytest.raises(
+        DataError, match=rf"^data.jsonl:1: the chat template of .*model refuses .*\(.*({says})"
+    ):
+        encode(encoder, {"messages": TALK})
+    bad = BadRecords()
+    records = [Record("data.jsonl:1", {"messages": TALK})]
+    assert list(encoder.encode(records, bad)) == []
+    assert bad.count == 1
+
+
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_templates_without_a_default(
+    folder: Path, config: PretrainedConfig, answers_only: bool
+) -> None:
+    (folder / "chat_template.jinja").unlink()
+    path = folder / "tokenizer_config.json"
+    named = [{"name": name, "template": "{{ messages }}"} for name in ("rag", "tool_use")]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": named}))
+    encoder = Encoder(folder, config, answers_only=answers_only)
+    with pytest.raises(DataError, match=r"data.jsonl:1: .*multiple chat templates with no default"):
+        encode(encoder, {"messages": TALK})
+
+
+def test_half_of_a_surrogate_pair_is_a_bad_record(encoder: Encoder) -> None:
+    records = [Record(f"data.jsonl:{n}", {"text": text}) for n, text in enumerate(("a", "b\ud800"))]
+    with pytest.raises(DataError, match=r"data.jsonl:1: its text has half of a surrogate pair as"):
+        list(encoder.encode(records))
+    bad = BadRecords()
+    assert len(list(encoder.encode(records, bad))) == bad.count == 1
+
+
+def test_a_text_the_tokenizer_fails_on_is_a_bad_record(
+    folder: Path, config: PretrainedConfig
+) -> None:
+    """Words without one for what is unknown: the library raises for the whole batch."""
+    path = folder / "tokenizer.json"
+    facts = json.loads(path.read_text())
+    facts["model"] = {"type": "WordLevel", "vocab": {"a": 5, "b": 6}, "unk_token": "<none>"}
+    facts |= {"pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "normalizer": None}
+    path.write_text(json.dumps(facts))
+    encoder = Encoder(folder, config)
+    records = [Record(f"data.jsonl:{n}", {"text": text}) for n, text in enumerate("acb")]
+    bad = BadRecords()
+    assert [document.ids for document in encoder.encode(records, bad)] == [[5], [6]]
+    assert bad.first[0].startswith("data.jsonl:1: the tokenizer of ")

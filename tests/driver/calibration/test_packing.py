@@ -6,6 +6,7 @@ import json
 import random
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,19 @@ from reap_driver.calibration.packing import Packing
 from reap_driver.calibration.records import BadRecords, Record
 from reap_kernels.errors import DataError
 from tests.driver.calibration.conftest import EOS
+
+
+class Tokenizing(Encoder):
+    """Takes the ids of records as those of texts that it tokenized."""
+
+    def encode(self, records: Sequence[Record], bad: BadRecords | None = None):
+        for document in super().encode(records, bad):
+            yield replace(document, given=False)
+
+
+@pytest.fixture
+def encoder(folder: Path, config: PretrainedConfig) -> Encoder:
+    return Tokenizing(folder, config)
 
 
 def write(path: Path, documents: list[list[int]]) -> Path:
@@ -112,7 +126,7 @@ def test_a_budget_reads_no_further(tmp_path: Path, encoder: Encoder) -> None:
     assert packed(path, encoder, 4, tokens=9).records == 3
 
 
-class Answering(Encoder):
+class Answering(Tokenizing):
     """Counts tokens from 100 on; a document that begins with 3 counts as a whole."""
 
     def encode(self, records: Sequence[Record], bad: BadRecords | None = None):
@@ -185,6 +199,7 @@ def test_provenance_records_what_the_model_saw(tmp_path: Path, encoder: Encoder)
         "separator": EOS,
         "asked": {},
         "truncated": 0,
+        "unused": [],
     }
 
 
@@ -223,7 +238,7 @@ def test_without_end_of_sequence_documents_touch_and_it_is_said(
     tmp_path: Path, config: PretrainedConfig
 ) -> None:
     config.eos_token_id = None
-    source = packed(write(tmp_path / "a.jsonl", [[5], [6]]), Encoder(tmp_path, config), 8)
+    source = packed(write(tmp_path / "a.jsonl", [[5], [6]]), Tokenizing(tmp_path, config), 8)
     assert source.ids.tolist() == [5, 6]
     [note] = source.notes()
     assert "no end-of-sequence token" in note
@@ -233,3 +248,60 @@ def test_records_without_tokens(tmp_path: Path, encoder: Encoder) -> None:
     path = write(tmp_path / "a.jsonl", [[], []])
     with pytest.raises(DataError, match=r"a.jsonl: its 2 records hold no token; give some text"):
         packed(path, encoder, 8)
+
+
+@pytest.mark.parametrize("packing", ["concat", "isolated", "none"])
+def test_sequences_packed_elsewhere_stay_as_they_are(
+    tmp_path: Path, folder: Path, config: PretrainedConfig, packing: Packing
+) -> None:
+    documents = [[(i + j) % 250 + 3 for j in range(512)] for i in range(16)]
+    path = write(tmp_path / "a.jsonl", documents)
+    source = packed(path, Encoder(folder, config), 512, packing=packing)
+    assert sequences(source) == documents
+    assert (source.tokens, source.separator) == (8192, None)
+    assert source.notes() == []
+
+
+@pytest.mark.parametrize("packing", ["concat", "isolated"])
+def test_ids_of_other_lengths_follow_each_other_around_whole_sequences(
+    tmp_path: Path, folder: Path, config: PretrainedConfig, packing: Packing
+) -> None:
+    """Nothing stands between them; a text ends with the separator where something follows."""
+    path = tmp_path / "a.jsonl"
+    records: list[dict[str, object]] = [
+        {"input_ids": [n] * length}
+        for n, length in ((5, 2), (6, 4), (7, 3), (8, 6), (9, 4), (10, 1))
+    ]
+    records[3:3] = [{"text": "a"}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    encoder = Encoder(folder, config)
+    [text] = encoder.encode([Record("a:1", {"text": "a"})])
+    source = packed(path, encoder, 4, packing=packing)
+    stream = [7, 7, 7, *text.ids, EOS, *[8] * 6]
+    parts = [stream[n : n + 4] for n in range(0, len(stream), 4)]
+    assert sequences(source) == [[5, 5], [6] * 4, *parts, [9] * 4, [10]]
+    assert source.separator == EOS
+    cut = packed(path, encoder, 4, tokens=5, packing=packing)
+    assert cut.tokens == 5
+
+
+def test_the_digest_knows_sequences_of_their_own(
+    tmp_path: Path, folder: Path, config: PretrainedConfig
+) -> None:
+    """The same tokens in the same order, but not in the same sequences."""
+    given = Encoder(folder, config)
+    split, whole = ([[5], [6, 7], [8]], [[5, 6], [7, 8]])
+    found = [packed(write(tmp_path / "a.jsonl", ids), given, 2) for ids in (split, whole)]
+    assert [sequences(source) for source in found] == [[[5], [6, 7], [8]], whole]
+    assert len({source.provenance()["digest"] for source in found}) == 2
+
+
+def test_what_nothing_is_made_of_is_named_once(
+    tmp_path: Path, folder: Path, config: PretrainedConfig
+) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": "a", "id": n, "b": n} | ({"a": "x"} if n else {"c": []}) for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = packed(path, Encoder(folder, config), 8)
+    assert source.notes() == [f"{path}: fields not used: a, b"]
+    assert source.provenance()["unused"] == ["a", "b"]

@@ -191,18 +191,106 @@ def test_conversations() -> None:
         ({"messages": [{**ANSWER, "tool_calls": "{}"}]}, "tool_calls must be a list of objects$"),
         ({"messages": TALK, "tools": [{"type": "code"}]}, r"tools\[0\] has no name; give {name,"),
         ({"messages": TALK, "tools": '"add"'}, "tools must be a list of objects"),
-        ({"query": "a", "answers": "add(1)"}, "answers is text but not JSON"),
+        ({"query": "a", "answers": "add(1)"}, "answers is text, which is not JSON"),
         (
             {"conversations": [{"from": "judge", "value": "a"}]},
             "conversations are from 'judge', which is not known; give one of system, human, ",
         ),
         (
             {"conversations": [{"from": "function_call", "value": "add(1)"}]},
-            "the function_call is text but not JSON",
+            "the function_call is text, which is not JSON",
         ),
         ({"prompt": [USER], "completion": []}, "completion must be a list of objects, at least"),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            r"the content of messages\[0\] is a int; give a text, or a list of parts",
+        ),
+        ({"conversations": [{"from": "gpt", "value": {}}]}, r"conversations\[0\] is a dict; give"),
+        ({"messages": "[" * 100000}, "messages is text, which is nested deeper than 64 levels"),
+        ({"messages": '[{"role": "a", "role": "b"}]'}, "which has the name 'role' twice"),
+        ({"messages": '[{"role": "\\ud800"}]'}, "messages is text, which holds a text that no"),
     ],
 )
 def test_what_is_wrong_is_named(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(DataError, match=rf"^data.jsonl:7: .*{says}"):
         shape(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape"),
+    [
+        ({}, Tokens([5, 6, 7, 8])),
+        ({"attention_mask": [0, 1, 1, 0]}, Tokens([6, 7])),
+        ({"attention_mask": [True, True, False, True]}, Tokens([5, 6, 8])),
+        ({"attention_mask": [0, 0, 0, 0]}, Tokens([])),
+        ({"labels": [-100, 6, 7, 8]}, Tokens([5, 6, 7, 8], [-100, 6, 7, 8])),
+        ({"labels": [-100, 6, -100, 8], "attention_mask": [0, 0, 1, 1]}, Tokens([7, 8], [-100, 8])),
+    ],
+)
+def test_masked_ids_are_left_out(fields: dict[str, Any], shape: Tokens) -> None:
+    assert shape_of(Record("a:1", {"input_ids": [5, 6, 7, 8], **fields})) == shape
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "labels"])
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ([1, 1], r"input_ids has 3 entries and {name} 2; give one for each token"),
+        ([1, 1, 1, 1], r"input_ids has 3 entries and {name} 4"),
+        ([[1, 1, 1]], "{name} must be a flat list of integers"),
+        ("111", "{name} must be a flat list of integers"),
+        ([1, 1.0, 1], "{name} must be a flat list of integers"),
+    ],
+)
+def test_fields_beside_ids_must_fit(name: str, value: Any, says: str) -> None:
+    with pytest.raises(DataError, match=f"^data.jsonl:7: {says.format(name=name)}"):
+        shape(**{"input_ids": [1, 2, 3], name: value})
+
+
+def test_numbered_documents_in_a_mask_are_refused() -> None:
+    with pytest.raises(DataError, match=r"attention_mask must hold 0 and 1 only; give documents"):
+        shape(input_ids=[1, 2, 3], attention_mask=[1, 1, 2])
+
+
+def unused_of(**fields: Any) -> set[str]:
+    record = Record("data.jsonl:7", fields)
+    shape_of(record)
+    return record.unused
+
+
+CALL = {"name": "add", "arguments": {}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"input_ids": [1], "attention_mask": [1], "labels": [1], "token_type_ids": [0]}, set()),
+        ({"input_ids": [1], "position_ids": [0], "text": "a"}, {"position_ids", "text"}),
+        ({"text": "a", "id": 5, "meta": {"a": 1}, "url": "u"}, set()),
+        ({"text": "a", "summary": "b", "tools": [], "title": "", "c": None}, {"summary"}),
+        ({"messages": TALK, "tools": [ADD], "system": "s"}, {"system"}),
+        ({"conversations": TALK, "tools": [ADD], "system": "s", "chosen": 1}, {"chosen"}),
+        ({"instruction": "a", "output": "b", "system": "s", "history": [["a", "b"]]}, {"history"}),
+        ({"prompt": "a", "completion": "b", "system": "s"}, {"system"}),
+        ({"query": "a", "answers": [CALL], "tools": [ADD]}, set()),
+        ({"query": "a", "answers": [CALL | {"result": 3}]}, {"tool_calls[].result"}),
+        (
+            {"messages": [USER, {**ANSWER, "tool_calls": [{"function": CALL | {"x": 1}, "y": 2}]}]},
+            {"tool_calls[].x", "tool_calls[].y"},
+        ),
+        ({"messages": TALK, "tools": [{**WRAPPED, "cost": 3}]}, {"tools[].cost"}),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "a", "voice": "b"}]}]},
+            {"content[].voice"},
+        ),
+        ({"content": "a", "prompt": "b"}, {"prompt"}),
+    ],
+)
+def test_fields_beside_a_shape_are_named(fields: dict[str, Any], names: set[str]) -> None:
+    assert unused_of(**fields) == names
+
+
+def test_what_turns_of_a_conversation_have_stays() -> None:
+    turn = {"from": "gpt", "value": "yes", "thought": "hm"}
+    expected = {**ANSWER, "thought": "hm"}
+    assert chat(conversations=[{"from": "human", "value": "hi"}, turn]).messages == [USER, expected]

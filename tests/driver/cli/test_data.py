@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 
 import reap_driver as rd
 from tests.driver.cli.conftest import Run, write_model
@@ -58,7 +60,9 @@ def test_isolated_documents_are_to_the_model_what_each_is_alone(
     run: Run, model: Path, documents: Path, tmp_path: Path, stream: str
 ) -> None:
     """Ten to a sequence, and one: routed alike but for the separators; end to end they are not."""
-    ten = write(tmp_path / "ten.jsonl", [json.loads(line) for line in documents.open()][:10])
+    lengths = [len(json.loads(line)["input_ids"]) for line in documents.open()][:10]
+    texts = ["".join(chr(33 + (7 * j + n) % 90) for j in range(n)) for n in lengths]
+    ten = write(tmp_path / "ten.jsonl", [{"text": text} for text in texts])
     words = (model, "--data", ten, "--stream", stream)
     isolated = observed(run, tmp_path / "isolated", *words, "--packing", "isolated")
     alone = observed(run, tmp_path / "alone", *words, "--packing", "none")
@@ -72,6 +76,61 @@ def test_isolated_documents_are_to_the_model_what_each_is_alone(
         assert int(separators.min()) >= 0
         assert int(separators.sum()) == 3 * 9
         assert int((concat.layers[name].count - layer.count).min()) < 0
+
+
+@pytest.mark.parametrize("side", ["front", "behind", "middle"])
+def test_masked_positions_are_as_if_they_were_not_there(
+    run: Run, model: Path, tmp_path: Path, side: str
+) -> None:
+    """The kept sets come from the tokens that attention sees, and the mask is no field unused."""
+    rows = [[(5 * j + n) % 250 for j in range(32)] for n in range(6)]
+    plain = write(tmp_path / "plain.jsonl", [{"input_ids": ids} for ids in rows])
+    at = {"front": 0, "behind": 32, "middle": 9}[side]
+    padded = [
+        {
+            "input_ids": ids[:at] + [1] * 96 + ids[at:],
+            "attention_mask": [1] * at + [0] * 96 + [1] * (32 - at),
+        }
+        for ids in rows
+    ]
+    data = f"plain={write(tmp_path / 'padded.jsonl', padded)}"
+    mine = observed(run, tmp_path / "mine", model, "--data", data, "--seq-len", 128)
+    theirs = observed(run, tmp_path / "theirs", model, "--data", plain, "--seq-len", 128)
+    assert mine.provenance["data"][0]["digest"] == theirs.provenance["data"][0]["digest"]
+    assert_close(mine, theirs, 0)
+
+
+def test_sequences_packed_elsewhere_are_those_that_run(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    rows = [{"input_ids": [(5 * j + n) % 250 for j in range(128)]} for n in range(16)]
+    words = ("observe", model, "--data", write(tmp_path / "a.jsonl", rows), "--seq-len", 128)
+    done = run(*words, "--out", tmp_path / "out", "--json")
+    assert done.json["tokens"] == 16 * 128
+    [facts] = done.json["data"]
+    assert (facts["sequences"], facts["separator"]) == (16, None)
+
+
+def test_fields_that_nothing_is_made_of_are_named(
+    run: Run, model: Path, tmp_path: Path, chats: Path
+) -> None:
+    """Beside a shape, in messages the template does not write, in columns of a table; once each."""
+    rows = [json.loads(line) for line in chats.open()]
+    for row in rows:
+        row["messages"][1]["reasoning_content"] = "because"
+        row |= {"prompt": "q", "id": 7}
+    write(chats, rows)
+    table = tmp_path / "table.parquet"
+    parquet.write_table(pa.Table.from_pylist([{"text": "a", "summary": "b", "id": 1}] * 9), table)
+    words = ("observe", model, "--data", chats, "--data", table, "--json")
+    done = run(*words, "--out", tmp_path / "out")
+    names = ["messages[].reasoning_content", "prompt"]
+    assert f"note: {chats}: fields not used: {', '.join(names)}\n" in done.err
+    assert f"note: {table}: fields not used: summary\n" in done.err
+    assert done.err.count("fields not used") == 2
+    assert [source["unused"] for source in done.json["data"]] == [names, ["summary"]]
+    stats = rd.SaliencyStats.load(tmp_path / "out")
+    assert [source["unused"] for source in stats.provenance["data"]] == [names, ["summary"]]
 
 
 def test_models_that_pass_boundaries_are_refused_early(
