@@ -95,7 +95,7 @@ def test_groups_are_kept_apart_and_weighed(
     assert loaded.groups == ["code", "talk"]
     sources = loaded.provenance["data"]
     assert [(s["group"], s["records"]) for s in sources] == [("code", 7), ("talk", 9)]
-    assert sources[1]["tokens"] == 9 * 8 + 8  # separators between the documents
+    assert sources[1]["tokens"] == 9 * 8
     for layer in loaded.layers.values():
         assert layer.tokens.tolist() == [source["tokens"] for source in sources]
         assert layer.count.sum(dim=1).tolist() == [3 * source["tokens"] for source in sources]
