@@ -182,7 +182,7 @@ def _describe(
             f"is routed to (looked for {', '.join(_TOP_K_NAMES)})"
         )
     width = getattr(config, "hidden_size", sizes.hidden_size)
-    return MoELayer(
+    layer = MoELayer(
         name=name,
         module=module,
         num_experts=sizes.num_experts,
@@ -196,6 +196,26 @@ def _describe(
         norm_space="output" if sizes.hidden_size == width else "latent",
         local=adapter.local(module),
     )
+    # Experts without weights (LongCat's identity experts) can be chosen too.
+    _check_routing(layer, layer.num_experts + (_first_int([config], ("zero_expert_num",)) or 0))
+    return layer
+
+
+def _check_routing(layer: MoELayer, choices: int) -> None:
+    """Raises for routing that no router can do; `choices` are the experts it chooses among."""
+    groups = layer.n_group
+    reason = None
+    if not 1 <= layer.top_k <= choices:
+        reason = f"a token is routed to {layer.top_k} of {choices} experts"
+    elif groups < 1 or choices % groups:
+        reason = f"{choices} experts are divided into {groups} groups"
+    elif not 1 <= layer.topk_group <= groups:
+        reason = f"{layer.topk_group} of {groups} groups are chosen"
+    if reason is not None:
+        raise UnsupportedModel(
+            f"{layer.name}: by the configuration {reason}; restore config.json from where the "
+            "checkpoint was published"
+        )
 
 
 def _first_int(sources: list[Any], names: tuple[str, ...]) -> int | None:

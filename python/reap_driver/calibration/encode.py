@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from reap_driver.calibration.chat import ChatTemplate, Span
 from reap_driver.calibration.records import BadRecords, Record, first_line, guard
 from reap_driver.calibration.shapes import Chat, Text, Tokens, shape_of
+from reap_driver.compat.foreign import foreign
 from reap_kernels.errors import DataError
 from reap_kernels.schema import short
 
@@ -227,17 +228,16 @@ class Encoder:
 
     def _load_tokenizer(self, record: Record) -> Any:
         if self._tokenizer is None:
-            try:
+            needs = f"{record.place}: needs the tokenizer of {self._model}, which cannot be loaded"
+            remedy = (
+                "add its files (tokenizer.json, ...), allow its code with --trust-remote-code, or "
+                "give records with input_ids"
+            )
+            with foreign(needs, remedy, error=DataError):
                 # Given the config, AutoTokenizer need not resolve a model_type it does not know.
                 self._tokenizer = AutoTokenizer.from_pretrained(
                     str(self._model), config=self._config, trust_remote_code=self._trust
                 )
-            except Exception as error:  # of whatever code and library the files ask for
-                raise DataError(
-                    f"{record.place}: needs the tokenizer of {self._model}, which cannot be loaded "
-                    f"({first_line(error)}); add its files (tokenizer.json, ...), allow its code "
-                    "with --trust-remote-code, or give records with input_ids"
-                ) from error
             if self._answers_only and not self._tokenizer.is_fast:
                 raise DataError(
                     f"the tokenizer of {self._model} does not say which characters its tokens "

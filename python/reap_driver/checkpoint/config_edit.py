@@ -11,18 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from reap_driver.checkpoint.lists import ExpertList, split_layer
+from reap_driver.compat.config_file import COUNT_FIELDS
 from reap_driver.compat.load_pruned import SETTINGS
 from reap_kernels.errors import CheckpointError
 
-# Every name under which a configuration stores the number of routed experts of a layer.
-COUNT_FIELDS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-    "num_routed_experts",
-    "n_experts",
-)
 # Fields that say how many MTP layers there are, or that there are any.
 _MTP_FIELDS = frozenset(
     {

@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig
 
-from reap_kernels.errors import DataError
+from reap_driver.compat.foreign import foreign
+from reap_kernels.errors import CheckpointError, DataError
 
 _FILE = "tokenizer.json"
 # What tokenizers come in. The library makes an empty one where none of them is.
@@ -56,10 +57,11 @@ def _tokens(folder: Path, config: PretrainedConfig, trust: bool) -> dict[str, in
     if not any(found for pattern in _FILES for found in folder.glob(pattern)):
         return None
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(folder), config=config, trust_remote_code=trust
-        )
-    except (OSError, ValueError, KeyError, ImportError, AttributeError):
+        with foreign(f"the tokenizer of {folder} cannot be loaded", "check its files"):
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(folder), config=config, trust_remote_code=trust
+            )
+    except CheckpointError:  # calibration data may be token ids, which need none
         return None
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     return vocabulary

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
+from reap_driver.compat.foreign import foreign
 from reap_driver.router_mask import masked_experts
 from reap_kernels.errors import DataError
 
@@ -68,7 +69,9 @@ def evaluate(
             f"--tasks: lm-evaluation-harness knows no {unknown[0]!r}; `lm_eval ls tasks` lists "
             "them, --task-folder adds others"
         )
-    own = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
+    what = f"--tasks: the tokenizer of {tokenizer} cannot be loaded"
+    with foreign(what, "add its files (tokenizer.json, ...)", error=DataError):
+        own = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
     with contextlib.nullcontext() if kept is None else masked_experts(model, kept):
         found = harness.simple_evaluate(
             model=adapters.HFLM(pretrained=model, tokenizer=own, batch_size=batch_size),

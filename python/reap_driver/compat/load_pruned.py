@@ -46,8 +46,9 @@ def from_pretrained(path_or_id: str, **options: Any) -> PreTrainedModel:
     """
     hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
     raw, _ = PretrainedConfig.get_config_dict(path_or_id, **hub)
-    name = (raw.get("architectures") or [""])[0]
-    remote = (raw.get("auto_map") or {}).get("AutoModelForCausalLM")
+    names, codes = raw.get("architectures"), raw.get("auto_map")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    remote = codes.get("AutoModelForCausalLM") if isinstance(codes, dict) else None
     cls: Any
     if options.get("trust_remote_code") and remote is not None:
         config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=True, **hub)
@@ -103,7 +104,8 @@ def _settings(config: PretrainedConfig) -> tuple[list[str], Mapping[str, int]]:
         return [], {}
     fields: Any = found.get("count_fields") if isinstance(found, dict) else None
     counts: Any = found.get("counts") if isinstance(found, dict) else None
-    fine = isinstance(fields, list) and fields and isinstance(counts, dict) and counts
+    named = isinstance(fields, list) and all(isinstance(field, str) for field in fields)
+    fine = named and fields and isinstance(counts, dict) and counts
     if not fine or not all(isinstance(n, int) and n > 0 for n in counts.values()):
         raise ValueError(
             f"config.json: {SETTINGS!r} is {str(found)[:80]}, expected an object of count_fields "

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from reap_driver.compat.config_file import read_config
+from reap_driver.compat.foreign import foreign, offending_field, one_line
 from reap_driver.compat.fp8 import partial_blocks
 from reap_driver.compat.load_pruned import built_per_layer
 from reap_driver.compressed.scheme import is_compressed
-from reap_kernels.errors import CheckpointError, ReapError, UnsupportedModel
+from reap_kernels.errors import CheckpointError, UnsupportedModel
+
+_CORRECT = "correct the field, or use the transformers version the checkpoint was made for"
 
 # Auto mappings tried, in order, for a config whose `architectures` names no class we can use.
 _AUTO_MAPPINGS = (
@@ -70,28 +73,15 @@ def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> P
         CheckpointError: no readable `config.json` there.
         UnsupportedModel: neither `model_type` nor `architectures[0]` is known.
     """
-    raw = _raw_config(path_or_id)
+    raw = read_config(path_or_id)
     model_type, architecture = raw.get("model_type"), (raw.get("architectures") or [None])[0]
-    try:
-        if model_type in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in raw):
-            return CONFIG_MAPPING[model_type].from_pretrained(str(path_or_id))
-        native = _native_class(architecture)
-        if native is not None and native.config_class is not None:
-            with _quiet("transformers.configuration_utils"):  # warns of the alias
-                config = native.config_class.from_pretrained(str(path_or_id))
-            # The library looks up a model's key conversions by this name; an alias has none.
-            config.model_type = native.config_class.model_type
-            return config
-        if "auto_map" in raw and trust_remote_code:
-            return AutoConfig.from_pretrained(str(path_or_id), trust_remote_code=True)
-    except ReapError:
-        raise
-    except Exception as error:  # a config class may raise anything on a field it does not like
-        raise CheckpointError(
-            f"{path_or_id}: config.json (model_type {model_type!r}) is not a valid configuration: "
-            f"{_one_line(error)}. Correct the field, or use the transformers version the "
-            "checkpoint was made for."
-        ) from error
+    remote = trust_remote_code and "auto_map" in raw
+    what = f"{path_or_id}: config.json (model_type {model_type!r}) is not a valid configuration"
+    with foreign(what, _CORRECT):
+        config = _known_config(str(path_or_id), model_type, architecture, remote=remote)
+    if config is not None:
+        config._name_or_path = str(path_or_id)  # for messages
+        return config
     remedy = (
         "pass trust_remote_code=True (--trust-remote-code) to run the checkpoint's own code"
         if "auto_map" in raw
@@ -101,6 +91,39 @@ def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> P
         f"{path_or_id}: model_type {model_type!r} with architecture {architecture!r} is unknown to "
         f"transformers {transformers.__version__}; {remedy}."
     )
+
+
+def _known_config(
+    path_or_id: str, model_type: object, architecture: str | None, *, remote: bool
+) -> PretrainedConfig | None:
+    """What the class for it makes of config.json; None where there is no class."""
+    if model_type in CONFIG_MAPPING and not remote:
+        return CONFIG_MAPPING[str(model_type)].from_pretrained(path_or_id)
+    native = _native_class(architecture)
+    if native is not None and native.config_class is not None:
+        with _quiet("transformers.configuration_utils"):  # warns of the alias
+            config = native.config_class.from_pretrained(path_or_id)
+        # The library looks up a model's key conversions by this name; an alias has none.
+        config.model_type = native.config_class.model_type
+        return config
+    return AutoConfig.from_pretrained(path_or_id, trust_remote_code=True) if remote else None
+
+
+def read_model(
+    path_or_id: str | Path, *, trust_remote_code: bool = False
+) -> tuple[PretrainedConfig, PreTrainedModel]:
+    """The configuration of a checkpoint, and its model on the meta device; no weights are read.
+
+    Whatever config.json holds, the outcome is a model or one error that names the file.
+
+    Raises:
+        CheckpointError, UnsupportedModel: see `load_config`, `model_class` and `meta_model`.
+
+    Example:
+        >>> config, model = read_model("Qwen3-30B-A3B")
+    """
+    config = load_config(path_or_id, trust_remote_code=trust_remote_code)
+    return config, meta_model(config)
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -174,24 +197,20 @@ def from_checkpoint(
         )
     if device_map is not None:
         options.update(device_map=device_map, offload_folder=offload_folder)
-    try:  # its report of missing keys is raised below; its tensor-parallel advice is noise
-        noisy = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
+    # Its report of missing keys is raised below; its tensor-parallel advice is noise.
+    noisy = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
+    remedy = "check config.json, generation_config.json and the weights, or download them again"
+    with foreign(f"{path_or_id}: the model cannot be loaded", remedy):
         with _quiet(*noisy), partial_blocks(), built_per_layer(cls):
             model, info = cls.from_pretrained(
                 str(path_or_id),
                 config=config,
                 dtype=dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported, and refused by _check_loading
+                ignore_mismatched_sizes=True,  # reported, and refused by check_loading
                 **options,
             )
-    except ReapError:
-        raise
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path_or_id}: cannot load the weights: {_one_line(error)}."
-        ) from error
-    return model.eval(), info
+        return model.eval(), info
 
 
 def meta_model(
@@ -209,47 +228,25 @@ def meta_model(
     from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
     chosen = model_class(config) if cls is None else cls
-    with contextlib.ExitStack() as stack:
-        for context in (torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights()):
-            stack.enter_context(context)
-        stack.enter_context(built_per_layer(chosen))
-        try:
+
+    def build(config: PretrainedConfig) -> PreTrainedModel:
+        with contextlib.ExitStack() as stack:
+            for context in (torch.device("meta"), meta_device_safe_creation_ops()):
+                stack.enter_context(context)
+            stack.enter_context(no_init_weights())
+            stack.enter_context(built_per_layer(chosen))
             return chosen(config)
-        except ValueError as error:
-            raise CheckpointError(
-                f"{chosen.__name__} cannot be built: {_one_line(error)}"
-            ) from error
 
-
-def _raw_config(path_or_id: str | Path) -> dict[str, Any]:
-    """`config.json` as written."""
-    path = Path(path_or_id)
-    if path.is_dir():
-        file = path / "config.json"
-        if not file.is_file():
-            raise CheckpointError(
-                f"{path}: no config.json there; give the folder of a Hugging Face checkpoint."
+    def culprit(raised: Exception) -> str | None:
+        with _quiet("transformers"):
+            return offending_field(
+                config.to_dict(), raised, lambda edited: build(type(config).from_dict(edited))
             )
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{file}: not valid JSON ({error}); restore the file.") from error
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{file}: holds a {type(raw).__name__}, expected a JSON object.")
-        return raw
-    if (
-        path.exists()
-        or path.is_absolute()
-        or str(path_or_id).startswith(".")
-        or len(path.parts) > 2
-    ):
-        raise CheckpointError(f"{path_or_id}: no such checkpoint folder.")
-    try:
-        return dict(PretrainedConfig.get_config_dict(str(path_or_id))[0])
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path_or_id}: neither a folder nor a hub id that can be read ({_one_line(error)})."
-        ) from error
+
+    name = config._name_or_path or "model"
+    what = f"{name}: config.json does not describe a {chosen.__name__} that can be built"
+    with foreign(what, _CORRECT, culprit=culprit):
+        return build(config)
 
 
 def _native_class(architecture: str | None) -> type[PreTrainedModel] | None:
@@ -265,10 +262,12 @@ def _remote_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     auto_map = getattr(config, "auto_map", None) or {}
     for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel"):
         if auto in auto_map:
-            cls: type[PreTrainedModel] = get_class_from_dynamic_module(
-                auto_map[auto], config._name_or_path
-            )
-            return cls
+            what = f"{config._name_or_path}: the code that auto_map of config.json names"
+            with foreign(f"{what} cannot be used", "install what it needs, or restore the files"):
+                cls: type[PreTrainedModel] = get_class_from_dynamic_module(
+                    auto_map[auto], config._name_or_path
+                )
+                return cls
     raise UnsupportedModel(
         f"{config._name_or_path}: auto_map of config.json names no model class: {auto_map}."
     )
@@ -343,7 +342,7 @@ def check_loading(path_or_id: str | Path, info: dict[str, Any], model: PreTraine
     errors = info.get("conversion_errors") or info.get("error_msgs")
     if errors:
         raise CheckpointError(
-            f"{path_or_id}: weights could not be converted: {_one_line(str(errors))}"
+            f"{path_or_id}: weights could not be converted: {one_line(str(errors))}"
         )
     layers = {name for name, _ in model.named_modules() if name.rpartition(".")[2].isdigit()}
     unused = (key for key in info.get("unexpected_keys") or () if _is_routed(str(key), layers))
@@ -385,9 +384,3 @@ def _quiet(*loggers: str) -> Iterator[None]:
     finally:
         for target, level in zip(targets, before, strict=True):
             target.setLevel(level)
-
-
-def _one_line(error: object) -> str:
-    """An error's text on one line of at most 300 characters, without a closing full stop."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= 300 else text[:297] + "...").rstrip(". ")

@@ -296,8 +296,8 @@ def test_plan_with_different_counts_in_one_decoder_layer(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ("all", "'experts_per_layer' is all, expected"),
-        ({"count_fields": ["num_local_experts"]}, "expected an object of count_fields"),
+        ("all", "'experts_per_layer' is 'all'; expected an object"),
+        ({"count_fields": ["num_local_experts"]}, "'experts_per_layer.counts' is missing"),
         ({"count_fields": ["num_local_experts"], "counts": {EXPERTS: 0}}, "restore"),
         ({"count_fields": ["a.b"], "counts": {EXPERTS: 8, "x.0.y": 7}}, "says that 'a.b' counts"),
         (

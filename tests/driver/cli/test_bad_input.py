@@ -93,7 +93,7 @@ MODELS: dict[str, tuple[Spoil, str]] = {
         r"model: model_type 'martian' with architecture 'MartianForCausalLM' is unknown.*use a",
     ),
     "no config": (no_config, r"model: no config.json there; give the folder of"),
-    "broken config": (broken_config, r"config.json: not valid JSON .*; restore the file"),
+    "broken config": (broken_config, r"config.json: is not JSON .*; restore the file"),
     "missing shard": (missing_shard, r"model-0.*safetensors.*missing"),
     "truncated safetensors": (truncated, r"model-0.*safetensors.*(truncated|ends).*"),
     "truncated header": (cut_in_the_header, r"model-0.*safetensors.*(truncated|ends).*"),

@@ -196,9 +196,9 @@ def _no_weights(folder: Path) -> None:
             r"another shape than config\.json says, first .* \(\[.*32.*\] instead of \[.*48",
         ),
         (_no_config, r"no config\.json there"),
-        (_config_of_words, r"config\.json: not valid JSON"),
+        (_config_of_words, r"config\.json: is not JSON"),
         (_config_of_a_list, r"config\.json: holds a list"),
-        (_field_of_wrong_type, r"not a valid configuration.*num_hidden_layers"),
+        (_field_of_wrong_type, r"num_hidden_layers.*expected a whole number"),
         (_no_weights, r"holds neither model.safetensors nor"),
     ],
 )

@@ -1,0 +1,122 @@
+"""Runs the library on what somebody else wrote: whatever it raises becomes one error in one line.
+
+transformers builds objects from a checkpoint's JSON files (config.json, generation_config.json, a
+tokenizer's files). Their values reach code that was never meant to check them, so it raises
+whatever Python does: TypeError, KeyError, ZeroDivisionError, AssertionError, RuntimeError,
+ImportError. None of these names the file, and no list of them is complete, so all are caught here,
+and nowhere else.
+"""
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from reap_kernels.errors import CheckpointError, ReapError
+from reap_kernels.schema import short
+
+# Fields whose default would be another model, or that building does not look at.
+_NOT_TRIED = frozenset(
+    {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map"}
+)
+
+
+@contextlib.contextmanager
+def foreign(
+    what: str,
+    remedy: str,
+    *,
+    error: type[ReapError] = CheckpointError,
+    culprit: Callable[[Exception], str | None] | None = None,
+) -> Iterator[None]:
+    """Inside, everything the library raises becomes one error that names the input.
+
+    Errors of our own pass, and so does a lack of memory, which no file is to blame for.
+
+    Args:
+        what: the input and what failed, such as "model/config.json: no model can be built".
+        remedy: what to do then, a clause without full stop.
+        error: the class to raise.
+        culprit: looks for the field that is to blame, given what was raised.
+
+    Raises:
+        ReapError: of the class `error`.
+
+    Example:
+        >>> with foreign("tokenizer of m cannot be loaded", "add tokenizer.json"):
+        ...     {}["added_tokens"]
+        Traceback (most recent call last):
+        reap_kernels.errors.CheckpointError: tokenizer of m cannot be loaded (KeyError: ...
+    """
+    try:
+        yield
+    except (ReapError, MemoryError):
+        raise
+    except Exception as raised:  # the library promises nothing, see above
+        if "DefaultCPUAllocator" in str(raised) or type(raised).__name__ == "OutOfMemoryError":
+            raise
+        field = None if culprit is None else culprit(raised)
+        blamed = "" if field is None else f"; it can be without field {field}"
+        raise error(f"{what} ({described(raised)}){blamed}; {remedy}") from raised
+
+
+def described(error: BaseException) -> str:
+    """An exception's text in one line; its class comes first where the text alone says little."""
+    text = one_line(error)
+    kind = type(error).__name__
+    plain = isinstance(error, ValueError | OSError | ImportError) or kind.startswith("Strict")
+    return text if (plain and " " in text) or text == kind else f"{kind}: {text}"
+
+
+def one_line(error: object) -> str:
+    """An error's text on one line of at most 300 characters, without a closing full stop."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return (text if len(text) <= 300 else text[:297] + "...").rstrip(". ")
+
+
+def offending_field(
+    fields: Mapping[str, Any],
+    raised: Exception,
+    build: Callable[[dict[str, Any]], object],
+    seconds: float = 3.0,
+) -> str | None:
+    """The field without which a configuration can be used, with its value, for a message.
+
+    Fields are left out one by one, which gives them their class's defaults: first those whose value
+    the error shows, then in their order, those of nested configurations before these themselves.
+
+    Args:
+        fields: the whole configuration, which cannot be used.
+        raised: what it led to.
+        build: raises where one cannot be used.
+        seconds: none is tried after this time.
+
+    Returns:
+        Such as "'text_config.hidden_act' (here 'x')"; None if none was found.
+    """
+    end = time.monotonic() + seconds
+    text = str(raised)
+    paths = sorted(_paths(fields), key=lambda found: repr(found[1]) not in text)
+    for path, value in paths:
+        if time.monotonic() > end:
+            break
+        edited = copy.deepcopy(dict(fields))
+        part: Any = edited
+        for name in path[:-1]:
+            part = part[name]
+        del part[path[-1]]
+        with contextlib.suppress(Exception):
+            build(edited)
+            return f"{'.'.join(path)!r} (here {short(value)})"
+    return None
+
+
+def _paths(fields: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Path and value of every field, those of nested objects before the objects."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from (((name, *path), inner) for path, inner in _paths(value))
+        if name not in _NOT_TRIED:
+            yield (name,), value
