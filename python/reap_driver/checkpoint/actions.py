@@ -35,6 +35,32 @@ class Select:
 
 
 @dataclass(frozen=True, slots=True)
+class SelectCodes:
+    """Codes of `bits` bits, packed along `dim` into 32-bit words, first code lowest: those at these
+    positions are kept, in this order, and packed again; bits behind the last are zero.
+
+    A code may lie in two words, as with 3 bits.
+    """
+
+    name: str
+    dim: int
+    bits: int
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetLength:
+    """The values are the shape of a matrix that is cut: the one at `index` is `before` in the
+    source and becomes `after`.
+    """
+
+    name: str
+    index: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
 class Relabel:
     """The values are expert ids, one row per token: removed ids become kept ones, kept ids their
     new number.
@@ -45,4 +71,4 @@ class Relabel:
     num_experts: int
 
 
-Action = Copy | Drop | Select | Relabel
+Action = Copy | Drop | Select | SelectCodes | SetLength | Relabel

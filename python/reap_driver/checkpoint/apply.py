@@ -23,6 +23,7 @@ from reap_driver.checkpoint.keys import KeyActions, KeyDecider
 from reap_driver.checkpoint.models import PrunedModel, derive_model
 from reap_driver.checkpoint.mtp import MtpKeys
 from reap_driver.checkpoint.parallel import check_threads, write_shards
+from reap_driver.checkpoint.quantization import quantization_of
 from reap_driver.checkpoint.report import ApplyReport
 from reap_driver.checkpoint.shards import plan_shards, write_index
 from reap_driver.checkpoint.source import Source, open_source, read_json, resolve_folder
@@ -189,9 +190,13 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     model = derive_model(folder, full, source.config, counts, trust_remote_code=options.trust)
     mtp = MtpKeys(model.layout, model.old.shapes, plan.layers)
     _check_extra_layers(extra, mtp)
-    decider = KeyDecider(source.tensors, model.old, model.new, model.layout, plan.kept)
+    quantization = quantization_of(source)
+    decider = KeyDecider(
+        source.tensors, model.old, model.new, model.layout, plan.kept, quantization
+    )
     keys = decider.decide(mtp, keep_mtp=options.keep_mtp)
-    checked = check_source(source.tensors, model.old, str(folder / "config.json"))
+    where = str(folder / "config.json")
+    checked = check_source(source.tensors, model.old, where, quantization)
     # Whether or not MTP tensors were there: MiniMax-M2 announces what it lacks.
     if not options.keep_mtp:
         clear_mtp(model.raw_config)

@@ -1,24 +1,27 @@
 """Decides, for every tensor of a checkpoint, what pruning does to it.
 
-Keys that transformers loads follow the derived layout. Keys it ignores (scales and packed data of
-quantised experts, multi-token-prediction layers) follow the tensor or the expert they accompany. A
-key inside a MoE block that nothing explains is refused: copying it unchanged would write a
-checkpoint that is silently wrong.
+Keys that transformers loads follow the derived layout. Keys it ignores follow the expert they
+belong to, whatever they are called; those of routers and stacked experts are cut by what is known
+of the quantizer that wrote them (layouts.py). A key inside a MoE block that nothing explains is
+refused: copying it unchanged would write a checkpoint that is silently wrong.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
+from reap_driver.checkpoint import layouts
 from reap_driver.checkpoint.actions import Action, Copy, Drop, Relabel, Select
 from reap_driver.checkpoint.derive import ExpertDim, ExpertLayout
+from reap_driver.checkpoint.layouts import Matrix, Stored
 from reap_driver.checkpoint.lists import ExpertList, list_prefixes
-from reap_driver.checkpoint.mtp import MtpKeys
+from reap_driver.checkpoint.mtp import Cut, MtpKeys
+from reap_driver.checkpoint.quantization import Quantization
 from reap_driver.checkpoint.routing_table import ID_TABLES
 from reap_driver.checkpoint.safetensors_file import TensorEntry
 from reap_driver.compat.conversion import KeyMap, Target
-from reap_kernels.errors import CheckpointError, UnsupportedModel
+from reap_kernels.errors import CheckpointError, PlanError, UnsupportedModel
 
 _INTEGERS = frozenset({"U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
@@ -43,6 +46,7 @@ class KeyDecider:
         old, new: key rules of the model with all and with the kept experts.
         layout: which model tensors hold experts, and where.
         kept: kept ids of each layer, ascending.
+        quantization: what config.json says of the quantizer.
     """
 
     def __init__(
@@ -52,13 +56,14 @@ class KeyDecider:
         new: KeyMap,
         layout: ExpertLayout,
         kept: Mapping[str, tuple[int, ...]],
+        quantization: Quantization = Quantization(),  # noqa: B008 - immutable
     ) -> None:
         self._tensors, self._old, self._new = tensors, old, new
-        self._layout, self._kept = layout, kept
+        self._layout, self._kept, self._quantization = layout, kept, quantization
         self._old_shapes, self._new_shapes = old.shapes, new.shapes
         self._modules = _module_paths(self._old_shapes)
         self._covered: set[str] = set()  # layout tensors found on disk
-        self._selected: dict[str, ExpertDim] = {}  # disk key -> where it holds experts
+        self._cuts: dict[str, Cut] = {}  # disk key -> how experts are taken out of it
 
     def decide(self, mtp: MtpKeys, *, keep_mtp: bool) -> KeyActions:
         """Decide every key; MTP layers last, as their rules are learnt from the main layers.
@@ -83,8 +88,10 @@ class KeyDecider:
             result.actions.update(self._renumber(prefix, experts))
         self._check_covered()
         if keep_mtp:
-            mtp.learn(self._selected, result.lists)
-            result.actions.update(mtp.prune(pending, self._tensors))
+            mtp.learn(self._cuts, result.lists)
+            actions, lists = mtp.prune(pending, self._tensors)
+            result.actions.update(actions)
+            result.lists.update(lists)
         else:
             result.actions.update({key: Drop("mtp") for key in pending})
         return result
@@ -101,21 +108,38 @@ class KeyDecider:
                 return True
         if not prefixes:
             return False
-        prefix, index = prefixes[0]
+        place, owners = self._owners(key)
+        if owners:
+            prefix, index = prefixes[place]
+            lists[prefix] = ExpertList(tuple(dict.fromkeys(owners)), {key: index})
+        return bool(owners)
+
+    def _owners(self, key: str) -> tuple[int, list[str]]:
+        """Layers whose experts a key's list numbers, none if it is in no such list, and which of
+        its numbers, counted from the last, is the expert's.
+        """
         for name in (key, _with_leaf(key, "weight")):
             target = self._old.locate(name)
-            if target.per_expert and target.name in self._layout.tensors:
-                owners = [self._layout.tensors[made].layer for made in target.names]
-            else:
-                owners = [
-                    self._layout.lists[p]
-                    for p, _ in list_prefixes(target.name)
-                    if p in self._layout.lists
-                ]
+            made = self._made_of_experts(target) if target.per_expert else []
+            if made:
+                return 0, [self._layout.tensors[tensor].layer for tensor in made]
+            numbered = [prefix for prefix, _ in list_prefixes(target.name)]
+            owners = [self._layout.lists[p] for p in numbered if p in self._layout.lists]
             if owners:
-                lists[prefix] = ExpertList(tuple(dict.fromkeys(owners)), {key: index})
-                return True
-        return False
+                return 0, owners
+        # Models that hold the experts stacked: published per expert, or per projection and expert.
+        for exact in (True, False):
+            for place, prefix in enumerate(numbered):
+                for layer in self._layout.layers:
+                    if prefix == layer + "." or (not exact and prefix.startswith(layer + ".")):
+                        return place, [layer]
+        return 0, []
+
+    def _made_of_experts(self, target: Target) -> list[str]:
+        """Tensors of stacked experts that a disk key of one expert is part of, or goes with."""
+        if target.name in self._layout.tensors:
+            return list(target.names)
+        return [n for n in self._layout.tensors if target.name.startswith((n + ".", n + "_"))][:1]
 
     def _renumber(self, prefix: str, experts: ExpertList) -> dict[str, Action]:
         """Actions of a list of the main model."""
@@ -137,8 +161,10 @@ class KeyDecider:
             return self._inside_block(key, target)
         companion = self._companion(key, target)
         if companion is not None:
-            self._covered.add(companion)
-            return self._select_companion(key, companion)
+            name, leaf = companion
+            if leaf in layouts.VALUES:
+                self._covered.add(name)
+            return self._cut_stored(key, name, leaf)
         self._refuse_unexplained(key, target)
         return Copy(key)
 
@@ -146,11 +172,19 @@ class KeyDecider:
         """Rows of a tensor that the model loads."""
         entry, length = self._tensors[key], dims[0].length(dims[0].experts)
         if len(target.names) == 1 and target.pattern is None:
+            if entry.shape != self._old_shapes[target.name] and self._quantization.method:
+                return self._cut_stored(key, target.name, "weight")
             candidates = [dims[0].dim] if entry.shape == self._old_shapes[target.name] else []
         else:
             candidates = [d for d, n in enumerate(entry.shape) if n == length]
         if len(candidates) > 1:
             candidates = [d for d in candidates if self._fits(key, target, d, dims[0])]
+        if len(candidates) != 1 and self._quantization.method:
+            raise UnsupportedModel(
+                f"{key}: {entry.dtype} {list(entry.shape)} stores {target.name} "
+                f"{list(self._old_shapes[target.name])} in a layout that is not read "
+                f"({self._quantization}); apply the plan to the checkpoint it was quantized from."
+            )
         if len(candidates) != 1:
             raise CheckpointError(
                 f"{entry.file}: tensor {key!r} has shape {list(entry.shape)}, but config.json "
@@ -166,7 +200,7 @@ class KeyDecider:
             )
         rows = tuple(d.rows(self._kept[d.layer]) for d in dims)
         if len(target.names) == 1:
-            self._selected[key] = replace(dims[0], dim=dim)
+            self._cuts[key] = Cut(replace(dims[0], dim=dim), _cut_rows)
         return Select(key, dim, rows if len(set(rows)) > 1 else rows[:1])
 
     def _fits(self, key: str, target: Target, dim: int, expert: ExpertDim) -> bool:
@@ -190,8 +224,8 @@ class KeyDecider:
         """A tensor the model loads whose shape does not depend on the count; its values might."""
         layer = self._layout.block_layer(target.name)
         entry = self._tensors[key]
-        if layer is None or entry.dtype not in _INTEGERS:
-            return Copy(key)
+        if layer is None or entry.dtype not in _INTEGERS or self._old.is_number(target.name):
+            return Copy(key)  # also quantized weights, of a shared expert for instance
         if target.name.rpartition(".")[2] in ID_TABLES:
             return Relabel(key, self._kept[layer], self._layout.counts[layer])
         raise UnsupportedModel(
@@ -200,38 +234,41 @@ class KeyDecider:
             "this architecture cannot be pruned by files."
         )
 
-    def _companion(self, key: str, target: Target) -> str | None:
-        """The stacked experts (or the router) that a key unknown to the model goes with.
+    def _companion(self, key: str, target: Target) -> tuple[str, str] | None:
+        """The stacked experts (or the router) that a key unknown to the model goes with, and what
+        it is called after them.
 
         Scales and packed data: `gate_up_proj_blocks`, `down_proj_scale_inv`, `gate.weight_scale`,
         `input_linear.qweight`.
         """
         for name in self._layout.tensors:
-            if target.name.startswith((name + "_", name + ".")):
-                return name
+            if target.name.startswith(name + "."):
+                return name, target.name[len(name) + 1 :]
+            if target.name.startswith(name + "_"):
+                weight = "weight_" if name.endswith(".weight") else ""
+                return name, weight + target.name[len(name) + 1 :]
         beside = self._old.locate(_with_leaf(key, "weight")).name
-        return beside if beside in self._layout.tensors else None
+        return (beside, key.rpartition(".")[2]) if beside in self._layout.tensors else None
 
-    def _select_companion(self, key: str, companion: str) -> Action:
-        """Rows of a companion: by the same dimension, in blocks of its own length."""
-        expert, entry = self._layout.tensors[companion], self._tensors[key]
-        if math.prod(entry.shape) == 1:
-            return Copy(key)  # one scale for all experts
-        for dim in dict.fromkeys((expert.dim, 0)):
-            block, rest = (
-                divmod(entry.shape[dim] - expert.tail, expert.experts)
-                if dim < len(entry.shape)
-                else (0, 1)
-            )
-            if rest == 0 and block > 0:
-                self._selected[key] = replace(expert, dim=dim)
-                kept = self._kept[expert.layer]
-                return Select(key, dim, (expert.rows(kept, block),))
-        raise UnsupportedModel(
-            f"{key}: goes with {companion}, but its shape {list(entry.shape)} does not divide "
-            "among "
-            f"{expert.experts} experts; dequantise the checkpoint first."
-        )
+    def _cut_stored(self, key: str, name: str, leaf: str) -> Action:
+        """A tensor in which a quantizer stores experts, by its format."""
+        expert = self._layout.tensors[name]
+        matrix = Matrix(name, self._old_shapes[name], expert)
+        decide = partial(self._cut_layout, leaf, matrix)
+        self._cuts[key] = Cut(expert, decide)
+        return decide(key, self._tensors[key], expert, self._kept[expert.layer])
+
+    def _cut_layout(
+        self,
+        leaf: str,
+        matrix: Matrix,
+        key: str,
+        entry: TensorEntry,
+        expert: ExpertDim,
+        kept: tuple[int, ...],
+    ) -> Action:
+        stored = Stored(key, entry, leaf, lambda other: self._tensors.get(_with_leaf(key, other)))
+        return layouts.cut(stored, matrix.of(expert), kept, self._quantization)
 
     def _refuse_unexplained(self, key: str, target: Target) -> None:
         """Refuse a key the model ignores if it lies inside a MoE block, or looks like routed
@@ -247,13 +284,20 @@ class KeyDecider:
         if inside or routed:
             raise UnsupportedModel(
                 f"{key}: is inside a MoE block but matches nothing the model loads (renamed: "
-                f"{target.name}); "
-                "pruning cannot know whether it depends on the experts."
+                f"{target.name}), so this layout is not read ({self._quantization}): pruning "
+                "cannot know whether the tensor depends on the experts; apply the plan to a "
+                "checkpoint with the layout that transformers loads."
             )
 
     def _check_covered(self) -> None:
         """Every tensor that holds experts was found on disk."""
         missing = sorted(self._layout.tensors.keys() - self._covered)
+        if missing and self._quantization.method:
+            raise UnsupportedModel(
+                f"{self._folder}: no tensor on disk is known to store {missing[0]} "
+                f"({len(missing)} such): the checkpoint is incomplete, or its layout is not read "
+                f"({self._quantization}); apply the plan to the checkpoint it was quantized from."
+            )
         if missing:
             raise CheckpointError(
                 f"{self._folder}: no tensor on disk for {missing[0]} ({len(missing)} such); "
@@ -263,6 +307,16 @@ class KeyDecider:
     @property
     def _folder(self) -> Path:
         return next(iter(self._tensors.values())).file.parent
+
+
+def _cut_rows(key: str, entry: TensorEntry, expert: ExpertDim, kept: tuple[int, ...]) -> Action:
+    """Rows of a tensor that is stored as the model has it."""
+    if expert.dim >= len(entry.shape) or entry.shape[expert.dim] != expert.length(expert.experts):
+        raise PlanError(
+            f"plan: counts {expert.experts} experts in {expert.layer!r}, but {key} has shape "
+            f"{list(entry.shape)}; correct the entry."
+        )
+    return Select(key, expert.dim, (expert.rows(kept),))
 
 
 def _with_leaf(key: str, leaf: str) -> str:

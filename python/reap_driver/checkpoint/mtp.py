@@ -7,11 +7,11 @@ layers: they are kept only when the plan names the experts of every MTP layer, a
 layer without experts is kept as it is.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from reap_driver.checkpoint.actions import Action, Copy, Select
+from reap_driver.checkpoint.actions import Action, Copy
 from reap_driver.checkpoint.derive import ExpertDim, ExpertLayout, Shape
 from reap_driver.checkpoint.lists import ExpertList, split_layer
 from reap_driver.checkpoint.safetensors_file import TensorEntry
@@ -19,6 +19,19 @@ from reap_kernels.errors import PlanError
 
 if TYPE_CHECKING:
     from reap_driver.plan import LayerPlan
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How experts are taken out of one tensor.
+
+    Attributes:
+        expert: where a layer's experts are.
+        decide: (key, tensor, where its layer's experts are, kept ids) -> action.
+    """
+
+    expert: ExpertDim
+    decide: Callable[[str, TensorEntry, ExpertDim, tuple[int, ...]], Action]
 
 
 class MtpKeys:
@@ -39,7 +52,7 @@ class MtpKeys:
         self._plan = plan
         self._depths = _stack_depths(layout, shapes)
         self._lists: dict[str, str] = {}  # "mlp.experts." on disk -> "mlp.experts" in memory
-        self._selects: dict[str, ExpertDim] = {}  # "mlp.gate.weight" on disk -> its rows
+        self._cuts: dict[str, Cut] = {}  # "mlp.gate.weight" on disk -> how it is cut
 
     def owns(self, key: str, name: str) -> bool:
         """Whether a key the model does not know (`name` when renamed) is an MTP layer's.
@@ -52,17 +65,19 @@ class MtpKeys:
         depth = self._depths.get(_parent(stack))
         return depth is not None and int(stack.split(".")[-2]) >= depth
 
-    def learn(self, selected: Mapping[str, ExpertDim], lists: Mapping[str, ExpertList]) -> None:
-        """Take names and dimensions of experts and routers from the main layers' decisions."""
+    def learn(self, cuts: Mapping[str, Cut], lists: Mapping[str, ExpertList]) -> None:
+        """Take names and layouts of experts and routers from the main layers' decisions."""
         for prefix, experts in lists.items():
             self._lists[split_layer(prefix + "0.")[1][: -len("0.")]] = split_layer(
                 experts.layers[0] + "."
             )[1].rstrip(".")
-        for key, expert in selected.items():
-            self._selects[split_layer(key)[1]] = expert
+        for key, cut in cuts.items():
+            self._cuts[split_layer(key)[1]] = cut
 
-    def prune(self, keys: Iterable[str], tensors: Mapping[str, TensorEntry]) -> dict[str, Action]:
-        """Actions of MTP keys that are to stay.
+    def prune(
+        self, keys: Iterable[str], tensors: Mapping[str, TensorEntry]
+    ) -> tuple[dict[str, Action], dict[str, ExpertList]]:
+        """Actions of MTP keys that are to stay, and the per-expert lists among them, by prefix.
 
         Raises:
             PlanError: an MTP layer has experts, and the plan does not say which of them to keep.
@@ -80,7 +95,7 @@ class MtpKeys:
             where = tensors[next(iter(experts.keys))].file.parent
             plan = self._plan_of(experts.layers[0])
             actions.update(experts.renumber(prefix, [plan.kept], [plan.num_experts], where))
-        return actions
+        return actions, lists
 
     def _list_of(self, key: str) -> tuple[str, str, int] | None:
         """(prefix, layer name, expert) of a per-expert key."""
@@ -95,19 +110,13 @@ class MtpKeys:
         """A stacked tensor or router of an MTP layer is cut like the main layers'; anything else
         stays.
         """
-        for suffix, expert in self._selects.items():
+        for suffix, cut in self._cuts.items():
             if not key.endswith("." + suffix):
                 continue
-            layer = key[: -len(suffix)] + split_layer(expert.layer + ".")[1].rstrip(".")
+            layer = key[: -len(suffix)] + split_layer(cut.expert.layer + ".")[1].rstrip(".")
             plan = self._plan_of(layer)
-            block, rest = divmod(entry.shape[expert.dim] - expert.tail, plan.num_experts)
-            if rest or not block:
-                raise PlanError(
-                    f"plan: counts {plan.num_experts} experts in {layer!r}, but {key} has shape "
-                    f"{list(entry.shape)}; correct the entry."
-                )
-            own = replace(expert, layer=layer, experts=plan.num_experts)
-            return Select(key, own.dim, (own.rows(plan.kept, block),))
+            own = replace(cut.expert, layer=layer, experts=plan.num_experts)
+            return cut.decide(key, entry, own, plan.kept)
         return Copy(key)
 
     def _plan_of(self, layer: str) -> "LayerPlan":

@@ -1,8 +1,8 @@
 """Writes output shards: byte ranges of the source, copied by the kernel where bytes are unchanged.
 
 Memory does not grow with the checkpoint: whole tensors and rows of dimension 0 are ranges of the
-source file and never enter the process; rows of other dimensions and id tables pass through
-buffers of `BUFFER_BYTES`, three at a time (or of one slab, all experts' rows, where that is
+source file and never enter the process; rows of other dimensions, packed codes and id tables pass
+through buffers of `BUFFER_BYTES`, three at a time (or of one slab, all experts' rows, where that is
 larger). Shards written by several threads need as much each.
 """
 
@@ -18,7 +18,16 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from reap_driver.checkpoint.actions import Action, Copy, Drop, Relabel, Select
+from reap_driver.checkpoint.actions import (
+    Action,
+    Copy,
+    Drop,
+    Relabel,
+    Select,
+    SelectCodes,
+    SetLength,
+)
+from reap_driver.checkpoint.codes import select_codes, slab_bytes, words_of
 from reap_driver.checkpoint.routing_table import relabel
 from reap_driver.checkpoint.safetensors_file import (
     DTYPE_BITS,
@@ -89,6 +98,8 @@ def out_tensor(key: str, entry: TensorEntry, action: Action) -> OutTensor | None
                 "bytes; "
                 "unpack the checkpoint first."
             )
+    elif isinstance(action, SelectCodes):
+        shape[action.dim] = words_of(len(action.positions), action.bits)
     return OutTensor(action.name, entry.dtype, tuple(shape), entry, action)
 
 
@@ -222,6 +233,10 @@ def _computed(source: BinaryIO, tensor: OutTensor) -> Iterator[bytes]:
         yield from _relabelled(source, tensor, tensor.action)
     elif isinstance(tensor.action, Select):
         yield from _gathered(source, tensor, tensor.action)
+    elif isinstance(tensor.action, SelectCodes):
+        yield from _repacked(source, tensor.source, tensor.action)
+    elif isinstance(tensor.action, SetLength):
+        yield _resized(source, tensor.source, tensor.action)
 
 
 def _gathered(source: BinaryIO, tensor: OutTensor, action: Select) -> Iterator[bytes]:
@@ -237,6 +252,32 @@ def _gathered(source: BinaryIO, tensor: OutTensor, action: Select) -> Iterator[b
             data = _read(source, begin, count * length * row)
             slabs = np.frombuffer(data, np.uint8).reshape(count, length, row)
             yield slabs[:, index].tobytes()
+
+
+def _repacked(source: BinaryIO, entry: TensorEntry, action: SelectCodes) -> Iterator[bytes]:
+    """Words along one dimension, unpacked and packed again, some slabs at a time."""
+    outer, length, row = _extents(entry, action.dim)
+    columns = row // 4
+    step = max(1, BUFFER_BYTES // slab_bytes(action, length, columns))
+    for first in range(0, outer, step):
+        count = min(step, outer - first)
+        data = _read(source, entry.start + first * length * row, count * length * row)
+        words = np.frombuffer(data, "<u4").reshape(count, length, columns)
+        yield select_codes(words, action.bits, action.positions).tobytes()
+
+
+def _resized(source: BinaryIO, entry: TensorEntry, action: SetLength) -> bytes:
+    """The shape of a matrix, one of its lengths replaced."""
+    dtype = np.dtype(_NUMPY_INTEGERS[entry.dtype])
+    lengths = np.frombuffer(_read(source, entry.start, entry.nbytes), dtype).copy()
+    if lengths[action.index] != action.before:
+        raise CheckpointError(
+            f"{entry.file}: tensor {action.name!r} says that the matrix has the shape "
+            f"{lengths.tolist()}, but the model's has {action.before} in dimension "
+            f"{action.index}; download or make the checkpoint again."
+        )
+    lengths[action.index] = action.after
+    return lengths.tobytes()
 
 
 def _relabelled(source: BinaryIO, tensor: OutTensor, action: Relabel) -> Iterator[bytes]:

@@ -5,10 +5,11 @@ expects.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from reap_driver.checkpoint.quantization import Quantization
 from reap_driver.checkpoint.safetensors_file import TensorEntry
 from reap_driver.checkpoint.stream import OutTensor
 from reap_driver.compat.conversion import KeyMap, LoadedShapes
-from reap_kernels.errors import CheckpointError
+from reap_kernels.errors import CheckpointError, UnsupportedModel
 
 # Quantised values packed into other shapes than the model's: their shapes say nothing until they
 # are unpacked.
@@ -24,11 +25,14 @@ class Checked:
     unknown: frozenset[str]  # disk keys the model has no tensor for
 
 
-def check_source(tensors: Mapping[str, TensorEntry], keys: KeyMap, config_file: str) -> Checked:
+def check_source(
+    tensors: Mapping[str, TensorEntry], keys: KeyMap, config_file: str, quantization: Quantization
+) -> Checked:
     """Compare every tensor of the source with the shape its config gives it.
 
     Raises:
         CheckpointError: naming file, key, both shapes.
+        UnsupportedModel: the same, of a quantized checkpoint: its layout is not known.
     """
     loaded = keys.loaded_shapes({key: entry.shape for key, entry in tensors.items()})
     packed = set()
@@ -38,6 +42,13 @@ def check_source(tensors: Mapping[str, TensorEntry], keys: KeyMap, config_file: 
             packed.add(name)
             continue
         key = loaded.sources[name][0]
+        if quantization.method is not None:
+            raise UnsupportedModel(
+                f"{tensors[key].file}: tensor {key!r}, {tensors[key].dtype} "
+                f"{list(tensors[key].shape)}, does not fit {config_file}: {problem}. This layout "
+                f"is not read ({quantization}); apply the plan to the checkpoint it was quantized "
+                "from."
+            )
         raise CheckpointError(
             f"{tensors[key].file}: tensor {key!r} {list(tensors[key].shape)} does not fit "
             f"{config_file}: {problem}; "

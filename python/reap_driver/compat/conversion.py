@@ -98,6 +98,12 @@ class KeyMap:
         """Whether the model has a tensor of that name."""
         return target.name in self._state
 
+    def is_number(self, name: str) -> bool:
+        """Whether the model computes with a tensor as real numbers, in whatever form it is stored;
+        False for integers (ids, counts) and booleans.
+        """
+        return self._state[name].is_floating_point()
+
     def expert_lists(self, keys: Sequence[str]) -> list[list[str]]:
         """The keys of one model tensor as equally long lists, one a source pattern, whose items are
         those of one expert each; empty unless converting some experts alone gives their rows.
