@@ -36,10 +36,22 @@ def is_file(path: str | os.PathLike[str]) -> bool:
 
 
 @contextlib.contextmanager
+def named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around the writing of a file: errors of the system that name no file name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+@contextlib.contextmanager
 def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary sibling to write, flushed to disk and renamed to `path` when the block ends.
 
-    On any exception, Ctrl-C included, it is removed and `path` stays as it was.
+    On any exception, Ctrl-C included, it is removed and `path` stays as it was. Errors of the
+    system name `path`.
 
     Args:
         path: the final name; its folder must exist.
@@ -49,15 +61,18 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    temporary.touch(exist_ok=False)
-    mode = temporary.stat().st_mode
     try:
-        yield temporary
-        temporary.chmod(mode)  # writers that replace the file make it private
-        sync(temporary)
-        temporary.replace(target)
-    except BaseException:
+        with named(target):
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # writers that replace the file make it private
+            sync(temporary)
+            temporary.replace(target)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == os.fspath(temporary):
+            error.filename = os.fspath(target)  # the name that somebody knows
         raise
 
 

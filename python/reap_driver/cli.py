@@ -2,23 +2,26 @@
 code.
 
 Nothing here imports torch, so `--help` answers at once; a command imports what it needs when it
-runs. Exit codes: 0 done, 2 usage, 3 bad input, 4 resources, 130 interrupted. Errors are one line
-on stderr; with --json they are a JSON object on stdout too.
+runs. Exit codes: 0 done, 2 usage, 3 bad input, 4 resources, 128 and a signal's number where one
+ended the run: 130 for Ctrl-C, 143 for SIGTERM. Errors are one line on stderr; with --json they are
+a JSON object on stdout too.
 """
 
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from reap_driver.commands import COMMANDS
-from reap_driver.commands.console import Console, emit
+from reap_driver.commands.console import Console, emit, printable
 from reap_driver.commands.options import add_common
+from reap_driver.interrupts import Interrupted, Terminated, terminations_raised
 
 PROGRAM = "reap-kernels"
-USAGE, BAD_INPUT, RESOURCES, INTERRUPTED = 2, 3, 4, 130
+USAGE, BAD_INPUT, RESOURCES = 2, 3, 4
 
 _DESCRIPTION = """\
 Make a Mixture-of-Experts model smaller by removing the experts that matter least on your data.
@@ -40,7 +43,8 @@ MODEL is a Hugging Face checkpoint folder (safetensors) or a hub id. No model at
 
 _EPILOG = """\
 `reap-kernels COMMAND --help` explains a command, with examples.
-Exit codes: 0 done, 2 wrong usage, 3 bad input, 4 out of disk, memory or backend, 130 interrupted.
+Exit codes: 0 done, 2 wrong usage, 3 bad input, 4 out of disk, memory or backend, 130 interrupted,
+143 terminated.
 """
 
 
@@ -98,27 +102,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in words
     try:
-        args = build_parser().parse_args(words)
-        if args.version:
-            from reap_driver import __version__
-
-            print(f"{PROGRAM} {__version__}")
-            return 0
-        if args.command is None:
-            raise UsageError("a COMMAND is missing", build_parser().format_help())
-        console = Console(quiet=args.quiet, as_json=as_json)
-        result = args.run(args, console)
+        with terminations_raised():
+            return _run(words, as_json=as_json)
     except UsageError as error:
         print(error.usage, end="", file=sys.stderr)
         return _fail("UsageError", str(error), USAGE, as_json)
     except KeyboardInterrupt as error:
         text = str(error) or "interrupted; no half-written output is left behind"
-        return _fail("KeyboardInterrupt", text, INTERRUPTED, as_json)
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        return _fail("KeyboardInterrupt", text, 128 + number, as_json)
+    except Terminated as error:
+        name = signal.Signals(error.number).name
+        text = f"ended by {name}; no half-written output is left behind"
+        return _fail("Terminated", text, 128 + error.number, as_json)
     except Exception as error:
         known = _explain(error)
         if known is None:  # a bug: its traceback says where
             raise
         return _fail(type(error).__name__, *known, as_json)
+
+
+def _run(words: Sequence[str], *, as_json: bool) -> int:
+    """Parses and runs one command.
+
+    Raises:
+        UsageError: the words are no command line.
+    """
+    for word in words:
+        if word != word.encode(errors="replace").decode():
+            raise UsageError(
+                f"argument {word!r}: its bytes are no UTF-8 text, and no file could record such a "
+                "name; rename it (or, where the name is fine, set PYTHONUTF8=1)",
+                "",
+            )
+    args = build_parser().parse_args(words)
+    if args.version:
+        from reap_driver import __version__
+
+        emit(f"{PROGRAM} {__version__}")
+        return 0
+    if args.command is None:
+        raise UsageError("a COMMAND is missing", build_parser().format_help())
+    result = args.run(args, Console(quiet=args.quiet, as_json=as_json))
     if as_json and result is not None:  # of several ranks, one has something to say
         emit(json.dumps({"command": args.command, **result}))
     return 0
@@ -126,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(kind: str, message: str, code: int, as_json: bool) -> int:
     """Reports an error on stderr (and as JSON on stdout); returns its exit code."""
-    line = " ".join(message.split())
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    line = printable(" ".join(message.split()))
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         line = f"rank {os.environ.get('RANK', '?')}: {line}"
     print(f"{PROGRAM}: error: {line}", file=sys.stderr)
     if as_json:

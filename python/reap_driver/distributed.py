@@ -13,6 +13,7 @@ import graphlib
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,23 +150,24 @@ def ranks() -> Iterator[Ranks]:
     A process group that exists already is left as it is; ours is made beside it.
 
     Raises:
-        DataError: RANK and WORLD_SIZE are set, other variables that torchrun sets are not.
+        DataError: RANK and WORLD_SIZE are set, other variables that torchrun sets are not, or are
+            no such numbers; or the ranks cannot reach each other.
         BackendUnavailable: this torch is built without torch.distributed or gloo.
     """
     if dist.is_available() and dist.is_initialized():
         group = dist.new_group(timeout=_PATIENCE, backend="gloo")
         local = dist.get_node_local_rank(fallback_rank=dist.get_rank())
         try:
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size(group)))
+            here = _number("LOCAL_WORLD_SIZE", dist.get_world_size(group))
             yield Ranks(dist.get_rank(), dist.get_world_size(), local, here, group)
         finally:
             dist.destroy_process_group(group)
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         known = _launch()
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        _connect()
         try:
             size = known["WORLD_SIZE"]
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+            here = _number("LOCAL_WORLD_SIZE", size)
             yield Ranks(known["RANK"], size, known["LOCAL_RANK"], here)
         finally:
             dist.destroy_process_group()
@@ -174,7 +176,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 def _launch() -> dict[str, int]:
-    """RANK, WORLD_SIZE and LOCAL_RANK, of a complete environment."""
+    """The numbers of a complete environment."""
     missing = [name for name in _VARIABLES if not os.environ.get(name)]
     if missing:
         raise DataError(
@@ -187,11 +189,43 @@ def _launch() -> dict[str, int]:
             f"torch {torch.__version__} is built without torch.distributed over gloo, so it cannot "
             f"serve WORLD_SIZE={os.environ['WORLD_SIZE']}; unset it, or install another torch"
         )
-    try:
-        return {name: int(os.environ[name]) for name in _VARIABLES[:3]}
-    except ValueError as error:
+    known = {name: _number(name) for name in _VARIABLES if name != "MASTER_ADDR"}
+    _number("LOCAL_WORLD_SIZE", 1)
+    for name, limit in (
+        ("RANK", known["WORLD_SIZE"]),
+        ("LOCAL_RANK", known["WORLD_SIZE"]),
+        ("MASTER_PORT", 1 << 16),
+    ):
+        if known[name] >= limit:
+            raise DataError(
+                f"{name}={known[name]} with WORLD_SIZE={known['WORLD_SIZE']}: must be below "
+                f"{limit}; start all ranks with torchrun, which sets both"
+            )
+    return known
+
+
+def _number(name: str, default: int | None = None) -> int:
+    """A variable that is a whole number from 0, or from 1 where it counts something."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    least = int(name.endswith("SIZE"))
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
         raise DataError(
-            f"{', '.join(_VARIABLES[:3])} must be whole numbers as torchrun sets them: {error}"
+            f"{name}={text!r}: is no whole number from {least}; start all ranks with torchrun, "
+            "which sets it, or unset RANK and WORLD_SIZE to run in one process"
+        )
+    return int(text)
+
+
+def _connect() -> None:
+    """Joins the other ranks."""
+    try:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise DataError(
+            f"MASTER_ADDR:MASTER_PORT={address}: the ranks cannot meet there ({reason}); start all "
+            "of them with torchrun, which chooses both"
         ) from error
 
 

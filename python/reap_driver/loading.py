@@ -53,7 +53,8 @@ def load_model(
 
     Raises:
         CheckpointError: a shard is missing or truncated, a shape does not match the config, or the
-            checkpoint lacks tensors the model needs, or brings experts it does not know.
+            checkpoint lacks tensors the model needs, or brings experts it does not know; or a file
+            was replaced while it was loaded.
         UnsupportedModel: see `load_config` and `model_class`; or what compressed-tensors stored
             cannot be read.
     """
@@ -69,6 +70,7 @@ def load_model(
                 offload_folder=offload_folder,
             )
         check_loading(path_or_id, info, model)
+        source.pins.check()
         return model
     opened = _opened(path_or_id, dtype, torch.device(device), trust_remote_code, _layers_if_any)
     with opened as streamed:
@@ -90,7 +92,7 @@ def open_streamed(
 
     Raises:
         CheckpointError: see `load_model`; what concerns the values of one decoder layer is found
-            when that layer is loaded.
+            when that layer is loaded, and that a file was replaced meanwhile when the block ends.
         UnsupportedModel: see `load_model`; or a layer cannot be loaded alone.
     """
     opened = _opened(path_or_id, dtype, torch.device(device), trust_remote_code, _layers_of)
@@ -210,9 +212,9 @@ def _opened(
     split: Any,
 ) -> Iterator[StreamedModel]:
     """The model with everything loaded but the layers `split` finds."""
-    reader = Reader()
+    config, source = _found(path_or_id, trust)
+    reader = Reader(source.pins)
     with contextlib.closing(reader):
-        config, source = _found(path_or_id, trust)
         found = stored(source.tensors, reader)
         tensors = plain_weights(found, quantisation(config), path_or_id, device)
         with parted(tensors, split) as parts:
@@ -231,6 +233,7 @@ def _opened(
             yield streamed
         finally:
             streamed.close()
+        source.pins.check()
 
 
 @contextmanager
@@ -241,7 +244,7 @@ def _read_by_library(
     if not is_compressed(quantisation(config)):
         yield
         return
-    with contextlib.closing(Reader()) as reader:
+    with contextlib.closing(Reader(source.pins)) as reader:
         found = stored(source.tensors, reader)
         tensors = plain_weights(found, quantisation(config), path_or_id, torch.device("cpu"))
         with parted(tensors, lambda model: []) as parts:

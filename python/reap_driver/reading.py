@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reap_driver.checkpoint.pinned import Pins, unreadable
 from reap_driver.checkpoint.safetensors_file import TensorEntry
 from reap_driver.compat.parts import Lazy
 from reap_driver.threads import background
@@ -46,12 +47,16 @@ _DTYPES = {
 class Reader:
     """Reads byte ranges of files into memory, in a few threads.
 
+    Args:
+        pins: what the files were when they were inspected; they are checked when they are opened.
+
     Attributes:
         bytes_read: how many so far.
         pinned: whether to read into page-locked memory, from which a GPU copies fastest.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pins: Pins | None = None) -> None:
+        self._pins = pins or Pins()
         self.bytes_read = 0
         self.pinned = False
         self._pool = background(THREADS, "reap-read")
@@ -80,9 +85,7 @@ class Reader:
             descriptor = self._open(path)
             self._fill(path, descriptor, start, view)
         except OSError as error:
-            raise CheckpointError(
-                f"{path}: cannot be read ({error.strerror}); check the file and its rights"
-            ) from error
+            raise unreadable(path, error) from error
 
     def _fill(self, path: Path, descriptor: int, start: int, view: memoryview) -> None:
         while view:
@@ -100,6 +103,7 @@ class Reader:
         with self._lock:
             if path not in self._files:
                 self._files[path] = os.open(path, os.O_RDONLY)
+                self._pins.check_open(path, self._files[path])
             return self._files[path]
 
 

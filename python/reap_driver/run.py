@@ -107,8 +107,8 @@ class Run:
     def interrupt(self, what: str) -> Interrupted:
         """What is raised to end the run, when the journal is written."""
         if self.journal is None or not self.journal.position:  # nothing to resume
-            return Interrupted(f"interrupted {what}")
-        return Interrupted(
+            return self.stop.interrupted(f"interrupted {what}")
+        return self.stop.interrupted(
             f"interrupted {what}; the journal is in {self.journal.folder}: give the same command "
             "with --resume to go on from there"
         )

@@ -26,7 +26,7 @@ from reap_driver.checkpoint.parallel import check_threads, write_shards
 from reap_driver.checkpoint.quantization import quantization_of
 from reap_driver.checkpoint.report import ApplyReport
 from reap_driver.checkpoint.shards import plan_shards, write_index
-from reap_driver.checkpoint.source import Source, open_source, read_json, resolve_folder
+from reap_driver.checkpoint.source import RECORD, Source, open_source, read_json, resolve_folder
 from reap_driver.checkpoint.specification import Specification, specify
 from reap_driver.checkpoint.staging import check_target, clean_stale, publish, rehearse, staged
 from reap_driver.checkpoint.stream import OutShard
@@ -36,9 +36,11 @@ from reap_driver.compat.load_pruned import SETTINGS
 from reap_driver.compat.models import load_config, meta_model
 from reap_driver.discover import find_moe_layers, record_of
 from reap_kernels.errors import PlanError
+from reap_kernels.files import named
 
 if TYPE_CHECKING:
     from reap_driver.plan import Plan
+    from reap_kernels import SaliencyStats
 
 LOADER = "load_pruned.py"  # of checkpoints whose layers keep different numbers of experts
 # Small JSON files beside config.json in which quantisers name modules.
@@ -58,12 +60,13 @@ def apply_plan(
     progress: Callable[[int, int], None] | None = None,
     non_uniform: bool = False,
     force_model: bool = False,
+    stats: "SaliencyStats | None" = None,
 ) -> ApplyReport:
     """Write the checkpoint that a plan leaves of a model, from its files, in constant memory.
 
-    The output appears under its name only when it is complete, flushed to disk and verified;
-    whatever happens, the source is not touched. Kept tensors are the source's bytes, in whatever
-    format they are.
+    The output appears under its name only when it is complete, flushed to disk and verified, and
+    then holds its plan as `reap/plan.json`; whatever happens, the source is not touched. Kept
+    tensors are the source's bytes, in whatever format they are.
 
     Args:
         model_path: folder of a Hugging Face checkpoint in safetensors, or a hub id.
@@ -82,6 +85,7 @@ def apply_plan(
             `from_pretrained`, vLLM and SGLang refuse it.
         force_model: apply a plan of a model that routes or is sized otherwise, where it can be
             written; what differs is noted in the model card and in the report's plan.
+        stats: what the plan was made from, kept beside it in the folder `reap` of the output.
 
     Returns:
         What was done.
@@ -97,14 +101,20 @@ def apply_plan(
     _check_options(mtp, threads)
     out = Path(out_path).absolute()
     folder = resolve_folder(model_path)
+    cleaned = clean_stale(out)
     check_target(out, folder, overwrite=overwrite)
     options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
     job = _prepare(folder, plan, options)
     needed = job.bytes_needed()
-    cleaned = clean_stale(out)
     with staged(out, needed=needed) as staging:
         report = _write(job, staging, out, _counter(progress, needed), threads)
-        publish(staging, out, overwrite=overwrite)
+        report.bytes_written += _save_record(staging, job.plan, stats)
+        job.source.pins.check()
+        left = publish(staging, out, overwrite=overwrite)
+    if left is not None:
+        report.warnings.append(
+            f"the checkpoint that was replaced cannot be removed; it is in {left}: remove it"
+        )
     report.cleaned = [str(path) for path in cleaned]
     report.seconds = time.perf_counter() - started
     return report
@@ -131,6 +141,7 @@ def check_plan(
     _check_options(mtp, threads)
     out = Path(out_path).absolute()
     folder = resolve_folder(model_path)
+    clean_stale(out)
     check_target(out, folder, overwrite=overwrite)
     options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
     job = _prepare(folder, plan, options)
@@ -180,6 +191,7 @@ def _check_options(mtp: str, threads: int | None) -> None:
 def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     """Read, check and decide; nothing is written."""
     source = open_source(folder)
+    source.check_copied()
     config = load_config(folder, trust_remote_code=options.trust)
     check_counts(plan, given=SETTINGS in source.config, non_uniform=options.non_uniform)
     full = meta_model(config)
@@ -229,7 +241,7 @@ def _write(
         target = staging / path
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.as_posix() not in (*job.json_files, LOADER):
-            shutil.copyfile(job.source.folder / path, target)
+            _copy(job.source, path, target)
             progress(target.stat().st_size)
             written += target.stat().st_size
     for name, content in job.json_files.items():
@@ -243,6 +255,22 @@ def _write(
     card = model_card(job.source.folder / "README.md", job.plan, report)
     report.bytes_written += (staging / "README.md").write_text(card, encoding="utf-8")
     return report
+
+
+def _copy(source: Source, path: Path, target: Path) -> None:
+    """Copy a small file, which is still the one that was inspected."""
+    with source.pins.open(source.folder / path) as file, named(target), target.open("xb") as copy:
+        shutil.copyfileobj(file, copy)
+
+
+def _save_record(staging: Path, plan: "Plan", stats: "SaliencyStats | None") -> int:
+    """Keep the plan, and the statistics, with the checkpoint they made; returns their bytes."""
+    folder = staging / RECORD
+    folder.mkdir()
+    plan.save(folder / "plan.json")
+    if stats is not None:
+        stats.save(folder / "stats.safetensors")
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def _report(job: _Job, out: Path, written: int) -> ApplyReport:

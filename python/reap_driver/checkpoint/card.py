@@ -214,7 +214,9 @@ def _changes(report: "ApplyReport") -> list[str]:
             "id; in them every removed expert was replaced by a kept one."
         )
     if report.left_out:
-        lines.append(f"Not copied, other formats of the weights: {_names(report.left_out)}.")
+        lines.append(
+            f"Not copied, other formats of the weights and hidden files: {_names(report.left_out)}."
+        )
     return lines
 
 

@@ -33,7 +33,7 @@ class ApplyReport:
     expert_keys_dropped: int  # tensors of removed experts
     tables_rewritten: int = 0  # tables of expert ids by token (DeepSeek-V4)
     mtp_dropped: list[str] = field(default_factory=list)  # keys of MTP layers left out
-    left_out: list[str] = field(default_factory=list)  # files of the source in other weight formats
+    left_out: list[str] = field(default_factory=list)  # other weight formats, hidden files
     cleaned: list[str] = field(default_factory=list)  # leftovers of killed runs, removed
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0

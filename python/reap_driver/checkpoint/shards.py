@@ -30,6 +30,7 @@ def plan_shards(
         shards = _divide([t for shard in shards for t in shard.tensors], shard_size)
     shards = [shard for shard in shards if shard.tensors]
     for shard in shards:
+        shard.pins = source.pins
         shard.metadata = shard.metadata or {"format": "pt"}
         # Wider elements first keeps every tensor aligned to its element size; source order
         # otherwise.

@@ -1,5 +1,6 @@
 """The checkpoint that is read: its files, checked before anything is written."""
 
+import enum
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -8,8 +9,10 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from reap_driver.checkpoint.pinned import Pins
 from reap_driver.checkpoint.safetensors_file import SafetensorsFile, TensorEntry, read_header
 from reap_kernels.errors import CheckpointError
+from reap_kernels.files import is_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -21,7 +24,15 @@ _OTHER_WEIGHTS = frozenset(
     | {".ot", ".pt", ".pth", ".safetensors", ".tflite"}
 )
 _REWRITTEN = frozenset({"config.json", INDEX_NAME, "README.md"})
-_RECORD = "reap"  # folder in which our commands keep the statistics and the plan of an output
+RECORD = "reap"  # folder in which we keep the statistics and the plan of an output
+
+
+class Use(enum.Enum):
+    """What is done with a file that is no shard."""
+
+    COPIED = enum.auto()
+    LEFT_OUT = enum.auto()
+    REFUSED = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -34,8 +45,12 @@ class Source:
         SafetensorsFile, ...
     ]  # in the order of the index; names are relative to the folder
     small_files: tuple[Path, ...]  # copied along, relative to the folder
-    left_out: tuple[Path, ...]  # weights in other formats, relative to the folder
+    left_out: tuple[Path, ...]  # weights in other formats and hidden files, relative to the folder
+    refused: tuple[
+        Path, ...
+    ]  # neither files of the folder nor of the hub's cache; see `check_copied`
     index_metadata: Mapping[str, Any]
+    pins: Pins  # all files that are read, as they were before they were
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
@@ -46,6 +61,21 @@ class Source:
     def nbytes(self) -> int:
         """Bytes of tensor data."""
         return sum(entry.nbytes for entry in self.tensors.values())
+
+    def check_copied(self) -> None:
+        """Refuses to copy what no checkpoint has: a link by which a file of this machine would be
+        published, a pipe that would never end.
+
+        Raises:
+            CheckpointError: naming it, and what it is.
+        """
+        for path in (self.folder / name for name in self.refused):
+            what = "is neither a file nor a folder"
+            if path.is_symlink():
+                what = f"is a symbolic link to {path.readlink()}, no file of this checkpoint"
+            raise CheckpointError(
+                f"{path}: {what}, so it is not copied; put a file in its place, or remove it"
+            )
 
     def relative(self, shard: SafetensorsFile) -> str:
         """A shard's name inside the folder."""
@@ -81,13 +111,22 @@ def open_source(folder: Path) -> Source:
             damaged file, a symbolic link to nothing.
     """
     _check_links(folder)
+    described = Pins.of(
+        [folder / n for n in ("config.json", INDEX_NAME) if is_file(folder / n)], ()
+    )
     config = read_json(folder / "config.json", "give the folder of a Hugging Face checkpoint")
     names, weight_map, index_metadata = _shard_names(folder)
-    shards = tuple(read_header(folder / name) for name in names)
+    paths = [folder / name for name in names]
+    beside = _beside(folder, set(paths))
+    small = tuple(path for path, use in beside.items() if use is Use.COPIED)
+    pins = described.with_others(Pins.of([folder / name for name in small], paths))
+    shards = tuple(map(read_header, paths))
     _check_index(folder, shards, weight_map)
     _check_duplicates(shards)
-    small, left_out = _other_files(folder, {folder / name for name in names})
-    return Source(folder, config, shards, small, left_out, index_metadata)
+    pins.check()  # what was read since then is what was pinned
+    left_out = tuple(path for path, use in beside.items() if use is Use.LEFT_OUT)
+    refused = tuple(path for path, use in beside.items() if use is Use.REFUSED)
+    return Source(folder, config, shards, small, left_out, refused, index_metadata, pins)
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -129,7 +168,7 @@ def _visible(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith(".") or part == "__pycache__" for part in parts[:-1])
-        if not hidden and parts[0] != _RECORD:
+        if not hidden and parts[0] != RECORD:
             yield path
 
 
@@ -197,12 +236,27 @@ def _check_duplicates(shards: tuple[SafetensorsFile, ...]) -> None:
             seen[key] = shard.path
 
 
-def _other_files(folder: Path, shards: set[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """Files beside the shards: those to copy, and weights in other formats, to leave out."""
-    small: list[Path] = []
-    left_out: list[Path] = []
+def _beside(folder: Path, shards: set[Path]) -> dict[Path, Use]:
+    """What lies beside the shards, relative to the folder, and what is done with it."""
+    found = {}
     for path in _visible(folder):
         relative = path.relative_to(folder)
-        if path.is_file() and path not in shards and relative.as_posix() not in _REWRITTEN:
-            (left_out if is_weight_file(path) else small).append(relative)
-    return tuple(small), tuple(left_out)
+        ordinary = path.is_dir() and not path.is_symlink()
+        if not ordinary and path not in shards and relative.as_posix() not in _REWRITTEN:
+            found[relative] = _use(folder, path)
+    return found
+
+
+def _use(folder: Path, path: Path) -> Use:
+    if path.name.startswith(".") or is_weight_file(path):
+        return Use.LEFT_OUT
+    return Use.COPIED if path.is_file() and belongs(folder, path) else Use.REFUSED
+
+
+def belongs(folder: Path, path: Path) -> bool:
+    """Whether a file of a checkpoint's folder is in it, or, as the hub's cache has it, is a link
+    from `snapshots/<revision>` to the file in `blobs`.
+    """
+    root, target = folder.resolve(), path.resolve()
+    homes = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    return any(target.is_relative_to(home) for home in homes)

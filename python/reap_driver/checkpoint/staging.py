@@ -2,22 +2,23 @@
 goes wrong.
 
 A temporary sibling `.<name>.reap-partial-XXXX` holds the output until it is complete, flushed and
-verified; then one rename gives it its name. On any exception, Ctrl-C or SIGTERM it is removed.
-After a kill -9 it stays behind; the next run to the same target recognises it by its lock, which
-dies with its process, and removes it.
+verified; then it gets its name in one step (`exchange` says how, where an old checkpoint has the
+name). On any exception, Ctrl-C, SIGTERM or SIGHUP it is removed. After a kill -9 it stays behind;
+the next run to the same target recognises it by its lock, which dies with its process, and removes
+it. Whatever ends a run, and whenever, the name is that of a whole checkpoint, the old or the new
+one, if it was before: at once, or once the next run to it has begun.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
+from reap_driver.checkpoint.exchange import discarded, exchange, hidden, prefix, restore
+from reap_driver.checkpoint.locks import Lock, locked
+from reap_driver.interrupts import held_back, terminations_raised
 from reap_kernels.errors import CheckpointError, ResourceError
 from reap_kernels.files import NO_SPACE, sync
 
@@ -35,6 +36,15 @@ def check_target(out: Path, source: Path, *, overwrite: bool) -> None:
         )
     if target in origin.parents:
         raise CheckpointError(f"{out}: contains the source {source}; choose another folder.")
+    check_replaceable(out, overwrite=overwrite)
+
+
+def check_replaceable(out: Path, *, overwrite: bool) -> None:
+    """Refuse a target that exists, unless it is a checkpoint that may be replaced.
+
+    Raises:
+        CheckpointError: naming the path and the way out.
+    """
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -64,17 +74,24 @@ def staged(out: Path, *, needed: int) -> Iterator[Path]:
             way; nothing is left behind.
     """
     made = _make_parents(out.parent)
+    folder, free = out, 0
     try:
-        with _terminations_raised(), _make_folder(out) as folder:
-            _check_space(out, needed)
+        with terminations_raised(), _make_folder(out) as folder:
+            free = _check_space(out, needed)
             yield folder
     except OSError as error:
         _remove_empty(made)
+        where = str(error.filename or out).replace(str(folder), str(out))
         if error.errno in NO_SPACE:
-            raise _no_space(out, needed, shutil.disk_usage(_existing(out.parent)).free) from error
+            raise ResourceError(
+                f"{where}: {error.strerror} while it was written: the disk is full, or a quota or "
+                f"file size limit is reached ({needed} bytes are needed in all, {free} were free "
+                "when it began); free some space or choose a folder on another disk. Nothing was "
+                "left behind."
+            ) from error
         raise CheckpointError(
-            f"{error.filename or out}: cannot be written ({error.strerror or error}); "
-            "check permissions and that the disk is mounted for writing."
+            f"{where}: cannot be written ({error.strerror or error}); check the name, the rights "
+            "of its folder, and that the disk is mounted for writing."
         ) from error
     except BaseException:
         _remove_empty(made)
@@ -89,42 +106,47 @@ def rehearse(out: Path, *, needed: int) -> None:
     _remove_empty(made)
 
 
-def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
+def publish(folder: Path, out: Path, *, overwrite: bool) -> Path | None:
     """Flush the finished folder to disk and give it its final name.
 
-    An old target is set aside as `.<name>.reap-replaced-XXXX` first and removed last; after a kill
-    between the two renames, that is where it is found.
+    Returns:
+        Where an old checkpoint is left that was replaced but cannot be removed; None as a rule.
+
+    Raises:
+        CheckpointError: a target appeared that may not be replaced.
     """
     for path in [*folder.rglob("*"), folder]:
         sync(path)
-    old: Path | None = None
-    if overwrite and out.is_dir():
-        old = folder.with_name(folder.name.replace("partial", "replaced"))
-        out.rename(old)
-    elif os.path.lexists(out):
-        raise CheckpointError(f"{out}: appeared while it was written; choose another folder.")
-    try:
-        folder.rename(out)
-    except OSError:
-        if old is not None:
-            old.rename(out)
-        raise
-    sync(out.parent)
-    if old is not None:
-        shutil.rmtree(old)
+    check_replaceable(out, overwrite=overwrite)
+    if not os.path.lexists(out):
+        with held_back():
+            folder.rename(out)
+        sync(out.parent)
+        return None
+    with locked(out):  # the old checkpoint, which is not a leftover before it has been replaced
+        exchange(folder, out)
+        sync(out.parent)
+        try:
+            shutil.rmtree(folder)
+        except OSError:  # the new checkpoint is there, and whole
+            return folder
+    return None
 
 
 def clean_stale(out: Path) -> list[Path]:
-    """Remove what a killed run to this target left behind. Folders of runs still alive are left
-    alone.
+    """Repair and remove what killed runs to this target left behind; returns what was removed.
+
+    Folders of runs still alive are left alone; so are all where the file system has no locks.
+
+    Raises:
+        CheckpointError: see `restore`.
     """
+    restore(out)
     removed = []
-    for path in out.parent.glob(f".{out.name}.reap-partial-*") if out.parent.is_dir() else ():
-        if path.is_symlink() or not path.is_dir():
-            continue
-        with _locked(path) as locked:
-            if locked:
-                shutil.rmtree(path)
+    for path in [*hidden(out, "partial"), *hidden(out, "replaced")]:
+        with locked(path) as lock:
+            if lock is Lock.MINE:
+                shutil.rmtree(discarded(path, out))
                 removed.append(path)
     return removed
 
@@ -132,63 +154,27 @@ def clean_stale(out: Path) -> list[Path]:
 @contextlib.contextmanager
 def _make_folder(out: Path) -> Iterator[Path]:
     """The locked temporary folder."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.reap-partial-", dir=out.parent))
+    folder = Path(tempfile.mkdtemp(prefix=prefix(out, "partial"), dir=out.parent))
     try:
         folder.chmod(
             0o777 & ~_umask()
         )  # mkdtemp is private; the result should be as mkdir makes it
-        with _locked(folder):
+        with locked(folder):
             yield folder
     finally:
-        if folder.exists():  # renamed away on success
-            shutil.rmtree(folder)
+        # Renamed away on success. What cannot be removed, the next run finds.
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Try to hold the lock of a folder, which ends with the process. False: taken, or the file
-    system has no locks.
-
-    Without locks nothing is ever taken for a leftover, so nothing is removed by mistake.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        except OSError:
-            locked = False
-        yield locked
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _terminations_raised() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into an exception, so that the clean-up above runs. Main thread
-    only.
-    """
-
-    def stop(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers signals to the main thread, which owns their handling
-        return
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _check_space(out: Path, needed: int) -> None:
-    """Refuse when the file system of the target cannot hold `needed` bytes."""
+def _check_space(out: Path, needed: int) -> int:
+    """Refuse when the target's file system cannot hold `needed` bytes; returns what is free."""
     free = shutil.disk_usage(out.parent).free
     if needed > free:
-        raise _no_space(out, needed, free)
+        raise ResourceError(
+            f"{out}: needs {needed} bytes, {free} are free there; free some space or choose a "
+            "folder on another disk. Nothing was left behind."
+        )
+    return free
 
 
 def _make_parents(parent: Path) -> list[Path]:
@@ -208,22 +194,6 @@ def _remove_empty(folders: list[Path]) -> None:
     for path in folders:
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder that exists."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
-def _no_space(out: Path, needed: int, free: int) -> ResourceError:
-    """The disk, or a quota or limit below its size, is full."""
-    return ResourceError(
-        f"{out}: needs {needed} bytes, {free} are free there (or a quota or file size limit is "
-        "lower); "
-        "free some space or choose a folder on another disk. Nothing was left behind."
-    )
 
 
 def _umask() -> int:

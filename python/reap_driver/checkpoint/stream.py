@@ -7,7 +7,6 @@ larger). Shards written by several threads need as much each.
 """
 
 import contextlib
-import errno
 import itertools
 import math
 import os
@@ -28,6 +27,7 @@ from reap_driver.checkpoint.actions import (
     SetLength,
 )
 from reap_driver.checkpoint.codes import select_codes, slab_bytes, words_of
+from reap_driver.checkpoint.pinned import Pins, unreadable
 from reap_driver.checkpoint.routing_table import relabel
 from reap_driver.checkpoint.safetensors_file import (
     DTYPE_BITS,
@@ -36,14 +36,11 @@ from reap_driver.checkpoint.safetensors_file import (
     tensor_bytes,
 )
 from reap_kernels.errors import CheckpointError, UnsupportedModel
+from reap_kernels.files import NO_SPACE, named
 
 BUFFER_BYTES = 4 << 20  # gathering rows is as quick with 1 and slower with 16, beyond the caches
 _CHUNK_BYTES = 16 << 20  # one kernel copy; small, so that progress moves and Ctrl-C is heard
 _MIN_RANGE_BYTES = 64 << 10  # rows at least this long are copied by the kernel one by one
-# Errors by which a system says that it cannot copy between these two files itself.
-_NO_KERNEL_COPY = frozenset(
-    {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
-)
 _NUMPY_INTEGERS = {
     f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "UI" for bits in (8, 16, 32, 64)
 }
@@ -68,11 +65,12 @@ class OutTensor:
 
 @dataclass
 class OutShard:
-    """One file to write."""
+    """One file to write, from files that must be as they were when they were inspected."""
 
     name: str
     tensors: list[OutTensor] = field(default_factory=list)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    pins: Pins = field(default_factory=Pins)
 
     @property
     def nbytes(self) -> int:
@@ -112,11 +110,11 @@ def write_shard(folder: Path, shard: OutShard, progress: Progress) -> int:
     """
     path = folder / shard.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb", buffering=0) as out:
+    with named(path), path.open("xb", buffering=0) as out:
         header = shard.header()
         write_all(out, header)
         progress(len(header))
-        _write_tensors(out, shard.tensors, progress)
+        _write_tensors(out, shard, progress)
         return os.fstat(out.fileno()).st_size
 
 
@@ -135,19 +133,19 @@ class _Range(NamedTuple):
     stop: int
 
 
-def _write_tensors(out: BinaryIO, tensors: Iterable[OutTensor], progress: Progress) -> None:
-    """Write tensors in order. Every source file is opened once, and what is read next is announced
-    to the system, so that reading overlaps with writing."""
+def _write_tensors(out: BinaryIO, shard: OutShard, progress: Progress) -> None:
+    """Write a file's tensors in order. Every source file is opened once, and what is read next is
+    announced to the system, so that reading overlaps with writing."""
     with contextlib.ExitStack() as stack:
         opened: dict[Path, BinaryIO] = {}
 
         def source_of(piece: _Range | OutTensor) -> BinaryIO:
             path = piece.path if isinstance(piece, _Range) else piece.source.file
             if path not in opened:
-                opened[path] = stack.enter_context(path.open("rb", buffering=0))
+                opened[path] = stack.enter_context(shard.pins.open(path))
             return opened[path]
 
-        for piece, following in itertools.pairwise(itertools.chain(_pieces(tensors), [None])):
+        for piece, following in itertools.pairwise(itertools.chain(_pieces(shard.tensors), [None])):
             if isinstance(following, _Range):
                 _announce(source_of(following), following.start, following.stop)
             if isinstance(piece, _Range):
@@ -185,11 +183,21 @@ def _copy_some(source: BinaryIO, out: BinaryIO, start: int, count: int) -> int:
         try:
             return os.copy_file_range(source.fileno(), out.fileno(), count, offset_src=start)
         except OSError as error:
-            if error.errno not in _NO_KERNEL_COPY:
+            if error.errno in NO_SPACE:
                 raise
-    data = os.pread(source.fileno(), min(count, BUFFER_BYTES), start)
+            # The system cannot copy between these two; or one of them failed, and then it is told
+            # here which.
+    data = _pread(source, min(count, BUFFER_BYTES), start)
     write_all(out, data)
     return len(data)
+
+
+def _pread(source: BinaryIO, count: int, start: int) -> bytes:
+    """Up to `count` bytes."""
+    try:
+        return os.pread(source.fileno(), count, start)
+    except OSError as error:
+        raise unreadable(Path(source.name), error) from error
 
 
 def _pieces(tensors: Iterable[OutTensor]) -> Iterator[_Range | OutTensor]:
@@ -309,9 +317,9 @@ def _extents(source: TensorEntry, dim: int) -> tuple[int, int, int]:
 
 def _read(source: BinaryIO, start: int, count: int) -> bytes:
     """Exactly `count` bytes."""
-    data = os.pread(source.fileno(), count, start)
+    data = _pread(source, count, start)
     while len(data) < count:
-        more = os.pread(source.fileno(), count - len(data), start + len(data))
+        more = _pread(source, count - len(data), start + len(data))
         if not more:
             raise CheckpointError(
                 f"{source.name}: ended at byte {start + len(data)} while it was read; "

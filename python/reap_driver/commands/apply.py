@@ -74,7 +74,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             non_uniform=args.non_uniform,
             force_model=args.force_model,
         )
-    save_record(args.out, report.plan)
     for note in [*report.plan.notes[len(plan.notes) :], *report.warnings]:
         console.note(note)
     console.say(describe(report))
@@ -103,14 +102,6 @@ def _write_masks(args: argparse.Namespace, plan: "Plan", console: Console) -> di
         f"{len(plan.layers)} layers; reap_driver.masked_experts applies them"
     )
     return {"masks": str(args.as_masks), "layers": len(plan.layers), "kept": kept}
-
-
-def save_record(out: Path, plan: "Plan") -> Path:
-    """Keeps the plan with the checkpoint it made, in the folder `reap`; returns that folder."""
-    folder = out / "reap"
-    folder.mkdir(exist_ok=True)
-    plan.save(folder / "plan.json")
-    return folder
 
 
 def facts(report: "ApplyReport") -> dict[str, Any]:
@@ -144,5 +135,7 @@ def describe(report: "ApplyReport") -> str:
     if report.mtp_dropped:
         lines.append(f"left out {len(report.mtp_dropped)} tensors of multi-token-prediction layers")
     if report.left_out:
-        lines.append(f"left out files in other weight formats: {', '.join(report.left_out)}")
+        lines.append(
+            f"left out other weight formats and hidden files: {', '.join(report.left_out)}"
+        )
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """What a command tells a human: results on stdout, progress and notes on stderr."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 from reap_driver.sizing.units import short
 
 _SILENT = 2.0  # seconds before progress shows: what is quicker needs none
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Where stderr is no terminal: a line for each tenth of the work, or each minute.
 _SHORTEST, _LONGEST = 5.0, 60.0
 
@@ -38,7 +40,7 @@ class Console:
     def note(self, text: str) -> None:
         """Something to know that is no error, on stderr."""
         if not self.quiet:
-            print(f"note: {text}", file=sys.stderr, flush=True)
+            print(f"note: {printable(text)}", file=sys.stderr, flush=True)
 
     @contextmanager
     def progress(self, what: str, unit: str, total: int | None = None) -> Iterator["Progress"]:
@@ -141,11 +143,20 @@ class Progress:
 
 
 def emit(text: str) -> None:
-    """Prints a result on stdout; when its reader has gone (`| head`), the work still goes on."""
+    """Prints a result on stdout; when its reader has gone (`| head`), the work still goes on.
+
+    Characters that stdout cannot write (it may be ASCII) are written as escapes.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        print(text, flush=True)
+        print(printable(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(text: str) -> str:
+    """A text without characters that command a terminal, which names from elsewhere may hold."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def clock(seconds: float) -> str:

@@ -120,8 +120,14 @@ def _write(args: argparse.Namespace, found: "Observed", console: Console) -> dic
     console.say(plan.describe(chosen))
 
     with console.progress("writing", "B") as progress:
-        report = apply_plan(args.model, chosen, args.out, progress=progress.reach, **_writing(args))
-    stats.save(apply.save_record(args.out, chosen) / "stats.safetensors")
+        report = apply_plan(
+            args.model,
+            chosen,
+            args.out,
+            progress=progress.reach,
+            stats=stats,
+            **_writing(args),
+        )
     for warning in report.warnings:
         console.note(warning)
     console.say(apply.describe(report))

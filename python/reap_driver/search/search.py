@@ -12,7 +12,7 @@ from reap_driver.allocate import max_removable, removal_steps
 from reap_driver.checkpoint.checks import check_model, check_same_layers
 from reap_driver.criteria import Scores
 from reap_driver.discover import find_moe_layers, record_of
-from reap_driver.interrupts import Interrupted, Stop
+from reap_driver.interrupts import Stop
 from reap_driver.plan import Plan
 from reap_driver.planning import make_plan, plan_of_removals
 from reap_driver.router_mask import RouterMasks
@@ -110,7 +110,8 @@ class Recorder:
         if self.stop.requested or time.monotonic() - self._wrote > _WRITE_AFTER:
             self.write()
         if self.stop.requested:
-            raise Interrupted(f"interrupted after {len(self.known)} candidates{self._remedy()}")
+            text = f"interrupted after {len(self.known)} candidates{self._remedy()}"
+            raise self.stop.interrupted(text)
         return value
 
     def _remedy(self) -> str:

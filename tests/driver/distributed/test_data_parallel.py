@@ -125,7 +125,7 @@ def test_shares_cover_every_batch_once(size: int) -> None:
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An environment torchrun has not touched."""
-    for name in distributed._VARIABLES:
+    for name in (*distributed._VARIABLES, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -156,9 +156,37 @@ def test_half_an_environment_is_refused(bare: pytest.MonkeyPatch) -> None:
         pass
 
 
-def test_an_environment_of_words_is_refused(bare: pytest.MonkeyPatch) -> None:
-    _set(bare, WORLD_SIZE="two")
-    with pytest.raises(DataError, match=r"must be whole numbers.*'two'"), ranks():
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[
+            (name, value)
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "LOCAL_WORLD_SIZE")
+            for value in ("two", "-1", "1.5", "1_0", "9" * 30)
+        ],
+        ("WORLD_SIZE", "0"),
+        ("LOCAL_WORLD_SIZE", "0"),
+        ("RANK", "1"),
+        ("LOCAL_RANK", "1"),
+        ("MASTER_PORT", "65536"),
+    ],
+)
+def test_numbers_that_torchrun_would_not_set(
+    bare: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    _set(bare, **{name: value})
+    with pytest.raises(DataError, match=rf"^{name}='?{value}'?[ :].*torchrun"), ranks():
+        pass
+
+
+def test_ranks_that_cannot_meet(bare: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.distributed.DistNetworkError("address already in use\nframes")
+
+    _set(bare, MASTER_PORT="1")
+    bare.setattr(torch.distributed, "init_process_group", refuse)
+    says = r"^MASTER_ADDR:MASTER_PORT=localhost:1: the ranks cannot meet there \(address already in"
+    with pytest.raises(DataError, match=says), ranks():
         pass
 
 

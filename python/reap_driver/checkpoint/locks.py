@@ -1,0 +1,44 @@
+"""Locks of folders that end with the process that has them, however it ends."""
+
+import contextlib
+import enum
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class Lock(enum.Enum):
+    """What trying to lock a folder came to."""
+
+    MINE = enum.auto()
+    TAKEN = enum.auto()  # by a process that lives
+    UNKNOWN = enum.auto()  # the file system has no locks
+    GONE = enum.auto()  # the folder was removed or renamed meanwhile
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[Lock]:
+    """Tries to hold the lock of a folder; it stays with the folder when that is renamed."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield Lock.GONE
+        return
+    try:
+        yield _lock(descriptor, folder)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> Lock:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return Lock.TAKEN
+    except OSError:
+        return Lock.UNKNOWN
+    try:
+        return Lock.MINE if os.path.samestat(os.fstat(descriptor), folder.stat()) else Lock.GONE
+    except FileNotFoundError:
+        return Lock.GONE
