@@ -120,7 +120,7 @@ def ended(process: "subprocess.Popen[str]", number: signal.Signals) -> str:
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Traceback" not in err
     assert out == ""
     return err.splitlines()[-1]
