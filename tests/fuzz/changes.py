@@ -155,24 +155,30 @@ def text_lines(content: bytes, rng: Random) -> bytes:
     return raw_bytes(content, rng)
 
 
-def container(content: bytes, rng: Random, *, metadata: tuple[str, ...] = ()) -> bytes:
-    """Changes of a safetensors file: in its header, in JSON inside its metadata, or its bytes.
-
-    Args:
-        metadata: fields of the metadata that hold JSON.
-    """
-    if rng.random() < 0.25:
-        return raw_bytes(content, rng)
+def container(content: bytes, rng: Random) -> bytes:
+    """Changes of a safetensors file: in its header, in JSON inside its metadata, or its bytes."""
     (length,) = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-    inside = [name for name in metadata if name in header.get("__metadata__", {})]
-    if inside and rng.random() < 0.7:
+    kind = rng.random()
+    if kind < 0.15:
+        return raw_bytes(content, rng)
+    if kind < 0.4 and data:
+        data = _numbers(data, rng)
+    metadata = header.get("__metadata__", {})
+    inside = [name for name, value in metadata.items() if value[:1] in ("{", "[")]
+    if inside and 0.4 < kind < 0.8:
         name = rng.choice(inside)
-        value = json.loads(header["__metadata__"][name])
-        header["__metadata__"][name] = changed_value(value, rng)
-        text = json.dumps(header)
-    else:
-        text = changed_value(header, rng)
+        metadata[name] = changed_value(json.loads(metadata[name]), rng)
+    text = json.dumps(header) if kind < 0.8 else changed_value(header, rng)
     raw = text.encode("utf-8", "surrogatepass")
     wrong = rng.random() < 0.05
     return struct.pack("<Q", len(raw) + (rng.choice([-1, 1, 2**40]) if wrong else 0)) + raw + data
+
+
+def _numbers(data: bytes, rng: Random) -> bytes:
+    """One 8-byte number of the data replaced: by another of them, or by one no sum is."""
+    at = 8 * rng.randrange(max(1, len(data) // 8))
+    other = 8 * rng.randrange(max(1, len(data) // 8))
+    odd = [struct.pack("<d", x) for x in (float("nan"), float("inf"), -1.0, 1e300)]
+    odd += [struct.pack("<q", n) for n in (-1, 0, 1, 2**62, -(2**63))]
+    return data[:at] + rng.choice([*odd, data[other : other + 8]]) + data[at + 8 :]

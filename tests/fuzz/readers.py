@@ -34,8 +34,6 @@ from tests.fuzz.campaign import Nonsense, Reader
 from tests.fuzz.changes import container, json_value, raw_bytes, text_lines
 from tests.fuzz.world import World, command
 
-_STATS_JSON = ("layers", "groups", "provenance")
-
 
 def readers(world: World) -> list[Reader]:
     """All of them."""
@@ -167,8 +165,15 @@ def _containers(world: World) -> Iterable[Reader]:
     yield Reader(
         "statistics",
         [world.stats.read_bytes()],
-        partial(container, metadata=_STATS_JSON),
+        container,
         _in_file(new / "stats.safetensors", partial(_use_stats, world)),
+        3,
+    )
+    yield Reader(
+        "statistics without digest",
+        [world.stats.read_bytes()],
+        container,
+        _unsealed(_in_file(new / "unsealed.safetensors", partial(_use_stats, world))),
         3,
     )
     yield Reader(
@@ -185,9 +190,19 @@ def _containers(world: World) -> Iterable[Reader]:
     yield Reader(
         "state between layers",
         [(new / "state.safetensors").read_bytes()],
-        partial(container, metadata=("state",)),
+        container,
         _in_file(new / "state.safetensors", lambda path: _use_state(read_state(path))),
     )
+
+
+def _unsealed(read: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    """Reads as if every digest fitted, so that what it guards is checked for itself."""
+
+    def unsealed(content: bytes) -> None:
+        with mock.patch("reap_kernels.documents._digest", lambda head, _: head.get("digest", "")):
+            read(content)
+
+    return unsealed
 
 
 def _use_stats(world: World, path: Path) -> None:
