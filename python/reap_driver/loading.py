@@ -25,6 +25,7 @@ from reap_driver.compressed.scheme import is_compressed
 from reap_driver.discover import find_moe_layers
 from reap_driver.reading import Readable, Reader, start, stored
 from reap_driver.sizing.layers import decoder_layers
+from reap_driver.storage import check_storage
 from reap_driver.threads import background
 from reap_kernels.errors import UnsupportedModel
 
@@ -55,8 +56,8 @@ def load_model(
         CheckpointError: a shard is missing or truncated, a shape does not match the config, or the
             checkpoint lacks tensors the model needs, or brings experts it does not know; or a file
             was replaced while it was loaded.
-        UnsupportedModel: see `load_config` and `model_class`; or what compressed-tensors stored
-            cannot be read.
+        UnsupportedModel: see `load_config` and `model_class`; or the weights are stored in a format
+            that is not read (docs/formats.md).
     """
     if device_map is not None:
         config, source = _found(path_or_id, trust_remote_code)
@@ -261,7 +262,9 @@ def _read_by_library(
 def _found(path_or_id: str | Path, trust: bool) -> tuple[PretrainedConfig, Source]:
     """A checkpoint's configuration and its files, both checked."""
     config = load_config(path_or_id, trust_remote_code=trust)
-    return config, open_source(resolve_folder(path_or_id))
+    source = open_source(resolve_folder(path_or_id))
+    check_storage(path_or_id, config, source.tensors)
+    return config, source
 
 
 def _layers_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

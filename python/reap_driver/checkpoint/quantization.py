@@ -78,13 +78,13 @@ class Quantization:
 def quantization_of(source: Source) -> Quantization:
     """The settings in config.json, else those in a file beside it."""
     for _, settings in settings_in(source.config):
-        return Quantization(_method(settings, None), settings)
+        return Quantization(method_of(settings, None), settings)
     for name, method in SETTINGS_FILES.items():
         if Path(name) in source.small_files:
             found = read_json(source.folder / name, "restore the file")
             inner = found.get("quantization")
             settings = inner if isinstance(inner, dict) else found
-            return Quantization(_method(settings, method), settings)
+            return Quantization(method_of(settings, method), settings)
     return Quantization()
 
 
@@ -107,7 +107,13 @@ def _rows(block: Any) -> int | None:
     return rows if type(rows) is int and rows > 0 else None
 
 
-def _method(settings: Mapping[str, Any], default: str | None) -> str | None:
+def method_of(settings: Mapping[str, Any], default: str | None) -> str | None:
+    """The method of a quantizer's settings, in lower case; `default` where they do not say it.
+
+    Example:
+        >>> method_of({"quant_method": "gptq", "bits": 4}, None)
+        'gptq'
+    """
     found = settings.get("quant_method")
     if isinstance(found, str):
         return found.lower()

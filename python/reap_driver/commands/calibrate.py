@@ -24,6 +24,7 @@ from reap_driver.distributed import Ranks
 from reap_driver.isolation import check_isolation
 from reap_driver.masks import takes_padding
 from reap_driver.sizing.units import short
+from reap_driver.storage import check_storage
 from reap_kernels import SaliencyStats
 from reap_kernels.dispatch import Request, select
 from reap_kernels.errors import DataError, UnsupportedModel
@@ -60,8 +61,10 @@ class Model:
         return open_source(resolve_folder(self.path))
 
     def check_files(self) -> None:
-        """Raises what `source` would raise, before anything else is done."""
-        _ = self.source
+        """Raises before anything else is done what `source` would raise, and for weights in a
+        format that cannot be observed.
+        """
+        check_storage(self.path, self.config, self.source.tensors, self.meta)
 
     def blank_scores(self) -> Scores:
         """Scores of 0 for every layer: enough to plan how many experts go."""

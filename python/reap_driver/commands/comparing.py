@@ -71,6 +71,7 @@ def pair_of(args: argparse.Namespace, console: Console) -> Pair:
     if Path(args.pruned).is_file():
         return Pair(original, None, _plan(args, Path(args.pruned), original, console))
     pruned = calibrate.inspect_model(args, args.pruned)
+    pruned.check_files()
     folders = [(model.source.folder, model.config) for model in (original, pruned)]
     check_vocabularies(*folders, trust_remote_code=args.trust_remote_code)
     record = pruned.source.folder / "reap" / "plan.json"

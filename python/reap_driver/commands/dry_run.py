@@ -60,12 +60,14 @@ def _inputs(args: argparse.Namespace, console: Console) -> "tuple[ModelSizes, St
     from reap_driver.sizing.model import model_sizes
     from reap_driver.sizing.plan import workload
     from reap_driver.sizing.stored import estimated, run_dtype, stored_files
+    from reap_driver.storage import check_storage
     from reap_kernels.errors import UnsupportedModel
 
     with _config_folder(args.model) as folder:
         config = load_config(folder, trust_remote_code=args.trust_remote_code)
         model = meta_model(config)
         files = stored_files(Path(folder), config) if Path(folder).is_dir() else None
+        check_storage(folder, config, None if files is None else files.tensors, model)
     try:
         layers = find_moe_layers(model)
     except UnsupportedModel as error:

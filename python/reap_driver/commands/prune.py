@@ -68,6 +68,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
             check_file(args.stats, overwrite=args.overwrite)
         running.check_journal(args, world)
         model = calibrate.inspect_model(args)
+        model.check_files()
         if world.rank == 0:  # the one that writes
             _check_writing(args, model, console)
         world.barrier()

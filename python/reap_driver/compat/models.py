@@ -59,7 +59,7 @@ _VOLATILE_KEYS = frozenset(
 )
 
 # Quantised formats that transformers can unpack to plain floats while loading, by config class.
-_DEQUANTISE_ON_LOAD = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+DEQUANTISED_ON_LOAD = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 
 
 def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -191,8 +191,8 @@ def from_checkpoint(
     if is_compressed(quantisation(config)):
         config = _unquantised(config)
     method = _quant_method(config)
-    if method in _DEQUANTISE_ON_LOAD:
-        options["quantization_config"] = getattr(transformers, _DEQUANTISE_ON_LOAD[method])(
+    if method in DEQUANTISED_ON_LOAD:
+        options["quantization_config"] = getattr(transformers, DEQUANTISED_ON_LOAD[method])(
             dequantize=True
         )
     if device_map is not None:

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from reap_kernels.errors import UnsupportedModel
 
-_METHOD = "compressed-tensors"
+METHOD = "compressed-tensors"
 
 # Bits that can be read, by format and type of number.
 _BITS: dict[tuple[Any, Any], tuple[int, ...]] = {
@@ -17,7 +17,7 @@ _BITS: dict[tuple[Any, Any], tuple[int, ...]] = {
     ("naive-quantized", "float"): (8,),
 }
 _FORMATS = sorted({name for name, _ in _BITS})
-_REMEDY = "observe the checkpoint that it was quantised from, and apply the plan to this one"
+REMEDY = "observe the checkpoint that it was made from, and apply the plan to this one"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Scheme:
 
 def is_compressed(quantisation: Mapping[str, Any] | None) -> bool:
     """Whether compressed-tensors stored a checkpoint of this `quantization_config`."""
-    return quantisation is not None and quantisation.get("quant_method") == _METHOD
+    return quantisation is not None and quantisation.get("quant_method") == METHOD
 
 
 def read_scheme(quantisation: Mapping[str, Any], where: str) -> Scheme:
@@ -123,4 +123,4 @@ def _block(field: str, weights: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _refuse(what: str, readable: str) -> NoReturn:
-    raise UnsupportedModel(f"{what}; {readable} can be read: {_REMEDY}")
+    raise UnsupportedModel(f"{what}; {readable} can be read: {REMEDY}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from reap_driver.checkpoint.safetensors_file import TensorEntry
 from reap_driver.checkpoint.source import INDEX_NAME, SINGLE_NAME, open_source, read_json
 from reap_driver.sizing.model import tensor_bytes
 from reap_kernels.errors import CheckpointError, DataError
@@ -35,6 +36,7 @@ class Stored:
         format: how most weights are stored, such as "bfloat16" or "fp8".
         largest_file: of the files with weights; None where there is none.
         dtype: the first plain dtype in the files; None where there is none.
+        tensors: of the headers; None where there are none.
     """
 
     nbytes: int
@@ -42,6 +44,7 @@ class Stored:
     format: str
     largest_file: Path | None = None
     dtype: torch.dtype | None = None
+    tensors: Mapping[str, TensorEntry] | None = None
 
 
 def stored_files(folder: Path, config: PretrainedConfig) -> Stored | None:
@@ -63,7 +66,8 @@ def stored_files(folder: Path, config: PretrainedConfig) -> Stored | None:
     kinds = [entry.dtype for shard in source.shards for entry in shard.tensors.values()]
     dtype = next((_FLOATS[kind] for kind in kinds if kind in _FLOATS), None)
     largest = max(source.shards, key=lambda shard: shard.size)
-    return Stored(source.nbytes, "headers", _format_name(config, dtype), largest.path, dtype)
+    name = _format_name(config, dtype)
+    return Stored(source.nbytes, "headers", name, largest.path, dtype, source.tensors)
 
 
 def run_dtype(asked: str, config: PretrainedConfig, files: Stored | None) -> torch.dtype:

@@ -1,0 +1,1 @@
+"""Checkpoints in every storage format, and what can be done with them."""

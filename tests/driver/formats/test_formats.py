@@ -1,0 +1,128 @@
+"""Every storage format: `--dry-run`, `observe` and `apply` do what docs/formats.md says."""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from reap_driver import observe_streamed
+from reap_driver.loading import load_model, open_streamed
+from reap_driver.sizing import rates
+from reap_kernels.errors import CheckpointError, UnsupportedModel
+from tests.driver.checkpoint import saved
+from tests.driver.cli.conftest import Run, run
+from tests.driver.formats.build import FORMATS, Format, plain_model
+from tests.driver.formats.table import outcomes, rows
+
+__all__ = ["run"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("plain")
+    return {name: plain_model(root / name, name) for name in {f.model for f in FORMATS}}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _measured_once() -> Iterator[None]:
+    """How fast this machine is does not depend on the format."""
+    measure = functools.cache(rates.measure)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rates, "measure", lambda device, dtype, _: measure(device, dtype, None))
+        yield
+
+
+@pytest.mark.parametrize("stored", FORMATS, ids=lambda stored: stored.id)
+def test_format(stored: Format, plain: dict[str, Path], run: Run, tmp_path: Path) -> None:
+    found = outcomes(stored, plain[stored.model], tmp_path, run)
+    assert found.dry_run == found.observe
+    assert rows()[stored.id] == found.cells
+
+
+def test_the_table_has_every_format() -> None:
+    assert list(rows()) == [stored.id for stored in FORMATS]
+
+
+GPTQ = next(stored for stored in FORMATS if stored.name == "GPTQ")
+COMMANDS = {
+    "observe": (),
+    "observe --stream always": ("--stream", "always"),
+    "observe --device-map auto": ("--device-map", "auto"),
+    "prune": ("--ratio", 0.5),
+    "prune --dry-run": ("--ratio", 0.5, "--dry-run"),
+}
+
+
+@pytest.fixture(scope="module")
+def unread(plain: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that cannot be observed."""
+    return GPTQ.write(plain[GPTQ.model], tmp_path_factory.mktemp("unread") / "model")
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_way_to_run_a_model_asks(words: str, unread: Path, run: Run, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"input_ids": list(range(3, 67))}))
+    options = (*COMMANDS[words], "--data", data, "--seq-len", 32, "--out", tmp_path / "out")
+    done = run(words.split()[0], unread, *options)
+    assert done.code == 3
+    assert "stored by GPTQ, which is not read" in done.error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["original", "pruned"])
+def test_compare_asks_for_both(
+    place: str, unread: Path, plain: dict[str, Path], run: Run, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"input_ids": list(range(3, 67))}))
+    pair = (unread, plain["qwen3_moe"]) if place == "original" else (plain["qwen3_moe"], unread)
+    done = run("compare", *pair, "--data", data, "--seq-len", 32)
+    assert done.code == 3
+    assert "stored by GPTQ, which is not read" in done.error
+
+
+def _streamed(folder: Path) -> None:
+    with open_streamed(folder):
+        pass
+
+
+BATCH = {"input_ids": torch.arange(3, 35)[None]}
+CALLS: dict[str, Callable[[Path], object]] = {
+    "load_model": load_model,
+    "load_model with a device map": lambda folder: load_model(folder, device_map="cpu"),
+    "open_streamed": _streamed,
+    "observe_streamed": lambda folder: observe_streamed(folder, [BATCH]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_every_call_that_runs_a_model_asks(call: Callable[[Path], object], unread: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="stored by GPTQ, which is not read"):
+        call(unread)
+
+
+METHODS = ["hqq", "aqlm", "vptq", "spqr", "bitnet", "quark", "higgs", "fbgemm_fp8", "gguf", "mxfp8"]
+
+
+@pytest.mark.parametrize("method", [*METHODS, "nobody knows it", None])
+def test_other_methods(method: str | None, plain: dict[str, Path], tmp_path: Path) -> None:
+    settings = {} if method is None else {"quant_method": method}
+    stored = replace(GPTQ, settings=settings)
+    with pytest.raises(UnsupportedModel, match=rf"{method or 'unnamed'}.*is not read; observe"):
+        load_model(stored.write(plain[stored.model], tmp_path / "model"))
+
+
+def test_a_lost_tensor_is_no_layout(plain: dict[str, Path], tmp_path: Path) -> None:
+    """A damaged checkpoint is still said to be one."""
+    folder = replace(GPTQ, settings=None, pack=None).write(plain["qwen3_moe"], tmp_path / "model")
+    lost = "model.layers.0.mlp.experts.3.down_proj.weight"
+    saved.change_tensors(folder, lambda tensors: {k: t for k, t in tensors.items() if k != lost})
+    with pytest.raises(
+        CheckpointError, match=r"of one and the same checkpoint|cannot be converted"
+    ):
+        load_model(folder)
