@@ -35,6 +35,14 @@ def is_file(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names a file or folder; false where `is_file` does not raise either."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
 @contextlib.contextmanager
 def named(path: str | os.PathLike[str]) -> Iterator[None]:
     """Around the writing of a file: errors of the system that name no file name this one."""

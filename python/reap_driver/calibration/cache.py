@@ -2,15 +2,25 @@
 
 An entry is found by what its tokens depend on: the content of the data and of the tokenizer's
 files, the options, the versions of the libraries and of this code. It is one safetensors file with
-a digest of what it holds; one that is damaged is made again, and it is said.
+a keyed digest of what it holds and of its name. One that is damaged, or that this user's runs have
+not made, is made again, and it is said.
+
+The key is a file beside the entries that only this user may read: an entry that somebody else put
+into a shared folder, or that was copied from one place to another, has another digest. Whoever can
+write as this user is not kept out, and could change the program too.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
+import hmac
 import json
 import os
 import re
+import secrets
+import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +30,7 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 import reap_kernels
@@ -28,11 +38,12 @@ from reap_driver.calibration.encode import Encoder
 from reap_driver.calibration.packing import PackedSource, Packing, pack
 from reap_driver.calibration.records import BadRecords
 from reap_driver.calibration.source import DataSource
+from reap_driver.compat.foreign import one_line
 from reap_kernels import env
 from reap_kernels.errors import DataError
-from reap_kernels.files import replaced, save_tensors
+from reap_kernels.files import is_file, replaced, save_tensors
 
-FORMAT = "reap-tokens"
+FORMAT = "reap-tokens-2"
 
 # Seconds of work that are worth a file, and bytes that all files may take: the oldest go.
 _WORTH = 1.0
@@ -40,6 +51,7 @@ _LIMIT = 4 * 2**30
 
 # Files of a model's folder that a tokenizer may read; config.json has the end of a sequence.
 _TOKENIZER = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
+_KEY_BYTES = 32
 _TENSORS = ("ids", "starts", "counted", "given")
 
 
@@ -103,7 +115,7 @@ class Cache:
         key = {
             "data": data,
             "source": [source.name, source.samples, source.tokens, source.tools],
-            "tokenizer": _files_digest(_tokenizer_files(self.model)),
+            "tokenizer": _files_digest(_tokenizer_files(self.model), "tokenizer file"),
             **self.options,
             **options,
             "versions": _versions(),
@@ -113,18 +125,23 @@ class Cache:
 
     def _load(self, path: Path) -> dict[str, Any] | None:
         """The fields of a packed source; None where there is no entry, or a damaged one."""
+        if not is_file(path):
+            return None
         try:
+            key = _key(path.parent)
+            if path.stat().st_size > _LIMIT:
+                raise ValueError("it is larger than all may be")
             with safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()[FORMAT])
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if facts["digest"] != _digest(tensors):
-                raise ValueError("its digest is another")
+            written = _digest(key, path.stem, metadata[FORMAT], tensors)
+            if not hmac.compare_digest(written, metadata["digest"]):
+                raise ValueError("its digest is not of this user's key and these tokens")
             os.utime(path)  # it is of use: let it not be the oldest
-        except FileNotFoundError:
+        except Exception as error:  # noqa: BLE001  whatever a foreign file makes a library raise
+            self.note(f"{path}: damaged ({one_line(error)}), so the data are tokenised again")
             return None
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            self.note(f"{path}: damaged ({error}), so the data are tokenised again")
-            return None
+        facts = json.loads(metadata[FORMAT])
         bad = None
         if facts["skipped"] is not None:
             bad = BadRecords()
@@ -142,7 +159,6 @@ class Cache:
         }
         bad = made.skipped
         facts = {
-            "digest": _digest(tensors),
             "records": made.records,
             "separator": made.separator,
             "truncated": made.truncated,
@@ -151,9 +167,11 @@ class Cache:
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(facts)
+            digest = _digest(_key(path.parent), path.stem, text, tensors)
             _make_room(path.parent, sum(tensor.nbytes for tensor in tensors.values()))
             with replaced(path) as temporary:
-                save_tensors(tensors, temporary, {FORMAT: json.dumps(facts)})
+                save_tensors(tensors, temporary, {FORMAT: text, "digest": digest})
         except OSError as error:
             self.note(
                 f"{path}: the tokens cannot be kept ({error.strerror or error}); set "
@@ -165,11 +183,7 @@ def _data_digest(source: DataSource) -> str | None:
     """Of the content of local files, or the name of a commit on the hub; None for a branch."""
     location = source.location
     if isinstance(location, Path):
-        try:
-            return _files_digest(_visible(location) if location.is_dir() else [location])
-        except OSError as error:
-            reason = error.strerror or error
-            raise DataError(f"data {error.filename} cannot be read: {reason}") from error
+        return _files_digest(_visible(location) if location.is_dir() else [location], "data")
     pinned = location.revision is not None and re.fullmatch(r"[0-9a-f]{40}", location.revision)
     return repr(location) if pinned else None
 
@@ -178,7 +192,7 @@ def _visible(folder: Path) -> Iterator[Path]:
     """All files in a folder that are not hidden."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.is_file():
+        if not hidden and is_file(path):
             yield path
 
 
@@ -189,27 +203,58 @@ def _tokenizer_files(model: Path) -> list[Path]:
     return [
         path
         for path in found
-        if path.suffix in _TOKENIZER and not path.name.endswith(".index.json") and path.is_file()
+        if path.suffix in _TOKENIZER and not path.name.endswith(".index.json") and is_file(path)
     ]
 
 
-def _files_digest(paths: Iterator[Path] | list[Path]) -> str:
+def _files_digest(paths: Iterator[Path] | list[Path], what: str) -> str:
+    """Of names and contents.
+
+    Raises:
+        DataError: one cannot be read.
+    """
     digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(
-                f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode()
-            )
+    try:
+        for path in paths:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.name}:{content};".encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        raise DataError(
+            f"{what} {error.filename} cannot be read: {error.strerror or error}"
+        ) from error
     return digest.hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of the bytes of tensors, and their names and lengths."""
-    digest = hashlib.sha256()
+def _digest(key: bytes, name: str, facts: str, tensors: Mapping[str, Tensor]) -> str:
+    """Keyed, over an entry's name, its facts, and the bytes of tensors with names and lengths."""
+    digest = hmac.new(key, f"{name};{len(facts)}:{facts};".encode(), "sha256")
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}:{tensor.dtype}:{len(tensor)};".encode())
+        digest.update(f"{len(name)}:{name}:{tensor.dtype}:{len(tensor)};".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _key(folder: Path) -> bytes:
+    """The key of a folder, made where there is none.
+
+    Raises:
+        OSError: it cannot be read or made, or others than this user may know it.
+    """
+    path = folder / "key"
+    if not path.exists():
+        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".key.")  # private
+        with open(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(_KEY_BYTES))
+        os.replace(temporary, path)
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+            raise PermissionError(errno.EPERM, f"{path} is not private to this user")
+        key = file.read(_KEY_BYTES + 1)
+    if len(key) != _KEY_BYTES:
+        raise OSError(errno.EIO, f"{path} is no key; remove it")
+    return key
 
 
 @functools.cache
@@ -217,7 +262,7 @@ def _versions() -> dict[str, str]:
     """Of everything that has a part in making tokens; of this package, its code."""
     return {
         "reap_kernels": reap_kernels.__version__,
-        "code": _files_digest(sorted(Path(__file__).parent.glob("*.py"))),
+        "code": _files_digest(sorted(Path(__file__).parent.glob("*.py")), "module"),
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
     }

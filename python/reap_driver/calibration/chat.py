@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from reap_driver.calibration.shapes import Chat
 from reap_driver.calibration.steps import limited_steps
 from reap_driver.calibration.unused import unused
+from reap_driver.compat.foreign import one_line
 from reap_kernels.errors import DataError
 
 Span = tuple[int, int]
@@ -206,23 +207,18 @@ class ChatTemplate:
         )
 
     def _refused(self, place: str, error: Exception) -> DataError:
-        reason = " ".join(str(error).split())
-        if not isinstance(error, TemplateError):
-            reason = f"{type(error).__name__}: {reason}"
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         return DataError(
-            f"{place}: the chat template of {self._model} refuses the messages ({reason}); correct "
-            "the roles and contents, or the template"
+            f"{place}: the chat template of {self._model} refuses the messages "
+            f"({kind}{one_line(error)}); correct the roles and contents, or the template"
         )
 
     def _apply(self, place: str, chat: Chat, messages: list[dict[str, Any]], **options: Any) -> Any:
         try:
             with limited_steps():
-                made = self._tokenizer.apply_chat_template(
+                return self._tokenizer.apply_chat_template(
                     messages, tools=chat.tools, **options, **self._options
                 )
-            if isinstance(made, str):
-                made.encode()  # fails on half of a surrogate pair
-            return made
         except Exception as error:  # whatever a template does, such as 1 / 0 or endless recursion
             raise self._refused(place, error) from error
 

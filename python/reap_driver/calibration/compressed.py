@@ -1,4 +1,9 @@
-"""Compressed files as streams of the bytes in them: .gz, .bz2 and .xz by Python, .zst by Arrow."""
+"""Compressed files as streams of the bytes in them: .gz, .bz2 and .xz by Python, .zst by Arrow.
+
+What is read of any file is bounded, as a few bytes may decompress to more than memory holds: a
+record has at most `LARGEST` bytes, and between two lines that hold something at most `BLANK` bytes
+hold nothing.
+"""
 
 import bz2
 import gzip
@@ -11,6 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from reap_kernels.errors import DataError
+
+LARGEST = 32 * 2**20
+BLANK = 2**20
 
 
 def inner_suffix(file: Path) -> str:
@@ -37,10 +45,45 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
         raise DataError(f"data {file} cannot be read: {error.strerror or error}") from error
 
 
+def lines(file: Path) -> Iterator[tuple[int, bytes | None]]:
+    """(number from 1, content) of the lines that hold something; None where that is too large.
+
+    Raises:
+        DataError: see `opened`; or too many empty lines follow each other.
+    """
+    number = blank = 0
+    with opened(file) as stream:
+        while line := stream.readline(LARGEST + 1):
+            number += 1
+            if len(line) > LARGEST:
+                _skip(stream, line)
+                yield number, None
+            elif line.strip():
+                blank = 0
+                yield number, line
+            else:
+                blank += len(line)
+                if blank > BLANK:
+                    raise DataError(
+                        f"data {file}: has more than {BLANK} bytes of empty lines up to line "
+                        f"{number}; remove them"
+                    )
+
+
+def _skip(stream: IO[bytes], piece: bytes) -> None:
+    """Reads on to the end of a line."""
+    while piece and not piece.endswith(b"\n"):
+        piece = stream.readline(BLANK)
+
+
 def _damaged(file: Path, error: Exception) -> DataError:
     return DataError(
         f"data {file} cannot be decompressed ({error}); make or download the file again"
     )
+
+
+def _buffered(module: Any) -> Callable[[Path], IO[bytes]]:
+    return lambda file: io.BufferedReader(module.open(file))
 
 
 def _plain(file: Path) -> IO[bytes]:
@@ -60,8 +103,8 @@ def _zstandard(file: Path) -> IO[bytes]:
 
 
 COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
+    ".gz": _buffered(gzip),
+    ".bz2": _buffered(bz2),
+    ".xz": _buffered(lzma),
     ".zst": _zstandard,
 }

@@ -10,7 +10,8 @@ import numpy as np
 from transformers import AutoTokenizer, PretrainedConfig
 
 from reap_driver.calibration.chat import ChatTemplate, Span
-from reap_driver.calibration.records import BadRecords, Record, first_line, guard
+from reap_driver.calibration.compressed import LARGEST
+from reap_driver.calibration.records import BadRecords, Record, guard
 from reap_driver.calibration.shapes import Chat, Text, Tokens, shape_of
 from reap_driver.compat.foreign import foreign
 from reap_kernels.errors import DataError
@@ -142,13 +143,7 @@ class Encoder:
     def _add_text(self, group: _Texts, index: int, record: Record, shape: Text) -> None:
         if self._answers_only and shape.answer is None:
             raise _no_answer(record, "is a text")
-        try:
-            shape.text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{record.place}: its text has half of a surrogate pair as character "
-                f"{error.start}, which no encoding writes; correct it"
-            ) from error
+        _check_text(record, shape.text)
         group.texts[index] = shape.text
         group.answers[index] = [(shape.answer or 0, len(shape.text))]
 
@@ -165,6 +160,8 @@ class Encoder:
             done[index] = Document(*template.marked(place, shape))
         else:
             group.texts[index], group.answers[index] = template.answers(place, shape)
+        if index in group.texts:
+            _check_text(record, group.texts[index])
         record.unused.update(template.unwritten(place, shape))
 
     def _tokenised(
@@ -186,14 +183,10 @@ class Encoder:
             return done
 
     def _alone(self, record: Record, group: _Texts, index: int, special: bool) -> Document:
-        try:
+        fails = f"{record.place}: the tokenizer of {self._model} fails on its text"
+        with foreign(fails, "correct the text or the tokenizer", error=DataError):
             [document] = self._documents(group, [index], special)
-            return document
-        except Exception as error:
-            raise DataError(
-                f"{record.place}: the tokenizer of {self._model} fails on its text "
-                f"({first_line(error)}); correct the text or the tokenizer"
-            ) from error
+        return document
 
     def _documents(self, group: _Texts, indices: list[int], special: bool) -> list[Document]:
         texts = [group.texts[index] for index in indices]
@@ -285,6 +278,20 @@ def _mask(offsets: list[Span], answers: list[Span]) -> bytes:
     for begin, stop in answers:
         counted |= (first < stop) & (end > begin) & (end > first)
     return counted.tobytes()
+
+
+def _check_text(record: Record, text: str) -> None:
+    if len(text) > LARGEST:
+        raise DataError(
+            f"{record.place}: its text has {len(text)} characters, more than {LARGEST}; divide it"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{record.place}: its text has half of a surrogate pair as character {error.start}, "
+            "which no encoding writes; correct it"
+        ) from error
 
 
 def _no_answer(record: Record, why: str) -> DataError:

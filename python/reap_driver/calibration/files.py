@@ -8,10 +8,9 @@
 
 JSON lines and text may be compressed: .gz, .bz2, .xz or .zst follows the ending. A folder stands
 for all such files in it, at any depth, in the order of their names; files with another ending and
-hidden ones are passed over.
+hidden ones are passed over. A record of more than `compressed.LARGEST` bytes is refused.
 """
 
-import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from reap_driver.calibration.arrow import known_columns, row_records
-from reap_driver.calibration.compressed import COMPRESSIONS, inner_suffix, opened
+from reap_driver.calibration.compressed import COMPRESSIONS, LARGEST, inner_suffix, lines, opened
 from reap_driver.calibration.records import BadRecords, Record, guard
+from reap_driver.compat.foreign import foreign, one_line
+from reap_kernels.documents import parse_json
 from reap_kernels.errors import DataError
+from reap_kernels.files import is_file
 
 _PARQUET_ROWS = 1024  # read at a time
 _Chosen = frozenset[int] | None  # numbers of records in a file, from 0; None for all
@@ -95,7 +97,7 @@ def _files(path: Path) -> list[Path]:
         file
         for file in path.rglob("*")
         if _known(file)
-        and file.is_file()
+        and is_file(file)
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     if not files:
@@ -116,28 +118,27 @@ def _kind(file: Path) -> _Kind:
 
 
 def _count_lines(file: Path) -> int:
-    with opened(file) as stream:
-        return sum(1 for line in stream if line.strip())
+    return sum(1 for _ in lines(file))
 
 
 def _read_lines(file: Path, chosen: _Chosen, bad: BadRecords | None) -> _Numbered:
     left_out = guard(bad)
-    with opened(file) as stream:
-        lines = ((place, line) for place, line in enumerate(stream, start=1) if line.strip())
-        for number, (place, line) in enumerate(lines):
-            if chosen is None or number in chosen:
-                record = None
-                with left_out:
-                    record = _parse_line(f"{file}:{place}", line)
-                if record is not None:
-                    yield number, record
+    for number, (place, line) in enumerate(lines(file)):
+        if chosen is None or number in chosen:
+            record = None
+            with left_out:
+                record = _parse_line(f"{file}:{place}", line)
+            if record is not None:
+                yield number, record
 
 
-def _parse_line(place: str, line: bytes) -> Record:
+def _parse_line(place: str, line: bytes | None) -> Record:
+    if line is None:
+        raise DataError(f"{place}: is larger than {LARGEST} bytes; divide the record")
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:  # malformed JSON, or not UTF-8
-        raise DataError(f"{place}: not valid JSON ({error}); correct the line") from error
+        value = parse_json(line, plain=False)
+    except ValueError as error:
+        raise DataError(f"{place}: {error}; correct the line") from error
     if not isinstance(value, dict):
         raise DataError(f"{place}: a JSON {type(value).__name__}; every line must be an object")
     return Record(place, value)
@@ -148,20 +149,17 @@ def _parquet(file: Path) -> Iterator[Any]:
     """The open file; whatever Arrow finds wrong with it becomes a DataError."""
     try:
         from pyarrow import parquet
-        from pyarrow.lib import ArrowException
     except ImportError as error:
         raise DataError(
             f"data {file}: reading Parquet needs pyarrow, which is not installed; "
             "run `pip install reap-kernels[data]`"
         ) from error
-    try:
-        with parquet.ParquetFile(file) as source:
-            yield source
-    except (OSError, ArrowException) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"data {file} cannot be read as Parquet ({reason}); make or download it again"
-        ) from error
+    fails = f"data {file} cannot be read as Parquet"
+    with (
+        foreign(fails, "make or download it again", error=DataError),
+        parquet.ParquetFile(file) as source,
+    ):
+        yield source
 
 
 def _count_parquet(file: Path) -> int:
@@ -178,19 +176,26 @@ def _read_parquet(file: Path, chosen: _Chosen, bad: BadRecords | None) -> _Numbe
             wanted = [row for row in rows if chosen is None or row in chosen]
             if wanted:
                 part = batch if chosen is None else batch.take([row - start for row in wanted])
-                places = [f"{file}, row {row + 1}" for row in wanted]
-                found = row_records(part.to_pydict(), part.schema, places, others)
-                yield from zip(wanted, found, strict=True)
+                places = {row: f"{file}, row {row + 1}" for row in wanted}
+                yield from row_records(part, places, others, bad)
             start += batch.num_rows
 
 
 def _read_text(file: Path, chosen: _Chosen, bad: BadRecords | None) -> _Numbered:
     text = None
     with guard(bad), opened(file) as stream:
+        content = stream.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise DataError(
+                f"data {file}: is larger than {LARGEST} bytes, which are one document; divide it, "
+                "or give JSON lines"
+            )
         try:
-            text = stream.read().decode()
+            text = content.decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"data {file} is not UTF-8 text: {error}; convert it") from error
+            raise DataError(
+                f"data {file} is not UTF-8 text ({one_line(error)}); convert it"
+            ) from error
     if text is not None:
         yield 0, Record(str(file), {"text": text})
 

@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import Any
 
 from reap_driver.calibration.arrow import known_columns, row_records
-from reap_driver.calibration.records import BadRecords, Record, first_line
+from reap_driver.calibration.records import BadRecords, Record
 from reap_driver.calibration.source import SPLIT, HubDataset
+from reap_driver.compat.foreign import one_line
 from reap_kernels.errors import DataError
 
 _ROWS = 1024  # read at a time
@@ -50,13 +51,10 @@ class HubRows:
             DataError: the data set cannot be loaded.
         """
         loaded, others = self._loaded
-        rows = loaded.select(chosen)
-        schema = rows.features.arrow_schema
-        for start in range(0, len(rows), _ROWS):
+        for start in range(0, len(chosen), _ROWS):
             part = chosen[start : start + _ROWS]
-            places = [f"{self._location}, row {number + 1}" for number in part]
-            columns = rows[start : start + len(part)]
-            yield from zip(part, row_records(columns, schema, places, others), strict=True)
+            places = {number: f"{self._location}, row {number + 1}" for number in part}
+            yield from row_records(loaded.select(part), places, others, bad)
 
 
 def _load(location: HubDataset) -> Any:
@@ -80,7 +78,7 @@ def _load(location: HubDataset) -> Any:
     except Exception as error:  # of the network's and Arrow's libraries, and its own
         raise DataError(
             f"data {location}: no file or folder has that name, and the hub's data set cannot be "
-            f"loaded ({type(error).__name__}: {first_line(error)}); {_remedy(error)}"
+            f"loaded ({type(error).__name__}: {one_line(error)}); {_remedy(error)}"
         ) from error
 
 

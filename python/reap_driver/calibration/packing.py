@@ -29,11 +29,13 @@ from torch import Tensor
 from reap_driver.calibration.encode import Document, Encoder
 from reap_driver.calibration.records import BadRecords, Record, read_records
 from reap_driver.calibration.source import DataSource
+from reap_driver.compat.foreign import one_line
 from reap_kernels.errors import DataError
 
 Packing = Literal["concat", "isolated", "none"]
 
 _CHUNK = 256  # records tokenised together
+_NAMED = 40  # fields not used that are named
 
 
 @dataclass(frozen=True)
@@ -235,8 +237,14 @@ def pack(
         stream.truncated,
         bad,
         given if given.any() else None,
-        sorted(unused - encoder.written),
+        _named(unused - encoder.written),
     )
+
+
+def _named(names: set[str]) -> list[str]:
+    """Names of fields as they can be kept and shown, in order, and how many more there are."""
+    shown = [one_line(name, 60) for name in sorted(names)[:_NAMED]]
+    return [*shown, f"{len(names) - _NAMED} more"] if len(names) > _NAMED else shown
 
 
 class _Stream:

@@ -17,10 +17,13 @@ fields of `--data [group=]SOURCE[:BUDGET]`, and what else a hub data set can be 
         tools: [{name: bash, description: Runs a command, parameters: {...}}]
 
 Only `source` must be given; paths are relative to the file. `tools` are those of records that name
-none themselves.
+none themselves. YAML is read as JSON in another notation, within the same limits: without aliases,
+tags and dates, no name twice in an object.
 """
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -33,8 +36,13 @@ from reap_driver.calibration.source import (
     locate,
     token_count,
 )
+from reap_driver.compat.foreign import one_line
+from reap_kernels.documents import MAX_DEPTH, parse_json, read_bytes
 from reap_kernels.errors import DataError
+from reap_kernels.files import is_file
+from reap_kernels.schema import short
 
+_LARGEST = 2**18  # bytes of a recipe: those in use have a few thousand
 _TOP = ("description", "sources")
 _HUB_KEYS = ("subset", "split", "revision", "files")
 _KEYS = ("source", "group", "samples", "tokens", "tools", *_HUB_KEYS)
@@ -56,12 +64,12 @@ def load_recipe(path: str | Path) -> list[DataSource]:
             value or a location that does not exist. Names file, source and key.
     """
     file = Path(path)
-    if not file.is_file():
+    if not is_file(file):
         included = _included()
         if str(path) not in included:
             raise DataError(
-                f"recipe {str(path)!r}: no such file; give a .yaml or .json file, or one of "
-                f"{', '.join(sorted(included))}"
+                f"recipe '{one_line(str(path))}': no such file; give a .yaml or .json file, or "
+                f"one of {', '.join(sorted(included))}"
             )
         file = included[str(path)]
     content = _parse(file)
@@ -85,29 +93,79 @@ def _included() -> dict[str, Path]:
 
 
 def _parse(file: Path) -> Any:
+    try:
+        content = read_bytes(file, _LARGEST)
+        return parse_json(content if file.suffix == ".json" else _yaml_as_json(content))
+    except ValueError as error:
+        raise DataError(f"recipe {file} {error}; correct it") from error
+
+
+def _yaml_as_json(content: bytes) -> str:
+    """The JSON text of a YAML document.
+
+    Raises:
+        ValueError: it is damaged, deeper than JSON may be, or has what JSON has not.
+    """
     import yaml  # type: ignore[import-untyped]
 
+    fast: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    loader: Any = type("Loader", (fast,), {})
+    loader.add_constructor("tag:yaml.org,2002:map", _object)
     try:
-        text = file.read_text(encoding="utf-8")
-        return json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise DataError(f"recipe {file} cannot be read: {error.strerror or error}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"recipe {file} is not valid ({reason}); correct it") from error
+        _check_events(yaml.parse(content, Loader=fast))
+        return json.dumps(yaml.load(content, Loader=loader))
+    except yaml.YAMLError as error:
+        raise ValueError(f"is not YAML ({' '.join(str(error).split())})") from error
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"holds what JSON has not ({error}), which wants quotes") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 ({error.reason} at byte {error.start})") from error
+    except _NotPlain:
+        raise
+    except ValueError as error:  # a date or number that looks like one and is none
+        raise ValueError(f"holds a value that cannot be read ({error})") from error
+
+
+class _NotPlain(ValueError):
+    """A YAML document that is no JSON value in another notation."""
+
+
+def _check_events(events: Iterable[Any]) -> None:
+    """Refuses what would make a document larger or deeper than it looks, before it is made."""
+    import yaml
+
+    depth = 0
+    for event in events:
+        if isinstance(event, yaml.AliasEvent):
+            raise _NotPlain(f"has the alias *{short(event.anchor)}; write it out")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise _NotPlain(f"is nested deeper than {MAX_DEPTH} levels")
+
+
+def _object(loader: Any, node: Any) -> dict[Any, Any]:
+    pairs = loader.construct_pairs(node, deep=True)
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise _NotPlain(f"has the name {short(twice)} twice in one object")
+    return content
 
 
 def _check_keys(what: str, entry: dict[Any, Any], known: tuple[str, ...]) -> None:
     unknown = [str(key) for key in entry if key not in known]
     if unknown:
         raise DataError(
-            f"{what}: does not know {', '.join(unknown)}; the keys are {', '.join(known)}"
+            f"{what}: does not know {one_line(', '.join(unknown))}; the keys are {', '.join(known)}"
         )
 
 
 def _source(what: str, entry: Any, folder: Path) -> DataSource:
     if not isinstance(entry, dict):
-        raise DataError(f"{what}: is {entry!r}; give an object with {', '.join(_KEYS)}")
+        raise DataError(f"{what}: is {short(entry)}; give an object with {', '.join(_KEYS)}")
     _check_keys(what, entry, _KEYS)
     if "source" not in entry:
         raise DataError(f"{what}: has no `source`; give a path or a hub data set")
@@ -144,14 +202,16 @@ def _narrowed(what: str, location: Path | HubDataset, asked: dict[str, Any]) -> 
 def _text(what: str, entry: dict[str, Any], key: str) -> str | None:
     value = entry.get(key)
     if value is not None and (not isinstance(value, str) or not value):
-        raise DataError(f"{what}: {key} is {value!r}; it must be a text, in quotes where needed")
+        raise DataError(
+            f"{what}: {key} is {short(value)}; it must be a text, in quotes where needed"
+        )
     return value
 
 
 def _files(what: str, entry: dict[str, Any]) -> tuple[str, ...]:
     value = entry.get("files") or []
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise DataError(f"{what}: files is {value!r}; it must be a list of names")
+    if not isinstance(value, list) or not all(item and isinstance(item, str) for item in value):
+        raise DataError(f"{what}: files is {short(value)}; it must be a list of names")
     return tuple(value)
 
 
@@ -160,7 +220,7 @@ def _tools(what: str, entry: dict[str, Any]) -> str | None:
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise DataError(f"{what}: tools is {value!r}; it must be a list of objects")
+        raise DataError(f"{what}: tools is {short(value)}; it must be a list of objects")
     return json.dumps(value)
 
 
@@ -172,5 +232,7 @@ def _number(what: str, entry: dict[str, Any], key: str) -> int | None:
         return None
     if type(value) is not int or value < 1:
         more = ", or such as 2M" if key == "tokens" else ""
-        raise DataError(f"{what}: {key} is {entry[key]!r}; it must be a whole number above 0{more}")
+        raise DataError(
+            f"{what}: {key} is {short(entry[key])}; it must be a whole number above 0{more}"
+        )
     return value

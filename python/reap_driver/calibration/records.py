@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from reap_driver.calibration.source import DataSource
+from reap_driver.compat.foreign import one_line
 from reap_kernels.errors import DataError
 
 # Records held at once where they come in random order: the first pass, and at most. Each pass reads
@@ -52,7 +53,7 @@ class BadRecords:
         """One more."""
         self.count += 1
         if len(self.first) < self.SHOWN:
-            self.first.append(str(error))
+            self.first.append(one_line(str(error), 1000))
 
     def __enter__(self) -> None:
         return None
@@ -72,11 +73,6 @@ class BadRecords:
 def guard(bad: BadRecords | None) -> AbstractContextManager[None]:
     """Inside it, an error of a record is counted by `bad`, or raised where that is None."""
     return nullcontext() if bad is None else bad
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error says, in one line; its class where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Reader(Protocol):

@@ -32,6 +32,7 @@ from reap_driver.calibration.messages import (
 )
 from reap_driver.calibration.records import Record
 from reap_driver.calibration.unused import unused
+from reap_driver.compat.foreign import one_line
 from reap_kernels.errors import DataError
 
 
@@ -89,7 +90,7 @@ def shape_of(record: Record) -> Shape:
     has = ", ".join(sorted(name for name, value in fields.items() if value is not None))
     raise DataError(
         f"{record.place}: has the fields of no known shape, which are {known} (it has "
-        f"{has or 'none at all'}); rename its fields"
+        f"{one_line(has) if has else 'none at all'}); rename its fields"
     )
 
 

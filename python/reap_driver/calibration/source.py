@@ -15,10 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reap_driver.calibration.compressed import COMPRESSIONS
+from reap_driver.compat.foreign import one_line
 from reap_kernels.errors import DataError
+from reap_kernels.files import exists
+from reap_kernels.schema import short
 
 SPLIT = "train"
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+_LONGEST = 500  # characters; the hub takes names of 96
 _NAME = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 _HUB = re.compile(
     rf"(?P<name>{_NAME}(?:/{_NAME})?)"
@@ -53,7 +57,7 @@ class HubDataset:
     def parse(cls, text: str) -> "HubDataset | None":
         """The data set that `text` names, or None where it has not the form of one."""
         found = _HUB.fullmatch(text)
-        if found is None:
+        if found is None or len(text) > _LONGEST:
             return None
         return cls(found["name"], found["subset"], found["split"], found["revision"])
 
@@ -85,8 +89,8 @@ class DataSource:
 
     @property
     def name(self) -> str:
-        """As people write it, for messages and provenance."""
-        return str(self.location)
+        """As people write it, for messages and provenance; bytes that are no text are escaped."""
+        return _escaped(str(self.location))
 
     @classmethod
     def parse(cls, text: str) -> "DataSource":
@@ -96,16 +100,18 @@ class DataSource:
             DataError: nothing local has that name and it is none of a hub data set, or the budget
                 is 0.
         """
-        if Path(text).exists():
-            return cls(Path(text), default_group(Path(text)))
+        if not text.strip():
+            raise DataError(f"data {short(text)}: is no name; {_FORM}")
+        if exists(text):
+            return cls(_readable(Path(text), f"data '{one_line(text)}'"), default_group(Path(text)))
         named = re.fullmatch(r"([^=/\\\[\](]+)=(.+)", text)
         group, rest = (named[1], named[2]) if named else (None, text)
         samples = tokens = None
-        if not Path(rest).exists():
+        if not exists(rest):
             budget = re.fullmatch(r"(.+):(\d[\w.]*)", rest)
             if budget:
                 rest, (samples, tokens) = budget[1], _budget(text, budget[2])
-        location = locate(rest, Path(), f"data {text!r}")
+        location = locate(rest, Path(), f"data '{one_line(text)}'")
         return cls(location, group or default_group(location), samples, tokens)
 
 
@@ -120,13 +126,25 @@ def locate(text: str, folder: Path, what: str) -> Path | HubDataset:
     Raises:
         DataError: neither.
     """
-    path = folder / Path(text).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = folder / Path(text).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise DataError(
+            f"{what}: no folder '{one_line(text)}' ({one_line(str(error))}); {_FORM}"
+        ) from error
+    if exists(path):
+        return _readable(path, what)
     hub = HubDataset.parse(text)
     if hub is None or _looks_like_a_file(hub.name):
-        raise DataError(f"{what}: no file or folder {str(path)!r}; {_FORM}")
+        raise DataError(f"{what}: no file or folder '{one_line(str(path))}'; {_FORM}")
     return hub
+
+
+def _readable(path: Path, what: str) -> Path:
+    """The path, where it is of a file or folder: a pipe cannot be read twice, or never ends."""
+    if not path.is_dir() and not path.is_file():
+        raise DataError(f"{what}: is neither file nor folder; write what comes from it to a file")
+    return path
 
 
 def default_group(location: Path | HubDataset) -> str:
@@ -134,26 +152,33 @@ def default_group(location: Path | HubDataset) -> str:
     if isinstance(location, HubDataset):
         return location.subset or location.name.rpartition("/")[2]
     path = location.resolve()
-    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).stem
+    return _escaped((path.with_suffix("") if path.suffix in COMPRESSIONS else path).stem)
+
+
+def _escaped(name: str) -> str:
+    """A name that can be encoded: bytes that are no text are halves of surrogate pairs in it."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def token_count(text: str) -> int | None:
     """Tokens that `2Mtok`, `500ktok`, `1.5Mtok` or `4096tok` stands for; None for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)tok", text, re.IGNORECASE)
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)([kmg]?)tok", text, re.IGNORECASE)
     return None if found is None else round(float(found[1]) * _SUFFIXES[found[2].lower()])
 
 
 def _budget(text: str, written: str) -> tuple[int | None, int | None]:
     """(samples, tokens); one of them is None."""
-    samples = int(written) if written.isdecimal() else None
+    samples = int(written) if re.fullmatch(r"[0-9]{1,18}", written) else None
     tokens = token_count(written) if samples is None else None
     if samples is None and tokens is None:
         raise DataError(
-            f"data {text!r}: {written!r} is no budget; give a number of records, such as 700, or "
-            "of tokens, such as 2Mtok"
+            f"data '{one_line(text)}': {short(written)} is no budget; give a number of records, "
+            "such as 700, or of tokens, such as 2Mtok"
         )
     if 0 in (samples, tokens):
-        raise DataError(f"data {text!r}: takes 0 records; give a number above 0 after the last ':'")
+        raise DataError(
+            f"data '{one_line(text)}': takes 0 records; give a number above 0 after the last ':'"
+        )
     return samples, tokens
 
 

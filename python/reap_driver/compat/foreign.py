@@ -69,11 +69,13 @@ def described(error: BaseException) -> str:
     return text if (plain and " " in text) or text == kind else f"{kind}: {text}"
 
 
-def one_line(error: object) -> str:
-    """An error's text on one line of at most 300 characters, without a closing full stop."""
+def one_line(error: object, longest: int = 300) -> str:
+    """An error's or any text on one line of at most `longest` characters, without a closing full
+    stop.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     text = text.encode("utf-8", "backslashreplace").decode()
-    return (text if len(text) <= 300 else text[:297] + "...").rstrip(". ")
+    return (text if len(text) <= longest else text[: longest - 3] + "...").rstrip(". ")
 
 
 def offending_field(

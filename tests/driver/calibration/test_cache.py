@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ class Kept:
 
     @property
     def entries(self) -> list[Path]:
-        return sorted(self.folder.glob("tokens/*"))
+        return sorted(self.folder.glob("tokens/*.safetensors"))
 
 
 @pytest.fixture
@@ -165,6 +166,92 @@ def test_a_damaged_entry_is_made_again(kept: Kept, spoil: Callable[[Path], None]
     assert note.endswith("so the data are tokenised again")
     assert_equal(kept.pack(), first)
     assert len(kept.made) == 2
+
+
+def test_one_bit_anywhere_is_noticed(kept: Kept) -> None:
+    """In the header, the facts and the tokens: never an error, never other tokens."""
+    first = kept.pack()
+    [entry] = kept.entries
+    whole = entry.read_bytes()
+    for bit in range(3, 8 * len(whole), 8 * len(whole) // 80):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        entry.write_bytes(content)
+        made = len(kept.made)
+        assert_equal(kept.pack(), first)
+        assert len(kept.made) == made + 1
+        assert "damaged (" in kept.notes[-1]
+
+
+def _planted(kept: Kept, entry: Path) -> None:
+    """Another's tokens with the digest of another's key, under the name of what is looked up."""
+    other = kept.folder.parent / "other"
+    other.mkdir()
+    path = other / entry.name
+    source = kept.made[-1]
+    kept.cache._save(path, replace(source, ids=source.ids.flip(0)))
+    shutil.copy(path, entry)
+
+
+def _renamed(kept: Kept, entry: Path) -> None:
+    """An entry of this user's for other data."""
+    kept.pack(seed=1)
+    [other] = set(kept.entries) - {entry}
+    os.replace(other, entry)
+
+
+def _without_key(kept: Kept, entry: Path) -> None:
+    (entry.parent / "key").unlink()
+
+
+def _known_key(kept: Kept, entry: Path) -> None:
+    """A key that others may read is none."""
+    (entry.parent / "key").chmod(0o644)
+
+
+def _linked_key(kept: Kept, entry: Path) -> None:
+    key = entry.parent / "key"
+    os.replace(key, kept.folder / "elsewhere")
+    key.symlink_to(kept.folder / "elsewhere")
+
+
+def _pipe_as_key(kept: Kept, entry: Path) -> None:
+    (entry.parent / "key").unlink()
+    os.mkfifo(entry.parent / "key", 0o600)
+
+
+def _short_key(kept: Kept, entry: Path) -> None:
+    (entry.parent / "key").write_bytes(b"short")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_planted, _renamed, _without_key, _known_key, _linked_key, _pipe_as_key, _short_key],
+)
+def test_what_this_user_has_not_made_is_not_read(
+    kept: Kept, change: Callable[[Kept, Path], None]
+) -> None:
+    first = kept.pack()
+    change(kept, kept.entries[0])
+    made = len(kept.made)
+    assert_equal(kept.pack(), first)
+    assert len(kept.made) == made + 1
+    assert "so the data are tokenised again" in " ".join(kept.notes)
+
+
+def test_another_users_key_is_not_taken(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = kept.pack()
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    assert_equal(kept.pack(), first)
+    assert len(kept.made) == 2
+    assert "key is not private to this user" in kept.notes[0]
+    assert "the tokens cannot be kept" in kept.notes[1]
+
+
+def test_the_key_is_private(kept: Kept) -> None:
+    kept.pack()
+    assert (kept.folder / "tokens" / "key").stat().st_mode & 0o777 == 0o600
 
 
 def test_what_cannot_be_kept_is_said(kept: Kept) -> None:

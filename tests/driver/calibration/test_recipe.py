@@ -1,6 +1,7 @@
 """Recipes: every key and mistake, and those that come along on records with the sets' fields."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,9 @@ def test_mistakes_are_named_by_file_source_and_key(here: Path, entry: Any, says:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("mix.yaml", "sources: [", r"mix.yaml is not valid \(.*line 1"),
-        ("mix.json", "{", r"mix.json is not valid \(.*line 1"),
-        ("mix.yaml", "a: !!python/name:os.system", "mix.yaml is not valid"),
+        ("mix.yaml", "sources: [", r"mix.yaml is not YAML \(.*line 2"),
+        ("mix.json", "{", r"mix.json is not JSON \(.*line 1"),
+        ("mix.yaml", "a: !!python/name:os.system", "mix.yaml is not YAML"),
         ("mix.yaml", "", "has no list of sources; give `sources`"),
         ("mix.yaml", "sources: []", "has no list of sources"),
         ("mix.yaml", "sources: owner/name", "has no list of sources"),
@@ -229,3 +230,75 @@ def test_tools_of_a_recipe_are_for_records_without(here: Path) -> None:
     [source] = load_recipe(recipe)
     found = [record.fields["tools"] for record in read_records(source, 0)]
     assert found == ['[{"name": "f"}]', [{"name": "g"}], '[{"name": "f"}]']
+
+
+BOMB = "a: &a [1, 1]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n"
+    for old, new in zip("abcdefghij", "bcdefghijk", strict=True)
+)
+HOSTILE: dict[str, tuple[str, str]] = {
+    "aliases": (BOMB, r"has the alias \*'a'; write it out"),
+    "recursive": ("&a [*a]", "has the alias"),
+    "deep flow": ("[" * 50_000, "is nested deeper than 64 levels|exceeded maximum nesting depth"),
+    "deep blocks": ("- " * 2000, "is nested deeper than 64 levels"),
+    "deep maps": ("".join(" " * n + "a:\n" for n in range(300)), "is nested deeper than 64"),
+    "large": ("#" * 2**18 + "\n", "is larger than 262144 bytes"),
+    "twice": ("sources: []\nsources: [a]", "has the name 'sources' twice"),
+    "two kinds of one name": ("1: a\n'1': b", "has the name '1' twice"),
+    "a list as a name": ("? [1]\n: 2", "holds what JSON has not|is not YAML"),
+    "merge": ("<<: {a: 1}", "is not YAML"),
+    "a date": ("- {source: mine.jsonl.gz, group: 2024-01-01}", "holds what JSON has not"),
+    "no date": ("- {source: mine.jsonl.gz, group: 2024-13-01}", "a value that cannot be read"),
+    "nan": ("- {source: mine.jsonl.gz, samples: .nan}", "holds the number nan"),
+    "infinity": ("- {source: mine.jsonl.gz, samples: 1e999}", "1e999|holds the number inf"),
+    "digits": (f"- {{source: mine.jsonl.gz, samples: {'9' * 5000}}}", "cannot be read"),
+    "above 64 bits": (f"- {{source: mine.jsonl.gz, samples: {'9' * 30}}}", "64 bits"),
+    "hexadecimal": (f"- {{source: mine.jsonl.gz, samples: 0x{'f' * 9000}}}", "cannot be read"),
+    "surrogate": ('- {source: mine.jsonl.gz, group: "\\ud800"}', "no encoding writes|is not YAML"),
+    "bytes": ("- {source: mine.jsonl.gz, group: !!binary aGk=}", "holds what JSON has not"),
+    "a set": ("!!set {a, b}", "holds what JSON has not"),
+    "not text": ("\0", "is not YAML"),
+    "empty entry": ("- ''", "source 1: is ''; give an object"),
+    "empty source": ("- {source: ''}", "source 1: source is ''; it must be a text"),
+    "empty group": ("- {source: mine.jsonl.gz, group: ''}", "group is ''; it must be a text"),
+    "empty file": ("- {source: o/n, files: ['']}", "files is .*; it must be a list of names"),
+    "empty tokens": ("- {source: mine.jsonl.gz, tokens: ''}", "tokens is ''; it must be a whole"),
+    "null": ("[null]", "source 1: is None; give an object"),
+    "no keys of text": ("- {1: 2}", "source 1: does not know 1"),
+    "long name": (f"- {{source: {'x' * 5000}}}", "source 1: no file or folder"),
+    "zero in a name": ('- {source: "a\\0.jsonl"}', "source 1: no file or folder"),
+    "a loop": ("- {source: loop.jsonl}", "source 1: no file or folder"),
+    "a pipe": ("- {source: pipe.jsonl}", "source 1: is neither file nor folder"),
+    "no home": ("- {source: ~nobody-of-that-name/a.jsonl}", "source 1: no folder"),
+    "tokens without end": (f"- {{source: mine.jsonl.gz, tokens: {'9' * 20}M}}", "tokens is '9"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_recipes_are_one_short_error(here: Path, case: str) -> None:
+    content, says = HOSTILE[case]
+    (here / "loop.jsonl").symlink_to(here / "loop.jsonl")
+    os.mkfifo(here / "pipe.jsonl")
+    path = here / "mix.yaml"
+    path.write_text(content)
+    with pytest.raises(DataError, match=rf"^recipe .*mix.yaml.*({says})") as caught:
+        load_recipe(path)
+    assert len(str(caught.value).encode()) < 1200
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b'[{"source": "\\ud800"}]', b"[" * 10**5])
+@pytest.mark.parametrize("ending", ["json", "yaml"])
+def test_bytes_that_are_no_recipe(here: Path, content: bytes, ending: str) -> None:
+    path = here / f"mix.{ending}"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"^recipe .*mix"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0", "loop.yaml", "pipe.yaml", ".", "", "y/" * 3000])
+def test_names_that_are_no_recipe(here: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(here)
+    (here / "loop.yaml").symlink_to(here / "loop.yaml")
+    os.mkfifo(here / "pipe.yaml")
+    with pytest.raises(DataError, match=r"^recipe '.*: no such file"):
+        load_recipe(name)

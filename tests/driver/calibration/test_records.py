@@ -1,6 +1,7 @@
 """Records of every kind of file, samples of them, and what is wrong with files, by place."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from reap_driver.calibration import Encoder
 from reap_driver.calibration.records import BadRecords, Record, read_records
 from reap_driver.calibration.source import DataSource
 from reap_kernels.errors import DataError
@@ -96,8 +98,8 @@ def test_records_that_are_not_drawn_are_not_parsed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"text": "a"', "not valid JSON"),
-        ("text", "not valid JSON"),
+        ('{"text": "a"', "is not JSON"),
+        ("text", "is not JSON"),
         ("[1, 2]", "a JSON list; every line must be an object"),
         ('"text"', "a JSON str"),
     ],
@@ -112,7 +114,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str, says: str) -> None
 def test_lines_that_are_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "\xe9t\xe9"}\n')
-    with pytest.raises(DataError, match=r"a.jsonl:1: not valid JSON"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: is not UTF-8 .*; correct the line"):
         read(path)
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xe9t\xe9")
@@ -204,7 +206,7 @@ def test_what_a_budget_does_not_need_is_not_parsed(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     stream = read_records(source, 0)
     assert [next(stream).fields["text"] for _ in range(256)] == order[:256]
-    with pytest.raises(DataError, match="not valid JSON"):
+    with pytest.raises(DataError, match="is not JSON"):
         next(stream)
 
 
@@ -220,8 +222,8 @@ def test_bad_records_are_counted_where_they_may_be(tmp_path: Path, budget: dict[
     assert len(found) + bad.count == expected
     assert len(found) == len(set(found))
     assert len(bad.first) == min(bad.count, BadRecords.SHOWN)
-    assert all("not valid JSON" in text or "not UTF-8" in text for text in bad.first)
-    with pytest.raises(DataError, match=r"a.jsonl:\d+: not valid JSON|b.txt is not UTF-8"):
+    assert all("is not JSON" in text or "not UTF-8" in text for text in bad.first)
+    with pytest.raises(DataError, match=r"a.jsonl:\d+: is not JSON|b.txt is not UTF-8"):
         list(read_records(source, 0))
 
 
@@ -239,3 +241,103 @@ def test_only_bad_records(tmp_path: Path) -> None:
     bad = BadRecords()
     assert list(read_records(DataSource(path, "g"), 0, bad)) == []
     assert [text.partition(": ")[0] for text in bad.first] == [f"{path}:1", f"{path}:2"]
+
+
+DEEP = "[" * 100_000
+ODD_LINES = {
+    "deep": (f'{{"text": "a", "more": {DEEP}', "is nested deeper than 64 levels"),
+    "deep and whole": (f'{{"text": {"[" * 65}{"]" * 65}}}', "is nested deeper than 64 levels"),
+    "surrogate": ('{"text": "a \\ud800 b"}', "holds a text that no encoding writes"),
+    "surrogate in a name": ('{"text": "a", "\\udfff": 1}', "holds a text that no encoding writes"),
+    "digits": (f'{{"text": "a", "n": {"9" * 5000}}}', "holds a number that cannot be read"),
+    "twice": ('{"text": "a", "text": "b"}', "has the name 'text' twice in one object"),
+    "utf-16": ('{"text": "a"}'.encode("utf-16"), "is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_LINES)
+def test_odd_lines_are_bad_records(tmp_path: Path, case: str) -> None:
+    line, says = ODD_LINES[case]
+    path = tmp_path / "a.jsonl"
+    content = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b'{"text": "fine"}\n' + content.replace(b"\n", b"") + b'\n{"text": "fine"}')
+    with pytest.raises(DataError, match=rf"^.*a.jsonl:2: {says}.*; correct the line$"):
+        read(path)
+    bad = BadRecords()
+    found = list(read_records(DataSource(path, "g"), 0, bad))
+    assert [record.fields for record in found] == [{"text": "fine"}] * 2
+    assert bad.count == 1
+
+
+def test_numbers_that_other_tools_write_are_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "score": NaN, "high": Infinity, "seen": 99999999999999999999}\n')
+    assert [record["text"] for record in fields(path)] == ["a"]
+
+
+def _table(**columns: Any) -> pa.Table:
+    return pa.table({name: pa.array(*value) for name, value in columns.items()})
+
+
+ODD_TABLES: dict[str, tuple[pa.Table, str]] = {
+    "bytes": (_table(text=([b"a"], pa.binary())), "text is a bytes"),
+    "numbers": (_table(text=([1.5], pa.float64())), "text is a float"),
+    "ids as text": (_table(input_ids=(["1"], pa.string())), "input_ids must be a flat list"),
+    "ids that are real": (_table(input_ids=([[1.0]], pa.list_(pa.float32()))), "input_ids must be"),
+    "ids with none": (_table(input_ids=([[1, None]], pa.list_(pa.int64()))), "input_ids must be"),
+    "large ids": (_table(input_ids=([[2**63]], pa.list_(pa.uint64()))), "token id 92233720368547"),
+    "messages as a map": (
+        _table(messages=([[("role", "user")]], pa.map_(pa.string(), pa.string()))),
+        "messages must be a list of objects",
+    ),
+    "a date as content": (
+        _table(
+            messages=(
+                [[{"role": "user", "content": 5}]],
+                pa.list_(pa.struct({"role": pa.string(), "content": pa.date32()})),
+            )
+        ),
+        r"the content of messages\[0\] is a date",
+    ),
+    "no such date": (_table(text=([2**62], pa.timestamp("ms"))), "cannot be read"),
+    "no text": (
+        pa.table({"text": pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())}),
+        "cannot be read .*codec can't decode",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD_TABLES)
+def test_odd_columns_are_bad_records(tmp_path: Path, case: str, encoder: Encoder) -> None:
+    """The rows beside them are read."""
+    table, says = ODD_TABLES[case]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(table, path)
+    with pytest.raises(DataError, match=rf"^.*a.parquet, row 1: .*{says}"):
+        list(encoder.encode(read(path)))
+    bad = BadRecords()
+    records = list(read_records(DataSource(path, "g"), 0, bad))
+    assert list(encoder.encode(records, bad)) == []
+    assert bad.count == 1
+
+
+def test_the_rows_beside_one_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = pa.array([b"a", b"\xff", b"c"], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"text": texts}), path)
+    bad = BadRecords()
+    found = list(read_records(DataSource(path, "g"), 0, bad))
+    assert [(record.place, record.fields) for record in found] == [
+        (f"{path}, row 1", {"text": "a"}),
+        (f"{path}, row 3", {"text": "c"}),
+    ]
+    assert bad.first[0].startswith(f"{path}, row 2: cannot be read")
+
+
+def test_links_in_a_loop_and_pipes_in_a_folder_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "b.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
+    os.mkfifo(tmp_path / "c.jsonl")
+    (tmp_path / "up").symlink_to(tmp_path)
+    write_jsonl(tmp_path / "d.jsonl", [{"text": "d"}])
+    assert fields(tmp_path) == [{"text": "d"}]

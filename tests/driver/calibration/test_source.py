@@ -1,5 +1,6 @@
 """`[group=]SOURCE[:N]`, with names that look like something else."""
 
+import os
 import re
 from pathlib import Path
 
@@ -155,3 +156,41 @@ def test_a_relative_folder_has_a_name(here: Path) -> None:
 
 def test_files_of_a_data_set_are_in_its_name() -> None:
     assert str(HubDataset("o/n", "a", files=("x.json", "y.json"))) == "o/n[a]{x.json,y.json}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x" * 300 + ".jsonl",
+        "y/" * 3000 + ".jsonl",
+        "z\0.jsonl",
+        "loop.jsonl",
+        "~nobody-of-that-name/a.jsonl",
+        "pipe.jsonl",
+        "g=pipe.jsonl",
+        "code.jsonl:" + "9" * 5000,
+        "code.jsonl:" + "9" * 400 + "tok",
+        "code.jsonl:1e9",
+        "code.jsonl:\u0663",
+        "",
+        " ",
+        "=",
+        ":5",
+        "\ud800.jsonl",
+        "g=" + "\n",
+        "a" * 100_000,
+    ],
+)
+def test_names_and_budgets_of_any_kind_are_one_error(here: Path, text: str) -> None:
+    (here / "loop.jsonl").symlink_to(here / "loop.jsonl")
+    os.mkfifo(here / "pipe.jsonl")
+    with pytest.raises(DataError) as caught:
+        DataSource.parse(text)
+    assert len(str(caught.value).encode()) < 1000
+
+
+def test_a_name_that_is_no_text_is_escaped(here: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    (here / name).write_text("")
+    source = DataSource.parse(name)
+    assert (source.name, source.group) == ("caf\\udce9.jsonl", "caf\\udce9")

@@ -156,7 +156,7 @@ def test_ratio_that_leaves_a_group_too_few(
 
 DATA = {
     "empty": ("", r"code.jsonl holds no records; give data"),
-    "malformed": ('{"text": "a"}\n{"text"', r"code.jsonl:2: not valid JSON .*; correct the line"),
+    "malformed": ('{"text": "a"}\n{"text"', r"code.jsonl:2: is not JSON .*; correct the line"),
     "no known field": (
         '{"text": "a"}\n{"body": "b"}\n',
         r"code.jsonl:2: has the fields of no known shape, .*messages.* \(it has body\); rename its",
