@@ -56,11 +56,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Writes the checkpoint."""
     from reap_driver.checkpoint import apply_plan
+    from reap_driver.commands.outputs import check_replaced_folder, inputs_of
     from reap_driver.plan import Plan
 
     plan = Plan.load(args.plan)
     if args.as_masks is not None:
         return _write_masks(args, plan, console)
+    check_replaced_folder(args.out, inputs_of(args, args.out))
     with console.progress("writing", "B") as progress:
         report = apply_plan(
             args.model,
@@ -83,9 +85,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _write_masks(args: argparse.Namespace, plan: "Plan", console: Console) -> dict[str, Any]:
     """Writes the plan as masks."""
     from reap_driver.checkpoint.masks import save_masks
-    from reap_driver.commands.outputs import check_file
+    from reap_driver.commands.outputs import check_file, inputs_of
 
-    check_file(args.as_masks, overwrite=args.overwrite)
+    check_file(args.as_masks, overwrite=args.overwrite, inputs=inputs_of(args, args.as_masks))
     applied = save_masks(
         args.model,
         plan,

@@ -36,7 +36,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Runs the demo, which prints its own table."""
-    from reap_driver.demo.run import run_demo
+    from reap_driver.commands.outputs import check_folder
+    from reap_driver.demo.run import FILES, run_demo
+
+    if args.out.is_dir():
+        check_folder(args.out, FILES, overwrite=True, inputs=[])
 
     with console.library_progress():
         return run_demo(args.out, seed=args.seed, quiet=console.quiet or console.as_json)

@@ -48,13 +48,13 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     if args.dry_run:
         return dry_run.run(args, console)
     from reap_driver.commands import calibrate, running
-    from reap_driver.commands.outputs import check_file
+    from reap_driver.commands.outputs import check_file, inputs_of
     from reap_driver.distributed import ranks
 
     with ranks() as world:
         console.speaks(first=world.rank == 0)
         wanted = calibrate.sources_of(args)
-        check_file(args.out, overwrite=args.overwrite)
+        check_file(args.out, overwrite=args.overwrite, inputs=inputs_of(args, args.out))
         running.check_journal(args, world)
         model = calibrate.inspect_model(args)
         seq_len = calibrate.check_options(args, model.config)

@@ -48,11 +48,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Scores, decides, saves."""
     ranking.check_ranking(args)
-    from reap_driver.commands.outputs import check_file
+    from reap_driver.commands.outputs import check_file, inputs_of
     from reap_driver.criteria import score
     from reap_kernels import SaliencyStats
 
-    check_file(args.out, overwrite=args.overwrite)
+    check_file(args.out, overwrite=args.overwrite, inputs=inputs_of(args, args.out))
     stats = SaliencyStats.load(args.stats)
     plan = ranking.planned(args, score(stats, args.criterion, args.weights), stats)
     plan.save(args.out)

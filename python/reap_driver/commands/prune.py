@@ -58,14 +58,17 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     if args.dry_run:
         return dry_run.run(args, console)
     from reap_driver.commands import calibrate, running
-    from reap_driver.commands.outputs import check_file
+    from reap_driver.commands.outputs import check_file, check_replaced_folder, inputs_of
     from reap_driver.distributed import ranks
 
     with ranks() as world:
         console.speaks(first=world.rank == 0)
         wanted = calibrate.sources_of(args)
+        inputs = inputs_of(args, args.out, args.stats)
         if args.stats is not None:
-            check_file(args.stats, overwrite=args.overwrite)
+            check_file(args.stats, overwrite=args.overwrite, inputs=inputs)
+            inputs.append(args.stats)  # it stays
+        check_replaced_folder(args.out, inputs)
         running.check_journal(args, world)
         model = calibrate.inspect_model(args)
         model.check_files()

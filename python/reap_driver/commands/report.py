@@ -49,13 +49,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Reads, draws, writes."""
-    from reap_driver.commands.outputs import check_folder
+    from reap_driver.commands.outputs import check_folder, inputs_of
     from reap_driver.plan import Plan
     from reap_driver.report import read_comparison, write_report
     from reap_driver.report.page import FILES
     from reap_kernels import SaliencyStats
 
-    check_folder(args.out, FILES, overwrite=args.overwrite)
+    check_folder(args.out, FILES, overwrite=args.overwrite, inputs=inputs_of(args, args.out))
     stats = SaliencyStats.load(args.stats)
     plan = None if args.plan is None else Plan.load(args.plan)
     comparison = None if args.compare is None else read_comparison(args.compare)

@@ -22,6 +22,7 @@ from reap_driver.calibration import PackedSource
 from reap_driver.checkpoint.digest import weights_digest
 from reap_driver.commands.calibrate import Model, batches_of, device_of
 from reap_driver.commands.console import Console
+from reap_driver.commands.outputs import check_journal_folder
 from reap_driver.distributed import Ranks
 from reap_driver.folds import FoldedBatches
 from reap_driver.interrupts import Stop, deferred
@@ -67,9 +68,11 @@ def check_journal(args: argparse.Namespace, ranks: Ranks) -> None:
 
     Raises:
         DataError: `--resume`, and there is none.
-        CheckpointError: an interrupted run left one, and it is not said what to do with it.
+        CheckpointError: an interrupted run left one, and it is not said what to do with it; or its
+            folder holds something else.
     """
     folder = journal_folder(args.out, ranks)
+    check_journal_folder(folder)
     if args.resume:
         journals.read(folder)
     elif journals.exists(folder) and args.journal and not args.overwrite:

@@ -98,10 +98,10 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Searches and saves; what can be checked early is."""
     _check(args)
     from reap_driver.commands import searching
-    from reap_driver.commands.outputs import check_file
+    from reap_driver.commands.outputs import check_file, inputs_of
     from reap_driver.commands.plan import describe, facts
 
-    check_file(args.out, overwrite=args.overwrite)
+    check_file(args.out, overwrite=args.overwrite, inputs=inputs_of(args, args.out))
     with searching.searched(args, console) as (found, costs):
         found.plan.save(args.out)
     for note in found.plan.notes:

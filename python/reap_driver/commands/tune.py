@@ -69,10 +69,10 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
     from reap_driver.commands.calibrate import device_of, inspect_model
-    from reap_driver.commands.outputs import check_file
+    from reap_driver.commands.outputs import check_file, inputs_of
     from reap_kernels.tune import Measured, Shape, tune
 
-    check_file(args.out, overwrite=args.overwrite)
+    check_file(args.out, overwrite=args.overwrite, inputs=inputs_of(args, args.out))
     where = device_of(args)
     shapes = [Shape(*sizes) for sizes in args.shape or ()]
     if args.model is not None:

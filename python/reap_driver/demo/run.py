@@ -40,6 +40,7 @@ from reap_kernels.stats import SaliencyStats
 
 MODEL = Path(__file__).parent / "model"
 RATIOS = (0.25, 0.5)
+FILES = ("stats.safetensors", "scores.png", *(f"plan-{ratio * 100:.0f}.json" for ratio in RATIOS))
 CRITERIA = ("reap", "frequency")
 _TITLES = {
     "reap": "REAP: mean of gate x output norm over an expert's tokens",
