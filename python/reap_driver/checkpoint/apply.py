@@ -18,15 +18,17 @@ from reap_driver.checkpoint.checks import (
     no_such_layer,
     served_warning,
 )
-from reap_driver.checkpoint.config_edit import ExpertNames, clear_mtp, differences, expert_numbers
+from reap_driver.checkpoint.config_edit import clear_mtp, differences
+from reap_driver.checkpoint.expert_names import ExpertNames, numbered_experts, other_modules
 from reap_driver.checkpoint.keys import KeyActions, KeyDecider
 from reap_driver.checkpoint.models import PrunedModel, derive_model
 from reap_driver.checkpoint.mtp import MtpKeys
 from reap_driver.checkpoint.parallel import check_threads, write_shards
 from reap_driver.checkpoint.quantization import quantization_of
 from reap_driver.checkpoint.report import ApplyReport
+from reap_driver.checkpoint.settings import copied_names, rewritten_files
 from reap_driver.checkpoint.shards import plan_shards, write_index
-from reap_driver.checkpoint.source import RECORD, Source, open_source, read_json, resolve_folder
+from reap_driver.checkpoint.source import RECORD, Source, open_source, resolve_folder
 from reap_driver.checkpoint.specification import Specification, specify
 from reap_driver.checkpoint.staging import check_target, clean_stale, publish, rehearse, staged
 from reap_driver.checkpoint.stream import OutShard
@@ -43,8 +45,6 @@ if TYPE_CHECKING:
     from reap_kernels import SaliencyStats
 
 LOADER = "load_pruned.py"  # of checkpoints whose layers keep different numbers of experts
-# Small JSON files beside config.json in which quantisers name modules.
-_QUANTISER_FILES = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
 
 
 def apply_plan(
@@ -212,12 +212,8 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     # Whether or not MTP tensors were there: MiniMax-M2 announces what it lacks.
     if not options.keep_mtp:
         clear_mtp(model.raw_config)
-    names = ExpertNames(expert_numbers(keys.lists, _renamed(keys)))
-    files = {"config.json": _rewrite_quantisation(model.raw_config, names, folder)}
-    for path in source.small_files:
-        if path.as_posix() in _QUANTISER_FILES:
-            content = read_json(folder / path, "restore the file")
-            files[path.as_posix()] = names.rewrite(content, str(folder / path))
+    names = ExpertNames(numbered_experts(keys, model.layout, plan.kept), other_modules(keys))
+    files = rewritten_files(source, model.raw_config, names, counts)
     shards = plan_shards(source, keys.actions, options.shard_size)
     left = {name: after for name, (_, after) in counts.items()}
     entries = source.tensors.values()
@@ -278,6 +274,8 @@ def _report(job: _Job, out: Path, written: int) -> ApplyReport:
     before, after = zip(*job.counts.values(), strict=True)
     differ = job.loader is not None
     warning = loader_warning(after) if differ else served_warning(after[0])
+    warnings = [warning] if warning else []
+    warnings += copied_names(job.source, job.json_files)
     return ApplyReport(
         plan=job.plan,
         source=job.source.folder,
@@ -298,7 +296,7 @@ def _report(job: _Job, out: Path, written: int) -> ApplyReport:
         tables_rewritten=sum(isinstance(a, Relabel) for a in job.keys.actions.values()),
         mtp_dropped=job.keys.dropped("mtp"),
         left_out=[path.as_posix() for path in job.source.left_out],
-        warnings=[warning] if warning else [],
+        warnings=warnings,
     )
 
 
@@ -314,16 +312,6 @@ def _check_extra_layers(names: tuple[str, ...], mtp: MtpKeys) -> None:
     for name in names:
         if not mtp.owns(name, name + "."):
             raise no_such_layer(name)
-
-
-def _rewrite_quantisation(
-    config: dict[str, Any], names: ExpertNames, folder: Path
-) -> dict[str, Any]:
-    """config.json with the experts that its quantisation settings name renumbered."""
-    if "quantization_config" not in config:
-        return config
-    where = f"{folder / 'config.json'}: quantization_config"
-    return {**config, "quantization_config": names.rewrite(config["quantization_config"], where)}
 
 
 def _renamed(keys: KeyActions) -> dict[str, str]:

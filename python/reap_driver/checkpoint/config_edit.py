@@ -1,19 +1,15 @@
-"""Edits of the raw configuration files: expert counts, MTP fields, quantisation entries that name
-experts.
+"""Edits of the raw configuration files: expert counts and MTP fields.
 
 The JSON is edited in place, field by field: writing it through a config class would rename fields
 and move others (Qwen3's `num_experts` becomes `num_local_experts`), which older readers then miss.
 """
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from reap_driver.checkpoint.lists import ExpertList, split_layer
 from reap_driver.compat.config_file import COUNT_FIELDS
 from reap_driver.compat.load_pruned import SETTINGS
-from reap_kernels.errors import CheckpointError
 
 # Fields that say how many MTP layers there are, or that there are any.
 _MTP_FIELDS = frozenset(
@@ -100,78 +96,6 @@ def _cut_lists(config: dict[str, Any], length: int, kept: int) -> None:
     for name, value in config.items():
         if isinstance(value, list) and len(value) == length and not name.endswith("_id"):
             config[name] = value[:kept]
-
-
-class ExpertNames:
-    """Rewrites names of experts inside quantisation settings: ignore lists, per-module options.
-
-    Args:
-        number: old index -> new index, by prefix; removed experts are absent.
-    """
-
-    def __init__(self, number: Mapping[str, Mapping[int, int]]) -> None:
-        # Tools disagree on what comes before `layers.3`, so names are matched from there on.
-        self._number = {}
-        for prefix, numbers in number.items():
-            root, rest = split_layer(prefix + "0.")
-            tail = ".".join(root.split(".")[-3:]) + rest[: -len("0.")]
-            self._number[tail] = numbers
-        self._pattern = re.compile(
-            r"(?:(?<=^)|(?<=[.:^]))("
-            + "|".join(map(re.escape, self._number))
-            + r")(\d+)(?=$|[.:$])"
-        )
-
-    def rewrite(self, value: Any, where: str) -> Any:
-        """The same JSON value with experts renumbered and entries of removed experts dropped.
-
-        Raises:
-            CheckpointError: an entry names an expert by index for no layer in particular.
-        """
-        if isinstance(value, dict):
-            pairs = ((self._name(k, where), self.rewrite(v, where)) for k, v in value.items())
-            return {k: v for k, v in pairs if k is not None}
-        if isinstance(value, list):
-            items = (
-                self._name(item, where) if isinstance(item, str) else self.rewrite(item, where)
-                for item in value
-            )
-            return [item for item in items if item is not None]
-        return value
-
-    def _name(self, name: str, where: str) -> str | None:
-        """One name (or regular expression of a name), None if it belongs to a removed expert."""
-        plain = name.replace(r"\.", ".")
-        match = self._pattern.search(plain) if self._number else None
-        if match is None:
-            if re.search(r"\bexperts\.\d+(?=$|[.:$])", plain) and "layers.*" in plain.replace(
-                r"\d+", "*"
-            ):
-                raise CheckpointError(
-                    f"{where}: entry {name!r} names one expert in every layer, but each layer "
-                    "keeps other experts; "
-                    "spell the entry out by layer."
-                )
-            return name
-        new = self._number[match.group(1)].get(int(match.group(2)))
-        if new is None:
-            return None
-        renamed = plain[: match.start(2)] + str(new) + plain[match.end(2) :]
-        return renamed.replace(".", r"\.") if r"\." in name else renamed
-
-
-def expert_numbers(
-    lists: Mapping[str, ExpertList], renamed: Mapping[str, str]
-) -> dict[str, dict[int, int]]:
-    """Old to new index of each list, read off the decided names (old key -> new key)."""
-    numbers: dict[str, dict[int, int]] = {}
-    for prefix, experts in lists.items():
-        numbers[prefix] = {
-            index: int(renamed[key][len(prefix) :].partition(".")[0])
-            for key, index in experts.keys.items()
-            if key in renamed
-        }
-    return numbers
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -12,9 +12,8 @@ import yaml  # type: ignore[import-untyped]
 from reap_driver.checkpoint import apply_plan
 from reap_driver.checkpoint.card import read_front_matter
 from reap_driver.checkpoint.checks import served_warning
-from reap_driver.checkpoint.config_edit import ExpertNames, count_sites, with_count
+from reap_driver.checkpoint.config_edit import count_sites, with_count
 from reap_driver.compat.models import load_config, meta_model
-from reap_kernels.errors import CheckpointError
 from tests.driver.checkpoint import saved
 
 
@@ -91,27 +90,6 @@ def test_quantisation_entries_follow_their_expert(full: Path, tmp_path: Path) ->
     assert list(result["extra_config"]) == names[: len(kept)]
     beside = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
     assert beside["quantization"]["exclude_modules"] == names[: len(kept)]
-
-
-def test_renumbering_maps_indices() -> None:
-    names = ExpertNames({"model.layers.3.mlp.experts.": {2: 0, 17: 1}})
-    listed = [
-        "layers.3.mlp.experts.17.w1",
-        "language_model.model.layers.3.mlp.experts.2",
-        "model.layers.13.mlp.experts.2.w1",
-    ]
-    assert names.rewrite(listed, "x") == [
-        "layers.3.mlp.experts.1.w1",
-        "language_model.model.layers.3.mlp.experts.0",
-        "model.layers.13.mlp.experts.2.w1",
-    ]
-    assert names.rewrite(["model.layers.3.mlp.experts.5.w1"], "x") == []
-
-
-def test_entry_for_one_expert_of_every_layer_is_refused() -> None:
-    names = ExpertNames({"model.layers.3.mlp.experts.": {2: 0}})
-    with pytest.raises(CheckpointError, match="names one expert in every layer"):
-        names.rewrite([r"re:model\.layers\.\d+\.mlp\.experts\.2\..*"], "config.json")
 
 
 def test_small_files_travel_and_other_weights_do_not(full: Path, tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""What a text in a quantizer's settings names: modules, by the rules of the format.
+
+Quantizers name modules in three ways, and which one a text is follows from its beginning, from its
+characters and from the quantizer:
+
+a name              `model.layers.1.mlp.experts.3.up_proj`, or a part of one
+a regular           `re:.*experts\\.3\\..*` (compressed-tensors), `-:.*gate$` (GPTQModel); without a
+expression          mark in AutoRound and in transformers' own lists
+a wildcard          `model.layers.1.mlp.experts.3*` (ModelOpt, Quark)
+"""
+
+import fnmatch
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from reap_kernels.errors import CheckpointError
+
+MARKS = ("re:", "+:", "-:")
+_SPECIAL = re.compile(r"[*?\[\](){}|^$+\\]")
+_ONLY_REGULAR = re.compile(r"\\|\.\*|\.\+|[\^$|(){}]|\][*+]")
+# Quantifiers on quantifiers, `(x+)+`, can take longer than anybody waits.
+_EXPONENTIAL = re.compile(r"[*+]\)[*+]")
+# Quantizers whose unmarked texts with special characters are wildcards; those of others are regular
+# expressions, or were meant as wildcards: both are looked at.
+_WILDCARDS = ("modelopt", "compressed-tensors", "quark")
+# Quantizers whose readers compare a name as a whole, or part by part; others look for the text
+# anywhere in a module's name, so that `experts.3` is part of `experts.30`.
+_WHOLE = ("compressed-tensors", "gptq")
+_LITERAL = re.compile(
+    r"\^?(?:\.\*)?(?P<body>(?:[\w-]|\\?\.(?![*+?]))+)(?P<rest>\.\*\$?|\$)?", re.ASCII
+)
+
+Matcher = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One text.
+
+    Attributes:
+        text: as written.
+        mark: "re:", "+:", "-:" or "".
+        kind: "name", "regular expression", "wildcard" or "either" of the two.
+        matchers: what decides whether a module is named; several where it can be read several ways.
+    """
+
+    text: str
+    mark: str
+    kind: str
+    matchers: tuple[Matcher, ...]
+
+    @property
+    def body(self) -> str:
+        """The text behind the mark."""
+        return self.text[len(self.mark) :]
+
+    @property
+    def is_rooted(self) -> bool:
+        """Whether it matters what a name has before its layers: "model.", "language_model."."""
+        return "model" in self.body or not self.body.startswith((".*", "*"))
+
+    def literal(self) -> str | None:
+        """The names inside the text, if it is one name, whatever may come before or after; dots may
+        be escaped.
+        """
+        if self.kind == "name":
+            return self.body
+        found = _LITERAL.fullmatch(self.body)
+        return found["body"] if found and self.kind == "regular expression" else None
+
+
+def read(text: str, method: str | None, where: str) -> Pattern:
+    """How readers of a quantizer's settings take a text.
+
+    Raises:
+        CheckpointError: a marked text is no regular expression that can be evaluated.
+    """
+    mark = next((m for m in MARKS if text.startswith(m)), "")
+    body = text[len(mark) :]
+    if mark:
+        if _EXPONENTIAL.search(body):
+            raise CheckpointError(
+                f"{where}: the pattern {text!r} has a quantifier on a quantifier, which can take "
+                "for ever; write it without."
+            )
+        return Pattern(text, mark, "regular expression", (_regular(text, body, method, where),))
+    if not _SPECIAL.search(body):
+        return Pattern(text, mark, "name", (_named(body, method),))
+    wildcard = _wildcard(body)
+    try:
+        regular = _regular(text, body, method, where)
+    except CheckpointError:
+        return Pattern(text, mark, "wildcard", (wildcard,))
+    if _EXPONENTIAL.search(body) or (method is not None and method.startswith(_WILDCARDS)):
+        return Pattern(text, mark, "wildcard", (wildcard,))
+    if _ONLY_REGULAR.search(body):
+        return Pattern(text, mark, "regular expression", (regular,))
+    return Pattern(text, mark, "either", (regular, wildcard))
+
+
+def _regular(text: str, body: str, method: str | None, where: str) -> Matcher:
+    try:
+        compiled = re.compile(body)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(
+            f"{where}: the pattern {text!r} is no regular expression ({error}); correct it."
+        ) from error
+    # AutoRound searches; the others match from the beginning of the name.
+    find = compiled.search if method is not None and "auto-round" in method else compiled.match
+    return lambda name: find(name) is not None
+
+
+def _wildcard(body: str) -> Matcher:
+    compiled = re.compile(fnmatch.translate(body))
+    return lambda name: compiled.match(name) is not None
+
+
+def _named(body: str, method: str | None) -> Matcher:
+    if method is None or method.startswith(_WHOLE):
+        inside = f".{body}."
+        return lambda name: inside in f".{name}."
+    return lambda name: body in name
