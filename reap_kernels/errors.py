@@ -10,6 +10,12 @@ class ReapError(Exception):
     exit_code = 3
 
 
+class UsageError(ReapError, TypeError):
+    """A function of the Python API was called with an argument of a type it does not take, or where
+    the call would have no effect.
+    """
+
+
 class ShapeError(ReapError):
     """A tensor's shape (or a size derived from it) does not fit the operation."""
 

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from reap_driver.adapters import ADAPTERS, Adapter
 from reap_driver.adapters.expert_parallel import ExpertSlice
 from reap_driver.compat.models import config_digest, identifying_fields
+from reap_driver.plain_model import plain_model
 from reap_kernels.errors import UnsupportedModel
 
 # Models whose experts are recognisable but must not be ranked or removed, and why.
@@ -86,6 +87,7 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
         UnsupportedModel: the model has no MoE layer, is one that must not be pruned, holds weights
             that are not plain whole floats, or has experts that no adapter observes.
     """
+    model = plain_model(model)
     config = model.config
     reason = _REFUSED.get(_model_type(config))
     if reason is None and getattr(config, "is_encoder_decoder", False):

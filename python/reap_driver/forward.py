@@ -2,6 +2,7 @@
 nobody looks at.
 """
 
+import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.utils import TransformersKwargs
 
 from reap_driver.isolation import documents_apart
 from reap_kernels.errors import DataError
+from reap_kernels.schema import short
+
+# What every model of transformers takes, by name or not.
+_COMMON = (
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "labels",
+    *TransformersKwargs.__annotations__,
+    *FlashAttentionKwargs.__annotations__,
+)
 
 
 def forward(model: PreTrainedModel, batch: Mapping[str, Any], *, all_logits: bool = False) -> Any:
@@ -25,9 +41,11 @@ def forward(model: PreTrainedModel, batch: Mapping[str, Any], *, all_logits: boo
         all_logits: compute those of every token, where the model can do with the last one's.
 
     Raises:
-        DataError: empty batch, or a token id outside the vocabulary.
+        DataError: no batch, or an empty one, a token id outside the vocabulary, or a tensor that
+            the model has no argument for.
         UnsupportedModel: packed documents, and the model cannot keep them apart.
     """
+    _check_names(model, batch)
     # Before the batch moves: on a GPU, reading the ids there would wait for all queued work, as
     # would the move itself from memory that is not pinned.
     _check_ids(model, batch.get("input_ids"))
@@ -36,6 +54,26 @@ def forward(model: PreTrainedModel, batch: Mapping[str, Any], *, all_logits: boo
         if device.type != "meta":
             batch = {k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         return model(**{**_economies(model, batch, all_logits), **batch})
+
+
+def _check_names(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Raise DataError for a tensor under a name the model does not know: it takes any and would
+    leave it out of account without a word, as a mask whose name is misspelled.
+    """
+    if not any(batch.get(name) is not None for name in ("input_ids", "inputs_embeds")):
+        raise DataError(
+            f"a batch holds {', '.join(batch) or 'nothing'}; give input_ids [batch, seq], as the "
+            "model's tokenizer makes them"
+        )
+    known = {*inspect.signature(type(model).forward).parameters, *_COMMON}
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            remedy = f"did you mean {near[0]}?" if near else "leave it out of the batch"
+            raise DataError(
+                f"{type(model).__name__} has no argument {name!r}, and would ignore the tensor "
+                f"without a word; {remedy}"
+            )
 
 
 def _economies(
@@ -69,10 +107,13 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=tensor.is_pinned())
 
 
-def _check_ids(model: PreTrainedModel, ids: Tensor | None) -> None:
+def _check_ids(model: PreTrainedModel, ids: Any) -> None:
     """Raise DataError for an empty batch or a token id the model has no embedding for."""
     if ids is None:
         return
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2:
+        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else short(ids)
+        raise DataError(f"input_ids is {found}; give a tensor of int64 [batch, seq]")
     if not ids.numel():
         raise DataError(f"input_ids is empty (shape {tuple(ids.shape)}); give at least one token")
     embeddings = model.get_input_embeddings()

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from reap_driver.adapters import KernelAdapter
 from reap_driver.discover import MoELayer, adapter_of
-from reap_driver.observe import LayerRecorder, Observer
+from reap_driver.layer_recorder import LayerRecorder
+from reap_driver.observe import Observer
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import PlanError, UnsupportedModel
 
@@ -172,6 +173,14 @@ class _RoutingRecorder(LayerRecorder):
         self._removed[list(removed)] = True  # the last entry: identity experts
         self._counts = torch.zeros(3, dtype=torch.int64)  # tokens, orphaned, stranded
         self._share = torch.zeros((), dtype=torch.float64)
+        self._seen = 0  # the last forward that was counted, and what was counted before it
+        self._earlier = self._counts, self._share
+
+    def undo(self, forward: int) -> None:
+        """Takes back what was counted in a forward, if it was the last."""
+        super().undo(forward)
+        if self._seen == forward:
+            (self._counts, self._share), self._seen = self._earlier, 0
 
     def routed(self, ids: Tensor, weights: Tensor) -> None:
         """Adds the tokens of a call: ids and combine weights [T, k]."""
@@ -179,6 +188,9 @@ class _RoutingRecorder(LayerRecorder):
             self._removed, self._counts, self._share = (
                 t.to(ids.device) for t in (self._removed, self._counts, self._share)
             )
+        if self._seen != self._observer.forwards:
+            self._seen = self._observer.forwards
+            self._earlier = self._counts, self._share
         experts = len(self._removed) - 1
         gates = weights.double()
         lost = self._removed[torch.where((ids >= 0) & (ids < experts), ids, experts).long()]
@@ -191,8 +203,8 @@ class _RoutingRecorder(LayerRecorder):
         all_lost = (any_lost | (gates == 0)).all(dim=1)
         share = torch.where(lost, 0, gates).sum(dim=1) / total
         flags = torch.stack([counted, counted & first, counted & all_lost])
-        self._counts += flags.sum(dim=1)
-        self._share += torch.where(counted, share, 0).sum()
+        self._counts = self._counts + flags.sum(dim=1)
+        self._share = self._share + torch.where(counted, share, 0).sum()
 
     @property
     def orphans(self) -> Orphans:

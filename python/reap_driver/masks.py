@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_kernels.errors import DataError, UnsupportedModel
+from reap_kernels.schema import short
 
 # Sparse-attention models whose choice of keys moves with padding (blocks and top-k are taken over
 # padded positions): statistics of a padded batch would not be those of its sequences.
@@ -88,6 +89,7 @@ class TokenMask:
             )
         return self._mask.to(device)
 
+    @torch.compiler.disable
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = self._signature.bind_partial(None, *args, **kwargs)
         named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
@@ -100,19 +102,20 @@ class TokenMask:
         self._tokens = inputs.shape[:2].numel() if inputs is not None and text else None
         self._inside = True
 
+    @torch.compiler.disable
     def _leave(self, *_: Any) -> None:
         self._mask, self._tokens, self._inside = None, None, False
 
     def _combine(self, inputs: Tensor | None, attention: Any) -> Tensor | None:
         """Flattened mask of the tokens of this call; None when every token counts."""
         given = self._given
-        masks = [] if given is None else [given.bool()]
+        masks = [] if given is None else [_as_bool("token_mask", given)]
         if attention is not None and inputs is not None:
             if isinstance(attention, Tensor) and attention.ndim == 2:
-                seen = attention[:, -inputs.shape[1] :].bool()
-                if not bool(attention.bool().all()):
+                seen = _as_bool("attention_mask", attention)
+                if not bool(seen.all()):
                     self._check_padding()
-                masks.append(seen)
+                masks.append(seen[:, -inputs.shape[1] :])
             elif given is None:
                 raise DataError(
                     "attention_mask is not [batch, seq], so it does not say which tokens count; "
@@ -143,3 +146,23 @@ class TokenMask:
                 f"{kind} gives other outputs for padded sequences than for the same ones alone; "
                 "pass sequences of equal length without padding, one at a time if need be"
             )
+
+
+def _as_bool(name: str, mask: Any) -> Tensor:
+    """A mask whose values are true or false, or 1 or 0 in any dtype, as bool.
+
+    Raises:
+        DataError: it is no tensor, or has other values: added to scores, say, or not a number.
+    """
+    if not isinstance(mask, Tensor):
+        raise DataError(f"{name} is {short(mask)}; give a tensor of bool [batch, seq]")
+    if mask.dtype == torch.bool:
+        return mask
+    ones = mask == 1
+    other = mask[~ones & (mask != 0)]
+    if len(other):
+        raise DataError(
+            f"{name} ({mask.dtype}) holds {other[0].item()}, which is neither 1 (counted) nor 0 "
+            "(left out); give a tensor of bool [batch, seq]"
+        )
+    return ones

@@ -6,50 +6,41 @@ same output and the statistics in one pass, and swapped back on exit whatever ha
 
 import contextlib
 import datetime
-from collections.abc import Iterable, Iterator
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import reap_kernels
-from reap_driver.adapters import KernelAdapter
-from reap_driver.compat.experts import Forward
-from reap_driver.discover import MoELayer, adapter_of, block_of, find_moe_layers, record_of
+from reap_driver.discover import adapter_of, block_of, find_moe_layers, record_of
 from reap_driver.forward import forward
+from reap_driver.layer_recorder import LayerRecorder
 from reap_driver.masks import TokenMask
-from reap_kernels import ExpertWeights, GateFormula, LayerStats, SaliencyStats, observe_layer
-from reap_kernels.dispatch import Request, select
+from reap_driver.plain_model import plain_model
+from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.documents import as_read
-from reap_kernels.errors import DataError, UnsupportedModel
-from reap_kernels.experts.op import request_of
+from reap_kernels.errors import DataError, UnsupportedModel, UsageError
 from reap_kernels.provenance import SOURCE
 from reap_kernels.schema import check, short
 
 DEFAULT_GROUP = "default"
 
-# Tokens on which a layer's first call is compared with the module's own forward. Few: the check
-# reads the weights of every expert they reach, which is most of its cost.
-_SAMPLE = 4
 
-# Largest accepted ||ours - eager|| / ||eager|| on the sample. Rounding explains a tenth of each; a
-# dropped expert or a wrong gate gives more than 0.1.
-_TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-    torch.float16: 5e-3,
-    torch.bfloat16: 2e-2,
-}
+# Experts modules that an observer counts the tokens of.
+_OBSERVED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 class Observer:
     """The context `observe()` returns. Statistics accumulate over every forward inside it."""
 
     def __init__(self, model: PreTrainedModel, backend: str | None = None) -> None:
-        self.model = model
+        self.model = model = plain_model(model)
         self.backend = backend
         self.layers = find_moe_layers(model)
         self.groups: list[str] = []
@@ -59,15 +50,30 @@ class Observer:
         )
         self._recorders = {layer.name: LayerRecorder(self, layer) for layer in self.layers}
         self._sources: list[dict[str, Any]] = []
+        self._notes: list[str] = []
+        self._inside_group = False
+        self._pending: str | None = None  # a group that was named and not entered
+        self._thread: int | None = None  # that entered the context; None outside it
+        self._running = False
+        self._groups_before = 0
+        self.forwards = 0
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> "Observer":
-        if self.model.training:
+        if self._thread is not None:
+            raise UsageError("this observer is entered already; call it inside its one `with`")
+        self._check_model(all_modules=True)
+        modules = [layer.module for layer in self.layers]
+        if any(module in _OBSERVED for module in modules):
             raise UnsupportedModel(
-                f"{type(self.model).__name__} is in training mode, where routers may add noise; "
-                "call model.eval() first"
+                "this model is being observed already; leave the first observe() before another"
             )
         with contextlib.ExitStack() as stack:
+            _OBSERVED.update(modules)
+            stack.callback(_OBSERVED.difference_update, modules)
+            stack.enter_context(torch.no_grad())
+            handle = self.model.register_forward_pre_hook(self._before_forward)
+            stack.callback(handle.remove)
             for layer in self.layers:
                 recorder = self._recorders[layer.name]
                 block = block_of(self.model, layer)
@@ -75,7 +81,10 @@ class Observer:
             stack.enter_context(self.tokens.hooked())
             handle = self.model.register_forward_hook(self._after_forward)
             stack.callback(handle.remove)
+            handle = self.model.register_forward_hook(self._ended, always_call=True)
+            stack.callback(handle.remove)
             self._exit = stack.pop_all()
+        self._thread = threading.get_ident()
         return self
 
     def __exit__(
@@ -84,10 +93,15 @@ class Observer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._running:  # the forward was left by what is no Exception, such as Ctrl-C
+            self._undo()
+        self._thread = None
         self._exit.close()
+        if kind is not None:
+            self._notes.append(f"the observation was ended early by {kind.__name__}")
 
-    def __call__(self, *, token_mask: Tensor | None = None, **batch: Any) -> Any:
-        """Run the model on one batch and return its output.
+    def __call__(self, *args: Any, token_mask: Tensor | None = None, **batch: Any) -> Any:
+        """Run the model on one batch and return its output. A forward that fails counts nothing.
 
         Args:
             token_mask: [batch, seq] bool, tokens to count (answer tokens only, say); combined with
@@ -97,22 +111,64 @@ class Observer:
                 documents packed into it, which are kept apart.
 
         Raises:
-            DataError: empty batch, a token id outside the vocabulary, masks that do not fit.
+            UsageError: outside the `with` block, where nothing would be counted; or arguments
+                without names.
+            DataError: empty batch, a token id outside the vocabulary, masks that do not fit, an
+                argument that the model does not have.
             UnsupportedModel: a layer's output differs from the module's own; or padding in a model
                 whose own output changes with padding, or packed documents in one that cannot keep
-                them apart.
+                them apart; or the model is not the one that was entered (modules, dtype, training
+                mode).
         """
-        with self.tokens.restricted_to(token_mask):
-            return forward(self.model, batch)
+        if self._thread is None:
+            raise UsageError(
+                "this observer is called outside its `with` block, where it counts nothing; write "
+                "`with rd.observe(model) as obs: obs(**batch)`"
+            )
+        if args:
+            raise UsageError(
+                f"an observer takes the model's arguments by name, not a {type(args[0]).__name__} "
+                "alone; write obs(**batch), or obs(input_ids=ids)"
+            )
+        try:
+            with self.tokens.restricted_to(token_mask):
+                return forward(self.model, batch)
+        except (Exception, KeyboardInterrupt):
+            self._undo()
+            raise
+        finally:
+            self._running = False  # what a streamed model ran is counted, though it was left
+
+    def group(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Forwards inside the context are counted under the calibration group `name`.
+
+        Raises:
+            UsageError: the name is no text, or empty; or the context lies in that of another group,
+                for a token is of one.
+
+        Example:
+            >>> with rd.observe(model) as obs, obs.group("code"):
+            ...     obs(**batch)
+        """
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"group {short(name)} is no name; give a text such as 'code'")
+        self._pending = name
+        return self._grouped(name)
 
     @contextlib.contextmanager
-    def group(self, name: str) -> Iterator[None]:
-        """Forwards inside the context are counted under the calibration group `name`."""
-        before, self.current = self.current, name
+    def _grouped(self, name: str) -> Iterator[None]:
+        self._pending = None
+        if self._inside_group and name != self.current:
+            raise UsageError(
+                f"group {name!r} is entered inside group {self.current!r}, but a token is counted "
+                "under one group; leave the first before"
+            )
+        before = self.current, self._inside_group
+        self.current, self._inside_group = name, True
         try:
             yield
         finally:
-            self.current = before
+            self.current, self._inside_group = before
 
     def add_source(self, source: dict[str, Any]) -> None:
         """Record where calibration data came from, in the provenance of the statistics.
@@ -152,9 +208,8 @@ class Observer:
         }
         reached = {name for name, layer in collected.items() if int(layer.tokens.sum())}
         kept = {name: la for name, la in collected.items() if name in reached or not reached}
-        stats = SaliencyStats(kept, list(groups), self._provenance(list(kept)))
-        stats.check_finite()
-        return stats
+        self._check_finite(kept)
+        return SaliencyStats(kept, list(groups), self._provenance(list(kept)))
 
     def snapshot(self) -> SaliencyStats:
         """A copy on the CPU of what this process observed so far, for `restore` to go on from.
@@ -166,9 +221,8 @@ class Observer:
         called = {name: r for name, r in self._recorders.items() if r.called}
         layers = {name: recorder.local(len(groups)) for name, recorder in called.items()}
         served = {name: sorted(recorder.served_by) for name, recorder in called.items()}
-        stats = SaliencyStats(layers, list(groups), {"served": served})
-        stats.check_finite()
-        return stats
+        self._check_finite(layers)
+        return SaliencyStats(layers, list(groups), {"served": served})
 
     def restore(self, snapshot: SaliencyStats) -> None:
         """Goes on from a snapshot of an observation of the same model, as if it had been made here.
@@ -188,6 +242,94 @@ class Observer:
         for name, stats in snapshot.layers.items():
             self._recorders[name].restore(stats, served[name])
 
+    def check_finite(self) -> None:
+        """Raises DataError for the first layer, in the model's order, whose experts in this process
+        gave NaN or Inf so far; of the layers behind it the input is not finite.
+        """
+        groups = len(self.groups or [DEFAULT_GROUP])
+        called = {name: recorder for name, recorder in self._recorders.items() if recorder.called}
+        self._check_finite({name: recorder.local(groups) for name, recorder in called.items()})
+
+    def _check_finite(self, layers: Mapping[str, LayerStats]) -> None:
+        groups = list(self.groups or [DEFAULT_GROUP])
+        for name, layer in layers.items():
+            if int(layer.nonfinite.sum()) and not self._recorders[name].input_finite:
+                raise DataError(
+                    f"layer {name}: the input of its experts was NaN or Inf, so what comes before "
+                    "them in the model is at fault (embeddings, attention, norms, dense layers); "
+                    "check the checkpoint's weights, or load it in a wider dtype"
+                )
+            SaliencyStats({name: layer}, groups).check_finite()
+
+    @torch.compiler.disable
+    def _before_forward(self, *_: Any) -> None:
+        """Refuses a forward that would be counted wrongly."""
+        if self._running:
+            self._undo()
+        if threading.get_ident() != self._thread:
+            raise UsageError(
+                "the observed model is called from another thread than the one that entered its "
+                "observer; groups and masks belong to one forward at a time: run batches in one "
+                "thread, or give each its own model"
+            )
+        if self._pending is not None:
+            raise UsageError(
+                f"obs.group({self._pending!r}) was called, but not entered; write "
+                f"`with obs.group({self._pending!r}):` around the forwards"
+            )
+        if torch.is_grad_enabled():
+            raise UsageError(
+                "gradients were enabled inside observe(), which computes none; leave out "
+                "torch.enable_grad(), or train outside it"
+            )
+        self._check_model()
+        self._running, self._groups_before = True, len(self.groups)
+        self.forwards += 1
+
+    def _check_model(self, *, all_modules: bool = False) -> None:
+        """Raises UnsupportedModel unless the model is as it was found, in evaluation mode.
+
+        Args:
+            all_modules: look at the mode of every module, not only of the MoE layers' blocks.
+        """
+        blocks: list[tuple[str, nn.Module]] = [("", self.model)]
+        for layer in self.layers:
+            block_name, _, leaf = layer.name.rpartition(".")
+            try:
+                block = self.model.get_submodule(block_name)
+                found = getattr(block, leaf, None)
+            except AttributeError:
+                found = None
+            if found is not layer.module:
+                raise UnsupportedModel(
+                    f"{layer.name} is another module than when observe() was called, so its tokens "
+                    "would not be counted; change the model before, and observe it anew"
+                )
+            blocks.append((block_name, block))
+        modules = self.model.named_modules() if all_modules else blocks
+        name = next((name for name, module in modules if module.training), None)
+        if name is not None:
+            raise UnsupportedModel(
+                f"{name or type(self.model).__name__} is in training mode, where routers may add "
+                "noise and layers drop values; call model.eval() first"
+            )
+
+    def _undo(self) -> None:
+        """Takes back what a forward that failed has counted."""
+        if self._running:
+            for recorder in self._recorders.values():
+                recorder.undo(self.forwards)
+            del self.groups[self._groups_before :]
+        self._running = False
+
+    @torch.compiler.disable
+    def _ended(self, _: nn.Module, __: Any, output: Any) -> None:
+        """A forward is over, called by whomever; without output it failed."""
+        if output is None:
+            self._undo()
+        self._running = False
+
+    @torch.compiler.disable
     def _after_forward(self, *_: Any) -> None:
         """Refuse a model that runs without calling any of the experts we bound."""
         if not any(recorder.called for recorder in self._recorders.values()):
@@ -212,159 +354,30 @@ class Observer:
             ),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
+        if self._notes:
+            facts["notes"] = list(self._notes)
         unobserved = [layer.name for layer in self.layers if layer.name not in names]
         return {**facts, "unobserved": unobserved} if unobserved else facts
-
-
-class LayerRecorder:
-    """Statistics of one layer during one observation, and the check of its first call."""
-
-    def __init__(self, observer: Observer, layer: MoELayer) -> None:
-        self._observer = observer
-        self._layer = layer
-        self._formula: GateFormula | None = None
-        self._stats: LayerStats | None = None
-        self._compared = False
-        self._served: dict[int, str] = {}
-        self._served_before: set[str] = set()  # the restored snapshot
-
-    @property
-    def called(self) -> bool:
-        """Whether the layer has run."""
-        return self._stats is not None
-
-    @property
-    def backend(self) -> str | None:
-        """The kernel backend asked for."""
-        return self._observer.backend
-
-    @property
-    def served_by(self) -> set[str]:
-        """The backends that served this layer, which has run; they may differ by a call's size."""
-        assert self._stats is not None
-        if self._served or self._served_before:
-            return {*self._served.values(), *self._served_before}
-        # An adapter that brings the experts' outputs: only their statistics are a kernel's.
-        dtype = next(self._layer.module.parameters()).dtype
-        return {select(Request("saliency", self._stats.device, dtype), self.backend).name}
-
-    @property
-    def name(self) -> str:
-        """Name of the layer."""
-        return self._layer.name
-
-    @property
-    def top_k(self) -> int:
-        """Experts a token is routed to."""
-        return self._layer.top_k
-
-    def observe(self, hidden: Tensor, ids: Tensor, weights: Tensor, eager: Forward) -> Tensor:
-        """Routed output [T, H] of one call, recorded; the first is compared with `eager`."""
-        self.routed(ids, weights)
-        mask = self.token_mask(len(hidden), hidden.device)
-        experts = self.weights()
-        stats, group = self.open(hidden.device)
-        if len(hidden) not in self._served:
-            request = request_of("layer", hidden, ids.shape[1], experts)
-            self._served[len(hidden)] = select(request, self.backend).name
-        out = observe_layer(
-            hidden, ids, weights, experts, stats, mask=mask, group=group, backend=self.backend
-        )
-        rows = self.sample(len(hidden), self._comparable(ids, mask))
-        if rows is not None:
-            self.compare(out[rows], eager(hidden[rows], ids[rows], weights[rows]))
-        return out
-
-    def routed(self, ids: Tensor, weights: Tensor) -> None:
-        """Nothing: statistics need no more than the experts' rows. Observers of routing ask."""
-
-    def _comparable(self, ids: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Counted tokens with an expert of this process: of others it computes nothing."""
-        if self._compared or self._layer.local is None:
-            return mask
-        own = ((ids >= 0) & (ids < self._layer.local_experts)).any(dim=1)
-        return own if mask is None else own & mask
-
-    def weights(self) -> ExpertWeights:
-        """The module's weights as they lie now."""
-        module, adapter = self._layer.module, adapter_of(self._layer)
-        if not isinstance(adapter, KernelAdapter):
-            raise TypeError(f"adapter {adapter.name!r} does not describe its weights to kernels")
-        if self._formula is None:
-            self._formula = adapter.formula(module)
-        return adapter.weights(module, self._formula)
-
-    def token_mask(self, tokens: int, device: torch.device) -> Tensor | None:
-        """[tokens] bool on `device`; None when all count."""
-        return self._observer.tokens.for_layer(self._layer.name, tokens, device)
-
-    def open(self, device: torch.device) -> tuple[LayerStats, int]:
-        """The layer's statistics on `device`, and the index of the current group."""
-        group = self._observer.group_index()
-        if self._stats is None:
-            self._stats = LayerStats(self._layer.local_experts, len(self._observer.groups), device)
-        elif self._stats.device != device:  # restored, so on the CPU
-            self._stats = self._stats.to(device)
-        self._stats.grow_groups(len(self._observer.groups))
-        return self._stats, group
-
-    def sample(self, tokens: int, mask: Tensor | None) -> Tensor | None:
-        """Rows for the first call's comparison, spread over the counted tokens."""
-        if self._compared:
-            return None
-        rows = torch.arange(tokens) if mask is None else mask.cpu().nonzero().flatten()
-        if not len(rows):
-            return None
-        self._compared = True
-        return rows[torch.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows))).long()]
-
-    def compare(self, own: Tensor, eager: Tensor) -> None:
-        """Raise unless our rows are the module's own, within the dtype's tolerance."""
-        name, tolerance = self._layer.name, _TOLERANCE[own.dtype]
-        truth = eager.double()
-        if not bool(truth.isfinite().all()):
-            bad = int((~truth.isfinite().all(dim=-1)).sum())
-            raise DataError(
-                f"{name}: the model's own experts give NaN or Inf for {bad} of {len(truth)} "
-                f"tokens in {own.dtype}; check the checkpoint's weights, or load it in a wider "
-                "dtype"
-            )
-        scale = float(truth.norm())
-        error = float((own.double() - truth).norm()) / (scale or 1.0)
-        if not error <= tolerance:
-            raise UnsupportedModel(
-                f"{name} ({type(self._layer.module).__name__}): our output differs from the "
-                f"module's own by {error:.2e} relative, {tolerance:.0e} is allowed for "
-                f"{own.dtype}; this model computes something this version does not know, so it is "
-                "refused"
-            )
-
-    def collect(self, groups: int) -> LayerStats:
-        """A copy on the CPU with `groups` groups, of all ranks' experts; empty if it never ran."""
-        copy, local = self.local(groups), self._layer.local
-        return copy if local is None else local.gathered(self.name, copy)
-
-    def local(self, groups: int) -> LayerStats:
-        """A copy on the CPU with `groups` groups, of this process's experts."""
-        copy = LayerStats(self._layer.local_experts) if self._stats is None else self._stats
-        copy = copy.to("cpu")
-        copy.grow_groups(groups)
-        return copy
-
-    def restore(self, stats: LayerStats, served_by: Iterable[str]) -> None:
-        """Goes on from these statistics, which those backends made."""
-        self._stats = stats.to("cpu")
-        self._served_before = set(served_by)
 
 
 def observe(model: PreTrainedModel, *, backend: str | None = None) -> Observer:
     """Collect expert statistics of every forward of `model` inside the context.
 
+    No gradients are computed inside it. It may be entered again later: the statistics add up. Under
+    autocast, experts compute in its dtype, as the model's own do.
+
     Args:
-        model: a loaded MoE model in eval mode.
+        model: a loaded MoE model in eval mode; of one that `torch.compile`, `DataParallel` or
+            `DistributedDataParallel` has wrapped, the model inside runs.
         backend: kernel backend, never falling back; default the best one for each call.
 
     Raises:
+        UsageError: `model` is no model.
         UnsupportedModel: see `find_moe_layers`.
+
+    Example:
+        >>> with rd.observe(model) as obs:
+        ...     obs(input_ids=ids)
+        >>> scores = rd.score(obs.stats)
     """
     return Observer(model, backend)

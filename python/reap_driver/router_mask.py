@@ -9,6 +9,7 @@ would make 0 * inf in some routers.
 """
 
 import contextlib
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,9 @@ from reap_driver.checkpoint.derive import ExpertDim
 from reap_driver.checkpoint.loaded import expert_dims
 from reap_driver.checkpoint.routing_table import ID_TABLES, relabel
 from reap_driver.discover import MoELayer, block_of, find_moe_layers
+from reap_driver.plain_model import plain_model
 from reap_kernels.errors import PlanError, UnsupportedModel
+from reap_kernels.schema import short
 
 # Products whose second operand is the weight.
 _PRODUCTS = frozenset(
@@ -117,7 +120,7 @@ class RouterMasks:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+        self._model = model = plain_model(model)
         self._layers = {layer.name: layer for layer in find_moe_layers(model)}
         experts = {name: layer.num_experts for name, layer in self._layers.items()}
         self._dims = expert_dims(model, experts)
@@ -183,7 +186,7 @@ def _removed(layers: Mapping[str, MoELayer], name: str, kept: Sequence[int]) -> 
             f"kept: layer {name!r} is none of the model's {len(layers)} MoE layers (first "
             f"{next(iter(layers))!r}); use the names that find_moe_layers gives"
         )
-    layer, ids = layers[name], list(kept)
+    layer, ids = layers[name], _ids(name, kept)
     bad = next((e for e in ids if not 0 <= e < layer.num_experts), None)
     if bad is not None:
         raise PlanError(
@@ -201,6 +204,23 @@ def _removed(layers: Mapping[str, MoELayer], name: str, kept: Sequence[int]) -> 
     if layer.n_group > 1:
         check_groups(layer, ids)
     return sorted(set(range(layer.num_experts)) - set(ids))
+
+
+def _ids(name: str, kept: Any) -> list[int]:
+    """Ids of experts as numbers; those in a tensor compare by identity, not by value.
+
+    Raises:
+        PlanError: they are something else.
+    """
+    try:
+        if isinstance(kept, str) or any(isinstance(expert, bool) for expert in kept):
+            raise TypeError
+        return [operator.index(expert) for expert in kept]
+    except TypeError as error:
+        raise PlanError(
+            f"kept: layer {name!r} has {short(kept)}, which are no ids of experts; give a list of "
+            "whole numbers"
+        ) from error
 
 
 @dataclass(frozen=True)

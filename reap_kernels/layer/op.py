@@ -114,7 +114,8 @@ def _run(
     backend: str | None,
 ) -> Tensor:
     request = request_of("layer", hidden, topk_ids.shape[1], experts)
-    with torch.no_grad():
+    # What is summed in float64 or float32 stays so, whatever autocast would make of it.
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         out: Tensor = select(request, backend).run(
             hidden, topk_ids, topk_weights, experts, stats, mask, group, chunk
         )

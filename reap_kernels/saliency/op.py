@@ -52,7 +52,9 @@ def accumulate(
     request = Request(
         "saliency", y.device, y.dtype, sizes=Sizes(len(y), 1, stats.num_experts, y.shape[1])
     )
-    select(request, backend).run(y, expert_ids, gates, stats, mask, groups)
+    # What is summed in float64 or float32 stays so, whatever autocast would make of it.
+    with torch.autocast(y.device.type, enabled=False):
+        select(request, backend).run(y, expert_ids, gates, stats, mask, groups)
 
 
 def checked_mask(mask: Tensor | None, rows: int) -> Tensor | None:

@@ -41,8 +41,14 @@ class Recorder(Protocol):
         """Told the routing of every call, ids and weights [T, k], where the block says it."""
         ...
 
-    def weights(self) -> ExpertWeights:
-        """The module's weights as they lie now (fetched at every call: offloading moves them)."""
+    def operands(self, hidden: Tensor) -> tuple[Tensor, ExpertWeights]:
+        """The rows [T, H] and the module's weights as they lie now (fetched at every call, since
+        offloading moves them), in the dtype that the model computes in: autocast's inside it.
+        """
+        ...
+
+    def watch(self, hidden: Tensor, mask: Tensor | None) -> None:
+        """Told the rows [T, H] of every call and which of them count, [T] bool or None for all."""
         ...
 
     def token_mask(self, tokens: int, device: torch.device) -> Tensor | None:
@@ -177,11 +183,6 @@ def forward_replaced(
     slot = "_old_forward" if method == "forward" and "_old_forward" in vars(module) else method
     missing = object()
     before = vars(module).get(slot, missing)
-    if getattr(before, "_reap_bound", False):
-        raise UnsupportedModel(
-            "this model is being observed already; leave the first observe() before another"
-        )
-    forward._reap_bound = True  # type: ignore[attr-defined]
     setattr(module, slot, forward)
     try:
         yield

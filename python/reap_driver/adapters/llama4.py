@@ -78,19 +78,20 @@ def _run(
     recorder: Recorder, rows: Tensor, scores: Tensor, eager: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Output rows [E * T, H] of scaled input rows [E * T, H] and router scores [T, E]."""
-    weights = recorder.weights()
+    operands, weights = recorder.operands(rows)
     tokens, experts = scores.shape
     recorder.routed(torch.arange(experts, device=scores.device).expand_as(scores), scores)
     selected = scores.T != 0
     expert, token = selected.nonzero(as_tuple=True)  # ascending by expert
     flat = expert * tokens + token
     mask = recorder.token_mask(tokens, rows.device)
+    recorder.watch(rows, None if mask is None else mask.repeat(experts))
     stats, group = recorder.open(rows.device)
     part = LayerStats(experts, stats.num_groups, stats.device)
     counted = None if mask is None else mask[token]
     ones = torch.ones(len(flat), 1, dtype=torch.float32, device=rows.device)
     routed = observe_layer(
-        rows[flat],
+        operands[flat],
         expert[:, None],
         ones,
         weights,
@@ -107,7 +108,7 @@ def _run(
     part.tokens[group] = tokens if mask is None else mask.sum()
     stats.merge_(part)
     out = torch.zeros_like(rows)
-    out[flat] = routed
+    out[flat] = routed.to(out.dtype)
     sample = recorder.sample(tokens, mask)
     if sample is not None:
         hidden = rows.shape[-1]

@@ -152,6 +152,7 @@ class _InlineCall:
         self._tokens = hidden.numel() // hidden.shape[-1]
         self._rows = 0
         self._recorder.token_mask(self._tokens, hidden.device)
+        self._recorder.watch(hidden.reshape(self._tokens, -1), None)
         stats, group = self._recorder.open(hidden.device)
         stats.add_tokens(self._tokens, group)
 

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from reap_kernels.errors import UnsupportedModel
-
 # (hidden [T, H], top-k ids [T, k], top-k weights [T, k]) -> routed output [T, H]
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -39,14 +37,7 @@ def experts_bound(module: nn.Module, handler: Forward) -> Iterator[None]:
     """Calls of an interface module run `handler` inside the context; restored on exit.
 
     Modules usually share one config object; each entry restores what it found, so entries nest.
-
-    Raises:
-        UnsupportedModel: the module is bound already (it is being observed).
     """
-    if module in _handlers:
-        raise UnsupportedModel(
-            "this model is being observed already; leave the first observe() before another"
-        )
     config = module.config
     missing = object()
     before = vars(config).get(_ATTRIBUTE, missing)

@@ -96,7 +96,7 @@ class InlineBlock(_Block):
         for index, expert in enumerate(self.experts):
             slot, token = torch.where(mask[index])
             current = expert(flat[token]) * weights[token, slot, None]
-            out.index_add_(0, token, current.to(flat.dtype))
+            out.index_add_(0, token, current.to(out.dtype))
         return out.reshape(hidden.shape)
 
 
