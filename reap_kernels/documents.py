@@ -16,7 +16,8 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 from reap_kernels.errors import ReapError
 from reap_kernels.schema import MAX_INT, Anything, Kind, Mismatch, Record, Text, check, short
@@ -26,7 +27,7 @@ MAX_DEPTH = 64
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+def open_file(path: str | os.PathLike[str]) -> BufferedReader:
     """Opens a file to read; a pipe or a device, which may never end, is refused.
 
     Raises:

@@ -8,7 +8,6 @@ refuses the backend and says why.
 
 import functools
 import hashlib
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +16,20 @@ from typing import Any
 import torch
 
 from reap_kernels import device, env
-from reap_kernels.errors import KernelError, ReapError
+from reap_kernels.documents import Format, to_json
+from reap_kernels.errors import DataError, KernelError, ReapError
 from reap_kernels.files import replaced
+from reap_kernels.schema import MapOf, OrNull, Text
+
+FORMAT = Format(
+    "reap-selfcheck",
+    1,
+    "file of self-checks",
+    {"verdicts": MapOf(OrNull(Text()))},
+    DataError,
+    "delete it",
+    sealed=True,
+)
 
 # None: the check passed. Filled from disk at first use.
 _VERDICTS: dict[str, str | None] = {}
@@ -83,10 +94,10 @@ def _verdict(
 def saved() -> dict[str, str | None]:
     """Every verdict on disk; none where the file is absent or damaged."""
     try:
-        found = json.loads(path().read_text())
-    except (OSError, ValueError):
+        found: dict[str, str | None] = FORMAT.read(path())["verdicts"]
+    except DataError:  # then every check runs again, and the file is replaced
         return {}
-    return {str(k): v for k, v in found.items()} if isinstance(found, dict) else {}
+    return found
 
 
 def current() -> dict[str, str | None]:
@@ -110,7 +121,8 @@ def _save(key: str, reason: str | None) -> None:
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
         with replaced(path()) as temporary:
-            Path(temporary).write_text(json.dumps({**saved(), key: reason}, indent=1))
+            content = FORMAT.complete({"verdicts": {**saved(), key: reason}})
+            temporary.write_text(to_json(content, indent=1), "utf-8")
     except OSError as error:
         warnings.warn(
             f"the self-check's verdict cannot be kept in {path()}: {error}; it will run again in "

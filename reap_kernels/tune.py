@@ -69,13 +69,14 @@ def cuda_timer(call: Callable[[], object]) -> float:
 
 def candidates(op: str, dtype: torch.dtype, shared_memory: int) -> list[Launch]:
     """Launches whose accumulators fit in registers and whose operands fit in shared memory."""
-    accumulators = 2 if op == "gate_up" else 1
     found = []
     sizes = itertools.product((16, 64, 128), (32, 64, 128, 256), (32, 64), (4, 8), (2, 3, 4))
     for m, n, k, warps, depth in sizes:
         launch = Launch(m, n, k, 8, warps, depth)
-        a_thread = accumulators * m * n // (32 * warps)
-        if 4 <= a_thread <= 128 and launch.shared_bytes(op, dtype.itemsize) <= shared_memory:
+        if (
+            4 <= launch.accumulators(op) <= 128
+            and launch.shared_bytes(op, dtype.itemsize) <= shared_memory
+        ):
             found.append(launch)
     return found
 

@@ -7,7 +7,6 @@ entry it follows from the architecture's shared memory by arithmetic.
 """
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 
 from reap_kernels import device, env
+from reap_kernels.documents import Format, to_json
 from reap_kernels.errors import DataError
-from reap_kernels.files import replaced
+from reap_kernels.files import is_file, replaced
+from reap_kernels.schema import Int, Kind, ListOf, Mismatch, OrNull, Record, Text
 
 CONFIGS = Path(__file__).parent / "configs"
-FORMAT = "reap-launch-table"
-VERSION = 1
 
 # gate_up: a gated product, two right operands and two accumulators. down: one of each.
 PRODUCTS = ("gate_up", "down")
@@ -59,6 +58,11 @@ class Launch:
         """Shared memory of the operands in flight."""
         operands = self.block_m + self.block_n * (2 if op == "gate_up" else 1)
         return operands * self.block_k * itemsize * self.num_stages
+
+    def accumulators(self, op: str) -> int:
+        """Registers of a thread that hold sums."""
+        sums = self.block_m * self.block_n * (2 if op == "gate_up" else 1)
+        return sums // (32 * self.num_warps)
 
 
 @dataclass(frozen=True)
@@ -107,53 +111,92 @@ class Table:
 
     def save(self, path: Path) -> None:
         """Writes a file that `REAP_TUNING` can name."""
-        facts = {"format": FORMAT, "version": VERSION, "arch": self.arch, "origin": self.origin}
-        lines = ",\n    ".join(json.dumps(entry.as_json()) for entry in self.entries)
-        head = json.dumps(facts, indent=2)[:-2]
+        lines = [entry.as_json() for entry in self.entries]
+        facts = FORMAT.complete({"arch": self.arch, "origin": self.origin, "entries": lines})
+        text = ",\n    ".join(map(to_json, facts.pop("entries")))
+        head = to_json(facts, indent=2)[:-2]
         with replaced(path) as temporary:
-            Path(temporary).write_text(f'{head},\n  "entries": [\n    {lines}\n  ]\n}}\n')
+            temporary.write_text(f'{head},\n  "entries": [\n    {text}\n  ]\n}}\n', "utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Table":
         """Reads a table.
 
         Raises:
-            DataError: there is no such file, or it is not a table of this version.
+            DataError: there is no such file, or it is not a table of this version; names the field.
         """
-        try:
-            facts = json.loads(path.read_text())
-            if (facts.get("format"), facts.get("version")) != (FORMAT, VERSION):
-                raise ValueError(f"format {facts.get('format')!r}, version {facts.get('version')}")
-            entries = tuple(_entry(line) for line in facts["entries"])
-            return cls(str(facts["arch"]), str(facts["origin"]), entries)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"launch table {path} cannot be used: {type(error).__name__}: {error}; write one "
-                "with `reap-kernels tune`, or unset REAP_TUNING"
-            ) from error
+        facts = FORMAT.read(path)
+        return cls(facts["arch"], facts["origin"], tuple(map(_entry, facts["entries"])))
+
+
+@dataclass(frozen=True)
+class _PowerOfTwo:
+    """A power of two, `low` to `high`."""
+
+    low: int
+    high: int
+
+    def check(self, value: Any, at: str) -> None:
+        Int(self.low, self.high).check(value, at)
+        if value & (value - 1):
+            raise Mismatch(at, f"is {value}", "a power of two")
+
+
+_BUCKET: dict[str, Kind] = {
+    "op": Text(choices=(*PATHS, *PRODUCTS)),
+    "dtype": OrNull(Text(choices=("half", "float32", "float64", "int64"))),
+    "width": OrNull(Int(1)),
+    "rows": OrNull(Int(1)),
+}
+# Tensor cores multiply no less than 16, and tiles above 256 do not fit in registers.
+_TILE = _PowerOfTwo(16, 256)
+_LAUNCH: dict[str, Kind] = {
+    **dict.fromkeys(("block_m", "block_n", "block_k"), _TILE),
+    "group_m": Int(1, 1024),
+    "num_warps": _PowerOfTwo(1, 32),
+    "num_stages": Int(1, 16),
+}
+
+
+class _Line:
+    """A line of a table: the launch of a product, or the path of a stage."""
+
+    def check(self, value: Any, at: str) -> None:
+        Record({"op": _BUCKET["op"]}, open=True).check(value, at)
+        op = value["op"]
+        if op in PATHS:
+            Record({**_BUCKET, "path": Text(choices=PATHS[op])}).check(value, at)
+            return
+        Record({**_BUCKET, **_LAUNCH}).check(value, at)
+        launch = Launch(**{name: value[name] for name in _LAUNCH})
+        size = launch.shared_bytes(op, 4 if value["dtype"] == "float32" else 2)
+        if size > _SHARED:
+            raise Mismatch(at, f"needs {size} bytes of shared memory", f"at most {_SHARED}")
+        if launch.accumulators(op) > _REGISTERS:
+            found = f"needs {launch.accumulators(op)} registers of a thread for its sums"
+            raise Mismatch(at, found, f"at most {_REGISTERS}")
+
+
+# What no GPU has more of: a kernel that needs more fails when it is launched, or spills for ever.
+_SHARED = 1 << 18
+_REGISTERS = 256
+
+FORMAT = Format(
+    "reap-launch-table",
+    1,
+    "launch table",
+    {"arch": Text(100), "origin": Text(), "entries": ListOf(_Line(), longest=100_000)},
+    DataError,
+    "write one with `reap-kernels tune`, or unset REAP_TUNING",
+)
 
 
 def _entry(line: dict[str, Any]) -> Entry:
-    """Checks and reads one line."""
-    line = dict(line)
-    bucket = {key: line.pop(key) for key in ("op", "dtype", "width", "rows")}
-    if bucket["op"] in PATHS:
-        paths = PATHS[bucket["op"]]
-        if line.get("path") not in paths:
-            raise ValueError(f"path {line.get('path')!r} is none of {', '.join(paths)}")
+    """A line of a table that was checked."""
+    bucket = {name: line[name] for name in _BUCKET}
+    if "path" in line:
         return Entry(**bucket, path=line["path"])
-    if bucket["op"] not in PRODUCTS:
-        raise ValueError(f"op {bucket['op']!r} is none of {', '.join((*PATHS, *PRODUCTS))}")
-    launch = Launch(**line)
-    for name in ("block_m", "block_n", "block_k", "num_warps"):
-        value = getattr(launch, name)
-        if not isinstance(value, int) or value < 1 or value & (value - 1):
-            raise ValueError(f"{name} {value!r} is not a power of two")
-    if launch.block_m < 16 or launch.block_n < 16 or launch.block_k < 16:
-        raise ValueError("blocks must be at least 16: tensor cores multiply no less")
-    if launch.num_stages < 1 or launch.group_m < 1:
-        raise ValueError("num_stages and group_m must be at least 1")
-    return Entry(**bucket, launch=launch)
+    return Entry(**bucket, launch=Launch(**{name: line[name] for name in _LAUNCH}))
 
 
 # What tables depend on: the architecture, the file `REAP_TUNING` names, and when it changed.
@@ -173,7 +216,7 @@ def _key(arch: str) -> _Key:
     path = env.tuning()
     if path is None:
         return arch, None, 0
-    return arch, path, path.stat().st_mtime_ns if path.exists() else 0
+    return arch, path, path.stat().st_mtime_ns if is_file(path) else 0
 
 
 @functools.cache
@@ -268,8 +311,7 @@ _UNALIGNED = {2: Launch(64, 32, 32, 8, 4, 2), 4: Launch(32, 16, 32, 8, 4, 2)}
 
 def _roomier(launch: Launch) -> Launch:
     """Half as wide where two accumulators leave a thread no register for anything else."""
-    accumulators = 2 * launch.block_m * launch.block_n // (32 * launch.num_warps)
-    if accumulators < 128 or launch.block_n < 32:
+    if launch.accumulators("gate_up") < 128 or launch.block_n < 32:
         return launch
     return replace(launch, block_n=launch.block_n // 2)
 

@@ -1,13 +1,13 @@
 """The journal of a long observation: statistics and position, so that it can go on after its end.
 
 A folder beside the output: `journal.json` says what is observed and how far it is, and names the
-files that belong to that position. It is replaced last, so a run killed at any moment leaves either
-the position before or the one after, each with all its files.
+files that belong to that position, with their digests. It is replaced last, so a run killed at any
+moment leaves either the position before or the one after, each with all its files.
 """
 
 import contextlib
 import fcntl
-import json
+import hashlib
 import os
 import shutil
 import time
@@ -18,19 +18,37 @@ from typing import Any
 
 from reap_driver.streaming.store import states_folder
 from reap_kernels import SaliencyStats
+from reap_kernels.documents import Format, as_read, open_file, to_json
 from reap_kernels.errors import CheckpointError, DataError, ResourceError
-from reap_kernels.files import NO_SPACE, replaced
+from reap_kernels.files import NO_SPACE, is_file, replaced
+from reap_kernels.schema import Flag, Int, ListOf, MapOf, OrNull, Real, Record, Text
 
-FORMAT = "reap-journal"
-VERSION = 1
 _NAME = "journal.json"
-_FIELDS: dict[str, Any] = {
-    "run": dict,
-    "position": int,
-    "seconds": int | float,
-    "stats": str,
-    "states": str | None,
-}
+# Of what identifies a run, the fields that are read before they are compared.
+RUN = Record(
+    optional={
+        "batch sizes": ListOf(Int(1, 2**31)),
+        "streamed": Flag(),
+        "parked": Text(choices=("device", "host", "file")),
+    },
+    open=True,
+)
+FORMAT = Format(
+    "reap-journal",
+    2,
+    "journal",
+    {
+        "run": RUN,
+        "position": Int(0, 2**31),
+        "seconds": Real(low=0, high=1e10),
+        "stats": Text(),
+        "states": OrNull(Text()),
+        "files": MapOf(Text()),  # below the folder -> digest
+    },
+    DataError,
+    "resume with the version that wrote it, or delete its folder and run without --resume",
+    sealed=True,
+)
 
 # Without an interval given, writing takes at most this share of the time.
 _SHARE = 0.05
@@ -65,7 +83,7 @@ class Journal:
     def __init__(self, folder: Path, run: Mapping[str, Any], every: int | None = None) -> None:
         self.folder = folder
         self.position = 0
-        self._run: dict[str, Any] = json.loads(json.dumps(dict(run)))  # as it is read back
+        self._run: dict[str, Any] = as_read(dict(run))
         self._every = every
         self._ended = time.monotonic()
         self._took = 0.0
@@ -98,26 +116,24 @@ class Journal:
         began = time.monotonic()
         with _disk(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            stats = self.folder / f"stats-{position:06}.safetensors"
+            stats = self.folder / _stats_name(position)
             snapshot.save(stats)
-            named = {stats.name, _NAME}
-            if states is not None:
-                folder = states_folder(self.folder, position)
+            folder = states_folder(self.folder, position) if states is not None else None
+            if states is not None and folder is not None:
                 states(folder)
-                named.add(folder.name)
             content = {
-                "format": FORMAT,
-                "version": VERSION,
                 "run": self._run,
                 "position": position,
                 "seconds": round(seconds, 3),
                 "stats": stats.name,
-                "states": folder.name if states is not None else None,
+                "states": folder.name if folder is not None else None,
+                "files": _digests(self.folder, stats, folder),
             }
             with replaced(self.folder / _NAME) as temporary:
-                temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                text = to_json(FORMAT.complete(content), indent=2)
+                temporary.write_text(text + "\n", encoding="utf-8")
         self.position = position
-        _delete_others(self.folder, named)
+        _delete_others(self.folder, {_NAME, stats.name, folder.name if folder else None})
         self._ended = time.monotonic()
         self._took = self._ended - began
 
@@ -130,12 +146,13 @@ class Journal:
         """
         content = read(self.folder)
         check_same(self.folder, content["run"], self._run)
-        snapshot = SaliencyStats.load(self.folder / content["stats"])
-        states = content["states"]
-        self.position = int(content["position"])
-        _delete_others(self.folder, {_NAME, content["stats"], states})
-        folder = None if states is None else self.folder / states
-        return Entry(self.position, float(content["seconds"]), snapshot, folder)
+        stats = self.folder / content["stats"]
+        states = None if content["states"] is None else self.folder / content["states"]
+        _check_files(self.folder, content["files"], stats, states)
+        snapshot = SaliencyStats.load(stats)
+        self.position = content["position"]
+        _delete_others(self.folder, {_NAME, content["stats"], content["states"]})
+        return Entry(self.position, content["seconds"], snapshot, states)
 
     def remove(self) -> None:
         """Deletes the journal, when what it was kept for is written."""
@@ -149,36 +166,56 @@ def read(folder: Path) -> dict[str, Any]:
         DataError: there is no journal, or it cannot be read.
     """
     path = folder / _NAME
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(
             f"{folder}: no journal there, so there is nothing to resume; run without --resume"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']!r}")
-        version = content["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: not a journal ({error!r}); delete {folder} and run without --resume"
-        ) from error
-    if version != VERSION:
-        raise DataError(
-            f"{path}: a journal of version {version}, this program writes {VERSION}; "
-            f"resume with the version that wrote it, or delete {folder} and start anew"
-        )
-    for field, kinds in _FIELDS.items():
-        if field not in content or not isinstance(content[field], kinds):
-            raise DataError(
-                f"{path}: {field!r} is {content.get(field, 'missing')!r}; delete {folder} and run "
-                "without --resume"
-            )
-    return dict(content)
+    content = FORMAT.read(path)
+    position, states = content["position"], content["states"]
+    if content["stats"] != _stats_name(position) or states not in (
+        None,
+        states_folder(folder, position).name,
+    ):
+        raise FORMAT.refusal(path, f"names files that are not those of position {position}")
+    return content
 
 
 def exists(folder: Path) -> bool:
     """Whether a journal that can be resumed is there."""
-    return (folder / _NAME).is_file()
+    return is_file(folder / _NAME)
+
+
+def _stats_name(position: int) -> str:
+    return f"stats-{position:06}.safetensors"
+
+
+def _digests(folder: Path, stats: Path, states: Path | None) -> dict[str, str]:
+    """`sha256:...` of the files of an entry, by their names below the folder.
+
+    Raises:
+        OSError: one of them cannot be read.
+    """
+    found = {}
+    for path in [stats, *(sorted(states.iterdir()) if states is not None else ())]:
+        with open_file(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(folder).as_posix()] = f"sha256:{digest}"
+    return found
+
+
+def _check_files(
+    folder: Path, recorded: Mapping[str, str], stats: Path, states: Path | None
+) -> None:
+    """Raises DataError unless the files of an entry are those that were written."""
+    try:
+        found = _digests(folder, stats, states)
+    except OSError as error:
+        why = f"cannot be read ({error.strerror or error})"
+        raise FORMAT.refusal(error.filename or folder, why) from error
+    for name in sorted(recorded.keys() | found.keys()):
+        if recorded.get(name) != found.get(name):
+            why = "is missing" if name not in found else "is damaged, or of another run"
+            raise FORMAT.refusal(folder / name, why)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Self-checks: run once, kept on disk, and a backend whose numbers are wrong is refused."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from reap_kernels.errors import BackendUnavailable, KernelError
 from reap_kernels.experts.triton_backend import check_layer, launches
 from reap_kernels.saliency import gpu as saliency
 from reap_kernels.testing import CASES, make_experts, make_inputs
+from tests.sealed import change_document
 
 CPU = torch.device("cpu")
 CASE = CASES[0]
@@ -59,7 +61,8 @@ def test_wrong_numbers_refuse_the_backend(monkeypatch) -> None:
 
 
 def json_on_disk() -> dict:
-    return json.loads(selfcheck.path().read_text()) if selfcheck.path().exists() else {}
+    path = selfcheck.path()
+    return json.loads(path.read_text())["verdicts"] if path.exists() else {}
 
 
 def test_wrong_statistics_refuse_the_backend(monkeypatch) -> None:
@@ -102,9 +105,23 @@ def test_a_wrong_setting_is_no_verdict(monkeypatch) -> None:
     torch.testing.assert_close(observe(), observe("reference"), rtol=1e-5, atol=1e-5)
 
 
-def test_damaged_file_is_no_verdict() -> None:
-    selfcheck.path().write_text("{")
-    runs = []
+@pytest.mark.parametrize("damage", ["cut", "flipped", "nested", "type", "pipe"])
+def test_damaged_file_is_no_verdict(damage: str) -> None:
+    runs, path = [], selfcheck.path()
+    selfcheck.verdict("op", CPU, {}, lambda: "off by 3")
+    match damage:
+        case "cut":
+            path.write_text("{")
+        case "flipped":
+            path.write_text(path.read_text().replace("off by 3", "off by 1"))
+        case "nested":
+            path.write_text("[" * 100_000)
+        case "type":
+            change_document(path, selfcheck.FORMAT, {"verdicts": dict.fromkeys(json_on_disk(), 5)})
+        case "pipe":
+            path.unlink()
+            os.mkfifo(path)
+    selfcheck.forget()
     assert selfcheck.verdict("op", CPU, {}, lambda: runs.append(1)) is None
     assert len(runs) == 1
     assert list(json_on_disk().values()) == [None]
@@ -121,7 +138,7 @@ def test_doctor_shows_verdicts(monkeypatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     selfcheck.verdict("layer.triton", CPU, {"dtype": "x"}, lambda: "off by 3")
     other = {"op=layer triton=3.3.0 dtype=x": "of another version", **selfcheck.saved()}
-    selfcheck.path().write_text(json.dumps(other))
+    change_document(selfcheck.path(), selfcheck.FORMAT, {"verdicts": other})
     shown = doctor.report()["selfcheck"]
     assert shown["file"] == str(selfcheck.path())
     reasons = [reason for what, reason in shown["verdicts"].items() if "dtype=x" in what]

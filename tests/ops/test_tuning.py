@@ -1,5 +1,6 @@
 """Launch tables: buckets, overrides, bad files, the arithmetic fallback, and the search."""
 
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from reap_kernels import device, tuning
 from reap_kernels.errors import BackendUnavailable, DataError
 from reap_kernels.tune import Measured, Shape, candidates, tune
-from reap_kernels.tuning import CONFIGS, PRODUCTS, Entry, Launch, Table
+from reap_kernels.tuning import CONFIGS, PRODUCTS, Entry, Launch, Table, table_dtype
 
 CPU = torch.device("cpu")
 SMALL = Launch(16, 16, 16, 1, 4, 2)
@@ -83,25 +84,44 @@ def test_override_of_another_architecture_is_refused(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"block_m": 48}, "block_m 48 is not a power of two"),
-        ({"block_k": 8}, "at least 16"),
-        ({"num_stages": 0}, "at least 1"),
-        ({"op": "up"}, "op 'up' is none of"),
-        ({"speed": 3}, "speed"),
+        ({"block_m": 48}, r"'entries\[0\].block_m' is 48; expected a power of two"),
+        ({"block_k": 8}, r"'entries\[0\].block_k' is 8; expected a whole number, 16 to 256"),
+        ({"block_n": 512}, "block_n' is 512"),
+        ({"block_n": 64.0}, "block_n' is 64.0"),
+        ({"block_n": True}, "block_n' is True"),
+        ({"num_stages": 0}, "num_stages' is 0; expected a whole number, 1 to 16"),
+        ({"num_stages": 1e30}, r"num_stages' is 1e\+30"),
+        ({"group_m": 1e30}, r"group_m' is 1e\+30"),
+        ({"group_m": -1}, "group_m' is -1"),
+        ({"num_warps": 3}, "num_warps' is 3; expected a power of two"),
+        ({"num_warps": 64}, "num_warps' is 64"),
+        (
+            {"block_m": 256, "block_k": 256, "num_stages": 16},
+            "bytes of shared memory; expected at most",
+        ),
+        ({"block_m": 256, "block_n": 256, "num_warps": 1}, "registers of a thread"),
+        ({"op": "up"}, r"'entries\[0\].op' is 'up'; expected one of route, "),
+        ({"op": ["down"]}, r"op' is \['down'\]"),
+        ({"op": "layer"}, r"'entries\[0\].path' is missing"),
+        ({"path": "cuda"}, r"'entries\[0\].path' is unknown"),
+        ({"rows": "64"}, "rows' is '64'"),
+        ({"width": -1}, "width' is -1"),
+        ({"dtype": "int4"}, "dtype' is 'int4'"),
+        ({"speed": 3}, r"'entries\[0\].speed' is unknown"),
     ],
 )
 def test_bad_entries_are_named(tmp_path: Path, change: dict, word: str) -> None:
     path = tmp_path / "own.json"
     entry = Entry("down", "half", None, None, SMALL).as_json() | change
     facts = {
-        "format": tuning.FORMAT,
+        "format": tuning.FORMAT.name,
         "version": 1,
         "arch": "sm90",
         "origin": "",
         "entries": [entry],
     }
     path.write_text(json.dumps(facts))
-    with pytest.raises(DataError, match=rf"own\.json cannot be used.*{word}"):
+    with pytest.raises(DataError, match=rf"launch table .*own\.json: .*{word}"):
         Table.load(path)
 
 
@@ -109,10 +129,26 @@ def test_bad_entries_are_named(tmp_path: Path, change: dict, word: str) -> None:
 def test_files_that_are_no_table(tmp_path: Path, text: str) -> None:
     path = tmp_path / "own.json"
     path.write_text(text)
-    with pytest.raises(DataError, match=r"own\.json cannot be used.*unset REAP_TUNING"):
+    with pytest.raises(DataError, match=r"launch table .*own\.json .*unset REAP_TUNING"):
         Table.load(path)
     with pytest.raises(DataError, match="No such file"):
         Table.load(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_tables_are_read_and_written_back(path: Path, tmp_path: Path) -> None:
+    table = Table.load(path)
+    table.save(tmp_path / "again.json")
+    assert Table.load(tmp_path / "again.json") == table
+
+
+def test_every_candidate_can_be_kept_in_a_table(tmp_path: Path) -> None:
+    for op, dtype in itertools.product(PRODUCTS, (torch.float16, torch.float32)):
+        launches = candidates(op, dtype, 227 * 1024)
+        entries = [Entry(op, table_dtype(dtype), None, n, x) for n, x in enumerate(launches, 1)]
+        table = Table("sm90", "", tuple(entries))
+        table.save(tmp_path / "own.json")
+        assert Table.load(tmp_path / "own.json") == table
 
 
 def test_fallback_fits_any_shared_memory() -> None:

@@ -11,27 +11,37 @@ after the experts module (`model.layers.3.mlp.experts`). Elsewhere: where a mask
 router's score below every other before the top k are taken, and leave it out of the softmax.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from reap_driver.checkpoint.checks import check_model, check_same_layers
 from reap_driver.checkpoint.source import resolve_folder
 from reap_driver.compat.models import load_config, meta_model
 from reap_driver.discover import find_moe_layers, record_of
+from reap_kernels.documents import Format
 from reap_kernels.errors import PlanError
-from reap_kernels.files import replaced, save_tensors
+from reap_kernels.files import replaced
+from reap_kernels.provenance import MODEL
+from reap_kernels.schema import ListOf, Text
+from reap_kernels.tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from reap_driver.plan import Plan
 
-FORMAT = "reap-masks"
-VERSION = "1"
+FORMAT = Format(
+    "reap-masks",
+    2,
+    "masks file",
+    {"model": MODEL},
+    PlanError,
+    "write one with `reap-kernels apply --as-masks`",
+    {"notes": ListOf(Text())},
+    sealed=True,
+)
 
 
 def expert_masks(plan: "Plan") -> dict[str, Tensor]:
@@ -73,10 +83,9 @@ def save_masks(
     layers = find_moe_layers(full)
     check_same_layers(plan, layers)
     notes = check_model(plan, record_of(full, layers), folder, force=force_model)
-    facts = {"format": FORMAT, "version": VERSION, "model": json.dumps(plan.model)}
-    facts |= {"notes": json.dumps(notes)} if notes else {}
     with replaced(path) as temporary:
-        save_tensors(expert_masks(plan), temporary, facts)
+        content = {"model": plan.model, "notes": notes}
+        write_tensors(expert_masks(plan), temporary, FORMAT, content)
     return plan.noting(notes)
 
 
@@ -86,15 +95,15 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     Raises:
         PlanError: the file cannot be read, or holds something else.
     """
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            facts = file.metadata() or {}
-            masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise PlanError(f"masks {path} cannot be read: {error}; write them again") from error
-    if (facts.get("format"), facts.get("version")) != (FORMAT, VERSION):
-        raise PlanError(
-            f"{path} is no file of masks of version {VERSION} (format {facts.get('format')!r}, "
-            f"version {facts.get('version')!r}); write one with `reap-kernels apply --as-masks`"
-        )
+    _, masks = read_tensors(path, FORMAT)
+    if not masks:
+        raise FORMAT.refusal(path, "has no masks")
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool or mask.ndim != 1 or not mask.any():
+            raise FORMAT.refusal(
+                path,
+                f"layer {name}: its mask is {mask.dtype} {list(mask.shape)}; expected torch.bool "
+                "[E], true for an expert at least",
+                ":",
+            )
     return {name: tuple(mask.nonzero().flatten().tolist()) for name, mask in masks.items()}

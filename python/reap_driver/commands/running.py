@@ -132,9 +132,11 @@ def _agreed(
 ) -> How:
     """How the model is held: as before where a run is resumed, else as the first rank decides."""
     if recorded is not None:
-        sizes = recorded["batch sizes"] if args.batch_size is None else _sizes(args, sources)
-        stream = {"always": True, "never": False}.get(args.stream, recorded["streamed"])
-        return How(stream, recorded["parked"], sizes)
+        # What is not recorded is named when the journal is compared.
+        before = recorded.get("batch sizes", [])
+        sizes = before if args.batch_size is None else _sizes(args, sources)
+        stream = {"always": True, "never": False}.get(args.stream, recorded.get("streamed", False))
+        return How(stream, recorded.get("parked", "device"), sizes)
     if args.device_map is not None:
         return How(False, "device", _sizes(args, sources))
     decision = decided(args, model, sources, ranks)

@@ -4,19 +4,34 @@ That is all there is to keep, for the course of a search follows from its seed a
 found. The file is replaced at once, so a search killed at any moment leaves one that can be read.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap_driver.journal import check_same
+from reap_driver.journal import RUN, check_same
 from reap_driver.search.space import Removals
+from reap_kernels.documents import Format, as_read, to_json
 from reap_kernels.errors import DataError
-from reap_kernels.files import replaced
+from reap_kernels.files import is_file, replaced
+from reap_kernels.provenance import MAX_EXPERTS
+from reap_kernels.schema import Int, ListOf, Real, Record
 
-FORMAT = "reap-search"
-VERSION = 1
+FORMAT = Format(
+    "reap-search",
+    2,
+    "state of a search",
+    {
+        "run": RUN,
+        "seconds": Real(low=0, high=1e10),
+        "evaluated": ListOf(
+            Record({"fitness": Real(low=0), "removed": ListOf(Int(0, MAX_EXPERTS), shortest=1)})
+        ),
+    },
+    DataError,
+    "delete it and run without --resume",
+    sealed=True,
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class SearchState:
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
         self.path = path
-        self._run: dict[str, Any] = json.loads(json.dumps(dict(run)))  # as it is read back
+        self._run: dict[str, Any] = as_read(dict(run))
 
     def write(self, evaluated: Mapping[Removals, float], seconds: float) -> None:
         """Replaces the file.
@@ -54,10 +69,11 @@ class SearchState:
             evaluated: every candidate with its fitness, in order.
             seconds: the search took up to there.
         """
-        head = {"format": FORMAT, "version": VERSION, "seconds": round(seconds, 3)}
-        lines = [json.dumps([value, *removals]) for removals, value in evaluated.items()]
-        text = json.dumps({**head, "run": self._run}, indent=2)[:-2]
-        text += ',\n  "evaluated": [\n    ' + ",\n    ".join(lines) + "\n  ]\n}\n"
+        rows = [{"fitness": value, "removed": removals} for removals, value in evaluated.items()]
+        content = {"seconds": round(seconds, 3), "run": self._run, "evaluated": rows}
+        head = FORMAT.complete(content)
+        lines = ",\n    ".join(map(to_json, head.pop("evaluated")))
+        text = f'{to_json(head, indent=2)[:-2]},\n  "evaluated": [\n    {lines}\n  ]\n}}\n'
         with replaced(self.path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
@@ -82,20 +98,15 @@ def read(path: Path) -> Saved:
     Raises:
         DataError: there is no such file, or it is damaged.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(
             f"{path}: no state of a search there, so there is nothing to resume; run without "
             "--resume"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = (content["format"], content["version"])
-        if known != (FORMAT, VERSION):
-            raise ValueError(f"format and version are {known}, not {(FORMAT, VERSION)}")
-        rows = content["evaluated"]
-        evaluated = {tuple(map(int, row[1:])): float(row[0]) for row in rows}
-        return Saved(dict(content["run"]), evaluated, float(content["seconds"]))
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise DataError(
-            f"{path}: not the state of a search ({error!r}); delete it and run without --resume"
-        ) from error
+    content = FORMAT.read(path)
+    rows = content["evaluated"]
+    evaluated = {tuple(row["removed"]): row["fitness"] for row in rows}
+    if len({len(removals) for removals in evaluated}) > 1 or len(evaluated) < len(rows):
+        why = "has candidates of unlike numbers of layers, or one twice"
+        raise FORMAT.refusal(path, why)
+    return Saved(content["run"], evaluated, content["seconds"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reap_kernels.errors import UnsupportedModel
+from reap_kernels.schema import short
 
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -98,6 +99,36 @@ def _decode(skeleton: Any, tensors: list[Tensor]) -> Any:
         return {key: _decode(item, tensors) for key, item in value}
     items = [_decode(item, tensors) for item in value]
     return items if kind == "list" else tuple(items)
+
+
+def check_skeleton(skeleton: Any, tensors: int) -> None:
+    """Checks that a skeleton is one that `State.of` makes of so many tensors.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(skeleton, dict) or set(skeleton) != {"output", "changes"}:
+        raise ValueError(f"has the skeleton {short(skeleton)}; expected output and changes")
+    below = list(skeleton.values())
+    if list(skeleton["changes"]) != ["dict"]:
+        raise ValueError(f"has the changes {short(skeleton['changes'])}; expected a dict")
+    while below:
+        part = below.pop()
+        [(kind, value)] = part.items() if isinstance(part, dict) and len(part) == 1 else [("", 0)]
+        if kind in ("list", "tuple") and isinstance(value, list):
+            below += value
+        elif kind == "dict" and isinstance(value, list) and all(map(_is_pair, value)):
+            below += [item for _, item in value]
+        elif not (
+            (kind == "tensor" and type(value) is int and 0 <= value < tensors)
+            or (kind == "plain" and isinstance(value, _PLAIN))
+        ):
+            raise ValueError(f"has the part {short(part)}, which is none of a state")
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether this is a key and its value."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str | int)
 
 
 def leaves(value: Any) -> Iterator[Any]:

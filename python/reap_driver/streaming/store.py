@@ -3,25 +3,47 @@
 A journal needs the same files, so states that lie in files are in its folder already.
 """
 
-import json
+import math
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from reap_driver.streaming.state import State
+from reap_driver.streaming.state import State, check_skeleton
 from reap_driver.threads import background
+from reap_kernels.documents import Format
 from reap_kernels.errors import DataError
-from reap_kernels.files import save_tensors, sync
+from reap_kernels.files import sync
+from reap_kernels.schema import Anything, Int, ListOf, Record, short
+from reap_kernels.tensor_files import read_tensors, write_tensors
 
 Place = Literal["device", "host", "file"]
 
+# Not sealed: the journal has the digests of whole files.
+FORMAT = Format(
+    "reap-state",
+    1,
+    "state of a batch",
+    {
+        "layer": Int(-1, 1_000_000),
+        "skeleton": Anything(),
+        "tensors": ListOf(
+            Record({"shape": ListOf(Int()), "strides": ListOf(Int()), "offset": Int(0, 63)})
+        ),
+    },
+    DataError,
+    "delete the journal's folder and start anew",
+)
+
 # In place of the state of a batch that no layer was for yet.
 _NONE = State(-1, None)
+
+# Elements of a tensor; one that is expanded may have many more than the memory it lies in.
+_MOST = 2**48
 
 # Copies lie as far from a multiple of this as what they are copies of: some products round
 # differently at other addresses.
@@ -80,7 +102,7 @@ class StateStore:
         else:
             state = self._states.get(number)
             if state is None and self._loaded is not None:
-                raise _unreadable(_file(self._loaded, number), "it is missing")
+                raise FORMAT.refusal(_file(self._loaded, number), "is missing")
         if state is None or state.layer < 0:
             return None
         return state if self._place == "device" else state.moved(self._here)
@@ -115,6 +137,8 @@ class StateStore:
             return
         self._loaded = folder
         for path in sorted(folder.glob("*.safetensors")):
+            if not (path.stem.isascii() and path.stem.isdigit()):
+                raise FORMAT.refusal(path, "is no number of a batch")
             state = read_state(path)
             self._states[int(path.stem)] = state.moved(
                 self._here if self._place == "device" else _pinned
@@ -210,9 +234,12 @@ def write_state(path: Path, state: State, *, flush: bool = False) -> None:
         str(number): _memory(tensor).to("cpu", copy=True)
         for number, tensor in enumerate(state.tensors)
     }
-    shapes = [[list(t.shape), list(t.stride()), _offset(t)] for t in state.tensors]
-    facts = {"layer": state.layer, "skeleton": state.skeleton, "tensors": shapes}
-    save_tensors(tensors, path, {"state": json.dumps(facts)})
+    places = [
+        {"shape": list(t.shape), "strides": list(t.stride()), "offset": _offset(t)}
+        for t in state.tensors
+    ]
+    content = {"layer": state.layer, "skeleton": state.skeleton, "tensors": places}
+    write_tensors(tensors, path, FORMAT, content)
     if flush:
         sync(path)
 
@@ -223,27 +250,48 @@ def read_state(path: Path) -> State:
     Raises:
         DataError: the file is missing or damaged.
     """
+    content, stored = read_tensors(path, FORMAT)
+    places = content["tensors"]
     try:
-        with safe_open(path, "pt") as file:
-            facts: dict[str, Any] = json.loads(file.metadata()["state"])
-            tensors = [
-                _laid_out(file.get_tensor(str(number)), *where)
-                for number, where in enumerate(facts["tensors"])
-            ]
-        return State(facts["layer"], facts["skeleton"], tensors)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise _unreadable(path, str(error)) from error
+        if stored.keys() != {str(number) for number in range(len(places))}:
+            raise ValueError(f"has the tensors {short(sorted(stored))}, its head {len(places)}")
+        if content["layer"] >= 0:
+            check_skeleton(content["skeleton"], len(places))
+        for number, place in enumerate(places):
+            _check_place(stored[str(number)], number, place["shape"], place["strides"])
+    except ValueError as error:
+        raise FORMAT.refusal(path, str(error)) from error
+    tensors = [
+        _laid_out(stored[str(number)], place["shape"], place["strides"], place["offset"])
+        for number, place in enumerate(places)
+    ]
+    return State(content["layer"], content["skeleton"], tensors)
 
 
-def _unreadable(path: Path, why: str) -> DataError:
-    return DataError(f"{path}: cannot be read ({why}); delete the journal's folder and start anew")
+def _check_place(memory: Tensor, number: int, shape: list[int], strides: list[int]) -> None:
+    """What a tensor lies in is as long as its shape and strides say.
+
+    Raises:
+        ValueError: it is not.
+    """
+    fits = memory.ndim == 1 and len(shape) == len(strides) and math.prod(shape) <= _MOST
+    if not fits or len(memory) != _extent(shape, strides):
+        raise ValueError(
+            f"says that tensor {number} has shape {short(shape)} and strides {short(strides)}, "
+            f"but holds {list(memory.shape)} of it"
+        )
 
 
 def _memory(tensor: Tensor) -> Tensor:
     """What a tensor lies in, from its first element to its last, in one dimension."""
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    extent = 1 + sum((size - 1) * stride for size, stride in sizes) if tensor.numel() else 0
+    extent = _extent(tensor.shape, tensor.stride())
     return tensor.as_strided((extent,), (1,), tensor.storage_offset())
+
+
+def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from a tensor's first to its last."""
+    sizes = zip(shape, strides, strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in sizes) if all(shape) else 0
 
 
 def _offset(tensor: Tensor) -> int:

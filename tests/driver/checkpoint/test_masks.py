@@ -1,5 +1,6 @@
 """A plan as a file of masks: what it holds, that the model follows it, what is refused."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reap_driver as rd
-from reap_driver.checkpoint.masks import expert_masks, load_masks, save_masks
+from reap_driver.checkpoint.masks import FORMAT, expert_masks, load_masks, save_masks
 from reap_driver.plan import LayerPlan
 from reap_kernels.errors import PlanError
+from reap_kernels.tensor_files import write_tensors
 from tests.driver import zoo
 from tests.driver.checkpoint import saved
 
@@ -54,5 +56,35 @@ def test_other_files_are_no_masks(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"masks .*absent cannot be read"):
         load_masks(tmp_path / "absent")
     save_file({"a": torch.ones(2, dtype=torch.bool)}, tmp_path / "other")
-    with pytest.raises(PlanError, match=r"no file of masks of version 1 \(format None"):
+    with pytest.raises(PlanError, match=r"other is not a masks file: .*apply --as-masks"):
         load_masks(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        (torch.ones(4, dtype=torch.int8), r"layer a: its mask is torch.int8 \[4\]; expected"),
+        (torch.ones(4, dtype=torch.uint8), "torch.uint8"),
+        (torch.tensor([0.0, math.nan]), "torch.float32"),
+        (torch.ones(2, 2, dtype=torch.bool), r"torch.bool \[2, 2\]"),
+        (torch.tensor(True), r"torch.bool \[\]"),
+        (torch.zeros(4, dtype=torch.bool), "true for an expert at least"),
+        (torch.ones(0, dtype=torch.bool), "true for an expert at least"),
+    ],
+)
+def test_masks_that_are_none_are_refused(tmp_path: Path, mask: torch.Tensor, says: str) -> None:
+    path = tmp_path / "masks"
+    write_tensors({"a": mask}, path, FORMAT, {"model": {}})
+    with pytest.raises(PlanError, match=rf"masks file {path}: .*{says}"):
+        load_masks(path)
+
+
+def test_a_mask_that_changed_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "masks"
+    write_tensors({"a": torch.ones(8, dtype=torch.bool)}, path, FORMAT, {"model": {}})
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(PlanError, match=f"masks file {path} is damaged"):
+        load_masks(path)
+    write_tensors({}, path, FORMAT, {"model": {}})
+    with pytest.raises(PlanError, match="has no masks"):
+        load_masks(path)

@@ -15,9 +15,11 @@ import pytest
 
 from reap_driver import journal as journals
 from reap_driver.cli import main
+from reap_driver.journal import FORMAT
 from reap_kernels import SaliencyStats
 from tests.driver.cli.conftest import Run, write_model
 from tests.driver.streaming.passes import assert_same_bits
+from tests.sealed import change_document
 
 KILLS = 20
 LAYERS = 10
@@ -236,9 +238,8 @@ def test_a_journal_of_another_run_is_refused(
 def test_a_journal_of_another_version_is_refused(
     run: Run, words: list[str], left: Path, tmp_path: Path
 ) -> None:
-    content = json.loads((left / "journal.json").read_text())
-    content["run"]["torch"] = "2.10.0"
-    (left / "journal.json").write_text(json.dumps(content))
+    before = json.loads((left / "journal.json").read_text())["run"]
+    change_document(left / "journal.json", FORMAT, {"run": {**before, "torch": "2.10.0"}})
     outcome = run(*words, "--out", tmp_path / "out", "--resume")
     assert "torch was '2.10.0', now it is" in outcome.error
 

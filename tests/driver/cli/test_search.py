@@ -1,6 +1,5 @@
 """`search` on a tiny checkpoint: a plan, its figures, resumed searches, refusals."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 
 import reap_driver as rd
 from reap_driver.commands import running
-from reap_driver.search.state import read
+from reap_driver.search.state import SearchState, read
 from reap_driver.sizing.decision import decide
 from reap_driver.sizing.host_memory import Free
 from reap_driver.sizing.machine import Machine
@@ -115,8 +114,7 @@ def test_a_state_that_is_there(run: Run, words: Any, tmp_path: Path) -> None:
     out, state = tmp_path / "plan.json", tmp_path / "plan.json.search"
     missing = run(*words, "--out", out, "--resume")
     assert (missing.code, "no state of a search there" in missing.error) == (3, True)
-    content = {"format": "reap-search", "version": 1, "run": {}, "seconds": 1, "evaluated": []}
-    state.write_text(json.dumps(content))
+    SearchState(state, {}).write({(1,): 0.5}, 1)
     left = run(*words, "--out", out)
     assert (left.code, f"{state}: the state of a search that was int" in left.error) == (3, True)
     other = run(*words, "--out", out, "--resume")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,10 +16,11 @@ from reap_driver.search.evolution import Settings
 from reap_driver.search.fitness import Fitness, Kept
 from reap_driver.search.held_out import HeldOut, held_out
 from reap_driver.search.search import Recorder, Task, search
-from reap_driver.search.state import Saved, SearchState, read
+from reap_driver.search.state import FORMAT, Saved, SearchState, read
 from reap_kernels.errors import DataError, PlanError
 from tests.driver import zoo
 from tests.driver.search.test_fitness import batches, brute_force
+from tests.sealed import change_document
 
 LAYERS = 4
 SETTINGS = Settings(evaluations=40, population=10, elites=3, seed=2)
@@ -210,17 +212,36 @@ def _version(path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 9}))
 
 
-def _row(path: Path) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), "evaluated": [["x", 1]]}))
+def _seconds(path: Path) -> None:
+    path.write_text(path.read_text().replace('"seconds": 0', '"seconds": 1'))
+
+
+def _changed(**change: Any) -> Callable[[Path], None]:
+    return lambda path: change_document(path, FORMAT, change)
+
+
+def _rows(*rows: Any) -> Callable[[Path], None]:
+    return _changed(evaluated=[{"fitness": fitness, "removed": ids} for fitness, ids in rows])
 
 
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
         (Path.unlink, "no state of a search there, so there is nothing to resume; run without"),
-        (_damaged, r"not the state of a search \(.*\); delete it and run without --resume"),
-        (_version, r"not the state of a search \(.*\('reap-search', 9\)"),
-        (_row, r"not the state of a search \(.*could not convert"),
+        (_damaged, r"state of a search .* is not JSON .*; delete it and run without --resume"),
+        (_version, "has version 9, this reap-kernels reads 2"),
+        (_seconds, "is damaged"),
+        (_changed(evaluated=[["x", 1]]), r"field 'evaluated\[0\]' is \['x', 1\]"),
+        (_rows(("x", [1, 2])), r"field 'evaluated\[0\].fitness' is 'x'"),
+        (_rows((-0.5, [1, 2])), r"field 'evaluated\[0\].fitness' is -0.5"),
+        (_rows((0.5, [1, -2])), r"field 'evaluated\[0\].removed\[1\]' is -2"),
+        (_rows((0.5, [1, 2.5])), r"field 'evaluated\[0\].removed\[1\]' is 2.5"),
+        (_rows((0.5, [1, 2]), (0.5, [1])), "unlike numbers of layers"),
+        (_rows((0.5, [1, 2]), (0.4, [1, 2])), "or one twice"),
+        (_changed(seconds=-1), "field 'seconds' is -1"),
+        (_changed(run=[]), r"field 'run' is \[\]"),
+        (_changed(run={"batch sizes": [0]}), r"field 'run.batch sizes\[0\]' is 0"),
+        (_changed(more=1), "field 'more' is unknown"),
     ],
 )
 def test_states_that_cannot_be_read(spoil: Any, says: str, tmp_path: Path) -> None:

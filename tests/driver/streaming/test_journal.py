@@ -16,7 +16,7 @@ import torch
 
 from reap_driver import journal as journals
 from reap_driver.interrupts import Interrupted, Stop
-from reap_driver.journal import Journal, exists, locked, read
+from reap_driver.journal import FORMAT, Journal, exists, locked, read
 from reap_driver.loading import open_streamed
 from reap_driver.observe import observe
 from reap_driver.run import Run, observe_streamed
@@ -26,6 +26,7 @@ from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import CheckpointError, DataError, ResourceError
 from tests.driver.checkpoint import saved
 from tests.driver.streaming import passes
+from tests.sealed import GONE, change_document
 
 RUN = {
     "model": "sha256:1",
@@ -159,45 +160,82 @@ def test_no_journal(there: bool, folder: Path) -> None:
     "content",
     [
         *("", "{", "[]", "3", '"format"', "{}", "\udcff"),
-        *('{"format": "other"}', '{"format": "reap-journal"}', '{"format": "other", "version": 1}'),
+        *('{"format": "other"}', '{"format": "reap-journal"}', '{"format": "other", "version": 2}'),
     ],
 )
 def test_foreign_file(content: str, folder: Path) -> None:
     folder.mkdir()
     (folder / "journal.json").write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(DataError, match=f"{folder}/journal.json: not a journal .*delete {folder}"):
+    with pytest.raises(DataError, match=f"journal {folder}/journal.json.*delete its folder"):
         read(folder)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_other_version(version: object, folder: Path) -> None:
     folder.mkdir()
     (folder / "journal.json").write_text(json.dumps({"format": "reap-journal", "version": version}))
-    with pytest.raises(DataError, match=f"a journal of version {version}, this program writes 1"):
+    with pytest.raises(
+        DataError, match=f"version {version!r}, this .* reads 2; resume with the ver"
+    ):
         read(folder)
 
 
-@pytest.mark.parametrize("field", ["run", "position", "seconds", "stats", "states"])
-@pytest.mark.parametrize("spoil", ["gone", "wrong"])
-def test_damaged_content(field: str, spoil: str, folder: Path) -> None:
+FIELDS = ("run", "position", "seconds", "stats", "states", "files")
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("value", [GONE, [1], -1, 1e30, {"a": {}}, "../../x"], ids=str)
+def test_damaged_content(field: str, value: object, folder: Path) -> None:
     Journal(folder, RUN).write(1, stats(1))
-    content = json.loads((folder / "journal.json").read_text())
-    content[field] = [1]
-    if spoil == "gone":
-        del content[field]
-    (folder / "journal.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=f"'{field}' is .*delete {folder}"):
+    change_document(folder / "journal.json", FORMAT, {field: value})
+    with pytest.raises(DataError, match=rf"{folder}.*(without --resume|of another run)"):
         Journal(folder, RUN).resume()
 
 
-def test_missing_and_damaged_statistics(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "run", [{"batch sizes": ["2"]}, {"batch sizes": 2}, {"streamed": 1}, {"parked": "moon"}]
+)
+def test_what_is_read_of_a_run_is_checked(run: dict[str, object], folder: Path) -> None:
     Journal(folder, RUN).write(1, stats(1))
-    path = folder / "stats-000001.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=str(path)):
+    change_document(folder / "journal.json", FORMAT, {"run": run})
+    with pytest.raises(DataError, match=f"field 'run.{next(iter(run))}.*' is "):
+        read(folder)
+
+
+def test_a_digit_that_changed_is_noticed(folder: Path) -> None:
+    path = folder / "journal.json"
+    Journal(folder, RUN).write(1, stats(1))
+    path.write_text(path.read_text().replace('"seconds": 0.0', '"seconds": 1.0'))
+    with pytest.raises(DataError, match=f"{path} is damaged"):
+        read(folder)
+
+
+@pytest.mark.parametrize("name", ["stats-000001.safetensors", "states-00001/000000.safetensors"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "bit", "another"])
+def test_missing_and_damaged_files(name: str, damage: str, folder: Path) -> None:
+    """Another: whole in itself, of another position."""
+    Journal(folder, RUN).write(1, stats(1), states(1))
+    path = folder / name
+    good = path.read_bytes()
+    match damage:
+        case "gone":
+            path.unlink()
+        case "cut":
+            path.write_bytes(good[:-1])
+        case "bit":
+            path.write_bytes(good[:-1] + bytes([good[-1] ^ 16]))
+        case "another" if "stats" in name:
+            stats(2).save(path)
+        case "another":
+            states(2)(path.parent)
+    with pytest.raises(DataError, match=rf"journal {path} (is|cannot be read).*without --resume"):
         Journal(folder, RUN).resume()
-    path.unlink()
-    with pytest.raises(DataError, match=str(path)):
+
+
+def test_files_that_are_too_many_are_named(folder: Path) -> None:
+    Journal(folder, RUN).write(1, stats(1), states(1))
+    (folder / "states-00001/000001.safetensors").write_bytes(b"")
+    with pytest.raises(DataError, match=r"000001\.safetensors is damaged, or of another run"):
         Journal(folder, RUN).resume()
 
 
