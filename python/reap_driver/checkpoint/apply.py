@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +27,7 @@ from reap_driver.checkpoint.mtp import MtpKeys
 from reap_driver.checkpoint.parallel import check_threads, write_shards
 from reap_driver.checkpoint.quantization import quantization_of
 from reap_driver.checkpoint.report import ApplyReport
-from reap_driver.checkpoint.settings import copied_names, rewritten_files
+from reap_driver.checkpoint.settings import copied_names, renamed_metadata, rewritten_files
 from reap_driver.checkpoint.shards import plan_shards, write_index
 from reap_driver.checkpoint.source import RECORD, Source, open_source, resolve_folder
 from reap_driver.checkpoint.specification import Specification, specify
@@ -214,7 +215,8 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
         clear_mtp(model.raw_config)
     names = ExpertNames(numbered_experts(keys, model.layout, plan.kept), other_modules(keys))
     files = rewritten_files(source, model.raw_config, names, counts)
-    shards = plan_shards(source, keys.actions, options.shard_size)
+    rename = partial(renamed_metadata, names=names)
+    shards = plan_shards(source, keys.actions, options.shard_size, rename)
     left = {name: after for name, (_, after) in counts.items()}
     entries = source.tensors.values()
     spec = specify(full, layers, left, model.new.shapes, entries, source.config)

@@ -171,6 +171,8 @@ class KeyDecider:
     def _select(self, key: str, target: Target, dims: list[ExpertDim]) -> Action:
         """Rows of a tensor that the model loads."""
         entry, length = self._tensors[key], dims[0].length(dims[0].experts)
+        if self._is_packed_stack(entry, target):
+            return self._cut_stored(key, target.name, "weight")
         if len(target.names) == 1 and target.pattern is None:
             if entry.shape != self._old_shapes[target.name] and self._quantization.method:
                 return self._cut_stored(key, target.name, "weight")
@@ -202,6 +204,16 @@ class KeyDecider:
         if len(target.names) == 1:
             self._cuts[key] = Cut(replace(dims[0], dim=dim), _cut_rows)
         return Select(key, dim, rows if len(set(rows)) > 1 else rows[:1])
+
+    def _is_packed_stack(self, entry: TensorEntry, target: Target) -> bool:
+        """Whether a quantizer packed stacked experts, of whose shape a conversion knows nothing."""
+        return (
+            self._quantization.method is not None
+            and target.pattern is not None
+            and len(target.names) == 1
+            and len(self._old_shapes[target.name]) > 2
+            and entry.dtype in _INTEGERS
+        )
 
     def _fits(self, key: str, target: Target, dim: int, expert: ExpertDim) -> bool:
         """Whether shortening this disk dimension gives the smaller model's shape, through the

@@ -203,10 +203,12 @@ class _Rows:
         """What these formats' loaders demand: whole words along the outputs."""
         per_word = WORD_BITS // math.gcd(WORD_BITS, bits)
         if len(self._rows) % per_word:
+            tail = self._matrix.expert.tail
+            less = f" less {tail}, for the rows behind them," if tail else ""
             raise UnsupportedModel(
                 f"{self._key}: {name} packs the {bits}-bit codes of {per_word} outputs into whole "
                 f"words and its loaders demand whole words, but {len(self._rows)} rows would be "
-                f"left; keep a multiple of {per_word} experts, or {_FULL_SIZE}."
+                f"left; keep a multiple of {per_word} experts{less} or {_FULL_SIZE}."
             )
 
     def _scale(self) -> Action | None:
@@ -238,7 +240,7 @@ class _Rows:
         if leaf in ("weight", "weight_packed") and dtype in ("U8", "I8", "F4"):
             codes = 1 if dtype == "F4" else 2
             halves = shape == (self._out, self._in // codes) and self._in % codes == 0
-            return self._select(0) if halves and self._rows_are_whole() else None
+            return self._select(0) if halves and self._bytes_along_inputs(leaf) else None
         if leaf == "weight_packed":
             return self._select(0) if self._packed_bits(self._stored.entry) else None
         if leaf == "weight_shape":
@@ -248,12 +250,13 @@ class _Rows:
             return Copy(self._key) if shape == (self._in,) else None
         return self._zero_point() if leaf == "weight_zero_point" else None
 
-    def _rows_are_whole(self) -> bool:
-        """Whether this quantizer packs bytes along the rows: it is known of these."""
+    def _bytes_along_inputs(self, leaf: str) -> bool:
+        """Whether this quantizer is known to put two codes of one row into a byte."""
         method = self._method.method or ""
-        algorithm = str(self._method.settings.get("quant_algo", "")).upper()
-        if method.startswith("modelopt"):
-            return "FP4" in algorithm
+        if method.startswith("modelopt"):  # whose 4-bit integers go along the outputs
+            return "FP4" in str(self._method.settings.get("quant_algo", "")).upper()
+        if "auto-round" in method:
+            return leaf == "weight_packed"
         return method in ("compressed-tensors", "mxfp4", "nvfp4", "quark")
 
     def _packed_bits(self, packed: TensorEntry | None) -> int | None:

@@ -11,6 +11,7 @@ a wildcard          `model.layers.1.mlp.experts.3*` (ModelOpt, Quark)
 
 import fnmatch
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,8 +20,6 @@ from reap_kernels.errors import CheckpointError
 MARKS = ("re:", "+:", "-:")
 _SPECIAL = re.compile(r"[*?\[\](){}|^$+\\]")
 _ONLY_REGULAR = re.compile(r"\\|\.\*|\.\+|[\^$|(){}]|\][*+]")
-# Quantifiers on quantifiers, `(x+)+`, can take longer than anybody waits.
-_EXPONENTIAL = re.compile(r"[*+]\)[*+]")
 # Quantizers whose unmarked texts with special characters are wildcards; those of others are regular
 # expressions, or were meant as wildcards: both are looked at.
 _WILDCARDS = ("modelopt", "compressed-tensors", "quark")
@@ -79,10 +78,10 @@ def read(text: str, method: str | None, where: str) -> Pattern:
     mark = next((m for m in MARKS if text.startswith(m)), "")
     body = text[len(mark) :]
     if mark:
-        if _EXPONENTIAL.search(body):
+        if _is_exponential(body):
             raise CheckpointError(
-                f"{where}: the pattern {text!r} has a quantifier on a quantifier, which can take "
-                "for ever; write it without."
+                f"{where}: the pattern {text!r} repeats a group that repeats or branches itself, "
+                "which can take for ever; write it without."
             )
         return Pattern(text, mark, "regular expression", (_regular(text, body, method, where),))
     if not _SPECIAL.search(body):
@@ -92,7 +91,7 @@ def read(text: str, method: str | None, where: str) -> Pattern:
         regular = _regular(text, body, method, where)
     except CheckpointError:
         return Pattern(text, mark, "wildcard", (wildcard,))
-    if _EXPONENTIAL.search(body) or (method is not None and method.startswith(_WILDCARDS)):
+    if _is_exponential(body) or (method is not None and method.startswith(_WILDCARDS)):
         return Pattern(text, mark, "wildcard", (wildcard,))
     if _ONLY_REGULAR.search(body):
         return Pattern(text, mark, "regular expression", (regular,))
@@ -101,7 +100,9 @@ def read(text: str, method: str | None, where: str) -> Pattern:
 
 def _regular(text: str, body: str, method: str | None, where: str) -> Matcher:
     try:
-        compiled = re.compile(body)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+            compiled = re.compile(body)
     except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{where}: the pattern {text!r} is no regular expression ({error}); correct it."
@@ -109,6 +110,27 @@ def _regular(text: str, body: str, method: str | None, where: str) -> Matcher:
     # AutoRound searches; the others match from the beginning of the name.
     find = compiled.search if method is not None and "auto-round" in method else compiled.match
     return lambda name: find(name) is not None
+
+
+def _is_exponential(body: str) -> bool:
+    """Whether a regular expression repeats a group that repeats or branches itself, `(x+)+`: those
+    can take longer than anybody waits.
+    """
+    opened: list[bool] = []  # for every open group: whether it repeats or branches
+    plain = re.sub(r"\\.|\[[^\]]*\]", "x", body)
+    for place, char in enumerate(plain):
+        if char == "(":
+            opened.append(False)
+        elif char == ")" and opened:
+            repeats = plain[place + 1 : place + 2] in ("*", "+", "{")
+            inside = opened.pop()
+            if inside and repeats:
+                return True
+            if opened and (inside or repeats):
+                opened[-1] = True
+        elif char in "*+{|" and opened:
+            opened[-1] = True
+    return False
 
 
 def _wildcard(body: str) -> Matcher:

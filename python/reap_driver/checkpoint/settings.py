@@ -2,6 +2,7 @@
 counts of experts beside them; and what the files that are only copied say of experts.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -48,6 +49,30 @@ def rewritten_files(
             before, after = (max(numbers) for numbers in zip(*counts.values(), strict=True))
             files[name] = with_count(content, count_sites(content, before), after)
     return files
+
+
+def renamed_metadata(metadata: Mapping[str, str], names: ExpertNames) -> dict[str, str]:
+    """The metadata of a safetensors file with experts renumbered: torchao describes tensors there,
+    by name, and lists the names.
+
+    Raises:
+        CheckpointError: an entry whose meaning cannot be kept.
+    """
+    where = "metadata of a safetensors file:"
+    listed = {}
+    for name, value in metadata.items():
+        listed[name] = value
+        if value.startswith("[") and _NAMED.search(value):
+            try:
+                names_in = json.loads(value)
+            except (ValueError, RecursionError):
+                continue  # some other text, which goes on as it is
+            listed[name] = json.dumps(names.rewrite(names_in, f"{where} {name}", None))
+    if not any(map(_NAMED.search, metadata)):
+        return listed
+    return {
+        new: text for name, text in listed.items() for new in names.rewrite([name], where, None)
+    }
 
 
 def copied_names(source: Source, rewritten: Mapping[str, Any]) -> list[str]:

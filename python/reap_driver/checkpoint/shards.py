@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,29 @@ _NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def plan_shards(
-    source: Source, actions: Mapping[str, Action], shard_size: int | None
+    source: Source,
+    actions: Mapping[str, Action],
+    shard_size: int | None,
+    rename: Callable[[Mapping[str, str]], Mapping[str, str]] = dict,
 ) -> list[OutShard]:
     """Files to write. The source's division is kept unless `shard_size` (bytes of data) asks for
     another.
 
-    Shards left without a tensor disappear, and numbered names are then numbered anew.
+    Shards left without a tensor disappear, and numbered names are then numbered anew. `rename`
+    makes a file's metadata from the source's.
     """
     if shard_size is not None and shard_size <= 0:
         raise PlanError(f"shard_size {shard_size}: give a positive number of bytes.")
     shards = [_shard(source.relative(file), file, actions) for file in source.shards]
     if shard_size is not None:
+        whole = {key: text for shard in shards for key, text in shard.metadata.items()}
         shards = _divide([t for shard in shards for t in shard.tensors], shard_size)
+        for shard in shards:
+            shard.metadata = whole
     shards = [shard for shard in shards if shard.tensors]
     for shard in shards:
         shard.pins = source.pins
-        shard.metadata = shard.metadata or {"format": "pt"}
+        shard.metadata = rename(shard.metadata) or {"format": "pt"}
         # Wider elements first keeps every tensor aligned to its element size; source order
         # otherwise.
         shard.tensors.sort(key=lambda tensor: -DTYPE_BITS[tensor.dtype])

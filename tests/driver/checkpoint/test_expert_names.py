@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from reap_driver.checkpoint import apply_plan
 from reap_driver.checkpoint.expert_names import ExpertNames, NumberedExperts
@@ -167,6 +169,15 @@ def test_what_names_no_expert_by_number_stays(text: str) -> None:
     assert NAMES.rewrite({text: text}, "x", "gptq") == {text: text}
 
 
+@pytest.mark.parametrize(
+    "body", [r"(?:.*\.)?experts\.4\.up_proj", r".*\.(4)\.(up|down)_proj[*+]?$"]
+)
+def test_groups_that_do_not_repeat_are_read(body: str) -> None:
+    written = NAMES.rewrite(["re:" + body], "x", "compressed-tensors")
+    assert "model.layers.2.mlp.experts.0.up_proj" not in written
+    assert "model.layers.0.mlp.experts.2.up_proj" in written
+
+
 def test_lists_of_every_expert_go_on() -> None:
     """GPTQ names the matrices of a layer relative to it: all experts, in every layer alike."""
     groups = [["self_attn.q"], [f"mlp.experts.{i}.up_proj" for i in range(EXPERTS)]]
@@ -179,7 +190,8 @@ REFUSED = [
     ({"modules_in_block_to_quantize": [["mlp.experts.3.up_proj"]]}, "gptq",
      r"modules_in_block_to_quantize: .*'mlp\.experts\.3\.up_proj'.*relative to a layer"),
     ({"ignore": ["re:.*experts.(4"]}, "compressed-tensors", r"ignore: .*experts\.\(4.*correct it"),
-    ({"ignore": [r"re:(\w+)+\.experts\.4"]}, "compressed-tensors", "quantifier on a quantifier"),
+    *(({"ignore": ["re:" + body]}, "compressed-tensors", "repeats a group")
+      for body in (r"(\w+)+\.experts\.4", r"(a|aa)*experts\.4", r"((x*)y){3,}experts\.4")),
     ({"skip": [f"{STEM}.3*.up_proj"]}, "unheard-of", "wildcard and as a regular expression"),
     ({"extra_config": {r".*experts\.4\..*": {"bits": 8}, r".*up_proj.*": {"bits": 2}}},
      "auto-round", "decide about the same experts"),
@@ -355,3 +367,31 @@ def test_copied_files_that_name_experts_are_reported(full: Path, tmp_path: Path)
     assert "recipe.yaml is copied as it is" in notes
     assert "quant_log.csv is copied as it is" in notes
     assert "notes.txt" not in notes
+
+
+@pytest.mark.parametrize("shard_size", [None, 40_000])
+def test_tensors_described_in_headers_follow(
+    shard_size: int | None, full: Path, tmp_path: Path
+) -> None:
+    """torchao names every tensor in the files' metadata, and says there what it stands for."""
+    tensors = saved.read_all(full)
+    described = {key: json.dumps({"_type": "Tensor", "from": key}) for key in tensors}
+    header = {"format": "pt", "tensor_names": json.dumps(sorted(tensors)), **described}
+    save_file(tensors, full / "model.safetensors", metadata=header)
+    plan = plan_for(full)
+    apply_plan(full, plan, tmp_path / "out", shard_size=shard_size)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert (len(files) > 1) is (shard_size is not None)
+    written = set(saved.read_all(tmp_path / "out"))
+    for path in files:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        assert set(json.loads(metadata.pop("tensor_names"))) == written
+        assert metadata.pop("format") == "pt"
+        assert set(metadata) == written
+        for key, text in metadata.items():
+            new, old = (re.search(r"layers\.(\d)\.mlp\.experts\.(\d)", name) for name in
+                        (key, json.loads(text)["from"]))  # fmt: skip
+            if new is not None and old is not None:
+                kept = plan.layers[f"model.layers.{new[1]}.mlp.experts"].kept
+                assert (old[1], int(old[2])) == (new[1], kept[int(new[2])])

@@ -14,6 +14,7 @@ from reap_driver.compat.models import load_config, meta_model
 from reap_driver.plan import LayerPlan, Plan
 from reap_kernels.errors import PlanError
 from tests.driver.checkpoint import saved
+from tests.driver.checkpoint.test_packed_router import Codes
 
 MTP = "model.layers.3."  # the tiny model has layers 0 to 2
 LAYER = "model.layers.3.mlp.experts"
@@ -146,3 +147,38 @@ def test_layer_without_experts_can_be_kept(tmp_path: Path) -> None:
 def test_unknown_choice_is_refused(full: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="mtp 'prune': give 'drop' or 'keep'"):
         apply_plan(full, plan_for(full), tmp_path / "out", mtp="prune")  # type: ignore[arg-type]
+
+
+def test_a_packed_router_is_cut_like_the_main_layers(tmp_path: Path) -> None:
+    """The MTP layer's router by the same format, its experts renumbered in the settings too."""
+    saved.save("glm4_moe", tmp_path / "full")
+    codes = {layer: Codes.random(8, 32, 4, 16) for layer in ("1", "2", "3")}
+
+    def add(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        copied = {
+            key.replace("model.layers.1.", MTP): torch.randn_like(value)
+            for key, value in tensors.items()
+            if key.startswith("model.layers.1.")
+        }
+        found = {**tensors, **copied}
+        for layer, matrix in codes.items():
+            del found[f"model.layers.{layer}.mlp.gate.weight"]
+            for leaf, value in matrix.compressed(4).items():
+                found[f"model.layers.{layer}.mlp.gate.{leaf}"] = value.clone()
+        return found
+
+    saved.change_tensors(tmp_path / "full", add)
+    ignore = [f"{LAYER}.{KEPT[4]}.up_proj", f"{LAYER}.1.up_proj"]
+    settings = {"quant_method": "compressed-tensors", "ignore": ignore}
+    saved.change_config(tmp_path / "full", num_nextn_predict_layers=1, quantization_config=settings)
+    plan = plan_for(tmp_path / "full")
+    plan = replace(plan, layers={**plan.layers, LAYER: LayerPlan.keeping(8, KEPT)})
+    apply_plan(tmp_path / "full", plan, tmp_path / "out", mtp="keep")
+    after = saved.read_all(tmp_path / "out")
+    for layer, matrix in codes.items():
+        stem = f"model.layers.{layer}.mlp.gate."
+        leaves = {key.removeprefix(stem): t for key, t in after.items() if key.startswith(stem)}
+        kept = plan.layers[f"model.layers.{layer}.mlp.experts"].kept
+        matrix.check_compressed(leaves, 4, list(kept))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["ignore"] == [f"{LAYER}.4.up_proj"]

@@ -495,6 +495,39 @@ def test_experts_move_as_units_whatever_their_leaves(
     assert {key for key in found if ".experts." in key} == expected
 
 
+def test_packed_stacks_are_cut_where_lengths_cannot_tell(tmp_path: Path) -> None:
+    """32 experts, 32 inputs, 64 outputs packed in two: the conversion that transposes them when
+    they are plain says nothing of packed ones.
+    """
+    model = saved.save(
+        "qwen3_vl_moe", tmp_path / "full", num_local_experts=32, moe_intermediate_size=32
+    )
+    plan = saved.make_plan(tmp_path / "full", model)
+    torch.manual_seed(0)
+
+    def change(old: dict[str, Tensor]) -> dict[str, Tensor]:
+        new = dict(old)
+        for key in [key for key in old if ".experts." in key]:
+            new[key] = torch.randint(0, 256, (32, 32, 32)).to(torch.uint8)
+            new[f"{key}_weight_scale"] = torch.rand(32, 32, 4).to(torch.float8_e4m3fn)
+            new[f"{key}_weight_scale_2"] = torch.rand(())
+        return new
+
+    saved.change_tensors(tmp_path / "full", change)
+    settings = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    saved.change_config(tmp_path / "full", quantization_config=settings)
+    before = saved.read_all(tmp_path / "full")
+    apply_plan(tmp_path / "full", plan, tmp_path / "out")
+    found, checked = saved.read_all(tmp_path / "out"), 0
+    for layer, entry in plan.layers.items():
+        for key in (key for key in before if key.startswith(f"{layer}.")):
+            whole = before[key].dim() == 0
+            expected = before[key] if whole else before[key][list(entry.kept)]
+            assert same_bytes(found[key], expected), key
+            checked += 1
+    assert checked == 6 * len(plan.layers)
+
+
 LAYOUTS = [
     ("qwen3_moe", "model.layers.1.mlp.experts.mystery", "experts"),
     ("qwen3_moe", "model.layers.1.mlp.gate.W_q", "gate"),
