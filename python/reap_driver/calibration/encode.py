@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from reap_driver.calibration.chat import ChatTemplate, Span
 from reap_driver.calibration.compressed import LARGEST
 from reap_driver.calibration.records import BadRecords, Record, guard
 from reap_driver.calibration.shapes import Chat, Text, Tokens, shape_of
+from reap_driver.calibration.tokenizer import load_tokenizer
 from reap_driver.compat.foreign import foreign
 from reap_kernels.errors import DataError
 from reap_kernels.schema import short
@@ -79,6 +80,7 @@ class Encoder:
         text = config.get_text_config()
         size = getattr(text, "vocab_size", None)
         self.vocab_size: int | None = size if isinstance(size, int) else None
+        self._size = min(self.vocab_size or _INT32, _INT32)
         eos = getattr(text, "eos_token_id", None)
         eos = getattr(config, "eos_token_id", None) if eos is None else eos
         first = eos[0] if isinstance(eos, list) and eos else eos
@@ -86,9 +88,18 @@ class Encoder:
 
     @property
     def separator(self) -> int | None:
-        """Id put between documents; config.json's end-of-sequence id, else the tokenizer's."""
+        """Id put between documents; config.json's end-of-sequence id, else the tokenizer's.
+
+        Raises:
+            DataError: it is outside the vocabulary.
+        """
         if self._eos is None and self._tokenizer is not None:
             self._eos = self._tokenizer.eos_token_id
+        if self._eos is not None and not 0 <= self._eos < self._size:
+            raise DataError(
+                f"{self._model}: its end-of-sequence token {short(self._eos)} is outside its "
+                f"vocabulary ({self._size} tokens); correct eos_token_id in config.json"
+            )
         return self._eos
 
     @property
@@ -221,27 +232,17 @@ class Encoder:
 
     def _load_tokenizer(self, record: Record) -> Any:
         if self._tokenizer is None:
-            needs = f"{record.place}: needs the tokenizer of {self._model}, which cannot be loaded"
-            remedy = (
-                "add its files (tokenizer.json, ...), allow its code with --trust-remote-code, or "
-                "give records with input_ids"
+            what = f"{record.place}: needs the tokenizer of {self._model}"
+            self._tokenizer = load_tokenizer(
+                self._model, self._config, what, trust_remote_code=self._trust
             )
-            with foreign(needs, remedy, error=DataError):
-                # Given the config, AutoTokenizer need not resolve a model_type it does not know.
-                self._tokenizer = AutoTokenizer.from_pretrained(
-                    str(self._model), config=self._config, trust_remote_code=self._trust
-                )
             if self._answers_only and not self._tokenizer.is_fast:
                 raise DataError(
                     f"the tokenizer of {self._model} does not say which characters its tokens "
                     "stand for, which answers are found by; add a tokenizer.json, or count all "
                     "tokens"
                 )
-            if self._tokenizer.is_fast:  # what is set in tokenizer.json is for other uses
-                self._tokenizer.backend_tokenizer.no_truncation()
-                self._tokenizer.backend_tokenizer.no_padding()
-            size = self.vocab_size or _INT32
-            self._fits = max(self._tokenizer.get_vocab().values(), default=0) < size
+            self._fits = max(self._tokenizer.get_vocab().values(), default=0) < self._size
         return self._tokenizer
 
     def _labelled(self, record: Record, shape: Tokens) -> bytes | None:
@@ -263,11 +264,11 @@ class Encoder:
         if not ids:
             return
         low, high = min(ids), max(ids)
-        size = min(self.vocab_size or _INT32, _INT32)
-        if low < 0 or high >= size:
+        if low < 0 or high >= self._size:
             raise DataError(
                 f"{record.place}: token id {short(low if low < 0 else high)} is outside the "
-                f"vocabulary of {self._model} ({size} tokens); tokenise with this model's tokenizer"
+                f"vocabulary of {self._model} ({self._size} tokens); tokenise with this model's "
+                "tokenizer"
             )
 
 

@@ -114,16 +114,14 @@ def _yaml_as_json(content: bytes) -> str:
     try:
         _check_events(yaml.parse(content, Loader=fast))
         return json.dumps(yaml.load(content, Loader=loader))
-    except yaml.YAMLError as error:
-        raise ValueError(f"is not YAML ({' '.join(str(error).split())})") from error
-    except (TypeError, OverflowError) as error:
-        raise ValueError(f"holds what JSON has not ({error}), which wants quotes") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 ({error.reason} at byte {error.start})") from error
     except _NotPlain:
         raise
-    except ValueError as error:  # a date or number that looks like one and is none
-        raise ValueError(f"holds a value that cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"is not YAML ({one_line(error)})") from error
+    except Exception as error:  # of values that look like a date or a number and are none
+        raise ValueError(
+            f"holds a value that JSON has not or that cannot be read ({one_line(error)})"
+        ) from error
 
 
 class _NotPlain(ValueError):

@@ -308,3 +308,28 @@ def test_a_text_the_tokenizer_fails_on_is_a_bad_record(
     bad = BadRecords()
     assert [document.ids for document in encoder.encode(records, bad)] == [[5], [6]]
     assert bad.first[0].startswith("data.jsonl:1: the tokenizer of ")
+
+
+@pytest.mark.parametrize("number", [2**24, 2**31, 2**32 - 1])
+def test_ids_that_a_tokenizer_would_walk_to_are_refused(
+    folder: Path, config: PretrainedConfig, number: int
+) -> None:
+    """The library takes half a minute for 2**31; the number alone is none in a text."""
+    path = folder / "tokenizer.json"
+    facts = json.loads(path.read_text())
+    facts["model"]["vocab"]["a:11111111"] = 3
+    path.write_text(json.dumps(facts))
+    encode(Encoder(folder, config), {"text": "abc"})
+    facts["model"]["vocab"]["zz"] = number
+    path.write_text(json.dumps(facts))
+    with pytest.raises(DataError, match=rf"cannot be loaded \(.*has the token id {number}; ids"):
+        encode(Encoder(folder, config), {"text": "abc"})
+
+
+@pytest.mark.parametrize("eos", [-1, 259, 2**40])
+def test_an_end_of_sequence_outside_the_vocabulary(
+    folder: Path, config: PretrainedConfig, eos: int
+) -> None:
+    config.eos_token_id = eos
+    with pytest.raises(DataError, match=rf"its end-of-sequence token {eos} is outside its vocab"):
+        _ = Encoder(folder, config).separator
