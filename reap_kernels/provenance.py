@@ -53,6 +53,7 @@ _FIELDS: dict[str, Kind] = {
     "created": _NAME,
     "software": MapOf(_NAME),
     "unobserved": ListOf(Text(10_000)),
+    "stacks": MapOf(ListOf(Text(10_000))),  # by field that counts experts: its layers
     "notes": ListOf(Text()),
     "served": MapOf(ListOf(Text(10_000))),  # by layer, of a snapshot: the backends it ran on
 }

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from reap_driver.compat.text_model import text_model
 from reap_driver.discover import MoELayer
 
 # Rows (tokens times top-k) an expert should get on average. With fewer, the grouped products wait
@@ -114,7 +115,7 @@ def footprint_of(
     device = model.device if device is None else device
     itemsize = (model.dtype if dtype is None else dtype).itemsize
     config = model.config.get_text_config()
-    head = model.get_output_embeddings()
+    head = text_model(model).get_output_embeddings()
     linear = (m for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
     hidden = int(getattr(config, "hidden_size", layers[0].hidden_size))
     all_logits = all_logits or computes_all_logits(model)
@@ -134,4 +135,4 @@ def footprint_of(
 
 def computes_all_logits(model: PreTrainedModel) -> bool:
     """Whether the model can only compute every token's logits, not the last one's alone."""
-    return "logits_to_keep" not in inspect.signature(type(model).forward).parameters
+    return "logits_to_keep" not in inspect.signature(type(text_model(model)).forward).parameters

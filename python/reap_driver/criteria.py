@@ -120,6 +120,8 @@ class Scores(_Values):
         data: provenance of the calibration data, one entry a source.
         unobserved: MoE layers of the model that no token reached, so they have no scores.
         notes: what a reader of a plan made from them should know.
+        stacks: field that counts experts -> the layers it counts, where some are unobserved; of
+            layers that are in none, nothing is known.
     """
 
     def __init__(
@@ -139,6 +141,7 @@ class Scores(_Values):
         self.data: list[dict[str, Any]] = list(known.get("data") or [])
         self.unobserved: list[str] = list(known.get("unobserved") or [])
         self.notes: list[str] = list(known.get("notes") or [])
+        self.stacks: dict[str, list[str]] = dict(known.get("stacks") or {})
 
     def digest(self) -> str:
         """`sha256:...` over criterion, weights, layer names and the bits of every score."""

@@ -67,8 +67,8 @@ class Ranks:
 
         Every rank must call it, at the same point. Counts are exact; sums are added in the order
         of ranks, so the same run gives the same bits. Provenance is rank 0's, except for what the
-        ranks know in part: `backend`, `layers` and `unobserved`. Not for one model spread over the
-        ranks, whose statistics are whole on each of them already.
+        ranks know in part: `backend`, `layers`, `stacks` and `unobserved`. Not for one model spread
+        over the ranks, whose statistics are whole on each of them already.
 
         Args:
             stats: what this rank observed, on any device; layers may be missing that no token
@@ -239,6 +239,7 @@ def _header(stats: SaliencyStats) -> dict[str, Any]:
         "model": facts.get("model", {}).get("config_digest"),
         "layers": facts.get("layers", {}),
         "unobserved": facts.get("unobserved", []),
+        "stacks": facts.get("stacks", {}),
         "backend": facts.get("backend", ""),
     }
 
@@ -293,12 +294,14 @@ def _whole(
     facts = {name: known for header in headers for name, known in header["layers"].items()}
     served = {name for h in headers for name in h["backend"].split("+") if name}
     whole = {
-        **{key: value for key, value in provenance.items() if key != "unobserved"},
+        **{k: v for k, v in provenance.items() if k not in ("unobserved", "stacks")},
         "layers": {name: facts[name] for name in kept if name in facts},
         "backend": "+".join(sorted(served)),
     }
     unobserved = [name for name in names if name not in kept]
     if unobserved:
+        stacks: dict[str, list[str]] = next((h["stacks"] for h in headers if h["stacks"]), {})
+        whole |= {"stacks": stacks} if stacks else {}
         whole["unobserved"] = unobserved
     return SaliencyStats({name: layers[name] for name in kept}, headers[0]["groups"], whole)
 

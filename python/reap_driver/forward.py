@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs
 
+from reap_driver.compat.text_model import text_model
 from reap_driver.isolation import documents_apart
 from reap_kernels.errors import DataError
 from reap_kernels.schema import short
@@ -34,7 +35,8 @@ def forward(model: PreTrainedModel, batch: Mapping[str, Any], *, all_logits: boo
     """The model's output for a batch; no gradient, no cache.
 
     Args:
-        model: loaded, or streamed.
+        model: loaded, or streamed. Of one without a forward of its own, the part that reads text
+            runs (`text_model`).
         batch: its own arguments (`input_ids` [batch, seq] int64, ...), moved to its device.
             `position_ids` [batch, seq] that begin anew inside a row are those of documents packed
             into it, which are kept apart.
@@ -48,6 +50,7 @@ def forward(model: PreTrainedModel, batch: Mapping[str, Any], *, all_logits: boo
     _check_names(model, batch)
     # Before the batch moves: on a GPU, reading the ids there would wait for all queued work, as
     # would the move itself from memory that is not pinned.
+    model = text_model(model)
     _check_ids(model, batch.get("input_ids"))
     with torch.no_grad(), documents_apart(model.config, batch):
         device = _input_device(model)

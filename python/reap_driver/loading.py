@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from reap_driver.checkpoint.source import Source, open_source, resolve_folder
 from reap_driver.compat.models import check_loading, from_checkpoint, load_config, quantisation
 from reap_driver.compat.parts import Chunk, Parts, parted
+from reap_driver.compat.text_model import text_prefix
 from reap_driver.compressed.matrices import plain_weights
 from reap_driver.compressed.scheme import is_compressed
 from reap_driver.discover import find_moe_layers
@@ -112,7 +113,8 @@ class StreamedModel:
 
     Attributes:
         model: the model, everything but its decoder layers loaded.
-        layers: qualified name and module of every decoder layer, in the model's order.
+        layers: qualified name and module of every decoder layer, in the model's order; first those
+            of the part that reads text.
         device: where it computes.
     """
 
@@ -127,6 +129,14 @@ class StreamedModel:
         self._coming: dict[int, Future[None]] = {}
         self._stopped = threading.Event()
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def text_layers(self) -> list[tuple[str, nn.Module]]:
+        """Those of `layers` that a forward runs, which are the first: the others are of parts that
+        no text goes to (a talker), and need not be loaded for it.
+        """
+        prefix = text_prefix(self.model)
+        return [layer for layer in self.layers if layer[0].startswith(prefix)]
 
     @property
     def bytes_read(self) -> int:
@@ -268,7 +278,9 @@ def _found(path_or_id: str | Path, trust: bool) -> tuple[PretrainedConfig, Sourc
 
 
 def _layers_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    return decoder_layers(model, [layer.name for layer in find_moe_layers(model)])
+    layers = decoder_layers(model, [layer.name for layer in find_moe_layers(model)])
+    prefix = text_prefix(model)
+    return sorted(layers, key=lambda layer: not layer[0].startswith(prefix))
 
 
 def _layers_if_any(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

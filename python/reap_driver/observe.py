@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import reap_kernels
+from reap_driver.checkpoint.loaded import stacks_of
+from reap_driver.compat.text_model import text_model
 from reap_driver.discover import adapter_of, block_of, find_moe_layers, record_of
 from reap_driver.forward import forward
 from reap_driver.layer_recorder import LayerRecorder
@@ -45,8 +47,9 @@ class Observer:
         self.layers = find_moe_layers(model)
         self.groups: list[str] = []
         self.current = DEFAULT_GROUP
+        self._reader = text_model(model)
         self.tokens = TokenMask(
-            model, [la.name for la in self.layers if not adapter_of(la).takes_mask]
+            self._reader, [la.name for la in self.layers if not adapter_of(la).takes_mask]
         )
         self._recorders = {layer.name: LayerRecorder(self, layer) for layer in self.layers}
         self._sources: list[dict[str, Any]] = []
@@ -72,16 +75,16 @@ class Observer:
             _OBSERVED.update(modules)
             stack.callback(_OBSERVED.difference_update, modules)
             stack.enter_context(torch.no_grad())
-            handle = self.model.register_forward_pre_hook(self._before_forward)
+            handle = self._reader.register_forward_pre_hook(self._before_forward)
             stack.callback(handle.remove)
             for layer in self.layers:
                 recorder = self._recorders[layer.name]
                 block = block_of(self.model, layer)
                 stack.enter_context(adapter_of(layer).bind(layer.module, block, recorder))
             stack.enter_context(self.tokens.hooked())
-            handle = self.model.register_forward_hook(self._after_forward)
+            handle = self._reader.register_forward_hook(self._after_forward)
             stack.callback(handle.remove)
-            handle = self.model.register_forward_hook(self._ended, always_call=True)
+            handle = self._reader.register_forward_hook(self._ended, always_call=True)
             stack.callback(handle.remove)
             self._exit = stack.pop_all()
         self._thread = threading.get_ident()
@@ -193,7 +196,8 @@ class Observer:
         """Statistics of everything observed so far, on the CPU, with their provenance.
 
         Layers that no token reached while others were reached (vision experts, on text) are left
-        out and named under `provenance["unobserved"]`: they have no scores, good or bad.
+        out and named under `provenance["unobserved"]`: they have no scores, good or bad. Which
+        layers share a field that counts their experts is then under `provenance["stacks"]`.
 
         Of an expert-parallel model, all experts, on every rank; so every rank must read it, at the
         same point. Its ranks see the same tokens, which are not added up.
@@ -357,7 +361,12 @@ class Observer:
         if self._notes:
             facts["notes"] = list(self._notes)
         unobserved = [layer.name for layer in self.layers if layer.name not in names]
-        return {**facts, "unobserved": unobserved} if unobserved else facts
+        if not unobserved:
+            return facts
+        experts = {layer.name: layer.num_experts for layer in self.layers}
+        stacks = stacks_of(self.model, experts)
+        facts["stacks"] = {stack.field: list(stack.layers) for stack in stacks}
+        return {**facts, "unobserved": unobserved}
 
 
 def observe(model: PreTrainedModel, *, backend: str | None = None) -> Observer:

@@ -59,7 +59,9 @@ def check_permutation(
         open_streamed(original, trust_remote_code=trust) as old,
         open_streamed(pruned, trust_remote_code=trust) as new,
     ):
-        pair = _Pair(old, new, plan.layers, _dims(old, plan.layers))
+        experts = {layer.name: layer.num_experts for layer in find_moe_layers(old.model)}
+        layers = plan.covering(experts).layers
+        pair = _Pair(old, new, layers, _dims(old, experts, layers))
         problems = list(pair.outside())
         if [name for name, _ in old.layers] != [name for name, _ in new.layers]:
             return [*problems, f"{pruned}: has other decoder layers than {original}"]
@@ -68,11 +70,12 @@ def check_permutation(
     return problems
 
 
-def _dims(old: StreamedModel, plan: Mapping[str, "LayerPlan"]) -> dict[str, ExpertDim]:
+def _dims(
+    old: StreamedModel, counts: Mapping[str, int], plan: Mapping[str, "LayerPlan"]
+) -> dict[str, ExpertDim]:
     """Where the original holds experts, once the plan is known to be its own."""
-    counts = {layer.name: layer.num_experts for layer in find_moe_layers(old.model)}
     for name, count in counts.items():
-        planned = plan[name].num_experts if name in plan else None
+        planned = plan[name].num_experts
         if planned != count:
             raise PlanError(
                 f"plan: counts {planned} experts in {name!r}, the original has {count}; use the "

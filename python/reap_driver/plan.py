@@ -99,7 +99,8 @@ class Plan:
         criterion: what ranked the experts.
         allocation: how the number removed was shared out among layers.
         ratio: share of experts asked to be removed.
-        layers: name of the experts module -> its plan.
+        layers: name of the experts module -> its plan. A layer that is not named keeps all its
+            experts.
         scores_digest: `Scores.digest()` of the scores.
         weights: shares of the calibration groups, None as observed.
         data: provenance of the calibration data, an entry a source.
@@ -145,6 +146,19 @@ class Plan:
     def kept(self) -> dict[str, tuple[int, ...]]:
         """Layer name -> ids that stay, ascending."""
         return {name: layer.kept for name, layer in self.layers.items()}
+
+    def covering(self, experts: Mapping[str, int]) -> "Plan":
+        """The same plan with an entry for each of these layers: those it does not name keep all.
+
+        Args:
+            experts: name of a layer -> its number of experts.
+        """
+        missing = {
+            name: LayerPlan.keeping(number, tuple(range(number)))
+            for name, number in experts.items()
+            if name not in self.layers
+        }
+        return replace(self, layers={**self.layers, **missing}) if missing else self
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON, a line for each layer (temporary sibling, fsync, rename).

@@ -14,6 +14,7 @@ from reap_driver.allocate import (
 )
 from reap_driver.criteria import Scores, random_values
 from reap_driver.plan import LayerPlan, Plan, deciding_facts
+from reap_driver.unreached import unreached, unreached_notes
 from reap_kernels.errors import PlanError
 
 # How `make_plan` can share out what is removed among layers.
@@ -38,7 +39,9 @@ def make_plan(
             those with the lowest scores.
         protected: {layer: ids} that stay whatever their scores.
         layer_ratios: {layer: ratio} of layers that lose another share; 0 keeps all of them. The
-            others lose `ratio` all the same.
+            others lose `ratio` all the same. Layers that no token reached keep all; where a field
+            that counts their experts counts those of layers that lose some, they must be named
+            here.
         normalise: for "global", what a layer's scores are divided by before layers are compared:
             their "mean" (default) or "max", or "none".
 
@@ -54,8 +57,10 @@ def make_plan(
             f"normalise {normalise!r} has no effect on {allocation} allocation, which compares no "
             "scores of different layers; leave it out, or choose global"
         )
-    facts = _facts(scores)
-    _check_names(facts, protected or {}, layer_ratios or {})
+    facts, asked = _facts(scores), layer_ratios or {}
+    _check_names([*facts, *scores.unobserved], protected or {}, asked)
+    layer_ratios = {name: share for name, share in asked.items() if name in facts}
+    whole = unreached(scores, asked)
     settings: dict[str, Any] = {}
     if allocation == "global":
         settings["normalise"] = normalise or "mean"
@@ -67,13 +72,13 @@ def make_plan(
             layer_ratios=layer_ratios,
             normalise=settings["normalise"],
         )
-        notes = _short_notes(budgets, facts, ratio, layer_ratios or {})
+        notes = _short_notes(budgets, facts, ratio, layer_ratios)
     else:
         budgets = uniform(facts, ratio, protected=protected, layer_ratios=layer_ratios)
         notes = _rounding_notes(budgets)
-    if layer_ratios:
-        settings["layer_ratios"] = dict(layer_ratios)
-    return _plan(scores, budgets, allocation, ratio, notes, settings)
+    if asked:
+        settings["layer_ratios"] = dict(asked)
+    return _plan(scores, budgets, allocation, ratio, notes, settings, whole)
 
 
 def plan_of_removals(
@@ -89,7 +94,7 @@ def plan_of_removals(
     Args:
         scores: of every MoE layer.
         removals: {layer: experts to remove}, within `max_removable` and in `removal_steps` of
-            `reap_driver.allocate`.
+            `reap_driver.allocate`; of layers that no token reached nothing, or 0 (see `make_plan`).
         allocation: what found the numbers, for the record.
         ratio: share of experts it was asked to remove, for the record.
         protected: {layer: ids} that stay whatever their scores.
@@ -100,8 +105,10 @@ def plan_of_removals(
     check_ratio(ratio)
     facts = _facts(scores)
     _check_names(facts, protected or {}, {})
-    budgets = explicit(facts, removals, protected=protected)
-    return _plan(scores, budgets, allocation, ratio, [], {})
+    whole = unreached(scores, removals)
+    ranked = {name: number for name, number in removals.items() if name not in scores.unobserved}
+    budgets = explicit(facts, ranked, protected=protected)
+    return _plan(scores, budgets, allocation, ratio, [], {}, whole)
 
 
 def random_plan(scores: Scores, ratio: float, seed: int) -> Plan:
@@ -113,18 +120,17 @@ def random_plan(scores: Scores, ratio: float, seed: int) -> Plan:
         seed: equal seeds give equal plans on every machine.
     """
     values = random_values({name: len(known) for name, known in scores.items()}, seed)
-    provenance = {"model": scores.model, "layers": scores.layers}
+    provenance = {
+        "model": scores.model,
+        "layers": scores.layers,
+        "unobserved": scores.unobserved,
+        "stacks": scores.stacks,
+    }
     return make_plan(Scores(values, criterion=f"random:{seed}", provenance=provenance), ratio)
 
 
 def _facts(scores: Scores) -> dict[str, dict[str, Any]]:
-    """What is known of each scored layer, all layers being scored."""
-    if scores.unobserved:
-        raise PlanError(
-            f"layer {scores.unobserved[0]} ({len(scores.unobserved)} in all) was reached by no "
-            "token, so its experts cannot be ranked; calibrate with data that reaches it (vision "
-            "experts need images)"
-        )
+    """What is known of each scored layer."""
     missing = [name for name in scores if name not in scores.layers]
     if missing:
         raise PlanError(
@@ -134,12 +140,12 @@ def _facts(scores: Scores) -> dict[str, dict[str, Any]]:
     return {name: scores.layers[name] for name in scores}
 
 
-def _check_names(facts: Mapping[str, Any], *asked: Mapping[str, Any]) -> None:
+def _check_names(layers: Collection[str], *asked: Mapping[str, Any]) -> None:
     """Every layer that was named is one of the model's."""
     for name in (name for names in asked for name in names):
-        if name not in facts:
+        if name not in layers:
             raise PlanError(
-                f"layer {name!r} is none of the {len(facts)} MoE layers; `select_layers` of "
+                f"layer {name!r} is none of the {len(layers)} MoE layers; `select_layers` of "
                 "reap_driver.allocate finds them by number or pattern"
             )
 
@@ -151,8 +157,11 @@ def _plan(
     ratio: float,
     notes: list[str],
     settings: dict[str, Any],
+    whole: Collection[str],
 ) -> Plan:
     """The experts with the highest scores stay, as many as the budgets leave."""
+    unreached_facts: dict[str, dict[str, Any]] = {name: {} for name in scores.unobserved}
+    notes = [*notes, *unreached_notes(scores, whole, [b.name for b in budgets if b.removed])]
     if not any(budget.removed for budget in budgets):
         raise PlanError("nothing is removed: every layer is to keep all its experts")
     layers = {
@@ -163,7 +172,7 @@ def _plan(
     }
     protected = {b.name: sorted(b.protected) for b in budgets if b.protected}
     plan = Plan(
-        model=scores.model | {"layers": deciding_facts(scores.layers)},
+        model=scores.model | {"layers": deciding_facts(scores.layers | unreached_facts)},
         criterion=scores.criterion,
         allocation=allocation,
         ratio=float(ratio),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reap_driver.calibration.prefetch import ready_for
+from reap_driver.compat.text_model import text_model
 from reap_driver.forward import forward
 from reap_kernels.errors import DataError, UnsupportedModel
 
@@ -116,7 +117,7 @@ def _head_at(model: PreTrainedModel, rows: Tensor, shape: torch.Size) -> Iterato
     to each; so where a token is in the batch does not matter. `logits_to_keep` would not do: what
     it keeps, it keeps of every sequence.
     """
-    head = model.get_output_embeddings()
+    head = text_model(model).get_output_embeddings()
     if head is None:
         raise UnsupportedModel(
             f"{type(model).__name__} has no head over its vocabulary, so it predicts no tokens; "

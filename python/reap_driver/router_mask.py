@@ -24,6 +24,7 @@ from reap_driver.checkpoint.checks import check_groups
 from reap_driver.checkpoint.derive import ExpertDim
 from reap_driver.checkpoint.loaded import expert_dims
 from reap_driver.checkpoint.routing_table import ID_TABLES, relabel
+from reap_driver.compat.text_model import text_model, text_prefix
 from reap_driver.discover import MoELayer, block_of, find_moe_layers
 from reap_driver.plain_model import plain_model
 from reap_kernels.errors import PlanError, UnsupportedModel
@@ -142,8 +143,10 @@ class RouterMasks:
                 own = [weight.name for weight in routing[name].weights]
                 block = block_of(self._model, layers[name])
                 stack.enter_context(mask.checked(name, block, own))
-            what = type(self._model).__name__
-            stack.enter_context(mask.checked(what, self._model, list(mask.removed)))
+            name, reader = type(self._model).__name__, text_model(self._model)
+            prefix = text_prefix(self._model)
+            read = [router for router in mask.removed if router.startswith(prefix)]
+            stack.enter_context(mask.checked(name, reader, read))
             yield stack.enter_context(mask)
 
     def _routing(self, name: str) -> "_Routing":

@@ -141,15 +141,16 @@ def observe_streamed(run: Run, streamed: StreamedModel, store: StateStore) -> No
         Interrupted: on request, with the journal written: at once where it is current, else when
             the layer in hand is done.
     """
-    runner = LayerRunner(streamed.layers)
-    total = len(streamed.layers)
+    layers = streamed.text_layers
+    runner, total = LayerRunner(layers), len(layers)
     if not run.numbers:  # more processes than batches
         return
     with run.observer, runner.bound():
         for layer in range(run.start, total):
             store.begin(layer + 1)
-            _await(run, streamed, layer)
-            streamed.prefetch(layer + 1)
+            _await(run, streamed, layer, total)
+            if layer + 1 < total:
+                streamed.prefetch(layer + 1)
             for number, following in _followed(run.numbers):
                 _run_batch(run, runner, store, layer, number, following)
                 run.done(1 / total / len(run.numbers))
@@ -170,10 +171,10 @@ def _run_batch(
     store.put(number, state if new is None else new)
 
 
-def _await(run: Run, streamed: StreamedModel, layer: int) -> None:
+def _await(run: Run, streamed: StreamedModel, layer: int, total: int) -> None:
     """Waits for a layer's weights, and listens."""
     while not streamed.ready(layer, _LISTEN):
-        _leave_if_current(run, layer, len(streamed.layers))
+        _leave_if_current(run, layer, total)
 
 
 def _leave_if_current(run: Run, layer: int, total: int) -> None:

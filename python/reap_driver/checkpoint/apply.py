@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from reap_driver.checkpoint.actions import Drop, Relabel
 from reap_driver.checkpoint.card import model_card
 from reap_driver.checkpoint.checks import (
     check_counts,
+    check_kept,
     check_layers,
     check_model,
     loader_warning,
@@ -22,7 +23,7 @@ from reap_driver.checkpoint.checks import (
 from reap_driver.checkpoint.config_edit import clear_mtp, differences
 from reap_driver.checkpoint.expert_names import ExpertNames, numbered_experts, other_modules
 from reap_driver.checkpoint.keys import KeyActions, KeyDecider
-from reap_driver.checkpoint.models import PrunedModel, derive_model
+from reap_driver.checkpoint.models import PrunedModel, derive_model, stacks_of_files
 from reap_driver.checkpoint.mtp import MtpKeys
 from reap_driver.checkpoint.parallel import check_threads, write_shards
 from reap_driver.checkpoint.quantization import quantization_of
@@ -31,6 +32,7 @@ from reap_driver.checkpoint.settings import copied_names, renamed_metadata, rewr
 from reap_driver.checkpoint.shards import plan_shards, write_index
 from reap_driver.checkpoint.source import RECORD, Source, open_source, resolve_folder
 from reap_driver.checkpoint.specification import Specification, specify
+from reap_driver.checkpoint.stacks import Stack
 from reap_driver.checkpoint.staging import check_target, clean_stale, publish, rehearse, staged
 from reap_driver.checkpoint.stream import OutShard
 from reap_driver.checkpoint.verify import Checked, check_output, check_source
@@ -71,7 +73,8 @@ def apply_plan(
 
     Args:
         model_path: folder of a Hugging Face checkpoint in safetensors, or a hub id.
-        plan: which experts each layer keeps; the same number in every layer, unless `non_uniform`.
+        plan: which experts each layer keeps; the same number in every layer that one field of the
+            configuration counts, unless `non_uniform`. Layers it does not name keep all.
         out_path: folder to create.
         mtp: multi-token-prediction layers are dropped, and the fields that announce them cleared,
             or kept: then the plan must name the experts of those that have any.
@@ -170,6 +173,7 @@ class _Job:
     keys: KeyActions
     checked: Checked
     shards: list[OutShard]
+    stacks: Sequence[Stack]
     counts: Mapping[str, tuple[int, int]]  # experts of every layer, before and after
     json_files: Mapping[str, dict[str, Any]]  # rewritten: config.json and quantisers' files
     specification: Specification
@@ -194,19 +198,22 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     source = open_source(folder)
     source.check_copied()
     config = load_config(folder, trust_remote_code=options.trust)
-    check_counts(plan, given=SETTINGS in source.config, non_uniform=options.non_uniform)
+    check_kept(plan)
     full = meta_model(config)
     layers = find_moe_layers(full)
     extra = check_layers(plan, layers)
     notes = check_model(plan, record_of(full, layers), folder, force=options.force_model)
-    counts = {la.name: (la.num_experts, len(plan.layers[la.name].kept)) for la in layers}
-    model = derive_model(folder, full, source.config, counts, trust_remote_code=options.trust)
+    experts = {la.name: la.num_experts for la in layers}
+    kept = plan.covering(experts).kept
+    counts = {name: (number, len(kept[name])) for name, number in experts.items()}
+    trust = {"trust_remote_code": options.trust}
+    stacks = stacks_of_files(folder, full, source.config, experts, **trust)
+    check_counts(plan, stacks, counts, non_uniform=options.non_uniform)
+    model = derive_model(folder, full, source.config, stacks, counts, **trust)
     mtp = MtpKeys(model.layout, model.old.shapes, plan.layers)
     _check_extra_layers(extra, mtp)
     quantization = quantization_of(source)
-    decider = KeyDecider(
-        source.tensors, model.old, model.new, model.layout, plan.kept, quantization
-    )
+    decider = KeyDecider(source.tensors, model.old, model.new, model.layout, kept, quantization)
     keys = decider.decide(mtp, keep_mtp=options.keep_mtp)
     where = str(folder / "config.json")
     checked = check_source(source.tensors, model.old, where, quantization)
@@ -222,7 +229,7 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     spec = specify(full, layers, left, model.new.shapes, entries, source.config)
     loader = _loader(model.raw_config)
     plan = plan.noting(notes)
-    return _Job(plan, source, model, keys, checked, shards, counts, files, spec, loader)
+    return _Job(plan, source, model, keys, checked, shards, stacks, counts, files, spec, loader)
 
 
 def _write(
@@ -273,19 +280,24 @@ def _save_record(staging: Path, plan: "Plan", stats: "SaliencyStats | None") -> 
 
 def _report(job: _Job, out: Path, written: int) -> ApplyReport:
     """The report, but for what happens after writing."""
-    before, after = zip(*job.counts.values(), strict=True)
-    differ = job.loader is not None
-    warning = loader_warning(after) if differ else served_warning(after[0])
-    warnings = [warning] if warning else []
+    parts = [{name: job.counts[name] for name in stack.layers} for stack in job.stacks]
+    cut = [part for part in parts if any(before != after for before, after in part.values())]
+    before, after = zip(*(pair for part in cut for pair in part.values()), strict=True)
+    uniform = job.loader is None
+    found = [served_warning(left) for left in sorted(set(after))] if uniform else []
+    warnings = [warning for warning in found if warning is not None]
+    warnings += [] if uniform else [loader_warning(after)]
     warnings += copied_names(job.source, job.json_files)
     return ApplyReport(
         plan=job.plan,
         source=job.source.folder,
         out_path=out,
-        layers=len(job.model.layout.layers),
+        layers=len(after),
         experts_before=max(before),
         experts_after=max(after),
         experts_per_layer=job.counts,
+        whole=[name for part in parts if part not in cut for name in part],
+        uniform=uniform,
         tensors=sum(len(shard.tensors) for shard in job.shards),
         tensor_bytes=sum(shard.nbytes for shard in job.shards),
         source_tensors=len(job.source.tensors),

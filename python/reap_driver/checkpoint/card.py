@@ -203,6 +203,11 @@ def _changes(report: "ApplyReport") -> list[str]:
         "Unchanged: every tensor, and every row of the router, that stays has the bytes and the "
         "format it had. So have tokenizer, chat template and generation settings.",
     ]
+    if report.whole:
+        lines.append(
+            f"Left whole: {len(report.whole)} MoE layers ({_listed(report.whole)}), whose experts "
+            "another field of config.json counts."
+        )
     if report.mtp_dropped:
         lines.append(
             f"Left out: {len(report.mtp_dropped)} tensors of multi-token-prediction layers, whose "
@@ -267,8 +272,10 @@ def _licence(source: str, inherited: Mapping[str, Any]) -> str:
 
 
 def _experts(report: "ApplyReport") -> tuple[str, str]:
-    """Routed experts of a layer, before and after; ranges where layers differ."""
-    before, after = zip(*report.experts_per_layer.values(), strict=True)
+    """Routed experts of a layer that is not left whole, before and after; ranges where layers
+    differ.
+    """
+    before, after = zip(*report.pruned.values(), strict=True)
     return _range(before), _range(after)
 
 
@@ -293,6 +300,11 @@ def _count(number: int | None) -> str:
 
 def _names(names: Iterable[str]) -> str:
     return ", ".join(map(_code, names))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first few names."""
+    return _names(names[:2]) + (", ..." if len(names) > 2 else "")
 
 
 def _code(text: str) -> str:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from reap_driver.allocate import SERVED_STEP, is_served
 from reap_driver.checkpoint.lists import split_layer
+from reap_driver.checkpoint.stacks import Stack, stack_near
 from reap_driver.discover import MoELayer
 from reap_driver.provenance import public_name
 from reap_kernels.errors import PlanError
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 
 # Why numbers of experts may not differ between layers, and what to do.
-_SHARED = "config.json counts one number for all of them; leave out the layers of another stack."
 _UNREADABLE = (
     "transformers' own from_pretrained, vLLM and SGLang read one count for all layers and would "
     "not load that. Pass non_uniform=True (--non-uniform) for a checkpoint that reap_driver and "
@@ -23,8 +23,9 @@ _UNREADABLE = (
     "allocation that keeps the same number everywhere (--allocation uniform)."
 )
 _TOGETHER = (
-    "they are in one decoder layer, whose own code counts them together; plan the same number for "
-    "both."
+    "they are in one decoder layer, whose own code counts them together, so both must keep as "
+    "many: plan the same number for both, from calibration data that reach both (images, where one "
+    "is for vision), or write masks, for which numbers may differ (--as-masks)."
 )
 
 
@@ -61,17 +62,11 @@ def check_model(
     return [f"made for {public_name(str(made_for))} (there), {how} to {here} (here): {found.text}"]
 
 
-def check_counts(plan: "Plan", *, given: bool, non_uniform: bool) -> None:
-    """The numbers of experts that layers have and keep can be written.
-
-    Args:
-        plan: what is to be written.
-        given: the source's config.json gives every layer a number of its own already.
-        non_uniform: layers may keep different numbers.
+def check_kept(plan: "Plan") -> None:
+    """What a plan keeps makes sense by itself, whatever the model.
 
     Raises:
-        PlanError: kept ids are invalid, nothing is removed, or numbers differ between layers where
-            they may not.
+        PlanError: there is no layer, kept ids are invalid, or nothing is removed.
     """
     if not plan.layers:
         raise PlanError("plan: has no layers.")
@@ -87,35 +82,77 @@ def check_counts(plan: "Plan", *, given: bool, non_uniform: bool) -> None:
                 f"plan: layer {name!r} keeps {list(kept)}, expected ascending ids in [0, "
                 f"{layer.num_experts})."
             )
-    before = {name: layer.num_experts for name, layer in plan.layers.items()}
-    after = {name: len(layer.kept) for name, layer in plan.layers.items()}
-    if not given:
-        _check_equal("has", before, _SHARED)
-    if before == after:
-        experts = " or ".join(map(str, sorted(set(before.values()))))
+    if all(len(layer.kept) == layer.num_experts for layer in plan.layers.values()):
+        numbers = sorted({layer.num_experts for layer in plan.layers.values()})
+        experts = " or ".join(map(str, numbers))
         raise PlanError(f"plan: removes none of {experts} experts; use a ratio above 0.")
-    if not non_uniform:
-        _check_equal("keeps", after, _UNREADABLE)
-    decoders: dict[str, dict[str, int]] = {}
-    for name, count in after.items():
-        decoders.setdefault(split_layer(name)[0], {})[name] = count
-    for counts in decoders.values():
-        _check_equal("keeps", counts, _TOGETHER)
 
 
-def _check_equal(what: str, counts: Mapping[str, int], why: str) -> None:
-    """Raises PlanError naming two layers whose numbers differ."""
-    first = next(iter(counts))
-    other = next((name for name in counts if counts[name] != counts[first]), None)
-    if other is not None:
+def check_counts(
+    plan: "Plan",
+    stacks: Sequence[Stack],
+    counts: Mapping[str, tuple[int, int]],
+    *,
+    non_uniform: bool,
+) -> None:
+    """The numbers of experts that layers keep can be written, stack by stack.
+
+    Args:
+        plan: what is to be written. Layers that the model does not have are multi-token-prediction
+            layers of the stack whose names are most like theirs, which is as many experts wide.
+        stacks: of the model: which of its layers share a field that counts their experts.
+        counts: every MoE layer of the model -> its experts before and after.
+        non_uniform: layers of a stack may keep different numbers.
+
+    Raises:
+        PlanError: numbers differ between layers where they may not.
+    """
+    further = {name: stack_near(name, stacks) for name in plan.layers if name not in counts}
+    for stack in stacks:
+        after = {name: counts[name][1] for name in stack.layers}
+        before = {counts[name][0] for name in stack.layers}
+        for name in (name for name, near in further.items() if near == stack):
+            _check_further(plan, name, before)
+            after[name] = len(plan.layers[name].kept)
+        if all(after[name] == counts[name][0] for name in stack.layers):
+            continue  # left whole, perhaps with the different numbers it has
+        if not non_uniform:
+            _check_equal(plan, after, f"{stack.field} of config.json counts both. {_UNREADABLE}")
+        decoders: dict[str, dict[str, int]] = {}
+        for name, count in after.items():
+            decoders.setdefault(split_layer(name)[0], {})[name] = count
+        for together in decoders.values():
+            _check_equal(plan, together, _TOGETHER)
+
+
+def _check_further(plan: "Plan", name: str, experts: Collection[int]) -> None:
+    """Raises PlanError unless an MTP layer has as many experts as the layers of its stack; where
+    these have different numbers, it may have another one.
+    """
+    if len(experts) == 1 and plan.layers[name].num_experts not in experts:
         raise PlanError(
-            f"plan: {first!r} {what} {counts[first]} experts but {other!r} {what} "
-            f"{counts[other]}; {why}"
+            f"plan: counts {plan.layers[name].num_experts} experts in {name!r}, the layers of its "
+            f"stack have {min(experts)}; correct the entry."
         )
 
 
+def _check_equal(plan: "Plan", counts: Mapping[str, int], why: str) -> None:
+    """Raises PlanError naming two layers that keep different numbers of experts."""
+    first = next(iter(counts))
+    other = next((name for name in counts if counts[name] != counts[first]), None)
+    if other is None:
+        return
+    unplanned = next((name for name in (first, other) if name not in plan.layers), None)
+    all_of_it = f" (the plan does not name {unplanned!r}, so it keeps all)" if unplanned else ""
+    raise PlanError(
+        f"plan: {first!r} keeps {counts[first]} experts but {other!r} keeps {counts[other]}"
+        f"{all_of_it}; {why}"
+    )
+
+
 def check_layers(plan: "Plan", layers: Sequence[MoELayer]) -> tuple[str, ...]:
-    """The plan covers the model's MoE layers, and the smaller model can route in each of them.
+    """What the plan says of the model's MoE layers fits them, and they can route among what it
+    keeps. Layers that it does not name keep all their experts.
 
     Returns:
         Layers of the plan that the model does not have: MTP layers, or a mistake.
@@ -126,10 +163,13 @@ def check_layers(plan: "Plan", layers: Sequence[MoELayer]) -> tuple[str, ...]:
     for layer in layers:
         planned = plan.layers.get(layer.name)
         if planned is None:
-            raise PlanError(
-                f"plan: says nothing about {layer.name!r}, one of the model's {len(layers)} MoE "
-                "layers; all of them share one count, so plan every one."
-            )
+            known = plan.model.get("layers")
+            if known is not None and layer.name not in known:
+                raise PlanError(
+                    f"plan: made for a model without {layer.name!r}, one of the {len(layers)} MoE "
+                    "layers of this one; make the plan from statistics of this model."
+                )
+            continue
         if planned.num_experts != layer.num_experts:
             raise PlanError(
                 f"plan: counts {planned.num_experts} experts in {layer.name!r}, the model has "

@@ -5,11 +5,10 @@ and move others (Qwen3's `num_experts` becomes `num_local_experts`), which older
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reap_driver.compat.config_file import COUNT_FIELDS
-from reap_driver.compat.load_pruned import SETTINGS
 
 # Fields that say how many MTP layers there are, or that there are any.
 _MTP_FIELDS = frozenset(
@@ -47,31 +46,6 @@ def with_count(config: Mapping[str, Any], sites: list[Site], after: int) -> dict
         parent = _at(edited, path)
         value = parent.get(name)  # absent where the file relies on a default
         parent[name] = [after] * len(value) if isinstance(value, list) else after
-    return edited
-
-
-def with_counts(
-    config: Mapping[str, Any],
-    sites: list[Site],
-    counts: Mapping[str, int],
-    fields: Sequence[Site],
-) -> dict[str, Any]:
-    """A copy of the configuration that gives every layer a number of experts of its own.
-
-    Equal numbers are said by the fields that count alone. Otherwise these say the largest, and the
-    settings that `load_pruned` reads say all.
-
-    Args:
-        config: as written.
-        sites: its fields that count the layers' experts.
-        counts: number of experts, by layer.
-        fields: what the same fields are called by the configuration's class.
-    """
-    edited = with_count(config, sites, max(counts.values()))
-    edited.pop(SETTINGS, None)
-    if len(set(counts.values())) > 1:
-        names = [".".join(field) for field in fields]
-        edited[SETTINGS] = {"count_fields": names, "counts": dict(counts)}
     return edited
 
 

@@ -103,14 +103,17 @@ def derive_layout(
     return layout
 
 
-def unowned(old: Mapping[str, Shape], new: Mapping[str, Shape], layers: Iterable[str]) -> list[str]:
-    """What differs between two models of other numbers of experts but is in none of the layers:
-    tensors, and lists of experts.
+def followers(
+    old: Mapping[str, Shape], new: Mapping[str, Shape], layers: Iterable[str]
+) -> set[str]:
+    """The layers in which two models of other numbers of experts differ: in a tensor, or in the
+    length of a list of experts.
     """
     names = sorted(layers)
     both = old.keys() & new.keys()
     found = (n if n in both else _element(n)[0] for n in _different(old, new))
-    return [name for name in dict.fromkeys(found) if _find_owner(name, names) is None]
+    owners = {_find_owner(name, names) for name in dict.fromkeys(found)}
+    return {owner for owner in owners if owner is not None}
 
 
 def _different(old: Mapping[str, Shape], new: Mapping[str, Shape]) -> Iterator[str]:
@@ -139,20 +142,17 @@ def _owner(name: str, layers: list[str]) -> str:
     """The layer a tensor belongs to."""
     owner = _find_owner(name, layers)
     if owner is None:
-        raise PlanError(
-            f"plan: the model's {name} depends on the number of experts but belongs to no layer of "
-            "the plan "
-            f"({len(layers)} layers, first {layers[0] if layers else 'none'}); all MoE layers "
-            "share one count, "
-            "so plan every one of them."
+        raise UnsupportedModel(
+            f"{name}: depends on the number of experts but belongs to none of its "
+            f"{len(layers)} MoE layers (first {layers[0] if layers else 'none'}), so it cannot be "
+            "pruned with them; write masks instead (--as-masks)."
         )
     return owner
 
 
 def _find_owner(name: str, layers: list[str]) -> str | None:
     """The layer with the longest common path, if the tensor is inside that layer's block."""
-    path = name.split(".")
-    shared = {layer: _common(path, layer.split(".")) for layer in layers}
+    shared = {layer: shared_parts(name, layer) for layer in layers}
     best = max(shared.values(), default=0)
     owners = [layer for layer, length in shared.items() if length == best]
     if len(owners) == 1 and name.startswith(_block_of(owners[0])):
@@ -165,12 +165,11 @@ def _block_of(layer: str) -> str:
     return layer.rpartition(".")[0] + "."
 
 
-def _common(left: list[str], right: list[str]) -> int:
-    """Length of the common beginning."""
-    for position, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return position
-    return min(len(left), len(right))
+def shared_parts(left: str, right: str) -> int:
+    """How many parts, between dots, two names begin with alike."""
+    one, other = left.split("."), right.split(".")
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _element(name: str) -> tuple[str, int]:

@@ -2,23 +2,21 @@
 that changes.
 """
 
-import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from reap_driver.checkpoint.config_edit import Site, count_sites, with_counts
-from reap_driver.checkpoint.derive import ExpertLayout, Shape, derive_layout, unowned
+from reap_driver.checkpoint.derive import ExpertLayout, Shape, derive_layout
+from reap_driver.checkpoint.stacks import Stack, find_stacks, with_counts
 from reap_driver.compat.conversion import KeyMap
 from reap_driver.compat.models import load_config, meta_model
-from reap_kernels.errors import CheckpointError, UnsupportedModel
+from reap_kernels.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ def derive_model(
     folder: Path,
     model: PreTrainedModel,
     raw: Mapping[str, Any],
+    stacks: Sequence[Stack],
     counts: Mapping[str, tuple[int, int]],
     *,
     trust_remote_code: bool,
@@ -42,76 +41,69 @@ def derive_model(
     """Build both models and compare them. The smaller one is built from the edited config.json
     itself.
 
-    Where layers keep different numbers, some may keep all, and those would not differ. Where the
-    experts are is then seen beside a model with twice as many in every layer.
+    Layers that keep all their experts would not differ. Where there are some, experts are found
+    beside a model with twice as many in every layer.
 
     Args:
         folder: the source.
         model: the source's model, on meta.
         raw: its config.json as written.
-        counts: MoE layer -> its experts before and after.
+        stacks: of `stacks_of_files`.
+        counts: every MoE layer -> its experts before and after.
         trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
-        CheckpointError: config.json does not say the number of experts the plan counts.
-        PlanError, UnsupportedModel: see `derive_layout`.
+        CheckpointError: config.json does not say the number of experts of a layer that is cut.
+        UnsupportedModel: see `derive_layout`.
     """
     before = {name: pair[0] for name, pair in counts.items()}
     after = {name: pair[1] for name, pair in counts.items()}
-    uniform = len(set(counts.values())) == 1
-    other = after if uniform else {name: 2 * count for name, count in before.items()}
-    old, largest = KeyMap(model), max(before.values())
-    known = count_sites(model.config.to_dict(), largest)
-
-    @functools.cache
-    def build(sites: tuple[Site, ...], pruned: bool) -> tuple[dict[str, Any], KeyMap]:
-        parents = {site[:-1] for site in sites}
-        fields = [site for site in known if site[:-1] in parents]
-        edited = with_counts(raw, list(sites), after if pruned else other, fields)
-        return edited, _smaller_keys(folder, edited, trust_remote_code)
-
-    sites = count_sites(raw, largest) or known
-    if not sites:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: no field says {largest}, the number of experts in the "
-            "plan; the plan belongs to another model."
-        )
-    sites = own_sites(sites, old.shapes, before, lambda part: build(tuple(part), uniform)[1].shapes)
-    compared = build(tuple(sites), uniform)[1].shapes
+    for stack in stacks:
+        cut = [name for name in stack.layers if after[name] != before[name]]
+        if cut and not stack.sites:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: no field says {before[cut[0]]}, the number of experts "
+                f"of {cut[0]}, so it cannot be changed; use the config.json of this checkpoint."
+            )
+    complete = model.config.to_dict()
+    edited = with_counts(raw, complete, stacks, before, after)
+    old, new = KeyMap(model), _keys(folder, edited, trust_remote_code)
+    other, compared = after, new.shapes
+    if any(after[name] == before[name] for name in before):
+        other = {name: 2 * count for name, count in before.items()}
+        doubled = with_counts(raw, complete, stacks, before, other)
+        compared = _keys(folder, doubled, trust_remote_code).shapes
     layout = derive_layout(old.shapes, compared, {n: (before[n], other[n]) for n in before})
-    if not layout.layers:
-        raise UnsupportedModel(f"{folder}: no tensor depends on the number of experts.")
-    edited, new = build(tuple(sites), True)
     return PrunedModel(old, new, edited, layout)
 
 
-def own_sites(
-    sites: list[Site],
-    old: Mapping[str, Shape],
-    layers: Collection[str],
-    shapes_of: Callable[[list[Site]], Mapping[str, Shape]],
-) -> list[Site]:
-    """Those of the fields that count the planned layers' experts: a second stack of experts (a
-    talker, a tower) has a count of its own.
+def stacks_of_files(
+    folder: Path,
+    model: PreTrainedModel,
+    raw: Mapping[str, Any],
+    experts: Mapping[str, int],
+    *,
+    trust_remote_code: bool,
+) -> list[Stack]:
+    """The stacks of a checkpoint, with their fields as its config.json names them.
 
     Args:
-        sites: fields that hold the count before.
-        old: shapes before.
-        layers: the planned layers.
-        shapes_of: builds the model with another count at some fields.
+        folder: the checkpoint.
+        model: its model, on meta.
+        raw: its config.json as written.
+        experts: name of every MoE layer -> its number of experts.
+        trust_remote_code: run model code that comes with the checkpoint.
     """
-    if not unowned(old, shapes_of(sites), layers):
-        return sites
-    own: list[Site] = []
-    for _, group in groupby(sorted(sites), key=lambda site: site[:-1]):
-        part = list(group)
-        if not unowned(old, shapes_of(part), layers):
-            own += part
-    return own
+
+    def shapes_of(edited: Mapping[str, Any]) -> Mapping[str, Shape]:
+        return _keys(folder, edited, trust_remote_code).shapes
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return find_stacks(raw, model.config.to_dict(), experts, shapes, shapes_of)
 
 
-def _smaller_keys(folder: Path, edited: Mapping[str, Any], trust: bool) -> KeyMap:
-    """Build the smaller model from an edited config.json, the way the output's will be read.
+def _keys(folder: Path, edited: Mapping[str, Any], trust: bool) -> KeyMap:
+    """Build the model of an edited config.json, the way the output's will be read.
 
     The model code that comes with a checkpoint is found through the folder of its config.
     """

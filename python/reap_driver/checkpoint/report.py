@@ -18,10 +18,12 @@ class ApplyReport:
     plan: "Plan"  # that was applied, with notes of how the model differs from the plan's own
     source: Path
     out_path: Path
-    layers: int
-    experts_before: int  # routed experts of a layer; the largest, where numbers differ
+    layers: int  # MoE layers, without those of stacks that are left whole
+    experts_before: int  # routed experts of such a layer; the largest, where numbers differ
     experts_after: int
-    experts_per_layer: Mapping[str, tuple[int, int]]  # layer -> (before, after)
+    experts_per_layer: Mapping[str, tuple[int, int]]  # every MoE layer -> (before, after)
+    whole: list[str]  # layers of stacks of which nothing is removed
+    uniform: bool  # one number of experts loads every stack; else `load_pruned.py` is in the folder
     tensors: int  # written
     tensor_bytes: int  # data of these tensors
     bytes_written: int  # all files
@@ -39,6 +41,7 @@ class ApplyReport:
     seconds: float = 0.0
 
     @property
-    def uniform(self) -> bool:
-        """Whether every layer keeps the same number; else `load_pruned.py` is in the folder."""
-        return len({after for _, after in self.experts_per_layer.values()}) == 1
+    def pruned(self) -> Mapping[str, tuple[int, int]]:
+        """Layers of the stacks that were cut -> experts (before, after)."""
+        whole = set(self.whole)
+        return {name: pair for name, pair in self.experts_per_layer.items() if name not in whole}

@@ -113,6 +113,7 @@ def facts(report: "ApplyReport") -> dict[str, Any]:
         "experts_before": report.experts_before,
         "experts_after": report.experts_after,
         "experts_per_layer": {name: list(pair) for name, pair in report.experts_per_layer.items()},
+        "whole": report.whole,
         "tensor_bytes_before": report.source_tensor_bytes,
         "tensor_bytes_after": report.tensor_bytes,
         "bytes_written": report.bytes_written,
@@ -127,13 +128,16 @@ def facts(report: "ApplyReport") -> dict[str, Any]:
 
 def describe(report: "ApplyReport") -> str:
     """The report in a few lines, for people."""
-    fewest = min(after for _, after in report.experts_per_layer.values())
-    kept = str(fewest) if report.uniform else f"{fewest} to {report.experts_after}"
+    fewest = min(after for _, after in report.pruned.values())
+    equal = fewest == report.experts_after
+    kept = str(fewest) if equal else f"{fewest} to {report.experts_after}"
     lines = [
         f"wrote {report.out_path} in {report.seconds:.1f} s: {kept} of "
         f"{report.experts_before} experts in each of {report.layers} layers, "
         f"{short(report.tensor_bytes)}B of {short(report.source_tensor_bytes)}B"
     ]
+    if report.whole:
+        lines.append(f"left whole: {len(report.whole)} MoE layers of another part of the model")
     if report.mtp_dropped:
         lines.append(f"left out {len(report.mtp_dropped)} tensors of multi-token-prediction layers")
     if report.left_out:

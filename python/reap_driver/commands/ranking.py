@@ -84,8 +84,9 @@ def _add_allocation(parser: argparse.ArgumentParser, searched: bool) -> None:
         "--layer-ratios",
         type=Path,
         metavar="FILE",
-        help="JSON or YAML {LAYER: RATIO} of layers that lose another share, 0 for none; of "
-        "several that fit a layer the last counts; the other layers lose --ratio all the same",
+        help="JSON or YAML {LAYER: RATIO} of layers that lose another share, 0 for none, as for "
+        "layers that no token reached; of several that fit a layer the last counts; the other "
+        "layers lose --ratio all the same",
     )
     for end, where in (("first", "first"), ("last", "last")):
         group.add_argument(
@@ -125,7 +126,7 @@ def planned(
         args.ratio,
         allocation=args.allocation,
         protected=_protected(args, scores, stats),
-        layer_ratios=_layer_ratios(args, list(scores)),
+        layer_ratios=_layer_ratios(args, list(scores), scores.unobserved),
         normalise=args.normalise,
     )
 
@@ -175,8 +176,12 @@ def _protected(
     return protected_experts(wanted, {name: len(values) for name, values in scores.items()})
 
 
-def _layer_ratios(args: argparse.Namespace, layers: list[str]) -> dict[str, float]:
-    """{layer: ratio} of layers that do not lose --ratio."""
+def _layer_ratios(
+    args: argparse.Namespace, layers: list[str], unobserved: list[str]
+) -> dict[str, float]:
+    """{layer: ratio} of layers that do not lose --ratio; --skip-first and --skip-last count those
+    that were observed.
+    """
     from reap_driver.allocate import select_layers
     from reap_kernels.errors import DataError, PlanError
 
@@ -187,7 +192,7 @@ def _layer_ratios(args: argparse.Namespace, layers: list[str]) -> dict[str, floa
                 f"{args.layer_ratios}: {selector}: {ratio!r} is no ratio; give a number from 0 "
                 "(keeps all) to below 1"
             )
-        found |= dict.fromkeys(select_layers(selector, layers), float(ratio))
+        found |= dict.fromkeys(select_layers(selector, [*layers, *unobserved]), float(ratio))
     first, last = args.skip_first, args.skip_last
     if first + last >= len(layers) > 0:
         raise PlanError(

@@ -315,7 +315,7 @@ class Held:
     @property
     def layers(self) -> Sequence[Any]:
         """Its decoder layers where they are streamed."""
-        return () if self.streamed is None else self.streamed.layers
+        return () if self.streamed is None else self.streamed.text_layers
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ def compare_streamed(
         observe_streamed(run, streamed, store)
     sums = Sums(backend)
     with contextlib.ExitStack() as stack:
-        runners = [LayerRunner(streamed.layers) for streamed in models]
+        runners = [LayerRunner(streamed.text_layers) for streamed in models]
         for runner in runners:
             stack.enter_context(runner.bound())
         for number in numbers:
@@ -141,7 +141,9 @@ def _behind_layers(
     """What a model predicts once its layers have run."""
     found: list[Predictions] = []
     state = store.get(number, None)
-    runner.run(len(streamed.layers), lambda: found.append(predict(streamed.model, inputs)), state)
+    runner.run(
+        len(streamed.text_layers), lambda: found.append(predict(streamed.model, inputs)), state
+    )
     return found[0]
 
 

@@ -42,11 +42,12 @@ class Inputs:
         """Scores the statistics by the plan's criterion and weights, or by `criterion`.
 
         Raises:
-            PlanError: the plan is of another model, lacks an observed layer, or counts other
-                experts in one; the criterion is unknown, or the weights do not fit.
+            PlanError: the plan is of another model, or counts other experts in a layer; the
+                criterion is unknown, or the weights do not fit.
             DataError: see `reap_driver.score`.
         """
         if plan is not None:
+            plan = plan.covering({name: la.num_experts for name, la in stats.layers.items()})
             _check_plan(stats, plan)
         chosen = criterion or (plan.criterion if plan is not None else DEFAULT_CRITERION)
         weights = None if plan is None else plan.weights
@@ -140,12 +141,11 @@ class Inputs:
 def _check_plan(stats: SaliencyStats, plan: Plan) -> None:
     """The plan is one of the model that was observed."""
     for name, layer in stats.layers.items():
-        planned = plan.layers.get(name)
-        if planned is None or planned.num_experts != layer.num_experts:
-            says = "nothing about it" if planned is None else f"{planned.num_experts} experts"
+        planned = plan.layers[name]
+        if planned.num_experts != layer.num_experts:
             raise PlanError(
                 f"plan: layer {name} was observed with {layer.num_experts} experts, the plan says "
-                f"{says}; give a plan made from these statistics"
+                f"{planned.num_experts} experts; give a plan made from these statistics"
             )
     found = differences(plan.record, stats.provenance)
     if found.deciding or found.unnamed:

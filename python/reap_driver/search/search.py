@@ -47,18 +47,20 @@ class Task:
         self.notes: list[str] = []
         self._protected = uniform.settings.get("protected")
         facts = {name: scores.layers[name] for name in uniform.layers}
+        own = uniform.settings.get("layer_ratios", {})
+        self._whole = {name: 0 for name in own if name not in uniform.layers}  # no token reached it
         self.space = Space.around(
             {name: len(layer.removed) for name, layer in uniform.layers.items()},
             max_removable(facts, self._protected),
             removal_steps(facts),
-            fixed=uniform.settings.get("layer_ratios", ()),
+            fixed=[name for name in own if name in uniform.layers],
         )
 
     def plan(self, removals: Removals) -> Plan:
         """The plan of a candidate."""
         plan = plan_of_removals(
             self._scores,
-            dict(zip(self.space.names, removals, strict=True)),
+            {**dict(zip(self.space.names, removals, strict=True)), **self._whole},
             allocation="searched",
             ratio=self.uniform.ratio,
             protected=self._protected,

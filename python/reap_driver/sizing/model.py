@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_driver.batching import computes_all_logits
+from reap_driver.compat.text_model import text_model, text_prefix
 from reap_driver.discover import MoELayer
 from reap_driver.sizing.layers import decoder_layers, owner_of
 
@@ -163,15 +164,19 @@ def _flops(
     decoders: Sequence[tuple[str, nn.Module]],
     seq_len: int,
 ) -> int:
-    """Two operations for each number of a matrix that is multiplied, and those of attention.
+    """Two operations for each number of a matrix that is multiplied, and those of attention, in the
+    part that reads text.
 
     The head counts only where the model computes every token's logits. Norms, activations and
     recurrent states of linear attention are left out: they are no matrix products, and small
     beside them.
     """
+    prefix = text_prefix(model)
+    decoders = [(name, module) for name, module in decoders if name.startswith(prefix)]
+    layers = [layer for layer in layers if layer.name.startswith(prefix)]
     matrices = sum(_multiplied(module) for _, module in decoders)
     matrices -= sum(_idle(layer, _multiplied(layer.module)) for layer in layers)
-    head = model.get_output_embeddings()
+    head = text_model(model).get_output_embeddings()
     if head is not None and computes_all_logits(model):
         matrices += _multiplied(head)
     config = model.config.get_text_config()

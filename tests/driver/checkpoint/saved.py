@@ -102,12 +102,12 @@ def make_plan(
     for layer in find_moe_layers(model):
         kept = tuple(choose(layer, generator))
         layers[layer.name] = LayerPlan.keeping(layer.num_experts, kept)
-    first = next(iter(layers.values()))
+    removed = sum(len(layer.removed) for layer in layers.values())
     return Plan(
         model={"id": "acme/tiny", "config_digest": config_digest(load_config(folder))},
         criterion="reap",
         allocation="uniform",
-        ratio=len(first.removed) / first.num_experts,
+        ratio=removed / sum(layer.num_experts for layer in layers.values()),
         layers=layers,
         scores_digest="sha256:0",
     )

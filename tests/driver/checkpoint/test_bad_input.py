@@ -249,7 +249,7 @@ def test_plan_of_another_model(full: Path, plan: Plan) -> None:
 
 def test_plan_without_a_layer(full: Path, plan: Plan) -> None:
     layers = {name: layer for name, layer in plan.layers.items() if name != EXPERTS}
-    assert_refused(full, replace(plan, layers=layers), PlanError, EXPERTS, "plan every one")
+    assert_refused(full, replace(plan, layers=layers), PlanError, EXPERTS, "does not name")
 
 
 def test_plan_without_layers(full: Path, plan: Plan) -> None:
@@ -279,7 +279,7 @@ def test_plan_with_different_counts(full: Path, plan: Plan) -> None:
 def test_plan_of_layers_of_two_sizes(full: Path, plan: Plan) -> None:
     """A second stack of experts: config.json says no number for each layer."""
     uneven = with_layer(plan, EXPERTS, LayerPlan.keeping(16, (0, 1, 2, 3, 4)))
-    says = (EXPERTS, "has 16", "one number for all of them")
+    says = (EXPERTS, "counts 16 experts", "the model has 8")
     assert_refused(full, uneven, PlanError, *says, non_uniform=True)
 
 

@@ -114,7 +114,7 @@ def test_kept_with_a_number_of_its_own(full: Path, tmp_path: Path) -> None:
 
 def test_another_number_in_the_plan_is_refused(full: Path, tmp_path: Path) -> None:
     plan = saved.make_plan(full, meta_model(load_config(full)), saved.differing())
-    for count, says in ((7, "8 experts but .* 7"), (5, "8 experts but .* 5")):
+    for count, says in ((7, "counts 7 .* have 8"), (4, "counts 4 .* have 8")):
         wrong = {**plan.layers, LAYER: LayerPlan.keeping(count, (0, 1))}
         with pytest.raises(PlanError, match=says):
             apply_plan(

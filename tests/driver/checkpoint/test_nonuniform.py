@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen
 import reap_driver as rd
 from reap_driver.checkpoint import apply_plan
 from reap_driver.compat.models import config_digest, load_config, model_class
+from reap_driver.compat.text_model import text_model
 from reap_driver.discover import find_moe_layers
 from reap_driver.loading import open_streamed
 from reap_driver.plan import LayerPlan, Plan
@@ -41,7 +42,7 @@ def loader_of(folder: Path) -> Any:
 
 def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(**inputs).logits
+        found: Tensor = text_model(model)(**inputs).logits
     return found
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from reap_driver.compat.text_model import text_model
 from reap_driver.predictions import counted_targets, predict
 from reap_kernels.errors import DataError, UnsupportedModel
 from tests.driver import zoo
@@ -60,12 +61,12 @@ def test_logits_are_the_models_own(name: str) -> None:
     inputs = zoo.tiny_inputs(name, config, batch=3, seq=9)
     mask = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) > 0.6
     rows: list[int] = []
-    head = model.get_output_embeddings()
+    head = text_model(model).get_output_embeddings()
     handle = head.register_forward_hook(lambda _, args, out: rows.append(args[0][..., 0].numel()))
     found = predict(model, {**inputs, "token_mask": mask})
     handle.remove()
     with torch.no_grad():
-        whole = model(**inputs, use_cache=False).logits[:, :-1]
+        whole = text_model(model)(**inputs, use_cache=False).logits[:, :-1]
     assert found.logits.shape == (int(mask[:, 1:].sum()), whole.shape[-1])
     assert found.logits.dtype == whole.dtype
     torch.testing.assert_close(found.logits, whole[mask[:, 1:]], rtol=1e-4, atol=1e-5)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from reap_driver.compat.text_model import text_model
 from reap_driver.observe import observe
 from reap_kernels import SaliencyStats
 from tests.driver import zoo
@@ -17,7 +19,7 @@ from tests.driver.observe import oracle
 class Run:
     """One batch through one model: plain, in float64, and observed."""
 
-    model: torch.nn.Module
+    model: PreTrainedModel
     inputs: dict[str, Tensor]
     plain: Tensor
     double: Tensor
@@ -38,10 +40,10 @@ def run(name: str) -> Run:
     names = [layer.name for layer in observer.layers]
     with torch.no_grad():
         with oracle.recorded(model, names) as plain_calls:
-            plain = model(**inputs, use_cache=False).logits
+            plain = text_model(model)(**inputs, use_cache=False).logits
         with observer, oracle.recorded(model, names) as calls:
-            observed = model(**inputs, use_cache=False).logits
-        double = copy.deepcopy(model).double()(**inputs, use_cache=False).logits
+            observed = text_model(model)(**inputs, use_cache=False).logits
+        double = text_model(copy.deepcopy(model).double())(**inputs, use_cache=False).logits
     stats = observer.stats
     return Run(model, inputs, plain, double, observed, stats, calls, plain_calls, names)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, masking_utils
 
 from reap_driver import isolation
+from reap_driver.compat.text_model import text_model
 from reap_driver.isolation import check_isolation, documents_apart
 from reap_driver.observe import observe
 from reap_kernels.errors import UnsupportedModel
@@ -65,7 +66,7 @@ def _kind(model: PreTrainedModel) -> str:
 
 def _logits(model: PreTrainedModel, **batch: Tensor) -> Tensor:
     with torch.no_grad(), documents_apart(model.config, batch):
-        return model(**batch, use_cache=False).logits
+        return text_model(model)(**batch, use_cache=False).logits
 
 
 def _error(model: PreTrainedModel, ids: Tensor, packed: Tensor) -> float:

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
 from reap_driver import loading
+from reap_driver.checkpoint.loaded import stacks_of
 from reap_driver.compat import models
+from reap_driver.compat.text_model import text_model
 from reap_driver.discover import find_moe_layers
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from tests.driver import zoo
@@ -45,7 +47,8 @@ def test_digest_and_weights_survive_saving(name: str, tmp_path: Path) -> None:
     assert not loaded.training
     inputs = zoo.tiny_inputs(name, config)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+        got, wanted = (text_model(one)(**inputs).logits for one in (loaded, model))
+        torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("name", zoo.names())
@@ -61,6 +64,13 @@ def test_meta_model_has_the_same_layers(name: str) -> None:
     assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
     facts = [(layer.name, layer.provenance()) for layer in layers]
     assert [(layer.name, layer.provenance()) for layer in find_moe_layers(meta)] == facts
+    # One field counts all of them, but in a model that is made of several.
+    stacks = stacks_of(meta, {layer.name: layer.num_experts for layer in layers})
+    assert [name for stack in stacks for name in stack.layers] == [name for name, _ in facts]
+    assert [stack.field.partition("_")[0] for stack in stacks if len(stacks) > 1] == (
+        ["thinker", "talker"] if name == "qwen3_omni_moe_whole" else []
+    )
+    assert all(stack.sites for stack in stacks)
 
 
 def test_digest_tells_models_apart() -> None:

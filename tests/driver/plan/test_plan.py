@@ -368,6 +368,43 @@ def test_what_cannot_be_planned() -> None:
         make_plan(known, 0.5)
 
 
+VISION = "model.layers.1.vision"
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_unreached_layers_of_another_count_stay_whole(allocation: str) -> None:
+    """With a note; and so do those whose count is shared, once somebody says so."""
+    known = scores()
+    known.unobserved = [VISION]
+    known.stacks = {"text.num_experts": [*LAYERS], "vision.num_experts": [VISION]}
+    plan = make_plan(known, 0.5, allocation=allocation)
+    assert tuple(plan.layers) == LAYERS
+    assert plan.notes[-1].endswith(f"reached by no token and keep all experts: {VISION}")
+    known.stacks = {"num_experts": [*LAYERS, VISION]}
+    with pytest.raises(PlanError, match="num_experts counts them together with those of"):
+        make_plan(known, 0.5, allocation=allocation)
+    told = make_plan(known, 0.5, allocation=allocation, layer_ratios={VISION: 0})
+    assert (told.kept, told.settings["layer_ratios"]) == (plan.kept, {VISION: 0})
+    with pytest.raises(PlanError, match=rf"{VISION} was reached by no token, .* lose some \(0.5\)"):
+        make_plan(known, 0.5, allocation=allocation, layer_ratios={VISION: 0.5})
+    removals = {name: len(layer.removed) for name, layer in plan.layers.items()}
+    named = {"allocation": "searched", "ratio": 0.5}
+    with pytest.raises(PlanError, match="reached by no token"):
+        plan_of_removals(known, removals, **named)
+    assert plan_of_removals(known, {**removals, VISION: 0}, **named).kept == plan.kept
+
+
+def test_an_unreached_layer_beside_layers_that_lose_nothing() -> None:
+    """Whose count it shares is what matters, not that any layer is cut."""
+    known = scores()
+    known.unobserved = [VISION]
+    known.stacks = {"a": [LAYERS[0]], "b": [LAYERS[1], VISION]}
+    plan = make_plan(known, 0.5, layer_ratios={LAYERS[1]: 0})
+    assert len(plan.layers[LAYERS[1]].kept) == plan.layers[LAYERS[1]].num_experts
+    with pytest.raises(PlanError, match="b counts them together"):
+        make_plan(known, 0.5, layer_ratios={LAYERS[0]: 0})
+
+
 def saved(folder: Path) -> tuple[Path, dict[str, Any]]:
     """A plan's file and its content, to be spoiled."""
     path = folder / "plan.json"

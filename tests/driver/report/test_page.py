@@ -220,13 +220,20 @@ def test_plans_of_other_models_are_refused(make: Make, tmp_path: Path) -> None:
         PlanError, match=r"for 'b' .there.*, but the statistics are of.*digest is sha256:1 there"
     ):
         write_report(stats, tmp_path, other)
-    fewer = dataclasses.replace(plan, layers={LAYERS[0]: plan.layers[LAYERS[0]]})
-    with pytest.raises(PlanError, match=r"layer model\.layers\.4.* the plan says nothing about it"):
-        write_report(stats, tmp_path, fewer)
     smaller = {**plan.layers, LAYERS[2]: LayerPlan.keeping(4, (0, 1))}
     with pytest.raises(PlanError, match="observed with 6 experts, the plan says 4 experts"):
         write_report(stats, tmp_path, dataclasses.replace(plan, layers=smaller))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_a_plan_does_not_name_are_whole(make: Make, tmp_path: Path) -> None:
+    stats, plan = make()
+    fewer = dataclasses.replace(plan, layers={LAYERS[0]: plan.layers[LAYERS[0]]})
+    [first, *others] = Inputs.checked(stats, fewer, None).layers
+    assert first.retained < 1
+    assert [(layer.retained, bool(layer.cut.kept.all())) for layer in others] == [(1, True)] * 2
+    write_report(stats, tmp_path, fewer)
+    assert (tmp_path / "report.html").exists()
 
 
 @pytest.mark.slow

@@ -68,8 +68,8 @@ class Spec:
     config: str
     model: str
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
-    # Nested configs: {"text_config": (class, fields)}.
-    nested: dict[str, tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    # Nested configs: {"text_config": (class, fields)}, or a Spec, whose model is not built.
+    nested: "dict[str, tuple[str, dict[str, Any]] | Spec]" = dataclasses.field(default_factory=dict)
 
 
 def make_config(spec: Spec, overrides: dict[str, Any]) -> PretrainedConfig:
@@ -77,9 +77,12 @@ def make_config(spec: Spec, overrides: dict[str, Any]) -> PretrainedConfig:
     inner = overrides if spec.nested else {}
     outer = {} if spec.nested else overrides
     nested = {}
-    for key, (name, fields) in spec.nested.items():
-        extra = inner if key in ("text_config", "ffn_config") else {}
-        nested[key] = _shrunk(_config_class(name), {**fields, **extra})
+    for key, found in spec.nested.items():
+        extra = inner if key in ("text_config", "ffn_config", "thinker_config") else {}
+        if isinstance(found, Spec):
+            nested[key] = make_config(found, extra)
+        else:
+            nested[key] = _shrunk(_config_class(found[0]), {**found[1], **extra})
     return _shrunk(_config_class(spec.config), {**spec.fields, **outer, **nested})
 
 

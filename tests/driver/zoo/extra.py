@@ -52,6 +52,32 @@ _INDEXER = {
     "indexer_compress_ratio": 2,
 }
 
+_THINKER = Spec(
+    "Qwen3OmniMoeThinkerConfig",
+    "Qwen3OmniMoeThinkerForConditionalGeneration",
+    {"vision_start_token_id": 151652},  # in published configs, not in the class
+    {
+        "text_config": (
+            f"{_OMNI}TextConfig",
+            {"rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]}},
+        ),
+        "vision_config": (f"{_OMNI}VisionEncoderConfig", _VISION),
+        "audio_config": (f"{_OMNI}AudioEncoderConfig", _AUDIO),
+    },
+)
+_TALKER = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_code_groups": 4,
+}
+
 EXTRA: dict[str, Spec] = {
     "qwen3_5_moe_vl": Spec(
         "Qwen3_5MoeConfig",
@@ -236,17 +262,39 @@ EXTRA: dict[str, Spec] = {
             "vision_config": ("Ernie4_5_VLMoeVisionConfig", _VISION),
         },
     ),
-    "qwen3_omni_moe": Spec(
-        "Qwen3OmniMoeThinkerConfig",
-        "Qwen3OmniMoeThinkerForConditionalGeneration",
-        {"vision_start_token_id": 151652},  # in published configs, not in the class
+    "qwen3_omni_moe": _THINKER,
+    # As published: thinker, talker and vocoder, the experts of the first two counted apart.
+    "qwen3_omni_moe_whole": Spec(
+        "Qwen3OmniMoeConfig",
+        "Qwen3OmniMoeForConditionalGeneration",
+        {},
         {
-            "text_config": (
-                f"{_OMNI}TextConfig",
-                {"rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]}},
+            "thinker_config": _THINKER,
+            "talker_config": (
+                f"{_OMNI}TalkerConfig",
+                {
+                    "text_config": {**_TALKER, "num_experts": 8, "num_experts_per_tok": 3},
+                    "code_predictor_config": _TALKER,
+                    "num_code_groups": 4,
+                    "thinker_hidden_size": 32,
+                    "accept_hidden_layer": 1,
+                    "spatial_merge_size": 2,
+                },
             ),
-            "vision_config": (f"{_OMNI}VisionEncoderConfig", _VISION),
-            "audio_config": (f"{_OMNI}AudioEncoderConfig", _AUDIO),
+            "code2wav_config": (
+                f"{_OMNI}Code2WavConfig",
+                {
+                    "codebook_size": 64,
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "num_quantizers": 4,
+                    "decoder_dim": 16,
+                    "upsample_rates": [2, 2],
+                    "upsampling_ratios": [2],
+                },
+            ),
         },
     ),
     "deepseek_ocr2": Spec(
