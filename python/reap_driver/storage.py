@@ -12,16 +12,19 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from reap_driver.checkpoint.quantization import method_of
 from reap_driver.checkpoint.safetensors_file import TensorEntry
 from reap_driver.compat.conversion import KeyMap
+from reap_driver.compat.foreign import foreign
 from reap_driver.compat.models import DEQUANTISED_ON_LOAD, meta_model, quantisation
 from reap_driver.compressed.matrices import plain_weights
 from reap_driver.compressed.scheme import METHOD, REMEDY, read_scheme
 from reap_driver.reading import Reader, stored
 from reap_kernels.errors import UnsupportedModel
 
+_CORRECT = "restore the file from where the checkpoint was published"
 PLAIN = frozenset({"BF16", "F16", "F32", "F64"})
 
 # What the methods of quantization_config that are not read call themselves.
@@ -70,6 +73,9 @@ def check_storage(
     if method == METHOD:
         assert said is not None
         read_scheme(said, f"{where}: quantization_config")
+    elif said is not None:
+        with foreign(f"{where}: quantization_config of config.json cannot be used", _CORRECT):
+            AutoQuantizationConfig.from_dict(dict(said))
     if tensors is None:
         return
     with contextlib.closing(Reader()) as reader:

@@ -149,7 +149,8 @@ _BOUNDS: Mapping[str, Kind] = {
     **dict.fromkeys(_STEP_FIELDS, _size(0, _LAYERS)),
     **dict.fromkeys(_FACTORS, _Number(1e-9, 1e12)),
     **dict.fromkeys(_SHARES, _Number(0, 1)),
-    **dict.fromkeys(("vocab_size", "max_position_embeddings", "max_seq_len"), _size(1, 2**31)),
+    "vocab_size": _size(1, 2**24),
+    **dict.fromkeys(("max_position_embeddings", "max_seq_len"), _size(1, 2**31)),
 }
 # Fields named like counts and sizes, whatever of: -1 may say "none".
 _COUNTED = re.compile(r"^(num|n)_|_(size|sizes|dim|rank|layers|heads|experts|window)$")

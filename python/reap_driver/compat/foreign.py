@@ -111,7 +111,7 @@ def offending_field(
         del part[path[-1]]
         with contextlib.suppress(Exception):
             build(edited)
-            return f"{'.'.join(path)!r} (here {short(value)})"
+            return f"{short('.'.join(path))} (here {short(value)})"
     return None
 
 

@@ -21,6 +21,7 @@ from reap_driver.compat.fp8 import partial_blocks
 from reap_driver.compat.load_pruned import built_per_layer
 from reap_driver.compressed.scheme import is_compressed
 from reap_kernels.errors import CheckpointError, UnsupportedModel
+from reap_kernels.schema import short
 
 _CORRECT = "correct the field, or use the transformers version the checkpoint was made for"
 
@@ -76,7 +77,9 @@ def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> P
     raw = read_config(path_or_id)
     model_type, architecture = raw.get("model_type"), (raw.get("architectures") or [None])[0]
     remote = trust_remote_code and "auto_map" in raw
-    what = f"{path_or_id}: config.json (model_type {model_type!r}) is not a valid configuration"
+    what = (
+        f"{path_or_id}: config.json (model_type {short(model_type)}) is not a valid configuration"
+    )
     with foreign(what, _CORRECT):
         config = _known_config(str(path_or_id), model_type, architecture, remote=remote)
     if config is not None:
@@ -88,8 +91,8 @@ def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> P
         else "use a transformers version that knows it"
     )
     raise UnsupportedModel(
-        f"{path_or_id}: model_type {model_type!r} with architecture {architecture!r} is unknown to "
-        f"transformers {transformers.__version__}; {remedy}."
+        f"{path_or_id}: model_type {short(model_type)} with architecture {short(architecture)} is "
+        f"unknown to transformers {transformers.__version__}; {remedy}."
     )
 
 
@@ -152,7 +155,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             return chosen
     raise UnsupportedModel(
         f"transformers {transformers.__version__} has no model class for architecture "
-        f"{architecture!r} ({type(config).__name__}); use a version that has one."
+        f"{short(architecture)} ({type(config).__name__}); use a version that has one."
     )
 
 

@@ -4,7 +4,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from reap_kernels.errors import UnsupportedModel
+from reap_kernels.errors import CheckpointError, UnsupportedModel
+from reap_kernels.schema import (
+    Anything,
+    Flag,
+    Int,
+    Kind,
+    MapOf,
+    Mismatch,
+    OrNull,
+    Record,
+    Text,
+    check,
+)
 
 METHOD = "compressed-tensors"
 
@@ -18,6 +30,32 @@ _BITS: dict[tuple[Any, Any], tuple[int, ...]] = {
 }
 _FORMATS = sorted({name for name, _ in _BITS})
 REMEDY = "observe the checkpoint that it was made from, and apply the plan to this one"
+
+# Types of the fields that are looked at; which values can be read is decided one by one.
+_NAME = OrNull(Text())
+_SETTINGS = Record(
+    optional={
+        "config_groups": OrNull(MapOf(Anything())),
+        "format": _NAME,
+        "sparsity_config": OrNull(Record(optional={"format": _NAME}, open=True)),
+        "transform_config": OrNull(
+            Record(optional={"config_groups": OrNull(MapOf(Anything()))}, open=True)
+        ),
+    },
+    open=True,
+)
+_WEIGHTS = Record(
+    optional={
+        "type": Text(),
+        "num_bits": Int(1, 64),
+        "symmetric": Flag(),
+        "strategy": _NAME,
+        "group_size": OrNull(Int(-1, 2**20)),
+        "block_structure": OrNull(Anything()),
+    },
+    open=True,
+)
+_GROUP = Record(optional={"format": _NAME, "weights": OrNull(_WEIGHTS)}, open=True)
 
 
 @dataclass(frozen=True)
@@ -47,6 +85,7 @@ def read_scheme(quantisation: Mapping[str, Any], where: str) -> Scheme:
 
     Raises:
         UnsupportedModel: names the first field whose value cannot be read.
+        CheckpointError: a field is of a type it never has.
     """
     _check_whole(quantisation, where)
     found = list(_weights(quantisation, where))
@@ -66,6 +105,7 @@ def read_scheme(quantisation: Mapping[str, Any], where: str) -> Scheme:
 
 def _check_whole(quantisation: Mapping[str, Any], where: str) -> None:
     """Fields that concern the checkpoint as a whole."""
+    _check_types(dict(quantisation), _SETTINGS, where)
     status = quantisation.get("quantization_status", "compressed")
     if status != "compressed":
         _refuse(f"{where}.quantization_status is {status!r}", "'compressed'")
@@ -86,6 +126,7 @@ def _weights(
         field = f"{where}.config_groups.{name}"
         if not isinstance(group, Mapping):
             _refuse(f"{field} is {group!r}", "a group written out")
+        _check_types(group, _GROUP, field)
         weights = group.get("weights")
         if weights is None:
             continue
@@ -117,9 +158,20 @@ def _check_layout(weights: Mapping[str, Any], kind: str, field: str) -> None:
 def _block(field: str, weights: Mapping[str, Any]) -> tuple[int, int]:
     """Rows and columns of a block."""
     block = weights["block_structure"]
-    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block)):
+    pair = isinstance(block, list) and len(block) == 2
+    if not (pair and all(type(n) is int and n > 0 for n in block)):
         _refuse(f"{field}.block_structure is {block!r}", "a list of two sizes")
     return block[0], block[1]
+
+
+def _check_types(value: Any, kind: Kind, where: str) -> None:
+    """Raises for a value of another kind; `where` is the checkpoint and the field it is in."""
+    try:
+        check(value, kind)
+    except Mismatch as error:
+        raise CheckpointError(
+            f"{where}: {error}; restore config.json from where the checkpoint was published"
+        ) from error
 
 
 def _refuse(what: str, readable: str) -> NoReturn:

@@ -171,7 +171,15 @@ def _ignored(quantisation: Mapping[str, Any]) -> list[re.Pattern[str]]:
         *(quantisation.get("modules_to_not_convert") or ()),
         *(quantisation.get("ignore") or ()),
     ]
-    return [re.compile("^" + name[3:] if name.startswith("re:") else _glob(name)) for name in names]
+    try:
+        return [
+            re.compile("^" + name[3:] if name.startswith("re:") else _glob(name)) for name in names
+        ]
+    except re.error as error:
+        raise CheckpointError(
+            f"quantization_config of config.json: a pattern of modules cannot be read ({error}); "
+            "restore the file"
+        ) from error
 
 
 def _glob(name: str) -> str:

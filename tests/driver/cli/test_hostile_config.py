@@ -144,6 +144,13 @@ def test_files_that_are_no_configuration(content: bytes, tmp_path: Path) -> None
         read_model(tmp_path)
 
 
+def test_messages_stay_short(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x" * 100_000}))
+    with pytest.raises(UnsupportedModel) as caught:
+        read_model(tmp_path)
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize("path", ["x" * 300 + "/y", "a\0b"])
 def test_names_no_folder_has(path: str) -> None:
     with pytest.raises(CheckpointError):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -126,3 +127,52 @@ def test_a_lost_tensor_is_no_layout(plain: dict[str, Path], tmp_path: Path) -> N
         CheckpointError, match=r"of one and the same checkpoint|cannot be converted"
     ):
         load_model(folder)
+
+
+BY_NAME = {stored.name: stored for stored in FORMATS}
+SPOILED = [
+    ("FP8 blocks", {"weight_block_size": [128, "x"]}),
+    ("FP8 blocks", {"weight_block_size": [0, 0]}),
+    ("FP8 blocks", {"activation_scheme": 7}),
+    ("FP8 blocks", {"modules_to_not_convert": 7}),
+    ("compressed-tensors INT4", {"config_groups": 7}),
+    ("compressed-tensors INT4", {"config_groups": {"group_0": 7}}),
+    ("compressed-tensors INT4", {"config_groups": {"group_0": {"weights": [7]}}}),
+    ("compressed-tensors INT4", {"config_groups": {"group_0": {"weights": {"type": []}}}}),
+    ("compressed-tensors INT4", {"config_groups": {"group_0": {"weights": {"num_bits": "4"}}}}),
+    ("compressed-tensors INT4", {"format": ["pack-quantized"]}),
+    ("compressed-tensors INT4", {"sparsity_config": "dense"}),
+    ("compressed-tensors INT4", {"transform_config": [7]}),
+    ("compressed-tensors INT4", {"ignore": [7]}),
+    ("compressed-tensors FP8", {"quantization_status": "frozen"}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), SPOILED)
+def test_spoiled_settings(
+    name: str, fields: dict[str, object], plain: dict[str, Path], run: Run, tmp_path: Path
+) -> None:
+    """The dry run with weights, without them, and the run itself: one error, the same."""
+    stored = BY_NAME[name]
+    stored = replace(stored, settings={**(stored.settings or {}), **fields})
+    model = stored.write(plain[stored.model], tmp_path / "model")
+    alone = tmp_path / "alone" / "config.json"
+    alone.parent.mkdir()
+    shutil.copy(model / "config.json", alone)
+    for given in (model, alone):
+        done = run("observe", given, "--dry-run", "--tokens", 4096)
+        assert done.code == 3
+        assert "quantization_config" in done.error
+    with pytest.raises((CheckpointError, UnsupportedModel), match="quantization_config"):
+        load_model(model)
+
+
+def test_a_pattern_that_is_none(plain: dict[str, Path], run: Run, tmp_path: Path) -> None:
+    """Only the estimate from config.json alone reads the patterns."""
+    stored = BY_NAME["compressed-tensors INT8"]
+    stored = replace(stored, settings={**(stored.settings or {}), "ignore": ["re:(", "lm_head"]})
+    model = stored.write(plain[stored.model], tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    done = run("observe", model / "config.json", "--dry-run", "--tokens", 4096)
+    assert done.code == 3
+    assert "a pattern of modules cannot be read" in done.error
