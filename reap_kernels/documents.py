@@ -121,6 +121,7 @@ class Format:
         fields, optional: kinds of the other fields.
         error: raised for whatever is wrong.
         remedy: what to do then, such as "make it again with `reap-kernels plan`".
+        open: whether other fields may stand beside them, as in what is printed for all purposes.
         sealed: whether a field `digest` guards all others, and the data that go with them; for
             files that nobody edits.
         limit: bytes of the largest file.
@@ -133,6 +134,7 @@ class Format:
     error: type[ReapError]
     remedy: str
     optional: Mapping[str, Kind] | None = None
+    open: bool = False
     sealed: bool = False
     limit: int = MAX_BYTES
 
@@ -212,7 +214,7 @@ class Format:
         head: dict[str, Kind] = {"format": Text(), "version": Anything()}
         if self.sealed:
             head["digest"] = Text()
-        return Record({**head, **self.fields}, self.optional or {})
+        return Record({**head, **self.fields}, self.optional or {}, self.open)
 
 
 def _digest(content: Mapping[str, Any], data: Iterable[bytes | memoryview]) -> str:

@@ -9,7 +9,7 @@ MAX_EXPERTS = 1_000_000  # of a layer
 MAX_TOKENS = 2**53  # float64, which scores are computed in, counts no further one by one
 
 _NUMBER = OrNull(Int(0, MAX_TOKENS))
-_NAME = OrNull(Text(10_000))
+_NAME = OrNull(Text(1_000))  # a path may have more than 500 characters
 
 # Of one MoE layer: `MoELayer.provenance` of the driver.
 LAYER = Record(
@@ -52,9 +52,9 @@ _FIELDS: dict[str, Kind] = {
     "backend": _NAME,
     "created": _NAME,
     "software": MapOf(_NAME),
-    "unobserved": ListOf(Text(10_000)),
-    "stacks": MapOf(ListOf(Text(10_000))),  # by field that counts experts: its layers
+    "unobserved": ListOf(Text(500)),
+    "stacks": MapOf(ListOf(Text(500))),  # by field that counts experts: its layers
     "notes": ListOf(Text()),
-    "served": MapOf(ListOf(Text(10_000))),  # by layer, of a snapshot: the backends it ran on
+    "served": MapOf(ListOf(Text(500))),  # by layer, of a snapshot: the backends it ran on
 }
 PROVENANCE = Record(optional=_FIELDS, open=True)

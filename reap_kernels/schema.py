@@ -159,10 +159,13 @@ class ListOf:
 
 @dataclass(frozen=True)
 class MapOf:
-    """An object whose values are all of one kind, under any names."""
+    """An object whose values are all of one kind, under any names of at most `longest`
+    characters.
+    """
 
     kind: Kind
     shortest: int = 0
+    longest: int = 500
 
     def check(self, value: Any, at: str) -> None:
         if not isinstance(value, dict):
@@ -170,6 +173,9 @@ class MapOf:
         if len(value) < self.shortest:
             raise Mismatch(at, f"has {len(value)} entries", f"at least {self.shortest}")
         for name, item in value.items():
+            if len(name) > self.longest:
+                found = f"has the name {short(name)} of {len(name)} characters"
+                raise Mismatch(at, found, f"at most {self.longest}")
             self.kind.check(item, _under(at, name))
 
 

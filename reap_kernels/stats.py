@@ -17,7 +17,7 @@ from reap_kernels.errors import DataError, ShapeError
 from reap_kernels.files import replaced
 from reap_kernels.model_match import differences
 from reap_kernels.provenance import PROVENANCE
-from reap_kernels.schema import Int, ListOf, Text
+from reap_kernels.schema import Int, ListOf, Text, short
 from reap_kernels.stats_values import check_parts, check_values
 from reap_kernels.tensor_files import read_tensors, write_tensors
 
@@ -31,8 +31,8 @@ FORMAT = Format(
     2,
     "statistics file",
     {
-        "layers": ListOf(Text(10_000)),
-        "groups": ListOf(Text(10_000), shortest=1),
+        "layers": ListOf(Text(500)),
+        "groups": ListOf(Text(500), shortest=1),
         "parts": Int(0, 10_000),
         "provenance": PROVENANCE,
     },
@@ -333,7 +333,7 @@ class SaliencyStats:
                 check_values(name, shares[name], rows)
                 check_parts(name, wholes[name], shares[name])
         if tensors:
-            raise ValueError(f"has the tensor {min(tensors)!r}, which no layer has")
+            raise ValueError(f"has the tensor {short(min(tensors))}, which no layer has")
         layers = {name: _layer(fields) for name, fields in wholes.items()}
         parts = [
             cls({name: _layer(stack, part) for name, stack in shares.items()}, groups, provenance)

@@ -59,7 +59,7 @@ def read_tensors(
         why = f"cannot be read ({error.strerror or error})"
         raise form.refusal(path, why) from error
     except (SafetensorError, RuntimeError, ValueError, TypeError, OverflowError) as error:
-        raise form.refusal(path, f"cannot be read ({error})") from error
+        raise form.refusal(path, f"cannot be read ({str(error)[:300]})") from error
     if text is None:
         raise form.refusal(path, f"is not a {form.what}: its metadata has no {form.name!r}")
     return form.parse(text, path, _bytes(tensors)), tensors

@@ -26,7 +26,7 @@ from reap_kernels.documents import Format
 from reap_kernels.errors import PlanError
 from reap_kernels.files import replaced
 from reap_kernels.provenance import MODEL
-from reap_kernels.schema import ListOf, Text
+from reap_kernels.schema import ListOf, Text, short
 from reap_kernels.tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
         if mask.dtype != torch.bool or mask.ndim != 1 or not mask.any():
             raise FORMAT.refusal(
                 path,
-                f"layer {name}: its mask is {mask.dtype} {list(mask.shape)}; expected torch.bool "
+                f"layer {short(name, 200)}: its mask is {mask.dtype} {list(mask.shape)}; expected torch.bool "
                 "[E], true for an expert at least",
                 ":",
             )

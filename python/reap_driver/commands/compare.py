@@ -107,6 +107,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         args.refuse("the following arguments are required: --data, --recipe or --tasks")
     from reap_driver.commands import comparing
     from reap_driver.compare import tasks
+    from reap_driver.comparison import FORMAT
 
     if args.tasks:
         tasks.check_installed()
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.data or args.recipe:
         sources = comparing.read_data(args, pair, console)
         outcome = comparing.compared(args, pair, sources, console)
-        found |= facts(outcome)
+        found = {"format": FORMAT.name, "version": FORMAT.version, **found, **facts(outcome)}
         found["data"] = [source.provenance() for source in sources]
         console.say(describe(outcome))
         integrity = _integrity(args, pair, outcome)

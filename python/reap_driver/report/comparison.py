@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reap_driver.comparison import FORMAT
 from reap_driver.provenance import public_name
 from reap_driver.report import html
 from reap_driver.report.html import Share
-from reap_kernels.errors import DataError
 
 # Key of a figure -> its name, in the order of the table.
 _FIGURES = {
@@ -21,7 +20,6 @@ _FIGURES = {
     "acceptance": "expected acceptance",
     "same_top": "same top token",
 }
-_KEYS = {*_FIGURES, "predictions"}
 _RATES = {
     "orphan_rate": "Tokens that lose their first expert",
     "stranded_rate": "Tokens that lose all their experts",
@@ -33,22 +31,9 @@ def read_comparison(path: Path) -> dict[str, Any]:
     """Reads what `compare --json` printed.
 
     Raises:
-        DataError: the file cannot be read, or is something else.
+        DataError: the file cannot be read, or is something else; names the field.
     """
-    remedy = "give the output of `reap-kernels compare ... --json`"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"comparison {path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DataError(f"comparison {path} is not JSON ({error}); {remedy}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("groups"), dict):
-        raise DataError(f"{path} is no comparison; {remedy}")
-    columns = {**found["groups"], "all": found.get("overall")}
-    for name, figures in columns.items():
-        if not isinstance(figures, dict) or not figures.keys() >= _KEYS:
-            raise DataError(f"comparison {path}: the figures of {name!r} are incomplete; {remedy}")
-    return found
+    return FORMAT.read(path)
 
 
 def comparison_table(found: Mapping[str, Any]) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from reap_driver.cli import main
+from reap_driver.report import read_comparison
+from reap_kernels.errors import DataError
 from tests.driver.cli.conftest import Run, run  # noqa: F401
 from tests.driver.report.conftest import Make
 
@@ -88,6 +90,8 @@ def compared(path: Path, **changes: object) -> Path:
     """A file of `compare --json`."""
     content = {
         "command": "compare",
+        "format": "reap-comparison",
+        "version": 1,
         "original": "/home/me/big",
         "pruned": "acme/small",
         "confidence": 0.95,
@@ -127,10 +131,45 @@ def test_refuses_what_is_no_comparison(run: Run, files: tuple[Path, Path], tmp_p
     for path, message in (
         (tmp_path / "missing.json", "cannot be read"),
         (broken, "is not JSON"),
-        (compared(tmp_path / "other.json", groups=None), "is no comparison; give the output of"),
-        (compared(tmp_path / "half.json", overall=None), "the figures of 'all' are incomplete"),
+        (compared(tmp_path / "other.json", format=None), "is not a comparison"),
     ):
         done = run("report", files[0], "--compare", path, "--out", tmp_path / "out")
         assert done.code == 3
         assert message in done.error
+        assert "give the output of `reap-kernels compare ... --json`" in done.error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"groups": None}, "field 'groups' is None"),
+        ({"groups": {}}, "field 'groups' has 0 entries"),
+        ({"overall": None}, "field 'overall' is None"),
+        ({"confidence": {}}, "field 'confidence' is {}"),
+        ({"confidence": 95}, "field 'confidence' is 95"),
+        ({"original": 3}, "field 'original' is 3"),
+        ({"integrity": [1]}, r"field 'integrity' is \[1\]"),
+        ({"integrity": {"orphan_rate": "x"}}, "field 'integrity.orphan_rate' is 'x'"),
+        ({"overall": {**figures(1), "kl": 0.5}}, "field 'overall.kl' is 0.5"),
+        ({"overall": {**figures(1), "predictions": -1}}, "field 'overall.predictions' is -1"),
+        (
+            {"groups": {"a": {**figures(1), "same_top": {"value": 1.5, "low": 1, "high": 2}}}},
+            "field 'groups.a.same_top.value' is 1.5",
+        ),
+        (
+            {"overall": {**figures(1), "kl": {"value": 1, "low": [1], "high": 2}}},
+            r"field 'overall.kl.low' is \[1\]",
+        ),
+        (
+            {"overall": {**figures(1), "kl": {"value": 1, "low": 3, "high": 2}}},
+            "field 'overall.kl.low' is 3; expected overall.kl.high or less",
+        ),
+    ],
+)
+def test_comparisons_that_make_no_sense(
+    changes: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=says):
+        read_comparison(compared(tmp_path / "c.json", **changes))
+    read_comparison(compared(tmp_path / "c.json"))

@@ -1,0 +1,56 @@
+"""The record of a comparison: what `compare --json` prints, and `report` reads."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from reap_kernels.documents import Format
+from reap_kernels.errors import DataError
+from reap_kernels.schema import Int, MapOf, Mismatch, OrNull, Real, Record, Text
+
+RATES = ("orphan_rate", "stranded_rate", "retained_gate_share")
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """A figure with its interval; null is an infinite figure, and an interval that is not known."""
+
+    value: Real
+
+    def check(self, value: Any, at: str) -> None:
+        numbers = OrNull(Real())
+        Record({"value": OrNull(self.value), "low": numbers, "high": numbers}).check(value, at)
+        low, high = value["low"], value["high"]
+        if low is not None and high is not None and low > high:
+            raise Mismatch(f"{at}.low", f"is {low}", f"{at}.high or less, which is {high}")
+
+
+# Sums of probabilities and of their logarithms are rounded, so bounds have some room.
+_POSITIVE, _SHARE = _Estimate(Real(low=0)), _Estimate(Real(low=-0.001, high=1.001))
+_COLUMN = Record(
+    {
+        "predictions": Int(),
+        "original_perplexity": _POSITIVE,
+        "pruned_perplexity": _POSITIVE,
+        "perplexity_ratio": _POSITIVE,
+        "kl": _Estimate(Real(low=-0.001)),
+        "acceptance": _SHARE,
+        "same_top": _SHARE,
+    },
+    open=True,
+)
+FORMAT = Format(
+    "reap-comparison",
+    1,
+    "comparison",
+    {
+        "original": Text(),
+        "pruned": Text(),
+        "confidence": Real(above=0, below=1),
+        "overall": _COLUMN,
+        "groups": MapOf(_COLUMN, shortest=1),
+    },
+    DataError,
+    "give the output of `reap-kernels compare ... --json`",
+    {"integrity": Record(optional=dict.fromkeys(RATES, Real(low=0, high=1.001)), open=True)},
+    open=True,
+)
