@@ -102,8 +102,8 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
         if mask.dtype != torch.bool or mask.ndim != 1 or not mask.any():
             raise FORMAT.refusal(
                 path,
-                f"layer {short(name, 200)}: its mask is {mask.dtype} {list(mask.shape)}; expected torch.bool "
-                "[E], true for an expert at least",
+                f"layer {short(name, 200)}: its mask is {mask.dtype} {list(mask.shape)}; expected "
+                "torch.bool [E], true for an expert at least",
                 ":",
             )
     return {name: tuple(mask.nonzero().flatten().tolist()) for name, mask in masks.items()}

@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from reap_kernels.documents import open_file, parse_json
 from reap_kernels.errors import CheckpointError
+from reap_kernels.schema import short
 
 # Bits of one element. Sub-byte types are packed.
 DTYPE_BITS = {
@@ -28,6 +32,7 @@ DTYPE_BITS = {
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit the safetensors library itself enforces
 _PREFIX = 8
+_MOST_DIMENSIONS = 64  # torch has no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,32 +67,39 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
 
 
 def read_header(path: Path) -> SafetensorsFile:
-    """Parse and check one file's header.
+    """Parse and check one file's header; whatever the safetensors library refuses is refused.
 
     Raises:
         CheckpointError: not a safetensors file, truncated, or with offsets that do not fit its
             shapes or its size.
     """
     try:
-        with path.open("rb") as stream:
+        with open_file(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             length = _header_length(path, stream.read(_PREFIX), size)
             raw = stream.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
     except ValueError as error:
-        raise _damaged(path, f"its header is not JSON ({error})") from error
+        raise _damaged(path, f"its header {error}") from error
     if not isinstance(header, dict):
         raise _damaged(path, f"its header is a {type(header).__name__}, not an object")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise _damaged(path, "its __metadata__ is not an object")
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(path, "its __metadata__ is not an object of texts")
     base = _PREFIX + length
     entries = {key: _entry(path, key, value, base) for key, value in header.items()}
     tensors = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
     _check_coverage(path, tensors, base, size)
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise _damaged(
+            path, f"the safetensors library refuses it ({short(str(error), 300)})"
+        ) from error
     return SafetensorsFile(path, size, tensors, metadata)
 
 
@@ -123,23 +135,25 @@ def _header_length(path: Path, prefix: bytes, size: int) -> int:
 
 def _entry(path: Path, key: str, value: Any, base: int) -> TensorEntry:
     """One header entry, checked on its own."""
+    name = short(key, 300)
     try:
         dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        valid = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop))
+        sizes = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+        valid = sizes and isinstance(dtype, str) and len(shape) <= _MOST_DIMENSIONS
     except (KeyError, TypeError, ValueError):
         valid = False
     if not valid:
-        raise _damaged(path, f"tensor {key!r} has the malformed entry {value!r}")
+        raise _damaged(path, f"tensor {name} has the malformed entry {short(value, 300)}")
     if dtype not in DTYPE_BITS:
         raise CheckpointError(
-            f"{path}: tensor {key!r} has dtype {dtype!r}, known are "
-            f"{', '.join(sorted(DTYPE_BITS))}; "
-            "convert the tensor."
+            f"{path}: tensor {name} has dtype {short(dtype)}, known are "
+            f"{', '.join(sorted(DTYPE_BITS))}; convert the tensor."
         )
-    if start > stop or stop - start != tensor_bytes(dtype, shape):
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if start > stop or 8 * (stop - start) != bits:
         raise _damaged(
             path,
-            f"tensor {key!r} ({dtype} {list(shape)}, {tensor_bytes(dtype, shape)} bytes) "
+            f"tensor {name} ({dtype} {short(shape)}, {short(bits)} bits) "
             f"claims offsets {start} to {stop}",
         )
     return TensorEntry(path, dtype, shape, base + start, base + stop)
@@ -151,11 +165,13 @@ def _check_coverage(path: Path, tensors: Mapping[str, TensorEntry], base: int, s
     for key, entry in tensors.items():
         if entry.stop > size:
             raise _damaged(
-                path, f"tensor {key!r} ends at byte {entry.stop} but the file has {size} bytes"
+                path,
+                f"tensor {short(key, 300)} ends at byte {entry.stop} but the file has {size} bytes",
             )
         if entry.start != position:
             raise _damaged(
-                path, f"tensor {key!r} begins at byte {entry.start}, expected {position}"
+                path,
+                f"tensor {short(key, 300)} begins at byte {entry.start}, expected {position}",
             )
         position = entry.stop
     if position != size:

@@ -1,7 +1,6 @@
 """The checkpoint that is read: its files, checked before anything is written."""
 
 import enum
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from reap_driver.checkpoint.pinned import Pins
 from reap_driver.checkpoint.safetensors_file import SafetensorsFile, TensorEntry, read_header
+from reap_kernels.documents import parse_json, read_bytes
 from reap_kernels.errors import CheckpointError
 from reap_kernels.files import is_file
 
@@ -131,11 +131,11 @@ def open_source(folder: Path) -> Source:
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """A JSON object from a file."""
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"{path}: no such file; {remedy}.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = parse_json(read_bytes(path), plain=False)
+    except ValueError as error:
         raise CheckpointError(f"{path}: not readable JSON ({error}); {remedy}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a JSON object.")

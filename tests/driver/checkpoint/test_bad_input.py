@@ -2,6 +2,7 @@
 written."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -158,6 +159,29 @@ def _overlap(header: Header) -> None:
 
 def _malformed(header: Header) -> None:
     del header["lm_head.weight"]["shape"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_file_is_not_waited_for(
+    full: Path, plan: Plan, name: str, kind: str, tmp_path: Path
+) -> None:
+    (full / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(full / name)
+    else:
+        (full / name).mkdir()
+    assert_refused(full, plan, CheckpointError, str(full))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a": "\\ud800"}', '{"a": 1, "a": 2}', "3", "\xff", "{", "1" * 5000]
+)
+def test_json_that_is_none_is_refused(full: Path, plan: Plan, name: str, text: str) -> None:
+    saved.shard(full, 3)
+    (full / name).write_bytes(text.encode("latin-1"))
+    assert_refused(full, plan, CheckpointError, name)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_other_files_are_no_masks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mask", "says"),
     [
-        (torch.ones(4, dtype=torch.int8), r"layer a: its mask is torch.int8 \[4\]; expected"),
+        (torch.ones(4, dtype=torch.int8), r"layer 'a': its mask is torch.int8 \[4\]; expected"),
         (torch.ones(4, dtype=torch.uint8), "torch.uint8"),
         (torch.tensor([0.0, math.nan]), "torch.float32"),
         (torch.ones(2, 2, dtype=torch.bool), r"torch.bool \[2, 2\]"),
