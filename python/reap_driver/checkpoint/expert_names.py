@@ -345,9 +345,10 @@ class ExpertNames:
         """The text with its one number replaced, or dropped; None if that does not mean the
         same.
         """
-        olds = {old for s in selections for _, old, _ in s.experts}
-        news = {new for s in selections for _, new, _ in self._after(s.experts)}
-        if not news and not any(s.others for s in selections):
+        moved = [s for s in selections if self._after(s.experts) != self._present(s.experts)]
+        olds = {old for s in moved for _, old, _ in s.experts}
+        news = {new for s in moved for _, new, _ in self._after(s.experts)}
+        if not news and moved == selections and not any(s.others for s in selections):
             return []
         if len(news) != 1 or len(olds) != 1:
             return None

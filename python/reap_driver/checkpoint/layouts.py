@@ -102,7 +102,7 @@ def cut(stored: Stored, matrix: Matrix, kept: tuple[int, ...], method: Quantizat
     """
     if matrix.is_stack:
         return _stack(stored, matrix, kept, method)
-    if len(matrix.shape) != 2 or matrix.expert.dim != 0:
+    if len(matrix.shape) != 2 or matrix.expert.dim != 0 or 0 in (*matrix.shape, *stored.shape):
         raise _unread(stored, matrix, method)
     return _Rows(stored, matrix, kept, method).action()
 
@@ -207,8 +207,8 @@ class _Rows:
             less = f" less {tail}, for the rows behind them," if tail else ""
             raise UnsupportedModel(
                 f"{self._key}: {name} packs the {bits}-bit codes of {per_word} outputs into whole "
-                f"words and its loaders demand whole words, but {len(self._rows)} rows would be "
-                f"left; keep a multiple of {per_word} experts{less} or {_FULL_SIZE}."
+                f"words, and vLLM and Auto{name} load no others, but {len(self._rows)} rows would "
+                f"be left; keep a multiple of {per_word} experts{less} or {_FULL_SIZE}."
             )
 
     def _scale(self) -> Action | None:

@@ -39,8 +39,9 @@ class ExpertList:
         if missing or extra:
             index, what = (missing[0], "missing") if missing else (extra[0], "present")
             raise CheckpointError(
-                f"{where}: {prefix}{index} is {what}, though config.json says {total} experts; "
-                "use config.json and weights of one checkpoint."
+                f"{where}: {prefix}{index} is {what}, though config.json says {total} experts: the "
+                "files are incomplete, of another config.json, or number their experts in a layout "
+                "that is not read; use config.json and all weights of one release."
             )
         first = itertools.accumulate(before, initial=0)
         stays = [start + old for start, ids in zip(first, kept, strict=False) for old in ids]

@@ -139,7 +139,8 @@ EXACT = [
     (r"re:model.layers.1\.mlp\.experts\.3\.up_proj$", None,
      r"re:model.layers.1\.mlp\.experts\.2\.up_proj$"),
     (r"re:.*layers\.1\.(mlp|ffn)\.experts\.3\.", None, r"re:.*layers\.1\.(mlp|ffn)\.experts\.2\."),
-    ("model.layers.1.mlp.experts.5*", "modelopt", "model.layers.1.mlp.experts.3*"),
+    *(("model.layers.1.mlp.experts.5*", method, "model.layers.1.mlp.experts.3*")
+      for method in ("modelopt", "compressed-tensors", "quark", "auto-round", "fp8", None)),
     (r"-:^model\.layers\.1\.mlp\.experts\.5\.(up|gate)_proj$", "gptq",
      r"-:^model\.layers\.1\.mlp\.experts\.3\.(up|gate)_proj$"),
 ]  # fmt: skip

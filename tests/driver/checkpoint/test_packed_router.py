@@ -308,6 +308,8 @@ UNREAD: list[tuple[str, tuple[int, ...], torch.dtype, dict[str, Any], Matrix]] =
     ("absmax", (64,), torch.float32, {"quant_method": "bitsandbytes"}, STACK),
     ("blocks", (16, 48, 1, 16), torch.uint8, {"quant_method": "mxfp4"}, STACK),
     ("g_idx", (8,), torch.int32, GPTQ, STACK),
+    ("qzeros", (0, 2), torch.int32, {"quant_method": "awq"}, router(16, 256)),
+    ("weight_scale", (16, 0), torch.float32, {"quant_method": "fp8"}, router(16, 256)),
     ("mystery", (8, 4), torch.float32, {"quant_method": "gptq"}, STACK),
 ]  # fmt: skip
 
@@ -329,6 +331,33 @@ def test_what_is_not_known_is_refused(
     assert "layout that is not read" in message
     assert settings.get("quant_method", "names no quantizer") in message
     assert "quantized from" in message
+
+
+LEAVES = ["weight", "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale"]
+LEAVES += ["weight_scale_inv", "weight_scale_2", "weight_zero_point", "weight_shape", "SCB", "bias"]
+LEAVES += ["weight_g_idx", "input_scale", "blocks", "packed", "absmax", "quant_map", "W_q", "meta"]
+METHODS = [
+    "gptq",
+    "awq",
+    "auto-round",
+    "compressed-tensors",
+    "fp8",
+    "modelopt",
+    "bitsandbytes",
+    "hqq",
+]
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_a_length_that_the_experts_divide_means_nothing(leaf: str, tmp_path: Path) -> None:
+    """Twice the number of experts along every dimension, in every format."""
+    for number, method in enumerate(METHODS):
+        for matrix, shape in ((router(16, 256), (32, 32)), (STACK, (16, 16, 16))):
+            for dtype in (torch.int32, torch.uint8, torch.float32):
+                folder = tmp_path / f"{number}"
+                with pytest.raises(UnsupportedModel, match="layout that is not read"):
+                    tensors = {leaf: torch.zeros(shape, dtype=dtype)}
+                    cut(folder, tensors, matrix, [0, 1], {"quant_method": method})
 
 
 def test_numbers_that_loaders_refuse_are_refused(tmp_path: Path) -> None:
