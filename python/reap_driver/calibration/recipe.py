@@ -135,7 +135,7 @@ def _check_events(events: Iterable[Any]) -> None:
     depth = 0
     for event in events:
         if isinstance(event, yaml.AliasEvent):
-            raise _NotPlain(f"has the alias *{short(event.anchor)}; write it out")
+            raise _NotPlain(f"has the alias {short(event.anchor)}; write it out")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):

@@ -22,7 +22,7 @@ from reap_kernels.schema import short
 
 SPLIT = "train"
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
-_LONGEST = 500  # characters; the hub takes names of 96
+_LONGEST_NAME, _LONGEST = 96, 500  # characters: of a name on the hub, and with all behind it
 _NAME = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 _HUB = re.compile(
     rf"(?P<name>{_NAME}(?:/{_NAME})?)"
@@ -57,7 +57,7 @@ class HubDataset:
     def parse(cls, text: str) -> "HubDataset | None":
         """The data set that `text` names, or None where it has not the form of one."""
         found = _HUB.fullmatch(text)
-        if found is None or len(text) > _LONGEST:
+        if found is None or len(found["name"]) > _LONGEST_NAME or len(text) > _LONGEST:
             return None
         return cls(found["name"], found["subset"], found["split"], found["revision"])
 
@@ -128,7 +128,7 @@ def locate(text: str, folder: Path, what: str) -> Path | HubDataset:
     """
     try:
         path = folder / Path(text).expanduser()
-    except RuntimeError as error:  # there is no such user
+    except (RuntimeError, ValueError) as error:  # there is no such user
         raise DataError(
             f"{what}: no folder '{one_line(text)}' ({one_line(str(error))}); {_FORM}"
         ) from error

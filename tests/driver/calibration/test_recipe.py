@@ -237,7 +237,7 @@ BOMB = "a: &a [1, 1]\n" + "".join(
     for old, new in zip("abcdefghij", "bcdefghijk", strict=True)
 )
 HOSTILE: dict[str, tuple[str, str]] = {
-    "aliases": (BOMB, r"has the alias \*'a'; write it out"),
+    "aliases": (BOMB, r"has the alias 'a'; write it out"),
     "recursive": ("&a [*a]", "has the alias"),
     "deep flow": ("[" * 50_000, "is nested deeper than 64 levels|exceeded maximum nesting depth"),
     "deep blocks": ("- " * 2000, "is nested deeper than 64 levels"),

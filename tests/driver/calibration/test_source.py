@@ -166,6 +166,7 @@ def test_files_of_a_data_set_are_in_its_name() -> None:
         "z\0.jsonl",
         "loop.jsonl",
         "~nobody-of-that-name/a.jsonl",
+        "~a\0/a.jsonl",
         "pipe.jsonl",
         "g=pipe.jsonl",
         "code.jsonl:" + "9" * 5000,

@@ -1,5 +1,7 @@
 """Options of data from the command line to statistics: packing, answers, recipes, folds, groups."""
 
+import bz2
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -263,6 +265,30 @@ def test_bad_records_end_the_run_or_are_counted(
     assert "; 2 bad records left out" in done.out
     [facts] = rd.SaliencyStats.load(tmp_path / "out").provenance["data"]
     assert (facts["records"], facts["skipped"], len(facts["skipped_first"])) == (30, 2, 2)
+
+
+HOSTILE: dict[str, tuple[str, bytes, str]] = {
+    "surrogate": ("a.jsonl", b'{"text": "a \\ud800"}', "a.jsonl:1: holds a text that no encoding"),
+    "deep": ("a.jsonl", b'{"text": "a", "b": ' + b"[" * 10**5, "a.jsonl:1: is nested deeper than"),
+    "zero": ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}', "ZeroDivisionError"),
+    "lines": ("a.jsonl.gz", gzip.compress(b"\n" * 10**7), "has more than 1048576 bytes of empty"),
+    "line": ("a.jsonl.bz2", bz2.compress(b"a" * 4 * 10**7), "a.jsonl.bz2:1: is larger than 33554"),
+    "table": ("a.parquet", b"PAR1" * 9, "a.parquet cannot be read as Parquet"),
+    "aliases": ("a.yaml", b"- &a [*a]", "a.yaml has the alias 'a'"),
+    "name": ("a.yaml", b"- {source: %s}" % (b"x" * 300), "source 1: no file or folder"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_data_are_one_error(run: Run, model: Path, tmp_path: Path, case: str) -> None:
+    name, content, says = HOSTILE[case]
+    (model / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    path = tmp_path / name
+    path.write_bytes(content)
+    option = "--recipe" if name.endswith("yaml") else "--data"
+    done = run("observe", model, option, path, "--dry-run")
+    assert done.code == 3
+    assert says in done.error
 
 
 def test_folds_are_parts_of_what_one_run_observes(
