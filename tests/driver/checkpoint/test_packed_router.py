@@ -354,10 +354,12 @@ def test_a_length_that_the_experts_divide_means_nothing(leaf: str, tmp_path: Pat
     for number, method in enumerate(METHODS):
         for matrix, shape in ((router(16, 256), (32, 32)), (STACK, (16, 16, 16))):
             for dtype in (torch.int32, torch.uint8, torch.float32):
-                folder = tmp_path / f"{number}"
+                tensors, settings = (
+                    {leaf: torch.zeros(shape, dtype=dtype)},
+                    {"quant_method": method},
+                )
                 with pytest.raises(UnsupportedModel, match="layout that is not read"):
-                    tensors = {leaf: torch.zeros(shape, dtype=dtype)}
-                    cut(folder, tensors, matrix, [0, 1], {"quant_method": method})
+                    cut(tmp_path / f"{number}", tensors, matrix, [0, 1], settings)
 
 
 def test_numbers_that_loaders_refuse_are_refused(tmp_path: Path) -> None:
