@@ -22,6 +22,7 @@ from reap_driver.checkpoint.checks import (
 )
 from reap_driver.checkpoint.config_edit import clear_mtp, differences
 from reap_driver.checkpoint.expert_names import ExpertNames, numbered_experts, other_modules
+from reap_driver.checkpoint.front_matter import inherited_fields
 from reap_driver.checkpoint.keys import KeyActions, KeyDecider
 from reap_driver.checkpoint.models import PrunedModel, derive_model, stacks_of_files
 from reap_driver.checkpoint.mtp import MtpKeys
@@ -109,12 +110,15 @@ def apply_plan(
     check_target(out, folder, overwrite=overwrite)
     options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
     job = _prepare(folder, plan, options)
+    model_card(job.inherited, job.plan, _report(job, out, 0))  # what it cannot say, it says now
     needed = job.bytes_needed()
     with staged(out, needed=needed) as staging:
         report = _write(job, staging, out, _counter(progress, needed), threads)
         report.bytes_written += _save_record(staging, job.plan, stats)
         job.source.pins.check()
         left = publish(staging, out, overwrite=overwrite)
+    if job.card_note is not None:
+        report.warnings.append(job.card_note)
     if left is not None:
         report.warnings.append(
             f"the checkpoint that was replaced cannot be removed; it is in {left}: remove it"
@@ -149,6 +153,7 @@ def check_plan(
     check_target(out, folder, overwrite=overwrite)
     options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
     job = _prepare(folder, plan, options)
+    model_card(job.inherited, job.plan, _report(job, out, 0))
     rehearse(out, needed=job.bytes_needed())
 
 
@@ -178,6 +183,8 @@ class _Job:
     json_files: Mapping[str, dict[str, Any]]  # rewritten: config.json and quantisers' files
     specification: Specification
     loader: str | None  # content of load_pruned.py, where layers keep different numbers
+    inherited: Mapping[str, Any] | None  # fields of the source's card
+    card_note: str | None  # why there are none, where they cannot be read
 
     def bytes_needed(self) -> int:
         """Size of the output: shards, and what is copied beside them."""
@@ -197,6 +204,7 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     """Read, check and decide; nothing is written."""
     source = open_source(folder)
     source.check_copied()
+    inherited = inherited_fields(source)
     config = load_config(folder, trust_remote_code=options.trust)
     check_kept(plan)
     full = meta_model(config)
@@ -229,7 +237,8 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     spec = specify(full, layers, left, model.new.shapes, entries, source.config)
     loader = _loader(model.raw_config)
     plan = plan.noting(notes)
-    return _Job(plan, source, model, keys, checked, shards, stacks, counts, files, spec, loader)
+    decided = (checked, shards, stacks, counts, files, spec, loader)
+    return _Job(plan, source, model, keys, *decided, *inherited)
 
 
 def _write(
@@ -257,7 +266,7 @@ def _write(
     tensors = [tensor for shard in job.shards for tensor in shard.tensors]
     check_output(tensors, job.model.new, job.checked, _renamed(job.keys))
     report = _report(job, out, written)
-    card = model_card(job.source.folder / "README.md", job.plan, report)
+    card = model_card(job.inherited, job.plan, report)
     report.bytes_written += (staging / "README.md").write_text(card, encoding="utf-8")
     return report
 

@@ -2,15 +2,17 @@
 from the run; what the run does not know is not said.
 """
 
+import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
 import yaml  # type: ignore[import-untyped]
 
 import reap_kernels
+from reap_driver.checkpoint.markdown import bullets, code, table, text
 from reap_driver.compat.load_pruned import SETTINGS
 from reap_driver.criteria import criterion_named
 from reap_driver.provenance import calibration_mix, public_name
@@ -19,9 +21,6 @@ from reap_driver.sizing.units import in_bytes, short
 if TYPE_CHECKING:
     from reap_driver.checkpoint.report import ApplyReport
     from reap_driver.plan import Plan
-
-# Fields of the source's card that stay true for the pruned model.
-_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 
 _CITATION = """\
 ```bibtex
@@ -35,31 +34,29 @@ _CITATION = """\
 """
 
 
-def model_card(source_card: Path, plan: "Plan", report: "ApplyReport") -> str:
-    """README.md of the output.
+def model_card(inherited: Mapping[str, Any] | None, plan: "Plan", report: "ApplyReport") -> str:
+    """README.md of the output. Names from elsewhere in it can be read, and do nothing.
 
     Args:
-        source_card: README.md of the source, which need not exist; its licence stays.
+        inherited: fields of the source's card, see `inherited_fields`; its licence stays.
         plan: what was applied.
         report: of this run, complete but for its duration.
     """
     source = public_name(str(plan.model.get("id") or report.source.name))
-    inherited = read_front_matter(source_card)
     front = yaml.safe_dump(_front_matter(inherited, source), sort_keys=False, allow_unicode=True)
     sections = {
         "Specification": _specification(report),
         "Method": _method(plan),
         "Calibration data": _calibration(plan),
-        "What changed and what did not": _bullets(_changes(report)),
+        "What changed and what did not": bullets(_changes(report)),
         "Use": _use(report),
-        "Limitations": _bullets(_limitations(report)),
+        "Limitations": bullets(_limitations(report)),
         "Licence": _licence(source, inherited),
         "Citation": _CITATION,
     }
-    body = "\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    return (
-        f"---\n{front}---\n\n# {report.out_path.name}\n\n{_statement(source, plan, report)}\n{body}"
-    )
+    body = "\n".join(f"## {title}\n\n{part}" for title, part in sections.items())
+    title = f"# {text(report.out_path.name)}\n\n{_statement(source, plan, report)}"
+    return f"---\n{front}---\n\n{title}\n{body}"
 
 
 def _statement(source: str, plan: "Plan", report: "ApplyReport") -> str:
@@ -68,36 +65,20 @@ def _statement(source: str, plan: "Plan", report: "ApplyReport") -> str:
     return (
         f"{_name(source)} with {after} of {before} routed experts in each of its {report.layers} "
         f"MoE layers: {_shrink(*report.specification.parameters)} fewer parameters. The experts "
-        f"were chosen by `{plan.criterion}` on calibration data and removed by reap-kernels in one "
-        "shot. Nothing was trained, merged or quantised.\n"
+        f"were chosen by {code(plan.criterion)} on calibration data and removed by reap-kernels in "
+        "one shot. Nothing was trained, merged or quantised.\n"
     )
 
 
-def _front_matter(inherited: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _front_matter(inherited: Mapping[str, Any] | None, source: str) -> dict[str, Any]:
     """Metadata of the card."""
-    front = {name: inherited[name] for name in _INHERITED if name in inherited}
-    tags = inherited.get("tags")
-    old = [str(tag) for tag in tags] if isinstance(tags, list) else []
+    front = {name: value for name, value in (inherited or {}).items() if name != "tags"}
+    tags = (inherited or {}).get("tags")
+    old = tags if isinstance(tags, list) else []
     if _is_hub_id(source):
         front["base_model"] = source
     front["tags"] = list(dict.fromkeys([*old, "moe", "pruned", "reap"]))
     return front
-
-
-def read_front_matter(card: Path) -> Mapping[str, Any]:
-    """YAML between the first two `---` lines of a card; empty where there is none that can be
-    read.
-    """
-    if not card.is_file():
-        return {}
-    match = re.match(r"\s*---\r?\n(.*?)\r?\n---", card.read_text("utf-8", "replace"), re.DOTALL)
-    try:
-        front = yaml.safe_load(match.group(1)) if match else {}
-    except (
-        yaml.YAMLError
-    ):  # a broken card says nothing about the weights; its fields are not inherited
-        return {}
-    return front if isinstance(front, dict) else {}
 
 
 def _specification(report: "ApplyReport") -> str:
@@ -106,7 +87,7 @@ def _specification(report: "ApplyReport") -> str:
     top_k = " or ".join(map(str, spec.top_k))
     stored = ", ".join(spec.stored)
     if spec.quantisation is not None:
-        stored += f" ({spec.quantisation})"
+        stored += f" ({text(spec.quantisation)})"
     rows = [
         ("parameters", *map(_parameters, spec.parameters)),
         ("parameters used for a token", *map(_parameters, spec.active_parameters)),
@@ -123,10 +104,10 @@ def _specification(report: "ApplyReport") -> str:
         ("stored as", stored, stored),
     ]
     known = [row for row in rows if row[1] is not None]
-    table = _table(("", "original", "pruned"), known)
+    shown = table(("", "original", "pruned"), known)
     if report.mtp_dropped:
-        table += "\nParameters are counted without multi-token-prediction layers.\n"
-    return table
+        shown += "\nParameters are counted without multi-token-prediction layers.\n"
+    return shown
 
 
 def _method(plan: "Plan") -> str:
@@ -134,19 +115,19 @@ def _method(plan: "Plan") -> str:
     found = criterion_named(plan.criterion)
     weights = "as observed"
     if plan.weights is not None:
-        weights = ", ".join(f"{group} {weight:g}" for group, weight in plan.weights.items())
+        weights = ", ".join(f"{text(group)} {weight:g}" for group, weight in plan.weights.items())
     protected = sum(len(experts) for experts in plan.settings.get("protected", {}).values())
     total = sum(layer.num_experts for layer in plan.layers.values())
     removed = sum(len(layer.removed) for layer in plan.layers.values())
     rows = [
-        ("criterion", f"`{plan.criterion}`: {_code(found.formula)}"),
+        ("criterion", f"{code(plan.criterion)}: {code(found.formula)}"),
         ("ratio asked", f"{plan.ratio:g}"),
         ("experts removed", f"{removed:,} of {total:,} ({100 * removed / total:.1f} %)"),
-        ("allocation", plan.allocation),
+        ("allocation", text(plan.allocation)),
         ("weights of calibration groups", weights),
         *([("protected experts", f"{protected:,}")] if protected else []),
-        ("digest of the scores", f"`{plan.scores_digest}`"),
-        ("digest of the model's config", f"`{plan.model.get('config_digest')}`"),
+        ("digest of the scores", code(plan.scores_digest)),
+        ("digest of the model's config", code(plan.model.get("config_digest"))),
         (
             "written by",
             f"reap-kernels {reap_kernels.__version__}, transformers {transformers.__version__}",
@@ -157,8 +138,8 @@ def _method(plan: "Plan") -> str:
         "output, n their number. Each layer lost its lowest-scored experts, as many as the "
         "allocation says.\n"
     )
-    rows += [("note", note) for note in plan.notes]
-    return _table(("setting", "value"), rows) + words
+    rows += [("note", text(note)) for note in plan.notes]
+    return table(("setting", "value"), rows) + words
 
 
 def _calibration(plan: "Plan") -> str:
@@ -168,34 +149,34 @@ def _calibration(plan: "Plan") -> str:
         return "The plan does not record which data its scores are from.\n"
     rows = [
         (
-            entry.group,
-            entry.source,
+            text(entry.group),
+            text(entry.source),
             _count(entry.records),
             _count(entry.tokens),
             "" if entry.share is None else f"{100 * entry.share:.1f} %",
             _count(entry.seq_len),
-            entry.packing or "",
-            f"`{entry.digest}`" if entry.digest else "",
+            text(entry.packing or ""),
+            code(entry.digest or ""),
         )
         for entry in mix
     ]
     columns = ["group", "source", "records", "tokens", "share of tokens", "sequence length"]
     columns += ["packing", "digest of the tokens"]
     used = [n for n in range(len(columns)) if any(row[n] for row in rows)]
-    table = _table([columns[n] for n in used], [[row[n] for n in used] for row in rows])
+    shown = table([columns[n] for n in used], [[row[n] for n in used] for row in rows])
     total = sum(entry.tokens or 0 for entry in mix)
-    return f"{table}\n{total:,} tokens in all.\n"
+    return f"{shown}\n{total:,} tokens in all.\n"
 
 
 def _changes(report: "ApplyReport") -> list[str]:
     """What the run did, and what it left alone."""
     edited = ", ".join(
-        f"{_code(name)} {_code(repr(old))} -> {_code(repr(new))}"
+        f"{code(name)} {code(repr(old))} -> {code(repr(new))}"
         for name, (old, new) in report.edited_config.items()
         if name.partition(".")[0] != SETTINGS
     )
     if not report.uniform:
-        edited += f", and the number of experts of every layer under {_code(SETTINGS)}"
+        edited += f", and the number of experts of every layer under {code(SETTINGS)}"
     lines = [
         "Removed: the weights of the experts that go, and their rows of the router (weight, bias, "
         "correction bias); the experts that stay are numbered anew in their old order.",
@@ -227,7 +208,7 @@ def _changes(report: "ApplyReport") -> list[str]:
 
 def _use(report: "ApplyReport") -> str:
     """How to load it."""
-    name, spec = report.out_path.name, report.specification
+    name, spec = json.dumps(report.out_path.name, ensure_ascii=False), report.specification
     options = 'dtype="auto", device_map="auto"'
     options += ", trust_remote_code=True" if spec.remote_code else ""
     if not report.uniform:
@@ -236,10 +217,10 @@ def _use(report: "ApplyReport") -> str:
             "vLLM and SGLang read one number for all of them: they refuse this checkpoint. The "
             "loader that comes with it needs transformers alone:\n\n"
             "```python\nimport sys\n\n"
-            f'sys.path.insert(0, "{name}")  # load_pruned.py lies beside the weights\n'
+            f"sys.path.insert(0, {name})  # load_pruned.py lies beside the weights\n"
             "from load_pruned import from_pretrained\nfrom transformers import AutoTokenizer\n\n"
-            f'model = from_pretrained("{name}", {options})\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n'
+            f"model = from_pretrained({name}, {options})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({name})\n```\n"
         )
     vision = spec.architecture.endswith("ForConditionalGeneration")
     auto = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
@@ -247,9 +228,9 @@ def _use(report: "ApplyReport") -> str:
     trust = " --trust-remote-code" if spec.remote_code else ""
     return (
         f"```python\nfrom transformers import {', '.join(sorted((auto, reader)))}\n\n"
-        f'model = {auto}.from_pretrained("{name}", {options})\n'
-        f'{word} = {reader}.from_pretrained("{name}")\n```\n\n'
-        f"```sh\nvllm serve {name}{trust}\n```\n"
+        f"model = {auto}.from_pretrained({name}, {options})\n"
+        f"{word} = {reader}.from_pretrained({name})\n```\n\n"
+        f"```sh\nvllm serve {shlex.quote(report.out_path.name)}{trust}\n```\n"
     )
 
 
@@ -264,10 +245,12 @@ def _limitations(report: "ApplyReport") -> list[str]:
     ]
 
 
-def _licence(source: str, inherited: Mapping[str, Any]) -> str:
+def _licence(source: str, inherited: Mapping[str, Any] | None) -> str:
     """Whose terms apply."""
+    if inherited is None:
+        return f"That of {_name(source)} applies; the front matter of its card cannot be read.\n"
     named = inherited.get("license_name") or inherited.get("license")
-    terms = f": {named}" if isinstance(named, str) else "; its card names none"
+    terms = f": {text(named)}" if isinstance(named, str) else "; its card names none"
     return f"That of {_name(source)} applies{terms}.\n"
 
 
@@ -299,7 +282,7 @@ def _count(number: int | None) -> str:
 
 
 def _names(names: Iterable[str]) -> str:
-    return ", ".join(map(_code, names))
+    return ", ".join(map(code, names))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -307,29 +290,13 @@ def _listed(names: Sequence[str]) -> str:
     return _names(names[:2]) + (", ..." if len(names) > 2 else "")
 
 
-def _code(text: str) -> str:
-    """Text as code."""
-    return f"`{text}`"
-
-
 def _name(source: str) -> str:
     hub = f"[{source}](https://huggingface.co/{source})"
-    return hub if _is_hub_id(source) else _code(source)
+    return hub if _is_hub_id(source) else code(source)
 
 
 def _is_hub_id(source: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
-
-
-def _bullets(lines: Iterable[str]) -> str:
-    return "".join(f"- {line}\n" for line in lines)
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in lines)
-
-
-def _cell(value: object) -> str:
-    """Text in one cell, whatever is in it."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return (
+        re.fullmatch(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", source, re.ASCII | re.IGNORECASE)
+        is not None
+    )

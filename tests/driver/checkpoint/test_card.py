@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from reap_driver.checkpoint import apply_plan
+from reap_driver.checkpoint.card import model_card
+from reap_driver.checkpoint.front_matter import inherited_fields
 from reap_driver.checkpoint.report import ApplyReport
+from reap_driver.checkpoint.source import open_source
 from reap_driver.checkpoint.specification import specify
 from reap_driver.compat.models import load_config, meta_model
 from reap_driver.discover import find_moe_layers
 from reap_driver.loading import load_model
+from reap_driver.plan import Plan
 from reap_driver.sizing.model import model_sizes
 from tests.driver import zoo
 from tests.driver.checkpoint import saved
@@ -96,7 +101,7 @@ def test_the_mix_has_proportions_and_no_paths(tmp_path: Path) -> None:
     headings, *rows = tables(card)["Calibration data"]
     mix = [dict(zip(headings, row, strict=True)) for row in rows]
     assert [entry["group"] for entry in mix] == ["code", "a|b"]
-    assert [entry["source"] for entry in mix] == ["code.jsonl", "acme/tools[x](train)"]
+    assert [entry["source"] for entry in mix] == ["code.jsonl", "`acme/tools[x](train)`"]
     assert [entry["tokens"] for entry in mix] == ["3,000", "1,000"]
     assert [entry["records"] for entry in mix] == ["30", "7"]
     assert [entry["share of tokens"] for entry in mix] == ["75.0 %", "25.0 %"]
@@ -175,3 +180,128 @@ def test_the_licence_is_inherited(tmp_path: Path) -> None:
 def test_a_source_without_a_licence_names_none(tmp_path: Path) -> None:
     card, _ = write(tmp_path)
     assert "its card names none" in card
+
+
+BROKEN = {
+    "no such date": "date: 2024-13-01\nlicense: !!timestamp 2024-13-01",
+    "aliases": "a: &a [x, x]\nb: &b [*a, *a]\nlicense: mit\ntags: *b",
+    "recursion": "license: &a [*a]",
+    "nesting": "license: " + "[" * 5000,
+    "unclosed": "license: [unclosed",
+    "no fields": "- license",
+    "surrogates": 'license: "\\ud800"',
+    "twice": "license: mit\nlicense: other",
+    "tag of a program": "license: !!python/object/apply:os.system [true]",
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint without a card."""
+    folder = tmp_path_factory.mktemp("card")
+    saved.save("qwen3_moe", folder / "full", vocab_size=259)
+    return folder / "full"
+
+
+@pytest.mark.parametrize("front", BROKEN.values(), ids=BROKEN)
+def test_a_broken_front_matter_is_left_out_and_said(source: Path, front: str) -> None:
+    (source / "README.md").write_text(f"---\n{front}\n---\n")
+    fields, note = inherited_fields(open_source(source))
+    assert fields is None
+    assert note is not None
+    assert "README.md" in note
+    assert "repeats no license and no tags" in note
+
+
+def test_a_broken_card_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "README.md").write_text(f"---\n{BROKEN['unclosed']}\n---\n")
+    card, report = write(tmp_path)
+    assert "applies; the front matter of its card cannot be read" in card
+    assert sorted(yaml.safe_load(card.split("---")[1])) == ["base_model", "tags"]
+    assert str(tmp_path) not in card
+    note = report.warnings[-1]
+    assert "README.md: is not YAML" in note
+
+
+def test_of_a_front_matter_texts_are_repeated(source: Path) -> None:
+    front = "date: 2024-13-01\nlicense: mit\nlanguage: [en, de]\npipeline_tag: {a: 1}\ntags: [1, x]"
+    (source / "README.md").write_text(f"\n---\n{front}\n---\n")
+    assert inherited_fields(open_source(source)) == (
+        {"license": "mit", "language": ["en", "de"]},
+        None,
+    )
+
+
+def test_what_a_link_leads_to_is_not_read(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "private.md").write_text("---\nlicense: secret\n---\n")
+    (source / "README.md").unlink(missing_ok=True)
+    (source / "README.md").symlink_to(tmp_path / "private.md")
+    fields, note = inherited_fields(open_source(source))
+    assert (fields, "is a symbolic link to" in str(note)) == (None, True)
+    (source / "README.md").unlink()
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "[click](javascript:alert(1))",
+    "![x](http://evil.example/pixel.png)",
+    "http://evil.example",
+    "www.evil.example",
+    "someone@evil.example",
+    "`</code><b>x</b>`",
+    "``` ` ``<b>",
+    "a\\|<b>x</b>",
+    "a\\\\|[x](http://evil.example)",
+    "x\n\n# Heading\n<b>",
+    "__bold__ and *this*",
+    "&lt;b&gt; &#60;",
+    "$x$ ~~x~~ #1",
+    "safe\u202egnp.exe\x1b[31m",
+]
+
+
+@pytest.fixture(scope="module")
+def written(source: Path) -> tuple[Plan, ApplyReport]:
+    """A plan and what applying it came to."""
+    plan = saved.make_plan(source, meta_model(load_config(source)))
+    return plan, apply_plan(source, plan, source.with_name("out"))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_from_elsewhere_do_nothing(written: tuple[Plan, ApplyReport], name: str) -> None:
+    """Without blocks and spans of code, nothing of a name is left in the card."""
+    plan, report = written
+    changed = dataclasses.replace(
+        plan,
+        data=[{**DATA[0], "group": name, "source": name, "packing": name, "digest": name}],
+        weights={name: 1.0},
+        allocation=name,
+        notes=[name],
+        model={**plan.model, "id": name},
+        scores_digest=name,
+    )
+    card = model_card({"license_name": name, "tags": [name]}, changed, report)
+    front, body = re.findall(r"\A---\n(.*?)^---\n(.*)", card, re.DOTALL | re.MULTILINE)[0]
+    assert yaml.safe_load(front)["license_name"] == name
+    inert = outside_code(body)
+    for word in ("<", "evil", "alert", "javascript", "**", "__", "Heading", "\u202e", "\x1b", "~~"):
+        assert word not in inert
+    assert {len(row) for row in cells(body)["Calibration data"]} == {8}
+
+
+def outside_code(body: str) -> str:
+    """A card as its renderer sees it, without blocks and spans of code."""
+    lines = re.sub(r"^```.*?^```", "", body, flags=re.DOTALL | re.MULTILINE).splitlines()
+    return "\n".join(re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", line) for line in lines)
+
+
+def cells(body: str) -> dict[str, list[list[str]]]:
+    """Section -> cells of its rows, as GitHub divides them: a backslash escapes what follows."""
+    found: dict[str, list[list[str]]] = {}
+    for part in body.split("\n## ")[1:]:
+        title, _, section = part.partition("\n")
+        rows = [line for line in section.splitlines() if line.startswith("|")]
+        found[title] = [re.findall(r"((?:\\.|[^|\\])+)\|", row[1:]) for row in rows]
+    return found

@@ -10,7 +10,6 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from reap_driver.checkpoint import apply_plan
-from reap_driver.checkpoint.card import read_front_matter
 from reap_driver.checkpoint.checks import served_warning
 from reap_driver.checkpoint.config_edit import count_sites, with_count
 from reap_driver.compat.models import load_config, meta_model
@@ -144,15 +143,6 @@ def test_card_says_what_was_done(full: Path, tmp_path: Path) -> None:
     assert f"{report.tensor_bytes:,}" in card
     assert "2510.13999" in card
     assert "vllm serve" in card
-
-
-def test_broken_card_of_the_source_is_no_obstacle(full: Path, tmp_path: Path) -> None:
-    (full / "README.md").write_text("---\nlicense: [unclosed\n---\n")
-    assert read_front_matter(full / "README.md") == {}
-    apply(full, tmp_path / "out")
-    assert "license" not in yaml.safe_load(
-        (tmp_path / "out" / "README.md").read_text().split("---")[1]
-    )
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@ output is an ordinary folder, and the cache stays as it is."""
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 
 from reap_driver.checkpoint import apply_plan
+from reap_driver.checkpoint.source import open_source
 from reap_driver.compat.models import load_config, meta_model
 from reap_driver.plan import Plan
 from reap_kernels.errors import CheckpointError
@@ -163,3 +165,67 @@ def test_link_as_output_is_refused(plan: Plan, snapshot: Path, tmp_path: Path) -
         with pytest.raises(CheckpointError, match="link: is not a folder"):
             apply_plan(snapshot, plan, tmp_path / "link", overwrite=True)
         assert everything(tmp_path) == before
+
+
+def fifo(path: Path, _: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path, _: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def outside(path: Path, elsewhere: Path) -> None:
+    path.symlink_to(elsewhere / "private.txt")
+
+
+def folder_outside(path: Path, elsewhere: Path) -> None:
+    path.symlink_to(elsewhere, target_is_directory=True)
+
+
+def through_a_link_inside(path: Path, elsewhere: Path) -> None:
+    path.with_name(".hidden").symlink_to(elsewhere / "private.txt")
+    path.symlink_to(".hidden")
+
+
+@pytest.mark.parametrize("make", [fifo, device, outside, folder_outside, through_a_link_inside])
+@pytest.mark.parametrize("name", ["tokenizer.model", "templates/new.jinja"])
+def test_what_is_no_file_of_the_checkpoint_is_not_copied(
+    full: Path, plan: Plan, tmp_path: Path, make: Callable[[Path, Path], None], name: str
+) -> None:
+    """A link would publish a file of this machine, a pipe would never end."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "private.txt").write_text("secret")
+    make(full / name, elsewhere)
+    says = (
+        "neither a file nor a folder"
+        if make is fifo
+        else "a symbolic link to .*, no file of this checkpoint"
+    )
+    with pytest.raises(CheckpointError, match=rf"{name}: is {says}, so it is not copied; put a"):
+        apply_plan(full, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert open_source(full).tensors  # which can be observed
+
+
+def test_links_inside_and_hidden_files(full: Path, plan: Plan, tmp_path: Path) -> None:
+    (full / "vocab.txt").symlink_to("tokenizer.json")
+    for name in (".env", "templates/.netrc"):
+        (full / name).write_text("secret")
+    report = apply_plan(full, plan, tmp_path / "out")
+    assert (tmp_path / "out" / "vocab.txt").read_text() == "{}"
+    assert not (tmp_path / "out" / "vocab.txt").is_symlink()
+    assert report.left_out == [".env", "templates/.netrc"]
+    assert list((tmp_path / "out").rglob(".*")) == []
+
+
+def test_a_blob_that_leads_out_of_the_cache(snapshot: Path, plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "private.txt").write_text("secret")
+    blob = snapshot.parents[1] / "blobs" / "planted"
+    blob.symlink_to(tmp_path / "private.txt")
+    (snapshot / "vocab.txt").symlink_to("../../blobs/planted")
+    with pytest.raises(
+        CheckpointError, match=r"vocab\.txt: is a symbolic link to \.\./\.\./blobs/pl"
+    ):
+        apply_plan(snapshot, plan, tmp_path / "out")
