@@ -153,7 +153,6 @@ def check_plan(
     check_target(out, folder, overwrite=overwrite)
     options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
     job = _prepare(folder, plan, options)
-    model_card(job.inherited, job.plan, _report(job, out, 0))
     rehearse(out, needed=job.bytes_needed())
 
 

@@ -60,6 +60,10 @@ class Model:
         """
         return open_source(resolve_folder(self.path))
 
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a file is not as it was when `source` was first asked for."""
+        self.source.pins.check()
+
     def check_files(self) -> None:
         """Raises before anything else is done what `source` would raise, and for weights in a
         format that cannot be observed.

@@ -187,12 +187,13 @@ def _together(sizes: Sequence[ModelSizes]) -> ModelSizes:
     )
 
 
-def _loaded(
-    args: argparse.Namespace, model: Model, console: Console
-) -> contextlib.AbstractContextManager[PreTrainedModel]:
+@contextlib.contextmanager
+def _loaded(args: argparse.Namespace, model: Model, console: Console) -> Iterator[PreTrainedModel]:
     """One model in memory; what a device map puts on the disk goes to the temporary folder."""
     beside = Path(tempfile.gettempdir(), "reap-compare")
-    return running.in_memory(args, model.path, beside, console)
+    with running.in_memory(args, model.path, beside, console) as loaded:
+        model.check_unchanged()
+        yield loaded
 
 
 def _streamed(
@@ -206,6 +207,7 @@ def _streamed(
         for number, model in enumerate(pair.models):
             device = calibrate.device_of(args)
             models.append(stack.enter_context(open_streamed(model.path, device=device, **options)))
+            model.check_unchanged()
             stores.append(StateStore(place, device, folder / str(number)))
             stack.callback(stores[-1].close)
         return compare_streamed(

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
         calibrate.check_packing(args, model.meta.config, model.layers)
         sources = calibrate.read_data(args, wanted, model.config, seq_len, console)
         with running.observed(args, model, sources, console, world) as found:
-            return None if found is None else _write(args, found, console)
+            return None if found is None else _write(args, model, found, console)
 
 
 def _writing(args: argparse.Namespace) -> dict[str, Any]:
@@ -106,7 +106,9 @@ def _check_writing(args: argparse.Namespace, model: "Model", console: Console) -
         console.note(advice)
 
 
-def _write(args: argparse.Namespace, found: "Observed", console: Console) -> dict[str, Any]:
+def _write(
+    args: argparse.Namespace, model: "Model", found: "Observed", console: Console
+) -> dict[str, Any]:
     """Ranks, plans, and writes the checkpoint."""
     from reap_driver.checkpoint import apply_plan
     from reap_driver.commands import calibrate
@@ -123,6 +125,7 @@ def _write(args: argparse.Namespace, found: "Observed", console: Console) -> dic
         console.note(note)
     console.say(plan.describe(chosen))
 
+    model.check_unchanged()  # the plan is of the files that were observed
     with console.progress("writing", "B") as progress:
         report = apply_plan(
             args.model,

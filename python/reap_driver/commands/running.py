@@ -283,6 +283,7 @@ def _run(
     before = 0.0 if entry is None else entry.seconds
     total = sum(source.tokens for source in sources) // ranks.size
     with _listening(journal, console) as stop, holding(args, how, ranks, console) as held:
+        model.check_unchanged()  # the files that were loaded are those that were inspected
         observer = observe(held.model, backend=args.backend)
         _prepare(observer, sources, batches, how, entry)
         with console.progress("observing", "tok", total) as progress:

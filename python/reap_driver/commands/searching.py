@@ -65,6 +65,7 @@ def searched(args: argparse.Namespace, console: Console) -> Iterator[tuple[Found
         else:
             state.remove()
         with running.holding(args, how, _ALONE, console) as held:
+            model.check_unchanged()
             parts = _parts(args, model, sources, how)
             job = _Job(task, settings, state, saved, args.backend)
             yield _run(held.model, parts, job, console)
