@@ -2,7 +2,6 @@
 
 import argparse
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ if TYPE_CHECKING:  # they import torch, and --help must not
     from reap_driver.criteria import Scores
     from reap_driver.plan import Plan
     from reap_kernels import SaliencyStats
+    from reap_kernels.schema import Kind
 
 SUPER = "super"
 # What --protect takes: SUPER, ids of layers, or a file of them.
@@ -158,18 +158,14 @@ def _protected(
     """{layer: ids} of everything --protect names."""
     from reap_driver.allocate import protected_experts, super_experts
     from reap_driver.criteria import score
-    from reap_kernels.errors import DataError
 
     wanted: list[tuple[str, tuple[int, ...]]] = []
     for what in args.protect:
         if isinstance(what, tuple):
             wanted.append(what)
         elif isinstance(what, Path):
-            for layer, ids in _read(what).items():
-                listed = ids if isinstance(ids, list) else [ids]
-                if not all(isinstance(e, int) and not isinstance(e, bool) for e in listed):
-                    raise DataError(f"{what}: {layer}: {ids!r} is no list of expert ids")
-                wanted.append((layer, tuple(listed)))
+            for layer, ids in _read(what, _Experts()).items():
+                wanted.append((layer, tuple(ids if isinstance(ids, list) else [ids])))
         elif stats is not None:
             peaks = super_experts(score(stats, "max_activation"))
             wanted += [(layer, tuple(ids)) for layer, ids in peaks.items()]
@@ -183,15 +179,12 @@ def _layer_ratios(
     that were observed.
     """
     from reap_driver.allocate import select_layers
-    from reap_kernels.errors import DataError, PlanError
+    from reap_kernels.errors import PlanError
+    from reap_kernels.schema import Real
 
+    path, share = args.layer_ratios, Real(low=0, below=1)
     found: dict[str, float] = {}
-    for selector, ratio in (_read(args.layer_ratios) if args.layer_ratios else {}).items():
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-            raise DataError(
-                f"{args.layer_ratios}: {selector}: {ratio!r} is no ratio; give a number from 0 "
-                "(keeps all) to below 1"
-            )
+    for selector, ratio in (_read(path, share) if path else {}).items():
         found |= dict.fromkeys(select_layers(selector, [*layers, *unobserved]), float(ratio))
     first, last = args.skip_first, args.skip_last
     if first + last >= len(layers) > 0:
@@ -203,23 +196,35 @@ def _layer_ratios(
     return found | dict.fromkeys(skipped, 0.0)
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    """A JSON or YAML mapping; keys become text, since layers can be numbers."""
-    import yaml  # type: ignore[import-untyped]
+class _Experts:
+    """An id of an expert, or a list of them."""
 
+    def check(self, value: Any, at: str) -> None:
+        from reap_kernels.schema import Int, ListOf
+
+        ids = Int()
+        (ListOf(ids) if isinstance(value, list) else ids).check(value, at)
+
+
+def _read(path: Path, kind: "Kind") -> dict[str, Any]:
+    """A JSON or YAML mapping from layers to what `kind` says; layers can be numbers there.
+
+    Raises:
+        DataError: the file cannot be read, or a value in it is something else.
+    """
+    from reap_driver.yaml_text import MAX_BYTES, parse_yaml
+    from reap_kernels.documents import read_bytes
     from reap_kernels.errors import DataError
+    from reap_kernels.schema import MapOf, Mismatch, check
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        where = getattr(error, "problem_mark", None)
-        at = f", line {where.line + 1}" if where is not None else ""
-        raise DataError(f"{path} is neither JSON nor YAML{at}; correct the file") from error
-    if not isinstance(content, dict) or not content:
-        raise DataError(f"{path} holds no mapping from layers; see --help for what it should hold")
-    return {str(key): value for key, value in content.items()}
+        content: dict[str, Any] = parse_yaml(read_bytes(path, MAX_BYTES))  # JSON is YAML
+        check(content, MapOf(kind, shortest=1))
+    except Mismatch as error:
+        raise DataError(f"{path}: {error}; see --help for what it should hold") from error
+    except ValueError as error:
+        raise DataError(f"{path} {error}; correct the file") from error
+    return content
 
 
 def criterion(text: str) -> str:
