@@ -17,7 +17,7 @@ from reap_driver.checkpoint.derive import ExpertDim, ExpertLayout
 from reap_driver.checkpoint.layouts import Matrix, Stored
 from reap_driver.checkpoint.lists import ExpertList, list_prefixes
 from reap_driver.checkpoint.mtp import Cut, MtpKeys
-from reap_driver.checkpoint.quantization import Quantization
+from reap_driver.checkpoint.quantization import PACKED, Quantization
 from reap_driver.checkpoint.routing_table import ID_TABLES
 from reap_driver.checkpoint.safetensors_file import TensorEntry
 from reap_driver.compat.conversion import KeyMap, Target
@@ -174,14 +174,15 @@ class KeyDecider:
         if self._is_packed_stack(entry, target):
             return self._cut_stored(key, target.name, "weight")
         if len(target.names) == 1 and target.pattern is None:
-            if entry.shape != self._old_shapes[target.name] and self._quantization.method:
+            fits = entry.shape == self._old_shapes[target.name]
+            if not fits and self._quantization.is_behind([entry]):
                 return self._cut_stored(key, target.name, "weight")
-            candidates = [dims[0].dim] if entry.shape == self._old_shapes[target.name] else []
+            candidates = [dims[0].dim] if fits else []
         else:
             candidates = [d for d, n in enumerate(entry.shape) if n == length]
         if len(candidates) > 1:
             candidates = [d for d in candidates if self._fits(key, target, d, dims[0])]
-        if len(candidates) != 1 and self._quantization.method:
+        if len(candidates) != 1 and self._quantization.is_behind([entry]):
             raise UnsupportedModel(
                 f"{key}: {entry.dtype} {list(entry.shape)} stores {target.name} "
                 f"{list(self._old_shapes[target.name])} in a layout that is not read "
@@ -208,11 +209,10 @@ class KeyDecider:
     def _is_packed_stack(self, entry: TensorEntry, target: Target) -> bool:
         """Whether a quantizer packed stacked experts, of whose shape a conversion knows nothing."""
         return (
-            self._quantization.method is not None
-            and target.pattern is not None
+            target.pattern is not None
             and len(target.names) == 1
             and len(self._old_shapes[target.name]) > 2
-            and entry.dtype in _INTEGERS
+            and entry.dtype in PACKED
         )
 
     def _fits(self, key: str, target: Target, dim: int, expert: ExpertDim) -> bool:
@@ -304,7 +304,7 @@ class KeyDecider:
     def _check_covered(self) -> None:
         """Every tensor that holds experts was found on disk."""
         missing = sorted(self._layout.tensors.keys() - self._covered)
-        if missing and self._quantization.method:
+        if missing and self._quantization.is_behind(self._tensors.values()):
             raise UnsupportedModel(
                 f"{self._folder}: no tensor on disk is known to store {missing[0]} "
                 f"({len(missing)} such): the checkpoint is incomplete, or its layout is not read "

@@ -1,10 +1,11 @@
 """Which quantizer stored a checkpoint, as its configuration files say it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reap_driver.checkpoint.safetensors_file import TensorEntry
 from reap_driver.checkpoint.source import Source, read_json
 
 # Fields of config.json, at any depth, that hold a quantizer's settings.
@@ -17,6 +18,8 @@ SETTINGS_FILES = {
     "quant_config.json": "awq",
     "hf_quant_config.json": "modelopt",
 }
+# Dtypes of quantized values packed into other shapes than the model's.
+PACKED = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "F4", "F6_E2M3", "F6_E3M2"})
 # Values of `format` (older: `checkpoint_format`) whose packing is the one described in layouts.py.
 _GPTQ_FORMATS = frozenset({"gptq", "gptq_v2"})
 
@@ -32,6 +35,13 @@ class Quantization:
 
     method: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def is_behind(self, entries: Iterable[TensorEntry]) -> bool:
+        """Whether tensors that do not fit the model may be a quantizer's: its settings are there,
+        or a dtype that packs values.
+        """
+        found = self.method is not None or bool(self.settings)
+        return found or any(entry.dtype in PACKED for entry in entries)
 
     @property
     def packing(self) -> str | None:
@@ -65,7 +75,7 @@ class Quantization:
 
     def __str__(self) -> str:
         if self.method is None:
-            return "config.json names no quantizer"
+            return f"{'its settings name' if self.settings else 'config.json names'} no quantizer"
         names = ("format", "checkpoint_format", "packing_format", "version", "quant_algo")
         stated = [f"{name} {self.settings[name]!r}" for name in names if name in self.settings]
         return ", ".join([f"quant_method is {self.method!r}", *stated])

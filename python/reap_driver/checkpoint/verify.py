@@ -5,15 +5,11 @@ expects.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from reap_driver.checkpoint.quantization import Quantization
+from reap_driver.checkpoint.quantization import PACKED, Quantization
 from reap_driver.checkpoint.safetensors_file import TensorEntry
 from reap_driver.checkpoint.stream import OutTensor
 from reap_driver.compat.conversion import KeyMap, LoadedShapes
 from reap_kernels.errors import CheckpointError, UnsupportedModel
-
-# Quantised values packed into other shapes than the model's: their shapes say nothing until they
-# are unpacked.
-_PACKED = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "F4", "F6_E2M3", "F6_E3M2"})
 
 
 @dataclass(frozen=True)
@@ -38,11 +34,11 @@ def check_source(
     packed = set()
     for name, problem in _problems(loaded, keys).items():
         sources = [tensors[key] for key in loaded.sources[name]]
-        if any(entry.dtype in _PACKED for entry in sources):
+        if any(entry.dtype in PACKED for entry in sources):
             packed.add(name)
             continue
         key = loaded.sources[name][0]
-        if quantization.method is not None:
+        if quantization.is_behind(sources):
             raise UnsupportedModel(
                 f"{tensors[key].file}: tensor {key!r}, {tensors[key].dtype} "
                 f"{list(tensors[key].shape)}, does not fit {config_file}: {problem}. This layout "

@@ -560,29 +560,40 @@ def test_packed_stacks_are_cut_where_lengths_cannot_tell(tmp_path: Path) -> None
 
 
 LAYOUTS = [
-    ("qwen3_moe", "model.layers.1.mlp.experts.mystery", "experts"),
-    ("qwen3_moe", "model.layers.1.mlp.gate.W_q", "gate"),
+    ("experts.mystery", "experts", torch.float32),
+    ("gate.W_q", "gate", torch.float32),
+    ("gate.weight", "gate", torch.uint8),
+    ("switch_mlp.up_proj.weight", "experts", torch.int32),  # MLX
 ]
 
 
-@pytest.mark.parametrize(("name", "key", "what"), LAYOUTS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantization_config": {"quant_method": "hqq"}},
+        {"quantization": {"bits": 4, "group_size": 64}},
+        {},
+    ],
+)
+@pytest.mark.parametrize(("leaf", "what", "dtype"), LAYOUTS)
 def test_an_unknown_layout_is_not_called_a_broken_checkpoint(
-    name: str, key: str, what: str, tmp_path: Path
+    leaf: str, what: str, dtype: torch.dtype, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = saved.save(name, tmp_path / "full")
-    plan = saved.make_plan(tmp_path / "full", model)
-    gone = f"model.layers.1.mlp.{what}"
+    model = saved.save("qwen3_moe", tmp_path / "full")
+    gone, key = f"model.layers.1.mlp.{what}", f"model.layers.1.mlp.{leaf}"
+    new = {key: torch.ones(8, 3, dtype=dtype)}
 
     def change(old: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {**{k: v for k, v in old.items() if not k.startswith(gone)}, key: torch.ones(8, 3)}
+        return {**{k: v for k, v in old.items() if not k.startswith(gone)}, **new}
 
     saved.change_tensors(tmp_path / "full", change)
-    saved.change_config(tmp_path / "full", quantization_config={"quant_method": "hqq"})
+    saved.change_config(tmp_path / "full", **settings)
+    plan = saved.make_plan(tmp_path / "full", model)
     with pytest.raises(ReapError) as caught:
         apply_plan(tmp_path / "full", plan, tmp_path / "out")
     message = str(caught.value)
     assert "layout" in message
     assert "not read" in message
-    assert "hqq" in message
+    assert ("hqq" if "quantization_config" in settings else "no quantizer") in message
     assert "one checkpoint" not in message
     assert "another config" not in message
