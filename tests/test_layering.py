@@ -22,7 +22,16 @@ KERNEL_ORDER = (
     ("layer", "compare"),
     ("doctor", "tune", "__init__"),
 )
-DECISIONS = ("criteria", "allocate", "plan", "planning", "unreached", "stability", "student")
+DECISIONS = (
+    "criteria",
+    "own_criteria",
+    "allocate",
+    "plan",
+    "planning",
+    "unreached",
+    "stability",
+    "student",
+)
 FORBIDDEN_IN_KERNELS = ("transformers", "accelerate", "datasets", "tokenizers", "reap_driver")
 
 

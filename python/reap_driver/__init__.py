@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from reap_driver.compare import Comparison, compare
     from reap_driver.compat.models import load_config
     from reap_driver.criteria import Scores, score
-    from reap_driver.discover import MoELayer, find_moe_layers
+    from reap_driver.discover import MoELayer, find_moe_layers, record_of
     from reap_driver.integrity import orphans, retained
     from reap_driver.loading import load_model
     from reap_driver.observe import Observer, observe
@@ -57,6 +57,7 @@ _HOMES = {
     "orphans": "reap_driver.integrity",
     "plan_of_removals": "reap_driver.planning",
     "random_plan": "reap_driver.planning",
+    "record_of": "reap_driver.discover",
     "retained": "reap_driver.integrity",
     "save_masks": "reap_driver.checkpoint.masks",
     "score": "reap_driver.criteria",
@@ -88,6 +89,7 @@ __all__ = [
     "orphans",
     "plan_of_removals",
     "random_plan",
+    "record_of",
     "retained",
     "save_masks",
     "score",

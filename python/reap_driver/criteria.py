@@ -20,7 +20,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,27 @@ def criterion_named(name: str) -> Criterion:
     )
 
 
+def known_criterion(name: str) -> Criterion | None:
+    """The criterion of a name; None where it is not of this package, so that nothing is known of
+    it.
+    """
+    try:
+        return criterion_named(name)
+    except ValueError:
+        return None
+
+
+def named(name: str) -> str:
+    """A criterion with its formula, where it has one that is known."""
+    found = known_criterion(name)
+    return name if found is None else f"{name}: {found.formula}"
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a name means a criterion of this package, or looks as if it did."""
+    return name in CRITERIA or bool(_RANDOM.fullmatch(name) or _GENERIC.fullmatch(name))
+
+
 class Scores(_Values):
     """Scores of every MoE layer: {layer name: float64 tensor [E]}, with where they came from.
 
@@ -153,29 +174,48 @@ class Scores(_Values):
 
 
 def score(
-    stats: SaliencyStats, criterion: str = "reap", weights: Mapping[str, float] | None = None
+    stats: SaliencyStats,
+    criterion: str | Callable[[LayerStats], Tensor | Sequence[float]] = "reap",
+    weights: Mapping[str, float] | None = None,
+    *,
+    name: str | None = None,
 ) -> Scores:
     """Scores the experts of every layer.
 
     Args:
         stats: observed statistics.
-        criterion: a name, see `criterion_named`.
+        criterion: a name, see `criterion_named`; or a function of a layer's `LayerStats` (fields
+            [G, E] on the CPU, the groups in the order of `stats.groups`) that returns a score for
+            each expert, [E], the higher the worthier.
         weights: {group: share}, one for every observed group, not negative; they are divided by
             their sum. Sums and counts of group G are then multiplied by share_G * T / T_G, where
             T_G are the tokens the layer saw in the group and T those of all groups: the scores are
             what a calibration set with those shares of tokens would have given. A share of 0 leaves
             a group out. None takes the groups as they were observed. Extrema have no amount:
-            `max_activation` takes the maximum over groups with a share above 0.
+            `max_activation` takes the maximum over groups with a share above 0. A function sees
+            all groups and has no use for them.
+        name: of a function, in plans, cards and reports; default its own.
 
     Returns:
         {layer: float64 [E]} on the CPU.
 
     Raises:
         PlanError: unknown criterion, or one whose sum is not recorded; weights that do not name
-            exactly the observed groups, or are negative, not finite or all 0.
+            exactly the observed groups, or are negative, not finite or all 0; a function that does
+            not return a finite number for each expert.
         DataError: an expert produced NaN or Inf; a layer saw no token, or no token of a group with
-            a share above 0.
+            a share above 0; scores leave the range of float64.
+
+    Example:
+        >>> score(stats, lambda layer: layer.total().norm_sum[0], name="work").criterion
+        'work'
     """
+    from reap_kernels.errors import PlanError
+
+    if not isinstance(criterion, str):
+        return _own(stats, criterion, weights, name)
+    if name is not None:
+        raise PlanError(f"name {name!r} is for a function; criterion {criterion!r} has its own")
     found = checked_criterion(criterion)
     wanted = None if weights is None else shares(stats.groups, weights)
     stats.check_finite()
@@ -188,6 +228,25 @@ def score(
         sizes = {name: layer.num_experts for name, layer in stats.layers.items()}
         values = random_values(sizes, found.seed)
     return Scores(values, criterion=criterion, weights=weights, provenance=stats.provenance)
+
+
+def _own(
+    stats: SaliencyStats,
+    criterion: Callable[[LayerStats], Tensor | Sequence[float]],
+    weights: Mapping[str, float] | None,
+    name: str | None,
+) -> Scores:
+    """Scores by a function."""
+    from reap_driver.own_criteria import scored_by
+    from reap_kernels.errors import PlanError
+
+    if weights is not None:
+        raise PlanError(
+            "weights have no effect on a criterion of your own, which sees every group; weigh the "
+            "groups in the function"
+        )
+    stats.check_finite()
+    return scored_by(stats, criterion, name)
 
 
 def checked_criterion(name: str) -> Criterion:
@@ -265,12 +324,19 @@ def _score_layer(
         peak = high.maximum(-low).double()  # -inf where never routed
         values = peak.where(rows > 0, peak.new_zeros(()))
     else:
-        values = family(mixed(getattr(layer, criterion.field), factors), rows, criterion.b)
+        sums = mixed(getattr(layer, criterion.field), factors)
+        values = family(sums, rows, criterion.b)
+        lost = ((values == 0) & (sums != 0)).nonzero().flatten().tolist()
+        if lost:
+            raise DataError(
+                f"layer {name}: scores of experts {lost[:8]} by {criterion.formula} are too small "
+                "for float64, so they could not be told apart; use a smaller b"
+            )
     if not values.isfinite().all():
         experts = (~values.isfinite()).nonzero().flatten().tolist()
         raise DataError(
-            f"layer {name}: scores of experts {experts[:8]} are not finite; check the router's "
-            "weights, or load the model in a wider dtype"
+            f"layer {name}: scores of experts {experts[:8]} by {criterion.formula} are not finite; "
+            "check the router's weights, or load the model in a wider dtype"
         )
     return values
 

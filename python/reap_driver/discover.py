@@ -108,20 +108,22 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
 
 
 def record_of(
-    model: PreTrainedModel, layers: Sequence[MoELayer], name: str | None = None
+    model: PreTrainedModel, layers: Sequence[MoELayer] | None = None, name: str | None = None
 ) -> dict[str, Any]:
     """What identifies a model in the provenance of statistics and plans, JSON-serialisable.
 
     Args:
         model: the model, which may be on the meta device.
-        layers: those of `find_moe_layers` to describe.
+        layers: those of `find_moe_layers` to describe; default all.
         name: path or hub id of the model; by default what its configuration says.
 
     Returns:
         `model` (id, digest and fields of the configuration, ...) and `layers` {name: facts}, as
         `reap_kernels.model_match.differences` compares them.
     """
+    model = plain_model(model)
     config = model.config
+    layers = find_moe_layers(model) if layers is None else layers
     return {
         "model": {
             "id": str(getattr(config, "_name_or_path", "") or "") if name is None else name,

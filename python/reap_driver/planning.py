@@ -3,6 +3,8 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from reap_driver.allocate import (
     Budget,
     check_ratio,
@@ -13,8 +15,10 @@ from reap_driver.allocate import (
     uniform,
 )
 from reap_driver.criteria import Scores, random_values
+from reap_driver.own_criteria import check_decides, check_scores, plain_scores
 from reap_driver.plan import LayerPlan, Plan, deciding_facts
 from reap_driver.unreached import unreached, unreached_notes
+from reap_kernels import SaliencyStats
 from reap_kernels.errors import PlanError
 
 # How `make_plan` can share out what is removed among layers.
@@ -22,9 +26,11 @@ ALLOCATIONS = ("uniform", "global")
 
 
 def make_plan(
-    scores: Scores,
+    scores: Scores | Mapping[str, Tensor | Sequence[float]],
     ratio: float = 0.5,
     *,
+    criterion: str | None = None,
+    of: SaliencyStats | Mapping[str, Any] | None = None,
     allocation: str = "uniform",
     protected: Mapping[str, Collection[int]] | None = None,
     layer_ratios: Mapping[str, float] | None = None,
@@ -33,7 +39,11 @@ def make_plan(
     """Decides which experts every layer keeps.
 
     Args:
-        scores: of every MoE layer, from `reap_driver.score`.
+        scores: of every MoE layer, from `reap_driver.score`; or scores of your own {layer: [E]}, a
+            tensor or list of finite numbers, the higher the worthier.
+        criterion: what scores of your own are called, in plans, cards and reports.
+        of: statistics of the model that scores of your own are of, or its record as
+            `reap_driver.record_of` gives it: they say how its layers route.
         ratio: share of experts to remove, 0 < ratio < 1; see `reap_driver.allocate` for rounding.
         allocation: "uniform" takes that share of every layer; "global" of all experts together,
             those with the lowest scores.
@@ -46,8 +56,15 @@ def make_plan(
             their "mean" (default) or "max", or "none".
 
     Raises:
-        PlanError: the ratio or the allocation is not possible; the message says what is.
+        PlanError: the ratio or the allocation is not possible, or scores are not finite, not one
+            for each expert, or all equal in a layer; the message says what is wrong.
+
+    Example:
+        >>> scores = {"model.layers.0.mlp.experts": [0.5, 1.5, 0.1, 2.0]}
+        >>> make_plan(scores, 0.5, criterion="mine", of=stats).kept
+        {'model.layers.0.mlp.experts': (1, 3)}
     """
+    scores = _checked(scores, criterion, of)
     if allocation not in ALLOCATIONS:
         raise PlanError(
             f"allocation {allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}"
@@ -129,6 +146,34 @@ def random_plan(scores: Scores, ratio: float, seed: int) -> Plan:
     return make_plan(Scores(values, criterion=f"random:{seed}", provenance=provenance), ratio)
 
 
+def _checked(
+    scores: Mapping[str, Any], criterion: str | None, of: SaliencyStats | Mapping[str, Any] | None
+) -> Scores:
+    """Scores that know what they are of, one for each expert."""
+    if isinstance(scores, Scores):
+        if criterion is not None or of is not None:
+            raise PlanError(
+                f"criterion and of are for plain scores; these are by {scores.criterion!r} and "
+                "know their model"
+            )
+        known = {name: facts for name, facts in scores.layers.items() if name in scores}
+        sizes = {name: facts.get("num_experts", len(scores[name])) for name, facts in known.items()}
+        check_scores(scores, scores.criterion, sizes)
+        return scores
+    if criterion is None or of is None:
+        raise PlanError(
+            "scores of your own need a name and the model they are of: make_plan(scores, ratio, "
+            'criterion="mine", of=stats), or of=rd.record_of(model)'
+        )
+    record = of if isinstance(of, Mapping) else of.provenance
+    if not isinstance(record.get("layers"), Mapping):
+        raise PlanError(
+            "of: holds no `layers`, which say how the model routes; give statistics, or "
+            "rd.record_of(model)"
+        )
+    return plain_scores(scores, criterion, record)
+
+
 def _facts(scores: Scores) -> dict[str, dict[str, Any]]:
     """What is known of each scored layer."""
     missing = [name for name in scores if name not in scores.layers]
@@ -164,6 +209,7 @@ def _plan(
     notes = [*notes, *unreached_notes(scores, whole, [b.name for b in budgets if b.removed])]
     if not any(budget.removed for budget in budgets):
         raise PlanError("nothing is removed: every layer is to keep all its experts")
+    check_decides(scores, scores.criterion, [b.name for b in budgets if b.removed])
     layers = {
         budget.name: LayerPlan.keeping(
             budget.num_experts, kept_experts(scores[budget.name], budget)

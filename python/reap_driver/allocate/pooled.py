@@ -80,7 +80,10 @@ def pooled(
         unit
         for place, name in enumerate(pool)
         for unit in _units(
-            routers[name], _comparable(scores[name], layers[name], normalise), kept[name], place
+            routers[name],
+            _comparable(scores[name], layers[name], normalise, name),
+            kept[name],
+            place,
         )
     ]
     removed = _lowest(units, removal_target(layers, ratio, own))
@@ -109,10 +112,15 @@ def removal_target(
     return floor_of(sum(int(facts["num_experts"]) for facts in pool), ratio)
 
 
-def _comparable(scores: Tensor, layer: Mapping[str, Any], normalise: str) -> Tensor:
+def _comparable(scores: Tensor, layer: Mapping[str, Any], normalise: str, name: str) -> Tensor:
     """Scores of a layer as they compare with other layers', float64 [E]."""
     scores = scores * float(layer.get("scale", 1.0))
     by = {"mean": scores.mean(), "max": scores.max(), "none": scores.new_ones(())}[normalise]
+    if by <= 0 and bool((scores != 0).any()):
+        raise PlanError(
+            f"normalise {normalise!r} would divide the scores of layer {name} by {float(by):g}, "
+            "which turns or loses their order; use none, or scores above 0"
+        )
     return scores / by if by > 0 else scores
 
 

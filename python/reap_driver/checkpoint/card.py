@@ -14,7 +14,7 @@ import yaml  # type: ignore[import-untyped]
 import reap_kernels
 from reap_driver.checkpoint.markdown import bullets, code, table, text
 from reap_driver.compat.load_pruned import SETTINGS
-from reap_driver.criteria import criterion_named
+from reap_driver.criteria import known_criterion
 from reap_driver.provenance import calibration_mix, public_name
 from reap_driver.sizing.units import in_bytes, short
 
@@ -112,7 +112,7 @@ def _specification(report: "ApplyReport") -> str:
 
 def _method(plan: "Plan") -> str:
     """How experts were chosen."""
-    found = criterion_named(plan.criterion)
+    found = known_criterion(plan.criterion)
     weights = "as observed"
     if plan.weights is not None:
         weights = ", ".join(f"{text(group)} {weight:g}" for group, weight in plan.weights.items())
@@ -120,7 +120,7 @@ def _method(plan: "Plan") -> str:
     total = sum(layer.num_experts for layer in plan.layers.values())
     removed = sum(len(layer.removed) for layer in plan.layers.values())
     rows = [
-        ("criterion", f"{code(plan.criterion)}: {code(found.formula)}"),
+        ("criterion", code(plan.criterion) + (f": {code(found.formula)}" if found else "")),
         ("ratio asked", f"{plan.ratio:g}"),
         ("experts removed", f"{removed:,} of {total:,} ({100 * removed / total:.1f} %)"),
         ("allocation", text(plan.allocation)),
@@ -134,9 +134,13 @@ def _method(plan: "Plan") -> str:
         ),
     ]
     words = (
-        "\nOver the tokens routed to an expert: g is the weight its output is combined with, f the "
-        "output, n their number. Each layer lost its lowest-scored experts, as many as the "
-        "allocation says.\n"
+        "Over the tokens routed to an expert: g is the weight its output is combined with, f the "
+        "output, n their number."
+        if found
+        else "Scores by this criterion were brought from elsewhere; reap-kernels does not know it."
+    )
+    words = (
+        f"\n{words} Each layer lost its lowest-scored experts, as many as the allocation says.\n"
     )
     rows += [("note", text(note)) for note in plan.notes]
     return table(("setting", "value"), rows) + words

@@ -71,10 +71,10 @@ class Model:
         check_storage(self.path, self.config, self.source.tensors, self.meta)
 
     def blank_scores(self) -> Scores:
-        """Scores of 0 for every layer: enough to plan how many experts go."""
+        """Scores by id, the same for every layer: enough to plan how many experts go."""
         layers = self.provenance["layers"]
         values = {
-            name: torch.zeros(facts["num_experts"], dtype=torch.float64)
+            name: torch.arange(facts["num_experts"], dtype=torch.float64)
             for name, facts in layers.items()
         }
         return Scores(values, criterion="none", provenance=self.provenance)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from reap_driver.commands import options, ranking
 from reap_driver.commands.console import Console
-from reap_driver.criteria import criterion_named
+from reap_driver.criteria import known_criterion
 
 if TYPE_CHECKING:
     from reap_driver.plan import Plan
@@ -82,7 +82,8 @@ def certainty(plan: "Plan", stats: "SaliencyStats", console: Console) -> dict[st
     Returns:
         `margin` {layer: ids}; nothing where the statistics cannot tell.
     """
-    if not stats.parts or not criterion_named(plan.criterion).is_sum:
+    found = known_criterion(plan.criterion)
+    if not stats.parts or found is None or not found.is_sum:
         return {}
     from reap_driver.stability import CERTAIN, keep_probability, margin
     from reap_driver.threads import single_threaded

@@ -144,7 +144,8 @@ def foreseen(args: argparse.Namespace, blank: "Scores") -> "list[Plan]":
 
     plans = [planned(args, blank)]
     if args.allocation == "global":
-        rising = {name: values + place for place, (name, values) in enumerate(blank.items())}
+        highest = max(len(values) for values in blank.values())
+        rising = {name: v + n * highest for n, (name, v) in enumerate(blank.items())}
         facts = {"model": blank.model, "layers": blank.layers}
         scores = Scores(rising, criterion=blank.criterion, provenance=facts)
         extreme = argparse.Namespace(**{**vars(args), "normalise": "none"})

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from reap_driver.criteria import criterion_named
+from reap_driver.criteria import named
 from reap_driver.report.cut import draw_budget, draw_cut, draw_map
 from reap_driver.report.groups import draw_groups
 from reap_driver.report.html import Share
@@ -22,7 +22,6 @@ from reap_driver.stability import CERTAIN
 def cut_pictures(inputs: Inputs) -> list[Picture]:
     """Scores with the cut, by rank and by id, the budget where it differs, and the margin."""
     layers = inputs.layers
-    formula = criterion_named(inputs.scores.criterion).formula
     scale = (
         "relative to the layer's cut, midway between the last expert that stays and the first that "
         "goes: bright is above it, dark below, grey close to it"
@@ -34,7 +33,7 @@ def cut_pictures(inputs: Inputs) -> list[Picture]:
             name="cut",
             title="Where the cut is",
             text=_cut_text(inputs),
-            caption=f"Score by {inputs.scores.criterion} ({formula}), {scale}."
+            caption=f"Score by {named(inputs.scores.criterion)}, {scale}."
             + (_cut_words(inputs) if inputs.plan is not None else ""),
             draw=partial(draw_cut, layers, inputs.near),
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from reap_driver.criteria import Scores, criterion_named, score
+from reap_driver.criteria import Scores, known_criterion, score
 from reap_driver.plan import Plan
 from reap_driver.provenance import public_name
 from reap_driver.report.measures import NEAR, LayerMeasures, measure
@@ -39,7 +39,8 @@ class Inputs:
 
     @classmethod
     def checked(cls, stats: SaliencyStats, plan: Plan | None, criterion: str | None) -> Inputs:
-        """Scores the statistics by the plan's criterion and weights, or by `criterion`.
+        """Scores the statistics by the plan's criterion and weights, or by `criterion`. Where the
+        plan's was brought from elsewhere and cannot be computed here, by the default one.
 
         Raises:
             PlanError: the plan is of another model, or counts other experts in a layer; the
@@ -49,7 +50,8 @@ class Inputs:
         if plan is not None:
             plan = plan.covering({name: la.num_experts for name, la in stats.layers.items()})
             _check_plan(stats, plan)
-        chosen = criterion or (plan.criterion if plan is not None else DEFAULT_CRITERION)
+        own = plan is not None and known_criterion(plan.criterion) is None
+        chosen = criterion or (DEFAULT_CRITERION if plan is None or own else plan.criterion)
         weights = None if plan is None else plan.weights
         return cls(stats, plan, score(stats, chosen, weights))
 
@@ -77,7 +79,8 @@ class Inputs:
             )
         if self.plan is not None and self.plan.criterion != self.scores.criterion:
             return "Scores are by another criterion than the plan's, so its margin is not shown."
-        if not criterion_named(self.scores.criterion).is_sum:
+        found = known_criterion(self.scores.criterion)
+        if found is None or not found.is_sum:
             return (
                 f"{self.scores.criterion} is no function of sums, so parts of the data say nothing "
                 "about its margin."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
-from reap_driver.criteria import criterion_named, score
+from reap_driver.criteria import named, score
 from reap_driver.provenance import calibration_mix, gate_rule
 from reap_driver.report import html
 from reap_driver.report.html import Share
@@ -113,7 +113,7 @@ def record(inputs: Inputs) -> str:
     pairs = [
         ("Model", inputs.model),
         ("Architecture", str(model.get("architecture") or "not recorded")),
-        ("Criterion", f"{criterion}: {criterion_named(criterion).formula}"),
+        ("Criterion", named(criterion)),
         ("Gate weights g", gate_rule(known)),
     ]
     if plan is not None:

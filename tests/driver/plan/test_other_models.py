@@ -151,7 +151,7 @@ def test_a_plan_of_the_base_model_is_applied_and_the_difference_recorded(
     masked = rd.save_masks(tmp_path / "tuned", plan, tmp_path / "masks")
     assert masked.notes == [note]
     with safe_open(tmp_path / "masks", framework="pt") as file:
-        assert json.loads(file.metadata()["notes"]) == [note]
+        assert json.loads(file.metadata()["reap-masks"])["notes"] == [note]
 
 
 def test_a_forced_plan_says_so_in_the_card(plan: Plan, tmp_path: Path) -> None:
