@@ -190,7 +190,7 @@ def _containers(world: World) -> Iterable[Reader]:
     yield Reader(
         "state between layers",
         [(new / "state.safetensors").read_bytes()],
-        partial(container, metadata=("reap-state",)),
+        container,
         _in_file(new / "state.safetensors", lambda path: _use_state(read_state(path))),
     )
 
