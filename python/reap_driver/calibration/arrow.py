@@ -1,8 +1,10 @@
 """Rows of Arrow tables as records: of Parquet files, and of data sets from the hub."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+from reap_driver.calibration.compressed import LARGEST
 from reap_driver.calibration.records import BadRecords, Record, guard
 from reap_driver.calibration.shapes import FIELDS
 from reap_driver.calibration.unused import IRRELEVANT
@@ -31,9 +33,11 @@ def row_records(
         bad: takes rows whose values Python does not have; None raises that.
     """
     numbers = list(places)
-    try:
-        columns = _columns(rows, 0, len(numbers))
-    except Exception:  # noqa: BLE001  of a date out of range, say, or bytes that are no text
+    columns = None
+    with suppress(DataError), foreign("rows", "see below", error=DataError):
+        if _expanded(rows) <= LARGEST:
+            columns = _columns(rows, 0, len(numbers))
+    if columns is None:
         yield from _one_by_one(rows, places, others, bad)
         return
     for number, *values in zip(numbers, *columns.values(), strict=True):
@@ -48,9 +52,46 @@ def _one_by_one(
     for at, (number, place) in enumerate(places.items()):
         fields = None
         with left_out, foreign(f"{place}: cannot be read", "correct it", error=DataError):
+            if _expanded(rows, at) > LARGEST:
+                raise DataError(f"{place}: is larger than {LARGEST} bytes; divide the record")
             fields = {name: value for name, [value] in _columns(rows, at, 1).items()}
         if fields is not None:
             yield number, Record(place, fields, set(others))
+
+
+def text_leaves(schema: Any) -> list[str]:
+    """The leaves of a Parquet file's columns that hold texts.
+
+    They are read as dictionaries, as they are stored: a text that a small file has once and a
+    thousand rows name would take a thousand times its size.
+    """
+    leaves = [schema.column(number) for number in range(len(schema))]
+    return [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+
+
+def _expanded(rows: Any, at: int | None = None) -> int:
+    """Bytes of rows, or of one, with each text where it is named; 0 of a `datasets.Dataset`, whose
+    texts are in memory once for each row anyway.
+    """
+    if hasattr(rows, "features"):
+        return 0
+    part = rows if at is None else rows.slice(at, 1)
+    return sum(_bytes_of(column) for column in part.columns)
+
+
+def _bytes_of(array: Any) -> int:
+    import pyarrow
+    from pyarrow import compute
+
+    kind = array.type
+    if pyarrow.types.is_dictionary(kind):
+        lengths = compute.binary_length(array.dictionary).cast(pyarrow.int64())
+        return compute.sum(lengths.take(array.indices)).as_py() or 0
+    if pyarrow.types.is_struct(kind):
+        return sum(_bytes_of(field) for field in array.flatten())
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        return _bytes_of(array.flatten())
+    return int(array.nbytes)
 
 
 def _columns(rows: Any, start: int, count: int) -> dict[str, list[Any]]:

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from reap_driver.calibration.shapes import Chat
 from reap_driver.calibration.steps import limited_steps
 from reap_driver.calibration.unused import unused
-from reap_driver.compat.foreign import one_line
+from reap_driver.compat.foreign import is_fault, one_line
 from reap_kernels.errors import DataError
 
 Span = tuple[int, int]
@@ -206,7 +206,7 @@ class ChatTemplate:
             "{% generation %}, or count all tokens"
         )
 
-    def _refused(self, place: str, error: Exception) -> DataError:
+    def _refused(self, place: str, error: BaseException) -> DataError:
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         return DataError(
             f"{place}: the chat template of {self._model} refuses the messages "
@@ -219,7 +219,9 @@ class ChatTemplate:
                 return self._tokenizer.apply_chat_template(
                     messages, tools=chat.tools, **options, **self._options
                 )
-        except Exception as error:  # whatever a template does, such as 1 / 0 or endless recursion
+        except BaseException as error:  # whatever a template does: 1 / 0, endless recursion
+            if not is_fault(error):
+                raise
             raise self._refused(place, error) from error
 
 

@@ -1,7 +1,7 @@
 """Records to token ids: ids as they are, texts tokenised, conversations by chat template."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,14 +184,13 @@ class Encoder:
     ) -> dict[int, Document]:
         """The documents of a group, by number of record; one by one where a tokenizer fails."""
         indices = list(group.texts)
-        try:
+        with suppress(DataError), foreign("texts", "see below", error=DataError):
             return dict(zip(indices, self._documents(group, indices, special), strict=True))
-        except Exception:  # noqa: BLE001  the library's own have no common class
-            done = {}
-            for index in indices:
-                with left_out:
-                    done[index] = self._alone(records[index], group, index, special)
-            return done
+        done = {}
+        for index in indices:
+            with left_out:
+                done[index] = self._alone(records[index], group, index, special)
+        return done
 
     def _alone(self, record: Record, group: _Texts, index: int, special: bool) -> Document:
         fails = f"{record.place}: the tokenizer of {self._model} fails on its text"

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from reap_driver.calibration.arrow import known_columns, row_records
+from reap_driver.calibration.arrow import known_columns, row_records, text_leaves
 from reap_driver.calibration.compressed import COMPRESSIONS, LARGEST, inner_suffix, lines, opened
 from reap_driver.calibration.records import BadRecords, Record, guard
 from reap_driver.compat.foreign import foreign, one_line
@@ -155,11 +155,11 @@ def _parquet(file: Path) -> Iterator[Any]:
             "run `pip install reap-kernels[data]`"
         ) from error
     fails = f"data {file} cannot be read as Parquet"
-    with (
-        foreign(fails, "make or download it again", error=DataError),
-        parquet.ParquetFile(file) as source,
-    ):
-        yield source
+    with foreign(fails, "make or download it again", error=DataError):
+        with parquet.ParquetFile(file) as plain:
+            leaves = text_leaves(plain.schema)
+        with parquet.ParquetFile(file, read_dictionary=leaves) as source:
+            yield source
 
 
 def _count_parquet(file: Path) -> int:

@@ -53,12 +53,21 @@ def foreign(
         yield
     except (ReapError, MemoryError):
         raise
-    except Exception as raised:  # the library promises nothing, see above
+    except BaseException as raised:  # the library promises nothing, see above
+        if not is_fault(raised):
+            raise
         if "DefaultCPUAllocator" in str(raised) or type(raised).__name__ == "OutOfMemoryError":
             raise
-        field = None if culprit is None else culprit(raised)
+        field = culprit(raised) if culprit and isinstance(raised, Exception) else None
         blamed = "" if field is None else f"; it can be without field {field}"
         raise error(f"{what} ({described(raised)}){blamed}; {remedy}") from raised
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an exception says that something failed: panics of libraries in Rust do so too, and
+    are no Exception.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def described(error: BaseException) -> str:

@@ -333,3 +333,25 @@ def test_an_end_of_sequence_outside_the_vocabulary(
     config.eos_token_id = eos
     with pytest.raises(DataError, match=rf"its end-of-sequence token {eos} is outside its vocab"):
         _ = Encoder(folder, config).separator
+
+
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_a_tokenizer_that_panics_is_one_error(
+    folder: Path, config: PretrainedConfig, answers_only: bool
+) -> None:
+    """Rust's panics are no Exception of Python's."""
+    path = folder / "tokenizer.json"
+    facts = json.loads(path.read_text())
+    facts["post_processor"]["single"] = [{"Sequence": {"id": "B", "type_id": 0}}]
+    path.write_text(json.dumps(facts))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    )
+    records = [Record(f"data.jsonl:{n}", {"messages": TALK}) for n in range(2)]
+    if not answers_only:
+        records = [Record(record.place, {"text": "a"}) for record in records]
+    encoder, bad = Encoder(folder, config, answers_only=answers_only), BadRecords()
+    assert list(encoder.encode(records, bad)) == []
+    assert bad.count == 2
+    with pytest.raises(DataError, match=r"^data.jsonl:0: .*\(PanicException: index out of bounds"):
+        list(encoder.encode(records))

@@ -334,6 +334,36 @@ def test_the_rows_beside_one_that_cannot_be_read(tmp_path: Path) -> None:
     assert bad.first[0].startswith(f"{path}, row 2: cannot be read")
 
 
+def _dictionary(texts: list[str], indices: list[int]) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), pa.array(texts))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_texts_that_many_rows_name_take_memory_once(
+    tmp_path: Path, nested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kilobyte that says 300 rows of 1 MB; a row above the size is a bad record."""
+    monkeypatch.setattr("reap_driver.calibration.arrow.LARGEST", 1_500_000)
+    texts = _dictionary(["a" * 1_000_000, "b"], [0] * 299 + [1])
+    column: pa.Array = texts
+    if nested:
+        struct = pa.StructArray.from_arrays([texts], ["content"])
+        column = pa.ListArray.from_arrays(pa.array([*range(0, 299, 2), 299, 300]), struct)
+    path = tmp_path / "a.parquet"
+    table = pa.table({"messages" if nested else "text": column})
+    parquet.write_table(table, path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 5000
+    before, peak, bad = pa.total_allocated_bytes(), 0, BadRecords()
+    fields: dict[str, Any] = {}
+    for record in read_records(DataSource(path, "g"), 0, bad):
+        peak, fields = max(peak, pa.total_allocated_bytes() - before), record.fields
+    assert fields == ({"messages": [{"content": "b"}]} if nested else {"text": "b"})
+    assert peak < 20_000_000
+    assert bad.count == (149 if nested else 0)
+    if nested:
+        assert bad.first[0] == f"{path}, row 1: is larger than 1500000 bytes; divide the record"
+
+
 def test_links_in_a_loop_and_pipes_in_a_folder_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").symlink_to(tmp_path / "b.jsonl")
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
