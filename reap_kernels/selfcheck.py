@@ -25,7 +25,7 @@ FORMAT = Format(
     "reap-selfcheck",
     1,
     "file of self-checks",
-    {"verdicts": MapOf(OrNull(Text()))},
+    {"verdicts": MapOf(OrNull(Text()), longest=100_000)},
     DataError,
     "delete it",
     sealed=True,

@@ -12,10 +12,12 @@ from reap_driver.checkpoint.pinned import Pins
 from reap_driver.checkpoint.safetensors_file import SafetensorsFile, TensorEntry, read_header
 from reap_kernels.documents import parse_json, read_bytes
 from reap_kernels.errors import CheckpointError
-from reap_kernels.files import is_file
+from reap_kernels.files import exists, is_file
+from reap_kernels.schema import short
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_LONGEST = 1000  # characters of the name of a shard
 
 # Weights in other formats, and other copies of the weights: pruning does not reach them, so they
 # are left out.
@@ -87,9 +89,9 @@ def resolve_folder(path_or_id: str | Path) -> Path:
     safetensors only.
     """
     folder = Path(path_or_id)
-    if folder.is_dir():
+    if exists(folder) and folder.is_dir():
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_id)):
+    if exists(folder) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_id)):
         raise CheckpointError(f"{path_or_id}: no such folder; give the folder of a checkpoint.")
     from huggingface_hub import snapshot_download
 
@@ -176,10 +178,10 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, str] | None, dict[s
     """Shards to read: the single file if there is one (as transformers prefers), else what the
     index names.
     """
-    if (folder / SINGLE_NAME).is_file():
+    if is_file(folder / SINGLE_NAME):
         return [SINGLE_NAME], None, {}
     index_path = folder / INDEX_NAME
-    if not index_path.is_file():
+    if not is_file(index_path):
         raise CheckpointError(
             f"{folder}: holds neither {SINGLE_NAME} nor {INDEX_NAME}; "
             "convert the checkpoint to safetensors, or download its safetensors files."
@@ -190,7 +192,7 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, str] | None, dict[s
         raise CheckpointError(f"{index_path}: has no weight_map; restore the file.")
     names = sorted({_inside(index_path, key, name) for key, name in weight_map.items()})
     for name in names:
-        if not (folder / name).is_file():
+        if not is_file(folder / name):
             raise CheckpointError(
                 f"{folder / name}: missing, though {INDEX_NAME} names it; download it again."
             )
@@ -201,11 +203,16 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, str] | None, dict[s
 def _inside(index_path: Path, key: str, name: Any) -> str:
     """A shard name from the index, refused when it is not a plain path below the folder."""
     path = PurePosixPath(name) if isinstance(name, str) and name and "\\" not in name else None
-    if path is None or path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
+    if (
+        path is None
+        or path.is_absolute()
+        or ".." in path.parts
+        or path.suffix != ".safetensors"
+        or len(name) > _LONGEST
+    ):
         raise CheckpointError(
-            f"{index_path}: {key!r} is said to be in {name!r}, which is not a safetensors file "
-            "inside the folder; "
-            "correct the index."
+            f"{index_path}: {short(key, 300)} is said to be in {short(name)}, which is not a "
+            "safetensors file inside the folder; correct the index."
         )
     return path.as_posix()
 

@@ -12,6 +12,7 @@ from reap_driver.commands.console import Console
 if TYPE_CHECKING:  # they import torch, and --help must not
     from reap_driver.commands.comparing import Compared, Pair
     from reap_driver.compare import Estimate, Figures
+    from reap_driver.plan import Plan
 
 NAME = "compare"
 SUMMARY = "show how closely a pruned model follows its original"
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         found = {"format": FORMAT.name, "version": FORMAT.version, **found, **facts(outcome)}
         found["data"] = [source.provenance() for source in sources]
         console.say(describe(outcome))
-        integrity = _integrity(args, pair, outcome)
+        integrity = _integrity(args, pair, outcome, console)
         if integrity:
             found["integrity"] = integrity
             console.say(_integrity_lines(integrity))
@@ -178,7 +179,9 @@ def _shown(estimate: "Estimate", digits: int) -> str:
     return f"{text:>9}  [{estimate.low:#.{digits}g}, {estimate.high:#.{digits}g}]"
 
 
-def _integrity(args: argparse.Namespace, pair: "Pair", outcome: "Compared") -> dict[str, Any]:
+def _integrity(
+    args: argparse.Namespace, pair: "Pair", outcome: "Compared", console: Console
+) -> dict[str, Any]:
     """What the plan does to the original's routing, where that is known, over all layers."""
     found: dict[str, Any] = {}
     if outcome.orphans:
@@ -192,7 +195,8 @@ def _integrity(args: argparse.Namespace, pair: "Pair", outcome: "Compared") -> d
         }
     if pair.pruned is None or pair.plan is None:
         return found
-    found |= _calibration(pair.pruned.source.folder / "reap" / "stats.safetensors", pair)
+    stats = pair.pruned.source.folder / "reap" / "stats.safetensors"
+    found |= _calibration(stats, pair.plan, console)
     from reap_driver.permutation import check_permutation
     from reap_driver.sizing.layers import decoder_layers
 
@@ -208,14 +212,20 @@ def _integrity(args: argparse.Namespace, pair: "Pair", outcome: "Compared") -> d
     return {**found, "layers_checked": checked, "misplaced": problems}
 
 
-def _calibration(path: Path, pair: "Pair") -> dict[str, Any]:
+def _calibration(path: Path, plan: "Plan", console: Console) -> dict[str, Any]:
     """What the kept experts did on the data that chose them, where the statistics are there."""
-    if not path.is_file() or pair.plan is None:
-        return {}
     from reap_driver.integrity import retained
     from reap_kernels import SaliencyStats
+    from reap_kernels.errors import DataError, PlanError
+    from reap_kernels.files import is_file
 
-    shares = list(retained(SaliencyStats.load(path), pair.plan).values())
+    if not is_file(path):
+        return {}
+    try:
+        shares = list(retained(SaliencyStats.load(path), plan).values())
+    except (DataError, PlanError) as error:  # no reason to lose what was measured
+        console.note(f"what kept experts did on the calibration data is not known: {error}")
+        return {}
     return {
         "calibration_gate_share": sum(layer.gate_share for layer in shares) / len(shares),
         "calibration_saliency_share": sum(layer.saliency_share for layer in shares) / len(shares),

@@ -28,6 +28,7 @@ from reap_driver.sizing.model import ModelSizes
 from reap_driver.streaming.store import StateStore
 from reap_kernels.dispatch import Request, select
 from reap_kernels.errors import ResourceError
+from reap_kernels.files import is_file
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def pair_of(args: argparse.Namespace, console: Console) -> Pair:
     """
     original = calibrate.inspect_model(args)
     original.check_files()
-    if Path(args.pruned).is_file():
+    if is_file(args.pruned):
         return Pair(original, None, _plan(args, Path(args.pruned), original, console))
     pruned = calibrate.inspect_model(args, args.pruned)
     pruned.check_files()

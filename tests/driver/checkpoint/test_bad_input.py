@@ -174,6 +174,28 @@ def test_what_is_no_file_is_not_waited_for(
     assert_refused(full, plan, CheckpointError, str(full))
 
 
+@pytest.mark.parametrize(
+    "name", ["x" * 300 + ".safetensors", "x" * 5000 + ".safetensors", "a\0.safetensors", 3, None]
+)
+def test_shards_that_no_file_can_be(full: Path, plan: Plan, name: object) -> None:
+    saved.shard(full, 3)
+    index = json.loads((full / INDEX_NAME).read_text())
+    key = next(iter(index["weight_map"]))
+    index["weight_map"][key] = name
+    (full / INDEX_NAME).write_text(json.dumps(index))
+    assert_refused(full, plan, CheckpointError, INDEX_NAME)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a" * 300, "loop", "nul\0"], ids=len)
+def test_folders_that_cannot_be(
+    plan: Plan, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        check_plan(path, plan, tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"a": "\\ud800"}', '{"a": 1, "a": 2}', "3", "\xff", "{", "1" * 5000]

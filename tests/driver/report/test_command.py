@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from reap_driver.cli import main
+from reap_driver.commands.console import Console
+from reap_driver.plan import Plan
 from reap_driver.report import read_comparison
 from reap_kernels.errors import DataError
 from tests.driver.cli.conftest import Run, run  # noqa: F401
@@ -173,3 +175,17 @@ def test_comparisons_that_make_no_sense(
     with pytest.raises(DataError, match=says):
         read_comparison(compared(tmp_path / "c.json", **changes))
     read_comparison(compared(tmp_path / "c.json"))
+
+
+def test_statistics_that_cannot_be_read_cost_no_comparison(
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those beside a pruned checkpoint: what was measured is told all the same."""
+    from reap_driver.commands.compare import _calibration
+
+    stats, plan = files[0], Plan.load(files[1])
+    assert "dead_kept" in _calibration(stats, plan, Console())
+    assert _calibration(stats.with_name("none"), plan, Console()) == {}
+    stats.write_bytes(stats.read_bytes()[:-1])
+    assert _calibration(stats, plan, Console()) == {}
+    assert f"is not known: statistics file {stats} cannot be read" in capsys.readouterr().err
