@@ -20,8 +20,8 @@ Span = tuple[int, int]
 # How templates want turns that call tools: arguments as an object or as JSON text, content that is
 # empty as a text or null. The first is what transformers documents; DeepSeek-V3's take the others.
 _FORMS = ((dict, ""), (str, ""), (str, None))
-# Records with a field from which it is told whether the template writes that field.
-_TRIALS = 8
+# Records with a field after which one that the template has not written counts as never written.
+_TRIALS = 64
 
 
 class ChatTemplate:
@@ -59,12 +59,15 @@ class ChatTemplate:
     def unwritten(self, place: str, chat: Chat) -> set[str]:
         """Names of what a conversation has and the template does not write.
 
-        That are its `tools`, and fields of its messages, `messages[].reasoning_content` say. A
-        field is written where the text is another without it; this is tried with the first records
-        that have it.
+        That are its `tools`, its `messages of role tool` say, and fields of messages, such as
+        `messages[].reasoning_content`. Each is written where the text is another without it; this
+        is tried with the first records that have it.
         """
-        found = {"tools": _without_tools(chat)} if chat.tools else {}
+        found = {"tools": replace(chat, tools=None)} if chat.tools else {}
         for message in chat.messages:
+            role = message["role"]
+            if message.get("content") or message.get("tool_calls"):
+                found.setdefault(f"messages of role {role}", _without_role(chat, role))
             for name in unused(message, ("role", "content", "tool_calls")):
                 found.setdefault(f"messages[].{name}", _without(chat, name))
         return {name for name, less in found.items() if not self._writes(name, place, chat, less)}
@@ -225,8 +228,8 @@ class ChatTemplate:
             raise self._refused(place, error) from error
 
 
-def _without_tools(chat: Chat) -> Chat:
-    return replace(chat, tools=None)
+def _without_role(chat: Chat, role: str) -> Chat:
+    return replace(chat, messages=[m for m in chat.messages if m["role"] != role])
 
 
 def _without(chat: Chat, name: str) -> Chat:

@@ -20,7 +20,6 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -34,7 +33,8 @@ from reap_kernels.errors import DataError
 
 Packing = Literal["concat", "isolated", "none"]
 
-_CHUNK = 256  # records tokenised together
+_CHUNK = 256  # records tokenized together
+_CHUNK_SIZE = 2**24  # characters that end a chunk of fewer
 _NAMED = 40  # fields not used that are named
 
 
@@ -325,6 +325,26 @@ class _Stream:
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    iterator = iter(records)
-    while chunk := list(islice(iterator, _CHUNK)):
+    """Records to be tokenized together: `_CHUNK` of them, or fewer that are long."""
+    chunk: list[Record] = []
+    size = 0
+    for record in records:
+        chunk.append(record)
+        size += _size(record.fields)
+        if len(chunk) == _CHUNK or size > _CHUNK_SIZE:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
         yield chunk
+
+
+def _size(value: Any) -> int:
+    """Characters and numbers in a value, about."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    if isinstance(value, list):
+        numbers = not value or isinstance(value[0], int)
+        return len(value) if numbers else sum(map(_size, value))
+    return 1

@@ -1,6 +1,7 @@
 """Batches hold every token once, in one fold, and say which count and which belong together."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,13 @@ def test_marks_go_with_their_tokens() -> None:
     for number in range(len(batches)):
         inputs = batches.inputs(number)
         assert torch.equal(inputs["token_mask"], inputs["input_ids"] % 3 == 0)
+
+
+def test_whole_sequences_among_others_share_batches() -> None:
+    """Documents of 8 that were token ids stay together; what lies between them is shorter."""
+    made = replace(source([3, 8, 2, 9, 8, 8, 1]), given=torch.ones(7, dtype=torch.bool))
+    assert made.bounds == [0, 3, 11, 19, 22, 30, 38, 39]
+    batches = PackedBatches([made], [2])
+    inputs = [batches.inputs(n)["input_ids"] for n in range(len(batches))]
+    assert [tuple(ids.shape) for ids in inputs] == [(2, 8), (2, 8), (2, 3), (1, 1)]
+    assert sorted(int(token) for ids in inputs for token in ids.flatten()) == made.ids.tolist()

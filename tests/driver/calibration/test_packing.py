@@ -180,6 +180,11 @@ def test_records_are_encoded_in_chunks_as_one(
     chunked = pack(DataSource(path, "g"), encoder, seq_len=16, progress=steps.append)
     assert torch.equal(whole.ids, chunked.ids)
     assert len(steps) == 7
+    monkeypatch.setattr("reap_driver.calibration.packing._CHUNK_SIZE", 10)
+    small = pack(DataSource(path, "g"), encoder, seq_len=16, progress=steps.append)
+    assert torch.equal(whole.ids, small.ids)
+    assert len(steps) == 7 + 10
+    del steps[7:]
     assert sum(steps) == len(whole.ids)
 
 
