@@ -17,7 +17,7 @@ from typing import Literal
 from reap_driver.checkpoint.locks import Lock, locked
 from reap_driver.interrupts import held_back
 from reap_kernels.errors import CheckpointError
-from reap_kernels.files import sync
+from reap_kernels.files import exists, sync
 
 Kind = Literal["partial", "replaced"]
 _AT_FDCWD = -100
@@ -78,8 +78,9 @@ def prefix(out: Path, kind: Kind) -> str:
 
 def hidden(out: Path, kind: Kind) -> Iterator[Path]:
     """Hidden siblings that belong to this very name."""
+    is_folder = exists(out.parent) and out.parent.is_dir()
     pattern = re.compile(rf"{re.escape(prefix(out, kind))}[a-z0-9_]{{{_SUFFIX}}}")
-    for path in sorted(out.parent.iterdir()) if out.parent.is_dir() else ():
+    for path in sorted(out.parent.iterdir()) if is_folder else ():
         if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             yield path
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from reap_driver.checkpoint.exchange import restore
 from reap_driver.checkpoint.pinned import Pins
 from reap_driver.checkpoint.safetensors_file import SafetensorsFile, TensorEntry, read_header
 from reap_kernels.documents import parse_json, read_bytes
@@ -23,7 +24,7 @@ _LONGEST = 1000  # characters of the name of a shard
 # are left out.
 _OTHER_WEIGHTS = frozenset(
     {".bin", ".ckpt", ".ggml", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".onnx_data"}
-    | {".ot", ".pt", ".pth", ".safetensors", ".tflite"}
+    | {".ot", ".pickle", ".pkl", ".pt", ".pth", ".safetensors", ".tflite"}
 )
 _REWRITTEN = frozenset({"config.json", INDEX_NAME, "README.md"})
 RECORD = "reap"  # folder in which we keep the statistics and the plan of an output
@@ -89,6 +90,8 @@ def resolve_folder(path_or_id: str | Path) -> Path:
     safetensors only.
     """
     folder = Path(path_or_id)
+    if not exists(folder):
+        restore(folder.absolute())  # a run may have been killed while it replaced this checkpoint
     if exists(folder) and folder.is_dir():
         return folder
     if exists(folder) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_id)):

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from reap_driver.checkpoint import apply_plan
+from reap_driver.commands.console import emit
 from reap_driver.criteria import Scores, score
 from reap_driver.demo.corpus import load_corpus
 from reap_driver.demo.evaluate import Evaluation, evaluate, token_windows
@@ -130,7 +131,7 @@ def run_demo(out: Path, *, seed: int = 0, quiet: bool = False) -> dict[str, Any]
         "seconds": round(time.perf_counter() - began, 1),
     }
     if not quiet:
-        print(format_report(report))
+        emit(format_report(report))
     return report
 
 

@@ -14,8 +14,10 @@ import pytest
 
 from reap_driver.checkpoint import apply, apply_plan, exchange, staging
 from reap_driver.checkpoint.locks import Lock
+from reap_driver.checkpoint.source import resolve_folder
 from reap_driver.checkpoint.staging import clean_stale, publish, staged
 from reap_driver.compat.models import load_config, meta_model
+from reap_kernels import SaliencyStats
 from reap_kernels.errors import CheckpointError
 from tests.driver.checkpoint import saved
 
@@ -164,6 +166,13 @@ def test_restored_before_it_is_looked_at(tmp_path: Path) -> None:
     assert (content(out), hidden(tmp_path)) == ("old", [])
 
 
+def test_restored_before_it_is_read(tmp_path: Path) -> None:
+    """Whoever reads the checkpoint finds it, not only who writes it again."""
+    fill(tmp_path / ".model.reap-replaced-00000000", "old")
+    assert content(resolve_folder(tmp_path / "model")) == "old"
+    assert hidden(tmp_path) == []
+
+
 def test_leaks_of_earlier_versions_are_removed(tmp_path: Path) -> None:
     out = tmp_path / "model"
     fill(out, "new")
@@ -234,9 +243,9 @@ def test_record_is_there_before_the_name_is(
         return publish(folder, target, overwrite=overwrite)
 
     monkeypatch.setattr(apply, "publish", seen)
-    report = apply_plan(full, plan, out)
+    report = apply_plan(full, plan, out, stats=SaliencyStats({}, ["default"]))
     assert whole == [saved.snapshot(out)]
-    assert "reap/plan.json" in whole[0]
+    assert {"reap/plan.json", "reap/stats.safetensors"} <= whole[0].keys()
     assert report.bytes_written == sum(len(data) for data, _ in whole[0].values())
 
 

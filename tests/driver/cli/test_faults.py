@@ -4,8 +4,10 @@ environments and terminals that are not as usual."""
 import errno
 import io
 import os
+import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -240,3 +242,73 @@ def test_terminals_are_not_commanded(run: Run, place: Path) -> None:
     assert "new-\\x1b[31m.json" in done.out
     assert "\x1b" not in done.out + done.err
     assert "\x1b" not in run("plan", "no-\x1b[31m", "--out", "x").err
+
+
+ALL = {
+    **{name: line for name, line in WRITING.items() if name != "report"},  # it draws for seconds
+    "prune": "prune model --data code.jsonl --out new --stats new.safetensors",
+    "compare": "compare model plan.json --data more.jsonl --seq-len 16 --draws 10",
+    "dry run": "observe model --data code.jsonl --dry-run",
+}
+# Events of Python's audit hooks that change files, and which of their arguments are paths.
+_CHANGES = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "shutil.rmtree": 1}
+_CHANGES |= {"os.link": 2, "os.symlink": 2, "os.truncate": 1, "os.chmod": 1, "os.utime": 1}
+_watching: list[tuple[str, str]] = []
+
+
+def watch(event: str, args: tuple[Any, ...]) -> None:
+    """Notes what is opened or changed, and what unpickling asks for; an audit hook stays."""
+    if not _watching:
+        return
+    if event == "open" and isinstance(args[0], str | bytes | os.PathLike):
+        changing = args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        _watching.append(("write" if changing else "read", os.fsdecode(args[0])))
+    elif event == "pickle.find_class":
+        _watching.append((event, f"{args[0]}.{args[1]}"))
+    elif event in _CHANGES:
+        paths = [os.fsdecode(arg) for arg in args[: _CHANGES[event]] if not isinstance(arg, int)]
+        folder = args[-1] if isinstance(args[-1], int) else -1  # what they are relative to
+        place = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else ""
+        _watching.extend(("write", os.path.join(place, path)) for path in paths)
+
+
+@pytest.fixture
+def watched(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+    """What happens to files, with a user's folders inside `place`."""
+    for name in ("TMPDIR", "REAP_CACHE_DIR"):
+        (place / "user" / name).mkdir(parents=True)
+        monkeypatch.setenv(name, str(place / "user" / name))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    if watch not in _hooked:
+        _hooked.append(watch)
+        sys.addaudithook(watch)
+    _watching.append(("begin", ""))
+    yield _watching
+    _watching.clear()
+
+
+_hooked: list[Any] = []
+PICKLES = ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "rng_state.pth", "a.pkl")
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_files_are_written_where_they_belong_and_no_pickle_is_opened(
+    run: Run, place: Path, command: str, watched: list[tuple[str, str]]
+) -> None:
+    """In the output, beside it under hidden names, and in the user's cache and temporary folder."""
+    for name in PICKLES:
+        (place / "model" / name).write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    untouched = {path: saved.snapshot(place / path) for path in ("model",)}
+    watched.clear()
+    watched.append(("begin", ""))
+    assert run(*ALL[command].split()).code == 0
+    happened = list(watched)
+    watched.clear()
+    assert {path: saved.snapshot(place / path) for path in untouched} == untouched
+    allowed = re.compile(rf"({place}/)?(\.?new|user/)|/dev/|/proc/|.*/__pycache__|{place}$")
+    written = {path for what, path in happened if what == "write"}
+    assert [path for path in sorted(written) if not allowed.match(path)] == []
+    read = {Path(path).name for what, path in happened if what == "read"}
+    assert not read & set(PICKLES)
+    assert [what for what in happened if what[0] == "pickle.find_class"] == []
+    assert not [path for path in (place / "new").rglob("*") if path.name in PICKLES]
