@@ -203,15 +203,17 @@ def score(
         PlanError: unknown criterion, or one whose sum is not recorded; weights that do not name
             exactly the observed groups, or are negative, not finite or all 0; a function that does
             not return a finite number for each expert.
-        DataError: an expert produced NaN or Inf; a layer saw no token, or no token of a group with
-            a share above 0; scores leave the range of float64.
+        DataError: there is no layer; an expert produced NaN or Inf; a layer saw no token, or no
+            token of a group with a share above 0; scores leave the range of float64.
 
     Example:
         >>> score(stats, lambda layer: layer.total().norm_sum[0], name="work").criterion
         'work'
     """
-    from reap_kernels.errors import PlanError
+    from reap_kernels.errors import DataError, PlanError
 
+    if not stats.layers:
+        raise DataError("the statistics have no layer, so there is nothing to score; observe again")
     if not isinstance(criterion, str):
         return _own(stats, criterion, weights, name)
     if name is not None:

@@ -58,7 +58,7 @@ def _line(axis: Any, values: Sequence[float], title: str) -> None:
     marker = "o" if len(values) <= 40 else None
     axis.plot(range(len(values)), values, color=SERIES[0], marker=marker, markersize=3)
     axis.set_title(title)
-    axis.set_ylim(0, 1.1 * max(values))
+    axis.set_ylim(0, 1.1 * (max(values) or 1))
     axis.grid(axis="y")
 
 

@@ -3,6 +3,7 @@
 import datetime
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from packaging.version import Version
 from reap_driver.compat.models import config_digest, identifying_fields
 from reap_driver.compat.text_model import text_model
 from reap_driver.observe import observe
+from reap_kernels import SaliencyStats
 from reap_kernels.errors import UnsupportedModel
 from tests.driver import zoo
 from tests.driver.observe import oracle, runs
@@ -28,9 +30,13 @@ Support = Callable[[str, str, str], None]
 
 
 @every_architecture
-def test_statistics_equal_the_oracle(name: str, support: Support) -> None:
-    """Given the layers' own inputs and routing: counts exact, sums within 1e-6 relative."""
+def test_statistics_equal_the_oracle(name: str, support: Support, tmp_path: Path) -> None:
+    """Given the layers' own inputs and routing: counts exact, sums within 1e-6 relative. And they
+    are read back: their numbers are what the reader takes for possible.
+    """
     run = runs.run(name)
+    run.stats.save(tmp_path / "stats")
+    assert list(SaliencyStats.load(tmp_path / "stats").layers) == list(run.stats.layers)
     for layer, stats in run.stats.layers.items():
         module = run.model.get_submodule(layer)
         truth = oracle.expected(module, run.calls[layer], stats.num_experts)

@@ -1,6 +1,7 @@
 """Criteria against their formulas, written out over the rows themselves in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -188,6 +189,12 @@ def test_a_layer_nobody_reached_is_not_ranked() -> None:
     stats = model_stats({"text": Rows(1, 0), "vision": Rows(1, 1, rows=0)}, ["x"])
     with pytest.raises(DataError, match=r"layer vision: no token.*calibrate with data"):
         score(stats)
+
+
+@pytest.mark.parametrize("criterion", ["reap", "random", "max_activation", lambda layer: [1.0]])
+def test_statistics_without_layers_are_not_scored(criterion: Any) -> None:
+    with pytest.raises(DataError, match="no layer, so there is nothing to score"):
+        score(SaliencyStats({}, ["x"]), criterion)
 
 
 def test_a_weighted_group_needs_tokens() -> None:
