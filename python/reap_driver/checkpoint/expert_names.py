@@ -91,6 +91,7 @@ class ExpertNames:
 
     def __init__(self, lists: Sequence[NumberedExperts], others: Collection[str] = ()) -> None:
         self._lists, self._others = lists, sorted(others)
+        self._prefixes = {experts.prefix for experts in lists}
         self._tails: dict[str, list[int]] = {}
         for place, experts in enumerate(lists):
             self._tails.setdefault(experts.tail, []).append(place)
@@ -120,42 +121,49 @@ class ExpertNames:
         return value
 
     def _mapping(self, value: dict[str, Any], where: str, method: str | None) -> dict[str, Any]:
-        """Options by module: exact names come before patterns, patterns in their order."""
+        """Options by module: whole names come before patterns, patterns in their order."""
+        names = {name: self._texts(name, where, method) for name in value}
+        whole = {name for name in value if self._is_whole_name(name, where, method)}
+        taken = {new for name in whole for new in names[name]}
         written: dict[str, Any] = {}
-        spread: dict[str, list[str]] = {}  # patterns that became names
         for name, below in value.items():
-            field_name = f"{where}.{name}"
-            names = self._texts(name, where, method)
-            if names != [name] and names and self._is_name_now(name, names[0], method, where):
-                spread[name] = names
-            inner = self.rewrite(below, field_name, method)
-            written.update({n: inner for n in names if name not in spread or n not in value})
-        self._check_order(value, spread, where, method)
+            inner = self.rewrite(below, f"{where}.{name}", method)
+            if name not in whole:
+                if any(self._is_whole_name(new, where, method) for new in names[name]):
+                    self._check_order(name, value, whole, where, method)
+                names[name] = [n for n in names[name] if n not in taken and n not in written]
+            written.update(dict.fromkeys(names[name], inner))
         return written
 
-    def _is_name_now(self, old: str, new: str, method: str | None, where: str) -> bool:
-        """Whether a pattern became a name, which readers look up before patterns."""
-        kinds = [read(text, method, where).kind for text in (old, new)]
-        return kinds[0] != "name" and kinds[1] == "name"
+    def _is_whole_name(self, text: str, where: str, method: str | None) -> bool:
+        """Whether a text is the whole name of something of one expert, which readers look up before
+        patterns.
+        """
+        found = self._tail.search(text)
+        if found is None or text[: found.end(1)] not in self._prefixes:
+            return False
+        return self._quick(read(text, method, where)) is not None
 
     def _check_order(
-        self, value: Mapping[str, Any], spread: Mapping[str, list[str]], where: str, method: Any
+        self,
+        name: str,
+        value: Mapping[str, Any],
+        whole: Collection[str],
+        where: str,
+        method: str | None,
     ) -> None:
-        """Names come before patterns, so a pattern may become names only where no other one with
-        another value decides about the same modules.
+        """A pattern may become whole names only where no other one with another value decides about
+        the same modules.
         """
-        for name in spread:
-            own = self._readings(read(name, method, where))[0]
-            for other, options in value.items():
-                pattern = read(other, method, where)
-                if other == name or pattern.kind == "name" or options == value[name]:
-                    continue
-                if own.experts & self._readings(pattern)[0].experts:
-                    raise CheckpointError(
-                        f"{where}: the patterns {name!r} and {other!r} decide about the same "
-                        "experts, and their numbers change; write the entries out by layer and "
-                        "expert."
-                    )
+        own = self._readings(read(name, method, where))[0].experts
+        for other, options in value.items():
+            if options == value[name] or other in whole:
+                continue
+            if own & self._readings(read(other, method, where))[0].experts:
+                raise CheckpointError(
+                    f"{where}: the patterns {name!r} and {other!r} decide about the same experts, "
+                    "and their numbers change; write the entries out by layer and expert."
+                )
 
     def _sequence(self, value: list[Any], where: str, method: str | None) -> list[Any]:
         """An ignore list and its like: what any of its texts names."""
@@ -236,7 +244,7 @@ class ExpertNames:
                 f"{where}: the entry {pattern.text!r} names experts by number and {why}; "
                 "write it out by layer and expert."
             )
-        return self._spell(pattern, selections[0], where)
+        return self._spell(pattern, selections[0], where, method)
 
     def _quick(self, pattern: Pattern) -> list[str] | None:
         """The outcome for a text that is one name, without evaluating it; None if it is not, or if
@@ -366,24 +374,52 @@ class ExpertNames:
                 return [text]
         return None
 
-    def _spell(self, pattern: Pattern, selection: _Selection, where: str) -> list[str]:
+    def _spell(
+        self, pattern: Pattern, selection: _Selection, where: str, method: str | None
+    ) -> list[str]:
         """The names of everything a text selects, with new numbers."""
         kinds = {c: self._lists[c[0]].parts.get(c[2], _MODULE) for c in selection.experts}
         of = next(k for k in (_MODULE, _TENSOR, _LISTED) if k in kinds.values())
         chosen = frozenset(c for c, kind in kinds.items() if kind == of)
+        after = sorted(self._after(chosen))
         names = [
             f"{self._prefix(self._lists[place], selection.variant)}{new}{part}"
-            for place, new, part in sorted(self._after(chosen))
+            for place, new, part in after
         ]
-        names += sorted(selection.others)
-        if not names:
+        if pattern.mark in ("+:", "-:"):
+            names = [f"{pattern.mark}^{re.escape(name)}$" for name in names]
+        proved = self._is_proved([read(name, method, where) for name in names], after, selection)
+        others = sorted(selection.others)
+        if pattern.mark in ("+:", "-:"):
+            others = [f"{pattern.mark}^{re.escape(name)}$" for name in others]
+        names += others
+        if not proved or not names:
             raise CheckpointError(
                 f"{where}: the entry {pattern.text!r} names experts by number in a way that cannot "
                 "be rewritten; write it out by layer and expert."
             )
-        if pattern.mark in ("+:", "-:"):
-            return [f"{pattern.mark}^{re.escape(name)}$" for name in names]
         return names
+
+    def _is_proved(
+        self, names: Sequence[Pattern], after: Sequence[_Chosen], selection: _Selection
+    ) -> bool:
+        """Whether names, each of one chosen thing, select the matrices that they should of their
+        experts; by their names on disk too, if the text selected those.
+        """
+        meant = self._after(selection.experts)
+        written: dict[tuple[int, int], list[Pattern]] = {}
+        for name, (place, number, _) in zip(names, after, strict=True):
+            written.setdefault((place, number), []).append(name)
+        for (place, number), patterns in written.items():
+            parts = [p for p, kind in self._lists[place].parts.items() if kind == _MODULE]
+            for variant in {0, selection.variant}:
+                stem = f"{self._prefix(self._lists[place], variant)}{number}"
+                for part in parts:
+                    selects = any(name.matchers[0](stem + part) for name in patterns)
+                    wanted = variant == selection.variant and (place, number, part) in meant
+                    if selects != wanted:
+                        return False
+        return True
 
 
 def _numbers(pattern: Pattern, experts: NumberedExperts) -> Sequence[int]:

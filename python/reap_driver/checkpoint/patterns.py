@@ -23,9 +23,9 @@ _ONLY_REGULAR = re.compile(r"\\|\.\*|\.\+|[\^$|(){}]|\][*+]")
 # Quantizers whose unmarked texts with special characters are wildcards; those of others are regular
 # expressions, or were meant as wildcards: both are looked at.
 _WILDCARDS = ("modelopt", "compressed-tensors", "quark")
-# Quantizers whose readers compare a name as a whole, or part by part; others look for the text
-# anywhere in a module's name, so that `experts.3` is part of `experts.30`.
-_WHOLE = ("compressed-tensors", "gptq")
+# Quantizers whose readers look for a name anywhere in a module's, so that `experts.3` is part of
+# `experts.30`.
+_ANYWHERE = ("awq", "modelopt")
 _LITERAL = re.compile(
     r"\^?(?:\.\*)?(?P<body>(?:[\w-]|\\?\.(?![*+?]))+)(?P<rest>\.\*\$?|\$)?", re.ASCII
 )
@@ -85,7 +85,10 @@ def read(text: str, method: str | None, where: str) -> Pattern:
             )
         return Pattern(text, mark, "regular expression", (_regular(text, body, method, where),))
     if not _SPECIAL.search(body):
-        return Pattern(text, mark, "name", (_named(body, method),))
+        # AutoRound searches for names too, as expressions: their dots are any character.
+        searched = method is not None and "auto-round" in method
+        matcher = _regular(text, body, method, where) if searched else _named(body, method)
+        return Pattern(text, mark, "name", (matcher,))
     wildcard = _wildcard(body)
     try:
         regular = _regular(text, body, method, where)
@@ -139,7 +142,14 @@ def _wildcard(body: str) -> Matcher:
 
 
 def _named(body: str, method: str | None) -> Matcher:
-    if method is None or method.startswith(_WHOLE):
-        inside = f".{body}."
+    """A name: whole for compressed-tensors, else one part after the other, or anywhere; at either
+    end too where transformers reads it.
+    """
+    if method == "compressed-tensors":
+        return lambda name: name == body
+    if method is not None and method.startswith(_ANYWHERE):
+        return lambda name: body in name
+    inside = f".{body}."
+    if method is None or method == "gptq":
         return lambda name: inside in f".{name}."
-    return lambda name: body in name
+    return lambda name: inside in f".{name}." or name.startswith(body) or name.endswith(body)

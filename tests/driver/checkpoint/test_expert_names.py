@@ -73,7 +73,8 @@ def modelopt(text: str, name: str) -> bool:
 
 
 def transformers(text: str, name: str) -> bool:
-    return re.match(text, name) is not None or name.endswith(text)
+    """`text + "."` anywhere was its rule until 2024."""
+    return re.match(text, name) is not None or name.endswith(text) or f"{text}." in name
 
 
 def autoawq(text: str, name: str) -> bool:
