@@ -1,5 +1,5 @@
-"""Random texts of every kind and format, rewritten: each is refused, or decides as it did before for
-every module that is kept, read by its format's own rules.
+"""Random texts of every kind and format, rewritten: each is refused, or decides as it did before
+for every module that is kept, read by its format's own rules.
 """
 
 import random
