@@ -109,9 +109,9 @@ def check_skeleton(skeleton: Any, tensors: int) -> None:
     """
     if not isinstance(skeleton, dict) or set(skeleton) != {"output", "changes"}:
         raise ValueError(f"has the skeleton {short(skeleton)}; expected output and changes")
-    below = list(skeleton.values())
-    if list(skeleton["changes"]) != ["dict"]:
-        raise ValueError(f"has the changes {short(skeleton['changes'])}; expected a dict")
+    changes, below = skeleton["changes"], list(skeleton.values())
+    if not isinstance(changes, dict) or list(changes) != ["dict"]:
+        raise ValueError(f"has the changes {short(changes)}; expected a dict")
     while below:
         part = below.pop()
         [(kind, value)] = part.items() if isinstance(part, dict) and len(part) == 1 else [("", 0)]

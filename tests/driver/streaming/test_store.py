@@ -5,6 +5,7 @@ import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,16 @@ from torch import Tensor
 
 from reap_driver.streaming import store as stores
 from reap_driver.streaming.state import State
-from reap_driver.streaming.store import Place, StateStore, read_state, states_folder, write_state
+from reap_driver.streaming.store import (
+    FORMAT,
+    Place,
+    StateStore,
+    read_state,
+    states_folder,
+    write_state,
+)
 from reap_kernels.errors import DataError
+from tests.sealed import change_tensors
 
 CPU = torch.device("cpu")
 
@@ -243,6 +252,56 @@ def test_missing_and_damaged_files_are_named(place: Place, damage: str, tmp_path
     with pytest.raises(DataError, match=f"{path}.*start anew"):
         asked()
     again.close()
+
+
+GOOD = {"output": {"tensor": 0}, "changes": {"dict": []}}
+
+
+def skeleton(**change: Any) -> dict[str, Any]:
+    return {"skeleton": {**GOOD, **change}}
+
+
+def place(**change: Any) -> dict[str, Any]:
+    return {"tensors": [{"shape": [2, 3], "strides": [3, 1], "offset": 0, **change}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"layer": -2}, "field 'layer' is -2"),
+        ({"layer": "0"}, "field 'layer' is '0'"),
+        ({"tensors": []}, r"has the tensors \['0'\], its head 0"),
+        ({"tensors": [[[2], [1], 0]]}, r"field 'tensors\[0\]' is "),
+        (place(shape=[2, 4]), "says that tensor 0 has shape"),
+        (place(shape=[6]), "says that tensor 0 has shape"),
+        (place(shape=[-2, 3]), r"field 'tensors\[0\].shape\[0\]' is -2"),
+        (place(strides=[2**40, 1]), "says that tensor 0"),
+        (place(shape=[2**62, 2, 3], strides=[0, 3, 1]), "says that tensor 0"),
+        (place(offset=64), r"offset' is 64"),
+        ({"skeleton": None}, "has the skeleton None"),
+        ({"skeleton": {"output": {"tensor": 0}}}, "has the skeleton"),
+        (skeleton(changes=True), "has the changes True"),
+        (skeleton(changes={"list": []}), "has the changes"),
+        (skeleton(output={"tensor": 1}), "has the part"),
+        (skeleton(output={"tensor": -1}), "has the part"),
+        (skeleton(output={"tensor": True}), "has the part"),
+        (skeleton(output={"plain": [1]}), "has the part"),
+        (skeleton(output={"tuple": [3]}), "has the part 3"),
+        (skeleton(output={"dict": [["a"]]}), "has the part"),
+        (skeleton(output={"dict": [[[1], {"plain": 1}]]}), "has the part"),
+        (skeleton(output={"module": "os"}), "has the part"),
+        (skeleton(output={"tensor": 0, "plain": 1}), "has the part"),
+    ],
+    ids=str,
+)
+def test_states_that_make_no_sense(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    path = tmp_path / "state"
+    write_state(path, State.of(0, torch.ones(2, 3), {}))
+    change_tensors(path, FORMAT, {**place(), **skeleton()}, {})
+    assert torch.equal(read_state(path).output(), torch.ones(2, 3))
+    change_tensors(path, FORMAT, change, {})
+    with pytest.raises(DataError, match=f"state of a batch {path}.*{says}.*start anew"):
+        read_state(path)
 
 
 def test_missing_folder_is_named(store: StateStore, tmp_path: Path) -> None:
