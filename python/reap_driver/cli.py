@@ -171,7 +171,23 @@ def _explain(error: Exception) -> tuple[str, int] | None:
         return f"out of memory ({_first_line(error)}); {remedy}", RESOURCES
     if isinstance(error, OSError):
         return _explain_os(error)
-    return None
+    return _explain_library(error)
+
+
+def _explain_library(error: Exception) -> tuple[str, int] | None:
+    """What the library raised in a model's own code, called with a configuration it cannot serve;
+    None where the error is in code of ours, or of theirs that ours was wrong to call.
+    """
+    from reap_driver.compat.foreign import described, place_in_library
+
+    place = place_in_library(error)
+    if place is None:
+        return None
+    remedy = (
+        "check config.json and the model's other files, or use the transformers version they were "
+        "made for"
+    )
+    return f"the model cannot be run: {place} failed ({described(error)}); {remedy}", BAD_INPUT
 
 
 def _explain_os(error: OSError) -> tuple[str, int]:

@@ -82,12 +82,19 @@ def _check_names(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
 def _economies(
     model: PreTrainedModel, batch: Mapping[str, Any], all_logits: bool
 ) -> dict[str, Any]:
-    """Arguments that spare the model work nobody looks at: its cache, and all logits but one."""
+    """Arguments that spare the model work nobody looks at: its cache, what it can return besides,
+    and all logits but one.
+    """
     parameters = inspect.signature(type(model).forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     options: dict[str, Any] = {}
     if "use_cache" in parameters or open_ended:
         options["use_cache"] = False
+    # A configuration may ask for them. The loss that some classes make of the routers' logits fails
+    # where layers run one by one.
+    for wish in ("output_router_logits", "output_attentions", "output_hidden_states"):
+        if wish in parameters:
+            options[wish] = False
     # A loss needs them all; and where layers share keys and values (gemma4), transformers 5.24 runs
     # those that make none of their own on the tokens whose logits are kept.
     text = model.config.get_text_config()

@@ -70,6 +70,26 @@ def is_fault(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
+def place_in_library(error: BaseException) -> str | None:
+    """Module and line of the library, or of code that came with a checkpoint, in which an error was
+    raised; None if code of ours was called from there, or it is none of the library's.
+
+    Example:
+        >>> place_in_library(ValueError("raised here"))
+    """
+    place = None
+    trace = error.__traceback__
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__", ""))
+        package = module.partition(".")[0]
+        if package in ("reap_driver", "reap_kernels"):
+            place = None
+        elif package in ("transformers", "transformers_modules"):
+            place = f"{module}, line {trace.tb_lineno},"
+        trace = trace.tb_next
+    return place
+
+
 def described(error: BaseException) -> str:
     """An exception's text in one line; its class comes first where the text alone says little."""
     text = one_line(error)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import MixtralConfig
 
-from reap_driver.compat.foreign import foreign
-from reap_driver.compat.models import read_model
+from reap_driver.compat.foreign import foreign, place_in_library
+from reap_driver.compat.models import quantisation, read_model
 from reap_driver.discover import find_moe_layers
 from reap_kernels.errors import CheckpointError, ReapError, UnsupportedModel
-from tests.driver.cli.conftest import Run
+from tests.driver.cli.conftest import VOCAB, Run, write_model
 from tests.driver.zoo import _SPECS
 from tests.driver.zoo.build import make_config
 
@@ -34,9 +35,9 @@ def original(architecture: str) -> str:
     return json.dumps({**json.loads(config.to_json_string()), "architectures": [spec.model]})
 
 
-def write(folder: Path, architecture: str, field: str, value: Any) -> Path:
+def write(folder: Path, architecture: str, field: str, value: Any, **others: Any) -> Path:
     """The architecture's config.json with another value of a (dotted) field."""
-    raw = json.loads(original(architecture))
+    raw = {**json.loads(original(architecture)), **others}
     *path, name = field.split(".")
     part = raw
     for step in path:
@@ -214,3 +215,43 @@ def test_generation_settings_that_cannot_be_used(
     done = run("observe", model, "--data", data, "--seq-len", 16, "--out", out)
     assert done.code in (0, 3)
     assert done.code == 0 or "generation_config.json" in done.error
+
+
+RUNS = {"resident": "never", "streamed": "always"}
+
+
+@pytest.mark.parametrize("stream", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    "field", ["output_router_logits", "output_hidden_states", "output_attentions", "use_cache"]
+)
+def test_what_a_configuration_asks_to_be_returned(
+    run: Run, model: Path, data: Path, field: str, stream: str
+) -> None:
+    """Training tools leave these set. Streamed, the loss of the routers found none of them."""
+    config = model / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), field: True}))
+    out = model.parent / "stats.safetensors"
+    done = run("observe", model, "--data", data, "--seq-len", 16, "--out", out, "--stream", stream)
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("stream", RUNS.values(), ids=RUNS)
+def test_what_only_running_the_model_finds(
+    run: Run, tmp_path: Path, data: Path, stream: str
+) -> None:
+    folder = write_model(tmp_path / "llama4", "llama4")
+    write(folder, "llama4", "attention_chunk_size", 0, vocab_size=VOCAB)
+    out = tmp_path / "stats.safetensors"
+    done = run("observe", folder, "--data", data, "--seq-len", 16, "--out", out, "--stream", stream)
+    assert done.code == 3
+    assert "the model cannot be run: transformers.masking_utils, line" in done.error
+    assert not out.exists()
+
+
+def test_errors_of_ours_are_no_error_of_the_library() -> None:
+    with pytest.raises(TypeError) as caught:
+        MixtralConfig.from_dict(7)
+    assert "transformers.configuration_utils" in str(place_in_library(caught.value))
+    with pytest.raises(AttributeError) as caught_here:
+        quantisation(7)  # type: ignore[arg-type]
+    assert place_in_library(caught_here.value) is None
