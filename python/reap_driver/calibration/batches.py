@@ -65,8 +65,12 @@ class PackedBatches:
     def inputs(self, number: int) -> dict[str, Tensor]:
         """`input_ids` [batch, seq] int64, and of the same shape, each where it says something:
         `attention_mask` int64, 0 on padding; `position_ids` int64, 0 where an isolated document
-        begins; `token_mask` bool, the tokens that count."""
+        begins; `token_mask` bool, the tokens that count. Of a sequence with images, which is alone
+        in its batch, what the model's processor makes."""
         source, rows = self._batches[number].source, self._batches[number].rows
+        pictured = source.pictured.get(source.bounds[rows[0]])
+        if pictured is not None:
+            return pictured.inputs()
         spans = [slice(source.bounds[row], source.bounds[row + 1]) for row in rows]
         inputs = {"input_ids": _stacked([source.ids[span] for span in spans]).long()}
         lengths = torch.tensor([span.stop - span.start for span in spans])
@@ -89,6 +93,9 @@ def _divided(
     def length(row: int) -> int:
         return source.bounds[row + 1] - source.bounds[row]
 
+    def alone(row: int) -> bool:
+        return source.bounds[row] in source.pictured
+
     ragged = pad and source.packing == "none"
     budget = size * source.seq_len
     rows: list[int] = []
@@ -96,6 +103,7 @@ def _divided(
         if rows:
             longest = length(rows[0])
             unlike = not ragged and length(row) != longest
+            unlike = unlike or alone(row) or alone(rows[0])
             if unlike or (len(rows) + 1) * longest > budget:
                 yield rows
                 rows = []

@@ -103,7 +103,8 @@ class Cache:
             skip_bad=skip_bad,
             progress=progress,
         )
-        if path is not None and time.monotonic() - began >= _WORTH:
+        # Files of images are no part of what an entry is found by.
+        if path is not None and not made.pictured and time.monotonic() - began >= _WORTH:
             self._save(path, made)
         return made
 

@@ -11,6 +11,8 @@ from transformers import PretrainedConfig
 
 from reap_driver.calibration.chat import ChatTemplate, Span
 from reap_driver.calibration.compressed import LARGEST
+from reap_driver.calibration.images import read_images
+from reap_driver.calibration.pictured import Pictured, Pictures
 from reap_driver.calibration.records import BadRecords, Record, guard
 from reap_driver.calibration.shapes import Chat, Text, Tokens, shape_of
 from reap_driver.calibration.tokenizer import load_tokenizer
@@ -29,12 +31,15 @@ class Document:
     Attributes:
         ids: token ids.
         counted: one byte a token, 1 where an answer stands; None where every token counts.
-        given: whether the record had these ids, and was not tokenized here.
+        given: whether these ids stay as they are, in a sequence without others' tokens added: the
+            record had them, or a processor made them.
+        pictured: with its images, what a model is given instead of the ids alone.
     """
 
     ids: list[int]
     counted: bytes | None = None
     given: bool = False
+    pictured: Pictured | None = None
 
 
 @dataclass
@@ -77,6 +82,7 @@ class Encoder:
         self._tokenizer: Any = None
         self._fits = False  # whether all ids of the tokenizer are in the vocabulary
         self._template: ChatTemplate | None = None
+        self._pictures = Pictures(model, config, trust_remote_code=trust_remote_code)
         text = config.get_text_config()
         size = getattr(text, "vocab_size", None)
         self.vocab_size: int | None = size if isinstance(size, int) else None
@@ -163,7 +169,9 @@ class Encoder:
     ) -> None:
         template, place = self._template, record.place
         assert template is not None
-        if not self._answers_only:
+        if shape.images:
+            done[index] = self._with_images(template, record, shape)
+        elif not self._answers_only:
             group.texts[index] = template.render(place, shape)
         elif not any(message["role"] == "assistant" for message in shape.messages):
             raise _no_answer(record, "is a conversation in which no assistant speaks")
@@ -174,6 +182,19 @@ class Encoder:
         if index in group.texts:
             _check_text(record, group.texts[index])
         record.unused.update(template.unwritten(place, shape))
+
+    def _with_images(self, template: ChatTemplate, record: Record, shape: Chat) -> Document:
+        """A conversation as the model's processor makes it."""
+        if self._answers_only:
+            raise DataError(
+                f"{record.place}: has images, whose tokens the processor puts in, so that answers "
+                "cannot be told apart; leave out --answers-only, or such records"
+            )
+        text = template.render(record.place, shape)
+        _check_text(record, text)
+        images = read_images(record, shape.images)
+        pictured, ids = self._pictures.of(record.place, text, images, self._tokenizer)
+        return Document(ids, given=True, pictured=pictured)
 
     def _tokenised(
         self,

@@ -14,7 +14,7 @@ hidden ones are passed over. A record of more than `compressed.LARGEST` bytes is
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -127,12 +127,12 @@ def _read_lines(file: Path, chosen: _Chosen, bad: BadRecords | None) -> _Numbere
         if chosen is None or number in chosen:
             record = None
             with left_out:
-                record = _parse_line(f"{file}:{place}", line)
+                record = _parse_line(f"{file}:{place}", line, file.parent)
             if record is not None:
                 yield number, record
 
 
-def _parse_line(place: str, line: bytes | None) -> Record:
+def _parse_line(place: str, line: bytes | None, folder: Path) -> Record:
     if line is None:
         raise DataError(f"{place}: is larger than {LARGEST} bytes; divide the record")
     try:
@@ -141,7 +141,7 @@ def _parse_line(place: str, line: bytes | None) -> Record:
         raise DataError(f"{place}: {error}; correct the line") from error
     if not isinstance(value, dict):
         raise DataError(f"{place}: a JSON {type(value).__name__}; every line must be an object")
-    return Record(place, value)
+    return Record(place, value, folder=folder)
 
 
 @contextmanager
@@ -177,7 +177,8 @@ def _read_parquet(file: Path, chosen: _Chosen, bad: BadRecords | None) -> _Numbe
             if wanted:
                 part = batch if chosen is None else batch.take([row - start for row in wanted])
                 places = {row: f"{file}, row {row + 1}" for row in wanted}
-                yield from row_records(part, places, others, bad)
+                for number, record in row_records(part, places, others, bad):
+                    yield number, replace(record, folder=file.parent)
             start += batch.num_rows
 
 

@@ -30,7 +30,7 @@ class HubRows:
         rows = _load(self._location)
         columns, others = known_columns(rows.column_names)
         # Its own formats are not left on: they would make tensors of token ids.
-        return rows.select_columns(columns).with_format(None), others
+        return _undecoded(rows.select_columns(columns)).with_format(None), others
 
     def count(self) -> int:
         """How many rows there are."""
@@ -55,6 +55,18 @@ class HubRows:
             part = chosen[start : start + _ROWS]
             places = {number: f"{self._location}, row {number + 1}" for number in part}
             yield from row_records(loaded.select(part), places, others, bad)
+
+
+def _undecoded(rows: Any) -> Any:
+    """The rows with images as bytes and paths, not as pixels."""
+    import datasets
+
+    for name, kind in rows.features.items():
+        inner = getattr(kind, "feature", kind)  # of a list
+        if isinstance(inner, datasets.Image):
+            encoded = datasets.Image(mode=inner.mode, decode=False)
+            rows = rows.cast_column(name, encoded if inner is kind else datasets.List(encoded))
+    return rows
 
 
 def _load(location: HubDataset) -> Any:

@@ -1,15 +1,17 @@
 """Messages and tools of records, in the one form that chat templates of transformers take.
 
-Content is text; parts of it are joined. A tool is an object `{"type": "function", "function": ...}`
-with a JSON schema of its parameters, a tool call `{"type": "function", "function": {"name",
-"arguments"}}` with an id of nine characters and arguments as an object; the message that has it has
-content, if only an empty one. Everything else a message has stays, such as `reasoning_content`;
-what else a call, a tool or a part of content has is noted in the record as not used.
+Content is text; parts of it are joined, but where images stand between them (`image_parts`). A tool
+is an object `{"type": "function", "function": ...}` with a JSON schema of its parameters, a tool
+call `{"type": "function", "function": {"name", "arguments"}}` with an id of nine characters and
+arguments as an object; the message that has it has content, if only an empty one. Everything else a
+message has stays, such as `reasoning_content`; what else a call, a tool or a part of content has is
+noted in the record as not used.
 """
 
 import re
 from typing import Any
 
+from reap_driver.calibration.image_parts import image_part
 from reap_driver.calibration.records import Record
 from reap_driver.calibration.unused import unused
 from reap_kernels.documents import parse_json
@@ -74,7 +76,8 @@ def checked_messages(record: Record, name: str, value: Any = None) -> list[dict[
     """The messages in a field.
 
     Raises:
-        DataError: it is no list of messages, or a message has no role or other parts than text.
+        DataError: it is no list of messages, or a message has no role, or parts other than text and
+            images.
     """
     messages, calls = [], 0
     for number, given in enumerate(list_of_objects(record, name, value)):
@@ -180,8 +183,10 @@ def _parsed(record: Record, name: str, value: Any) -> Any:
         raise DataError(f"{record.place}: {name} is text, which {error}; correct it") from error
 
 
-def _content(record: Record, what: str, content: Any) -> str:
-    """A text, or the one that parts `{"type": "text", "text": ...}` and strings make."""
+def _content(record: Record, what: str, content: Any) -> str | list[dict[str, Any]]:
+    """A text, or the one that parts `{"type": "text", "text": ...}` and strings make; with images
+    among them, all parts.
+    """
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -189,7 +194,13 @@ def _content(record: Record, what: str, content: Any) -> str:
             f"{record.place}: the content of {what} is a {type(content).__name__}; give a text, or "
             "a list of parts"
         )
-    return "".join(_text_of(record, what, part) for part in content)
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        image = image_part(record, what, part) if isinstance(part, dict) else None
+        parts.append(image or {"type": "text", "text": _text_of(record, what, part)})
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
 
 
 def _text_of(record: Record, what: str, part: Any) -> str:
@@ -198,8 +209,8 @@ def _text_of(record: Record, what: str, part: Any) -> str:
     kind = part.get("type", "text") if isinstance(part, dict) else "text"
     if kind != "text" or not isinstance(text, str):
         raise DataError(
-            f"{record.place}: {what} has a part of type {short(kind)}; only parts of text can be "
-            "read, so leave out or describe the others"
+            f"{record.place}: {what} has a part of type {short(kind)}; only parts of text and "
+            "images can be read, so leave out or describe the others"
         )
     if isinstance(part, dict):
         record.unused.update(unused(part, ("type", "text"), "content[]."))

@@ -12,13 +12,14 @@ off: the last sequence of a source is shorter when its tokens do not fill it.
 
 Documents that were token ids in their records stay as they were made elsewhere: no token is added
 to them, and one of exactly `seq_len` tokens is a sequence of its own, before which the sequence
-that was begun ends.
+that was begun ends. A document with images is a sequence of its own, whatever its length, and never
+cut.
 """
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 
 from reap_driver.calibration.encode import Document, Encoder
-from reap_driver.calibration.records import BadRecords, Record, read_records
+from reap_driver.calibration.pictured import Pictured
+from reap_driver.calibration.records import BadRecords, Record, guard, read_records
 from reap_driver.calibration.source import DataSource
 from reap_driver.compat.foreign import one_line
 from reap_kernels.errors import DataError
@@ -56,6 +58,7 @@ class PackedSource:
         skipped: records left out because something is wrong with them; None: none may be.
         given: [documents] bool, those that were token ids; None where none was.
         unused: names of fields of the records that nothing was made of.
+        pictured: documents with images, by where in `ids` they begin.
     """
 
     source: DataSource
@@ -71,25 +74,35 @@ class PackedSource:
     skipped: BadRecords | None = None
     given: Tensor | None = None
     unused: Sequence[str] = ()
+    pictured: Mapping[int, Pictured] = field(default_factory=dict)
 
     @cached_property
     def bounds(self) -> list[int]:
         """Where in `ids` each sequence begins, and where the last one ends."""
         if self.packing == "none":
             return [*self.starts.tolist(), self.tokens]
-        ends = [*sorted(self._whole | {begin + self.seq_len for begin in self._whole}), self.tokens]
+        ends = [*sorted({*self._whole, *self._whole.values()}), self.tokens]
         bounds = [0]
         for end in ends:
-            bounds += [*range(bounds[-1] + self.seq_len, end, self.seq_len), end]
+            alone = bounds[-1] in self._whole
+            between = () if alone else range(bounds[-1] + self.seq_len, end, self.seq_len)
+            bounds += [*between, end]
         return list(dict.fromkeys(bounds))
 
     @cached_property
-    def _whole(self) -> set[int]:
-        """Where documents begin that were token ids, as many as a sequence has."""
+    def _whole(self) -> dict[int, int]:
+        """Where documents begin and end that are sequences: those that were token ids, as many as a
+        sequence has, and those with images.
+        """
         if self.given is None:
-            return set()
-        lengths = torch.diff(self.starts, append=torch.tensor([self.tokens]))
-        return set(self.starts[self.given & (lengths == self.seq_len)].tolist())
+            return {}
+        ends = [*self.starts[1:].tolist(), self.tokens]
+        spans = zip(self.starts.tolist(), ends, self.given.tolist(), strict=True)
+        return {
+            begin: end
+            for begin, end, given in spans
+            if begin in self.pictured or (given and end - begin == self.seq_len)
+        }
 
     @property
     def tokens(self) -> int:
@@ -123,7 +136,7 @@ class PackedSource:
     def provenance(self) -> dict[str, Any]:
         """The record statistics keep. The digest is over the ids as int32, then, where they matter,
         the documents' starts as int64 and a byte a token that says whether it counts; and the
-        sequences' bounds as int64 where documents are sequences of their own."""
+        sequences' bounds as int64 where documents are sequences of their own; and the images."""
         asked = {"samples": self.source.samples, "tokens": self.source.tokens}
         facts = {
             "group": self.source.group,
@@ -141,6 +154,8 @@ class PackedSource:
             "truncated": self.truncated,
             "unused": list(self.unused),
         }
+        if self.pictured:
+            facts["images"] = sum(len(one.images) for one in self.pictured.values())
         bad = self.skipped
         return facts if bad is None else {**facts, "skipped": bad.count, "skipped_first": bad.first}
 
@@ -153,6 +168,9 @@ class PackedSource:
             digest.update(self.counted.numpy().view("u1").data)
         if self.packing != "none" and any(begin % self.seq_len for begin in self._whole):
             digest.update(torch.tensor(self.bounds).numpy().astype("<i8").data)
+        for begin, one in self.pictured.items():
+            for image in one.images:
+                digest.update(f"{begin}:{len(image)}:".encode() + image)
         return digest.hexdigest()
 
     def notes(self) -> list[str]:
@@ -214,7 +232,9 @@ def pack(
     for chunk in _chunks(read_records(source, seed, bad)):
         before = len(stream.ids)
         for document in encoder.encode(chunk, bad):
-            stream.add(document, encoder.separator)
+            with guard(bad):
+                _check_length(document, seq_len)
+                stream.add(document, encoder.separator)
             if stream.full:
                 break
         unused.update(*(record.unused for record in chunk))
@@ -238,7 +258,17 @@ def pack(
         bad,
         given if given.any() else None,
         _named(unused - encoder.written),
+        stream.pictured,
     )
+
+
+def _check_length(document: Document, seq_len: int) -> None:
+    """Raises DataError for a document with images that is longer than a sequence."""
+    if document.pictured is not None and len(document.ids) > seq_len:
+        raise DataError(
+            f"{document.pictured.place}: has {len(document.ids)} tokens with its images, and a "
+            f"sequence {seq_len}; give smaller images, or a larger --seq-len"
+        )
 
 
 def _named(names: set[str]) -> list[str]:
@@ -256,7 +286,8 @@ class _Stream:
             and have a separator between them.
 
     Attributes:
-        ids, starts, counted, given, records, truncated: as a packed source has them, in buffers.
+        ids, starts, counted, given, records, truncated, pictured: as a packed source has them, in
+            buffers.
     """
 
     def __init__(self, budget: int | None, longest: int | None) -> None:
@@ -264,6 +295,7 @@ class _Stream:
         self.ids = array("i")
         self.starts = array("q")
         self.given = bytearray()
+        self.pictured: dict[int, Pictured] = {}
         self.counted: bytearray | None = None
         self.records = self.truncated = 0
         self._all_counted = True  # in the document before
@@ -277,6 +309,9 @@ class _Stream:
         """Appends a document; one without tokens is counted and leaves no trace."""
         self.records += 1
         ids = document.ids
+        if document.pictured is not None and self._over(len(ids)):  # it cannot be cut
+            self.records, self._budget = self.records - 1, len(self.ids)
+            return
         if not ids:
             return
         if self._longest is not None:
@@ -284,12 +319,18 @@ class _Stream:
             ids = ids[: self._longest]
         elif self.ids and not self.given[-1] and separator not in (None, self.ids[-1]):
             self.ids.append(separator)
+        if document.pictured is not None:
+            self.pictured[len(self.ids)] = document.pictured
         self.starts.append(len(self.ids))
         self.given.append(document.given)
         self.ids.extend(ids)
         self._count(document.counted)
         if self.full:
             self._cut()
+
+    def _over(self, tokens: int) -> bool:
+        """Whether so many more tokens are more than the budget."""
+        return self._budget is not None and len(self.ids) + tokens > self._budget
 
     def _count(self, counted: bytes | None) -> None:
         """Brings `counted` up to `ids`; a separator counts where all of its document does."""

@@ -24,6 +24,7 @@ class Record:
     Attributes:
         place: where it stands, as an error message names it.
         fields: what it has.
+        folder: where files lie that it names; None where there are none.
         unused: names of fields that nothing is made of, added by whoever passes them over: the
             reader of a table, whoever tells shapes apart, the chat template.
     """
@@ -31,6 +32,7 @@ class Record:
     place: str
     fields: dict[str, Any]
     unused: set[str] = field(default_factory=set, compare=False)
+    folder: Path | None = field(default=None, compare=False)
 
 
 class BadRecords:

@@ -4,8 +4,8 @@
 |---|---|
 | `input_ids` (+ `attention_mask`, `labels`) | token ids, but those of mask 0 |
 | `text` | a text |
-| `messages` (+ `tools`) | a conversation |
-| `conversations` of `from` and `value` (+ `system`, `tools`) | a conversation |
+| `messages` (+ `tools`, `images`) | a conversation |
+| `conversations` of `from` and `value` (+ `system`, `tools`, `images`) | a conversation |
 | `query`, `answers` (+ `tools`) | a question and the calls of tools that answer it |
 | `instruction`, `output` (+ `input`, `system`) | a question and its answer |
 | `prompt`, `completion` (+ `tools`) | the same, or two lists of messages |
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
+from reap_driver.calibration.image_parts import COLUMNS, take_images
 from reap_driver.calibration.messages import (
     checked_messages,
     checked_tools,
@@ -65,11 +66,13 @@ class Chat:
         messages: of `role`, `content` and whatever else the record has.
         tools: as JSON schemas, None where there are none.
         plain: the same without a chat template, None where that would lose its meaning.
+        images: what says which image stands in each place for one, in order.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     plain: Text | None = None
+    images: tuple[Any, ...] = ()
 
 
 Shape = Tokens | Text | Chat
@@ -135,16 +138,16 @@ def _text(name: str) -> Callable[[Record], Text]:
 
 
 def _messages(record: Record) -> Chat:
-    return Chat(checked_messages(record, "messages"), checked_tools(record))
+    messages = checked_messages(record, "messages")
+    return Chat(messages, checked_tools(record), images=take_images(record, messages))
 
 
 def _conversations(record: Record) -> Chat:
     """`from` and `value`, as ShareGPT has them; items may have `role` and `content` instead."""
     given = list_of_objects(record, "conversations")
     turns = [turn(record, item) if "from" in item else item for item in given]
-    return Chat(
-        _system(record) + checked_messages(record, "conversations", turns), checked_tools(record)
-    )
+    messages = _system(record) + checked_messages(record, "conversations", turns)
+    return Chat(messages, checked_tools(record), images=take_images(record, messages))
 
 
 def _query(record: Record) -> Chat:
@@ -176,7 +179,7 @@ def _prompt(record: Record) -> Chat:
             )
         ]
         messages = [m for part in both for m in (part if isinstance(part, list) else [part])]
-        return Chat(messages, checked_tools(record))
+        return Chat(messages, checked_tools(record), images=take_images(record, messages))
     prompt, completion = _string(record, "prompt"), _string(record, "completion")
     return Chat(
         [_says("user", prompt), _says("assistant", completion)],
@@ -204,11 +207,11 @@ def _string(record: Record, name: str) -> str:
 _SHAPES: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Record], Shape]], ...] = (
     (("input_ids",), ("attention_mask", "labels", "token_type_ids"), _ids),
     (("text",), (), _text("text")),
-    (("messages",), ("tools",), _messages),
-    (("conversations",), ("system", "tools"), _conversations),
+    (("messages",), ("tools", *COLUMNS), _messages),
+    (("conversations",), ("system", "tools", *COLUMNS), _conversations),
     (("query", "answers"), ("tools",), _query),
     (("instruction", "output"), ("input", "system"), _instruction),
-    (("prompt", "completion"), ("tools",), _prompt),
+    (("prompt", "completion"), ("tools", *COLUMNS), _prompt),
     (("content",), (), _text("content")),
 )
 FIELDS = frozenset(name for needed, more, _ in _SHAPES for name in (*needed, *more))

@@ -199,6 +199,8 @@ class Unknown(Tensor):
                 if says is not None and getattr(func, "__self__", None) is Tensor.device:
                     return says
                 return unknown_like(func(*args, **(kwargs or {})), says)
+            if name in ("__getitem__", "__setitem__"):
+                args = (args[0], _positions(args[1]), *args[2:])
             given = [leaf for leaf in leaves([args, kwargs or {}]) if isinstance(leaf, Tensor)]
             says = next((leaf._says for leaf in given if isinstance(leaf, Unknown)), None)
             copies: dict[int, Tensor] = {}
@@ -212,6 +214,18 @@ class Unknown(Tensor):
             if any(copy._version for copy in copies.values()):
                 raise _used(f"{name} writes it to another tensor")
             return unknown_like(result, says)
+
+
+def _positions(index: Any) -> Any:
+    """An index with masks that have numbers as the positions they mean: how many these are is the
+    shape of what is indexed.
+    """
+    found: list[Any] = []
+    for part in index if isinstance(index, tuple) else (index,):
+        mask = isinstance(part, Tensor) and part.dtype is torch.bool
+        known = mask and not isinstance(part, Unknown) and not part.is_meta
+        found += part.nonzero(as_tuple=True) if known else [part]
+    return tuple(found)
 
 
 def _used(how: str) -> UnsupportedModel:

@@ -181,8 +181,8 @@ def test_conversations() -> None:
         ({"content": ["a"]}, "content is a list; it must be a string"),
         ({"messages": [{"content": "a"}]}, r"messages\[0\] has no role; give every message one"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            r"messages\[0\] has a part of type 'image_url'; only parts of text",
+            {"messages": [{"role": "user", "content": [{"type": "video_url"}]}]},
+            r"messages\[0\] has a part of type 'video_url'; only parts of text",
         ),
         (
             {"messages": [{**ANSWER, "tool_calls": [{"function": {"arguments": "{}"}}]}]},
