@@ -208,7 +208,8 @@ class Format:
 
     def refusal(self, where: object, why: str, joint: str = "") -> ReapError:
         """The error about one file."""
-        return self.error(f"{self.what} {where}{joint} {why}; {self.remedy}")
+        name = where if isinstance(where, str | os.PathLike) else short(where)
+        return self.error(f"{self.what} {name}{joint} {why}; {self.remedy}")
 
     def _kind(self) -> Record:
         head: dict[str, Kind] = {"format": Text(), "version": Anything()}

@@ -11,8 +11,8 @@ class ReapError(Exception):
 
 
 class UsageError(ReapError, TypeError):
-    """A function of the Python API was called with an argument of a type it does not take, or where
-    the call would have no effect.
+    """A function of the Python API was called with an argument it cannot take, or where the call
+    would have no effect.
     """
 
 

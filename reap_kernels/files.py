@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reap_kernels.errors import UsageError
+
 # Errors by which a disk, a quota or a limit says that it is full.
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -67,7 +69,11 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     Yields:
         Path of an empty file with the permissions the process gives new files.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UsageError(f"path is a {type(path).__name__}; give the name of a file")
     target = Path(path)
+    if not target.name:  # "", "." or "/"
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(target))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         with named(target):

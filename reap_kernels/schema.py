@@ -52,7 +52,7 @@ def check(value: Any, kind: Kind, at: str = "") -> None:
 
 def short(value: Any, longest: int = 60) -> str:
     """A value as a message can show it: printable, in at most `longest` characters."""
-    text = repr(list(value) if isinstance(value, tuple) else value)
+    text = " ".join(repr(list(value) if isinstance(value, tuple) else value).split("\n"))
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 

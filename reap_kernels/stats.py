@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reap_kernels.documents import Format
-from reap_kernels.errors import DataError, ShapeError
+from reap_kernels.errors import DataError, ShapeError, UsageError
 from reap_kernels.files import replaced
 from reap_kernels.model_match import differences
 from reap_kernels.provenance import PROVENANCE
@@ -233,6 +233,8 @@ class SaliencyStats:
             DataError: the two come from models that do not match or different gate rules; the
                 message names the field that differs.
         """
+        if not isinstance(other, SaliencyStats):
+            raise UsageError(f"other is a {type(other).__name__}; give statistics")
         found = differences(other.provenance, self.provenance)
         if found.deciding or found.unnamed:
             raise DataError(

@@ -25,6 +25,7 @@ KERNEL_ORDER = (
 DECISIONS = (
     "criteria",
     "own_criteria",
+    "arguments",
     "allocate",
     "plan",
     "planning",

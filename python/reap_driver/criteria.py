@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from reap_driver.arguments import typed
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -173,6 +175,7 @@ class Scores(_Values):
         return "sha256:" + digest.hexdigest()
 
 
+@typed
 def score(
     stats: SaliencyStats,
     criterion: str | Callable[[LayerStats], Tensor | Sequence[float]] = "reap",

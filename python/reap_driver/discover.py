@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_driver.adapters import ADAPTERS, Adapter
 from reap_driver.adapters.expert_parallel import ExpertSlice
+from reap_driver.arguments import typed
 from reap_driver.compat.models import config_digest, identifying_fields
 from reap_driver.plain_model import plain_model
 from reap_kernels.errors import UnsupportedModel
@@ -80,6 +81,7 @@ class MoELayer:
         return {**facts, "scale": self.scale, "norm_space": self.norm_space}
 
 
+@typed
 def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """Every MoE layer of `model`, in its own order. Reads no weights, so meta models will do.
 
@@ -107,6 +109,7 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     return layers
 
 
+@typed
 def record_of(
     model: PreTrainedModel, layers: Sequence[MoELayer] | None = None, name: str | None = None
 ) -> dict[str, Any]:

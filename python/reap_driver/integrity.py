@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reap_driver.adapters import KernelAdapter
+from reap_driver.arguments import typed
 from reap_driver.discover import MoELayer, adapter_of
 from reap_driver.layer_recorder import LayerRecorder
 from reap_driver.observe import Observer
 from reap_kernels import SaliencyStats
-from reap_kernels.errors import PlanError, UnsupportedModel
+from reap_kernels.errors import PlanError, UnsupportedModel, UsageError
 
 if TYPE_CHECKING:
     from reap_driver.plan import Plan
@@ -62,6 +63,7 @@ class Orphans:
         return self.orphaned / self.tokens if self.tokens else 0.0
 
 
+@typed
 def retained(stats: SaliencyStats, plan: "Plan") -> dict[str, Retained]:
     """How much of the routing observed in the original model goes to the experts a plan keeps.
 
@@ -98,6 +100,7 @@ def retained(stats: SaliencyStats, plan: "Plan") -> dict[str, Retained]:
     return found
 
 
+@typed
 def orphans(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], plan: "Plan"
 ) -> dict[str, Orphans]:
@@ -120,6 +123,11 @@ def orphans(
     observer = RoutingObserver(model, plan)
     with observer:
         for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise UsageError(
+                    f"orphans: batches holds a {type(batch).__name__}; give mappings of the "
+                    "model's arguments, such as [{'input_ids': ids}]"
+                )
             observer(**batch)
     return observer.orphans
 

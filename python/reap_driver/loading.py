@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from reap_driver.arguments import typed
 from reap_driver.checkpoint.source import Source, open_source, resolve_folder
 from reap_driver.compat.models import check_loading, from_checkpoint, load_config, quantisation
 from reap_driver.compat.parts import Chunk, Parts, parted
@@ -28,9 +29,10 @@ from reap_driver.reading import Readable, Reader, start, stored
 from reap_driver.sizing.layers import decoder_layers
 from reap_driver.storage import check_storage
 from reap_driver.threads import background
-from reap_kernels.errors import UnsupportedModel
+from reap_kernels.errors import UnsupportedModel, UsageError
 
 
+@typed
 def load_model(
     path_or_id: str | Path,
     *,
@@ -74,7 +76,7 @@ def load_model(
         check_loading(path_or_id, info, model)
         source.pins.check()
         return model
-    opened = _opened(path_or_id, dtype, torch.device(device), trust_remote_code, _layers_if_any)
+    opened = _opened(path_or_id, dtype, _device(device), trust_remote_code, _layers_if_any)
     with opened as streamed:
         for layer in range(len(streamed.layers)):
             streamed.load(layer)
@@ -97,7 +99,7 @@ def open_streamed(
             when that layer is loaded, and that a file was replaced meanwhile when the block ends.
         UnsupportedModel: see `load_model`; or a layer cannot be loaded alone.
     """
-    opened = _opened(path_or_id, dtype, torch.device(device), trust_remote_code, _layers_of)
+    opened = _opened(path_or_id, dtype, _device(device), trust_remote_code, _layers_of)
     with opened as streamed:
         tied = streamed.tied()
         if tied is not None:
@@ -212,6 +214,18 @@ class StreamedModel:
             for ahead in chunks[number + (number > 0) : number + 2]:
                 start(self._tensors, ahead.keys)
             yield chunk
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r} is none; give cpu, cuda or cuda:0") from error
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import reap_kernels
+from reap_driver.arguments import typed
 from reap_driver.checkpoint.loaded import stacks_of
 from reap_driver.compat.text_model import text_model
 from reap_driver.discover import adapter_of, block_of, find_moe_layers, record_of
@@ -369,6 +370,7 @@ class Observer:
         return {**facts, "unobserved": unobserved}
 
 
+@typed
 def observe(model: PreTrainedModel, *, backend: str | None = None) -> Observer:
     """Collect expert statistics of every forward of `model` inside the context.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from reap_driver.arguments import typed
 from reap_driver.checkpoint.derive import ExpertDim
 from reap_driver.checkpoint.loaded import expert_dims
 from reap_driver.checkpoint.routing_table import ID_TABLES
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from reap_driver.plan import LayerPlan, Plan
 
 
+@typed
 def check_permutation(
     original: str | Path,
     pruned: str | Path,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from reap_driver.arguments import typed
 from reap_kernels.documents import Format, to_json
 from reap_kernels.errors import PlanError
 from reap_kernels.files import replaced
@@ -54,9 +55,11 @@ class LayerPlan:
     removed: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if type(self.num_experts) is not int:
+            raise PlanError(f"num_experts is {short(self.num_experts)}; give a whole number")
         for name in ("kept", "removed"):
             ids = getattr(self, name)
-            if any(type(expert) is not int for expert in ids):
+            if not isinstance(ids, tuple | list) or any(type(expert) is not int for expert in ids):
                 raise PlanError(f"{name} holds other things than expert ids: {short(ids)}")
             if any(a >= b for a, b in itertools.pairwise(ids)):
                 raise PlanError(f"{name} is not ascending without repetition: {short(ids)}")
@@ -160,23 +163,40 @@ class Plan:
         }
         return replace(self, layers={**self.layers, **missing}) if missing else self
 
+    @typed
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON, a line for each layer (temporary sibling, fsync, rename).
 
         Raises:
+            PlanError: see `check`.
+        """
+        text = _in_lines(self.check())
+        with replaced(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    def check(self) -> dict[str, Any]:
+        """What its file holds.
+
+        Raises:
             PlanError: a field has a value that could not be read again.
         """
+        other = isinstance(self.layers, Mapping) and [
+            name for name, layer in self.layers.items() if not isinstance(layer, LayerPlan)
+        ]
+        if not isinstance(self.layers, Mapping) or other:
+            raise PlanError(
+                f"plan: layers are {short(self.layers)}; give a LayerPlan under the name of each"
+            )
         content: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
         content |= {"settings": self.settings} if self.settings else {}
         content["layers"] = {
             name: {key: getattr(layer, key) for key in _LAYER}
             for name, layer in self.layers.items()
         }
-        text = _in_lines(FORMAT.complete(content))
-        with replaced(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        return FORMAT.complete(content)
 
     @classmethod
+    @typed
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Reads and checks a plan.
 

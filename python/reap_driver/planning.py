@@ -14,6 +14,7 @@ from reap_driver.allocate import (
     removal_target,
     uniform,
 )
+from reap_driver.arguments import typed
 from reap_driver.criteria import Scores, random_values
 from reap_driver.own_criteria import check_decides, check_scores, plain_scores
 from reap_driver.plan import LayerPlan, Plan, deciding_facts
@@ -25,6 +26,7 @@ from reap_kernels.errors import PlanError
 ALLOCATIONS = ("uniform", "global")
 
 
+@typed
 def make_plan(
     scores: Scores | Mapping[str, Tensor | Sequence[float]],
     ratio: float = 0.5,
@@ -98,6 +100,7 @@ def make_plan(
     return _plan(scores, budgets, allocation, ratio, notes, settings, whole)
 
 
+@typed
 def plan_of_removals(
     scores: Scores,
     removals: Mapping[str, int],
@@ -128,6 +131,7 @@ def plan_of_removals(
     return _plan(scores, budgets, allocation, ratio, [], {}, whole)
 
 
+@typed
 def random_plan(scores: Scores, ratio: float, seed: int) -> Plan:
     """The baseline that keeps experts at random, by the same budgets and groups as any other plan.
 

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
+from reap_driver.arguments import typed
 from reap_driver.checkpoint.checks import check_groups
 from reap_driver.checkpoint.derive import ExpertDim
 from reap_driver.checkpoint.loaded import expert_dims
@@ -156,6 +157,7 @@ class RouterMasks:
         return self._known[name]
 
 
+@typed
 @contextlib.contextmanager
 def masked_experts(
     model: PreTrainedModel, kept: Mapping[str, Sequence[int]]

@@ -118,9 +118,10 @@ def keep_probability(
         DataError, PlanError: as `uncertainty`; or the plan is not of these statistics.
     """
     known = uncertainty(stats, plan.criterion, plan.weights)
-    if {name: len(one.scores) for name, one in known.items()} != {
-        name: layer.num_experts for name, layer in plan.layers.items()
-    }:
+    sizes = {name: len(one.scores) for name, one in known.items()}
+    # A layer of one alone is whole: no token reached it, or the plan does not name it.
+    planned = {n: la.num_experts for n, la in plan.layers.items() if n in known or la.removed}
+    if {**sizes, **planned} != sizes:
         raise PlanError(
             "the plan has other layers or numbers of experts than the statistics; make it from them"
         )
@@ -132,7 +133,8 @@ def keep_probability(
         drawn = one.scores + student(noise, len(one.deviations)) @ one.deviations
         protected = plan.settings.get("protected", {}).get(name, [])
         drawn[:, protected] = math.inf
-        keep = len(plan.layers[name].kept) // router.n_group
+        kept = len(plan.layers[name].kept) if name in plan.layers else sizes[name]
+        keep = kept // router.n_group
         grouped = drawn.unflatten(-1, (router.n_group, -1)).unbind(dim=1)
         found[name] = torch.cat([_kept_share(values, keep) for values in grouped])
     return found

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from reap_driver.arguments import typed
 from reap_driver.checkpoint.actions import Drop, Relabel
 from reap_driver.checkpoint.card import model_card
 from reap_driver.checkpoint.checks import (
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 LOADER = "load_pruned.py"  # of checkpoints whose layers keep different numbers of experts
 
 
+@typed
 def apply_plan(
     model_path: str | Path,
     plan: "Plan",
@@ -128,6 +130,7 @@ def apply_plan(
     return report
 
 
+@typed
 def check_plan(
     model_path: str | Path,
     plan: "Plan",

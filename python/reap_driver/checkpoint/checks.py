@@ -70,6 +70,7 @@ def check_kept(plan: "Plan") -> None:
     """
     if not plan.layers:
         raise PlanError("plan: has no layers.")
+    plan.check()
     for name, layer in plan.layers.items():
         kept = layer.kept
         if (

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from reap_driver.arguments import typed
 from reap_driver.checkpoint.checks import check_model, check_same_layers
 from reap_driver.checkpoint.source import resolve_folder
 from reap_driver.compat.models import load_config, meta_model
@@ -53,6 +54,7 @@ def expert_masks(plan: "Plan") -> dict[str, Tensor]:
     return masks
 
 
+@typed
 def save_masks(
     model_path: str | Path,
     plan: "Plan",
@@ -77,6 +79,7 @@ def save_masks(
         PlanError: the plan does not belong to the model, or leaves a router too few experts.
         UnsupportedModel, CheckpointError: see `load_config` and `find_moe_layers`.
     """
+    plan.check()
     folder = resolve_folder(model_path)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     full = meta_model(config)
@@ -89,6 +92,7 @@ def save_masks(
     return plan.noting(notes)
 
 
+@typed
 def load_masks(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     """Read what `save_masks` wrote: layer -> ids that stay, as `masked_experts` takes them.
 

@@ -13,12 +13,14 @@ from typing import Any, cast
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from reap_driver.arguments import typed
 from reap_driver.calibration.prefetch import prefetched, ready_for
 from reap_driver.compare.figures import DRAWS
 from reap_driver.compare.sequences import Comparison, Sums
 from reap_driver.interrupts import Stop
 from reap_driver.loading import StreamedModel
 from reap_driver.observe import Observer
+from reap_driver.plain_model import plain_model
 from reap_driver.plan import Plan
 from reap_driver.predictions import Predictions, predict
 from reap_driver.router_mask import RouterMasks
@@ -29,6 +31,7 @@ from reap_driver.streaming.store import StateStore
 Done = Callable[[float], Any]
 
 
+@typed
 def compare(
     original: PreTrainedModel,
     pruned: PreTrainedModel | Plan,
@@ -57,6 +60,8 @@ def compare(
         ShapeError: the models' vocabularies differ.
         PlanError, UnsupportedModel: see `masked_experts` and `predict`.
     """
+    original = plain_model(original)
+    pruned = pruned if isinstance(pruned, Plan) else plain_model(pruned)
     given = Given.checked(batches, groups)
     sums = compare_resident(original, pruned, given, range(len(batches)), backend=backend)
     return sums.comparison(draws, seed)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from reap_driver.arguments import typed
 from reap_driver.compat.config_file import read_config
 from reap_driver.compat.foreign import foreign, offending_field, one_line
 from reap_driver.compat.fp8 import partial_blocks
@@ -63,6 +64,7 @@ _VOLATILE_KEYS = frozenset(
 DEQUANTISED_ON_LOAD = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 
 
+@typed
 def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """Read the configuration of a local checkpoint folder or of a hub id.
 

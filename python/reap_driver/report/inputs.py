@@ -17,7 +17,7 @@ from reap_driver.stability import (
     uncertainty,
 )
 from reap_kernels import SaliencyStats
-from reap_kernels.errors import PlanError
+from reap_kernels.errors import DataError, PlanError
 from reap_kernels.model_match import differences
 
 DEFAULT_CRITERION = "reap"
@@ -69,7 +69,7 @@ class Inputs:
             inside = margin(keep_probability(self.stats, self.plan))
         return measure(self.stats, self.scores, self.plan, inside)
 
-    @property
+    @cached_property
     def doubt(self) -> str | None:
         """Why it is not known which experts are inside the decision margin; None where it is."""
         if len(self.stats.parts) < 2:
@@ -85,6 +85,10 @@ class Inputs:
                 f"{self.scores.criterion} is no function of sums, so parts of the data say nothing "
                 "about its margin."
             )
+        try:
+            _ = self._uncertainty
+        except DataError as error:  # one short sequence has tokens in one part only
+            return f"How sure the decisions are cannot be told: {error}."
         return None
 
     @property
@@ -95,8 +99,10 @@ class Inputs:
     @cached_property
     def uncertainty(self) -> dict[str, Uncertainty]:
         """Of the scores; empty where it is not known."""
-        if self.doubt is not None:
-            return {}
+        return {} if self.doubt is not None else self._uncertainty
+
+    @cached_property
+    def _uncertainty(self) -> dict[str, Uncertainty]:
         return uncertainty(self.stats, self.scores.criterion, self.scores.weights)
 
     @cached_property

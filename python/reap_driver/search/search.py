@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from reap_driver.allocate import max_removable, removal_steps
+from reap_driver.arguments import typed
 from reap_driver.checkpoint.checks import check_model, check_same_layers
 from reap_driver.criteria import Scores
 from reap_driver.discover import find_moe_layers, record_of
@@ -199,6 +200,7 @@ def _check_notes(check: HeldOut) -> list[str]:
     ]
 
 
+@typed
 def search_plan(
     model: PreTrainedModel,
     scores: Scores,

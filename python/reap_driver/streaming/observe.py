@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reap_driver import run as runs
+from reap_driver.arguments import typed
 from reap_driver.interrupts import Stop
 from reap_driver.loading import open_streamed
 from reap_driver.observe import observe
@@ -17,6 +18,7 @@ from reap_driver.streaming.store import Place, StateStore
 from reap_kernels import SaliencyStats
 
 
+@typed
 def observe_streamed(
     path_or_id: str | Path,
     batches: Sequence[Mapping[str, Tensor]],

@@ -18,7 +18,7 @@ from reap_driver.checkpoint.source import INDEX_NAME
 from reap_driver.compat.models import config_digest, load_config, meta_model
 from reap_driver.loading import load_model
 from reap_driver.plan import LayerPlan, Plan
-from reap_kernels.errors import CheckpointError, PlanError, ReapError, UnsupportedModel
+from reap_kernels.errors import CheckpointError, PlanError, ReapError, UnsupportedModel, UsageError
 from tests.driver import zoo
 from tests.driver.checkpoint import saved
 
@@ -413,8 +413,16 @@ def test_shard_size_that_is_no_size(full: Path, plan: Plan) -> None:
     assert_refused(full, plan, PlanError, "shard_size 0", shard_size=0)
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "4"])
-def test_threads_that_are_no_number(full: Path, plan: Plan, threads: Any) -> None:
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads_that_are_no_number(full: Path, plan: Plan, threads: int) -> None:
     assert_refused(full, plan, PlanError, f"threads {threads!r}", "positive", threads=threads)
     with pytest.raises(PlanError, match="positive number of threads"):
+        check_plan(full, plan, full.parent / "pruned", threads=threads)
+
+
+@pytest.mark.parametrize("threads", [1.5, True, "4"])
+def test_threads_of_another_type(full: Path, plan: Plan, threads: Any) -> None:
+    said = f"threads is {threads!r}"
+    assert_refused(full, plan, UsageError, said, "expected int", threads=threads)
+    with pytest.raises(UsageError, match=said):
         check_plan(full, plan, full.parent / "pruned", threads=threads)

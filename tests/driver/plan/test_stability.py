@@ -289,7 +289,7 @@ def test_what_is_no_sum_has_no_interval(criterion: str) -> None:
 
 def test_plans_and_scores_of_other_models_are_refused() -> None:
     stats = sampled()
-    other = model_stats({"a": Rows(2, 0)}, ["x", "y"])
+    other = model_stats({"z": Rows(2, 0)}, ["x", "y"])
     with pytest.raises(PlanError, match="the plan has other layers"):
         keep_probability(stats, make_plan(score(other), 0.5))
     with pytest.raises(PlanError, match="scores are of different layers"):

@@ -14,6 +14,7 @@ from reap_driver.planning import make_plan
 from reap_driver.report import write_report
 from reap_driver.report.inputs import Inputs
 from reap_driver.report.page import FILES
+from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import PlanError
 from tests.driver.report.conftest import GROUPS, LAYERS, Make, divided, large, observed
 
@@ -203,6 +204,34 @@ def test_why_the_margin_is_not_known(make: Make) -> None:
     assert "another criterion" in str(Inputs.checked(stats, plan, "frequency").doubt)
     largest = make_plan(score(stats, "max_activation"), 0.5)
     assert "no function of sums" in str(Inputs.checked(stats, largest, None).doubt)
+
+
+def test_parts_that_say_nothing_of_the_margin_are_no_obstacle(make: Make) -> None:
+    """One short sequence: all tokens of a layer are in one of the parts."""
+    whole, plan = make()
+    empty = [LayerStats(6, 2) for _ in LAYERS]
+    parts = [whole, *(SaliencyStats(dict(zip(LAYERS, empty, strict=True)), whole.groups),) * 7]
+    stats = SaliencyStats(whole.layers, whole.groups, whole.provenance, parts)
+    inputs = Inputs.checked(stats, plan, None)
+    assert inputs.doubt is not None
+    assert "one part of the data holds all its tokens" in inputs.doubt
+    assert inputs.uncertainty == {}
+    assert inputs.near == "within 5 % of the cut"
+    assert len(inputs.layers) == 3
+
+
+@pytest.mark.parametrize("named", ["fewer", "more"])
+def test_whole_layers_of_the_plan_or_the_statistics_alone(make: Make, named: str) -> None:
+    """Layers a plan does not name keep all, as those it names and no token reached."""
+    stats, plan = make(parts=True)
+    layers = dict(plan.layers)
+    if named == "fewer":
+        del layers[LAYERS[1]]
+    else:
+        layers["vision.experts"] = LayerPlan.keeping(4, (0, 1, 2, 3))
+    inputs = Inputs.checked(stats, dataclasses.replace(plan, layers=layers), None)
+    assert inputs.doubt is None
+    assert len(inputs.layers) == 3
 
 
 def test_a_group_that_missed_a_layer_is_said(make: Make, tmp_path: Path) -> None:

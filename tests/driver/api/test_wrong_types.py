@@ -1,0 +1,203 @@
+"""Every exported function, given arguments of wrong types: one clear error, never a traceback."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import reap_driver as rd
+from reap_driver.search.evolution import Settings
+from reap_kernels.errors import ReapError, UsageError
+from tests.driver import zoo
+from tests.driver.checkpoint import saved
+
+WRONG: dict[str, Any] = {
+    "None": None,
+    "int": 3,
+    "negative": -1,
+    "float": 0.5,
+    "nan": float("nan"),
+    "bool": True,
+    "text": "tiny",
+    "empty text": "",
+    "bytes": b"x",
+    "list": [1, 2],
+    "empty list": [],
+    "texts": ["a"],
+    "tuple": ("a", 1),
+    "mapping": {"a": 1},
+    "empty mapping": {},
+    "numbers as keys": {1: [2]},
+    "nested": {"model.layers.0.mlp.experts": {"a": "b"}},
+    "tensor": torch.ones(2, 3),
+    "array": np.ones(3),
+    "module": torch.nn.Linear(2, 2),
+    "class": int,
+    "function": len,
+    "path": Path("none/such"),
+    "generator": (n for n in range(2)),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A tiny model with a checkpoint, statistics, scores, a plan and masks."""
+    root = tmp_path_factory.mktemp("world")
+    model = saved.save("qwen3_moe", root / "full")
+    batch = zoo.tiny_inputs("qwen3_moe", model.config)
+    with rd.observe(model) as obs:
+        obs(**batch)
+    scores = rd.score(obs.stats)
+    plan = rd.make_plan(scores, 0.25)
+    rd.apply_plan(root / "full", plan, root / "small")
+    rd.save_masks(root / "full", plan, root / "masks")
+    return {
+        "root": root,
+        "model": model,
+        "batches": [batch],
+        "stats": obs.stats,
+        "scores": scores,
+        "plan": plan,
+        "removals": dict.fromkeys(scores, 2),
+    }
+
+
+# Valid arguments of each, by the names of `world`, or as they are.
+CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "apply_plan": lambda w: {
+        "model_path": w["root"] / "full",
+        "plan": w["plan"],
+        "out_path": w["root"] / "out",
+        "overwrite": True,
+    },
+    "check_permutation": lambda w: {
+        "original": w["root"] / "full",
+        "pruned": w["root"] / "small",
+        "plan": w["plan"],
+    },
+    "compare": lambda w: {
+        "original": w["model"],
+        "pruned": w["plan"],
+        "batches": w["batches"],
+        "draws": 10,
+    },
+    "find_moe_layers": lambda w: {"model": w["model"]},
+    "load_config": lambda w: {"path_or_id": w["root"] / "full"},
+    "load_masks": lambda w: {"path": w["root"] / "masks"},
+    "load_model": lambda w: {"path_or_id": w["root"] / "full"},
+    "make_plan": lambda w: {"scores": w["scores"]},
+    "masked_experts": lambda w: {"model": w["model"], "kept": w["plan"].kept},
+    "observe": lambda w: {"model": w["model"]},
+    "observe_streamed": lambda w: {"path_or_id": w["root"] / "full", "batches": w["batches"]},
+    "orphans": lambda w: {"model": w["model"], "batches": w["batches"], "plan": w["plan"]},
+    "plan_of_removals": lambda w: {
+        "scores": w["scores"],
+        "removals": w["removals"],
+        "allocation": "mine",
+        "ratio": 0.25,
+    },
+    "random_plan": lambda w: {"scores": w["scores"], "ratio": 0.25, "seed": 0},
+    "record_of": lambda w: {"model": w["model"]},
+    "retained": lambda w: {"stats": w["stats"], "plan": w["plan"]},
+    "save_masks": lambda w: {
+        "model_path": w["root"] / "full",
+        "plan": w["plan"],
+        "path": w["root"] / "masks",
+    },
+    "score": lambda w: {"stats": w["stats"]},
+    "search_plan": lambda w: {
+        "model": w["model"],
+        "scores": w["scores"],
+        "batches": w["batches"],
+        "ratio": 0.25,
+        "settings": Settings(evaluations=2, population=2, elites=1, seed=0),
+    },
+}
+METHODS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "Plan.save": lambda w: {"self": w["plan"], "path": w["root"] / "out.json"},
+    "SaliencyStats.save": lambda w: {"self": w["stats"], "path": w["root"] / "out.safetensors"},
+    "SaliencyStats.merge": lambda w: {"self": w["stats"], "other": w["stats"]},
+    "Plan.load": lambda w: {"path": w["root"] / "out.json"},
+    "SaliencyStats.load": lambda w: {"path": w["root"] / "out.safetensors"},
+    "LayerPlan": lambda _: {"num_experts": 4, "kept": (0, 1), "removed": (2, 3)},
+}
+
+
+def test_every_exported_function_is_here() -> None:
+    functions = {name for name in rd.__all__ if inspect.isfunction(getattr(rd, name))}
+    assert functions == CALLS.keys()
+
+
+def called(name: str, arguments: dict[str, Any]) -> Any:
+    function: Any = rd
+    for part in name.split("."):
+        function = getattr(function, part)
+    outcome = function(**arguments)
+    if hasattr(outcome, "__enter__"):
+        with outcome:
+            pass
+    return outcome
+
+
+def parameters(name: str) -> list[str]:
+    function: Any = rd
+    for part in name.split("."):
+        function = getattr(function, part)
+    return [known for known in inspect.signature(function).parameters if known != "self"]
+
+
+ALL = CALLS | METHODS
+PAIRS = [(name, parameter) for name in ALL for parameter in parameters(name)]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_valid_arguments_pass(name: str, world: dict[str, Any]) -> None:
+    called(name, CALLS[name](world))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_value_of_no_known_type_is_named(name: str, world: dict[str, Any]) -> None:
+    for parameter in parameters(name):
+        with pytest.raises(UsageError, match=rf"{name}: {parameter} is .*object.*; expected"):
+            called(name, {**CALLS[name](world), parameter: object()})
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_missing_and_unknown_arguments_are_named(name: str, world: dict[str, Any]) -> None:
+    given = CALLS[name](world)
+    with pytest.raises(UsageError, match=f"{name}: got an unexpected keyword argument 'ratoi'"):
+        called(name, {**given, "ratoi": 1})
+    first = next(iter(given))
+    with pytest.raises(UsageError, match=f"{name}: missing a required argument: '{first}'"):
+        called(name, {key: value for key, value in given.items() if key != first})
+
+
+@pytest.mark.parametrize(("name", "parameter"), PAIRS)
+def test_wrong_values_end_in_one_error_or_mean_something(
+    name: str, parameter: str, world: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """What a function that somebody gives raises is theirs, and a file that cannot be written is
+    the system's error with the file's name.
+    """
+    monkeypatch.chdir(tmp_path)  # where texts that are paths lie
+    given = ALL[name](world)
+    for kind, value in WRONG.items():
+        if callable(value) and parameter in ("criterion", "progress"):
+            continue
+        said = outcome(name, {**given, parameter: value})
+        assert "\n" not in said, kind
+
+
+def outcome(name: str, arguments: dict[str, Any]) -> str:
+    """What was said: nothing where the call went well."""
+    try:
+        called(name, arguments)
+    except ReapError as error:
+        return str(error)
+    except OSError as error:
+        return "" if error.filename is not None else "\n"
+    return ""
