@@ -155,11 +155,15 @@ class ExpertNames:
         """A pattern may become whole names only where no other one with another value decides about
         the same modules.
         """
-        own = self._readings(read(name, method, where))[0].experts
+        own = self._readings(read(name, method, where))[0]
+        decided = [
+            f"{self._prefix(self._lists[place], own.variant)}{number}{part}"
+            for place, number, part in own.experts
+        ]
         for other, options in value.items():
             if options == value[name] or other in whole:
                 continue
-            if own & self._readings(read(other, method, where))[0].experts:
+            if any(map(read(other, method, where).matchers[0], decided)):
                 raise CheckpointError(
                     f"{where}: the patterns {name!r} and {other!r} decide about the same experts, "
                     "and their numbers change; write the entries out by layer and expert."

@@ -269,11 +269,13 @@ class _Rows:
     def _zero_point(self) -> Action | None:
         """Packed along the rows where the weights are packed; the last word is filled with 0."""
         shape, dtype = self._shape, self._stored.entry.dtype
-        if math.prod(shape) == 1:
-            return Copy(self._key)
         bits = self._packed_bits(self._stored.beside("weight_packed"))
+        if bits is None and dtype != "I32":
+            if math.prod(shape) == 1:
+                return Copy(self._key)
+            return self._select(0) if shape[0] == self._out else None
         if bits is None:
-            return self._select(0) if shape[0] == self._out and dtype != "I32" else None
+            return None
         if dtype != "I32" or len(shape) != 2 or shape[0] != words_of(self._out, bits):
             return None
         return SelectCodes(self._key, 0, bits, self._rows)

@@ -205,9 +205,12 @@ CT = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("experts", "keep"), [(8, 5), (64, 48), (60, 33)])
-def test_compressed_tensors(bits: int, experts: int, keep: int, tmp_path: Path) -> None:
-    """Numbers of experts that do not fill words too: the format fills them with 0."""
-    codes, kept = Codes.random(experts, 128, bits, 32), some(experts, keep)
+@pytest.mark.parametrize("group", [32, 128])
+def test_compressed_tensors(bits: int, experts: int, keep: int, group: int, tmp_path: Path) -> None:
+    """Numbers of experts that do not fill words too: the format fills them with 0. All zero points
+    of 8 experts and one group are one word.
+    """
+    codes, kept = Codes.random(experts, 128, bits, group), some(experts, keep)
     found = cut(tmp_path, codes.compressed(bits), router(experts, 128), kept, CT)
     codes.check_compressed(found, bits, kept)
 
@@ -597,3 +600,35 @@ def test_an_unknown_layout_is_not_called_a_broken_checkpoint(
     assert ("hqq" if "quantization_config" in settings else "no quantizer") in message
     assert "one checkpoint" not in message
     assert "another config" not in message
+
+
+ROUTERS = [
+    ("minimax_m2", "model.layers.{}.block_sparse_moe.gate", 0),
+    ("nemotron_h", "backbone.layers.{}.mixer.gate", 1),
+    ("gemma4", "model.layers.{}.router.proj", 0),
+    ("granitemoe", "model.layers.{}.block_sparse_moe.router.layer", 0),
+    ("hunyuan_v1_moe", "model.layers.{}.mlp.gate.wg", 0),
+    ("gpt_oss", "model.layers.{}.mlp.router", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "form", "number"), ROUTERS)
+def test_routers_of_other_names(name: str, form: str, number: int, tmp_path: Path) -> None:
+    """Architectures call their routers differently, on disk and in memory."""
+    model = saved.save(name, tmp_path / "full")
+    stem = form.format(number)
+    codes = Codes.random(8, 32, 4, 16)
+
+    def change(old: dict[str, Tensor]) -> dict[str, Tensor]:
+        new = {key: value for key, value in old.items() if key != f"{stem}.weight"}
+        assert len(new) == len(old) - 1, sorted(old)
+        return {**new, **{f"{stem}.{leaf}": t.clone() for leaf, t in codes.compressed(4).items()}}
+
+    saved.change_tensors(tmp_path / "full", change)
+    saved.change_config(tmp_path / "full", quantization_config=CT)
+    plan = saved.make_plan(tmp_path / "full", model)
+    apply_plan(tmp_path / "full", plan, tmp_path / "out")
+    found = saved.read_all(tmp_path / "out")
+    leaves = {k.removeprefix(f"{stem}."): t for k, t in found.items() if k.startswith(f"{stem}.")}
+    kept = next(entry.kept for layer, entry in plan.layers.items() if f".{number}." in layer)
+    codes.check_compressed(leaves, 4, list(kept))
