@@ -21,7 +21,7 @@ from reap_kernels import SaliencyStats
 from reap_kernels.documents import Format, as_read, open_file, to_json
 from reap_kernels.errors import CheckpointError, DataError, ResourceError
 from reap_kernels.files import NO_SPACE, is_file, replaced
-from reap_kernels.schema import Flag, Int, ListOf, MapOf, OrNull, Real, Record, Text
+from reap_kernels.schema import Flag, Int, ListOf, MapOf, OrNull, Real, Record, Text, short
 
 _NAME = "journal.json"
 # Of what identifies a run, the fields that are read before they are compared.
@@ -260,8 +260,8 @@ def check_same(path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]) 
         before, after = recorded.get(field), now.get(field)
         if before != after:
             raise DataError(
-                f"{path}: the journal is of another run: {field} was {before!r}, now it is "
-                f"{after!r}; give what was given then, or delete it and start anew"
+                f"{path}: the journal is of another run: {field[:300]} was {short(before, 300)}, now "
+                f"it is {short(after, 300)}; give what was given then, or delete it and start anew"
             )
 
 
