@@ -260,8 +260,9 @@ def check_same(path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]) 
         before, after = recorded.get(field), now.get(field)
         if before != after:
             raise DataError(
-                f"{path}: the journal is of another run: {field[:300]} was {short(before, 300)}, now "
-                f"it is {short(after, 300)}; give what was given then, or delete it and start anew"
+                f"{path}: the journal is of another run: {field[:300]} was {short(before, 300)}, "
+                f"now it is {short(after, 300)}; give what was given then, or delete it and start "
+                "anew"
             )
 
 
