@@ -191,9 +191,23 @@ class PackedSource:
         if self.skipped is not None and self.skipped.count:
             first = "; ".join(self.skipped.first)
             notes.append(f"{name}: {self.skipped.count} bad records were left out, first {first}")
+        length = self._common_length
+        if length is not None and length != self.seq_len and self.packing != "none":
+            notes.append(
+                f"{name}: its documents are all of {length} token ids; sequences of as many "
+                f"(--seq-len {length}) keep them as they are"
+            )
         if self.unused:
             notes.append(f"{name}: fields not used: {', '.join(self.unused)}")
         return notes
+
+    @property
+    def _common_length(self) -> int | None:
+        """Of the documents, where all were token ids and there are several of one length."""
+        if self.given is None or not self.given.all() or len(self.given) < 2:
+            return None
+        lengths = torch.diff(self.starts, append=torch.tensor([self.tokens])).unique()
+        return int(lengths) if len(lengths) == 1 else None
 
     @property
     def _has_gaps(self) -> bool:

@@ -19,7 +19,7 @@ def limited_steps() -> Iterator[None]:
 
     Jinja's sandbox, in which transformers renders, limits a single `range` to 100,000 items, but
     neither loops in loops nor macros that call themselves twice. Lines are counted by Python's
-    trace function, which leaves the environment as transformers made it.
+    trace function, which leaves the environment as transformers made it. Memory is not limited.
 
     Raises:
         TemplateRuntimeError: a template took too many.

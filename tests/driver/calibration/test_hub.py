@@ -71,6 +71,21 @@ def test_rows_are_records_of_the_known_columns(asked: list[dict[str, Any]]) -> N
     ]
 
 
+def test_columns_that_are_not_read_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In tables of files and of the hub alike, but for those that say where a row is from."""
+    monkeypatch.chdir(tmp_path)
+    table = pa.Table.from_pylist([{"text": "a", "verdict": 1, "id": 7, "url": "u"}] * 2)
+    parquet.write_table(table, "rows.parquet")
+    rows = datasets.Dataset.from_parquet("rows.parquet", cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **options: rows)
+    for name in ("owner/name", "rows.parquet"):
+        assert [(record.fields, record.unused) for record in read(name)] == [
+            ({"text": "a"}, {"verdict"})
+        ] * 2
+
+
 def test_subset_split_and_revision_reach_the_library(asked: list[dict[str, Any]]) -> None:
     assert len(read("g=owner/name[code](tool)@v1.0:7")) == 7
     assert asked[0] | {"data_files": None} == {

@@ -265,6 +265,11 @@ def test_sequences_packed_elsewhere_stay_as_they_are(
     assert sequences(source) == documents
     assert (source.tokens, source.separator) == (8192, None)
     assert source.notes() == []
+    if packing != "none":  # of the length that would keep them, the user hears
+        [note] = packed(path, Encoder(folder, config), 300, packing=packing).notes()
+        assert note.endswith(
+            "all of 512 token ids; sequences of as many (--seq-len 512) keep them as they are"
+        )
 
 
 @pytest.mark.parametrize("packing", ["concat", "isolated"])
