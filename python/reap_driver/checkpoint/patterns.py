@@ -85,9 +85,9 @@ def read(text: str, method: str | None, where: str) -> Pattern:
             )
         return Pattern(text, mark, "regular expression", (_regular(text, body, method, where),))
     if not _SPECIAL.search(body):
-        # AutoRound searches for names too, as expressions: their dots are any character.
-        searched = method is not None and "auto-round" in method
-        matcher = _regular(text, body, method, where) if searched else _named(body, method)
+        # Where expressions are searched for, names are too: their dots are any character.
+        search = _is_searched(method)
+        matcher = _regular(text, body, method, where) if search else _named(body, method)
         return Pattern(text, mark, "name", (matcher,))
     wildcard = _wildcard(body)
     try:
@@ -110,9 +110,17 @@ def _regular(text: str, body: str, method: str | None, where: str) -> Matcher:
         raise CheckpointError(
             f"{where}: the pattern {text!r} is no regular expression ({error}); correct it."
         ) from error
-    # AutoRound searches; the others match from the beginning of the name.
-    find = compiled.search if method is not None and "auto-round" in method else compiled.match
+    find = compiled.match  # from the beginning of the name, as most readers do
+    if method == "torchao":
+        find = compiled.fullmatch
+    elif _is_searched(method):
+        find = compiled.search
     return lambda name: find(name) is not None
+
+
+def _is_searched(method: str | None) -> bool:
+    """Whether readers look for an expression anywhere in a name."""
+    return method is not None and ("auto-round" in method or method == "gemma")
 
 
 def _is_exponential(body: str) -> bool:

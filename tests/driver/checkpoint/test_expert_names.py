@@ -81,6 +81,10 @@ def autoawq(text: str, name: str) -> bool:
     return text in name
 
 
+def torchao(text: str, name: str) -> bool:
+    return text == name or (text.startswith("re:") and re.fullmatch(text[3:], name) is not None)
+
+
 Reader = Callable[[str, str], bool]
 ONE, STEM = "model.layers.1.mlp.experts.3.up_proj", "model.layers.1.mlp.experts"
 LISTS: list[tuple[Reader, str, list[str]]] = [
@@ -111,6 +115,8 @@ LISTS: list[tuple[Reader, str, list[str]]] = [
     (transformers, "bitsandbytes", [f"{STEM}.3", "lm_head"]),
     (autoawq, "awq", ["gate", f"{STEM}.3", "mlp.experts.4.down_proj"]),
     (autoawq, "awq", ["mlp.experts.4."]),
+    (torchao, "torchao", [ONE, r"re:.*experts\.4\.up_proj", r"re:.*\.8\..*"]),
+    (auto_round, "gemma", [r"experts\.3\.(up|down)", r"^model\.layers\.1\.mlp\.experts\.5\."]),
 ]
 
 
