@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from reap_kernels.errors import DataError
 
-LARGEST = 32 * 2**20
+LARGEST = 16 * 2**20
 BLANK = 2**20
 
 
