@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 from safetensors import SafetensorError, safe_open
 
+from reap_driver.calibration.images import decode
 from reap_driver.journal import Journal
 from reap_driver.journal import read as read_journal
 from reap_driver.search.state import SearchState
@@ -29,6 +30,7 @@ from reap_driver.streaming.state import State
 from reap_driver.streaming.store import read_state, write_state
 from reap_kernels import SaliencyStats
 from reap_kernels.tuning import CONFIGS, Launch, Table
+from tests.driver.images import tiny
 from tests.driver.published.reduce import small_config
 from tests.fuzz.campaign import Nonsense, Reader
 from tests.fuzz.changes import container, json_value, raw_bytes, text_lines
@@ -365,16 +367,16 @@ def _apply(world: World, model: Path) -> None:
     command("apply", model, world.plan, "--out", out)
 
 
-def _encoded(world: World, model: Path, data: Path, *more: object) -> None:
+def _encoded(world: World, model: Path, data: Path, *more: object, vocab: int = 259) -> None:
     """Reads and tokenizes data as `observe` does; no model runs."""
     from reap_driver.calibration import DataSource, Encoder, pack
     from reap_driver.compat.models import load_config
 
     source = DataSource.parse(str(data))
     encoder = Encoder(model, load_config(model))
-    packed = pack(source, encoder, seq_len=16)
+    packed = pack(source, encoder, seq_len=64)
     packed.provenance()
-    if len(packed.ids) and not 0 <= int(packed.ids.min()) <= int(packed.ids.max()) < 259:
+    if len(packed.ids) and not 0 <= int(packed.ids.min()) <= int(packed.ids.max()) < vocab:
         raise Nonsense("a token id is outside the vocabulary")
 
 
@@ -420,6 +422,24 @@ _RECORDS = (
 )
 
 
+def _images(world: World) -> Iterable[Reader]:
+    """Records with images, and files of images."""
+    model, kinds = world.folder / "sees", ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
+    tiny.write(model, tiny.QWEN)
+    use = partial(_encoded, world, model, vocab=tiny.VOCAB)
+    part = {"type": "image", "image": tiny.data_url(tiny.png())}
+    url = {"type": "image_url", "image_url": {"url": part["image"]}}
+    records = [
+        {"messages": [tiny.says("see", part)]},
+        {"messages": [tiny.says("see", url), tiny.says("yes", role="assistant")]},
+        {"messages": [{"role": "user", "content": "<image>see"}], "images": [part["image"]]},
+    ]
+    lines = [json.dumps(record).encode() + b"\n" for record in records]
+    yield Reader("images", lines, text_lines, _in_file(world.folder / "inputs" / "i.jsonl", use), 2)
+    files = [tiny.png(kind=kind) for kind in kinds]
+    yield Reader("image", files, raw_bytes, lambda content: decode(content, "here") and None, 2)
+
+
 def _data(world: World) -> Iterable[Reader]:
     """Calibration data."""
     new = world.folder / "inputs"
@@ -430,6 +450,7 @@ def _data(world: World) -> Iterable[Reader]:
     for suffix, compress in (("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)):
         path = new / f"r.jsonl.{suffix}"
         yield Reader(f"records .{suffix}", [compress(joined)], raw_bytes, _in_file(path, use))
+    yield from _images(world)
     yield Reader("text", [b"A text.\n\nOf lines.\n"], raw_bytes, _in_file(new / "t.txt", use))
     yield Reader("parquet", list(_parquet()), raw_bytes, _in_file(new / "r.parquet", use), 2)
     recipe = [{"source": str(world.data), "group": "code", "samples": 3, "tokens": "2k"}]

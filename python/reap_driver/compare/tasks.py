@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 
 from reap_driver.compat.foreign import foreign
+from reap_driver.compat.text_model import text_model
 from reap_driver.router_mask import masked_experts
 from reap_kernels.errors import DataError
 
@@ -74,7 +75,7 @@ def evaluate(
         own = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
     with contextlib.nullcontext() if kept is None else masked_experts(model, kept):
         found = harness.simple_evaluate(
-            model=adapters.HFLM(pretrained=model, tokenizer=own, batch_size=batch_size),
+            model=adapters.HFLM(pretrained=text_model(model), tokenizer=own, batch_size=batch_size),
             tasks=list(tasks),
             limit=limit,
             apply_chat_template=chat_template,

@@ -12,8 +12,8 @@ def load_processor(
 ) -> Any | None:
     """The processor of a model, called with `text` and `images`; None where it has none for images.
 
-    Where a library that it needs for videos alone is missing (torchvision), the same without its
-    part for videos.
+    Where a library that it needs for videos or sound alone is missing (torchvision), the same
+    without its parts for these.
 
     Raises:
         Whatever the library does where files are missing or damaged.
@@ -23,18 +23,18 @@ def load_processor(
         found = AutoProcessor.from_pretrained(str(model), config=config, **trust)
     except ImportError:
         cls = PROCESSOR_MAPPING.get(type(config), None)
-        if cls is None or "video_processor" not in cls.get_attributes():
+        if cls is None:
             raise
         images = AutoImageProcessor.from_pretrained(str(model), **trust)
-        found = _without_videos(cls)(image_processor=images, tokenizer=tokenizer)
+        found = _for_images(cls)(image_processor=images, tokenizer=tokenizer)
     return found if getattr(found, "image_processor", None) is not None else None
 
 
-def _without_videos(cls: Any) -> Any:
-    """The class of a processor that may do without its part for videos."""
+def _for_images(cls: Any) -> Any:
+    """The class of a processor that may do without its parts for anything but text and images."""
 
     def check(self: Any, name: str, part: Any) -> Any:
-        if name == "video_processor" and part is None:
+        if part is None:
             return None
         return cls.check_argument_for_proper_class(self, name, part)
 
