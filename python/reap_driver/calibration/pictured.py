@@ -40,7 +40,10 @@ class Pictured:
         """
         images = [decode(image, self.place) for image in self.images]
         fails = f"{self.place}: the processor of the model fails on its text and images"
-        with foreign(fails, "correct the images, the text or the chat template", error=DataError):
+        remedy = "correct the images, the text or the chat template"
+        if getattr(self.processor, "video_processor", self) is None:  # see `load_processor`
+            remedy += ", or install torchvision, without which it has no part for videos"
+        with foreign(fails, remedy, error=DataError):
             made = self.processor(text=[self.text], images=[images], return_tensors="pt")
             inputs = {name: value for name, value in made.items() if isinstance(value, Tensor)}
             mask = inputs.pop("attention_mask", None)

@@ -14,6 +14,7 @@ from torch import Tensor
 import reap_driver as rd
 from reap_driver.calibration import DataSource, Encoder, PackedBatches, pack
 from reap_driver.calibration.packing import PackedSource
+from reap_driver.calibration.pictured import Pictured
 from reap_driver.compat.models import load_config
 from reap_kernels.errors import DataError
 from tests.driver.cli.conftest import write_model
@@ -255,6 +256,21 @@ def test_models_without_a_processor(folders: dict[str, Path], write: Write) -> N
     with pytest.raises(DataError, match=r"data\.jsonl:2: has images, (but|and) .*processor"):
         packed(folders["text"], data)
     assert packed(folders["text"], data, skip_bad=True).records == 1
+
+
+def test_a_processor_that_fails_is_one_error(folders: dict[str, Path]) -> None:
+    """What it lacks is said, where it was made without its part for videos."""
+
+    def fail(**_: Any) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'merge_size'")
+
+    whole = Pictured("see", [png()], "here", fail)
+    with pytest.raises(DataError, match="here: the processor .*merge_size.*; correct") as caught:
+        whole.inputs()
+    assert "torchvision" not in str(caught.value)
+    fail.video_processor = None  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="or install torchvision"):
+        whole.inputs()
 
 
 def test_answers_beside_images_cannot_be_told_apart(folders: dict[str, Path], write: Write) -> None:
