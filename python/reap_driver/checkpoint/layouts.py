@@ -40,12 +40,12 @@ _SCALARS = frozenset(
     {"weight_scale_2", "input_scale", "output_scale", "input_zero_point", "weight_format"}
     | {"weight_global_scale", "input_global_scale"}
 )
-# Of a stack: what has an entry per expert along the first dimension, by name, and what may also be
-# one number for all.
-_STACKED = frozenset(
-    {"weight", "weight_packed", "packed", "blocks", "qweight", "qzeros", "bias", "g_idx"}
-    | {"scales", "weight_zero_point", "zero_point"}
-)
+# Of a stack: what has an entry per expert along the first dimension, and the fewest dimensions that
+# it has then; and what may also be one number an expert, or one for all.
+_STACKED = {
+    **dict.fromkeys(VALUES | {"qzeros", "scales", "weight_zero_point"}, 3),
+    **dict.fromkeys(("bias", "g_idx", "zero_point"), 2),
+}
 _STACKED_SCALES = frozenset(
     {"scale", "scale_inv", "weight_scale", "weight_scale_inv", "scale_2"} | _SCALARS
 )
@@ -118,8 +118,8 @@ def _stack(stored: Stored, matrix: Matrix, kept: tuple[int, ...], method: Quanti
             return SetLength(stored.key, 0, experts, len(kept))
         if shape == (2,):
             return Copy(stored.key)  # of one expert's matrix
-    fewest = 1 if stored.leaf in _STACKED_SCALES else 2
-    if stored.leaf in _STACKED | _STACKED_SCALES and len(shape) >= fewest and shape[0] == experts:
+    fewest = 1 if stored.leaf in _STACKED_SCALES else _STACKED.get(stored.leaf)
+    if fewest is not None and len(shape) >= fewest and shape[0] == experts:
         return Select(stored.key, 0, (matrix.expert.rows(kept),))
     raise _unread(stored, matrix, method)
 

@@ -313,6 +313,8 @@ UNREAD: list[tuple[str, tuple[int, ...], torch.dtype, dict[str, Any], Matrix]] =
     ("g_idx", (8,), torch.int32, GPTQ, STACK),
     ("qzeros", (0, 2), torch.int32, {"quant_method": "awq"}, router(16, 256)),
     ("weight_scale", (16, 0), torch.float32, {"quant_method": "fp8"}, router(16, 256)),
+    ("qweight", (8, 48), torch.int32, GPTQ, STACK),
+    ("scales", (8, 4), torch.float16, GPTQ, STACK),
     ("mystery", (8, 4), torch.float32, {"quant_method": "gptq"}, STACK),
 ]  # fmt: skip
 
