@@ -15,7 +15,7 @@ from transformers.utils import TransformersKwargs
 
 from reap_driver.compat.text_model import text_model
 from reap_driver.isolation import documents_apart
-from reap_driver.plain_model import plain_model
+from reap_driver.plain_model import check_mode, plain_model
 from reap_kernels.errors import DataError
 from reap_kernels.schema import short
 
@@ -46,9 +46,11 @@ def forward(model: PreTrainedModel, batch: Mapping[str, Any], *, all_logits: boo
     Raises:
         DataError: no batch, or an empty one, a token id outside the vocabulary, or a tensor that
             the model has no argument for.
-        UnsupportedModel: packed documents, and the model cannot keep them apart.
+        UnsupportedModel: the model is in training mode; or packed documents, and it cannot keep
+            them apart.
     """
     model = plain_model(model)
+    check_mode("", model)
     _check_names(model, batch)
     # Before the batch moves: on a GPU, reading the ids there would wait for all queued work, as
     # would the move itself from memory that is not pinned.

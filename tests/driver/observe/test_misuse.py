@@ -161,6 +161,22 @@ def test_a_part_in_training_mode_is_refused_at_once() -> None:
         rd.observe(model).__enter__()
 
 
+@pytest.mark.parametrize("function", ["compare", "orphans", "search_plan"])
+def test_every_run_of_a_model_in_training_mode_is_refused(function: str) -> None:
+    """Dropout and noise of routers would be in its figures."""
+    model, batch = tiny()
+    scores = rd.score(observed(model, batch))
+    plan = rd.make_plan(scores, 0.25)
+    model.train()
+    given: dict[str, Any] = {
+        "compare": (model, plan, [batch]),
+        "orphans": (model, [batch], plan),
+        "search_plan": (model, scores, [batch], 0.25),
+    }
+    with pytest.raises(UnsupportedModel, match="in training mode"):
+        getattr(rd, function)(*given[function])
+
+
 def test_a_dtype_chosen_before_the_first_forward_is_the_models() -> None:
     model, batch = tiny()
     with rd.observe(model) as obs:
