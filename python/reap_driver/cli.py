@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         number = error.number if isinstance(error, Interrupted) else signal.SIGINT
         return _fail("KeyboardInterrupt", text, 128 + number, as_json)
     except Terminated as error:
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends its ranks so; one has said why
+            return 128 + error.number
         name = signal.Signals(error.number).name
         text = f"ended by {name}; no half-written output is left behind"
         return _fail("Terminated", text, 128 + error.number, as_json)

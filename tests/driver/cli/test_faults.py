@@ -77,8 +77,14 @@ def at_the_last_step(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], None
     monkeypatch.setattr(files, "sync", lambda _: happens())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-@pytest.mark.parametrize("command", WRITING)
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        *((command, signal.SIGTERM) for command in WRITING),
+        *(("plan", number) for number in (signal.SIGHUP, signal.SIGINT)),
+        *(("apply", number) for number in (signal.SIGHUP, signal.SIGINT)),
+    ],
+)
 def test_signals_end_every_command_and_leave_nothing(
     run: Run, place: Path, command: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,8 +100,24 @@ def test_signals_end_every_command_and_leave_nothing(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
-@pytest.mark.parametrize("command", [name for name in WRITING if "journal" not in name])
+def test_ranks_that_torchrun_ends_are_silent(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the rank that failed has something to say."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    at_the_last_step(monkeypatch, lambda: signal.raise_signal(signal.SIGTERM))
+    done = run(*WRITING["plan"].split())
+    assert (done.code, done.err) == (143, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        *((command, errno.ENOSPC) for command in WRITING if "journal" not in command),
+        *(("plan", code) for code in (errno.EDQUOT, errno.EIO, errno.EROFS)),
+        *(("apply", code) for code in (errno.EDQUOT, errno.EIO, errno.EROFS)),
+    ],
+)
 def test_disk_errors_name_the_file(
     run: Run, place: Path, command: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,12 +58,13 @@ def direct(_: Path, __: Path) -> None:
 
 
 def cases() -> list[tuple[str, str, Link]]:
-    """Every command with every input it has, and with files of checkpoints, under three names."""
+    """Every command with every input it has, and with files of checkpoints; links to some."""
     found = []
     for command, line in COMMAND_LINES.items():
         read = [name for name in INPUTS if f" {name} " in line]
         read += ["more.jsonl"] if "mix.yaml" in read else []  # which the recipe names
-        found += [(command, name, direct) for name in read + CHECKPOINT]
+        places = CHECKPOINT if command == "observe" else CHECKPOINT[:1] + CHECKPOINT[-2:-1]
+        found += [(command, name, direct) for name in read + places]
         found += [(command, name, link) for name in read[:1] for link in (os.link, os.symlink)]
         found += [(command, CHECKPOINT[3], os.symlink)]
     return found

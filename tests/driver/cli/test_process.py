@@ -138,10 +138,10 @@ def test_interrupting_without_a_journal_leaves_nothing(model: Path, tmp_path: Pa
 def test_interrupting_writes_the_journal(
     model: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """And says where it is and how to go on: 8 folds of 37 batches, and the shorter rest."""
+    """And says where it is and how to go on: 8 folds of 37 batches."""
     line = ended(begun(model, tmp_path), number)
     journal = tmp_path / "out.journal"
-    assert re.search(rf"interrupted after \d+ of 297 batches; the journal is in {journal}", line)
+    assert re.search(rf"interrupted after \d+ of 296 batches; the journal is in {journal}", line)
     assert line.endswith("with --resume to go on from there")
     done = int(re.findall(r"after (\d+) of", line)[0])
     assert json.loads((journal / "journal.json").read_text())["position"] == done > 0

@@ -43,9 +43,9 @@ def by_hand(world: Ranks) -> SaliencyStats:
     names = [f"layer.{i}" for i in range(world.size + 1)]
     layers = {name: LayerStats(2) for name in names}
     mine = layers[names[world.rank]]
-    mine.tokens += 1
-    mine.count[0, 1] = 2**53 + world.rank  # more than a float64 counts
-    mine.out_max[0, 1] = world.rank
+    mine.tokens += 2**53  # as many as statistics may have
+    mine.count[0, 1] = 2**53 - 1 - world.rank  # more than a float32 counts
+    mine.out_max[0, 1] = mine.out_min[0, 1] = world.rank
     facts = {
         "model": {"config_digest": "same"},
         "layers": {names[world.rank]: {"num_experts": 2}},

@@ -77,7 +77,7 @@ def test_ranks_that_reached_different_layers(world: Path) -> None:
     names = [f"layer.{i}" for i in range(size)]
     assert sorted(merged.layers) == names
     assert [int(merged.layers[name].count[0, 1]) for name in names] == [
-        2**53 + rank for rank in range(size)
+        2**53 - 1 - rank for rank in range(size)
     ]
     assert [float(merged.layers[name].out_max[0, 1]) for name in names] == list(range(size))
     assert merged.provenance["unobserved"] == [f"layer.{size}"]
