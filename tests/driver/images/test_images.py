@@ -265,7 +265,7 @@ def test_a_processor_that_fails_is_one_error(folders: dict[str, Path]) -> None:
         raise AttributeError("'NoneType' object has no attribute 'merge_size'")
 
     whole = Pictured("see", [png()], "here", fail)
-    with pytest.raises(DataError, match="here: the processor .*merge_size.*; correct") as caught:
+    with pytest.raises(DataError, match=r"here: the processor .*merge_size.*; correct") as caught:
         whole.inputs()
     assert "torchvision" not in str(caught.value)
     fail.video_processor = None  # type: ignore[attr-defined]
