@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from reap_driver.calibration.images import decode
 from reap_driver.journal import Journal
 from reap_driver.journal import read as read_journal
+from reap_driver.report.comparison import comparison_table, read_comparison
 from reap_driver.search.state import SearchState
 from reap_driver.search.state import read as read_search
 from reap_driver.streaming.state import State
@@ -90,7 +91,7 @@ def _formats(world: World) -> Iterable[Reader]:
         "comparison",
         [world.comparison],
         json_value,
-        _in_file(new / "comparison.json", partial(_use_comparison, world)),
+        _in_file(new / "comparison.json", _use_comparison),
     )
     for option, valid in (
         ("--layer-ratios", b'{"0": 0.25, "1": 0.5}'),
@@ -151,9 +152,8 @@ def _sane(launch: Launch) -> bool:
     )
 
 
-def _use_comparison(world: World, path: Path) -> None:
-    out = world.folder / "report-comparison"
-    command("report", world.stats, world.plan, "--compare", path, "--out", out, "--overwrite")
+def _use_comparison(path: Path) -> None:
+    comparison_table(read_comparison(path))
 
 
 def _use_layer_file(world: World, option: str, path: Path) -> None:

@@ -1,12 +1,27 @@
 """A short campaign over every reader, and that a campaign sees faults. `make fuzz`: a long one."""
 
 import time
+from pathlib import Path
 
 import pytest
 
 from reap_kernels.errors import DataError
-from tests.fuzz.campaign import Nonsense, Outcomes, Reader, run
+from tests.fuzz.campaign import Nonsense, Outcomes, Reader, run, table
 from tests.fuzz.changes import json_value
+from tests.fuzz.readers import readers
+from tests.fuzz.world import World
+
+# Files that are copied along, whatever they hold.
+_COPIED = {"README.md", "generation_config.json"}
+
+
+def test_no_reader_ends_in_a_fault(tmp_path: Path) -> None:
+    faults: list[str] = []
+    found = run(readers(World(tmp_path)), 2_000, seed=1, shown=faults.append)
+    assert not faults, "\n".join([table(found), *faults])
+    for name, outcomes in found.items():
+        assert outcomes.refused or name in _COPIED, f"{name} refuses nothing"
+    assert sum(outcomes.accepted for outcomes in found.values()) > 200
 
 
 def _raise(error: BaseException) -> None:
