@@ -394,8 +394,8 @@ def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def _size(value: Any) -> int:
-    """Characters and numbers in a value, about."""
-    if isinstance(value, str):
+    """Characters, bytes and numbers in a value, about."""
+    if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):
         return sum(map(_size, value.values()))
