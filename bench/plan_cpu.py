@@ -116,7 +116,9 @@ def _layer(worth: torch.Tensor, draw: torch.Generator) -> LayerStats:
     count = torch.poisson(torch.full((GROUPS, EXPERTS), 500.0), generator=draw)
     noise = torch.randn(count.shape, generator=draw, dtype=torch.float64)
     layer.count.copy_(count)
-    layer.sums.copy_((count * worth * (1 + 0.03 * noise)).expand_as(layer.sums))
+    sums = count * worth * (1 + 0.03 * noise).clamp(min=0.5)
+    layer.sums[:3] = sums
+    layer.sums[3:] = 1.1 * sums.square() / count.clamp(min=1)  # of values that scatter
     layer.extrema[0], layer.extrema[1] = 1.0, -1.0
-    layer.tokens += int(count.sum()) // (8 * GROUPS)
+    layer.tokens += count.sum(dim=1).long() // 8 + 1
     return layer

@@ -272,7 +272,11 @@ HOSTILE: dict[str, tuple[str, bytes, str]] = {
     "deep": ("a.jsonl", b'{"text": "a", "b": ' + b"[" * 10**5, "a.jsonl:1: is nested deeper than"),
     "zero": ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}', "ZeroDivisionError"),
     "lines": ("a.jsonl.gz", gzip.compress(b"\n" * 10**7), "has more than 1048576 bytes of empty"),
-    "line": ("a.jsonl.bz2", bz2.compress(b"a" * 2 * 10**7), "a.jsonl.bz2:1: is larger than 16777216"),
+    "line": (
+        "a.jsonl.bz2",
+        bz2.compress(b"a" * 2 * 10**7),
+        "a.jsonl.bz2:1: is larger than 16777216",
+    ),
     "table": ("a.parquet", b"PAR1" * 9, "a.parquet cannot be read as Parquet"),
     "aliases": ("a.yaml", b"- &a [*a]", "a.yaml has the alias 'a'"),
     "name": ("a.yaml", b"- {source: %s}" % (b"x" * 300), "source 1: no file or folder"),
