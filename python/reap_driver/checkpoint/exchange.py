@@ -19,7 +19,7 @@ from reap_driver.interrupts import held_back
 from reap_kernels.errors import CheckpointError
 from reap_kernels.files import exists, sync
 
-Kind = Literal["partial", "replaced"]
+Kind = Literal["partial", "replaced", "scratch"]
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _SUFFIX = 8  # characters, as `tempfile` makes them

@@ -13,7 +13,7 @@ class Lock(enum.Enum):
 
     MINE = enum.auto()
     TAKEN = enum.auto()  # by a process that lives
-    UNKNOWN = enum.auto()  # the file system has no locks
+    UNKNOWN = enum.auto()  # the file system has no locks, or the folder cannot be opened
     GONE = enum.auto()  # the folder was removed or renamed meanwhile
 
 
@@ -24,6 +24,9 @@ def locked(folder: Path) -> Iterator[Lock]:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
         yield Lock.GONE
+        return
+    except PermissionError:  # somebody else's
+        yield Lock.UNKNOWN
         return
     try:
         yield _lock(descriptor, folder)

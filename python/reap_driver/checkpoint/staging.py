@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from reap_driver.checkpoint.exchange import discarded, exchange, hidden, prefix, restore
+from reap_driver.checkpoint.exchange import Kind, discarded, exchange, hidden, prefix, restore
 from reap_driver.checkpoint.locks import Lock, locked
 from reap_driver.interrupts import held_back, terminations_raised
 from reap_kernels.errors import CheckpointError, ResourceError
@@ -142,19 +142,36 @@ def clean_stale(out: Path) -> list[Path]:
         CheckpointError: see `restore`.
     """
     restore(out)
+    return [*_remove_stale(out, "partial"), *_remove_stale(out, "replaced")]
+
+
+@contextlib.contextmanager
+def scratch(out: Path) -> Iterator[Path]:
+    """A hidden sibling of `out` for what a run needs while it lasts; those of killed runs are
+    removed.
+    """
+    _remove_stale(out, "scratch")
+    with _make_folder(out, "scratch") as folder:
+        yield folder
+
+
+def _remove_stale(out: Path, kind: Kind) -> list[Path]:
+    """Remove hidden siblings whose runs have ended; what cannot be removed stays."""
     removed = []
-    for path in [*hidden(out, "partial"), *hidden(out, "replaced")]:
+    for path in hidden(out, kind):
         with locked(path) as lock:
-            if lock is Lock.MINE:
-                shutil.rmtree(discarded(path, out))
+            if lock is not Lock.MINE:
+                continue
+            with contextlib.suppress(OSError):  # such as somebody else's
+                shutil.rmtree(path if kind == "scratch" else discarded(path, out))
                 removed.append(path)
     return removed
 
 
 @contextlib.contextmanager
-def _make_folder(out: Path) -> Iterator[Path]:
+def _make_folder(out: Path, kind: Kind = "partial") -> Iterator[Path]:
     """The locked temporary folder."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix(out, "partial"), dir=out.parent))
+    folder = Path(tempfile.mkdtemp(prefix=prefix(out, kind), dir=out.parent))
     try:
         folder.chmod(
             0o777 & ~_umask()

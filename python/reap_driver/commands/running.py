@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import reap_kernels
 from reap_driver import journal as journals
 from reap_driver.calibration import PackedSource
 from reap_driver.checkpoint.digest import weights_digest
+from reap_driver.checkpoint.staging import scratch
 from reap_driver.commands.calibrate import Model, batches_of, device_of
 from reap_driver.commands.console import Console
 from reap_driver.commands.outputs import check_journal_folder
@@ -299,6 +299,8 @@ def _run(
             steps = len(held.layers) if how.stream else len(run.numbers)
             progress.skip(run.start / max(1, steps) * total)
             _observe(run, how, held, entry, journal_folder(args.out, ranks))
+        if args.device_map is not None:  # what it puts on the disk may be read from these files
+            model.check_unchanged()
         if journal is not None:  # what follows may fail, and then go on from here
             journal.write(steps, observer.snapshot(), seconds=run.clock())
         stats, seconds = observer.stats, run.clock()
@@ -345,11 +347,7 @@ def in_memory(
     if args.device_map is None:
         yield load_model(path, device=device_of(args, ranks), **options)
         return
-    prefix = f".{beside.name}.offload-"
-    with (
-        tempfile.TemporaryDirectory(prefix=prefix, dir=beside.parent) as folder,
-        console.library_progress(),
-    ):
+    with scratch(beside) as folder, console.library_progress():
         yield load_model(path, device_map=args.device_map, offload_folder=folder, **options)
 
 

@@ -15,7 +15,7 @@ import pytest
 from reap_driver.checkpoint import apply, apply_plan, exchange, staging
 from reap_driver.checkpoint.locks import Lock
 from reap_driver.checkpoint.source import resolve_folder
-from reap_driver.checkpoint.staging import clean_stale, publish, staged
+from reap_driver.checkpoint.staging import clean_stale, publish, scratch, staged
 from reap_driver.compat.models import load_config, meta_model
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import CheckpointError
@@ -207,6 +207,29 @@ def test_leftovers_of_other_names_are_left_alone(name: str, tmp_path: Path) -> N
     removed = sorted(path.name for path in clean_stale(tmp_path / name))
     assert removed == [f".{name}.reap-{kind}-abcdefgh" for kind in ("partial", "replaced")]
     assert len(hidden(tmp_path)) == 2 * len({name, *others}) - 2
+
+
+def test_scratch_of_killed_runs_is_removed_and_of_others_left(tmp_path: Path) -> None:
+    """What a device map puts on the disk lies there."""
+    out = tmp_path / "m*"
+    for name in ("m*", "m1"):
+        fill(tmp_path / f".{name}.reap-scratch-abcdefgh", "weights")
+    with scratch(out) as first, scratch(out) as second:
+        (first / "x").touch()
+        assert {first.name, second.name} < set(hidden(tmp_path))
+        assert len(hidden(tmp_path)) == 3
+    assert hidden(tmp_path) == [".m1.reap-scratch-abcdefgh"]
+
+
+def test_leftovers_that_cannot_be_removed_are_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    fill(tmp_path / ".model.reap-partial-abcdefgh", "somebody's")
+    monkeypatch.setattr(staging.shutil, "rmtree", refuse)
+    assert clean_stale(tmp_path / "model") == []
 
 
 def test_old_one_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
