@@ -8,23 +8,27 @@ Nothing is observed through another library: weights are read as plain floats, o
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from reap_driver.checkpoint.quantization import method_of
 from reap_driver.checkpoint.safetensors_file import TensorEntry
-from reap_driver.compat.conversion import KeyMap
+from reap_driver.compat.conversion import KeyMap, Target
 from reap_driver.compat.foreign import foreign
 from reap_driver.compat.models import DEQUANTISED_ON_LOAD, meta_model, quantisation
 from reap_driver.compressed.matrices import plain_weights
 from reap_driver.compressed.scheme import METHOD, REMEDY, read_scheme
 from reap_driver.reading import Reader, stored
-from reap_kernels.errors import UnsupportedModel
+from reap_kernels.errors import CheckpointError, UnsupportedModel
 
 _CORRECT = "restore the file from where the checkpoint was published"
+_ONE = "use the config.json and weights of one and the same checkpoint"
+_LAYER = re.compile(r"(.*?\.\d+)\.")  # up to the first number
 PLAIN = frozenset({"BF16", "F16", "F32", "F64"})
 
 # What the methods of quantization_config that are not read call themselves.
@@ -47,7 +51,7 @@ def check_storage(
     tensors: Mapping[str, TensorEntry] | None,
     model: PreTrainedModel | None = None,
 ) -> None:
-    """Raises where the weights cannot be read as plain floats.
+    """Raises where the weights cannot be read as plain floats, or are another model's.
 
     Args:
         where: folder or hub id, for messages.
@@ -57,7 +61,8 @@ def check_storage(
 
     Raises:
         UnsupportedModel: a format or layout that is not read; says which, and what to do.
-        CheckpointError: parts of compressed-tensors that do not fit each other.
+        CheckpointError: parts of compressed-tensors that do not fit each other, or weights that do
+            not fit config.json.
 
     Example:
         >>> check_storage("model", config, open_source(Path("model")).tensors)
@@ -81,26 +86,39 @@ def check_storage(
     with contextlib.closing(Reader()) as reader:
         found = plain_weights(stored(tensors, reader), said, where, torch.device("cpu"))
         dtypes = {key: tensor.get_dtype() for key, tensor in found.items()}
-    _check_layout(where, meta_model(config) if model is None else model, dtypes, method)
+        shapes = {key: tuple(tensor.get_shape()) for key, tensor in found.items()}
+    model = meta_model(config) if model is None else model
+    keys = KeyMap(model)
+    targets = {key: keys.locate(_weight_of(key, method)) for key in dtypes}
+    _check_layout(where, keys, model.state_dict(), targets, dtypes, method)
+    whole = {
+        key for key, dtype in dtypes.items() if dtype in PLAIN and _weight_of(key, method) == key
+    }
+    _check_sizes(where, model, targets, {key: shapes[key] for key in whole})
 
 
 def _check_layout(
-    where: object, model: PreTrainedModel, dtypes: Mapping[str, str], method: str | None
+    where: object,
+    keys: KeyMap,
+    state: Mapping[str, Tensor],
+    targets: Mapping[str, Target],
+    dtypes: Mapping[str, str],
+    method: str | None,
 ) -> None:
     """Raises for a module whose tensors are there, but not as the model's class reads them.
 
     Args:
         where: for messages.
-        model: on the meta device.
-        dtypes: of every tensor, compressed-tensors' made plain.
+        keys: the model's.
+        state: the model's tensors on the meta device.
+        targets: where every tensor of the files goes.
+        dtypes: of these, compressed-tensors' made plain.
         method: by which the rest is made plain; None for none.
     """
-    keys = KeyMap(model)
-    state = model.state_dict()
     found: set[str] = set()
     others: list[tuple[str, str]] = []
-    for key, dtype in dtypes.items():
-        target = keys.locate(_weight_of(key, method))
+    for key, target in targets.items():
+        dtype = dtypes[key]
         if not keys.known(target):
             others.append((key, target.name))
             continue
@@ -120,6 +138,48 @@ def _check_layout(
                 f"{where}: {inside} is stored as {key} ({dtypes[key]}) and the like, a layout that "
                 f"is not read{_by(method)}; {REMEDY}"
             )
+
+
+def _check_sizes(
+    where: object,
+    model: PreTrainedModel,
+    targets: Mapping[str, Target],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Raises where config.json promises another shape, or a layer of which nothing is there.
+
+    Args:
+        where: for messages.
+        model: on the meta device.
+        targets: where every tensor of the files goes.
+        shapes: of those that are stored as they are; what is made of several is not judged.
+    """
+    state = model.state_dict()
+    other = []
+    for key, shape in shapes.items():
+        target = targets[key]
+        alone = target.pattern is None and target.name in state
+        if alone and shape != state[target.name].shape:
+            other.append(f"{key} ({list(shape)} instead of {list(state[target.name].shape)})")
+    if other:
+        raise CheckpointError(
+            f"{where}: {len(other)} tensors are of another shape than config.json says, first "
+            f"{min(other)}; {_ONE}"
+        )
+    found = {name for target in targets.values() for name in target.names}
+    found |= set(getattr(model, "all_tied_weights_keys", None) or ())
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    layers: dict[str, bool] = {}
+    for name in state:
+        layer = _LAYER.match(name)
+        if layer is not None and not any(re.search(pattern, name) for pattern in ignored):
+            layers[layer[1]] = layers.get(layer[1], False) or name in found
+    absent = [layer for layer, some in layers.items() if not some]
+    if absent:
+        raise CheckpointError(
+            f"{where}: config.json promises {len(layers)} layers, and of {len(absent)} nothing is "
+            f"in the files, first {absent[0]}; {_ONE}"
+        )
 
 
 def _by(method: str | None) -> str:

@@ -129,7 +129,7 @@ def test_a_lost_tensor_is_no_layout(plain: dict[str, Path], tmp_path: Path) -> N
         load_model(folder)
 
 
-BY_NAME = {stored.name: stored for stored in FORMATS}
+BY_NAME = {stored.name: stored for stored in reversed(FORMATS)}  # the first of a name
 SPOILED = [
     ("FP8 blocks", {"weight_block_size": [128, "x"]}),
     ("FP8 blocks", {"weight_block_size": [0, 0]}),
@@ -176,3 +176,28 @@ def test_a_pattern_that_is_none(plain: dict[str, Path], run: Run, tmp_path: Path
     done = run("observe", model / "config.json", "--dry-run", "--tokens", 4096)
     assert done.code == 3
     assert "a pattern of modules cannot be read" in done.error
+
+
+OTHERS = [
+    ({"num_hidden_layers": 900}, "promises 900 layers, and of 899 nothing is in the files, first"),
+    (
+        {"num_attention_heads": 8},
+        "tensors are of another shape than config.json says, first model.l",
+    ),
+    ({"vocab_size": 300}, "2 tensors are of another shape than config.json says, first lm_head"),
+]
+
+
+@pytest.mark.parametrize(("fields", "says"), OTHERS)
+@pytest.mark.parametrize("name", ["bfloat16", "FP8 blocks", "compressed-tensors INT4"])
+def test_another_models_config(
+    name: str, fields: dict[str, int], says: str, plain: dict[str, Path], run: Run, tmp_path: Path
+) -> None:
+    """Said by the dry run already: in a streamed run, it came when the layer was reached."""
+    stored = BY_NAME[name]
+    model = stored.write(plain[stored.model], tmp_path / "model")
+    saved.change_config(model, **fields)
+    done = run("observe", model, "--dry-run", "--tokens", 4096)
+    assert done.code == 3
+    assert says in done.error
+    assert "of one and the same checkpoint" in done.error
