@@ -12,7 +12,7 @@ import torch
 from reap_driver.checkpoint import apply_plan
 from reap_driver.compat.models import load_config, meta_model
 from reap_driver.plan import LayerPlan, Plan
-from reap_kernels.errors import PlanError
+from reap_kernels.errors import PlanError, UsageError
 from tests.driver.checkpoint import saved
 from tests.driver.checkpoint.test_packed_router import Codes
 
@@ -145,7 +145,7 @@ def test_layer_without_experts_can_be_kept(tmp_path: Path) -> None:
 
 
 def test_unknown_choice_is_refused(full: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="mtp 'prune': give 'drop' or 'keep'"):
+    with pytest.raises(UsageError, match="mtp is 'prune', a str; expected one of 'drop', 'keep'"):
         apply_plan(full, plan_for(full), tmp_path / "out", mtp="prune")  # type: ignore[arg-type]
 
 
