@@ -93,7 +93,9 @@ def test_python_m_is_the_command() -> None:
 def begun(model: Path, folder: Path, *more: str) -> "subprocess.Popen[str]":
     """A long observation that has shown its first line of progress."""
     data = folder / "long.jsonl"
-    data.write_text((json.dumps({"input_ids": [i % 250 for i in range(2000)]}) + "\n") * 100)
+    lengths = [1999, 2001] * 50  # of equal ones, a note says that they could be kept
+    records = ({"input_ids": [i % 250 for i in range(length)]} for length in lengths)
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
     words = ["prune", model, "--data", data, "--seq-len", "16", "--out", folder / "out"]
     words += ["--stats", folder / "stats.safetensors", *more]
     process = subprocess.Popen(
