@@ -209,11 +209,16 @@ def _describe(
 
 
 def _check_routing(layer: MoELayer, choices: int) -> None:
-    """Raises for routing that no router can do; `choices` are the experts it chooses among."""
+    """Raises for experts without numbers, and for routing that no router can do.
+
+    `choices` are the experts it chooses among.
+    """
     groups = layer.n_group
     reason = None
     if not 1 <= layer.top_k <= choices:
         reason = f"a token is routed to {layer.top_k} of {choices} experts"
+    elif min(layer.hidden_size, layer.intermediate_size) < 1:
+        reason = f"experts have the sizes {layer.hidden_size} and {layer.intermediate_size}"
     elif groups < 1 or choices % groups:
         reason = f"{choices} experts are divided into {groups} groups"
     elif not 1 <= layer.topk_group <= groups:

@@ -55,6 +55,7 @@ WRONG = [
     *(("qwen3_moe", "hidden_size", n) for n in (0, -32, 10**12, [])),
     *(("qwen3_moe", "vocab_size", n) for n in (0, -1, 10**15, "96")),
     *(("qwen3_moe", "architectures", v) for v in (7, "Qwen3MoeForCausalLM", [7], [None], {"a": 1})),
+    ("qwen3_moe", "moe_intermediate_size", 0),
     *(("qwen3_moe", "hidden_act", v) for v in ("no such", "", None)),
     *(("qwen3_moe", "dtype", v) for v in ("int8", "cat", 7, {"a": 1})),
     *(("qwen3_moe", "quantization_config", v) for v in (7, "fp8", {"quant_method": 7})),
