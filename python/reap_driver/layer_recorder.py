@@ -44,7 +44,7 @@ class LayerRecorder:
         self._dtype: torch.dtype | None = None  # that the model computes the layer in
         self._forward = 0  # the last one that was counted, and what was counted before it
         self._before: LayerStats | None = None
-        self._peak: Tensor | None = None  # largest element of the inputs; NaN where there is one
+        self._total: Tensor | None = None  # of the rows; not finite where one is not
         self._served: dict[int, str] = {}
         self._served_before: set[str] = set()  # the restored snapshot
 
@@ -82,7 +82,7 @@ class LayerRecorder:
         """Routed output [T, H] of one call, recorded; the first is compared with `eager`."""
         self.routed(ids, weights)
         mask = self.token_mask(len(hidden), hidden.device)
-        self.watch(hidden, mask)
+        self.watch(weights, mask)  # few numbers, and not finite where the row is not
         rows, experts = self.operands(hidden)
         stats, group = self.open(hidden.device)
         if len(hidden) not in self._served:
@@ -148,20 +148,21 @@ class LayerRecorder:
         self._stats.grow_groups(len(self._observer.groups))
         return self._stats, group
 
-    def watch(self, hidden: Tensor, mask: Tensor | None) -> None:
-        """Notes whether the counted rows [T, H] that come to the experts are finite."""
-        if not len(hidden):
-            return
-        counted = hidden if mask is None else torch.where(mask[:, None], hidden, 0)
-        low, high = torch.aminmax(counted)  # ten times as fast as isfinite, and NaN is kept
-        peak = torch.maximum(-low, high)
-        known = peak if self._peak is None else self._peak.to(peak.device)
-        self._peak = torch.maximum(known, peak)  # which keeps NaN
+    def watch(self, rows: Tensor, mask: Tensor | None) -> None:
+        """Notes whether what comes to the experts is finite in all counted rows.
+
+        Args:
+            rows: [T, n] of the experts' input, or of what the router made of it.
+            mask: [T] bool; None where all rows count.
+        """
+        counted = rows if mask is None else torch.where(mask[:, None], rows, 0)
+        total = counted.sum(dtype=torch.float32)  # keeps NaN and Inf, and waits for no device
+        self._total = total if self._total is None else self._total.to(total.device) + total
 
     @property
     def input_finite(self) -> bool:
         """Whether all counted rows so far were finite."""
-        return self._peak is None or bool(self._peak.isfinite())
+        return self._total is None or bool(self._total.isfinite())
 
     def undo(self, forward: int) -> None:
         """Takes back what was counted in a forward, if it was the last."""

@@ -184,7 +184,11 @@ FIELDS = ("run", "position", "seconds", "stats", "states", "files")
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@pytest.mark.parametrize("value", [GONE, [1], -1, 1e30, {"a": {}}, "../../x"], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [GONE, [1], -1, 1e30, {"a": {}}, "../../x"],
+    ids=lambda value: "gone" if value is GONE else str(value),
+)
 def test_damaged_content(field: str, value: object, folder: Path) -> None:
     Journal(folder, RUN).write(1, stats(1))
     change_document(folder / "journal.json", FORMAT, {field: value})
