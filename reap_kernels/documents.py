@@ -60,6 +60,18 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
     return content
 
 
+def utf8(text: str | bytes) -> str:
+    """A text, decoded if it is bytes; a byte order mark is passed over.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
 def parse_json(text: str | bytes, *, plain: bool = True) -> Any:
     """A JSON value within the limits of this module.
 
@@ -75,10 +87,7 @@ def parse_json(text: str | bytes, *, plain: bool = True) -> Any:
         >>> parse_json(b'{"kept": [0, 2]}')
         {'kept': [0, 2]}
     """
-    try:
-        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 ({error.reason} at byte {error.start})") from error
+    decoded = utf8(text)
     try:
         value = json.loads(decoded, object_pairs_hook=_object)
     except RecursionError as error:

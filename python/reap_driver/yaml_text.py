@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from reap_kernels.documents import check_values
+from reap_kernels.documents import check_values, utf8
 from reap_kernels.schema import short
 
 MAX_BYTES = 1_000_000
@@ -67,10 +67,7 @@ def parse_yaml(text: str | bytes) -> Any:
     """
     if len(text) > MAX_BYTES:
         raise ValueError(f"is larger than {MAX_BYTES} bytes")
-    try:
-        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 ({error.reason} at byte {error.start})") from error
+    decoded = utf8(text)
     try:
         value = yaml.load(decoded, Loader=_Loader)
     except yaml.YAMLError as error:
