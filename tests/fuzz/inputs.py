@@ -1,0 +1,31 @@
+"""What readers of files have in common: where an input is written, how data are read."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.fuzz.campaign import Nonsense
+from tests.fuzz.world import World
+
+
+def in_file(path: Path, use: Callable[[Path], None]) -> Callable[[bytes], None]:
+    """Writes each input to `path` and hands that on."""
+
+    def read(content: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        use(path)
+
+    return read
+
+
+def encoded(world: World, model: Path, data: Path, *more: object, vocab: int = 259) -> None:
+    """Reads and tokenizes data as `observe` does; no model runs."""
+    from reap_driver.calibration import DataSource, Encoder, pack
+    from reap_driver.compat.models import load_config
+
+    source = DataSource.parse(str(data))
+    encoder = Encoder(model, load_config(model))
+    packed = pack(source, encoder, seq_len=64)
+    packed.provenance()
+    if len(packed.ids) and not 0 <= int(packed.ids.min()) <= int(packed.ids.max()) < vocab:
+        raise Nonsense("a token id is outside the vocabulary")
