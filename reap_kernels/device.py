@@ -117,3 +117,15 @@ def on(device: torch.device) -> AbstractContextManager[None]:
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which what is summed in float64 or float32 stays so under the host's autocast.
+
+    Args:
+        device: of the tensors. Where autocast is off there, nothing is entered: that takes as long
+            as a small kernel.
+    """
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

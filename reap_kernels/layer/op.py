@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from reap_kernels.device import without_autocast
 from reap_kernels.dispatch import Backend, direct, register, select
 from reap_kernels.errors import ShapeError
 from reap_kernels.experts.op import check_experts, request_of
@@ -114,8 +115,7 @@ def _run(
     backend: str | None,
 ) -> Tensor:
     request = request_of("layer", hidden, topk_ids.shape[1], experts)
-    # What is summed in float64 or float32 stays so, whatever autocast would make of it.
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(hidden.device):
         out: Tensor = select(request, backend).run(
             hidden, topk_ids, topk_weights, experts, stats, mask, group, chunk
         )

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from reap_kernels.device import without_autocast
 from reap_kernels.dispatch import Backend, Request, Sizes, register, select
 from reap_kernels.errors import DtypeError, ShapeError
 from reap_kernels.route.op import cpu_only
@@ -52,8 +53,7 @@ def accumulate(
     request = Request(
         "saliency", y.device, y.dtype, sizes=Sizes(len(y), 1, stats.num_experts, y.shape[1])
     )
-    # What is summed in float64 or float32 stays so, whatever autocast would make of it.
-    with torch.autocast(y.device.type, enabled=False):
+    with without_autocast(y.device):
         select(request, backend).run(y, expert_ids, gates, stats, mask, groups)
 
 
