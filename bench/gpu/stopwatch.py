@@ -51,7 +51,7 @@ class Stopwatch:
     def on(self, streamed: Any, stop: Any) -> "Stopwatch":
         """Takes the place of `streamed`."""
         self._streamed, self._stop = streamed, stop
-        self.layers = streamed.layers
+        self.text_layers = streamed.text_layers
         self._read = streamed.bytes_read
         self._host = _host_peak_forgotten()
         self._forget_device_peaks()

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from reap_driver.cli import main
-from reap_kernels.errors import ReapError
+from reap_kernels.errors import DataError
 from tests.driver import zoo
 from tests.driver.published.checkpoint import write_tokenizer
 from tests.fuzz.campaign import Nonsense
@@ -21,7 +21,7 @@ _TEMPLATE = (
 )
 
 
-class Refused(ReapError):
+class Refused(DataError):
     """The command line ended with one error line; carries it."""
 
 

@@ -186,6 +186,7 @@ def test_a_backend_registers_once() -> None:
 def test_errors_are_a_closed_set_with_exit_codes() -> None:
     kinds = {kind.__name__: kind.exit_code for kind in ReapError.__subclasses__()}
     assert kinds == {
+        "UsageError": 3,
         "ShapeError": 3,
         "DtypeError": 3,
         "BackendUnavailable": 4,
