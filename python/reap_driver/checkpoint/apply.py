@@ -42,7 +42,6 @@ from reap_driver.compat import load_pruned
 from reap_driver.compat.load_pruned import SETTINGS
 from reap_driver.compat.models import load_config, meta_model
 from reap_driver.discover import find_moe_layers, record_of
-from reap_kernels.errors import PlanError
 from reap_kernels.files import named
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def apply_plan(
         ResourceError: the disk is full.
     """
     started = time.perf_counter()
-    _check_options(mtp, threads)
+    check_threads(threads)  # before the model is read or downloaded
     out = Path(out_path).absolute()
     folder = resolve_folder(model_path)
     cleaned = clean_stale(out)
@@ -149,7 +148,7 @@ def check_plan(
     Plans that remove as many experts pass alike, so a long observation can check first that its
     outcome will be written.
     """
-    _check_options(mtp, threads)
+    check_threads(threads)  # before the model is read or downloaded
     out = Path(out_path).absolute()
     folder = resolve_folder(model_path)
     clean_stale(out)
@@ -193,13 +192,6 @@ class _Job:
         weights = sum(shard.nbytes + len(shard.header()) for shard in self.shards)
         small = sum((self.source.folder / path).stat().st_size for path in self.source.small_files)
         return weights + small + len(self.loader or "")
-
-
-def _check_options(mtp: str, threads: int | None) -> None:
-    """Refuse values that have nothing to do with the model, before it is read or downloaded."""
-    if mtp not in ("drop", "keep"):
-        raise PlanError(f"mtp {mtp!r}: give 'drop' or 'keep'.")
-    check_threads(threads)
 
 
 def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
