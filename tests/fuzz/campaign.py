@@ -19,6 +19,7 @@ from reap_kernels.errors import ReapError
 from tests.fuzz.changes import Change
 
 HANG_SECONDS = 20
+_WAITING = 10  # times as long, where an input waits and computes nothing
 _LONGEST_MESSAGE = 2_000
 
 
@@ -82,7 +83,7 @@ def run(
 
     Args:
         shown: called with a line on each new fault.
-        hang: seconds that an input may take.
+        hang: seconds of computing that an input may take.
     """
     total = sum(reader.share for reader in readers)
     found = {}
@@ -187,12 +188,15 @@ def _limited(seconds: float) -> Iterator[None]:
     def ring(_: int, __: FrameType | None) -> None:
         raise _Hang
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(10 * seconds, exit=True)
+    timers = {signal.SIGPROF: signal.ITIMER_PROF, signal.SIGALRM: signal.ITIMER_REAL}
+    before = {number: signal.signal(number, ring) for number in timers}
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # of this process: others may share its cores
+    signal.setitimer(signal.ITIMER_REAL, _WAITING * seconds)
+    faulthandler.dump_traceback_later(2 * _WAITING * seconds, exit=True)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, timer in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])

@@ -70,7 +70,6 @@ _WORDS = (
     b"plan STATS --out OUT --ratio 0.5 --protect super --criterion random:7",
     b"observe MODEL --dry-run --tokens 24M --seq-len 16 --batch-size 2 --folds 4",
     b"observe MODEL --dry-run --data code=DATA:7 --packing none --max-len 16",
-    b"report STATS PLAN --out OUT",
 )
 _ODD = (
     "-1", "0", "1e999", "nan", "inf", "9" * 30, "x", "", "*", "0.5", "=", ":", ",", "S(9,9,9)",
@@ -97,7 +96,7 @@ def _call(world: World, content: bytes) -> None:
     new = world.folder / "words/in/a/folder"  # outputs named by chance stay below the world's
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    known = {"STATS": world.stats, "OUT": new / "out", "MODEL": world.model, "PLAN": world.plan}
+    known = {"STATS": world.stats, "OUT": new / "out", "MODEL": world.model}
     words = [str(known.get(word, word)) for word in content.decode().split(" ")]
     with contextlib.chdir(new):
         command(*(word.replace("DATA", str(world.data)) for word in words))
