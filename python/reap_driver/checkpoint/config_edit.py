@@ -8,19 +8,10 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reap_driver.compat.config_file import COUNT_FIELDS
+from reap_driver.compat.config_file import COUNT_FIELDS, MTP_FIELDS
 
 # Fields that say how many MTP layers there are, or that there are any.
-_MTP_FIELDS = frozenset(
-    {
-        "num_nextn_predict_layers",
-        "num_mtp_layers",
-        "num_mtp_modules",
-        "mtp_num_hidden_layers",
-        "mtp_num_layers",
-        "use_mtp",
-    }
-)
+_MTP_FIELDS = frozenset({*MTP_FIELDS, "mtp_num_hidden_layers", "mtp_num_layers", "use_mtp"})
 Site = tuple[str, ...]  # path of a field, from the top of the file
 
 

@@ -96,7 +96,7 @@ _EXPERT_FIELDS = (
     "num_expert_group",
     "num_group",
 )
-_MTP_FIELDS = (
+MTP_FIELDS = (
     "num_nextn_predict_layers",
     "num_mtp_layers",
     "num_mtp_modules",
@@ -140,7 +140,7 @@ _SHARES = (
     "partial_rotary_factor",
 )
 _BOUNDS: Mapping[str, Kind] = {
-    **dict.fromkeys((*_LAYER_FIELDS, *_MTP_FIELDS), _size(0, _LAYERS)),
+    **dict.fromkeys((*_LAYER_FIELDS, *MTP_FIELDS), _size(0, _LAYERS)),
     **dict.fromkeys(_EXPERT_FIELDS, _size(0, _EXPERTS)),
     **dict.fromkeys(_WIDTH_FIELDS, _size(0, 2**22)),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd"), _size(1, 2**20)),
