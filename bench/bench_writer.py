@@ -24,10 +24,10 @@ from pathlib import Path
 from transformers import Qwen3MoeConfig
 
 from bench import rows
-from reap_driver.checkpoint.parallel import DEFAULT_THREADS
-from reap_driver.checkpoint.safetensors_file import encode_header, tensor_bytes
 from reap_driver.compat.models import config_digest, load_config
-from reap_driver.plan import LayerPlan, Plan
+from reap_driver.files.safetensors_file import encode_header, tensor_bytes
+from reap_driver.plan.plan import LayerPlan, Plan
+from reap_driver.writer.parallel import DEFAULT_THREADS
 
 HIDDEN, INTERMEDIATE, EXPERTS, HEADS, HEAD_DIM, VOCAB, BLOCK = 2048, 768, 128, 32, 128, 151936, 128
 SHARD_BYTES = 2 << 30
@@ -46,8 +46,8 @@ def peak():
 
 
 with_torch = peak()
-from reap_driver.checkpoint import apply_plan
-from reap_driver.plan import Plan
+from reap_driver.writer import apply_plan
+from reap_driver.plan.plan import Plan
 
 plan = Plan.load(sys.argv[2])
 start = time.perf_counter()

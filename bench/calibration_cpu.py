@@ -22,8 +22,10 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from bench import rows
-from reap_driver.calibration import DataSource, Encoder, PackedSource, pack
 from reap_driver.compat.models import load_config
+from reap_driver.data.encode import Encoder
+from reap_driver.data.packing import PackedSource, pack
+from reap_driver.data.source import DataSource
 
 MODEL = rows.ROOT / "python/reap_driver/demo/model"
 SHAPES = ("text", "messages")

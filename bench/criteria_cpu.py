@@ -22,8 +22,7 @@ from transformers import AutoTokenizer
 
 import reap_driver as rd
 from bench import rows
-from reap_driver.compare.sequences import Sums
-from reap_driver.criteria import CRITERIA
+from reap_driver.budget_search.evolution import Settings
 from reap_driver.demo.corpus import DOMAINS, Document, load_corpus
 from reap_driver.demo.evaluate import token_windows
 from reap_driver.demo.run import (
@@ -33,11 +32,12 @@ from reap_driver.demo.run import (
     WINDOW,
     observe_windows,
 )
-from reap_driver.plan import Plan
-from reap_driver.predictions import Predictions, predict
-from reap_driver.router_mask import RouterMasks
-from reap_driver.search.evolution import Settings
-from reap_driver.student import t_quantile
+from reap_driver.evaluation.predictions import Predictions, predict
+from reap_driver.evaluation.router_masks import RouterMasks
+from reap_driver.evaluation.sequences import Sums
+from reap_driver.plan.criteria import CRITERIA
+from reap_driver.plan.plan import Plan
+from reap_driver.plan.student_t import t_quantile
 
 RATIOS = (0.25, 0.5)
 # Windows of each domain that budgets are searched on; the first of those observed.

@@ -16,15 +16,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from bench import rows
-from reap_driver.criteria import Scores, score
+from reap_driver.budget_search.evolution import Settings
+from reap_driver.budget_search.fitness import Fitness
+from reap_driver.budget_search.held_out import held_out
+from reap_driver.budget_search.search import Found, Recorder, Task, search
 from reap_driver.demo.run import CALIBRATION_WINDOWS, MODEL, observe_windows, read_texts
-from reap_driver.loading import load_model
-from reap_driver.planning import make_plan
-from reap_driver.router_mask import RouterMasks
-from reap_driver.search.evolution import Settings
-from reap_driver.search.fitness import Fitness
-from reap_driver.search.held_out import held_out
-from reap_driver.search.search import Found, Recorder, Task, search
+from reap_driver.evaluation.router_masks import RouterMasks
+from reap_driver.load.checkpoint import load_model
+from reap_driver.plan.criteria import Scores
+from reap_driver.plan.planner import make_plan
+from reap_driver.plan.scoring import score
 
 _BATCH = 16  # windows at a time
 Batches = list[dict[str, Tensor]]

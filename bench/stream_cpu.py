@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from bench import cpu_model, rows
-from reap_driver.checkpoint.source import open_source
+from reap_driver.files.checkpoint import open_source
 
 LAYERS, LENGTH = 24, 512
 
@@ -40,11 +40,11 @@ def _asked() -> int:
 
 def work(mode: str, folder: Path, sequences: int, batch: int, out: Path) -> dict[str, float]:
     """One run: `resident` or `streamed`."""
-    from reap_driver.interrupts import Stop
-    from reap_driver.loading import load_model, open_streamed
-    from reap_driver.observe import observe
-    from reap_driver.run import Run, observe_resident, observe_streamed
-    from reap_driver.streaming.store import StateStore
+    from reap_driver.base.interrupts import Stop
+    from reap_driver.load.checkpoint import load_model, open_streamed
+    from reap_driver.observation.observer import observe
+    from reap_driver.observation.run import Run, observe_resident, observe_streamed
+    from reap_driver.observation.state_store import StateStore
 
     ids = cpu_model.tokens(sequences, LENGTH, batch)
 

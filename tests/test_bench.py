@@ -401,7 +401,7 @@ def test_streaming_times_every_layer_and_leaves_no_file(tmp_path: Path) -> None:
 )
 def test_streaming_that_is_wrong_gives_no_figure(wrong, message, tmp_path, monkeypatch) -> None:
     """The gate opens the files three times, then come the pass in turn and the overlapped one."""
-    from reap_driver import loading
+    from reap_driver.load import checkpoint as loading
 
     real, opened = loading.open_streamed, iter(range(100))
 

@@ -40,7 +40,7 @@ def test_tables_are_what_the_newest_rows_say(page: str) -> None:
 
 
 def test_commands_run_in_order(workplace, monkeypatch, capsys) -> None:
-    from reap_driver.cli import main
+    from reap_driver.cli.main import main
 
     monkeypatch.chdir(workplace)
     ran = 0

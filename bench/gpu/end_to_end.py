@@ -55,8 +55,8 @@ _WEIGHTS_SHARE = 0.88
 def missing() -> str | None:
     """Why this stage cannot run here, or None."""
     try:
-        import reap_driver.batching
-        import reap_driver.observe  # noqa: F401
+        import reap_driver.memory.batch_size
+        import reap_driver.observation.observer  # noqa: F401
     except ImportError as error:
         return f"transformers (5.17 or newer) or reap_driver cannot be imported: {error}"
     return None
@@ -73,9 +73,9 @@ class Bench:
     """
 
     def __init__(self, machine: Machine) -> None:
-        from reap_driver.discover import find_moe_layers
-        from reap_driver.sizing.machine import free_device_memory
-        from reap_driver.sizing.plan import workload
+        from reap_driver.memory.machine import free_device_memory
+        from reap_driver.memory.workload import workload
+        from reap_driver.model.discover import find_moe_layers
 
         self.machine = machine
         sizes = dict(_TINY if machine.smoke else _QWEN3_30B)
@@ -119,7 +119,7 @@ class Bench:
                 self.model(input_ids=own, use_cache=False, logits_to_keep=1)
 
     def observed(self, batches: list[Tensor]) -> rk.SaliencyStats:
-        """`reap_driver.observe`, from entering it to statistics on the CPU."""
+        """`reap_driver.observation.observer`, from entering it to statistics on the CPU."""
         from reap_driver import observe
 
         with observe(self.model) as obs:

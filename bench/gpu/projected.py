@@ -111,9 +111,9 @@ def planned(
     Raises:
         ResourceError: it does not fit.
     """
-    from reap_driver.sizing.decision import decide
-    from reap_driver.sizing.machine import this_machine
-    from reap_driver.sizing.plan import workload
+    from reap_driver.memory.decision import decide
+    from reap_driver.memory.machine import this_machine
+    from reap_driver.memory.workload import workload
 
     sizes, model, layers = _sized(folder, length)
     work = workload(
@@ -131,8 +131,8 @@ def planned(
 def _sized(folder: Path, length: int) -> tuple[Any, Any, Any]:
     """Sizes in bf16 of the model of a config.json, the model without memory, and its MoE layers."""
     from reap_driver.compat.models import load_config, meta_model
-    from reap_driver.discover import find_moe_layers
-    from reap_driver.sizing.model import model_sizes
+    from reap_driver.memory.model_sizes import model_sizes
+    from reap_driver.model.discover import find_moe_layers
 
     model = meta_model(load_config(folder))
     layers = find_moe_layers(model)
@@ -144,7 +144,7 @@ def total(target: Target, measured: Measured, device: torch.device) -> dict[str,
 
     layers x factor x max(load, compute), and the load of the first layer, which nothing hides.
     """
-    from reap_driver.sizing.stored import estimated
+    from reap_driver.memory.stored import estimated
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

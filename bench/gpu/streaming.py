@@ -119,7 +119,7 @@ def _attempt(
     measured: dict[str, projected.Measured],
 ) -> list[Row]:
     """Rows of one format; one row that says why, where there are no figures."""
-    from reap_driver.interrupts import Interrupted
+    from reap_driver.base.interrupts import Interrupted
 
     try:
         sizes = _fitting(sizes, format, folder)
@@ -170,10 +170,10 @@ def verify(device: torch.device, format: str, folder: Path) -> str:
     Raises:
         CheckFailed: a statistic has other bits.
     """
-    from reap_driver.interrupts import Stop
-    from reap_driver.loading import load_model
-    from reap_driver.observe import observe
-    from reap_driver.run import Run, observe_resident
+    from reap_driver.base.interrupts import Stop
+    from reap_driver.load.checkpoint import load_model
+    from reap_driver.observation.observer import observe
+    from reap_driver.observation.run import Run, observe_resident
 
     streamed_files.write(TINY, format, folder, device)
     data = Data(_ids(TINY_RUN, 1))
@@ -204,11 +204,11 @@ def _observed(
     watch: Stopwatch | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """The observer and the states behind the last layer, after one streamed pass."""
-    from reap_driver.interrupts import Stop
-    from reap_driver.loading import open_streamed
-    from reap_driver.observe import observe
-    from reap_driver.run import Run, observe_streamed
-    from reap_driver.streaming.store import StateStore
+    from reap_driver.base.interrupts import Stop
+    from reap_driver.load.checkpoint import open_streamed
+    from reap_driver.observation.observer import observe
+    from reap_driver.observation.run import Run, observe_streamed
+    from reap_driver.observation.state_store import StateStore
 
     states = folder / "states"
     store = StateStore(park, device, states)
@@ -258,7 +258,7 @@ class Bench:
         Raises:
             NotHere: writing them, or reading them three times, would take longer than is left.
         """
-        from reap_driver.sizing.rates import disk_rate
+        from reap_driver.memory.rates import disk_rate
 
         total, began = streamed_files.nbytes(self.sizes.shape, self.format), time.perf_counter()
 
@@ -295,7 +295,7 @@ class Bench:
         Raises:
             CheckFailed: the overlapped pass gave other bits.
         """
-        from reap_driver.sizing.units import in_bytes
+        from reap_driver.base.units import in_bytes
 
         sizes, plan = self._plan(1, None)
         data = Data(_ids(self.sizes, plan.batch_size))

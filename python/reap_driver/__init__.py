@@ -9,59 +9,60 @@
 Names load what they need on first use, so importing the package costs nothing.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reap_driver.checkpoint import ApplyReport, apply_plan
-    from reap_driver.checkpoint.masks import load_masks, save_masks
-    from reap_driver.compare import Comparison, compare
+    from reap_driver.budget_search.search import search_plan
     from reap_driver.compat.models import load_config
-    from reap_driver.criteria import Scores, score
-    from reap_driver.discover import MoELayer, find_moe_layers, record_of
-    from reap_driver.integrity import orphans, retained
-    from reap_driver.loading import load_model
-    from reap_driver.observe import Observer, observe
-    from reap_driver.permutation import check_permutation
-    from reap_driver.plan import LayerPlan, Plan
-    from reap_driver.planning import make_plan, plan_of_removals, random_plan
-    from reap_driver.router_mask import masked_experts
-    from reap_driver.search.search import search_plan
-    from reap_driver.streaming.observe import observe_streamed
+    from reap_driver.evaluation.audit import check_permutation
+    from reap_driver.evaluation.models import compare
+    from reap_driver.evaluation.router_masks import masked_experts
+    from reap_driver.evaluation.routing import orphans, retained
+    from reap_driver.evaluation.sequences import Comparison
+    from reap_driver.load.checkpoint import load_model
+    from reap_driver.model.discover import MoELayer, find_moe_layers, record_of
+    from reap_driver.observation.observer import Observer, observe
+    from reap_driver.observation.streamed import observe_streamed
+    from reap_driver.plan.criteria import Scores
+    from reap_driver.plan.plan import LayerPlan, Plan
+    from reap_driver.plan.planner import make_plan, plan_of_removals, random_plan
+    from reap_driver.plan.scoring import score
+    from reap_driver.writer.apply import apply_plan
+    from reap_driver.writer.mask_file import load_masks, save_masks
+    from reap_driver.writer.report import ApplyReport
     from reap_kernels import LayerStats, SaliencyStats, __version__
 
 _HOMES = {
-    "ApplyReport": "reap_driver.checkpoint",
-    "Comparison": "reap_driver.compare",
-    "LayerPlan": "reap_driver.plan",
+    "ApplyReport": "reap_driver.writer.report",
+    "Comparison": "reap_driver.evaluation.sequences",
+    "LayerPlan": "reap_driver.plan.plan",
     "LayerStats": "reap_kernels",
-    "MoELayer": "reap_driver.discover",
-    "Observer": "reap_driver.observe",
-    "Plan": "reap_driver.plan",
+    "MoELayer": "reap_driver.model.discover",
+    "Observer": "reap_driver.observation.observer",
+    "Plan": "reap_driver.plan.plan",
     "SaliencyStats": "reap_kernels",
-    "Scores": "reap_driver.criteria",
+    "Scores": "reap_driver.plan.criteria",
     "__version__": "reap_kernels",
-    "apply_plan": "reap_driver.checkpoint",
-    "check_permutation": "reap_driver.permutation",
-    "compare": "reap_driver.compare",
-    "find_moe_layers": "reap_driver.discover",
+    "apply_plan": "reap_driver.writer.apply",
+    "check_permutation": "reap_driver.evaluation.audit",
+    "compare": "reap_driver.evaluation.models",
+    "find_moe_layers": "reap_driver.model.discover",
     "load_config": "reap_driver.compat.models",
-    "load_masks": "reap_driver.checkpoint.masks",
-    "load_model": "reap_driver.loading",
-    "make_plan": "reap_driver.planning",
-    "masked_experts": "reap_driver.router_mask",
-    "observe": "reap_driver.observe",
-    "observe_streamed": "reap_driver.streaming.observe",
-    "orphans": "reap_driver.integrity",
-    "plan_of_removals": "reap_driver.planning",
-    "random_plan": "reap_driver.planning",
-    "record_of": "reap_driver.discover",
-    "retained": "reap_driver.integrity",
-    "save_masks": "reap_driver.checkpoint.masks",
-    "score": "reap_driver.criteria",
-    "search_plan": "reap_driver.search.search",
+    "load_masks": "reap_driver.writer.mask_file",
+    "load_model": "reap_driver.load.checkpoint",
+    "make_plan": "reap_driver.plan.planner",
+    "masked_experts": "reap_driver.evaluation.router_masks",
+    "observe": "reap_driver.observation.observer",
+    "observe_streamed": "reap_driver.observation.streamed",
+    "orphans": "reap_driver.evaluation.routing",
+    "plan_of_removals": "reap_driver.plan.planner",
+    "random_plan": "reap_driver.plan.planner",
+    "record_of": "reap_driver.model.discover",
+    "retained": "reap_driver.evaluation.routing",
+    "save_masks": "reap_driver.writer.mask_file",
+    "score": "reap_driver.plan.scoring",
+    "search_plan": "reap_driver.budget_search.search",
 }
 
 __all__ = [
@@ -105,15 +106,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
-
-
-class _Package(ModuleType):
-    """This package, where a name of the public API means that, not a submodule called the same."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Importing reap_driver.observe would otherwise put the module in the function's place.
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

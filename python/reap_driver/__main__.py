@@ -2,7 +2,7 @@
 
 import sys
 
-from reap_driver.cli import main
+from reap_driver.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -36,7 +36,7 @@ from reap_driver.demo.train import (
     train,
     train_tokenizer,
 )
-from reap_driver.plan import Plan
+from reap_driver.plan.plan import Plan
 from reap_kernels.errors import DataError
 from reap_kernels.stats import SaliencyStats
 

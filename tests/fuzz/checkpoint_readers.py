@@ -101,7 +101,7 @@ def _spoiled(
 
 def _open(world: World, model: Path) -> None:
     """What the checkpoint's reader accepts, the safetensors library accepts too."""
-    from reap_driver.checkpoint.source import open_source
+    from reap_driver.files.checkpoint import open_source
 
     source = open_source(model)
     try:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from reap_driver.calibration.images import decode
+from reap_driver.data.images import decode
 from tests.driver.images import tiny
 from tests.fuzz.campaign import Nonsense, Reader
 from tests.fuzz.changes import json_value, raw_bytes, text_lines
@@ -109,7 +109,7 @@ def _parquet() -> Iterable[bytes]:
 
 
 def _use_recipe(path: Path) -> None:
-    from reap_driver.calibration.recipe import load_recipe
+    from reap_driver.data.recipe import load_recipe
 
     for source in load_recipe(path):
         if source.samples is not None and source.samples < 1:

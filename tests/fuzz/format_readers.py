@@ -9,13 +9,13 @@ from unittest import mock
 
 import torch
 
-from reap_driver.journal import Journal
-from reap_driver.journal import read as read_journal
-from reap_driver.report.comparison import comparison_table, read_comparison
-from reap_driver.search.state import SearchState
-from reap_driver.search.state import read as read_search
-from reap_driver.streaming.state import State
-from reap_driver.streaming.store import read_state, write_state
+from reap_driver.budget_search.search_state import SearchState
+from reap_driver.budget_search.search_state import read as read_search
+from reap_driver.observation.journal import Journal
+from reap_driver.observation.journal import read as read_journal
+from reap_driver.observation.state_store import read_state, write_state
+from reap_driver.observation.states import State
+from reap_driver.reporting.comparison import comparison_table, read_comparison
 from reap_kernels import SaliencyStats
 from reap_kernels.tuning import CONFIGS, Launch, Table
 from tests.fuzz.campaign import Nonsense, Reader
@@ -177,7 +177,7 @@ def _use_stats(world: World, path: Path) -> None:
 
 
 def _use_masks(world: World, path: Path) -> None:
-    from reap_driver.checkpoint.masks import load_masks
+    from reap_driver.writer.mask_file import load_masks
 
     for kept in load_masks(path).values():
         if not kept or any(not 0 <= expert < 8 for expert in kept):

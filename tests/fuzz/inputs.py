@@ -20,8 +20,10 @@ def in_file(path: Path, use: Callable[[Path], None]) -> Callable[[bytes], None]:
 
 def encoded(world: World, model: Path, data: Path, *more: object, vocab: int = 259) -> None:
     """Reads and tokenizes data as `observe` does; no model runs."""
-    from reap_driver.calibration import DataSource, Encoder, pack
     from reap_driver.compat.models import load_config
+    from reap_driver.data.encode import Encoder
+    from reap_driver.data.packing import pack
+    from reap_driver.data.source import DataSource
 
     source = DataSource.parse(str(data))
     encoder = Encoder(model, load_config(model))

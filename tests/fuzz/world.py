@@ -7,7 +7,7 @@ import shutil
 from functools import cached_property
 from pathlib import Path
 
-from reap_driver.cli import main
+from reap_driver.cli.main import main
 from reap_kernels.errors import DataError
 from tests.driver import zoo
 from tests.driver.published.checkpoint import write_tokenizer

@@ -15,12 +15,12 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from reap_driver.arguments import typed
+from reap_driver.base.arguments import typed
 from reap_driver.compat.config_file import read_config
 from reap_driver.compat.foreign import foreign, offending_field, one_line
 from reap_driver.compat.fp8 import partial_blocks
 from reap_driver.compat.load_pruned import built_per_layer
-from reap_driver.compressed.scheme import is_compressed
+from reap_driver.files.compressed_scheme import is_compressed
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from reap_kernels.schema import short
 

@@ -22,8 +22,8 @@ from transformers.core_model_loading import dot_natural_key
 from transformers.utils import logging as library_logging
 
 from reap_driver.compat.conversion import KeyMap
+from reap_driver.compat.decoder_layers import owner_of
 from reap_driver.compat.fp8 import partial_blocks
-from reap_driver.sizing.layers import owner_of
 from reap_kernels.errors import CheckpointError
 
 _convert_and_load = core_model_loading.convert_and_load_state_dict_in_model

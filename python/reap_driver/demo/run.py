@@ -26,17 +26,18 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from reap_driver.checkpoint import apply_plan
-from reap_driver.commands.console import emit
-from reap_driver.criteria import Scores, score
+from reap_driver.cli.console import emit
 from reap_driver.demo.corpus import load_corpus
 from reap_driver.demo.evaluate import Evaluation, evaluate, token_windows
 from reap_driver.demo.picture import draw_scores
 from reap_driver.demo.table import format_report
-from reap_driver.loading import load_model
-from reap_driver.observe import observe
-from reap_driver.plan import Plan
-from reap_driver.planning import make_plan, random_plan
+from reap_driver.load.checkpoint import load_model
+from reap_driver.observation.observer import observe
+from reap_driver.plan.criteria import Scores
+from reap_driver.plan.plan import Plan
+from reap_driver.plan.planner import make_plan, random_plan
+from reap_driver.plan.scoring import score
+from reap_driver.writer.apply import apply_plan
 from reap_kernels.stats import SaliencyStats
 
 MODEL = Path(__file__).parent / "model"

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import reap_driver as rd
-from reap_driver.search.evolution import Settings
+from reap_driver.budget_search.evolution import Settings
 from reap_kernels.errors import ReapError, UsageError
 from tests.driver import zoo
-from tests.driver.checkpoint import saved
+from tests.driver.writer import saved
 
 WRONG: dict[str, Any] = {
     "None": None,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from reap_driver.cli import main
+from reap_driver.cli.main import main
 from tests.driver import zoo
 from tests.driver.published.checkpoint import write_tokenizer
 

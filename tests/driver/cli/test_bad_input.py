@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3MoeForCausalLM
 
-from reap_driver.calibration.prefetch import THREAD
+from reap_driver.data.prefetch import THREAD
 from tests.driver.cli.conftest import Run, write_model
 
 Spoil = Callable[[Path], None]

@@ -13,12 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reap_driver as rd
-from reap_driver.calibration import DataSource, Encoder, PackedBatches, pack
-from reap_driver.compare import tasks
 from reap_driver.compat.models import load_config, meta_model
+from reap_driver.data.batches import PackedBatches
+from reap_driver.data.encode import Encoder
+from reap_driver.data.packing import pack
+from reap_driver.data.source import DataSource
+from reap_driver.evaluation import tasks
 from tests.driver import zoo
-from tests.driver.checkpoint import saved
 from tests.driver.cli.conftest import VOCAB, Run, write_model
+from tests.driver.writer import saved
 
 FIGURES = (
     "original_perplexity",

@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from reap_driver.commands import console
-from reap_driver.commands.console import Console, clock
-from reap_driver.commands.options import size
-from reap_driver.sizing.units import short
+from reap_driver.base.units import short
+from reap_driver.cli import console
+from reap_driver.cli.console import Console, clock
+from reap_driver.cli.options import size
 
 
 class Clock:

@@ -198,7 +198,7 @@ def test_blocks_that_take_no_mask_are_refused_answers_alone(
     run: Run, model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the data are read."""
-    from reap_driver.adapters.stacked import StackedExperts
+    from reap_driver.model.adapters.stacked import StackedExperts
 
     monkeypatch.setattr(StackedExperts, "takes_mask", False)
     words = ("observe", model, "--data", chats, "--out", tmp_path / "out")
@@ -314,7 +314,7 @@ def test_folds_are_parts_of_what_one_run_observes(
 def test_a_resumed_run_refuses_another_division(
     run: Run, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reap_driver.observe import Observer
+    from reap_driver.observation.observer import Observer
 
     calls, call = [0], Observer.__call__
 
@@ -351,7 +351,7 @@ def test_tokens_are_kept_for_the_next_run(
 ) -> None:
     """Unless nothing is to be kept; with the same statistics."""
     monkeypatch.setenv("REAP_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("reap_driver.calibration.cache._WORTH", 0.0)
+    monkeypatch.setattr("reap_driver.data.token_cache._WORTH", 0.0)
     words = (model, "--data", data, "--batch-size", 1)
     plain = observed(run, tmp_path / "plain", *words, "--no-cache")
     assert not (tmp_path / "cache").exists()
@@ -361,7 +361,7 @@ def test_tokens_are_kept_for_the_next_run(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("reap_driver.calibration.cache.pack", never)
+    monkeypatch.setattr("reap_driver.data.token_cache.pack", never)
     again = observed(run, tmp_path / "again", *words)
     assert run("observe", *words, "--dry-run").code == 0
     for stats in (first, again):

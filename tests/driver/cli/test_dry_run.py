@@ -70,10 +70,10 @@ def test_a_configuration_alone(run: Run, tmp_path: Path, shape: str) -> None:
 def test_what_does_not_fit_is_shown_and_refused(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reap_driver.sizing.host_memory import Free
+    from reap_driver.memory.host import Free
 
     small = Free(10**9, "by a test")
-    monkeypatch.setattr("reap_driver.sizing.machine.free_host_memory", lambda: small)
+    monkeypatch.setattr("reap_driver.memory.machine.free_host_memory", lambda: small)
     words = ("observe", CONFIGS / "kimi-k2.json", "--dry-run", "--tokens", "1M", "--device", "cpu")
     done = run(*words)
     assert done.code == 4

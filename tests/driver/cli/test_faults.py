@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from reap_driver.cli import main
-from reap_driver.commands import calibrate, ranking
+from reap_driver.cli import calibrate, ranking
+from reap_driver.cli.main import main
 from reap_kernels import files
-from tests.driver.checkpoint import saved
 from tests.driver.cli.conftest import Run
+from tests.driver.writer import saved
 
 WRITING = {
     "observe": "observe model --data code.jsonl --no-journal --out new.safetensors",
@@ -199,7 +199,7 @@ def test_a_source_that_cannot_be_read(
 
     checked = saved.snapshot(place / "model")
     monkeypatch.setattr(Path, "open", refuse)
-    from reap_driver.checkpoint import apply as writer
+    from reap_driver.writer import apply as writer
 
     copied = writer.write_shards
 

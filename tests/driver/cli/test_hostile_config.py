@@ -11,7 +11,7 @@ from transformers import MixtralConfig
 
 from reap_driver.compat.foreign import foreign, place_in_library
 from reap_driver.compat.models import quantisation, read_model
-from reap_driver.discover import find_moe_layers
+from reap_driver.model.discover import find_moe_layers
 from reap_kernels.errors import CheckpointError, ReapError, UnsupportedModel
 from tests.driver.cli.conftest import VOCAB, Run, write_model
 from tests.driver.zoo import _SPECS

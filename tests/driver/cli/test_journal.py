@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from reap_driver import journal as journals
-from reap_driver.cli import main
-from reap_driver.journal import FORMAT
+from reap_driver.cli.main import main
+from reap_driver.observation import journal as journals
+from reap_driver.observation.journal import FORMAT
 from reap_kernels import SaliencyStats
 from tests.driver.cli.conftest import Run, write_model
 from tests.driver.streaming.passes import assert_same_bits
@@ -103,8 +103,8 @@ def test_every_place_of_states_resumes(
     words: list[str], layer: int, park: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that fails right behind a layer goes on from it; layers before are not read again."""
-    from reap_driver.loading import StreamedModel
-    from reap_driver.sizing import decision
+    from reap_driver.load.checkpoint import StreamedModel
+    from reap_driver.memory import decision
 
     places = decision._places
     monkeypatch.setattr(
@@ -143,7 +143,7 @@ def test_every_place_of_states_resumes(
 @pytest.fixture
 def left(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The journal of a resident run that failed behind its fifth batch."""
-    from reap_driver.observe import Observer
+    from reap_driver.observation.observer import Observer
 
     calls, call = [0], Observer.__call__
 
@@ -248,8 +248,8 @@ def test_prune_goes_on_behind_an_observation(
     run: Run, deep: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What fails while the checkpoint is written costs no observation."""
-    import reap_driver.checkpoint as checkpoint
-    from reap_driver.observe import Observer
+    import reap_driver.writer as checkpoint
+    from reap_driver.observation.observer import Observer
 
     apply_plan = checkpoint.apply_plan
 

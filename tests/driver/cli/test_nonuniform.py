@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import reap_driver as rd
-from reap_driver.checkpoint.masks import load_masks
 from reap_driver.compat.models import load_config, meta_model
-from tests.driver.checkpoint import saved
+from reap_driver.writer.mask_file import load_masks
 from tests.driver.cli.conftest import Run
+from tests.driver.writer import saved
 
 FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from reap_driver.cli import build_parser
-from reap_driver.commands import COMMANDS
-from reap_driver.commands.outputs import check_journal_folder
+from reap_driver.cli.commands import COMMANDS
+from reap_driver.cli.main import build_parser
+from reap_driver.cli.outputs import check_journal_folder
 from reap_driver.compat.models import load_config, meta_model
 from reap_kernels.errors import CheckpointError
-from tests.driver.checkpoint import saved
 from tests.driver.cli.conftest import Run
+from tests.driver.writer import saved
 
 # What is read, by its name below `tmp_path`, and the command line; {out} is what is written.
 COMMAND_LINES = {

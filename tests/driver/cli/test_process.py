@@ -36,7 +36,7 @@ def test_help_teaches_and_is_quick(command: str | None) -> None:
     """No heavy import, so under a second; the best of three, as others use the machine too."""
     script = f"""
 import sys
-from reap_driver.cli import main
+from reap_driver.cli.main import main
 try:
     main({[command, "--help"] if command else ["--help"]!r})
 except SystemExit as stop:
@@ -74,8 +74,8 @@ def test_public_names_are_not_hidden_by_modules_of_the_same_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Importing the module `observe` must not put it in the place of the function `observe`."""
-    monkeypatch.delitem(sys.modules, "reap_driver.observe", raising=False)
-    module = importlib.import_module("reap_driver.observe")
+    monkeypatch.delitem(sys.modules, "reap_driver.observation.observer", raising=False)
+    module = importlib.import_module("reap_driver.observation.observer")
     assert rd.observe is module.observe
     for name in rd.__all__:
         assert getattr(rd, name) is not module

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import reap_driver as rd
-from reap_driver.allocate import super_experts
-from reap_driver.stability import keep_probability, margin
+from reap_driver.plan.allocation.select import super_experts
+from reap_driver.plan.stability import keep_probability, margin
 from tests.driver.cli.conftest import Run
 from tests.driver.plan.statistics import EXPERTS, Rows, in_parts, model_stats
 

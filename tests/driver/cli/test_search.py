@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 import reap_driver as rd
-from reap_driver.commands import running
-from reap_driver.search.state import SearchState, read
-from reap_driver.sizing.decision import decide
-from reap_driver.sizing.host_memory import Free
-from reap_driver.sizing.machine import Machine
+from reap_driver.budget_search.search_state import SearchState, read
+from reap_driver.cli import running
+from reap_driver.memory.decision import decide
+from reap_driver.memory.host import Free
+from reap_driver.memory.machine import Machine
 from tests.driver.cli.conftest import Run, write_model
 
 COMMON = ("--seq-len", 16, "--population", 8, "--elites", 2, "--ratio", 0.25, "--batch-size", 4)

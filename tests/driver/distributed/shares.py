@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from reap_driver.distributed import Ranks, ranks
-from reap_driver.observe import observe
+from reap_driver.observation.distributed import Ranks, ranks
+from reap_driver.observation.observer import observe
 from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import DataError
 from tests.driver import zoo

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers.distributed import DistributedConfig
 
-from reap_driver.discover import find_moe_layers
-from reap_driver.distributed import Ranks, ranks
-from reap_driver.observe import observe
-from reap_driver.router_mask import masked_experts
+from reap_driver.evaluation.router_masks import masked_experts
+from reap_driver.model.discover import find_moe_layers
+from reap_driver.observation.distributed import Ranks, ranks
+from reap_driver.observation.observer import observe
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import DataError, UnsupportedModel
 from tests.driver import zoo

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reap_driver.cli import main
+from reap_driver.cli.main import main
 from reap_kernels import SaliencyStats
 from tests.driver.cli.conftest import write_model
 
@@ -100,7 +100,7 @@ def test_a_rank_that_fails_ends_the_run(words: list[str], model: Path, tmp_path:
     (site / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
-        "    import reap_driver.run as run\n"
+        "    import reap_driver.observation.run as run\n"
         "    from reap_kernels.errors import ResourceError\n"
         "    feed, calls = run.Run.feed, []\n"
         "    def fail(self, number, ids):\n"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reap_driver import distributed
-from reap_driver.distributed import Ranks, ranks
+from reap_driver.observation import distributed
+from reap_driver.observation.distributed import Ranks, ranks
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import BackendUnavailable, DataError
 from reap_kernels.stats import COUNTS, EXTREMA, SUMS
@@ -109,7 +109,7 @@ def test_a_failing_rank_ends_the_run_with_its_own_error() -> None:
     assert done.returncode == 1
     assert done.stderr.count("error: the batch of rank 1 holds token id 7") == 1
     assert "waits for ranks" not in done.stderr
-    assert "reap_driver/distributed.py" not in done.stderr
+    assert "reap_driver/observation/distributed.py" not in done.stderr
     cause = done.stderr.partition("Root Cause (first observed failure)")[2]
     assert "rank      : 1 (local_rank: 1)" in cause
     assert "exitcode  : 3" in cause

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.driver.checkpoint.test_packed_router import Codes
 from tests.driver.cli.conftest import write_model
 from tests.driver.streaming import packing
+from tests.driver.writer.test_packed_router import Codes
 
 Parts = dict[str, Tensor]
 Pack = Callable[[int, int], Parts]

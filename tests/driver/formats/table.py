@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap_driver.cli import main
+from reap_driver.cli.main import main
 from reap_driver.compat.models import read_model
-from reap_driver.discover import MoELayer
-from tests.driver.checkpoint.saved import make_plan
+from reap_driver.model.discover import MoELayer
 from tests.driver.formats.build import FORMATS, Format, plain_model
+from tests.driver.writer.saved import make_plan
 
 DOCS = Path(__file__).parents[3] / "docs" / "formats.md"
 BEGIN, END = "<!-- formats -->\n", "<!-- end -->"

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from reap_driver import observe_streamed
-from reap_driver.loading import load_model, open_streamed
-from reap_driver.sizing import rates
+from reap_driver.load.checkpoint import load_model, open_streamed
+from reap_driver.memory import rates
 from reap_kernels.errors import CheckpointError, UnsupportedModel
-from tests.driver.checkpoint import saved
 from tests.driver.cli.conftest import Run, run
 from tests.driver.formats.build import FORMATS, Format, plain_model
 from tests.driver.formats.table import outcomes, rows
+from tests.driver.writer import saved
 
 __all__ = ["run"]  # a fixture
 

@@ -12,10 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 import reap_driver as rd
-from reap_driver.calibration import DataSource, Encoder, PackedBatches, pack
-from reap_driver.calibration.packing import PackedSource
-from reap_driver.calibration.pictured import Pictured
 from reap_driver.compat.models import load_config
+from reap_driver.data.batches import PackedBatches
+from reap_driver.data.encode import Encoder
+from reap_driver.data.packing import PackedSource, pack
+from reap_driver.data.pictured import Pictured
+from reap_driver.data.source import DataSource
 from reap_kernels.errors import DataError
 from tests.driver.cli.conftest import write_model
 from tests.driver.images import tiny
@@ -97,7 +99,7 @@ def test_images_however_they_are_given(
 def test_images_in_parquet_and_of_the_hub(folders: dict[str, Path], tmp_path: Path) -> None:
     """Bytes in columns, as `datasets` writes images; read by either library."""
     datasets = pytest.importorskip("datasets")
-    from reap_driver.calibration.hub import _undecoded
+    from reap_driver.data.hub import _undecoded
 
     rows = {
         "messages": [[{"role": "user", "content": "see<image>and<image>"}]],
@@ -301,5 +303,5 @@ def test_text_alone_loads_no_processor(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("nobody needs it")
 
-    monkeypatch.setattr("reap_driver.calibration.pictured.load_processor", refuse)
+    monkeypatch.setattr("reap_driver.data.pictured.load_processor", refuse)
     assert not packed(folders[QWEN], write(TEXT)).pictured

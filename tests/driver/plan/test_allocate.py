@@ -7,16 +7,10 @@ from fractions import Fraction
 import pytest
 import torch
 
-from reap_driver.allocate import (
-    explicit,
-    is_served,
-    kept_experts,
-    max_removable,
-    ratio_of,
-    removal_steps,
-    served_advice,
-    uniform,
-)
+from reap_driver.plan.allocation.budget import kept_experts, ratio_of
+from reap_driver.plan.allocation.explicit import explicit, max_removable, removal_steps
+from reap_driver.plan.allocation.served import is_served, served_advice
+from reap_driver.plan.allocation.uniform import uniform
 from reap_kernels.errors import PlanError
 
 PUBLISHED = [(288, 0.4, 173), (128, 0.25, 96), (160, 0.5, 80), (512, 0.5, 256), (100, 0.29, 71)]

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from reap_driver.criteria import CRITERIA, RECORDED, criterion_named, score
+from reap_driver.plan.criteria import CRITERIA, RECORDED, criterion_named
+from reap_driver.plan.scoring import score
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import DataError, PlanError
 from tests.driver.plan.statistics import EXPERTS, NEVER, Rows, model_stats

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reap_driver.compat.text_model import text_model
-from reap_driver.discover import MoELayer, block_of, find_moe_layers
+from reap_driver.model.discover import MoELayer, block_of, find_moe_layers
 from tests.driver import zoo
 
 # Where the factor is no constant, or not between the experts module and the end of the block.

@@ -11,15 +11,15 @@ from safetensors import safe_open
 from transformers import PretrainedConfig
 
 import reap_driver as rd
-from reap_driver.checkpoint.checks import check_model, check_same_layers
 from reap_driver.compat.models import meta_model
-from reap_driver.discover import find_moe_layers, record_of
-from reap_driver.plan import Plan
-from reap_driver.report.inputs import Inputs
+from reap_driver.model.discover import find_moe_layers, record_of
+from reap_driver.plan.plan import Plan
+from reap_driver.reporting.inputs import Inputs
+from reap_driver.writer.plan_checks import check_model, check_same_layers
 from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import DataError, PlanError
 from tests.driver import zoo
-from tests.driver.checkpoint import saved
+from tests.driver.writer import saved
 from tests.driver.zoo.build import make_config
 from tests.driver.zoo.core import CORE
 
@@ -182,7 +182,7 @@ def test_a_search_takes_scores_of_the_base_model() -> None:
 
 
 def _quick() -> Any:
-    from reap_driver.search.evolution import Settings
+    from reap_driver.budget_search.evolution import Settings
 
     return Settings(evaluations=6, population=4, elites=2, seed=0)
 

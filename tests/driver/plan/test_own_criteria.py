@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import reap_driver as rd
-from reap_driver.report.inputs import Inputs
+from reap_driver.reporting.inputs import Inputs
 from reap_kernels import LayerStats
 from reap_kernels.errors import DataError, PlanError
-from tests.driver.checkpoint import saved
 from tests.driver.plan.statistics import EXPERTS, MODEL, Rows, model_stats
+from tests.driver.writer import saved
 
 LAYERS = ["model.layers.1.mlp.experts", "model.layers.4.mlp.experts"]
 NAME = "my criterion: S(2) <b>|%"

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from reap_driver.criteria import Scores, score
-from reap_driver.plan import LayerPlan, Plan
-from reap_driver.planning import make_plan, plan_of_removals, random_plan
+from reap_driver.plan.criteria import Scores
+from reap_driver.plan.plan import LayerPlan, Plan
+from reap_driver.plan.planner import make_plan, plan_of_removals, random_plan
+from reap_driver.plan.scoring import score
 from reap_kernels.errors import PlanError
 from tests.driver.plan.statistics import EXPERTS, MODEL, Rows, model_stats
 

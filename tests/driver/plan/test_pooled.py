@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from reap_driver.allocate import Budget, Router, pooled
+from reap_driver.plan.allocation.budget import Budget, Router
+from reap_driver.plan.allocation.pooled import pooled
 from reap_kernels.errors import PlanError
 
 

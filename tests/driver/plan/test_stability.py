@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from reap_driver.allocate import Router, kept_experts
-from reap_driver.criteria import score
-from reap_driver.planning import make_plan, plan_of_removals
-from reap_driver.stability import (
+from reap_driver.plan.allocation.budget import Router, kept_experts
+from reap_driver.plan.planner import make_plan, plan_of_removals
+from reap_driver.plan.scoring import score
+from reap_driver.plan.stability import (
     Uncertainty,
     group_scores,
     halves,
@@ -20,7 +20,7 @@ from reap_driver.stability import (
     rank_correlation,
     uncertainty,
 )
-from reap_driver.student import normal
+from reap_driver.plan.student_t import normal
 from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import DataError, PlanError
 from tests.driver.plan.statistics import EXPERTS, MODEL, NEVER, Rows, in_parts, model_stats

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from reap_driver.compat.models import load_config, meta_model
-from reap_driver.discover import find_moe_layers
-from reap_driver.loading import load_model
+from reap_driver.load.checkpoint import load_model
+from reap_driver.model.discover import find_moe_layers
 from tests.driver.published.checkpoint import is_mtp
 from tests.driver.published.expected import read_tensors
 from tests.driver.published.models import MODELS

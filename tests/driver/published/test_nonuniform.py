@@ -11,14 +11,14 @@ import transformers
 
 import reap_driver as rd
 from reap_driver.compat.models import load_config, meta_model
-from reap_driver.permutation import check_permutation
-from reap_driver.plan import LayerPlan, Plan
-from tests.driver.checkpoint import saved
-from tests.driver.checkpoint.test_nonuniform import loader_of
+from reap_driver.evaluation.audit import check_permutation
+from reap_driver.plan.plan import LayerPlan, Plan
 from tests.driver.published.expected import expected_tensors, read_tensors, same_bytes
 from tests.driver.published.models import MODELS
 from tests.driver.published.test_pipeline import generates, kept_by_block
 from tests.driver.streaming import packing
+from tests.driver.writer import saved
+from tests.driver.writer.test_nonuniform import loader_of
 
 Checkpoints = Callable[[str], Path]
 

@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import reap_driver as rd
-from reap_driver.cli import main
+from reap_driver.cli.main import main
 from reap_kernels import errors
 from tests.driver.published.checkpoint import is_mtp
 from tests.driver.published.entry import Published

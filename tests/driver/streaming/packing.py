@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.driver.checkpoint import saved
 from tests.driver.published.reduce import VOCAB
+from tests.driver.writer import saved
 
 Parts = dict[str, Tensor]
 CPU = torch.device("cpu")

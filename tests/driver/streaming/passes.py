@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reap_driver.interrupts import Stop
-from reap_driver.journal import Journal
-from reap_driver.loading import StreamedModel, load_model, open_streamed
-from reap_driver.observe import observe
-from reap_driver.run import Run, observe_resident, observe_streamed
-from reap_driver.streaming.store import Place, StateStore
+from reap_driver.base.interrupts import Stop
+from reap_driver.load.checkpoint import StreamedModel, load_model, open_streamed
+from reap_driver.observation.journal import Journal
+from reap_driver.observation.observer import observe
+from reap_driver.observation.run import Run, observe_resident, observe_streamed
+from reap_driver.observation.state_store import Place, StateStore
 from reap_kernels import SaliencyStats
 
 CPU = torch.device("cpu")

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from reap_driver.checkpoint.source import open_source
-from reap_driver.loading import load_model
-from reap_driver.sizing.layers import owner_of
+from reap_driver.compat.decoder_layers import owner_of
+from reap_driver.files.checkpoint import open_source
+from reap_driver.load.checkpoint import load_model
 from tests.driver import zoo
-from tests.driver.checkpoint import saved
-from tests.driver.observe.test_architectures import NAMES
+from tests.driver.observation.test_architectures import NAMES
 from tests.driver.published.models import MODELS
 from tests.driver.streaming import passes
+from tests.driver.writer import saved
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reap_driver.checkpoint.digest import weights_digest
-from reap_driver.checkpoint.source import open_source
-from tests.driver.checkpoint import saved
+from reap_driver.files.checkpoint import open_source
+from reap_driver.files.digest import weights_digest
+from tests.driver.writer import saved
 
 _SAMPLE = 64 << 10
 

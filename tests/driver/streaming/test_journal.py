@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 import torch
 
-from reap_driver import journal as journals
-from reap_driver.interrupts import Interrupted, Stop
-from reap_driver.journal import FORMAT, Journal, exists, locked, read
-from reap_driver.loading import open_streamed
-from reap_driver.observe import observe
-from reap_driver.run import Run, observe_streamed
-from reap_driver.streaming.state import State
-from reap_driver.streaming.store import StateStore, write_state
+from reap_driver.base.interrupts import Interrupted, Stop
+from reap_driver.load.checkpoint import open_streamed
+from reap_driver.observation import journal as journals
+from reap_driver.observation.journal import FORMAT, Journal, exists, locked, read
+from reap_driver.observation.observer import observe
+from reap_driver.observation.run import Run, observe_streamed
+from reap_driver.observation.state_store import StateStore, write_state
+from reap_driver.observation.states import State
 from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import CheckpointError, DataError, ResourceError
-from tests.driver.checkpoint import saved
 from tests.driver.streaming import passes
+from tests.driver.writer import saved
 from tests.sealed import GONE, change_document
 
 RUN = {
@@ -327,7 +327,7 @@ def test_disk_that_is_full_while_tensors_are_written(folder: Path) -> None:
 _HOLD = """
 import sys
 from pathlib import Path
-from reap_driver.journal import locked
+from reap_driver.observation.journal import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -12,14 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import reap_driver as rd
-from reap_driver.checkpoint.safetensors_file import read_header
-from reap_driver.checkpoint.source import open_source
-from reap_driver.cli import main
-from reap_driver.compressed.matrices import Matrix, plain_weights
-from reap_driver.loading import load_model
-from reap_driver.reading import Reader, start, stored
+from reap_driver.cli.main import main
+from reap_driver.files.checkpoint import open_source
+from reap_driver.files.safetensors_file import read_header
+from reap_driver.load.checkpoint import load_model
+from reap_driver.load.compressed_matrices import Matrix, plain_weights
+from reap_driver.load.reading import Reader, start, stored
 from reap_kernels.errors import CheckpointError, UnsupportedModel
-from tests.driver.checkpoint import saved
 from tests.driver.published.checkpoint import write_tokenizer
 from tests.driver.published.reduce import VOCAB
 from tests.driver.streaming import passes
@@ -40,6 +39,7 @@ from tests.driver.streaming.packing import (
     integers,
     two_groups,
 )
+from tests.driver.writer import saved
 
 CPU = torch.device("cpu")
 

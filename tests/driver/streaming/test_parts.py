@@ -15,10 +15,10 @@ from transformers.utils import logging as library_logging
 from reap_driver.compat import parts
 from reap_driver.compat.conversion import KeyMap
 from reap_driver.compat.parts import Chunk, Lazy, divided
-from reap_driver.loading import StreamedModel, load_model, open_streamed
+from reap_driver.load.checkpoint import StreamedModel, load_model, open_streamed
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from tests.driver import zoo
-from tests.driver.checkpoint import saved
+from tests.driver.writer import saved
 
 _NAMES = ("qwen3_moe", "mixtral", "deepseek_v3", "deepseek-v3.2", "gpt-oss-120b")
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reap_driver import reading
-from reap_driver.checkpoint.safetensors_file import read_header
-from reap_driver.reading import Reader, StoredTensor, start, stored
+from reap_driver.files.safetensors_file import read_header
+from reap_driver.load import reading
+from reap_driver.load.reading import Reader, StoredTensor, start, stored
 from reap_kernels.errors import CheckpointError
 
 

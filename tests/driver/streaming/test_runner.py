@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reap_driver.streaming.runner import LayerRunner
-from reap_driver.streaming.state import State
-from reap_driver.streaming.store import read_state, write_state
+from reap_driver.observation.layer_runner import LayerRunner
+from reap_driver.observation.state_store import read_state, write_state
+from reap_driver.observation.states import State
 from reap_kernels.errors import UnsupportedModel
 
 WIDTH, COUNT = 8, 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reap_driver.streaming.state import State, Unknown, containers, leaves, unknown_like
+from reap_driver.observation.states import State, Unknown, containers, leaves, unknown_like
 from reap_kernels.errors import UnsupportedModel
 
 

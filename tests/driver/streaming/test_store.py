@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from reap_driver.streaming import store as stores
-from reap_driver.streaming.state import State
-from reap_driver.streaming.store import (
+from reap_driver.observation import state_store as stores
+from reap_driver.observation.state_store import (
     FORMAT,
     Place,
     StateStore,
@@ -21,6 +20,7 @@ from reap_driver.streaming.store import (
     states_folder,
     write_state,
 )
+from reap_driver.observation.states import State
 from reap_kernels.errors import DataError
 from tests.sealed import change_tensors
 

@@ -1,0 +1,1 @@
+"""What every package may use: checks of arguments, signals, threads, units, YAML."""

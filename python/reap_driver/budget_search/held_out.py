@@ -1,0 +1,89 @@
+"""Whether a searched plan is better than the uniform one on text that the search never saw."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from reap_driver.budget_search.fitness import Inputs, acceptance_by_sequence
+from reap_driver.evaluation.figures import DRAWS, intervals
+from reap_driver.evaluation.router_masks import RouterMasks
+from reap_driver.plan.plan import Plan
+from reap_kernels.errors import DataError
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Expected acceptance of two plans on the same sequences.
+
+    Attributes:
+        sequences: how many.
+        predictions: counted in them.
+        uniform: acceptance of the uniform plan, the mean over predictions.
+        searched: that of the searched plan.
+        low, high: 95 % interval of searched - uniform, by a bootstrap over sequences; None where
+            there is but one.
+    """
+
+    sequences: int
+    predictions: int
+    uniform: float
+    searched: float
+    low: float | None
+    high: float | None
+
+    @property
+    def lost(self) -> bool:
+        """Whether the searched plan is worse."""
+        return self.searched < self.uniform
+
+
+def held_out(
+    model: PreTrainedModel,
+    batches: Sequence[Inputs],
+    uniform: Plan,
+    searched: Plan,
+    *,
+    masks: RouterMasks | None = None,
+    seed: int = 0,
+    backend: str | None = None,
+) -> HeldOut:
+    """Compares two plans on sequences they were not searched on.
+
+    Args:
+        model: the full model, in memory.
+        batches: arguments of its forward.
+        uniform, searched: the plans.
+        masks: of this model, where there are any already.
+        seed: of the bootstrap.
+        backend: of `compare_logits`, never falling back.
+
+    Raises:
+        DataError: nothing in the batches counts; or logits are not finite.
+    """
+    plans = [uniform.kept, searched.kept]
+    sums, counts = acceptance_by_sequence(model, batches, plans, masks, backend=backend)
+    if not counts.sum():
+        raise DataError(
+            "none of the tokens that are held out is a prediction that counts; give more data, or "
+            "--validation 0"
+        )
+    total = int(counts.sum())
+    first, second = (sums.sum(dim=1) / total).tolist()
+    low, high = _interval(sums[1] - sums[0], counts, seed)
+    return HeldOut(len(counts), total, first, second, low, high)
+
+
+def _interval(gains: Tensor, counts: Tensor, seed: int) -> tuple[float | None, float | None]:
+    """Where the mean gain a prediction lies, were other sequences of this kind drawn.
+
+    Args:
+        gains: float64 [S], sums over a sequence's predictions.
+        counts: int64 [S], its predictions.
+        seed: of the bootstrap.
+    """
+    data, one = torch.stack([gains, counts.double()], dim=1), torch.zeros_like(counts)
+    found = intervals(lambda totals: totals[:, :1] / totals[:, 1:], data, one, DRAWS, seed)
+    return (None, None) if found is None else (float(found[0]), float(found[1]))

@@ -1,0 +1,23 @@
+"""The commands of `reap-kernels`, a module each.
+
+A command module has NAME, SUMMARY, DESCRIPTION, EXAMPLES, `configure(parser)` for its arguments,
+and `run(args, console)`, which does the work, tells a human through the console, and returns what
+`--json` prints. No module imports torch before `run`.
+"""
+
+from types import ModuleType
+
+from reap_driver.cli import apply, compare, demo, doctor, observe, plan, prune, report, search, tune
+
+COMMANDS: tuple[ModuleType, ...] = (
+    demo,
+    prune,
+    observe,
+    plan,
+    search,
+    apply,
+    compare,
+    report,
+    doctor,
+    tune,
+)

@@ -1,1 +1,0 @@
-"""Checkpoints in the formats of compressed-tensors, read without that library."""

@@ -1,0 +1,1 @@
+"""Calibration data: from files and data sets to batches of token ids."""

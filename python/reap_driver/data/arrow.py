@@ -1,0 +1,128 @@
+"""Rows of Arrow tables as records: of Parquet files, and of data sets from the hub."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from reap_driver.compat.foreign import foreign
+from reap_driver.data.compressed_files import LARGEST
+from reap_driver.data.record import BadRecords, Record, guard
+from reap_driver.data.shapes import FIELDS
+from reap_driver.data.unused import IRRELEVANT
+from reap_kernels.errors import DataError
+
+
+def known_columns(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(those that records are made of, or all where there is none of them; others that might
+    matter)."""
+    known = [name for name in names if name in FIELDS] or list(names)
+    return known, [name for name in names if name not in IRRELEVANT.union(known)]
+
+
+def row_records(
+    rows: Any, places: Mapping[int, str], others: Sequence[str], bad: BadRecords | None
+) -> Iterator[tuple[int, Record]]:
+    """(number, record) of rows.
+
+    Objects lose keys without a value: a column of objects has every key that any of them has.
+
+    Args:
+        rows: Arrow's batch or table, or a `datasets.Dataset`.
+        places: for each row its number, and where it stands.
+        others: columns that are not read, and are not used then.
+        bad: takes rows whose values Python does not have; None raises that.
+    """
+    numbers = list(places)
+    columns = None
+    with suppress(DataError), foreign("rows", "see below", error=DataError):
+        if _expanded(rows) <= LARGEST:
+            columns = _columns(rows, 0, len(numbers))
+    if columns is None:
+        yield from _one_by_one(rows, places, others, bad)
+        return
+    for number, *values in zip(numbers, *columns.values(), strict=True):
+        fields = dict(zip(columns, values, strict=True))
+        yield number, Record(places[number], fields, set(others))
+
+
+def _one_by_one(
+    rows: Any, places: Mapping[int, str], others: Sequence[str], bad: BadRecords | None
+) -> Iterator[tuple[int, Record]]:
+    left_out = guard(bad)
+    for at, (number, place) in enumerate(places.items()):
+        fields = None
+        with left_out, foreign(f"{place}: cannot be read", "correct it", error=DataError):
+            if _expanded(rows, at) > LARGEST:
+                raise DataError(f"{place}: is larger than {LARGEST} bytes; divide the record")
+            fields = {name: value for name, [value] in _columns(rows, at, 1).items()}
+        if fields is not None:
+            yield number, Record(place, fields, set(others))
+
+
+def text_leaves(schema: Any) -> list[str]:
+    """The leaves of a Parquet file's columns that hold texts.
+
+    They are read as dictionaries, as they are stored: a text that a small file has once and a
+    thousand rows name would take a thousand times its size.
+    """
+    leaves = [schema.column(number) for number in range(len(schema))]
+    return [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+
+
+def _expanded(rows: Any, at: int | None = None) -> int:
+    """Bytes of rows, or of one, with each text where it is named; 0 of a `datasets.Dataset`, whose
+    texts are in memory once for each row anyway.
+    """
+    if hasattr(rows, "features"):
+        return 0
+    part = rows if at is None else rows.slice(at, 1)
+    return sum(_bytes_of(column) for column in part.columns)
+
+
+def _bytes_of(array: Any) -> int:
+    import pyarrow
+    from pyarrow import compute
+
+    kind = array.type
+    if pyarrow.types.is_dictionary(kind):
+        lengths = compute.binary_length(array.dictionary).cast(pyarrow.int64())
+        return compute.sum(lengths.take(array.indices)).as_py() or 0
+    if pyarrow.types.is_struct(kind):
+        return sum(_bytes_of(field) for field in array.flatten())
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        return _bytes_of(array.flatten())
+    return int(array.nbytes)
+
+
+def _columns(rows: Any, start: int, count: int) -> dict[str, list[Any]]:
+    """Name to values of some rows."""
+    import pyarrow
+
+    if hasattr(rows, "features"):
+        columns, schema = rows[start : start + count], rows.features.arrow_schema
+    else:
+        columns, schema = rows.slice(start, count).to_pydict(), rows.schema
+    return {
+        name: [_without_nulls(value) for value in values]
+        if _holds_objects(pyarrow, schema.field(name).type)
+        else values
+        for name, values in columns.items()
+    }
+
+
+def _holds_objects(pyarrow: Any, kind: Any) -> bool:
+    """Whether values of the type are objects, or lists of them."""
+    if pyarrow.types.is_struct(kind):
+        return True
+    nested = (
+        pyarrow.types.is_list(kind)
+        or pyarrow.types.is_large_list(kind)
+        or pyarrow.types.is_fixed_size_list(kind)
+    )
+    return nested and _holds_objects(pyarrow, kind.value_type)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

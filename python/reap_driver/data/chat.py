@@ -1,0 +1,257 @@
+"""Conversations as a model's chat template writes them, and where in them its answers stand."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+
+from reap_driver.compat.foreign import is_fault, one_line
+from reap_driver.data.shapes import Chat
+from reap_driver.data.steps import limited_steps
+from reap_driver.data.unused import unused
+from reap_kernels.errors import DataError
+
+Span = tuple[int, int]
+
+# How templates want turns that call tools: arguments as an object or as JSON text, content that is
+# empty as a text or null. The first is what transformers documents; DeepSeek-V3's take the others.
+_FORMS = ((dict, ""), (str, ""), (str, None))
+# Records with a field after which one that the template has not written counts as never written.
+_TRIALS = 64
+
+
+class ChatTemplate:
+    """The template of one tokenizer.
+
+    Args:
+        tokenizer: of the model.
+        model: its name, for messages.
+        enable_thinking: passed to the template; None leaves the template's own default.
+
+    Attributes:
+        written: names of fields beside role, content and calls that it was seen to write, as
+            `unwritten` has them.
+    """
+
+    def __init__(self, tokenizer: Any, model: str, enable_thinking: bool | None) -> None:
+        self._tokenizer = tokenizer
+        self._model = model
+        self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self._trials: Counter[str] = Counter()
+        self.written: set[str] = set()
+
+    def render(self, place: str, chat: Chat) -> str:
+        """The conversation as text, special tokens included.
+
+        Args:
+            place: of the record, for the message.
+            chat: what it says.
+
+        Raises:
+            DataError: the template refuses it.
+        """
+        return str(self._apply(place, chat, self._formed(place, chat), tokenize=False))
+
+    def unwritten(self, place: str, chat: Chat) -> set[str]:
+        """Names of what a conversation has and the template does not write.
+
+        That are its `tools`, its `messages of role tool` say, and fields of messages, such as
+        `messages[].reasoning_content`. Each is written where the text is another without it; this
+        is tried with the first records that have it.
+        """
+        found = {"tools": replace(chat, tools=None)} if chat.tools else {}
+        for message in chat.messages:
+            role = message["role"]
+            if message.get("content") or message.get("tool_calls"):
+                found.setdefault(f"messages of role {role}", _without_role(chat, role))
+            for name in unused(message, ("role", "content", "tool_calls")):
+                found.setdefault(f"messages[].{name}", _without(chat, name))
+        return {name for name, less in found.items() if not self._writes(name, place, chat, less)}
+
+    def _writes(self, name: str, place: str, chat: Chat, less: Chat) -> bool:
+        if name not in self.written and self._trials[name] < _TRIALS:
+            self._trials[name] += 1
+            try:
+                same = self.render(place, chat) == self.render(place, less)
+            except DataError:  # it does not do without
+                same = False
+            if not same:
+                self.written.add(name)
+        return name in self.written
+
+    def marks_answers(self, place: str, chat: Chat) -> bool:
+        """Whether the template itself says what the model generates, by `{% generation %}`.
+
+        Raises:
+            DataError: there are several templates, and none of them is the default.
+        """
+        try:
+            template = self._tokenizer.get_chat_template(None, chat.tools)
+        except ValueError as error:
+            raise self._refused(place, error) from error
+        return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+    def marked(self, place: str, chat: Chat) -> tuple[list[int], bytes]:
+        """Token ids, and a byte for each: 1 where the template marks what the model generates.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        found = self._apply(
+            place,
+            chat,
+            self._formed(place, chat),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        return found["input_ids"], bytes(found["assistant_masks"])
+
+    def answers(self, place: str, chat: Chat) -> tuple[str, list[Span]]:
+        """The conversation as text, and [from, to) of each assistant's turn in it.
+
+        A turn begins where the text of the messages before it, with the prompt to go on, stops
+        being that of the whole. It ends where the text of the messages up to it ends; or, where the
+        template writes a turn in another way when it is the last (without its reasoning, say), as
+        many characters before the end of the next message as that message adds elsewhere.
+
+        Raises:
+            DataError: the template refuses the conversation, or writes messages in another way
+                before others, so that turns cannot be told apart.
+        """
+        chat = replace(chat, messages=self._formed(place, chat))
+        whole = str(self._apply(place, chat, chat.messages, tokenize=False))
+        spans = [
+            (self._start(place, chat, number, whole), self._end(place, chat, number, whole))
+            for number, message in enumerate(chat.messages)
+            if message["role"] == "assistant"
+        ]
+        if any(start > end for start, end in spans):
+            raise self._inseparable(place)
+        return whole, spans
+
+    def _start(self, place: str, chat: Chat, number: int, whole: str) -> int:
+        before = chat.messages[:number]
+        if not before:  # templates take no empty conversation
+            raise self._inseparable(place)
+        prompt = self._apply(place, chat, before, tokenize=False, add_generation_prompt=True)
+        if whole.startswith(prompt):
+            return len(prompt)
+        text = self._apply(place, chat, before, tokenize=False)
+        if not whole.startswith(text) or not prompt.startswith(text):
+            raise self._inseparable(place)
+        return _shared(prompt, whole)
+
+    def _end(self, place: str, chat: Chat, number: int, whole: str) -> int:
+        messages = chat.messages
+        if number == len(messages) - 1:
+            return len(whole)
+        text = self._apply(place, chat, messages[: number + 1], tokenize=False)
+        # Phi-3's end every text with the token that ends a sequence, not every turn.
+        for ended in (text, text.removesuffix(self._tokenizer.eos_token or "")):
+            if whole.startswith(ended):
+                return len(ended)
+        before, after = messages[:number], messages[: number + 2]
+        try:
+            begin, skipped, end = (
+                self._apply(place, chat, part, tokenize=False)
+                for part in (before, [*before, messages[number + 1]], after)
+            )
+        except DataError as error:
+            raise self._inseparable(place) from error
+        added = skipped[len(begin) :]
+        if not (skipped.startswith(begin) and whole.startswith(end) and end.endswith(added)):
+            raise self._inseparable(place)
+        return len(end) - len(added)
+
+    def _formed(self, place: str, chat: Chat) -> list[dict[str, Any]]:
+        """The messages, with calls of tools in the form that the template writes."""
+        if not any(message.get("tool_calls") for message in chat.messages):
+            return chat.messages
+        if self._form is None:
+            raise DataError(
+                f"{place}: the chat template of {self._model} leaves out or refuses the calls of "
+                "tools that the messages have; use a template that writes them, or other data"
+            )
+        try:
+            return [_with_calls_as(message, *self._form) for message in chat.messages]
+        except (TypeError, ValueError) as error:  # arguments of other types than JSON's
+            raise self._refused(place, error) from error
+
+    @cached_property
+    def _form(self) -> tuple[type, str | None] | None:
+        """The first form of calls that the template neither refuses nor leaves out."""
+        call = {"name": "probe", "arguments": {"argument": "probed"}}
+        calls = [{"id": "call00000", "type": "function", "function": call}]
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": "probe"},
+            {"role": "assistant", "content": "", "tool_calls": calls},
+        ]
+        tools = [{"type": "function", "function": {"name": "probe", "description": "A probe."}}]
+        for form in _FORMS:
+            formed = [_with_calls_as(message, *form) for message in messages]
+            try:
+                text = self._apply("a probe", Chat([], tools), formed, tokenize=False)
+            except DataError:
+                continue
+            if "probed" in text:
+                return form
+        return None
+
+    def _inseparable(self, place: str) -> DataError:
+        return DataError(
+            f"{place}: the chat template of {self._model} writes messages differently before "
+            "others, so the answers in it cannot be told apart; mark them in the template with "
+            "{% generation %}, or count all tokens"
+        )
+
+    def _refused(self, place: str, error: BaseException) -> DataError:
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+        return DataError(
+            f"{place}: the chat template of {self._model} refuses the messages "
+            f"({kind}{one_line(error)}); correct the roles and contents, or the template"
+        )
+
+    def _apply(self, place: str, chat: Chat, messages: list[dict[str, Any]], **options: Any) -> Any:
+        try:
+            with limited_steps():
+                return self._tokenizer.apply_chat_template(
+                    messages, tools=chat.tools, **options, **self._options
+                )
+        except BaseException as error:  # whatever a template does: 1 / 0, endless recursion
+            if not is_fault(error):
+                raise
+            raise self._refused(place, error) from error
+
+
+def _without_role(chat: Chat, role: str) -> Chat:
+    return replace(chat, messages=[m for m in chat.messages if m["role"] != role])
+
+
+def _without(chat: Chat, name: str) -> Chat:
+    """The conversation without a field of its messages."""
+    messages = [{k: v for k, v in message.items() if k != name} for message in chat.messages]
+    return replace(chat, messages=messages)
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _with_calls_as(message: dict[str, Any], kind: type, empty: str | None) -> dict[str, Any]:
+    """The message with its calls' arguments as objects or JSON text, and empty content as given."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        if kind is str and not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "content": message["content"] or empty, "tool_calls": calls}

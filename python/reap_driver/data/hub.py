@@ -1,0 +1,105 @@
+"""Rows of a data set of the Hugging Face hub, through the `datasets` library.
+
+It downloads a data set once, into its own cache, and maps the files into memory: only the rows that
+are asked for are read. `HF_HUB_OFFLINE=1` keeps to the cache.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from reap_driver.compat.foreign import one_line
+from reap_driver.data.arrow import known_columns, row_records
+from reap_driver.data.record import BadRecords, Record
+from reap_driver.data.source import SPLIT, HubDataset
+from reap_kernels.errors import DataError
+
+_ROWS = 1024  # read at a time
+
+
+class HubRows:
+    """The rows of one split, as records."""
+
+    def __init__(self, location: HubDataset) -> None:
+        self._location = location
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, list[str]]:
+        """(the split, with the columns records are made of; others that might matter)."""
+        rows = _load(self._location)
+        columns, others = known_columns(rows.column_names)
+        # Its own formats are not left on: they would make tensors of token ids.
+        return _undecoded(rows.select_columns(columns)).with_format(None), others
+
+    def count(self) -> int:
+        """How many rows there are."""
+        return len(self._loaded[0])
+
+    def read(self, bad: BadRecords | None) -> Iterator[Record]:
+        """All rows, in order.
+
+        Raises:
+            DataError: the data set cannot be loaded.
+        """
+        return (record for _, record in self.pick(range(self.count()), bad))
+
+    def pick(self, chosen: Sequence[int], bad: BadRecords | None) -> Iterator[tuple[int, Record]]:
+        """(number, record) of the rows with those numbers, ascending from 0.
+
+        Raises:
+            DataError: the data set cannot be loaded.
+        """
+        loaded, others = self._loaded
+        for start in range(0, len(chosen), _ROWS):
+            part = chosen[start : start + _ROWS]
+            places = {number: f"{self._location}, row {number + 1}" for number in part}
+            yield from row_records(loaded.select(part), places, others, bad)
+
+
+def _undecoded(rows: Any) -> Any:
+    """The rows with images as bytes and paths, not as pixels."""
+    import datasets
+
+    for name, kind in rows.features.items():
+        inner = getattr(kind, "feature", kind)  # of a list
+        if isinstance(inner, datasets.Image):
+            encoded = datasets.Image(mode=inner.mode, decode=False)
+            rows = rows.cast_column(name, encoded if inner is kind else datasets.List(encoded))
+    return rows
+
+
+def _load(location: HubDataset) -> Any:
+    """The split as a `datasets.Dataset`."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"data {location}: no file or folder has that name, and a data set of the hub needs "
+            "the datasets library, which is not installed; run `pip install reap-kernels[data]`"
+        ) from error
+    files = {SPLIT: list(location.files)} if location.files else None
+    try:
+        return datasets.load_dataset(
+            location.name,
+            location.subset,
+            data_files=files,
+            split=location.split or SPLIT,
+            revision=location.revision,
+        )
+    except Exception as error:  # of the network's and Arrow's libraries, and its own
+        raise DataError(
+            f"data {location}: no file or folder has that name, and the hub's data set cannot be "
+            f"loaded ({type(error).__name__}: {one_line(error)}); {_remedy(error)}"
+        ) from error
+
+
+def _remedy(error: Exception) -> str:
+    kind, text = type(error).__name__, str(error)
+    if isinstance(error, ValueError) and ("split" in text or "Config name" in text):
+        return "give one that it has, as name[subset](split)"
+    if "Gated" in kind or "gated" in text:
+        return "ask for access on its page and log in with `hf auth login`"
+    if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE"):
+        return "unset HF_HUB_OFFLINE, or download it before on a machine with network"
+    return "check its name and the network, or give a local file"

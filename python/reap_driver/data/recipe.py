@@ -1,0 +1,236 @@
+"""Recipes: mixes of calibration data in a YAML or JSON file, or by name of one that comes along.
+
+A recipe is a list of sources, or an object with `sources` and a `description`. A source has the
+fields of `--data [group=]SOURCE[:BUDGET]`, and what else a hub data set can be asked for:
+
+    sources:
+      - source: theblackcat102/evol-codealpaca-v1
+        group: code
+        samples: 700
+      - source: open-r1/Mixture-of-Thoughts
+        subset: math
+        split: train
+        revision: main
+        files: [math/train-00000-of-00004.parquet]
+        tokens: 2M
+      - source: agents.jsonl.gz
+        tools: [{name: bash, description: Runs a command, parameters: {...}}]
+
+Only `source` must be given; paths are relative to the file. `tools` are those of records that name
+none themselves. YAML is read as JSON in another notation, within the same limits: without aliases,
+tags and dates, no name twice in an object.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from reap_driver.compat.foreign import one_line
+from reap_driver.data.source import (
+    DataSource,
+    HubDataset,
+    default_group,
+    locate,
+    token_count,
+)
+from reap_kernels.documents import MAX_DEPTH, parse_json, read_bytes
+from reap_kernels.errors import DataError
+from reap_kernels.files import is_file
+from reap_kernels.schema import short
+
+_LARGEST = 2**18  # bytes of a recipe: those in use have a few thousand
+_TOP = ("description", "sources")
+_HUB_KEYS = ("subset", "split", "revision", "files")
+_KEYS = ("source", "group", "samples", "tokens", "tools", *_HUB_KEYS)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(_included())
+
+
+def load_recipe(path: str | Path) -> list[DataSource]:
+    """The sources of a recipe, in its order.
+
+    Args:
+        path: of a .yaml, .yml or .json file, or the name of a recipe that comes with the package.
+
+    Raises:
+        DataError: there is no such file, it is no recipe, or a source has an unknown key, a wrong
+            value or a location that does not exist. Names file, source and key.
+    """
+    file = Path(path)
+    if not is_file(file):
+        included = _included()
+        if str(path) not in included:
+            raise DataError(
+                f"recipe '{one_line(str(path))}': no such file; give a .yaml or .json file, or "
+                f"one of {', '.join(sorted(included))}"
+            )
+        file = included[str(path)]
+    content = _parse(file)
+    if isinstance(content, dict):
+        _check_keys(f"recipe {file}", content, _TOP)
+        content = content.get("sources")
+    if not isinstance(content, list) or not content:
+        raise DataError(
+            f"recipe {file}: has no list of sources; give `sources`, a list of objects with "
+            f"{', '.join(_KEYS)}"
+        )
+    return [
+        _source(f"recipe {file}, source {number}", entry, file.parent)
+        for number, entry in enumerate(content, start=1)
+    ]
+
+
+def _included() -> dict[str, Path]:
+    folder = Path(str(resources.files("reap_driver.data") / "recipes"))
+    return {file.stem: file for file in folder.glob("*.yaml")}
+
+
+def _parse(file: Path) -> Any:
+    try:
+        content = read_bytes(file, _LARGEST)
+        return parse_json(content if file.suffix == ".json" else _yaml_as_json(content))
+    except ValueError as error:
+        raise DataError(f"recipe {file} {error}; correct it") from error
+
+
+def _yaml_as_json(content: bytes) -> str:
+    """The JSON text of a YAML document.
+
+    Raises:
+        ValueError: it is damaged, deeper than JSON may be, or has what JSON has not.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    fast: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    loader: Any = type("Loader", (fast,), {})
+    loader.add_constructor("tag:yaml.org,2002:map", _object)
+    try:
+        _check_events(yaml.parse(content, Loader=fast))
+        return json.dumps(yaml.load(content, Loader=loader))
+    except _NotPlain:
+        raise
+    except yaml.YAMLError as error:
+        raise ValueError(f"is not YAML ({one_line(error)})") from error
+    except Exception as error:  # of values that look like a date or a number and are none
+        raise ValueError(
+            f"holds a value that JSON has not or that cannot be read ({one_line(error)})"
+        ) from error
+
+
+class _NotPlain(ValueError):
+    """A YAML document that is no JSON value in another notation."""
+
+
+def _check_events(events: Iterable[Any]) -> None:
+    """Refuses what would make a document larger or deeper than it looks, before it is made."""
+    import yaml
+
+    depth = 0
+    for event in events:
+        if isinstance(event, yaml.AliasEvent):
+            raise _NotPlain(f"has the alias {short(event.anchor)}; write it out")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise _NotPlain(f"is nested deeper than {MAX_DEPTH} levels")
+
+
+def _object(loader: Any, node: Any) -> dict[Any, Any]:
+    pairs = loader.construct_pairs(node, deep=True)
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise _NotPlain(f"has the name {short(twice)} twice in one object")
+    return content
+
+
+def _check_keys(what: str, entry: dict[Any, Any], known: tuple[str, ...]) -> None:
+    unknown = [str(key) for key in entry if key not in known]
+    if unknown:
+        raise DataError(
+            f"{what}: does not know {one_line(', '.join(unknown))}; the keys are {', '.join(known)}"
+        )
+
+
+def _source(what: str, entry: Any, folder: Path) -> DataSource:
+    if not isinstance(entry, dict):
+        raise DataError(f"{what}: is {short(entry)}; give an object with {', '.join(_KEYS)}")
+    _check_keys(what, entry, _KEYS)
+    if "source" not in entry:
+        raise DataError(f"{what}: has no `source`; give a path or a hub data set")
+    location = locate(_text(what, entry, "source") or "", folder, what)
+    asked = {key: _text(what, entry, key) for key in ("subset", "split", "revision")}
+    location = _narrowed(what, location, {**asked, "files": _files(what, entry)})
+    return DataSource(
+        location,
+        _text(what, entry, "group") or default_group(location),
+        _number(what, entry, "samples"),
+        _number(what, entry, "tokens"),
+        _tools(what, entry),
+    )
+
+
+def _narrowed(what: str, location: Path | HubDataset, asked: dict[str, Any]) -> Path | HubDataset:
+    """The data set with what the recipe's keys ask of it."""
+    asked = {key: value for key, value in asked.items() if value}
+    if isinstance(location, Path):
+        if asked:
+            raise DataError(
+                f"{what}: {', '.join(asked)} cannot be asked of {location}, which is a local file "
+                "or folder; leave it out"
+            )
+        return location
+    twice = [key for key in asked if getattr(location, key)]
+    if twice:
+        raise DataError(
+            f"{what}: names {', '.join(twice)} in `source` and as a key; leave one of them out"
+        )
+    return replace(location, **asked)
+
+
+def _text(what: str, entry: dict[str, Any], key: str) -> str | None:
+    value = entry.get(key)
+    if value is not None and (not isinstance(value, str) or not value):
+        raise DataError(
+            f"{what}: {key} is {short(value)}; it must be a text, in quotes where needed"
+        )
+    return value
+
+
+def _files(what: str, entry: dict[str, Any]) -> tuple[str, ...]:
+    value = entry.get("files") or []
+    if not isinstance(value, list) or not all(item and isinstance(item, str) for item in value):
+        raise DataError(f"{what}: files is {short(value)}; it must be a list of names")
+    return tuple(value)
+
+
+def _tools(what: str, entry: dict[str, Any]) -> str | None:
+    value = entry.get("tools")
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise DataError(f"{what}: tools is {short(value)}; it must be a list of objects")
+    return json.dumps(value)
+
+
+def _number(what: str, entry: dict[str, Any], key: str) -> int | None:
+    value = entry.get(key)
+    if key == "tokens" and isinstance(value, str):
+        value = token_count(value.removesuffix("tok") + "tok")
+    if value is None and entry.get(key) is None:
+        return None
+    if type(value) is not int or value < 1:
+        more = ", or such as 2M" if key == "tokens" else ""
+        raise DataError(
+            f"{what}: {key} is {short(entry[key])}; it must be a whole number above 0{more}"
+        )
+    return value

@@ -1,0 +1,217 @@
+"""What a record says: token ids, a text, or a conversation with tools.
+
+| fields | becomes |
+|---|---|
+| `input_ids` (+ `attention_mask`, `labels`) | token ids, but those of mask 0 |
+| `text` | a text |
+| `messages` (+ `tools`, `images`) | a conversation |
+| `conversations` of `from` and `value` (+ `system`, `tools`, `images`) | a conversation |
+| `query`, `answers` (+ `tools`) | a question and the calls of tools that answer it |
+| `instruction`, `output` (+ `input`, `system`) | a question and its answer |
+| `prompt`, `completion` (+ `tools`) | the same, or two lists of messages |
+| `content` | a text |
+
+Of several shapes in one record the first in this order counts; a field that is null is absent.
+Fields beside the shape that may say something are noted in the record as not used.
+Lists and objects may be given as JSON text. A question and answer become a conversation where the
+tokenizer has a chat template, else a text: the parts of an instruction with an empty line between
+them, prompt and completion without.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any
+
+from reap_driver.compat.foreign import one_line
+from reap_driver.data.image_parts import COLUMNS, take_images
+from reap_driver.data.messages import (
+    checked_messages,
+    checked_tools,
+    list_of_objects,
+    tool_call,
+    turn,
+)
+from reap_driver.data.record import Record
+from reap_driver.data.unused import unused
+from reap_kernels.errors import DataError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids.
+
+    Attributes:
+        ids: [n], without those that `attention_mask` leaves out.
+        labels: [n], of the same positions; None where the record has none.
+    """
+
+    ids: list[int]
+    labels: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text; `answer` is where in it the answer begins, None where nothing is one."""
+
+    text: str
+    answer: int | None = None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as chat templates take it.
+
+    Attributes:
+        messages: of `role`, `content` and whatever else the record has.
+        tools: as JSON schemas, None where there are none.
+        plain: the same without a chat template, None where that would lose its meaning.
+        images: what says which image stands in each place for one, in order.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    plain: Text | None = None
+    images: tuple[Any, ...] = ()
+
+
+Shape = Tokens | Text | Chat
+
+
+def shape_of(record: Record) -> Shape:
+    """What a record says.
+
+    Raises:
+        DataError: it has no known shape, or a field of the wrong type. Names the place.
+    """
+    fields = record.fields
+    for needed, more, make in _SHAPES:
+        if all(fields.get(name) is not None for name in needed):
+            record.unused.update(unused(fields, (*needed, *more)))
+            return make(record)
+    known = ", ".join(" + ".join(needed) for needed, _, _ in _SHAPES)
+    has = ", ".join(sorted(name for name, value in fields.items() if value is not None))
+    raise DataError(
+        f"{record.place}: has the fields of no known shape, which are {known} (it has "
+        f"{one_line(has) if has else 'none at all'}); rename its fields"
+    )
+
+
+def _ids(record: Record) -> Tokens:
+    ids, labels = _integers(record, "input_ids"), None
+    if record.fields.get("labels") is not None:
+        labels = _beside(record, "labels", ids)
+    if record.fields.get("attention_mask") is None:
+        return Tokens(ids, labels)
+    mask = _beside(record, "attention_mask", ids)
+    if not {0, 1}.issuperset(mask):
+        raise DataError(
+            f"{record.place}: attention_mask must hold 0 and 1 only; give documents that were "
+            "packed together as records of their own"
+        )
+    return Tokens(
+        list(compress(ids, mask)), None if labels is None else list(compress(labels, mask))
+    )
+
+
+def _integers(record: Record, name: str) -> list[int]:
+    value = record.fields[name]
+    kinds = (int, bool) if name == "attention_mask" else (int,)
+    if not isinstance(value, list) or any(type(item) not in kinds for item in value):
+        raise DataError(f"{record.place}: {name} must be a flat list of integers")
+    return value
+
+
+def _beside(record: Record, name: str, ids: list[int]) -> list[int]:
+    """A field with a number for each token id."""
+    value = _integers(record, name)
+    if len(value) != len(ids):
+        raise DataError(
+            f"{record.place}: input_ids has {len(ids)} entries and {name} {len(value)}; give "
+            "one for each token"
+        )
+    return value
+
+
+def _text(name: str) -> Callable[[Record], Text]:
+    return lambda record: Text(_string(record, name))
+
+
+def _messages(record: Record) -> Chat:
+    messages = checked_messages(record, "messages")
+    return Chat(messages, checked_tools(record), images=take_images(record, messages))
+
+
+def _conversations(record: Record) -> Chat:
+    """`from` and `value`, as ShareGPT has them; items may have `role` and `content` instead."""
+    given = list_of_objects(record, "conversations")
+    turns = [turn(record, item) if "from" in item else item for item in given]
+    messages = _system(record) + checked_messages(record, "conversations", turns)
+    return Chat(messages, checked_tools(record), images=take_images(record, messages))
+
+
+def _query(record: Record) -> Chat:
+    given = list_of_objects(record, "answers", least=0)
+    calls = [tool_call(record, "answers", call, n) for n, call in enumerate(given)]
+    answer = _says("assistant", "") | ({"tool_calls": calls} if calls else {})
+    return Chat([_says("user", _string(record, "query")), answer], checked_tools(record))
+
+
+def _instruction(record: Record) -> Chat:
+    asked = [_string(record, name) for name in ("instruction", "input") if record.fields.get(name)]
+    question, answer = "\n\n".join(asked), _string(record, "output")
+    system = _system(record)
+    before = "\n\n".join([*(message["content"] for message in system), question, ""])
+    return Chat(
+        [*system, _says("user", question), _says("assistant", answer)],
+        plain=Text(before + answer, len(before)),
+    )
+
+
+def _prompt(record: Record) -> Chat:
+    prompt, completion = record.fields["prompt"], record.fields["completion"]
+    if isinstance(prompt, list) or isinstance(completion, list):
+        both = [
+            _says(role, value) if isinstance(value, str) else checked_messages(record, name)
+            for role, name, value in (
+                ("user", "prompt", prompt),
+                ("assistant", "completion", completion),
+            )
+        ]
+        messages = [m for part in both for m in (part if isinstance(part, list) else [part])]
+        return Chat(messages, checked_tools(record), images=take_images(record, messages))
+    prompt, completion = _string(record, "prompt"), _string(record, "completion")
+    return Chat(
+        [_says("user", prompt), _says("assistant", completion)],
+        checked_tools(record),
+        Text(prompt + completion, len(prompt)),
+    )
+
+
+def _system(record: Record) -> list[dict[str, Any]]:
+    return [_says("system", _string(record, "system"))] if record.fields.get("system") else []
+
+
+def _says(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _string(record: Record, name: str) -> str:
+    value = record.fields[name]
+    if not isinstance(value, str):
+        raise DataError(f"{record.place}: {name} is a {type(value).__name__}; it must be a string")
+    return value
+
+
+# What must be there, what else is taken, what makes a shape of it.
+_SHAPES: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Record], Shape]], ...] = (
+    (("input_ids",), ("attention_mask", "labels", "token_type_ids"), _ids),
+    (("text",), (), _text("text")),
+    (("messages",), ("tools", *COLUMNS), _messages),
+    (("conversations",), ("system", "tools", *COLUMNS), _conversations),
+    (("query", "answers"), ("tools",), _query),
+    (("instruction", "output"), ("input", "system"), _instruction),
+    (("prompt", "completion"), ("tools", *COLUMNS), _prompt),
+    (("content",), (), _text("content")),
+)
+FIELDS = frozenset(name for needed, more, _ in _SHAPES for name in (*needed, *more))

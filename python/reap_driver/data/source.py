@@ -1,0 +1,187 @@
+"""What `--data [group=]SOURCE[:BUDGET]` means.
+
+SOURCE is a file (JSON lines, Parquet, text; compressed or not), a folder of such files, or a data
+set of the Hugging Face hub, `owner/name[subset](split)@revision`, of which only the name must be
+given. BUDGET takes a random sample of the records, drawn with the seed: `:700` is 700 records,
+`:2Mtok` as many records as hold 2 million tokens. The group is the name statistics are kept under;
+by default that of the file, folder or data set, without owner and ending.
+
+A name that exists as written is taken as written, so `a=b.jsonl` and `part:7` can be read too, and
+a folder `owner/name` comes before the data set of that name.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from reap_driver.compat.foreign import one_line
+from reap_driver.data.compressed_files import COMPRESSIONS
+from reap_kernels.errors import DataError
+from reap_kernels.files import exists
+from reap_kernels.schema import short
+
+SPLIT = "train"
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+_LONGEST_NAME, _LONGEST = 96, 500  # characters: of a name on the hub, and with all behind it
+_NAME = r"[A-Za-z0-9](?:[\w.-]*\w)?"
+_HUB = re.compile(
+    rf"(?P<name>{_NAME}(?:/{_NAME})?)"
+    r"(?:\[(?P<subset>[^\[\]]+)\])?(?:\((?P<split>[^()]+)\))?(?:@(?P<revision>[\w./-]+))?",
+    re.ASCII,
+)
+_FORM = (
+    "give [GROUP=]SOURCE[:N] or [GROUP=]SOURCE[:Ntok], where SOURCE is a .jsonl, .parquet or .txt "
+    "file, a folder of such files, or a hub data set such as owner/name[subset](split)"
+)
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set of the hub: `name[subset](split)@revision`.
+
+    Attributes:
+        name: `owner/name`, or `name` alone for the few without an owner.
+        subset: its configuration; None for the default one.
+        split: None for `train`; anything `datasets.load_dataset` takes, such as `train[:10%]`.
+        revision: commit, tag or branch; None for the newest.
+        files: only these of its files, such as `en/c4-train.00000-of-01024.json.gz`; from recipes.
+    """
+
+    name: str
+    subset: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    files: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "HubDataset | None":
+        """The data set that `text` names, or None where it has not the form of one."""
+        found = _HUB.fullmatch(text)
+        if found is None or len(found["name"]) > _LONGEST_NAME or len(text) > _LONGEST:
+            return None
+        return cls(found["name"], found["subset"], found["split"], found["revision"])
+
+    def __str__(self) -> str:
+        subset = "" if self.subset is None else f"[{self.subset}]"
+        split = "" if self.split is None else f"({self.split})"
+        revision = "" if self.revision is None else f"@{self.revision}"
+        files = f"{{{','.join(self.files)}}}" if self.files else ""
+        return f"{self.name}{subset}{split}{revision}{files}"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One `--data` argument or entry of a recipe.
+
+    Attributes:
+        location: where records are.
+        group: name their statistics are kept under.
+        samples: how many records to draw; None for no limit.
+        tokens: tokens to draw records for, None for no limit; `pack` stops when it has them.
+        tools: JSON text of a list, for records that have none; from recipes.
+    """
+
+    location: Path | HubDataset
+    group: str
+    samples: int | None = None
+    tokens: int | None = None
+    tools: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As people write it, for messages and provenance; bytes that are no text are escaped."""
+        return _escaped(str(self.location))
+
+    @classmethod
+    def parse(cls, text: str) -> "DataSource":
+        """Reads `[group=]SOURCE[:BUDGET]`.
+
+        Raises:
+            DataError: nothing local has that name and it is none of a hub data set, or the budget
+                is 0.
+        """
+        if not text.strip():
+            raise DataError(f"data {short(text)}: is no name; {_FORM}")
+        if exists(text):
+            return cls(_readable(Path(text), f"data '{one_line(text)}'"), default_group(Path(text)))
+        named = re.fullmatch(r"([^=/\\\[\](]+)=(.+)", text)
+        group, rest = (named[1], named[2]) if named else (None, text)
+        samples = tokens = None
+        if not exists(rest):
+            budget = re.fullmatch(r"(.+):(\d[\w.]*)", rest)
+            if budget:
+                rest, (samples, tokens) = budget[1], _budget(text, budget[2])
+        location = locate(rest, Path(), f"data '{one_line(text)}'")
+        return cls(location, group or default_group(location), samples, tokens)
+
+
+def locate(text: str, folder: Path, what: str) -> Path | HubDataset:
+    """The file or folder of that name, else the hub data set that has the form of it.
+
+    Args:
+        text: SOURCE.
+        folder: what relative paths are relative to.
+        what: begins the error message.
+
+    Raises:
+        DataError: neither.
+    """
+    try:
+        path = folder / Path(text).expanduser()
+    except (RuntimeError, ValueError) as error:  # there is no such user
+        raise DataError(
+            f"{what}: no folder '{one_line(text)}' ({one_line(str(error))}); {_FORM}"
+        ) from error
+    if exists(path):
+        return _readable(path, what)
+    hub = HubDataset.parse(text)
+    if hub is None or _looks_like_a_file(hub.name):
+        raise DataError(f"{what}: no file or folder '{one_line(str(path))}'; {_FORM}")
+    return hub
+
+
+def _readable(path: Path, what: str) -> Path:
+    """The path, where it is of a file or folder: a pipe cannot be read twice, or never ends."""
+    if not path.is_dir() and not path.is_file():
+        raise DataError(f"{what}: is neither file nor folder; write what comes from it to a file")
+    return path
+
+
+def default_group(location: Path | HubDataset) -> str:
+    """`code` for data/code.jsonl.gz, the folder data/code and the data set owner/code."""
+    if isinstance(location, HubDataset):
+        return location.subset or location.name.rpartition("/")[2]
+    path = location.resolve()
+    return _escaped((path.with_suffix("") if path.suffix in COMPRESSIONS else path).stem)
+
+
+def _escaped(name: str) -> str:
+    """A name that can be encoded: bytes that are no text are halves of surrogate pairs in it."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def token_count(text: str) -> int | None:
+    """Tokens that `2Mtok`, `500ktok`, `1.5Mtok` or `4096tok` stands for; None for anything else."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)([kmg]?)tok", text, re.IGNORECASE)
+    return None if found is None else round(float(found[1]) * _SUFFIXES[found[2].lower()])
+
+
+def _budget(text: str, written: str) -> tuple[int | None, int | None]:
+    """(samples, tokens); one of them is None."""
+    samples = int(written) if re.fullmatch(r"[0-9]{1,18}", written) else None
+    tokens = token_count(written) if samples is None else None
+    if samples is None and tokens is None:
+        raise DataError(
+            f"data '{one_line(text)}': {short(written)} is no budget; give a number of records, "
+            "such as 700, or of tokens, such as 2Mtok"
+        )
+    if 0 in (samples, tokens):
+        raise DataError(
+            f"data '{one_line(text)}': takes 0 records; give a number above 0 after the last ':'"
+        )
+    return samples, tokens
+
+
+def _looks_like_a_file(name: str) -> bool:
+    endings = (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".csv", *COMPRESSIONS)
+    return name.endswith(endings)

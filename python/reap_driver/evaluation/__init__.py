@@ -1,0 +1,1 @@
+"""How closely a pruned model follows its original."""

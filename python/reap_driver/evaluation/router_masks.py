@@ -1,0 +1,349 @@
+"""Route as if only some experts existed, for any router, without knowing its formula: what a search
+over plans needs, and what pruned checkpoints are tested against.
+
+Whatever a router computes, its numbers per expert come out of one matrix product with its weight,
+and what it adds for selection only comes from one vector per expert. So: entries of removed experts
+in every product with a router's weight are set to a very low number, and so are their entries of
+selection biases. Softmax then gives exactly 0, sigmoid gives 0, top-k never selects them; -inf
+would make 0 * inf in some routers.
+"""
+
+import contextlib
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedModel
+
+from reap_driver.base.arguments import typed
+from reap_driver.compat.text_model import text_model, text_prefix
+from reap_driver.model.derive import ExpertDim
+from reap_driver.model.discover import MoELayer, block_of, find_moe_layers
+from reap_driver.model.loaded import expert_dims
+from reap_driver.model.plain_model import plain_model
+from reap_driver.model.routing_table import ID_TABLES, relabel
+from reap_driver.writer.plan_checks import check_groups
+from reap_kernels.errors import PlanError, UnsupportedModel
+from reap_kernels.schema import short
+
+# Products whose second operand is the weight.
+_PRODUCTS = frozenset(
+    {
+        torch.nn.functional.linear,
+        torch.matmul,
+        torch.mm,
+        Tensor.matmul,
+        Tensor.mm,
+        Tensor.__matmul__,
+    }
+)
+
+
+@dataclass(frozen=True)
+class _Router:
+    """One weight that scores experts: its products have `length` entries, `removed` of no expert
+    that is kept.
+    """
+
+    name: str
+    layer: str
+    length: int
+    removed: Tensor
+
+
+class RouterMask(TorchFunctionMode):
+    """Lowers the outputs of removed experts wherever a router's weight is multiplied with.
+
+    Attributes:
+        removed: name of a router's weight -> ids of removed experts, on its device.
+        unused: names of router weights of which no product has been seen yet.
+    """
+
+    def __init__(self, routers: Sequence[tuple[Tensor, _Router]]) -> None:
+        super().__init__()
+        self.removed = {router.name: router.removed for _, router in routers}
+        self.unused = set(self.removed)
+        # Weights and what is made of them: routers transpose them, or cast them at every call.
+        self._routers = WeakIdKeyDictionary(dict(routers))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not isinstance(out, Tensor):
+            return out
+        if func in _PRODUCTS:
+            weight = args[1] if len(args) > 1 else next(iter(kwargs.values()), None)
+            router = self._routers.get(weight) if isinstance(weight, Tensor) else None
+            return out if router is None else self._masked(out, router)
+        source = args[0] if args else None
+        if isinstance(source, Tensor) and out.shape in (source.shape, source.shape[::-1]):
+            router = self._routers.get(source)
+            if router is not None:
+                self._routers[out] = router
+        return out
+
+    def _masked(self, out: Tensor, router: _Router) -> Tensor:
+        """A product with a router's weight, its entries of removed experts lowered."""
+        if out.shape[-1] != router.length:  # a sum over experts, not a number for each
+            return out
+        self.unused.discard(router.name)
+        return out.index_fill(-1, router.removed, _low(out.dtype))
+
+    @contextlib.contextmanager
+    def checked(self, what: str, module: nn.Module, routers: list[str]) -> Iterator[None]:
+        """Refuses, inside the context, a forward of `module` that used none of its routers."""
+
+        def check(*_: Any) -> None:
+            if routers and self.unused.issuperset(routers):
+                raise UnsupportedModel(
+                    f"{what}: ran without a matrix product with its router {routers[0]}, so its "
+                    "experts cannot be masked; load the model with plain weights, without hub "
+                    "kernels (use_kernels) and without torch.compile"
+                )
+
+        handle = module.register_forward_hook(check)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class RouterMasks:
+    """Masks one model's routers again and again; what does not depend on the experts that go is
+    found once.
+
+    Args:
+        model: a loaded MoE model, whose tensors stay in place for as long as this is used.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model = plain_model(model)
+        self._layers = {layer.name: layer for layer in find_moe_layers(model)}
+        experts = {name: layer.num_experts for name, layer in self._layers.items()}
+        self._dims = expert_dims(model, experts)
+        self._state = model.state_dict(keep_vars=True)
+        self._known: dict[str, _Routing] = {}
+
+    @contextlib.contextmanager
+    def keeping(self, kept: Mapping[str, Sequence[int]]) -> Iterator[RouterMask]:
+        """See `masked_experts`."""
+        layers = self._layers
+        removed = {name: ids for name in kept if (ids := _removed(layers, name, kept[name]))}
+        routing = {name: self._routing(name) for name in removed}
+        routers = [pair for name in removed for pair in routing[name].without(removed[name])]
+        mask = RouterMask(routers)
+        with contextlib.ExitStack() as stack:
+            for name, ids in removed.items():
+                for tensor, value in routing[name].selection(ids, layers[name].num_experts):
+                    stack.enter_context(_overwritten(tensor, value))
+                own = [weight.name for weight in routing[name].weights]
+                block = block_of(self._model, layers[name])
+                stack.enter_context(mask.checked(name, block, own))
+            name, reader = type(self._model).__name__, text_model(self._model)
+            prefix = text_prefix(self._model)
+            read = [router for router in mask.removed if router.startswith(prefix)]
+            stack.enter_context(mask.checked(name, reader, read))
+            yield stack.enter_context(mask)
+
+    def _routing(self, name: str) -> "_Routing":
+        """What routes in a layer."""
+        if name not in self._known:
+            self._known[name] = _find_routing(self._layers[name], self._dims, self._state)
+        return self._known[name]
+
+
+@typed
+@contextlib.contextmanager
+def masked_experts(
+    model: PreTrainedModel, kept: Mapping[str, Sequence[int]]
+) -> Iterator[RouterMask]:
+    """Inside the context the model routes as if only the kept experts existed: the others receive
+    no token, so they cost nothing and observation counts none for them.
+
+    Outside it the model is what it was, bit by bit. Layers may keep different numbers of experts;
+    layers that are not named keep all. Contexts nest, and may lie in or around `observe`.
+    `RouterMasks` does the same for many sets of experts, and finds the routers once.
+
+    Args:
+        model: a loaded MoE model. Its selection biases and tables of expert ids are overwritten
+            while the context is open, so nothing else may use it meanwhile.
+        kept: name of an experts module (as in plans and statistics) -> ids that stay.
+
+    Raises:
+        PlanError: an unknown layer, an id that does not exist or comes twice, or too few ids for
+            the router to choose from.
+        UnsupportedModel: a layer whose router is not found, or (while the model runs) one that
+            uses it in no matrix product.
+    """
+    with RouterMasks(model).keeping(kept) as mask:
+        yield mask
+
+
+def _removed(layers: Mapping[str, MoELayer], name: str, kept: Sequence[int]) -> list[int]:
+    """The ids of a layer that are not kept, ascending."""
+    if name not in layers:
+        raise PlanError(
+            f"kept: layer {name!r} is none of the model's {len(layers)} MoE layers (first "
+            f"{next(iter(layers))!r}); use the names that find_moe_layers gives"
+        )
+    layer, ids = layers[name], _ids(name, kept)
+    bad = next((e for e in ids if not 0 <= e < layer.num_experts), None)
+    if bad is not None:
+        raise PlanError(
+            f"kept: layer {name!r} names expert {bad}, outside [0, {layer.num_experts}); name "
+            "experts of this model"
+        )
+    twice = next((e for e in ids if ids.count(e) > 1), None)
+    if twice is not None:
+        raise PlanError(f"kept: layer {name!r} names expert {twice} twice; name each once")
+    if len(ids) < layer.top_k:
+        raise PlanError(
+            f"kept: layer {name!r} keeps {len(ids)} experts, but a token is routed to "
+            f"{layer.top_k}; keep at least {layer.top_k}"
+        )
+    if layer.n_group > 1:
+        check_groups(layer, ids)
+    return sorted(set(range(layer.num_experts)) - set(ids))
+
+
+def _ids(name: str, kept: Any) -> list[int]:
+    """Ids of experts as numbers; those in a tensor compare by identity, not by value.
+
+    Raises:
+        PlanError: they are something else.
+    """
+    try:
+        if isinstance(kept, str) or any(isinstance(expert, bool) for expert in kept):
+            raise TypeError
+        return [operator.index(expert) for expert in kept]
+    except TypeError as error:
+        raise PlanError(
+            f"kept: layer {name!r} has {short(kept)}, which are no ids of experts; give a list of "
+            "whole numbers"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A router's weight: a matrix outside the experts with a row for each."""
+
+    name: str
+    tensor: Tensor
+    length: int
+
+
+@dataclass(frozen=True)
+class _Routing:
+    """What decides the routing in a layer.
+
+    Attributes:
+        layer: its name.
+        weights: of its routers.
+        biases: tensors added for the selection, with the dimension that holds experts.
+        tables: integers that are expert ids, by name.
+    """
+
+    layer: str
+    weights: list[_Weight]
+    biases: list[tuple[Tensor, int]]
+    tables: dict[str, Tensor]
+
+    def without(self, removed: list[int]) -> Iterator[tuple[Tensor, _Router]]:
+        """The weights of the layer's routers, and what they are without the removed experts."""
+        for weight in self.weights:
+            rows = torch.tensor(removed, device=weight.tensor.device)
+            yield weight.tensor, _Router(weight.name, self.layer, weight.length, rows)
+
+    def selection(self, removed: list[int], experts: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What else decides the selection, and its values without the removed experts."""
+        for tensor, dim in self.biases:
+            rows = torch.tensor(removed, device=tensor.device)
+            yield tensor, tensor.detach().index_fill(dim, rows, _low(tensor.dtype))
+        kept = torch.tensor(sorted(set(range(experts)) - set(removed)))
+        for name, tensor in self.tables.items():
+            table = tensor.detach().cpu().numpy()
+            table = relabel(table, kept.tolist(), experts, first_row=0, where=name)
+            yield tensor, kept[torch.from_numpy(table).long()]
+
+
+def _find_routing(
+    layer: MoELayer, dims: Mapping[str, ExpertDim], state: Mapping[str, Tensor]
+) -> _Routing:
+    """Finds what routes in a layer.
+
+    Raises:
+        UnsupportedModel: nothing that scores its experts; or integers that may be expert ids, of
+            unknown meaning.
+    """
+    found = _Routing(layer.name, [], [], {})
+    for name, dim in dims.items():
+        weight = state[name]
+        inside = name.startswith(layer.name + ".")
+        if (
+            dim.layer == layer.name
+            and not inside
+            and weight.squeeze().dim() == 2
+            and dim.block == 1
+        ):
+            _check_resident(name, weight)
+            found.weights.append(_Weight(name, weight, weight.shape[dim.dim]))
+    if not found.weights:
+        raise UnsupportedModel(
+            f"{layer.name}: no matrix in its block has a row for each expert, so its router cannot "
+            "be masked; prune the checkpoint instead (apply_plan)"
+        )
+    block = layer.name.rpartition(".")[0] + "."
+    for name, tensor in state.items():
+        known = dims.get(name)
+        if not name.startswith(block):
+            continue
+        if known is not None and known.layer == layer.name and _is_bias(name, tensor, known):
+            _check_resident(name, tensor)
+            found.biases.append((tensor, known.dim))
+        elif known is None and tensor.dtype in (torch.int32, torch.int64):
+            _check_resident(name, tensor)
+            if name.rpartition(".")[2] not in ID_TABLES:
+                raise UnsupportedModel(
+                    f"{name}: integers ({tensor.dtype} {list(tensor.shape)}) in the block of "
+                    f"{layer.name} may be expert ids, of a meaning this version does not know; "
+                    "its router cannot be masked"
+                )
+            found.tables[name] = tensor
+    return found
+
+
+def _is_bias(name: str, tensor: Tensor, dim: ExpertDim) -> bool:
+    """Whether a tensor is a vector of biases, one for each expert."""
+    return dim.block == 1 and tensor.numel() == tensor.shape[dim.dim] and "bias" in name
+
+
+def _check_resident(name: str, tensor: Tensor) -> None:
+    """Raises UnsupportedModel for a tensor whose values are elsewhere."""
+    if tensor.is_meta:
+        raise UnsupportedModel(
+            f"{name}: is offloaded (on the meta device between calls), so routing cannot be "
+            "masked; keep the routers on a device, by device_map"
+        )
+
+
+@contextlib.contextmanager
+def _overwritten(tensor: Tensor, values: Tensor) -> Iterator[None]:
+    """The tensor holds other values inside the context."""
+    before = tensor.detach().clone()
+    try:
+        with torch.no_grad():
+            tensor.copy_(values)
+        yield
+    finally:
+        with torch.no_grad():
+            tensor.copy_(before)
+
+
+def _low(dtype: torch.dtype) -> float:
+    """Below every score, and finite: half of float16's least, for a bias is added to it."""
+    return max(-1e9, torch.finfo(dtype).min / 2)

@@ -1,0 +1,112 @@
+"""Tasks of lm-evaluation-harness, answered by the original and by the pruned model."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel
+
+from reap_driver.compat.foreign import foreign
+from reap_driver.compat.text_model import text_model
+from reap_driver.evaluation.router_masks import masked_experts
+from reap_kernels.errors import DataError
+
+# Result of one task: metric -> (value, standard error).
+Results = dict[str, dict[str, tuple[float, float | None]]]
+
+
+def check_installed() -> None:
+    """Raises DataError where the harness is not there."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise DataError(
+            "--tasks: lm-evaluation-harness is not installed; run `pip install reap-kernels[eval]`"
+        )
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: str | Path,
+    tasks: Sequence[str],
+    *,
+    kept: Mapping[str, Sequence[int]] | None = None,
+    folder: Path | None = None,
+    limit: int | None = None,
+    chat_template: bool = False,
+    batch_size: int = 1,
+    trust_remote_code: bool = False,
+) -> Results:
+    """Runs tasks on a model in memory.
+
+    Args:
+        model: the model.
+        tokenizer: folder or hub id of its tokenizer.
+        tasks: names of the harness's tasks and groups, or of those in `folder`.
+        kept: experts that its routers may choose, by layer; None for all.
+        folder: of more task files (.yaml).
+        limit: questions of each task; None for all.
+        chat_template: whether questions are put through the tokenizer's chat template.
+        batch_size: requests at a time.
+        trust_remote_code: run tokenizer code that comes with the checkpoint.
+
+    Returns:
+        Task -> metric (with its filter, such as "exact_match,strict-match") -> value and standard
+        error.
+
+    Raises:
+        DataError: the harness is not installed, or knows no such task.
+    """
+    check_installed()
+    # No stubs of it are there to check against.
+    harness, adapters, registry = map(
+        import_module, ("lm_eval", "lm_eval.models.huggingface", "lm_eval.tasks")
+    )
+    manager = registry.TaskManager(include_path=None if folder is None else str(folder))
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise DataError(
+            f"--tasks: lm-evaluation-harness knows no {unknown[0]!r}; `lm_eval ls tasks` lists "
+            "them, --task-folder adds others"
+        )
+    what = f"--tasks: the tokenizer of {tokenizer} cannot be loaded"
+    with foreign(what, "add its files (tokenizer.json, ...)", error=DataError):
+        own = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
+    with contextlib.nullcontext() if kept is None else masked_experts(model, kept):
+        found = harness.simple_evaluate(
+            model=adapters.HFLM(pretrained=text_model(model), tokenizer=own, batch_size=batch_size),
+            tasks=list(tasks),
+            limit=limit,
+            apply_chat_template=chat_template,
+            task_manager=manager,
+            log_samples=False,
+        )
+    return {task: dict(_metrics(values)) for task, values in found["results"].items()}
+
+
+def _metrics(values: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, float | None]]]:
+    """Metrics of one task and their standard errors, which the harness keeps side by side."""
+    for key, value in values.items():
+        metric, _, filtered = key.partition(",")
+        if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = values.get(f"{metric}_stderr,{filtered}")
+        yield key, (float(value), float(error) if isinstance(error, int | float) else None)
+
+
+def table(original: Results, pruned: Results) -> str:
+    """Both models side by side, a line a metric."""
+    lines = [f"{'task':<28}{'metric':<28}{'original':>18}{'pruned':>18}{'change':>10}"]
+    for task, metrics in original.items():
+        for metric, (value, error) in metrics.items():
+            other, spread = pruned[task][metric]
+            lines.append(
+                f"{task:<28}{metric.removesuffix(',none'):<28}{_shown(value, error):>18}"
+                f"{_shown(other, spread):>18}{other - value:>+10.4f}"
+            )
+    return "\n".join(lines)
+
+
+def _shown(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + ("" if error is None else f" +- {error:.4f}")

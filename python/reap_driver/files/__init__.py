@@ -1,0 +1,1 @@
+"""Files of a checkpoint: the safetensors container, pinned files, how weights are stored."""

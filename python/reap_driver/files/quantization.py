@@ -1,0 +1,132 @@
+"""Which quantizer stored a checkpoint, as its configuration files say it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reap_driver.files.checkpoint import Source, read_json
+from reap_driver.files.safetensors_file import TensorEntry
+
+# Fields of config.json, at any depth, that hold a quantizer's settings.
+SETTINGS_FIELDS = ("quantization_config", "compression_config", "quantization")
+# Files beside config.json in which quantizers keep their settings, and which quantizer, where the
+# settings themselves do not say it.
+SETTINGS_FILES = {
+    "quantization_config.json": "auto-round",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
+# Dtypes of quantized values packed into other shapes than the model's.
+PACKED = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "F4", "F6_E2M3", "F6_E3M2"})
+# Values of `format` (older: `checkpoint_format`) whose packing is the one described in layouts.py.
+_GPTQ_FORMATS = frozenset({"gptq", "gptq_v2"})
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A quantizer's settings.
+
+    Attributes:
+        method: `quant_method` in lower case; None where nothing says it.
+        settings: as written.
+    """
+
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def is_behind(self, entries: Iterable[TensorEntry]) -> bool:
+        """Whether tensors that do not fit the model may be a quantizer's: its settings are there,
+        or a dtype that packs values.
+        """
+        found = self.method is not None or bool(self.settings)
+        return found or any(entry.dtype in PACKED for entry in entries)
+
+    @property
+    def packing(self) -> str | None:
+        """The order in which `qweight` and `qzeros` hold their codes: "gptq" or "awq"; None where
+        it is another or is not said.
+        """
+        stated = self._text("checkpoint_format") or self._text("format")
+        if self.method == "gptq":
+            return "gptq" if stated is None or stated in _GPTQ_FORMATS else None
+        if self.method == "awq":
+            version = self._text("version") or stated
+            return "awq" if version in (None, "gemm") else None
+        if self.method is not None and "auto-round" in self.method:
+            packed = self._text("packing_format") or "auto_round:auto_gptq"
+            names = {"auto_round", "auto_round:auto_gptq", "auto_round:gptqmodel", "auto_gptq"}
+            if packed in names:
+                return "gptq"
+            return "awq" if packed in ("auto_round:auto_awq", "auto_awq") else None
+        return None
+
+    @property
+    def block(self) -> int | None:
+        """Rows that share a scale in blocks; None where nothing says it, or several numbers."""
+        sizes = {_rows(self.settings.get("weight_block_size"))}
+        groups = self.settings.get("config_groups")  # of compressed-tensors
+        for group in groups.values() if isinstance(groups, dict) else ():
+            weights = group.get("weights") if isinstance(group, dict) else None
+            sizes.add(_rows(weights.get("block_structure")) if isinstance(weights, dict) else None)
+        found = sizes - {None}
+        return found.pop() if len(found) == 1 else None
+
+    def __str__(self) -> str:
+        if self.method is None:
+            return f"{'its settings name' if self.settings else 'config.json names'} no quantizer"
+        names = ("format", "checkpoint_format", "packing_format", "version", "quant_algo")
+        stated = [f"{name} {self.settings[name]!r}" for name in names if name in self.settings]
+        return ", ".join([f"quant_method is {self.method!r}", *stated])
+
+    def _text(self, name: str) -> str | None:
+        value = self.settings.get(name)
+        return value.lower() if isinstance(value, str) else None
+
+
+def quantization_of(source: Source) -> Quantization:
+    """The settings in config.json, else those in a file beside it."""
+    for _, settings in settings_in(source.config):
+        return Quantization(method_of(settings, None), settings)
+    for name, method in SETTINGS_FILES.items():
+        if Path(name) in source.small_files:
+            found = read_json(source.folder / name, "restore the file")
+            inner = found.get("quantization")
+            settings = inner if isinstance(inner, dict) else found
+            return Quantization(method_of(settings, method), settings)
+    return Quantization()
+
+
+def settings_in(
+    config: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Every quantizer's settings in a configuration, with the path of the field."""
+    for name, value in config.items():
+        if not isinstance(value, dict):
+            continue
+        if name in SETTINGS_FIELDS:
+            yield (*path, name), value
+        else:
+            yield from settings_in(value, (*path, name))
+
+
+def _rows(block: Any) -> int | None:
+    """Rows of a block [rows, columns]."""
+    rows = block[0] if isinstance(block, list) and block else None
+    return rows if type(rows) is int and rows > 0 else None
+
+
+def method_of(settings: Mapping[str, Any], default: str | None) -> str | None:
+    """The method of a quantizer's settings, in lower case; `default` where they do not say it.
+
+    Example:
+        >>> method_of({"quant_method": "gptq", "bits": 4}, None)
+        'gptq'
+    """
+    found = settings.get("quant_method")
+    if isinstance(found, str):
+        return found.lower()
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        return "bitsandbytes"
+    return default

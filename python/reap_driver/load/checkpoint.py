@@ -1,0 +1,305 @@
+"""Loading a checkpoint for observation: whole, or opened for streaming; one way to read both.
+
+Tensors are read into memory of the process, aligned as torch aligns its own. Mapped files, as the
+library would use them, lie at whatever address their header's length leaves them, and some CPU
+products round differently there: the same weights in other shards would give other bits.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from reap_driver.base.arguments import typed
+from reap_driver.base.threads import background
+from reap_driver.compat.decoder_layers import decoder_layers
+from reap_driver.compat.models import check_loading, from_checkpoint, load_config, quantisation
+from reap_driver.compat.parts import Chunk, Parts, parted
+from reap_driver.compat.text_model import text_prefix
+from reap_driver.files.checkpoint import Source, open_source, resolve_folder
+from reap_driver.files.compressed_scheme import is_compressed
+from reap_driver.load.compressed_matrices import plain_weights
+from reap_driver.load.reading import Readable, Reader, start, stored
+from reap_driver.load.storage import check_storage
+from reap_driver.model.discover import find_moe_layers
+from reap_kernels.errors import UnsupportedModel, UsageError
+
+
+@typed
+def load_model(
+    path_or_id: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    device_map: str | dict[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a checkpoint for observation, in eval mode, quantised weights as plain floats: FP8,
+    MXFP4, and what compressed-tensors stores in 4 or 8 bits.
+
+    Args:
+        path_or_id: folder of a checkpoint in safetensors, or a hub id.
+        dtype: of the weights in memory; `auto` is the checkpoint's.
+        device: where the model goes; nothing of it is held elsewhere on the way.
+        device_map: several devices instead, as accelerate takes them ("auto", or module to device,
+            "cpu" and "disk" included); such a model is observed in place. Not "disk" where
+            compressed-tensors stored the weights.
+        offload_folder: where "disk" of a device map keeps its weights.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: a shard is missing or truncated, a shape does not match the config, or the
+            checkpoint lacks tensors the model needs, or brings experts it does not know; or a file
+            was replaced while it was loaded.
+        UnsupportedModel: see `load_config` and `model_class`; or the weights are stored in a format
+            that is not read (docs/formats.md).
+    """
+    if device_map is not None:
+        config, source = _found(path_or_id, trust_remote_code)
+        with _read_by_library(path_or_id, config, source):
+            model, info = from_checkpoint(
+                path_or_id,
+                config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                device_map=device_map,
+                offload_folder=offload_folder,
+            )
+        check_loading(path_or_id, info, model)
+        source.pins.check()
+        return model
+    opened = _opened(path_or_id, dtype, _device(device), trust_remote_code, _layers_if_any)
+    with opened as streamed:
+        for layer in range(len(streamed.layers)):
+            streamed.load(layer)
+        streamed.tie()
+        return streamed.model
+
+
+@contextmanager
+def open_streamed(
+    path_or_id: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> Iterator["StreamedModel"]:
+    """A checkpoint's model as `load_model` makes it, its decoder layers on the meta device.
+
+    Raises:
+        CheckpointError: see `load_model`; what concerns the values of one decoder layer is found
+            when that layer is loaded, and that a file was replaced meanwhile when the block ends.
+        UnsupportedModel: see `load_model`; or a layer cannot be loaded alone.
+    """
+    opened = _opened(path_or_id, dtype, _device(device), trust_remote_code, _layers_of)
+    with opened as streamed:
+        tied = streamed.tied()
+        if tied is not None:
+            raise UnsupportedModel(
+                f"{tied} of {type(streamed.model).__name__} shares its tensor with another module, "
+                "so its layer cannot be loaded alone; observe the model with --stream never"
+            )
+        yield streamed
+
+
+class StreamedModel:
+    """A model whose decoder layers are on the meta device but while they are asked for.
+
+    Attributes:
+        model: the model, everything but its decoder layers loaded.
+        layers: qualified name and module of every decoder layer, in the model's order; first those
+            of the part that reads text.
+        device: where it computes.
+    """
+
+    def __init__(
+        self, parts: Parts, tensors: dict[str, Readable], reader: Reader, device: torch.device
+    ) -> None:
+        self._parts, self._tensors, self._reader = parts, tensors, reader
+        self.device = device
+        self.model: PreTrainedModel = parts.model
+        self.layers: list[tuple[str, nn.Module]] = parts.layers
+        self._pool = background(1, "reap-load")
+        self._coming: dict[int, Future[None]] = {}
+        self._stopped = threading.Event()
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def text_layers(self) -> list[tuple[str, nn.Module]]:
+        """Those of `layers` that a forward runs, which are the first: the others are of parts that
+        no text goes to (a talker), and need not be loaded for it.
+        """
+        prefix = text_prefix(self.model)
+        return [layer for layer in self.layers if layer[0].startswith(prefix)]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read from disk so far."""
+        return self._reader.bytes_read
+
+    def load(self, layer: int) -> None:
+        """Loads a layer in this thread, which has nothing else to do: with all of torch's threads.
+
+        Raises:
+            CheckpointError: it could not be read or converted.
+        """
+        self._load(layer)
+
+    def prefetch(self, layer: int) -> None:
+        """Begins to load a layer in the background; does nothing past the last."""
+        if layer >= len(self.layers) or layer in self._coming:
+            return
+        self._coming[layer] = self._pool.submit(self._load, layer)
+
+    def ready(self, layer: int, timeout: float | None = None) -> bool:
+        """Waits for a layer's weights; whether they are there within `timeout` seconds.
+
+        Raises:
+            CheckpointError: they could not be read or converted.
+        """
+        self.prefetch(layer)
+        coming = self._coming[layer]
+        if not wait([coming], timeout).done:
+            return False
+        coming.result()
+        return True
+
+    def release(self, layer: int) -> None:
+        """Frees a layer's weights."""
+        if self._stream is not None:
+            # Its memory goes to the layer that is being loaded; what reads it may still be queued.
+            done = torch.cuda.current_stream(self.device).record_event()
+            self._stream.wait_event(done)
+        self._parts.release(layer)
+        del self._coming[layer]
+
+    def tied(self) -> str | None:
+        """A tensor of a decoder layer that is another module's too, if there is one."""
+        return self._parts.tied()
+
+    def tie(self) -> None:
+        """Ties again what loading decoder layers one by one took apart."""
+        if self.tied() is not None:
+            away = {name for name, tensor in self.model.state_dict().items() if tensor.is_meta}
+            self.model.tie_weights(missing_keys=away, recompute_mapping=False)
+
+    def close(self) -> None:
+        """Stops loading."""
+        self._stopped.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
+
+    def _load(self, layer: int) -> None:
+        if self._stream is None:
+            self._parts.load(self._read_ahead(layer), layer, self.device)
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            self._parts.load(self._read_ahead(layer), layer, self.device)
+        self._stream.synchronize()
+
+    def _read_ahead(self, layer: int) -> Iterator[Chunk]:
+        """The chunks of a layer, the next being read while one is converted."""
+        chunks = self._parts.chunks(layer)
+        for number, chunk in enumerate(chunks):
+            if self._stopped.is_set():
+                raise InterruptedError("loading was stopped")
+            for ahead in chunks[number + (number > 0) : number + 2]:
+                start(self._tensors, ahead.keys)
+            yield chunk
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r} is none; give cpu, cuda or cuda:0") from error
+
+
+@contextmanager
+def _opened(
+    path_or_id: str | Path,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    trust: bool,
+    split: Any,
+) -> Iterator[StreamedModel]:
+    """The model with everything loaded but the layers `split` finds."""
+    config, source = _found(path_or_id, trust)
+    reader = Reader(source.pins)
+    with contextlib.closing(reader):
+        found = stored(source.tensors, reader)
+        tensors = plain_weights(found, quantisation(config), path_or_id, device)
+        with parted(tensors, split) as parts:
+            model, info = from_checkpoint(
+                source.folder, config, dtype=dtype, trust_remote_code=trust
+            )
+        model.config.name_or_path = str(path_or_id)
+        parts.restore()
+        check_loading(path_or_id, info, model)
+        if device.type != "cpu":
+            model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        # Not before: page-locked memory stays taken, and what is outside layers is read but once.
+        reader.pinned = device.type == "cuda"
+        streamed = StreamedModel(parts, tensors, reader, device)
+        try:
+            yield streamed
+        finally:
+            streamed.close()
+        source.pins.check()
+
+
+@contextmanager
+def _read_by_library(
+    path_or_id: str | Path, config: PretrainedConfig, source: Source
+) -> Iterator[None]:
+    """While active, the library's loading finds plain weights where compressed-tensors has none."""
+    if not is_compressed(quantisation(config)):
+        yield
+        return
+    with contextlib.closing(Reader(source.pins)) as reader:
+        found = stored(source.tensors, reader)
+        tensors = plain_weights(found, quantisation(config), path_or_id, torch.device("cpu"))
+        with parted(tensors, lambda model: []) as parts:
+            yield
+        if "disk" in getattr(parts.model, "hf_device_map", {}).values():
+            # It would read weights from the checkpoint's files again, as they are stored.
+            raise UnsupportedModel(
+                f"{path_or_id}: device_map puts modules on disk, which what compressed-tensors "
+                "stores cannot be read from; stream the model (open_streamed, --stream always)"
+            )
+        parts.restore()
+
+
+def _found(path_or_id: str | Path, trust: bool) -> tuple[PretrainedConfig, Source]:
+    """A checkpoint's configuration and its files, both checked."""
+    config = load_config(path_or_id, trust_remote_code=trust)
+    source = open_source(resolve_folder(path_or_id))
+    check_storage(path_or_id, config, source.tensors)
+    return config, source
+
+
+def _layers_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    layers = decoder_layers(model, [layer.name for layer in find_moe_layers(model)])
+    prefix = text_prefix(model)
+    return sorted(layers, key=lambda layer: not layer[0].startswith(prefix))
+
+
+def _layers_if_any(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Layers to load one by one, so that little is held twice; none: all at once."""
+    try:
+        return _layers_of(model)
+    except UnsupportedModel:  # whoever observes the model says so; it may be loaded
+        return []

@@ -1,0 +1,213 @@
+"""Weights stored by compressed-tensors, presented as the plain matrices they stand for.
+
+Several tensors on disk make one matrix: `weight_packed` (integers of 4 or 8 bits in words of 32),
+or `weight` (8-bit integers or floats), with `weight_scale` and perhaps `weight_shape` and
+`weight_zero_point`. An element is (code - zero point) x scale, the product in float32, rounded once
+to the scales' dtype, as the library of that name computes it; loading then converts it to the run's
+dtype. How activations are quantised when the model is served plays no part.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reap_driver.files.compressed_scheme import Scheme, is_compressed, read_scheme
+from reap_driver.load.reading import Readable, StoredTensor
+from reap_kernels import dequantise
+from reap_kernels.errors import CheckpointError, UnsupportedModel
+from reap_kernels.quantised import Quantised
+
+_PACKED, _PLAIN, _SCALE = "weight_packed", "weight", "weight_scale"
+_SHAPE, _ZERO, _ORDER = "weight_shape", "weight_zero_point", "weight_g_idx"
+_PARTS = (_PACKED, _SCALE, _SHAPE, _ZERO, _ORDER)
+# Of a layer's inputs and outputs, which its weights do not need.
+_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+
+_WORD = 32  # bits
+_CODES = ("I8", "F8_E4M3")
+_FLOATS = ("BF16", "F16", "F32", "F64")
+_SCALES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+Operation = Callable[..., Tensor]
+
+_REMEDY = "use the config.json and weights of one and the same checkpoint"
+
+
+def plain_weights(
+    tensors: Mapping[str, StoredTensor],
+    quantisation: Mapping[str, Any] | None,
+    where: object,
+    device: torch.device,
+) -> dict[str, Readable]:
+    """The tensors of a checkpoint, each matrix quantised by compressed-tensors as one `weight`.
+
+    Args:
+        tensors: as stored.
+        quantisation: the `quantization_config`; where there is none, or it is another method's,
+            all tensors stay as they are.
+        where: the checkpoint, for messages.
+        device: where matrices are computed.
+
+    Raises:
+        UnsupportedModel: a format that cannot be read.
+        CheckpointError: tensors that do not fit each other or the configuration.
+    """
+    if quantisation is None or not is_compressed(quantisation):
+        return dict(tensors)
+    scheme = read_scheme(quantisation, f"{where}: quantization_config")
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, leaf = key.rpartition(".")
+        if leaf in _PARTS or (leaf == _PLAIN and tensor.get_dtype() not in _FLOATS):
+            modules.setdefault(module, {})[leaf] = tensor
+    plain: dict[str, Readable] = {}
+    for key, tensor in tensors.items():
+        module, _, leaf = key.rpartition(".")
+        if module not in modules or leaf not in (*_PARTS, *_ACTIVATIONS, _PLAIN):
+            plain[key] = tensor
+        elif f"{module}.{_PLAIN}" not in plain:
+            made = Matrix(f"{where}: {module}", modules[module], scheme, device)
+            plain[f"{module}.{_PLAIN}"] = made
+    return plain
+
+
+class Matrix(Readable):
+    """A matrix made of its stored parts when it is asked for."""
+
+    def __init__(
+        self, name: str, parts: Mapping[str, StoredTensor], scheme: Scheme, device: torch.device
+    ) -> None:
+        self._name, self._parts, self._device = name, parts, device
+        self._check_parts(scheme)
+        self._bits = scheme.bits if _PACKED in parts else None
+        rows, columns = parts[_PLAIN if self._bits is None else _PACKED].get_shape()
+        self._shape = rows, columns if self._bits is None else columns * (_WORD // self._bits)
+        self._grid, self._block = self._layout(parts[_SCALE].get_shape(), scheme)
+        # What a chunk holds in memory: the matrices it makes, for a while with what they are of.
+        size = rows * self._shape[1] * _SCALES[self.get_dtype()].itemsize
+        self.nbytes = max(size, sum(part.nbytes for part in parts.values()))
+
+    def start(self) -> None:
+        """Begins to read."""
+        for part in self._parts.values():
+            part.start()
+
+    def __getitem__(self, index: Any) -> Tensor:
+        parts = {leaf: part[...].to(self._device) for leaf, part in self._parts.items()}
+        said = parts.get(_SHAPE)
+        if said is not None and said.tolist() != list(self._shape):
+            raise CheckpointError(
+                f"{self._name}.{_SHAPE} is {said.tolist()}, but {_PACKED} holds "
+                f"{list(self._shape)}; download the checkpoint again, or quantise matrices whose "
+                "rows fill whole words"
+            )
+        return self._value(parts)[index]
+
+    def get_dtype(self) -> str:
+        return self._parts[_SCALE].get_dtype()
+
+    def get_shape(self) -> list[int]:
+        return list(self._shape)
+
+    def _value(self, parts: Mapping[str, Tensor]) -> Tensor:
+        # On a CPU `dequantise` is the reference, which takes many times as long as this does.
+        if self._device.type != "cpu" and self._kernel_reads(parts):
+            return self._by_kernel(parts)
+        # Codes and zero points are whole numbers up to 255, or of 4 bits: every dtype holds them,
+        # so that the product is the only thing that is rounded.
+        scales = parts[_SCALE].view(self._grid)
+        codes = parts[_PLAIN] if self._bits is None else _ints(parts[_PACKED], self._bits)
+        codes = codes.to(scales.dtype)
+        if _ZERO in parts:
+            zeros = parts[_ZERO]
+            if zeros.dtype == torch.int32:  # packed along the rows
+                assert self._bits is not None
+                zeros = _ints(zeros.T.contiguous(), self._bits)[:, : self._grid[0]].T
+            codes = self._for_each(torch.sub, codes, zeros.reshape(self._grid).to(codes.dtype))
+        return self._for_each(torch.mul, codes, scales)
+
+    def _kernel_reads(self, parts: Mapping[str, Tensor]) -> bool:
+        """Whether `dequantise` makes the same of the parts: in bfloat16 alone."""
+        high, wide = self._block
+        symmetric = self._bits == 4 and _ZERO not in parts
+        return symmetric and self.get_dtype() == "BF16" and high == 1 and wide % 8 == 0
+
+    def _by_kernel(self, parts: Mapping[str, Tensor]) -> Tensor:
+        values, scales = parts[_PACKED], parts[_SCALE].view(self._grid)
+        return dequantise(Quantised(values[None], scales[None], "int4_group"))[0]
+
+    def _for_each(self, operation: Operation, codes: Tensor, values: Tensor) -> Tensor:
+        """`operation` in place on every element and the number of its group or block."""
+        (rows, columns), (tall, across), (high, wide) = self._shape, self._grid, self._block
+        if (rows, columns) != (tall * high, across * wide):  # the last blocks are partial
+            values = values.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)
+            return operation(codes, values[:, :columns], out=codes)
+        parts = codes.view(tall, high, across, wide)
+        operation(parts, values[:, None, :, None], out=parts)
+        return codes
+
+    def _check_parts(self, scheme: Scheme) -> None:
+        """The parts are those of one format, in dtypes it has."""
+        if _ORDER in self._parts:
+            raise UnsupportedModel(
+                f"{self._name} has a {_ORDER}: its columns are not in their order; observe the "
+                "checkpoint that it was quantised from, and apply the plan to this one"
+            )
+        if _SCALE not in self._parts or (_PACKED in self._parts) == (_PLAIN in self._parts):
+            raise CheckpointError(
+                f"{self._name} has {', '.join(sorted(self._parts))} as quantised parts; a matrix "
+                f"needs a {_SCALE} and either {_PACKED} or an 8-bit {_PLAIN}: download the "
+                "checkpoint again"
+            )
+        allowed = {_PACKED: ("I32",), _PLAIN: _CODES, _SCALE: tuple(_SCALES), _ZERO: ("I8", "I32")}
+        for leaf, dtypes in allowed.items():
+            part = self._parts.get(leaf)
+            if part is not None and part.get_dtype() not in dtypes:
+                raise UnsupportedModel(
+                    f"{self._name}.{leaf} is {part.get_dtype()}; {' or '.join(dtypes)} can be read:"
+                    " convert the tensor"
+                )
+            if leaf in (_PACKED, _PLAIN) and part is not None and len(part.get_shape()) != 2:
+                raise UnsupportedModel(
+                    f"{self._name}.{leaf} has shape {part.get_shape()}; matrices can be read, so "
+                    "store each expert's apart"
+                )
+        if _PACKED in self._parts and scheme.bits is None:
+            raise CheckpointError(
+                f"{self._name} has a {_PACKED}, but no group of config_groups is packed; {_REMEDY}"
+            )
+        if (_ZERO in self._parts) not in scheme.zeros:
+            has = "has a" if _ZERO in self._parts else "has no"
+            raise CheckpointError(
+                f"{self._name} {has} {_ZERO}, but config_groups say symmetric: "
+                f"{_ZERO in self._parts}; {_REMEDY}"
+            )
+
+    def _layout(self, scales: list[int], scheme: Scheme) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows and columns of the scales, and of the elements that share one."""
+        rows, columns = self._shape
+        tall, across = [*scales, 1, 1][:2] if len(scales) < 3 else (0, 0)
+        block = scheme.block
+        if block is not None and (tall, across) == (-(-rows // block[0]), -(-columns // block[1])):
+            return (tall, across), block
+        if (tall, across) == (1, 1) and None in scheme.groups:
+            return (1, 1), (rows, columns)
+        wide = columns // max(1, across)
+        known = wide in scheme.groups or (across == 1 and None in scheme.groups)
+        if tall == rows and wide * across == columns and known:
+            return (tall, across), (1, wide)
+        sizes = sorted(size for size in scheme.groups if size)
+        raise CheckpointError(
+            f"{self._name}.{_SCALE} has shape {scales} for a matrix {[rows, columns]}; "
+            f"config_groups have groups of {sizes or 'no'} columns"
+            f"{', whole rows' if None in scheme.groups else ''} and blocks of {block}; {_REMEDY}"
+        )
+
+
+def _ints(words: Tensor, bits: int) -> Tensor:
+    """int8 integers of rows of words: the lowest bits first, half their range added."""
+    codes = words.view(torch.uint8)  # safetensors and the machine: little-endian
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    return codes.view(torch.int8) - (1 << (bits - 1))  # wraps for 8 bits: 0 becomes -128

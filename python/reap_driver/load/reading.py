@@ -1,0 +1,170 @@
+"""Reading tensors of a checkpoint ahead of their use, several at a time, and counting the bytes."""
+
+import os
+import threading
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reap_driver.base.threads import background
+from reap_driver.compat.parts import Lazy
+from reap_driver.files.pinned import Pins, unreadable
+from reap_driver.files.safetensors_file import TensorEntry
+from reap_kernels.errors import CheckpointError
+
+# Reads under way at once, and bytes of each: what keeps a fast disk busy.
+THREADS = 4
+_PIECE = 32 << 20
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+
+
+class Reader:
+    """Reads byte ranges of files into memory, in a few threads.
+
+    Args:
+        pins: what the files were when they were inspected; they are checked when they are opened.
+
+    Attributes:
+        bytes_read: how many so far.
+        pinned: whether to read into page-locked memory, from which a GPU copies fastest.
+    """
+
+    def __init__(self, pins: Pins | None = None) -> None:
+        self._pins = pins or Pins()
+        self.bytes_read = 0
+        self.pinned = False
+        self._pool = background(THREADS, "reap-read")
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def start(self, entry: TensorEntry, dtype: torch.dtype) -> "Reading":
+        """Begins to read a tensor."""
+        memory = torch.empty(entry.nbytes, dtype=torch.uint8, pin_memory=self.pinned)
+        view = memory.numpy().data
+        pieces = [
+            self._pool.submit(self._read, entry.file, entry.start + at, view[at : at + _PIECE])
+            for at in range(0, entry.nbytes, _PIECE)
+        ]
+        return Reading(memory.view(dtype).view(entry.shape), pieces)
+
+    def close(self) -> None:
+        """Ends the threads, without waiting for reads nobody will ask for."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def _read(self, path: Path, start: int, view: memoryview) -> None:
+        try:
+            descriptor = self._open(path)
+            self._fill(path, descriptor, start, view)
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+    def _fill(self, path: Path, descriptor: int, start: int, view: memoryview) -> None:
+        while view:
+            count = os.preadv(descriptor, [view], start)
+            if not count:
+                raise CheckpointError(
+                    f"{path}: ended at byte {start} while it was read; do not change the "
+                    "checkpoint while it is observed"
+                )
+            view, start = view[count:], start + count
+            with self._lock:
+                self.bytes_read += count
+
+    def _open(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = os.open(path, os.O_RDONLY)
+                self._pins.check_open(path, self._files[path])
+            return self._files[path]
+
+
+class Reading:
+    """A tensor that is being read."""
+
+    def __init__(self, tensor: Tensor, pieces: list[Future[None]]) -> None:
+        self._tensor, self._pieces = tensor, pieces
+
+    def wait(self) -> Tensor:
+        """The tensor, complete."""
+        for piece in self._pieces:
+            piece.result()
+        return self._tensor
+
+
+class Readable(Lazy):
+    """A tensor that is read from disk when it is asked for, or before, by `start`."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begins to read."""
+
+
+class StoredTensor(Readable):
+    """A tensor as it is on disk."""
+
+    def __init__(self, key: str, entry: TensorEntry, reader: Reader) -> None:
+        self._key, self._entry, self._reader = key, entry, reader
+        self._reading: Reading | None = None
+        self.nbytes = entry.nbytes
+
+    def start(self) -> None:
+        """Begins to read."""
+        if self._entry.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{self._entry.file}: tensor {self._key!r} has dtype {self._entry.dtype}, which "
+                f"cannot be read, {', '.join(_DTYPES)} can; convert the tensor"
+            )
+        self._reading = self._reader.start(self._entry, _DTYPES[self._entry.dtype])
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if self._reading is None:
+            self.start()
+        assert self._reading is not None
+        reading, self._reading = self._reading, None  # its memory is the caller's
+        return reading.wait()[index]
+
+    def get_dtype(self) -> str:
+        return self._entry.dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self._entry.shape)
+
+
+def stored(tensors: Mapping[str, TensorEntry], reader: Reader) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint, to be read by `reader`."""
+    return {key: StoredTensor(key, entry, reader) for key, entry in tensors.items()}
+
+
+def start(tensors: Mapping[str, Readable], keys: Iterable[str]) -> None:
+    """Begins to read several."""
+    for key in keys:
+        tensors[key].start()

@@ -1,0 +1,219 @@
+"""What a model takes: bytes of its layers in memory, parameters and operations a token needs.
+
+Everything is read off a model on the meta device, so a configuration is enough.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from reap_driver.compat.decoder_layers import decoder_layers, owner_of
+from reap_driver.compat.text_model import text_model, text_prefix
+from reap_driver.memory.batch_size import computes_all_logits
+from reap_driver.model.discover import MoELayer
+
+# Names under which configs count the residual streams of hyper-connections.
+_STREAM_COUNTS = ("hc_mult", "hc_count")
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of one model in the dtype it runs in.
+
+    Attributes:
+        architecture: name of the model's class.
+        dtype: its dtype in memory, such as "bfloat16".
+        layer_bytes: of each decoder layer, in the model's order.
+        rest_bytes: of everything else: embeddings, head, final norm, towers without experts.
+        parameters: all of them.
+        active_parameters: those a token's forward depends on: all but the experts it is not routed
+            to; embeddings and head included, as publishers count.
+        seq_len: length of the sequences `flops_per_token` is for.
+        flops_per_token: floating-point operations of a token's forward, on average.
+        state_bytes: of what one token carries from a decoder layer to the next.
+    """
+
+    architecture: str
+    dtype: str
+    layer_bytes: tuple[int, ...]
+    rest_bytes: int
+    parameters: int
+    active_parameters: int
+    seq_len: int
+    flops_per_token: int
+    state_bytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the whole model."""
+        return sum(self.layer_bytes) + self.rest_bytes
+
+    @property
+    def largest_layer(self) -> int:
+        """Bytes of the largest decoder layer."""
+        return max(self.layer_bytes)
+
+    @property
+    def largest_pair(self) -> int:
+        """Bytes of the two consecutive decoder layers that take most together."""
+        return max((a + b for a, b in pairwise(self.layer_bytes)), default=self.largest_layer)
+
+
+def model_sizes(
+    model: PreTrainedModel, layers: Sequence[MoELayer], *, dtype: torch.dtype, seq_len: int
+) -> ModelSizes:
+    """Sizes of `model` in `dtype`.
+
+    Args:
+        model: on the meta device or any other, whatever dtype its tensors have now.
+        layers: its MoE layers.
+        dtype: what its weights are in memory, quantised ones dequantised.
+        seq_len: tokens in a sequence.
+
+    Raises:
+        UnsupportedModel: see `decoder_layers`.
+    """
+    model.tie_weights()  # a model built on meta is not yet
+    decoders = decoder_layers(model, [layer.name for layer in layers])
+    by_layer = dict.fromkeys([name for name, _ in decoders], 0)
+    rest = 0
+    for name, nbytes in tensor_bytes(model, dtype):
+        owner = owner_of(name, by_layer)
+        if owner is None:
+            rest += nbytes
+        else:
+            by_layer[owner] += nbytes
+    parameters = sum(p.numel() for p in model.parameters())
+    idle = sum(_idle(layer, sum(p.numel() for p in layer.module.parameters())) for layer in layers)
+    config = model.config.get_text_config()
+    width = int(getattr(config, "hidden_size", layers[0].hidden_size))
+    return ModelSizes(
+        architecture=type(model).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        layer_bytes=tuple(by_layer.values()),
+        rest_bytes=rest,
+        parameters=parameters,
+        active_parameters=parameters - idle,
+        seq_len=seq_len,
+        flops_per_token=_flops(model, layers, decoders, seq_len),
+        state_bytes=width * residual_streams(config) * dtype.itemsize,
+    )
+
+
+def residual_streams(config: PretrainedConfig) -> int:
+    """Residual streams between layers: 1, or as many as the hyper-connections mix."""
+    counts = (getattr(config, name, None) for name in _STREAM_COUNTS)
+    return next((count for count in counts if isinstance(count, int)), 1)
+
+
+def tensor_bytes(
+    model: PreTrainedModel, dtype: torch.dtype, *, stored: bool = False
+) -> Iterator[tuple[str, int]]:
+    """Name and bytes of every tensor of the model, tied ones once.
+
+    Loading casts floating-point tensors to `dtype`, but those the model's class keeps in float32;
+    buffers no checkpoint holds stay as they were made. A few routers' biases that are made in
+    float32 and not named there stay float32 too, which a model on meta does not tell: some kB.
+
+    Args:
+        model: the model, on whatever device.
+        dtype: the model's.
+        stored: leave out what no checkpoint holds.
+    """
+    kept = _kept_in_float32(model, dtype)
+    held = model.state_dict().keys()
+    for named in (model.named_parameters(), model.named_buffers()):
+        for name, tensor in named:
+            if name not in held:
+                if not stored:
+                    yield name, tensor.nbytes
+            elif not tensor.is_floating_point():
+                yield name, tensor.nbytes
+            else:
+                wide = kept is not None and kept.search(name) is not None
+                yield name, tensor.numel() * (4 if wide else dtype.itemsize)
+
+
+def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """Names the model's class keeps in float32, by the rules of `from_pretrained`.
+
+    One list is for float16 only, the strict one for both half precisions; `*` is any text.
+    """
+    names: list[str] = []
+    if dtype == torch.float16:
+        names += getattr(model, "_keep_in_fp32_modules", None) or ()
+    if dtype in (torch.float16, torch.bfloat16):
+        names += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return re.compile("|".join(name.replace("*", ".*") for name in names)) if names else None
+
+
+def _idle(layer: MoELayer, numbers: int) -> int:
+    """Of `numbers` spread evenly over a layer's experts, those a token does not use."""
+    return numbers - numbers * layer.top_k // layer.num_experts
+
+
+def _flops(
+    model: PreTrainedModel,
+    layers: Sequence[MoELayer],
+    decoders: Sequence[tuple[str, nn.Module]],
+    seq_len: int,
+) -> int:
+    """Two operations for each number of a matrix that is multiplied, and those of attention, in the
+    part that reads text.
+
+    The head counts only where the model computes every token's logits. Norms, activations and
+    recurrent states of linear attention are left out: they are no matrix products, and small
+    beside them.
+    """
+    prefix = text_prefix(model)
+    decoders = [(name, module) for name, module in decoders if name.startswith(prefix)]
+    layers = [layer for layer in layers if layer.name.startswith(prefix)]
+    matrices = sum(_multiplied(module) for _, module in decoders)
+    matrices -= sum(_idle(layer, _multiplied(layer.module)) for layer in layers)
+    head = text_model(model).get_output_embeddings()
+    if head is not None and computes_all_logits(model):
+        matrices += _multiplied(head)
+    config = model.config.get_text_config()
+    return 2 * matrices + sum(
+        _attention(part, config, seq_len) for _, module in decoders for part in module.modules()
+    )
+
+
+def _multiplied(module: nn.Module) -> int:
+    """Numbers in matrices that each token is multiplied by; looked-up tables are none.
+
+    Stacked experts have biases of two dimensions, so biases are told by their names.
+    """
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    return sum(
+        p.numel()
+        for name, p in module.named_parameters()
+        if p.ndim >= 2 and not name.endswith("bias") and id(p) not in tables
+    )
+
+
+def _attention(module: Any, config: PretrainedConfig, seq_len: int) -> int:
+    """Operations a token spends on scores and on the values they weigh, averaged over a sequence.
+
+    2 * heads * (width of keys + width of values) * positions seen; causal, so a token sees
+    (L + 1) / 2 of them on average, or what its window leaves. Softmax attention of transformers is
+    told by its `scaling`; linear attention has none. Sparse attention (an indexer's top k) counts
+    as dense up to k positions; the indexer's own scores are left out.
+    """
+    key = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
+    if not isinstance(key, int) or not isinstance(getattr(module, "scaling", None), float):
+        return 0
+    heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None)
+    heads = heads or config.num_attention_heads
+    value = getattr(module, "v_head_dim", None) or key
+    limits = (getattr(module, "sliding_window", None), getattr(config, "index_topk", None))
+    window = min([seq_len, *(limit for limit in limits if isinstance(limit, int) and limit > 0)])
+    # The first `window` tokens see 1, 2, ... positions, the others `window` each.
+    seen = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+    return int(2 * heads * (key + value) * seen)

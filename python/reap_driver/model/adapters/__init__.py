@@ -1,0 +1,18 @@
+"""Adapters: the few things that differ between kinds of experts modules, one file a kind."""
+
+from reap_driver.model.adapters.base import Adapter, KernelAdapter, Recorder, Sizes
+from reap_driver.model.adapters.dbrx import DbrxExperts
+from reap_driver.model.adapters.llama4 import Llama4Experts
+from reap_driver.model.adapters.module_list import InlineExperts, MethodExperts
+from reap_driver.model.adapters.stacked import StackedExperts
+
+# Asked in this order; the first that serves a module takes it.
+ADAPTERS: tuple[Adapter, ...] = (
+    Llama4Experts(),
+    StackedExperts(),
+    DbrxExperts(),
+    MethodExperts(),
+    InlineExperts(),
+)
+
+__all__ = ["ADAPTERS", "Adapter", "KernelAdapter", "Recorder", "Sizes"]

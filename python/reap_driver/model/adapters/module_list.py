@@ -1,0 +1,259 @@
+"""One module an expert: blocks of remote code and of transformers 4.x.
+
+Where the block hands (hidden, ids, weights) to a method of its own (`moe_infer`, `moe`), that
+method is replaced and the experts' matrices are read as a table. Where routing is inline in the
+block, the block runs as it is: each expert returns a tensor that knows whose output it is, and the
+multiplication by the gate is where the statistics are taken. That is exact and needs no knowledge
+of the router, at the block's own speed.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from reap_driver.model.adapters.base import (
+    Adapter,
+    ExpertsModule,
+    KernelAdapter,
+    Recorder,
+    Sizes,
+    forward_replaced,
+)
+from reap_kernels import ExpertWeights, GateFormula, accumulate, probe_gate
+from reap_kernels.errors import UnsupportedModel
+
+# Names of the gate, up and down projections of one expert.
+_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_METHODS = ("moe_infer", "moe")
+
+
+def is_expert_list(module: ExpertsModule) -> bool:
+    """A list of at least two modules of one class that carry weights."""
+    if not isinstance(module, nn.ModuleList) or len(module) < 2:
+        return False
+    return len({type(child) for child in module}) == 1 and any(True for _ in module[0].parameters())
+
+
+class MethodExperts(KernelAdapter):
+    """A block whose own method takes (hidden [T, H], ids [T, k], weights [T, k])."""
+
+    name = "module-list"
+
+    def serves(self, module: ExpertsModule, block: ExpertsModule) -> bool:
+        return is_expert_list(module) and _method(block) is not None and _names(module) is not None
+
+    def sizes(self, module: ExpertsModule) -> Sizes:
+        down = self._projections(module[0])[2].weight
+        return Sizes(len(module), down.shape[0], down.shape[1])
+
+    def formula(self, module: ExpertsModule) -> GateFormula:
+        expert = module[0]
+        # Without a named activation the expert calls one itself; the first call's check tells.
+        named = (getattr(expert, key, None) for key in ("act_fn", "activation_fn"))
+        act: Any = next((found for found in named if found is not None), functional.silu)
+
+        def function(projected: Tensor) -> Tensor:
+            gate, up = projected.chunk(2, dim=-1)
+            activated: Tensor = act(gate)
+            return activated * up
+
+        weight = self._projections(expert)[0].weight
+        return probe_gate(
+            function,
+            intermediate_size=weight.shape[0],
+            gated=True,
+            device=weight.device,
+        )
+
+    def weights(self, module: ExpertsModule, formula: GateFormula) -> ExpertWeights:
+        gates, ups, downs = zip(*(self._projections(expert) for expert in module), strict=True)
+        return ExpertWeights(
+            [up.weight.detach() for up in ups],
+            [down.weight.detach() for down in downs],
+            formula,
+            gate=[gate.weight.detach() for gate in gates],
+            up_bias=_stacked_bias(ups),
+            gate_bias=_stacked_bias(gates),
+            down_bias=_stacked_bias(downs),
+        )
+
+    def bind(
+        self, module: ExpertsModule, block: ExpertsModule, recorder: Recorder
+    ) -> AbstractContextManager[None]:
+        method = _method(block)
+        assert method is not None  # serves() said so
+        eager = getattr(block, method)
+
+        def run(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            return recorder.observe(hidden, ids, weights, eager)
+
+        return forward_replaced(block, run, method)
+
+    def _projections(self, expert: ExpertsModule) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        names = _names_of(expert)
+        assert names is not None  # serves() said so
+        gate, up, down = (getattr(expert, name) for name in names)
+        return gate, up, down
+
+
+class InlineExperts(Adapter):
+    """A block that calls its experts itself and multiplies each output by a column of gates."""
+
+    name = "module-list-inline"
+
+    @property
+    def takes_mask(self) -> bool:
+        return False
+
+    def serves(self, module: ExpertsModule, block: ExpertsModule) -> bool:
+        return is_expert_list(module) and bool(_linears(module[0]))
+
+    def sizes(self, module: ExpertsModule) -> Sizes:
+        last = _linears(module[0])[-1]
+        names = _names_of(module[0])
+        if names is not None:
+            last = getattr(module[0], names[2])
+        return Sizes(len(module), last.out_features, last.in_features)
+
+    @contextlib.contextmanager
+    def bind(
+        self, module: ExpertsModule, block: ExpertsModule, recorder: Recorder
+    ) -> Iterator[None]:
+        call = _InlineCall(recorder)
+        with contextlib.ExitStack() as stack:
+            handles = [block.register_forward_pre_hook(call.begin, with_kwargs=True)]
+            handles += [
+                expert.register_forward_hook(call.output_of(index))
+                for index, expert in enumerate(module)
+            ]
+            handles.append(block.register_forward_hook(call.end))
+            for handle in handles:
+                stack.callback(handle.remove)
+            yield
+
+
+class _InlineCall:
+    """Hooks that follow one call of a block: its tokens, its experts' outputs, its end."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._tokens = 0
+        self._rows = 0
+
+    def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count the block's tokens."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self._tokens = hidden.numel() // hidden.shape[-1]
+        self._rows = 0
+        self._recorder.token_mask(self._tokens, hidden.device)
+        self._recorder.watch(hidden.reshape(self._tokens, -1), None)
+        stats, group = self._recorder.open(hidden.device)
+        stats.add_tokens(self._tokens, group)
+
+    def output_of(self, expert: int) -> Callable[..., Tensor]:
+        """A hook that makes an expert's output tell when it is multiplied by its gates."""
+
+        def record(y: Tensor, gates: Tensor) -> None:
+            stats, group = self._recorder.open(y.device)
+            ids = torch.full((len(y),), expert, device=y.device)
+            accumulate(y, ids, gates, stats, group=group, backend=self._recorder.backend)
+            self._rows += len(y)
+
+        return lambda _, __, output: _Output.of(output, record)
+
+    def end(self, *_: Any) -> None:
+        """Refuse a block that did not gate every slot, as capacity limits do."""
+        expected = self._tokens * self._recorder.top_k
+        if self._rows != expected:
+            raise UnsupportedModel(
+                f"{self._recorder.name} gated {self._rows} rows for {self._tokens} tokens, "
+                f"expected {expected}: some reach no expert, or not through a product; use a model "
+                "class that transformers ships"
+            )
+
+
+class _Output(Tensor):
+    """An expert's output [n, H] on its way to being multiplied by its gates [n, 1]."""
+
+    _record: Callable[[Tensor, Tensor], None]
+
+    @classmethod
+    def of(cls, output: Tensor, record: Callable[[Tensor, Tensor], None]) -> "_Output":
+        wrapped = output.detach().as_subclass(cls)
+        wrapped._record = record
+        return wrapped
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        own = next((a for a in args if isinstance(a, cls)), None)
+        name = getattr(func, "__name__", "")
+        if own is not None and name in _PRODUCTS | _CASTS | _QUERIES:
+            with torch._C.DisableTorchFunctionSubclass():
+                if name in _PRODUCTS:  # before the product, which may be in place
+                    gates = _column(own, [a for a in args if a is not own])
+                    own._record(own.as_subclass(Tensor), gates)
+                plain = [a.as_subclass(Tensor) if isinstance(a, cls) else a for a in args]
+                result = func(*plain, **(kwargs or {}))
+                return cls.of(result, own._record) if name in _CASTS else result
+        raise UnsupportedModel(
+            f"an expert's output reached {name} before being multiplied by its gate; this "
+            "block cannot be observed, use a model class that transformers ships"
+        )
+
+
+_PRODUCTS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
+_CASTS = {"to", "type", "float", "bfloat16", "half", "contiguous", "type_as"}
+_QUERIES = {"__get__", "size", "dim", "numel", "__len__", "is_floating_point"}
+
+
+def _column(own: Tensor, others: list[Any]) -> Tensor:
+    """The gates [n] among the factors of a product with `own` [n, H]."""
+    for other in others:
+        if isinstance(other, Tensor) and tuple(other.shape) == (len(own), 1):
+            return other.reshape(-1)
+    shapes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in others]
+    raise UnsupportedModel(
+        f"an expert's output {tuple(own.shape)} was multiplied by {shapes}, not by a column of "
+        "gates; this block cannot be observed, use a model class that transformers ships"
+    )
+
+
+def _method(block: ExpertsModule) -> str | None:
+    """The block's method of three arguments that runs the experts, if it has one."""
+    for name in _METHODS:
+        method = getattr(block, name, None)
+        if callable(method) and len(inspect.signature(method).parameters) == 3:
+            return name
+    return None
+
+
+def _names(experts: ExpertsModule) -> tuple[str, str, str] | None:
+    return _names_of(next(experts.children()))
+
+
+def _names_of(expert: ExpertsModule) -> tuple[str, str, str] | None:
+    """The names of one expert's three linear projections, if it has exactly these weights."""
+    for names in _PROJECTIONS:
+        projections = [getattr(expert, name, None) for name in names]
+        if all(isinstance(p, nn.Linear) for p in projections):
+            return names if len(_linears(expert)) == len(names) else None
+    return None
+
+
+def _linears(expert: ExpertsModule) -> list[nn.Linear]:
+    return [child for child in expert.modules() if isinstance(child, nn.Linear)]
+
+
+def _stacked_bias(linears: tuple[nn.Linear, ...]) -> Tensor | None:
+    """[E, out] biases; small enough to copy."""
+    if linears[0].bias is None:
+        return None
+    return torch.stack([linear.bias.detach() for linear in linears])

@@ -1,0 +1,277 @@
+"""Find the MoE layers of a model, say what each is, and refuse what could not be observed right."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from reap_driver.base.arguments import typed
+from reap_driver.compat.models import config_digest, identifying_fields
+from reap_driver.model.adapters import ADAPTERS, Adapter
+from reap_driver.model.adapters.expert_parallel import ExpertSlice
+from reap_driver.model.plain_model import plain_model
+from reap_kernels.errors import UnsupportedModel
+
+# Models whose experts are recognisable but must not be ranked or removed, and why.
+_REFUSED = {
+    "jetmoe": "its attention is a mixture of experts that shares the feed-forward layers' count",
+    "switch_transformers": "it is an encoder-decoder with expert capacity",
+    "nllb-moe": "it is an encoder-decoder with expert capacity",
+    "doge": "its experts are retrieved by product keys, not routed to",
+    "vitpose": "its experts are one head a data set",
+    "vitpose_backbone": "its experts are one head a data set",
+}
+_TOP_K_NAMES = (
+    "top_k",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+)
+_GROUP_NAMES = ("num_group", "n_group", "num_expert_group")
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One MoE layer.
+
+    Attributes:
+        name: qualified name of the experts module.
+        module: the experts module.
+        num_experts: E, routed experts with weights (identity experts are not counted).
+        top_k: experts selected a token.
+        n_group: routing groups the router chooses among; 1 for none.
+        topk_group: groups kept a token.
+        hidden_size: width H of the experts' inputs and outputs.
+        intermediate_size: I.
+        adapter: name of the adapter that observes it.
+        scale: constant factor the block applies to the routed sum after the experts; it matters
+            only for comparing layers.
+        norm_space: "output", or "latent" when experts work in a space narrower than the model's.
+        local: which experts are in this process, if they are spread over ranks; None for all.
+    """
+
+    name: str
+    module: nn.Module
+    num_experts: int
+    top_k: int
+    n_group: int
+    topk_group: int
+    hidden_size: int
+    intermediate_size: int
+    adapter: str
+    scale: float = 1.0
+    norm_space: str = "output"
+    local: ExpertSlice | None = None
+
+    @property
+    def local_experts(self) -> int:
+        """Experts in this process, whose statistics it accumulates."""
+        return self.num_experts if self.local is None else self.local.count
+
+    def provenance(self) -> dict[str, Any]:
+        """The facts a plan needs, JSON-serialisable."""
+        keys = ("num_experts", "top_k", "n_group", "topk_group", "hidden_size", "intermediate_size")
+        facts: dict[str, Any] = {key: getattr(self, key) for key in keys}
+        return {**facts, "scale": self.scale, "norm_space": self.norm_space}
+
+
+@typed
+def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
+    """Every MoE layer of `model`, in its own order. Reads no weights, so meta models will do.
+
+    Raises:
+        UnsupportedModel: the model has no MoE layer, is one that must not be pruned, holds weights
+            that are not plain whole floats, or has experts that no adapter observes.
+    """
+    model = plain_model(model)
+    config = model.config
+    reason = _REFUSED.get(_model_type(config))
+    if reason is None and getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder"
+    if reason is not None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be pruned by expert: {reason}; choose a decoder-only "
+            "mixture-of-experts model"
+        )
+    layers = [_describe(model, *found) for found in _found(model)]
+    _refuse_leftovers(model, [layer.name for layer in layers])
+    if not layers:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no mixture-of-experts layer; only models with routed "
+            "experts can be observed and pruned"
+        )
+    return layers
+
+
+@typed
+def record_of(
+    model: PreTrainedModel, layers: Sequence[MoELayer] | None = None, name: str | None = None
+) -> dict[str, Any]:
+    """What identifies a model in the provenance of statistics and plans, JSON-serialisable.
+
+    Args:
+        model: the model, which may be on the meta device.
+        layers: those of `find_moe_layers` to describe; default all.
+        name: path or hub id of the model; by default what its configuration says.
+
+    Returns:
+        `model` (id, digest and fields of the configuration, ...) and `layers` {name: facts}, as
+        `reap_kernels.model_match.differences` compares them.
+    """
+    model = plain_model(model)
+    config = model.config
+    layers = find_moe_layers(model) if layers is None else layers
+    return {
+        "model": {
+            "id": str(getattr(config, "_name_or_path", "") or "") if name is None else name,
+            "config_digest": config_digest(config),
+            "model_type": type(config).model_type,
+            "architecture": type(model).__name__,
+            "config": _as_json(identifying_fields(config)),
+        },
+        "layers": {layer.name: layer.provenance() for layer in layers},
+    }
+
+
+def _as_json(value: Any) -> Any:
+    """A value of a configuration as JSON has it; what JSON has no word for, as text."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    known = value is None or isinstance(value, str | int)
+    if known or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)
+
+
+def adapter_of(layer: MoELayer) -> Adapter:
+    """The adapter that observes a layer."""
+    return next(adapter for adapter in ADAPTERS if adapter.name == layer.adapter)
+
+
+def block_of(model: nn.Module, layer: MoELayer) -> nn.Module:
+    """The module that holds a layer's experts, and usually their router."""
+    return model.get_submodule(layer.name.rpartition(".")[0])
+
+
+def _found(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, Adapter]]:
+    """(name, experts module, block, adapter) of everything an adapter serves."""
+    for name, module in model.named_modules():
+        parent, _, leaf = name.rpartition(".")
+        listed = isinstance(module, nn.ModuleList)
+        if not name or (listed and ("expert" not in leaf or "shared" in leaf)):
+            continue
+        block = model.get_submodule(parent)
+        for adapter in ADAPTERS:
+            if adapter.serves(module, block):
+                yield name, module, block, adapter
+                break
+
+
+def _describe(
+    model: PreTrainedModel, name: str, module: nn.Module, block: nn.Module, adapter: Adapter
+) -> MoELayer:
+    adapter.check(name, module)
+    sizes = adapter.sizes(module)
+    config = model.config.get_text_config()
+    sources = [block, *(child for child in block.children() if child is not module), config]
+    top_k = _first_int(sources, _TOP_K_NAMES)
+    if top_k is None:
+        raise UnsupportedModel(
+            f"{name}: neither {type(block).__name__} nor the config says how many experts a token "
+            f"is routed to (looked for {', '.join(_TOP_K_NAMES)})"
+        )
+    width = getattr(config, "hidden_size", sizes.hidden_size)
+    layer = MoELayer(
+        name=name,
+        module=module,
+        num_experts=sizes.num_experts,
+        top_k=top_k,
+        n_group=_first_int(sources, _GROUP_NAMES) or 1,
+        topk_group=_first_int(sources, ("topk_group",)) or 1,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        adapter=adapter.name,
+        scale=_post_scale(block),
+        norm_space="output" if sizes.hidden_size == width else "latent",
+        local=adapter.local(module),
+    )
+    # Experts without weights (LongCat's identity experts) can be chosen too.
+    _check_routing(layer, layer.num_experts + (_first_int([config], ("zero_expert_num",)) or 0))
+    return layer
+
+
+def _check_routing(layer: MoELayer, choices: int) -> None:
+    """Raises for experts without numbers, and for routing that no router can do.
+
+    `choices` are the experts it chooses among.
+    """
+    groups = layer.n_group
+    reason = None
+    if not 1 <= layer.top_k <= choices:
+        reason = f"a token is routed to {layer.top_k} of {choices} experts"
+    elif min(layer.hidden_size, layer.intermediate_size) < 1:
+        reason = f"experts have the sizes {layer.hidden_size} and {layer.intermediate_size}"
+    elif groups < 1 or choices % groups:
+        reason = f"{choices} experts are divided into {groups} groups"
+    elif not 1 <= layer.topk_group <= groups:
+        reason = f"{layer.topk_group} of {groups} groups are chosen"
+    if reason is not None:
+        raise UnsupportedModel(
+            f"{layer.name}: by the configuration {reason}; restore config.json from where the "
+            "checkpoint was published"
+        )
+
+
+def _first_int(sources: list[Any], names: tuple[str, ...]) -> int | None:
+    """The first integer under one of `names`, source by source."""
+    for source in sources:
+        for name in names:
+            value = getattr(source, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+def _post_scale(block: Any) -> float:
+    """The constant a block multiplies the routed sum by. Read from what each block's forward does.
+
+    laguna, minimax_m3_vl and step3p7 scale in the block what other models scale in the router;
+    cohere2_moe averages with the shared expert; openai_privacy_filter undoes a division by top-k.
+    """
+    kind = type(block).__name__
+    if kind == "OpenAIPrivacyFilterMLP":
+        return float(block.num_experts)
+    if getattr(block, "shared_expert_combination_strategy", None) == "average":
+        return 0.5 if getattr(block, "num_shared_experts", 0) else 1.0
+    factor = vars(block).get("routed_scaling_factor", 1.0)
+    return float(factor) if isinstance(factor, int | float) else 1.0
+
+
+def _refuse_leftovers(model: nn.Module, observed: list[str]) -> None:
+    """Raise for a module that holds routed experts, by its name, outside every observed layer."""
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        named = leaf == "experts" or type(module).__name__.endswith("Experts")
+        if not named or "shared" in name.lower() or "Shared" in type(module).__name__:
+            continue
+        near = any(
+            name == o or name.startswith(o + ".") or o.startswith(name + ".") for o in observed
+        )
+        if not near and any(True for _ in module.parameters()):
+            raise UnsupportedModel(
+                f"{name} ({type(module).__name__}) looks like routed experts, and no adapter "
+                "observes it; load quantised experts dequantised, without hub kernels, and with a "
+                "transformers version whose class for this model uses its experts interface"
+            )
+
+
+def _model_type(config: PretrainedConfig) -> str:
+    return str(getattr(config.get_text_config(), "model_type", config.model_type))

@@ -1,0 +1,140 @@
+"""Runs a model on a batch, the way every part of the driver does: checked, moved, and spared what
+nobody looks at.
+"""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.utils import TransformersKwargs
+
+from reap_driver.compat.text_model import text_model
+from reap_driver.model.isolation import documents_apart
+from reap_driver.model.plain_model import check_mode, plain_model
+from reap_kernels.errors import DataError
+from reap_kernels.schema import short
+
+# What every model of transformers takes, by name or not.
+_COMMON = (
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "labels",
+    *TransformersKwargs.__annotations__,
+    *FlashAttentionKwargs.__annotations__,
+)
+
+
+def forward(model: PreTrainedModel, batch: Mapping[str, Any], *, all_logits: bool = False) -> Any:
+    """The model's output for a batch; no gradient, no cache.
+
+    Args:
+        model: loaded, or streamed. Of one without a forward of its own, the part that reads text
+            runs (`text_model`).
+        batch: its own arguments (`input_ids` [batch, seq] int64, ...), moved to its device.
+            `position_ids` [batch, seq] that begin anew inside a row are those of documents packed
+            into it, which are kept apart.
+        all_logits: compute those of every token, where the model can do with the last one's.
+
+    Raises:
+        DataError: no batch, or an empty one, a token id outside the vocabulary, or a tensor that
+            the model has no argument for.
+        UnsupportedModel: the model is in training mode; or packed documents, and it cannot keep
+            them apart.
+    """
+    model = plain_model(model)
+    check_mode("", model)
+    _check_names(model, batch)
+    # Before the batch moves: on a GPU, reading the ids there would wait for all queued work, as
+    # would the move itself from memory that is not pinned.
+    model = text_model(model)
+    _check_ids(model, batch.get("input_ids"))
+    with torch.no_grad(), documents_apart(model.config, batch):
+        device = _input_device(model)
+        if device.type != "meta":
+            batch = {k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return model(**{**_economies(model, batch, all_logits), **batch})
+
+
+def _check_names(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Raise DataError for a tensor under a name the model does not know: it takes any and would
+    leave it out of account without a word, as a mask whose name is misspelled.
+    """
+    if not any(batch.get(name) is not None for name in ("input_ids", "inputs_embeds")):
+        raise DataError(
+            f"a batch holds {', '.join(batch) or 'nothing'}; give input_ids [batch, seq], as the "
+            "model's tokenizer makes them"
+        )
+    known = {*inspect.signature(type(model).forward).parameters, *_COMMON}
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            remedy = f"did you mean {near[0]}?" if near else "leave it out of the batch"
+            raise DataError(
+                f"{type(model).__name__} has no argument {name!r}, and would ignore the tensor "
+                f"without a word; {remedy}"
+            )
+
+
+def _economies(
+    model: PreTrainedModel, batch: Mapping[str, Any], all_logits: bool
+) -> dict[str, Any]:
+    """Arguments that spare the model work nobody looks at: its cache, what it can return besides,
+    and all logits but one.
+    """
+    parameters = inspect.signature(type(model).forward).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    options: dict[str, Any] = {}
+    if "use_cache" in parameters or open_ended:
+        options["use_cache"] = False
+    # A configuration may ask for them. The loss that some classes make of the routers' logits fails
+    # where layers run one by one.
+    for wish in ("output_router_logits", "output_attentions", "output_hidden_states"):
+        if wish in parameters:
+            options[wish] = False
+    # A loss needs them all; and where layers share keys and values (gemma4), transformers 5.24 runs
+    # those that make none of their own on the tokens whose logits are kept.
+    text = model.config.get_text_config()
+    shared = bool(getattr(text, "num_kv_shared_layers", 0))
+    wanted = all_logits or "labels" in batch or shared
+    if "logits_to_keep" in parameters and not wanted:
+        options["logits_to_keep"] = 1
+    return options
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: the embedding's device; a streamed model's first weights may be away."""
+    embeddings = model.get_input_embeddings()
+    weight = next(embeddings.parameters(), None) if embeddings is not None else None
+    return model.device if weight is None or weight.is_meta else weight.device
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; the move from pinned memory is queued, not waited for."""
+    return tensor.to(device, non_blocking=tensor.is_pinned())
+
+
+def _check_ids(model: PreTrainedModel, ids: Any) -> None:
+    """Raise DataError for an empty batch or a token id the model has no embedding for."""
+    if ids is None:
+        return
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2:
+        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else short(ids)
+        raise DataError(f"input_ids is {found}; give a tensor of int64 [batch, seq]")
+    if not ids.numel():
+        raise DataError(f"input_ids is empty (shape {tuple(ids.shape)}); give at least one token")
+    embeddings = model.get_input_embeddings()
+    size = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
+    low, high = (int(v) for v in torch.aminmax(ids))
+    if size is not None and not 0 <= low <= high < size:
+        raise DataError(
+            f"input_ids holds token id {high if high >= size else low}, outside the model's "
+            f"vocabulary of {size}; tokenise with the model's own tokenizer"
+        )

@@ -1,0 +1,67 @@
+"""Which tensors of a model in memory hold experts: it and its double, built on meta, compared.
+
+The double has twice the experts: whatever divides their number (routing groups) divides that too,
+and no plan is needed to know where experts are.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from reap_driver.compat.models import meta_model
+from reap_driver.model.derive import ExpertDim, Shape, derive_layout
+from reap_driver.model.stacks import Stack, find_stacks, with_counts
+from reap_kernels.errors import UnsupportedModel
+
+
+def expert_dims(model: PreTrainedModel, layers: Mapping[str, int]) -> dict[str, ExpertDim]:
+    """Where the tensors of a loaded model hold experts, by their names in its state dict; tensors
+    of single experts (in an `nn.ModuleList`) are not among them.
+
+    Args:
+        model: only shapes are read.
+        layers: name of every MoE layer -> its number of experts.
+
+    Raises:
+        UnsupportedModel: the configuration does not say how many experts a layer has, or a shape
+            depends on that in a way that is not rows per expert.
+    """
+    config, own = model.config, _shapes(model)
+    stacks = stacks_of(model, layers)
+    unsaid = next((stack.layers[0] for stack in stacks if not stack.sites), None)
+    if unsaid is not None:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: no field of its configuration says {layers[unsaid]}, the "
+            f"number of experts of {unsaid}; load the model with its own config.json"
+        )
+    twice = {name: 2 * count for name, count in layers.items()}
+    raw = with_counts(config.to_diff_dict(), config.to_dict(), stacks, layers, twice)
+    # What only the loaded model has (scales of dequantised weights, say) is no part of the class.
+    double = {name: shape for name, shape in _built(model, raw).items() if name in own}
+    old = {name: own[name] for name in double}
+    counts = {name: (layers[name], twice[name]) for name in layers}
+    return dict(derive_layout(old, double, counts).tensors)
+
+
+def stacks_of(model: PreTrainedModel, layers: Mapping[str, int]) -> list[Stack]:
+    """The stacks of a model in memory, or on meta, by the fields of its configuration's class.
+
+    Args:
+        model: only its class and configuration are read.
+        layers: name of every MoE layer -> its number of experts.
+    """
+    config = model.config
+    built = functools.partial(_built, model)
+    return find_stacks(config.to_diff_dict(), config.to_dict(), layers, _shapes(model), built)
+
+
+def _built(model: PreTrainedModel, raw: Mapping[str, Any]) -> dict[str, Shape]:
+    """Shapes of a model of the same class with another configuration."""
+    return _shapes(meta_model(type(model.config).from_dict(dict(raw)), type(model)))
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, Shape]:
+    """Every tensor of the state dict with its shape."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

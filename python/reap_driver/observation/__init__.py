@@ -1,0 +1,1 @@
+"""Observes a model: one run over calibration batches, statistics of every expert."""

@@ -1,0 +1,276 @@
+"""Statistics of one layer of a model that is observed, and the check that they are its own."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from reap_driver.compat.experts import Forward
+from reap_driver.model.adapters import KernelAdapter
+from reap_driver.model.discover import MoELayer, adapter_of
+from reap_driver.observation.token_mask import TokenMask
+from reap_kernels import ExpertWeights, GateFormula, LayerStats, observe_layer
+from reap_kernels.dispatch import Request, select
+from reap_kernels.errors import DataError, UnsupportedModel
+from reap_kernels.experts.op import request_of
+
+# Tokens on which a layer's first call is compared with the module's own forward. Few: the check
+# reads the weights of every expert they reach, which is most of its cost.
+_SAMPLE = 4
+
+# Largest accepted ||ours - eager|| / ||eager|| on the sample. Rounding explains a tenth of each; a
+# dropped expert or a wrong gate gives more than 0.1.
+_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 5e-3,
+    torch.bfloat16: 2e-2,
+}
+
+
+class Observation(Protocol):
+    """What a recorder asks of the observation that its layer is part of.
+
+    Attributes:
+        backend: the kernel backend asked for; None for the best of each call.
+        forwards: how many the model has begun.
+        groups: names of the calibration groups so far.
+        tokens: which tokens of the forward in hand count.
+    """
+
+    backend: str | None
+    forwards: int
+    groups: list[str]
+    tokens: TokenMask
+
+    def group_index(self) -> int:
+        """Index of the group that the forward in hand counts under."""
+        ...
+
+    def check_finite(self) -> None:
+        """Raises DataError for the first layer whose experts gave NaN or Inf."""
+        ...
+
+
+class LayerRecorder:
+    """Statistics of one layer during one observation, and the check of its first call."""
+
+    def __init__(self, observation: Observation, layer: MoELayer) -> None:
+        self._observation = observation
+        self._layer = layer
+        self._formula: GateFormula | None = None
+        self._stats: LayerStats | None = None
+        self._compared = False
+        self._dtype: torch.dtype | None = None  # that the model computes the layer in
+        self._forward = 0  # the last one that was counted, and what was counted before it
+        self._before: LayerStats | None = None
+        self._total: Tensor | None = None  # of the rows; not finite where one is not
+        self._served: dict[int, str] = {}
+        self._served_before: set[str] = set()  # the restored snapshot
+
+    @property
+    def called(self) -> bool:
+        """Whether the layer has run."""
+        return self._stats is not None
+
+    @property
+    def backend(self) -> str | None:
+        """The kernel backend asked for."""
+        return self._observation.backend
+
+    @property
+    def served_by(self) -> set[str]:
+        """The backends that served this layer, which has run; they may differ by a call's size."""
+        assert self._stats is not None
+        if self._served or self._served_before:
+            return {*self._served.values(), *self._served_before}
+        # An adapter that brings the experts' outputs: only their statistics are a kernel's.
+        dtype = next(self._layer.module.parameters()).dtype
+        return {select(Request("saliency", self._stats.device, dtype), self.backend).name}
+
+    @property
+    def name(self) -> str:
+        """Name of the layer."""
+        return self._layer.name
+
+    @property
+    def top_k(self) -> int:
+        """Experts a token is routed to."""
+        return self._layer.top_k
+
+    def observe(self, hidden: Tensor, ids: Tensor, weights: Tensor, eager: Forward) -> Tensor:
+        """Routed output [T, H] of one call, recorded; the first is compared with `eager`."""
+        self.routed(ids, weights)
+        mask = self.token_mask(len(hidden), hidden.device)
+        self.watch(weights, mask)  # few numbers, and not finite where the row is not
+        rows, experts = self.operands(hidden)
+        stats, group = self.open(hidden.device)
+        if len(hidden) not in self._served:
+            request = request_of("layer", rows, ids.shape[1], experts)
+            self._served[len(hidden)] = select(request, self.backend).name
+        out = observe_layer(
+            rows, ids, weights, experts, stats, mask=mask, group=group, backend=self.backend
+        ).to(hidden.dtype)
+        few = self.sample(len(hidden), self._comparable(ids, mask))
+        if few is not None:
+            try:
+                own = eager(hidden[few], ids[few], weights[few])
+            except RuntimeError as error:
+                raise UnsupportedModel(
+                    f"{self.name}: the module's own forward fails, so nothing tells whether it is "
+                    f"observed right ({str(error).splitlines()[0]}); run the model without "
+                    "observe(), and without autocast"
+                ) from error
+            self.compare(out[few], own)
+        return out
+
+    def routed(self, ids: Tensor, weights: Tensor) -> None:
+        """Nothing: statistics need no more than the experts' rows. Observers of routing ask."""
+
+    def _comparable(self, ids: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Counted tokens with an expert of this process: of others it computes nothing."""
+        if self._compared or self._layer.local is None:
+            return mask
+        own = ((ids >= 0) & (ids < self._layer.local_experts)).any(dim=1)
+        return own if mask is None else own & mask
+
+    def operands(self, hidden: Tensor) -> tuple[Tensor, ExpertWeights]:
+        """The rows and the module's weights as they lie now, in the dtype the model computes in."""
+        experts = self._weights()
+        dtype = _computed_dtype(experts.dtype, hidden.device)
+        if dtype == experts.dtype:
+            return hidden, experts
+        return hidden.to(dtype), _cast(experts, dtype)
+
+    def _weights(self) -> ExpertWeights:
+        module, adapter = self._layer.module, adapter_of(self._layer)
+        if not isinstance(adapter, KernelAdapter):
+            raise TypeError(f"adapter {adapter.name!r} does not describe its weights to kernels")
+        if self._formula is None:
+            self._formula = adapter.formula(module)
+        return adapter.weights(module, self._formula)
+
+    def token_mask(self, tokens: int, device: torch.device) -> Tensor | None:
+        """[tokens] bool on `device`; None when all count."""
+        return self._observation.tokens.for_layer(self._layer.name, tokens, device)
+
+    def open(self, device: torch.device) -> tuple[LayerStats, int]:
+        """The layer's statistics on `device`, and the index of the current group."""
+        self._check_dtype(device)
+        if self._forward != self._observation.forwards:
+            self._forward = self._observation.forwards
+            self._before = None if self._stats is None else self._stats.to(self._stats.device)
+        group = self._observation.group_index()
+        if self._stats is None:
+            self._stats = LayerStats(
+                self._layer.local_experts, len(self._observation.groups), device
+            )
+        elif self._stats.device != device:  # restored, so on the CPU
+            self._stats = self._stats.to(device)
+        self._stats.grow_groups(len(self._observation.groups))
+        return self._stats, group
+
+    def watch(self, rows: Tensor, mask: Tensor | None) -> None:
+        """Notes whether what comes to the experts is finite in all counted rows.
+
+        Args:
+            rows: [T, n] of the experts' input, or of what the router made of it.
+            mask: [T] bool; None where all rows count.
+        """
+        counted = rows if mask is None else torch.where(mask[:, None], rows, 0)
+        total = counted.sum(dtype=torch.float32)  # keeps NaN and Inf, and waits for no device
+        self._total = total if self._total is None else self._total.to(total.device) + total
+
+    @property
+    def input_finite(self) -> bool:
+        """Whether all counted rows so far were finite."""
+        return self._total is None or bool(self._total.isfinite())
+
+    def undo(self, forward: int) -> None:
+        """Takes back what was counted in a forward, if it was the last."""
+        if self._forward == forward:
+            self._stats, self._forward = self._before, 0
+            self._dtype = None if self._stats is None else self._dtype
+
+    def _check_dtype(self, device: torch.device) -> None:
+        """Raises UnsupportedModel where the layer computes in another dtype than before."""
+        stored = next(self._layer.module.parameters()).dtype
+        dtype = _computed_dtype(stored, device)
+        if self._dtype not in (None, dtype):
+            raise UnsupportedModel(
+                f"{self.name} was observed in {self._dtype} and computes in {dtype} now, but "
+                "statistics of two precisions do not add; change the model's dtype, or enter "
+                "autocast, before observing"
+            )
+        self._dtype = dtype
+
+    def sample(self, tokens: int, mask: Tensor | None) -> Tensor | None:
+        """Rows for the first call's comparison, spread over the counted tokens."""
+        if self._compared:
+            return None
+        rows = torch.arange(tokens) if mask is None else mask.cpu().nonzero().flatten()
+        if not len(rows):
+            return None
+        self._compared = True
+        return rows[torch.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows))).long()]
+
+    def compare(self, own: Tensor, eager: Tensor) -> None:
+        """Raise unless our rows are the module's own, within the dtype's tolerance."""
+        dtype = own.dtype if self._dtype is None else self._dtype
+        name, tolerance = self._layer.name, _TOLERANCE[dtype]
+        truth = eager.double()
+        if not bool(truth.isfinite().all()):
+            if self._layer.local is None:
+                self._observation.check_finite()  # a layer before this one may have spread it
+            bad = int((~truth.isfinite().all(dim=-1)).sum())
+            raise DataError(
+                f"{name}: the model's own experts give NaN or Inf for {bad} of {len(truth)} "
+                f"tokens in {dtype}; check the checkpoint's weights, or load it in a wider "
+                "dtype"
+            )
+        scale = float(truth.norm())
+        error = float((own.double() - truth).norm()) / (scale or 1.0)
+        if not error <= tolerance:
+            raise UnsupportedModel(
+                f"{name} ({type(self._layer.module).__name__}): our output differs from the "
+                f"module's own by {error:.2e} relative, {tolerance:.0e} is allowed for "
+                f"{dtype}; this model computes something this version does not know, so it is "
+                "refused"
+            )
+
+    def collect(self, groups: int) -> LayerStats:
+        """A copy on the CPU with `groups` groups, of all ranks' experts; empty if it never ran."""
+        copy, local = self.local(groups), self._layer.local
+        return copy if local is None else local.gathered(self.name, copy)
+
+    def local(self, groups: int) -> LayerStats:
+        """A copy on the CPU with `groups` groups, of this process's experts."""
+        copy = LayerStats(self._layer.local_experts) if self._stats is None else self._stats
+        copy = copy.to("cpu")
+        copy.grow_groups(groups)
+        return copy
+
+    def restore(self, stats: LayerStats, served_by: Iterable[str]) -> None:
+        """Goes on from these statistics, which those backends made."""
+        self._stats = stats.to("cpu")
+        self._served_before = set(served_by)
+
+
+def _computed_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """What products of weights of a dtype are computed in: autocast's, inside it."""
+    if stored == torch.float64 or not torch.is_autocast_enabled(device.type):
+        return stored
+    return torch.get_autocast_dtype(device.type)
+
+
+def _cast(experts: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
+    """The same weights in another dtype."""
+    names = ("up", "gate", "down", "up_bias", "gate_bias", "down_bias")
+    known = {name: value for name in names if (value := getattr(experts, name)) is not None}
+    cast: dict[str, Any] = {
+        name: value.to(dtype) if isinstance(value, Tensor) else [v.to(dtype) for v in value]
+        for name, value in known.items()
+    }
+    return dataclasses.replace(experts, **cast)

@@ -1,0 +1,1 @@
+"""From statistics to a plan: criteria, allocation, uncertainty. Knows statistics only."""

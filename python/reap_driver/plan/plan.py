@@ -1,0 +1,244 @@
+"""The plan: which experts each layer keeps, and its file, JSON that anybody can read."""
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from reap_driver.base.arguments import typed
+from reap_kernels.documents import Format, to_json
+from reap_kernels.errors import PlanError
+from reap_kernels.files import replaced
+from reap_kernels.model_match import DECIDING
+from reap_kernels.provenance import MAX_EXPERTS, MODEL, SOURCE
+from reap_kernels.schema import Int, Kind, ListOf, MapOf, OrNull, Real, Record, Text, short
+
+_IDS = ListOf(Int(0, MAX_EXPERTS - 1))
+_LAYER: dict[str, Kind] = {"num_experts": Int(1, MAX_EXPERTS), "kept": _IDS, "removed": _IDS}
+_SETTINGS: dict[str, Kind] = {
+    "normalise": Text(choices=("mean", "max", "none")),
+    "layer_ratios": MapOf(Real(low=0, below=1)),
+    "protected": MapOf(_IDS),
+}
+_FIELDS: dict[str, Kind] = {
+    "model": MODEL,
+    "criterion": Text(1000),
+    "weights": OrNull(MapOf(Real(low=0))),
+    "allocation": Text(1000),
+    "ratio": Real(above=0, below=1),
+    "scores_digest": Text(1000),
+    "data": ListOf(SOURCE),
+    "notes": ListOf(Text()),
+}
+FORMAT = Format(
+    "reap-plan",
+    1,
+    "plan",
+    {**_FIELDS, "layers": MapOf(Record(_LAYER), 1)},
+    PlanError,
+    "make it again with `reap-kernels plan`",
+    {"settings": Record(optional=_SETTINGS)},
+)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The experts of one layer: `kept` and `removed`, ascending, share out 0..num_experts - 1.
+
+    Raises:
+        PlanError: they do not.
+    """
+
+    num_experts: int
+    kept: tuple[int, ...]
+    removed: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if type(self.num_experts) is not int:
+            raise PlanError(f"num_experts is {short(self.num_experts)}; give a whole number")
+        for name in ("kept", "removed"):
+            ids = getattr(self, name)
+            if not isinstance(ids, tuple | list) or any(type(expert) is not int for expert in ids):
+                raise PlanError(f"{name} holds other things than expert ids: {short(ids)}")
+            if any(a >= b for a, b in itertools.pairwise(ids)):
+                raise PlanError(f"{name} is not ascending without repetition: {short(ids)}")
+        if not self.kept:
+            raise PlanError("kept is empty; a layer needs experts")
+        ids = sorted([*self.kept, *self.removed])
+        if len(ids) != self.num_experts or ids != list(range(len(ids))):
+            raise PlanError(
+                f"kept {short(self.kept)} and removed {short(self.removed)} do not share out the "
+                f"ids 0..{self.num_experts - 1}"
+            )
+
+    @classmethod
+    def keeping(cls, num_experts: int, kept: tuple[int, ...]) -> "LayerPlan":
+        """The plan that keeps `kept` and removes the rest."""
+        stays = set(kept)
+        return cls(num_experts, kept, tuple(e for e in range(num_experts) if e not in stays))
+
+
+def deciding_facts(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What decides whether a plan for these layers holds for another model, as `Plan.model` has it.
+
+    Args:
+        layers: facts of each layer, as the provenance of statistics records them.
+    """
+    return {
+        name: {fact: facts[fact] for fact in DECIDING if fact in facts}
+        for name, facts in layers.items()
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which experts every layer keeps, and where that came from.
+
+    Attributes:
+        model: `id`, `config_digest`, `model_type`, `architecture` of the model it was made for, the
+            fields of its configuration that the digest is of (`config`), and `layers`: how each
+            layer routes, and its sizes. Plans of before have neither of the last two.
+        criterion: what ranked the experts.
+        allocation: how the number removed was shared out among layers.
+        ratio: share of experts asked to be removed.
+        layers: name of the experts module -> its plan. A layer that is not named keeps all its
+            experts.
+        scores_digest: `Scores.digest()` of the scores.
+        weights: shares of the calibration groups, None as observed.
+        data: provenance of the calibration data, an entry a source.
+        notes: what a reader should know, such as rounding.
+        settings: what else the allocation was told: `protected` {layer: ids}, `layer_ratios`
+            {layer: ratio}, `normalise`; absent where not used.
+        version: of the format.
+    """
+
+    model: dict[str, Any]
+    criterion: str
+    allocation: str
+    ratio: float
+    layers: dict[str, LayerPlan]
+    scores_digest: str
+    weights: dict[str, float] | None = None
+    data: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    version: int = FORMAT.version
+
+    @property
+    def uniform(self) -> bool:
+        """Whether layers with as many experts keep as many, so that one number says it all."""
+        counts = {(layer.num_experts, len(layer.kept)) for layer in self.layers.values()}
+        return len(counts) == len({experts for experts, _ in counts})
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What identifies the model it was made for, for `reap_kernels.model_match.differences`."""
+        facts = self.model.get("layers") or {}
+        layers = {
+            name: {**facts.get(name, {}), "num_experts": layer.num_experts}
+            for name, layer in self.layers.items()
+        }
+        return {"model": self.model, "layers": layers}
+
+    def noting(self, notes: Sequence[str]) -> "Plan":
+        """A copy with more notes."""
+        return replace(self, notes=[*self.notes, *(n for n in notes if n not in self.notes)])
+
+    @property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """Layer name -> ids that stay, ascending."""
+        return {name: layer.kept for name, layer in self.layers.items()}
+
+    def covering(self, experts: Mapping[str, int]) -> "Plan":
+        """The same plan with an entry for each of these layers: those it does not name keep all.
+
+        Args:
+            experts: name of a layer -> its number of experts.
+        """
+        missing = {
+            name: LayerPlan.keeping(number, tuple(range(number)))
+            for name, number in experts.items()
+            if name not in self.layers
+        }
+        return replace(self, layers={**self.layers, **missing}) if missing else self
+
+    @typed
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON, a line for each layer (temporary sibling, fsync, rename).
+
+        Raises:
+            PlanError: see `check`.
+        """
+        text = _in_lines(self.check())
+        with replaced(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    def check(self) -> dict[str, Any]:
+        """What its file holds.
+
+        Raises:
+            PlanError: a field has a value that could not be read again.
+        """
+        other = isinstance(self.layers, Mapping) and [
+            name for name, layer in self.layers.items() if not isinstance(layer, LayerPlan)
+        ]
+        if not isinstance(self.layers, Mapping) or other:
+            raise PlanError(
+                f"plan: layers are {short(self.layers)}; give a LayerPlan under the name of each"
+            )
+        content: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
+        content |= {"settings": self.settings} if self.settings else {}
+        content["layers"] = {
+            name: {key: getattr(layer, key) for key in _LAYER}
+            for name, layer in self.layers.items()
+        }
+        return FORMAT.complete(content)
+
+    @classmethod
+    @typed
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        """Reads and checks a plan.
+
+        Raises:
+            PlanError: the file cannot be read, is no plan of this version, lacks a field, or has a
+                value that makes no sense; the message names file and field.
+        """
+        content = FORMAT.read(path)
+        layers = {}
+        for name, entry in content["layers"].items():
+            try:
+                kept, removed = tuple(entry["kept"]), tuple(entry["removed"])
+                layers[name] = LayerPlan(entry["num_experts"], kept, removed)
+            except PlanError as error:
+                raise FORMAT.refusal(path, f"layer {name}: {error}", ":") from error
+        settings = content.get("settings", {})  # plans of before had none
+        _check_protected(path, settings.get("protected", {}), layers)
+        fields = {name: content[name] for name in _FIELDS}
+        return cls(**fields, layers=layers, settings=settings)
+
+
+def _in_lines(value: Any, depth: int = 0) -> str:
+    """JSON with a line for each field and for each entry of a field."""
+    if depth == 2 or not value or not isinstance(value, dict | list):
+        return to_json(value)
+    indent = "  " * depth
+    entries = (
+        [f"{to_json(key)}: {_in_lines(item, depth + 1)}" for key, item in value.items()]
+        if isinstance(value, dict)
+        else [_in_lines(item, depth + 1) for item in value]
+    )
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return opening + ",".join(f"\n{indent}  {entry}" for entry in entries) + f"\n{indent}{closing}"
+
+
+def _check_protected(
+    path: object, protected: Mapping[str, list[int]], layers: Mapping[str, LayerPlan]
+) -> None:
+    """Protected experts are kept ones, as who edits a plan may forget."""
+    for name, ids in protected.items():
+        if not set(ids) <= set(layers[name].kept if name in layers else ()):
+            raise PlanError(
+                f"plan {path}: settings.protected of layer {name!r} is {short(ids)}, but these "
+                "are not ids that the layer keeps; keep them, or protect others"
+            )

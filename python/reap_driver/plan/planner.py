@@ -1,0 +1,272 @@
+"""Makes plans: scores in, which experts every layer keeps out."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from reap_driver.base.arguments import typed
+from reap_driver.plan.allocation.budget import Budget, check_ratio, kept_experts
+from reap_driver.plan.allocation.explicit import explicit
+from reap_driver.plan.allocation.pooled import pooled, removal_target
+from reap_driver.plan.allocation.uniform import uniform
+from reap_driver.plan.criteria import Scores
+from reap_driver.plan.custom_criteria import check_decides, check_scores, plain_scores
+from reap_driver.plan.plan import LayerPlan, Plan, deciding_facts
+from reap_driver.plan.scoring import random_values
+from reap_driver.plan.unreached import unreached, unreached_notes
+from reap_kernels import SaliencyStats
+from reap_kernels.errors import PlanError
+
+# How `make_plan` can share out what is removed among layers.
+ALLOCATIONS = ("uniform", "global")
+
+
+@typed
+def make_plan(
+    scores: Scores | Mapping[str, Tensor | Sequence[float]],
+    ratio: float = 0.5,
+    *,
+    criterion: str | None = None,
+    of: SaliencyStats | Mapping[str, Any] | None = None,
+    allocation: str = "uniform",
+    protected: Mapping[str, Collection[int]] | None = None,
+    layer_ratios: Mapping[str, float] | None = None,
+    normalise: str | None = None,
+) -> Plan:
+    """Decides which experts every layer keeps.
+
+    Args:
+        scores: of every MoE layer, from `reap_driver.score`; or scores of your own {layer: [E]}, a
+            tensor or list of finite numbers, the higher the worthier.
+        criterion: what scores of your own are called, in plans, cards and reports.
+        of: statistics of the model that scores of your own are of, or its record as
+            `reap_driver.record_of` gives it: they say how its layers route.
+        ratio: share of experts to remove, 0 < ratio < 1; `plan.allocation` says how it is rounded.
+        allocation: "uniform" takes that share of every layer; "global" of all experts together,
+            those with the lowest scores.
+        protected: {layer: ids} that stay whatever their scores.
+        layer_ratios: {layer: ratio} of layers that lose another share; 0 keeps all of them. The
+            others lose `ratio` all the same. Layers that no token reached keep all; where a field
+            that counts their experts counts those of layers that lose some, they must be named
+            here.
+        normalise: for "global", what a layer's scores are divided by before layers are compared:
+            their "mean" (default) or "max", or "none".
+
+    Raises:
+        PlanError: the ratio or the allocation is not possible, or scores are not finite, not one
+            for each expert, or all equal in a layer; the message says what is wrong.
+
+    Example:
+        >>> scores = {"model.layers.0.mlp.experts": [0.5, 1.5, 0.1, 2.0]}
+        >>> make_plan(scores, 0.5, criterion="mine", of=stats).kept
+        {'model.layers.0.mlp.experts': (1, 3)}
+    """
+    scores = _checked(scores, criterion, of)
+    if allocation not in ALLOCATIONS:
+        raise PlanError(
+            f"allocation {allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}"
+        )
+    if normalise is not None and allocation != "global":
+        raise PlanError(
+            f"normalise {normalise!r} has no effect on {allocation} allocation, which compares no "
+            "scores of different layers; leave it out, or choose global"
+        )
+    facts, asked = _facts(scores), layer_ratios or {}
+    _check_names([*facts, *scores.unobserved], protected or {}, asked)
+    layer_ratios = {name: share for name, share in asked.items() if name in facts}
+    whole = unreached(scores, asked)
+    settings: dict[str, Any] = {}
+    if allocation == "global":
+        settings["normalise"] = normalise or "mean"
+        budgets = pooled(
+            scores,
+            facts,
+            ratio,
+            protected=protected,
+            layer_ratios=layer_ratios,
+            normalise=settings["normalise"],
+        )
+        notes = _short_notes(budgets, facts, ratio, layer_ratios)
+    else:
+        budgets = uniform(facts, ratio, protected=protected, layer_ratios=layer_ratios)
+        notes = _rounding_notes(budgets)
+    if asked:
+        settings["layer_ratios"] = dict(asked)
+    return _plan(scores, budgets, allocation, ratio, notes, settings, whole)
+
+
+@typed
+def plan_of_removals(
+    scores: Scores,
+    removals: Mapping[str, int],
+    *,
+    allocation: str,
+    ratio: float,
+    protected: Mapping[str, Collection[int]] | None = None,
+) -> Plan:
+    """The plan that removes a given number of each layer's experts, those with the lowest scores.
+
+    Args:
+        scores: of every MoE layer.
+        removals: {layer: experts to remove}, within `max_removable` and in `removal_steps` of
+            `plan.allocation`; of layers that no token reached nothing, or 0 (see `make_plan`).
+        allocation: what found the numbers, for the record.
+        ratio: share of experts it was asked to remove, for the record.
+        protected: {layer: ids} that stay whatever their scores.
+
+    Raises:
+        PlanError: the removals are not possible; the message says what is.
+    """
+    check_ratio(ratio)
+    facts = _facts(scores)
+    _check_names(facts, protected or {}, {})
+    whole = unreached(scores, removals)
+    ranked = {name: number for name, number in removals.items() if name not in scores.unobserved}
+    budgets = explicit(facts, ranked, protected=protected)
+    return _plan(scores, budgets, allocation, ratio, [], {}, whole)
+
+
+@typed
+def random_plan(scores: Scores, ratio: float, seed: int) -> Plan:
+    """The baseline that keeps experts at random, by the same budgets and groups as any other plan.
+
+    Args:
+        scores: for the layers and the model only; their values do not matter.
+        ratio: share of experts to remove.
+        seed: equal seeds give equal plans on every machine.
+    """
+    values = random_values({name: len(known) for name, known in scores.items()}, seed)
+    provenance = {
+        "model": scores.model,
+        "layers": scores.layers,
+        "unobserved": scores.unobserved,
+        "stacks": scores.stacks,
+    }
+    return make_plan(Scores(values, criterion=f"random:{seed}", provenance=provenance), ratio)
+
+
+def _checked(
+    scores: Mapping[str, Any], criterion: str | None, of: SaliencyStats | Mapping[str, Any] | None
+) -> Scores:
+    """Scores that know what they are of, one for each expert."""
+    if isinstance(scores, Scores):
+        if criterion is not None or of is not None:
+            raise PlanError(
+                f"criterion and of are for plain scores; these are by {scores.criterion!r} and "
+                "know their model"
+            )
+        known = {name: facts for name, facts in scores.layers.items() if name in scores}
+        sizes = {name: facts.get("num_experts", len(scores[name])) for name, facts in known.items()}
+        check_scores(scores, scores.criterion, sizes)
+        return scores
+    if criterion is None or of is None:
+        raise PlanError(
+            "scores of your own need a name and the model they are of: make_plan(scores, ratio, "
+            'criterion="mine", of=stats), or of=rd.record_of(model)'
+        )
+    record = of if isinstance(of, Mapping) else of.provenance
+    if not isinstance(record.get("layers"), Mapping):
+        raise PlanError(
+            "of: holds no `layers`, which say how the model routes; give statistics, or "
+            "rd.record_of(model)"
+        )
+    return plain_scores(scores, criterion, record)
+
+
+def _facts(scores: Scores) -> dict[str, dict[str, Any]]:
+    """What is known of each scored layer."""
+    missing = [name for name in scores if name not in scores.layers]
+    if missing:
+        raise PlanError(
+            f"layer {missing[0]}: the statistics do not say how it routes (top_k, n_group); "
+            'observe with reap-kernels, or add it to provenance["layers"]'
+        )
+    return {name: scores.layers[name] for name in scores}
+
+
+def _check_names(layers: Collection[str], *asked: Mapping[str, Any]) -> None:
+    """Every layer that was named is one of the model's."""
+    for name in (name for names in asked for name in names):
+        if name not in layers:
+            raise PlanError(
+                f"layer {name!r} is none of the {len(layers)} MoE layers; `select_layers` of "
+                "reap_driver.plan.allocation finds them by number or pattern"
+            )
+
+
+def _plan(
+    scores: Scores,
+    budgets: Sequence[Budget],
+    allocation: str,
+    ratio: float,
+    notes: list[str],
+    settings: dict[str, Any],
+    whole: Collection[str],
+) -> Plan:
+    """The experts with the highest scores stay, as many as the budgets leave."""
+    unreached_facts: dict[str, dict[str, Any]] = {name: {} for name in scores.unobserved}
+    notes = [*notes, *unreached_notes(scores, whole, [b.name for b in budgets if b.removed])]
+    if not any(budget.removed for budget in budgets):
+        raise PlanError("nothing is removed: every layer is to keep all its experts")
+    check_decides(scores, scores.criterion, [b.name for b in budgets if b.removed])
+    layers = {
+        budget.name: LayerPlan.keeping(
+            budget.num_experts, kept_experts(scores[budget.name], budget)
+        )
+        for budget in budgets
+    }
+    protected = {b.name: sorted(b.protected) for b in budgets if b.protected}
+    plan = Plan(
+        model=scores.model | {"layers": deciding_facts(scores.layers | unreached_facts)},
+        criterion=scores.criterion,
+        allocation=allocation,
+        ratio=float(ratio),
+        layers=layers,
+        scores_digest=scores.digest(),
+        weights=scores.weights,
+        data=scores.data,
+        notes=[*scores.notes, *notes],
+        settings=settings | ({"protected": protected} if protected else {}),
+    )
+    if not plan.uniform:
+        plan.notes.append(_uneven_note(budgets))
+    return plan
+
+
+def _rounding_notes(budgets: Sequence[Budget]) -> list[str]:
+    """Where routing groups made a number smaller than asked."""
+    notes = {
+        f"removes {b.removed} instead of {b.asked} of {b.num_experts} experts a layer: the "
+        f"{b.n_group} routing groups must stay equal in size"
+        for b in budgets
+        if b.removed < b.asked
+    }
+    return sorted(notes)
+
+
+def _short_notes(
+    budgets: Sequence[Budget],
+    facts: Mapping[str, Mapping[str, Any]],
+    ratio: float,
+    layer_ratios: Mapping[str, float],
+) -> list[str]:
+    """Where a ranking across layers could not remove as many as asked."""
+    pool = [budget for budget in budgets if budget.name not in layer_ratios]
+    removed, wanted = sum(b.removed for b in pool), removal_target(facts, ratio, layer_ratios)
+    if removed == wanted:
+        return []
+    return [
+        f"removes {removed} instead of {wanted} of {sum(b.num_experts for b in pool)} experts: "
+        "routers need as many as they choose, and routing groups stay equal in size"
+    ]
+
+
+def _uneven_note(budgets: Sequence[Budget]) -> str:
+    """Which numbers the layers keep, and what that means for loading them."""
+    kept = [budget.kept for budget in budgets]
+    return (
+        f"layers keep from {min(kept)} to {max(kept)} experts: transformers' own from_pretrained, "
+        "vLLM and SGLang read one number for all layers and refuse such a checkpoint; `apply "
+        "--non-uniform` writes it for reap_driver to load"
+    )

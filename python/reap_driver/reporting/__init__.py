@@ -1,0 +1,1 @@
+"""The report: one HTML page, and its pictures as PNG files, of statistics and perhaps a plan."""

@@ -1,0 +1,347 @@
+"""Writes a pruned checkpoint from a checkpoint's files and a plan."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from reap_driver.base.arguments import typed
+from reap_driver.compat import load_pruned
+from reap_driver.compat.config_edit import clear_mtp, differences
+from reap_driver.compat.load_pruned import SETTINGS
+from reap_driver.compat.models import load_config, meta_model
+from reap_driver.files.checkpoint import RECORD, Source, open_source, resolve_folder
+from reap_driver.files.quantization import quantization_of
+from reap_driver.model.discover import find_moe_layers, record_of
+from reap_driver.model.stacks import Stack
+from reap_driver.plan.plan import Plan
+from reap_driver.writer.actions import Drop, Relabel
+from reap_driver.writer.card import model_card
+from reap_driver.writer.expert_names import ExpertNames, numbered_experts, other_modules
+from reap_driver.writer.front_matter import inherited_fields
+from reap_driver.writer.keys import KeyActions, KeyDecider
+from reap_driver.writer.meta_models import PrunedModel, derive_model, stacks_of_files
+from reap_driver.writer.mtp import MtpKeys
+from reap_driver.writer.parallel import check_threads, write_shards
+from reap_driver.writer.plan_checks import (
+    check_counts,
+    check_kept,
+    check_layers,
+    check_model,
+    loader_warning,
+    no_such_layer,
+    served_warning,
+)
+from reap_driver.writer.report import ApplyReport
+from reap_driver.writer.settings import copied_names, renamed_metadata, rewritten_files
+from reap_driver.writer.shards import plan_shards, write_index
+from reap_driver.writer.specification import Specification, specify
+from reap_driver.writer.staging import check_target, clean_stale, publish, rehearse, staged
+from reap_driver.writer.stream import OutShard
+from reap_driver.writer.verify import Checked, check_output, check_source
+from reap_kernels import SaliencyStats
+from reap_kernels.files import named
+
+LOADER = "load_pruned.py"  # of checkpoints whose layers keep different numbers of experts
+
+
+@typed
+def apply_plan(
+    model_path: str | Path,
+    plan: "Plan",
+    out_path: str | Path,
+    *,
+    mtp: Literal["drop", "keep"] = "drop",
+    shard_size: int | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    non_uniform: bool = False,
+    force_model: bool = False,
+    stats: "SaliencyStats | None" = None,
+) -> ApplyReport:
+    """Write the checkpoint that a plan leaves of a model, from its files, in constant memory.
+
+    The output appears under its name only when it is complete, flushed to disk and verified, and
+    then holds its plan as `reap/plan.json`; whatever happens, the source is not touched. Kept
+    tensors are the source's bytes, in whatever format they are.
+
+    Args:
+        model_path: folder of a Hugging Face checkpoint in safetensors, or a hub id.
+        plan: which experts each layer keeps; the same number in every layer that one field of the
+            configuration counts, unless `non_uniform`. Layers it does not name keep all.
+        out_path: folder to create.
+        mtp: multi-token-prediction layers are dropped, and the fields that announce them cleared,
+            or kept: then the plan must name the experts of those that have any.
+        shard_size: bytes of tensor data in a file; None keeps the source's division.
+        overwrite: replace a checkpoint that is at `out_path`, once the new one is complete.
+        trust_remote_code: run model code that comes with the checkpoint.
+        threads: how many files are written at once; None: at most 4. The output is the same.
+        progress: called with (bytes written, bytes to write), in the calling thread. What it
+            raises ends the run.
+        non_uniform: layers may keep different numbers. Such a checkpoint is loaded by this package
+            and by the `load_pruned.py` that is written beside its weights; transformers' own
+            `from_pretrained`, vLLM and SGLang refuse it.
+        force_model: apply a plan of a model that routes or is sized otherwise, where it can be
+            written; what differs is noted in the model card and in the report's plan.
+        stats: what the plan was made from, kept beside it in the folder `reap` of the output.
+
+    Returns:
+        What was done.
+
+    Raises:
+        PlanError: the plan does not belong to the model or cannot be applied to it, or `mtp`,
+            `shard_size` or `threads` is none of the values above.
+        CheckpointError: the source is damaged or inconsistent, or the target cannot be written.
+        UnsupportedModel: the model cannot be pruned correctly by files.
+        ResourceError: the disk is full.
+    """
+    started = time.perf_counter()
+    check_threads(threads)  # before the model is read or downloaded
+    out = Path(out_path).absolute()
+    folder = resolve_folder(model_path)
+    cleaned = clean_stale(out)
+    check_target(out, folder, overwrite=overwrite)
+    options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
+    job = _prepare(folder, plan, options)
+    model_card(job.inherited, job.plan, _report(job, out, 0))  # what it cannot say, it says now
+    needed = job.bytes_needed()
+    with staged(out, needed=needed) as staging:
+        report = _write(job, staging, out, _counter(progress, needed), threads)
+        report.bytes_written += _save_record(staging, job.plan, stats)
+        job.source.pins.check()
+        left = publish(staging, out, overwrite=overwrite)
+    if job.card_note is not None:
+        report.warnings.append(job.card_note)
+    if left is not None:
+        report.warnings.append(
+            f"the checkpoint that was replaced cannot be removed; it is in {left}: remove it"
+        )
+    report.cleaned = [str(path) for path in cleaned]
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+@typed
+def check_plan(
+    model_path: str | Path,
+    plan: "Plan",
+    out_path: str | Path,
+    *,
+    mtp: Literal["drop", "keep"] = "drop",
+    shard_size: int | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    threads: int | None = None,
+    non_uniform: bool = False,
+    force_model: bool = False,
+) -> None:
+    """Raise what `apply_plan` with these arguments would raise before it writes its first byte.
+
+    Plans that remove as many experts pass alike, so a long observation can check first that its
+    outcome will be written.
+    """
+    check_threads(threads)  # before the model is read or downloaded
+    out = Path(out_path).absolute()
+    folder = resolve_folder(model_path)
+    clean_stale(out)
+    check_target(out, folder, overwrite=overwrite)
+    options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
+    job = _prepare(folder, plan, options)
+    rehearse(out, needed=job.bytes_needed())
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the caller chose."""
+
+    keep_mtp: bool
+    shard_size: int | None
+    trust: bool
+    non_uniform: bool
+    force_model: bool
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything decided before the first byte is written."""
+
+    plan: "Plan"  # with notes of how the model differs from the plan's
+    source: Source
+    model: PrunedModel
+    keys: KeyActions
+    checked: Checked
+    shards: list[OutShard]
+    stacks: Sequence[Stack]
+    counts: Mapping[str, tuple[int, int]]  # experts of every layer, before and after
+    json_files: Mapping[str, dict[str, Any]]  # rewritten: config.json and quantisers' files
+    specification: Specification
+    loader: str | None  # content of load_pruned.py, where layers keep different numbers
+    inherited: Mapping[str, Any] | None  # fields of the source's card
+    card_note: str | None  # why there are none, where they cannot be read
+
+    def bytes_needed(self) -> int:
+        """Size of the output: shards, and what is copied beside them."""
+        weights = sum(shard.nbytes + len(shard.header()) for shard in self.shards)
+        small = sum((self.source.folder / path).stat().st_size for path in self.source.small_files)
+        return weights + small + len(self.loader or "")
+
+
+def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
+    """Read, check and decide; nothing is written."""
+    source = open_source(folder)
+    source.check_copied()
+    inherited = inherited_fields(source)
+    config = load_config(folder, trust_remote_code=options.trust)
+    check_kept(plan)
+    full = meta_model(config)
+    layers = find_moe_layers(full)
+    extra = check_layers(plan, layers)
+    notes = check_model(plan, record_of(full, layers), folder, force=options.force_model)
+    experts = {la.name: la.num_experts for la in layers}
+    kept = plan.covering(experts).kept
+    counts = {name: (number, len(kept[name])) for name, number in experts.items()}
+    trust = {"trust_remote_code": options.trust}
+    stacks = stacks_of_files(folder, full, source.config, experts, **trust)
+    check_counts(plan, stacks, counts, non_uniform=options.non_uniform)
+    model = derive_model(folder, full, source.config, stacks, counts, **trust)
+    mtp = MtpKeys(model.layout, model.old.shapes, plan.layers)
+    _check_extra_layers(extra, mtp)
+    quantization = quantization_of(source)
+    decider = KeyDecider(source.tensors, model.old, model.new, model.layout, kept, quantization)
+    keys = decider.decide(mtp, keep_mtp=options.keep_mtp)
+    where = str(folder / "config.json")
+    checked = check_source(source.tensors, model.old, where, quantization)
+    # Whether or not MTP tensors were there: MiniMax-M2 announces what it lacks.
+    if not options.keep_mtp:
+        clear_mtp(model.raw_config)
+    names = ExpertNames(numbered_experts(keys, model.layout, plan.kept), other_modules(keys))
+    files = rewritten_files(source, model.raw_config, names, counts)
+    rename = partial(renamed_metadata, names=names)
+    shards = plan_shards(source, keys.actions, options.shard_size, rename)
+    left = {name: after for name, (_, after) in counts.items()}
+    entries = source.tensors.values()
+    spec = specify(full, layers, left, model.new.shapes, entries, source.config)
+    loader = _loader(model.raw_config)
+    plan = plan.noting(notes)
+    decided = (checked, shards, stacks, counts, files, spec, loader)
+    return _Job(plan, source, model, keys, *decided, *inherited)
+
+
+def _write(
+    job: _Job,
+    staging: Path,
+    out: Path,
+    progress: Callable[[int], None],
+    threads: int | None,
+) -> ApplyReport:
+    """Write everything into the temporary folder, then verify it."""
+    written = write_shards(staging, job.shards, progress, threads)
+    written += write_index(staging, job.shards, job.source.index_metadata)
+    for path in job.source.small_files:
+        target = staging / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.as_posix() not in (*job.json_files, LOADER):
+            _copy(job.source, path, target)
+            progress(target.stat().st_size)
+            written += target.stat().st_size
+    for name, content in job.json_files.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        written += (staging / name).write_text(text, encoding="utf-8")
+    if job.loader is not None:
+        written += (staging / LOADER).write_text(job.loader, encoding="utf-8")
+    tensors = [tensor for shard in job.shards for tensor in shard.tensors]
+    check_output(tensors, job.model.new, job.checked, _renamed(job.keys))
+    report = _report(job, out, written)
+    card = model_card(job.inherited, job.plan, report)
+    report.bytes_written += (staging / "README.md").write_text(card, encoding="utf-8")
+    return report
+
+
+def _copy(source: Source, path: Path, target: Path) -> None:
+    """Copy a small file, which is still the one that was inspected."""
+    with source.pins.open(source.folder / path) as file, named(target), target.open("xb") as copy:
+        shutil.copyfileobj(file, copy)
+
+
+def _save_record(staging: Path, plan: "Plan", stats: "SaliencyStats | None") -> int:
+    """Keep the plan, and the statistics, with the checkpoint they made; returns their bytes."""
+    folder = staging / RECORD
+    folder.mkdir()
+    plan.save(folder / "plan.json")
+    if stats is not None:
+        stats.save(folder / "stats.safetensors")
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _report(job: _Job, out: Path, written: int) -> ApplyReport:
+    """The report, but for what happens after writing."""
+    parts = [{name: job.counts[name] for name in stack.layers} for stack in job.stacks]
+    cut = [part for part in parts if any(before != after for before, after in part.values())]
+    before, after = zip(*(pair for part in cut for pair in part.values()), strict=True)
+    uniform = job.loader is None
+    found = [served_warning(left) for left in sorted(set(after))] if uniform else []
+    warnings = [warning for warning in found if warning is not None]
+    warnings += [] if uniform else [loader_warning(after)]
+    warnings += copied_names(job.source, job.json_files)
+    return ApplyReport(
+        plan=job.plan,
+        source=job.source.folder,
+        out_path=out,
+        layers=len(after),
+        experts_before=max(before),
+        experts_after=max(after),
+        experts_per_layer=job.counts,
+        whole=[name for part in parts if part not in cut for name in part],
+        uniform=uniform,
+        tensors=sum(len(shard.tensors) for shard in job.shards),
+        tensor_bytes=sum(shard.nbytes for shard in job.shards),
+        source_tensors=len(job.source.tensors),
+        source_tensor_bytes=job.source.nbytes,
+        bytes_written=written,
+        shards=len(job.shards),
+        specification=job.specification,
+        edited_config=differences(job.source.config, job.json_files["config.json"]),
+        expert_keys_dropped=len(job.keys.dropped("expert")),
+        tables_rewritten=sum(isinstance(a, Relabel) for a in job.keys.actions.values()),
+        mtp_dropped=job.keys.dropped("mtp"),
+        left_out=[path.as_posix() for path in job.source.left_out],
+        warnings=warnings,
+    )
+
+
+def _loader(config: Mapping[str, Any]) -> str | None:
+    """The module that loads a checkpoint with these settings, if it takes one."""
+    if SETTINGS not in config:
+        return None
+    return Path(load_pruned.__file__).read_text(encoding="utf-8")
+
+
+def _check_extra_layers(names: tuple[str, ...], mtp: MtpKeys) -> None:
+    """Layers of the plan that the main model lacks must be MTP layers."""
+    for name in names:
+        if not mtp.owns(name, name + "."):
+            raise no_such_layer(name)
+
+
+def _renamed(keys: KeyActions) -> dict[str, str]:
+    """Old name -> new name of every tensor that is kept."""
+    return {key: a.name for key, a in keys.actions.items() if not isinstance(a, Drop)}
+
+
+def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    """Adds up byte counts for the caller's progress function."""
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(min(done, total), total)
+
+    return add

@@ -1,0 +1,110 @@
+"""A plan as masks: for every MoE layer, which of its experts may be routed to.
+
+For what cannot run layers of different sizes, or should not be rewritten at all: the original model
+with its routers masked computes what the pruned one would, without becoming smaller.
+
+    with rd.masked_experts(model, load_masks("masks.safetensors")):
+        model(**batch)
+
+The file is a safetensors file of one bool tensor [E] a layer, True for the experts that stay, named
+after the experts module (`model.layers.3.mlp.experts`). Elsewhere: where a mask is False, put the
+router's score below every other before the top k are taken, and leave it out of the softmax.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reap_driver.base.arguments import typed
+from reap_driver.compat.models import load_config, meta_model
+from reap_driver.files.checkpoint import resolve_folder
+from reap_driver.model.discover import find_moe_layers, record_of
+from reap_driver.plan.plan import Plan
+from reap_driver.writer.plan_checks import check_model, check_same_layers
+from reap_kernels.documents import Format
+from reap_kernels.errors import PlanError
+from reap_kernels.files import replaced
+from reap_kernels.provenance import MODEL
+from reap_kernels.schema import ListOf, Text, short
+from reap_kernels.tensor_files import read_tensors, write_tensors
+
+FORMAT = Format(
+    "reap-masks",
+    2,
+    "masks file",
+    {"model": MODEL},
+    PlanError,
+    "write one with `reap-kernels apply --as-masks`",
+    {"notes": ListOf(Text())},
+    sealed=True,
+)
+
+
+def expert_masks(plan: "Plan") -> dict[str, Tensor]:
+    """Layer -> bool [E], True for the experts that stay."""
+    masks = {}
+    for name, layer in plan.layers.items():
+        masks[name] = torch.zeros(layer.num_experts, dtype=torch.bool)
+        masks[name][list(layer.kept)] = True
+    return masks
+
+
+@typed
+def save_masks(
+    model_path: str | Path,
+    plan: "Plan",
+    path: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+    force_model: bool = False,
+) -> "Plan":
+    """Write a plan as masks, once it is known to fit the model.
+
+    Args:
+        model_path: folder of the model's checkpoint, or a hub id; no weights are read.
+        plan: made for it; layers may keep different numbers of experts.
+        path: the file (temporary sibling, fsync, rename).
+        trust_remote_code: run model code that comes with the checkpoint.
+        force_model: as for `apply_plan`.
+
+    Returns:
+        The plan, with notes of how the model differs from the one it was made for.
+
+    Raises:
+        PlanError: the plan does not belong to the model, or leaves a router too few experts.
+        UnsupportedModel, CheckpointError: see `load_config` and `find_moe_layers`.
+    """
+    plan.check()
+    folder = resolve_folder(model_path)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    full = meta_model(config)
+    layers = find_moe_layers(full)
+    check_same_layers(plan, layers)
+    notes = check_model(plan, record_of(full, layers), folder, force=force_model)
+    with replaced(path) as temporary:
+        content = {"model": plan.model, "notes": notes}
+        write_tensors(expert_masks(plan), temporary, FORMAT, content)
+    return plan.noting(notes)
+
+
+@typed
+def load_masks(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """Read what `save_masks` wrote: layer -> ids that stay, as `masked_experts` takes them.
+
+    Raises:
+        PlanError: the file cannot be read, or holds something else.
+    """
+    _, masks = read_tensors(path, FORMAT)
+    if not masks:
+        raise FORMAT.refusal(path, "has no masks")
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool or mask.ndim != 1 or not mask.any():
+            raise FORMAT.refusal(
+                path,
+                f"layer {short(name, 200)}: its mask is {mask.dtype} {list(mask.shape)}; expected "
+                "torch.bool [E], true for an expert at least",
+                ":",
+            )
+    return {name: tuple(mask.nonzero().flatten().tolist()) for name, mask in masks.items()}

@@ -1,0 +1,248 @@
+"""Checks of a plan against the model it is applied to, before anything is written."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from reap_driver.model.discover import MoELayer
+from reap_driver.model.stacks import Stack, stack_near
+from reap_driver.plan.allocation.served import SERVED_STEP, is_served
+from reap_driver.plan.plan import Plan
+from reap_driver.plan.published import public_name
+from reap_driver.writer.lists import split_layer
+from reap_kernels.errors import PlanError
+from reap_kernels.model_match import differences
+
+# Why numbers of experts may not differ between layers, and what to do.
+_UNREADABLE = (
+    "transformers' own from_pretrained, vLLM and SGLang read one count for all layers and would "
+    "not load that. Pass non_uniform=True (--non-uniform) for a checkpoint that reap_driver and "
+    "the load_pruned.py beside its weights load, write masks (--as-masks), or plan with an "
+    "allocation that keeps the same number everywhere (--allocation uniform)."
+)
+_TOGETHER = (
+    "they are in one decoder layer, whose own code counts them together, so both must keep as "
+    "many: plan the same number for both, from calibration data that reach both (images, where one "
+    "is for vision), or write masks, for which numbers may differ (--as-masks)."
+)
+
+
+def check_model(
+    plan: "Plan", record: Mapping[str, Any], where: object, *, force: bool = False
+) -> list[str]:
+    """The plan was made for this model, or for one that differs in nothing that decides.
+
+    Args:
+        plan: to be applied.
+        record: of the model it is applied to, see `reap_driver.model.discover.record_of`.
+        where: the model, for messages.
+        force: let through what decides too (routing, sizes); that it can be written at all
+            `check_layers` says.
+
+    Returns:
+        Notes of what differs, for the reader of the outcome.
+
+    Raises:
+        PlanError: it was made for another one; the message names the fields that differ.
+    """
+    found = differences(plan.record, record)
+    if not found.text:
+        return []
+    made_for = plan.model.get("id")
+    if not force and (found.deciding or found.unnamed):
+        raise PlanError(
+            f"plan: made for {made_for!r}, which is no match for {where}: "
+            f"{', '.join(found.deciding) or found.text}; make the plan from statistics of this "
+            "model, or take it all the same by --force-model (force_model=True)."
+        )
+    here = public_name(str(where))
+    how = "applied by force" if found.deciding or found.unnamed else "applied"
+    return [f"made for {public_name(str(made_for))} (there), {how} to {here} (here): {found.text}"]
+
+
+def check_kept(plan: "Plan") -> None:
+    """What a plan keeps makes sense by itself, whatever the model.
+
+    Raises:
+        PlanError: there is no layer, kept ids are invalid, or nothing is removed.
+    """
+    if not plan.layers:
+        raise PlanError("plan: has no layers.")
+    plan.check()
+    for name, layer in plan.layers.items():
+        kept = layer.kept
+        if (
+            list(kept) != sorted(set(kept))
+            or not kept
+            or kept[0] < 0
+            or kept[-1] >= layer.num_experts
+        ):
+            raise PlanError(
+                f"plan: layer {name!r} keeps {list(kept)}, expected ascending ids in [0, "
+                f"{layer.num_experts})."
+            )
+    if all(len(layer.kept) == layer.num_experts for layer in plan.layers.values()):
+        numbers = sorted({layer.num_experts for layer in plan.layers.values()})
+        experts = " or ".join(map(str, numbers))
+        raise PlanError(f"plan: removes none of {experts} experts; use a ratio above 0.")
+
+
+def check_counts(
+    plan: "Plan",
+    stacks: Sequence[Stack],
+    counts: Mapping[str, tuple[int, int]],
+    *,
+    non_uniform: bool,
+) -> None:
+    """The numbers of experts that layers keep can be written, stack by stack.
+
+    Args:
+        plan: what is to be written. Layers that the model does not have are multi-token-prediction
+            layers of the stack whose names are most like theirs, which is as many experts wide.
+        stacks: of the model: which of its layers share a field that counts their experts.
+        counts: every MoE layer of the model -> its experts before and after.
+        non_uniform: layers of a stack may keep different numbers.
+
+    Raises:
+        PlanError: numbers differ between layers where they may not.
+    """
+    further = {name: stack_near(name, stacks) for name in plan.layers if name not in counts}
+    for stack in stacks:
+        after = {name: counts[name][1] for name in stack.layers}
+        before = {counts[name][0] for name in stack.layers}
+        for name in (name for name, near in further.items() if near == stack):
+            _check_further(plan, name, before)
+            after[name] = len(plan.layers[name].kept)
+        if all(after[name] == counts[name][0] for name in stack.layers):
+            continue  # left whole, perhaps with the different numbers it has
+        if not non_uniform:
+            _check_equal(plan, after, f"{stack.field} of config.json counts both. {_UNREADABLE}")
+        decoders: dict[str, dict[str, int]] = {}
+        for name, count in after.items():
+            decoders.setdefault(split_layer(name)[0], {})[name] = count
+        for together in decoders.values():
+            _check_equal(plan, together, _TOGETHER)
+
+
+def _check_further(plan: "Plan", name: str, experts: Collection[int]) -> None:
+    """Raises PlanError unless an MTP layer has as many experts as the layers of its stack; where
+    these have different numbers, it may have another one.
+    """
+    if len(experts) == 1 and plan.layers[name].num_experts not in experts:
+        raise PlanError(
+            f"plan: counts {plan.layers[name].num_experts} experts in {name!r}, the layers of its "
+            f"stack have {min(experts)}; correct the entry."
+        )
+
+
+def _check_equal(plan: "Plan", counts: Mapping[str, int], why: str) -> None:
+    """Raises PlanError naming two layers that keep different numbers of experts."""
+    first = next(iter(counts))
+    other = next((name for name in counts if counts[name] != counts[first]), None)
+    if other is None:
+        return
+    unplanned = next((name for name in (first, other) if name not in plan.layers), None)
+    all_of_it = f" (the plan does not name {unplanned!r}, so it keeps all)" if unplanned else ""
+    raise PlanError(
+        f"plan: {first!r} keeps {counts[first]} experts but {other!r} keeps {counts[other]}"
+        f"{all_of_it}; {why}"
+    )
+
+
+def check_layers(plan: "Plan", layers: Sequence[MoELayer]) -> tuple[str, ...]:
+    """What the plan says of the model's MoE layers fits them, and they can route among what it
+    keeps. Layers that it does not name keep all their experts.
+
+    Returns:
+        Layers of the plan that the model does not have: MTP layers, or a mistake.
+
+    Raises:
+        PlanError: naming layer, counts and remedy.
+    """
+    for layer in layers:
+        planned = plan.layers.get(layer.name)
+        if planned is None:
+            known = plan.model.get("layers")
+            if known is not None and layer.name not in known:
+                raise PlanError(
+                    f"plan: made for a model without {layer.name!r}, one of the {len(layers)} MoE "
+                    "layers of this one; make the plan from statistics of this model."
+                )
+            continue
+        if planned.num_experts != layer.num_experts:
+            raise PlanError(
+                f"plan: counts {planned.num_experts} experts in {layer.name!r}, the model has "
+                f"{layer.num_experts}; make the plan from statistics of this model."
+            )
+        if len(planned.kept) < layer.top_k:
+            raise PlanError(
+                f"plan: keeps {len(planned.kept)} experts in {layer.name!r}, but a token is routed "
+                f"to {layer.top_k}; lower the ratio to {1 - layer.top_k / layer.num_experts:.3g} "
+                "or less."
+            )
+        if layer.n_group > 1:
+            check_groups(layer, planned.kept)
+    known = {layer.name for layer in layers}
+    return tuple(name for name in plan.layers if name not in known)
+
+
+def check_same_layers(plan: "Plan", layers: Sequence[MoELayer]) -> None:
+    """`check_layers`, where the model is run: the plan names no layer that it does not have.
+
+    Raises:
+        PlanError: see `check_layers`; or naming such a layer.
+    """
+    for name in check_layers(plan, layers):
+        raise no_such_layer(name)
+
+
+def no_such_layer(name: str) -> PlanError:
+    """The error for a layer of a plan that the model does not have."""
+    return PlanError(
+        f"plan: layer {name!r} does not exist in this model; make the plan from statistics of this "
+        "model."
+    )
+
+
+def check_groups(layer: MoELayer, kept: Sequence[int]) -> None:
+    """The layer's routing groups can choose among the kept experts.
+
+    Groups are consecutive ids; membership survives only if every group keeps the same number.
+
+    Raises:
+        PlanError: they do not, or too few are left in a group.
+    """
+    size = layer.num_experts // layer.n_group
+    counts = [0] * layer.n_group
+    for expert in kept:
+        counts[expert // size] += 1
+    if len(set(counts)) > 1:
+        raise PlanError(
+            f"plan: layer {layer.name!r} keeps {counts} experts in its {layer.n_group} routing "
+            "groups; they must be equal, so plan with group-limited allocation."
+        )
+    if counts[0] < min(2, size) or layer.topk_group * counts[0] < layer.top_k:
+        raise PlanError(
+            f"plan: layer {layer.name!r} keeps {counts[0]} experts in each routing group; a group "
+            f"is ranked by its two best, and {layer.topk_group} groups must hold {layer.top_k} "
+            "experts; lower the ratio."
+        )
+
+
+def served_warning(after: int) -> str | None:
+    """A warning when kernels of serving engines may not exist for this number of experts."""
+    if is_served(after):
+        return None
+    return (
+        f"{after} experts per layer is no multiple of {SERVED_STEP} (below it: no power of two); "
+        "some serving engines "
+        "have no kernel for such counts. transformers loads any."
+    )
+
+
+def loader_warning(counts: Collection[int]) -> str:
+    """What to say of a checkpoint whose layers keep different numbers of experts."""
+    return (
+        f"layers keep {min(counts)} to {max(counts)} experts: load this checkpoint with the "
+        "load_pruned.py beside its weights, or with reap_driver; transformers' own "
+        "from_pretrained, vLLM and SGLang read one count for all layers and refuse it."
+    )

@@ -1,0 +1,89 @@
+"""How output tensors are divided into files."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from reap_driver.files.checkpoint import INDEX_NAME, SINGLE_NAME, Source
+from reap_driver.files.safetensors_file import DTYPE_BITS, SafetensorsFile
+from reap_driver.writer.actions import Action
+from reap_driver.writer.stream import OutShard, OutTensor, out_tensor
+from reap_kernels.errors import PlanError
+
+_NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+def plan_shards(
+    source: Source,
+    actions: Mapping[str, Action],
+    shard_size: int | None,
+    rename: Callable[[Mapping[str, str]], Mapping[str, str]] = dict,
+) -> list[OutShard]:
+    """Files to write. The source's division is kept unless `shard_size` (bytes of data) asks for
+    another.
+
+    Shards left without a tensor disappear, and numbered names are then numbered anew. `rename`
+    makes a file's metadata from the source's.
+    """
+    if shard_size is not None and shard_size <= 0:
+        raise PlanError(f"shard_size {shard_size}: give a positive number of bytes.")
+    shards = [_shard(source.relative(file), file, actions) for file in source.shards]
+    if shard_size is not None:
+        whole = {key: text for shard in shards for key, text in shard.metadata.items()}
+        shards = _divide([t for shard in shards for t in shard.tensors], shard_size)
+        for shard in shards:
+            shard.metadata = whole
+    shards = [shard for shard in shards if shard.tensors]
+    for shard in shards:
+        shard.pins = source.pins
+        shard.metadata = rename(shard.metadata) or {"format": "pt"}
+        # Wider elements first keeps every tensor aligned to its element size; source order
+        # otherwise.
+        shard.tensors.sort(key=lambda tensor: -DTYPE_BITS[tensor.dtype])
+    changed = shard_size is not None or len(shards) != len(source.shards)
+    if len(shards) == 1 and changed:
+        shards[0].name = SINGLE_NAME
+    elif changed and all(_NUMBERED.fullmatch(shard.name) for shard in shards):
+        for number, shard in enumerate(shards, 1):
+            shard.name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    return shards
+
+
+def write_index(folder: Path, shards: list[OutShard], metadata: Mapping[str, Any]) -> int:
+    """`model.safetensors.index.json`, unless there is one file under the name that needs none.
+    Returns its bytes.
+    """
+    if [shard.name for shard in shards] == [SINGLE_NAME]:
+        return 0
+    index = {
+        "metadata": {
+            **{k: v for k, v in metadata.items() if k != "total_parameters"},
+            "total_size": sum(shard.nbytes for shard in shards),
+        },
+        "weight_map": {t.name: shard.name for shard in shards for t in shard.tensors},
+    }
+    index["weight_map"] = dict(sorted(index["weight_map"].items()))
+    text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    (folder / INDEX_NAME).write_text(text, encoding="utf-8")
+    return len(text.encode())
+
+
+def _shard(name: str, file: SafetensorsFile, actions: Mapping[str, Action]) -> OutShard:
+    """What is left of one shard."""
+    made = (out_tensor(key, entry, actions[key]) for key, entry in file.tensors.items())
+    return OutShard(name, [tensor for tensor in made if tensor is not None], file.metadata)
+
+
+def _divide(tensors: list[OutTensor], shard_size: int) -> list[OutShard]:
+    """Fill files in source order up to `shard_size`; a larger tensor gets a file of its own."""
+    shards: list[OutShard] = []
+    room = 0
+    for tensor in tensors:
+        if not shards or tensor.nbytes > room:
+            shards.append(OutShard(f"model-{len(shards) + 1:05d}-of-00000.safetensors"))
+            room = shard_size
+        shards[-1].tensors.append(tensor)
+        room -= tensor.nbytes
+    return shards

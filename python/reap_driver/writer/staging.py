@@ -1,0 +1,220 @@
+"""The folder that is written before it gets its final name, and what happens to it when anything
+goes wrong.
+
+A temporary sibling `.<name>.reap-partial-XXXX` holds the output until it is complete, flushed and
+verified; then it gets its name in one step (`exchange` says how, where an old checkpoint has the
+name). On any exception, Ctrl-C, SIGTERM or SIGHUP it is removed. After a kill -9 it stays behind;
+the next run to the same target recognises it by its lock, which dies with its process, and removes
+it. Whatever ends a run, and whenever, the name is that of a whole checkpoint, the old or the new
+one, if it was before: at once, or once the next run to it has begun.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from reap_driver.base.interrupts import held_back, terminations_raised
+from reap_driver.files.exchange import Kind, discarded, exchange, hidden, prefix, restore
+from reap_driver.files.locks import Lock, locked
+from reap_kernels.errors import CheckpointError, ResourceError
+from reap_kernels.files import NO_SPACE, sync
+
+
+def check_target(out: Path, source: Path, *, overwrite: bool) -> None:
+    """Refuse a target that exists, or that is, holds or lies inside the source.
+
+    Raises:
+        CheckpointError: naming the path and the way out.
+    """
+    target, origin = out.resolve(), source.resolve()
+    if target == origin or origin in target.parents:
+        raise CheckpointError(
+            f"{out}: is the source or inside it ({source}); choose another folder."
+        )
+    if target in origin.parents:
+        raise CheckpointError(f"{out}: contains the source {source}; choose another folder.")
+    check_replaceable(out, overwrite=overwrite)
+
+
+def check_replaceable(out: Path, *, overwrite: bool) -> None:
+    """Refuse a target that exists, unless it is a checkpoint that may be replaced.
+
+    Raises:
+        CheckpointError: naming the path and the way out.
+    """
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{out}: exists; choose another folder, or pass overwrite=True (--overwrite) to "
+            "replace it."
+        )
+    if out.is_symlink() or not out.is_dir():
+        raise CheckpointError(
+            f"{out}: is not a folder, so it is not replaced; choose another name."
+        )
+    if not (out / "config.json").is_file() and any(out.iterdir()):
+        raise CheckpointError(
+            f"{out}: holds files but no config.json, so it is not a checkpoint and is not "
+            "replaced; "
+            "choose another folder."
+        )
+
+
+@contextlib.contextmanager
+def staged(out: Path, *, needed: int) -> Iterator[Path]:
+    """A temporary sibling of `out`, removed unless the block ends normally and has renamed it.
+
+    Raises:
+        CheckpointError: the target's parent cannot be written.
+        ResourceError: fewer than `needed` bytes are free, or the disk or a quota fills up on the
+            way; nothing is left behind.
+    """
+    made = _make_parents(out.parent)
+    folder, free = out, 0
+    try:
+        with terminations_raised(), _make_folder(out) as folder:
+            free = _check_space(out, needed)
+            yield folder
+    except OSError as error:
+        _remove_empty(made)
+        where = str(error.filename or out).replace(str(folder), str(out))
+        if error.errno in NO_SPACE:
+            raise ResourceError(
+                f"{where}: {error.strerror} while it was written: the disk is full, or a quota or "
+                f"file size limit is reached ({needed} bytes are needed in all, {free} were free "
+                "when it began); free some space or choose a folder on another disk. Nothing was "
+                "left behind."
+            ) from error
+        raise CheckpointError(
+            f"{where}: cannot be written ({error.strerror or error}); check the name, the rights "
+            "of its folder, and that the disk is mounted for writing."
+        ) from error
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def rehearse(out: Path, *, needed: int) -> None:
+    """Raise what `staged` would raise at its beginning; leaves nothing behind."""
+    made = [path for path in (out.parent, *out.parent.parents) if not path.exists()]
+    with staged(out, needed=needed):
+        pass
+    _remove_empty(made)
+
+
+def publish(folder: Path, out: Path, *, overwrite: bool) -> Path | None:
+    """Flush the finished folder to disk and give it its final name.
+
+    Returns:
+        Where an old checkpoint is left that was replaced but cannot be removed; None as a rule.
+
+    Raises:
+        CheckpointError: a target appeared that may not be replaced.
+    """
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+    check_replaceable(out, overwrite=overwrite)
+    if not os.path.lexists(out):
+        with held_back():
+            folder.rename(out)
+        sync(out.parent)
+        return None
+    with locked(out):  # the old checkpoint, which is not a leftover before it has been replaced
+        exchange(folder, out)
+        sync(out.parent)
+        try:
+            shutil.rmtree(folder)
+        except OSError:  # the new checkpoint is there, and whole
+            return folder
+    return None
+
+
+def clean_stale(out: Path) -> list[Path]:
+    """Repair and remove what killed runs to this target left behind; returns what was removed.
+
+    Folders of runs still alive are left alone; so are all where the file system has no locks.
+
+    Raises:
+        CheckpointError: see `restore`.
+    """
+    restore(out)
+    return [*_remove_stale(out, "partial"), *_remove_stale(out, "replaced")]
+
+
+@contextlib.contextmanager
+def scratch(out: Path) -> Iterator[Path]:
+    """A hidden sibling of `out` for what a run needs while it lasts; those of killed runs are
+    removed.
+    """
+    _remove_stale(out, "scratch")
+    with _make_folder(out, "scratch") as folder:
+        yield folder
+
+
+def _remove_stale(out: Path, kind: Kind) -> list[Path]:
+    """Remove hidden siblings whose runs have ended; what cannot be removed stays."""
+    removed = []
+    for path in hidden(out, kind):
+        with locked(path) as lock:
+            if lock is not Lock.MINE:
+                continue
+            with contextlib.suppress(OSError):  # such as somebody else's
+                shutil.rmtree(path if kind == "scratch" else discarded(path, out))
+                removed.append(path)
+    return removed
+
+
+@contextlib.contextmanager
+def _make_folder(out: Path, kind: Kind = "partial") -> Iterator[Path]:
+    """The locked temporary folder."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix(out, kind), dir=out.parent))
+    try:
+        folder.chmod(
+            0o777 & ~_umask()
+        )  # mkdtemp is private; the result should be as mkdir makes it
+        with locked(folder):
+            yield folder
+    finally:
+        # Renamed away on success. What cannot be removed, the next run finds.
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_space(out: Path, needed: int) -> int:
+    """Refuse when the target's file system cannot hold `needed` bytes; returns what is free."""
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise ResourceError(
+            f"{out}: needs {needed} bytes, {free} are free there; free some space or choose a "
+            "folder on another disk. Nothing was left behind."
+        )
+    return free
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Create missing parents of the target; returns those created, deepest first."""
+    missing = [path for path in (parent, *parent.parents) if not path.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{parent}: cannot be created ({error.strerror}); choose a folder you may write."
+        ) from error
+    return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove parents created for a run that failed, unless something else was put there."""
+    for path in folders:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

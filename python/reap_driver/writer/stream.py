@@ -1,0 +1,329 @@
+"""Writes output shards: byte ranges of the source, copied by the kernel where bytes are unchanged.
+
+Memory does not grow with the checkpoint: whole tensors and rows of dimension 0 are ranges of the
+source file and never enter the process; rows of other dimensions, packed codes and id tables pass
+through buffers of `BUFFER_BYTES`, three at a time (or of one slab, all experts' rows, where that is
+larger). Shards written by several threads need as much each.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from reap_driver.files.pinned import Pins, unreadable
+from reap_driver.files.safetensors_file import (
+    DTYPE_BITS,
+    TensorEntry,
+    encode_header,
+    tensor_bytes,
+)
+from reap_driver.model.routing_table import relabel
+from reap_driver.writer.actions import (
+    Action,
+    Copy,
+    Drop,
+    Relabel,
+    Select,
+    SelectCodes,
+    SetLength,
+)
+from reap_driver.writer.codes import select_codes, slab_bytes, words_of
+from reap_kernels.errors import CheckpointError, UnsupportedModel
+from reap_kernels.files import NO_SPACE, named
+
+BUFFER_BYTES = 4 << 20  # gathering rows is as quick with 1 and slower with 16, beyond the caches
+_CHUNK_BYTES = 16 << 20  # one kernel copy; small, so that progress moves and Ctrl-C is heard
+_MIN_RANGE_BYTES = 64 << 10  # rows at least this long are copied by the kernel one by one
+_NUMPY_INTEGERS = {
+    f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "UI" for bits in (8, 16, 32, 64)
+}
+Progress = Callable[[int], None]  # bytes written since the last call
+
+
+@dataclass(frozen=True, slots=True)
+class OutTensor:
+    """One tensor to write: where its bytes come from and what is done to them."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorEntry
+    action: Action
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return tensor_bytes(self.dtype, self.shape)
+
+
+@dataclass
+class OutShard:
+    """One file to write, from files that must be as they were when they were inspected."""
+
+    name: str
+    tensors: list[OutTensor] = field(default_factory=list)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    pins: Pins = field(default_factory=Pins)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def header(self) -> bytes:
+        """The file's header."""
+        return encode_header({t.name: (t.dtype, t.shape) for t in self.tensors}, self.metadata)
+
+
+def out_tensor(key: str, entry: TensorEntry, action: Action) -> OutTensor | None:
+    """The tensor an action makes, None for a dropped one."""
+    if isinstance(action, Drop):
+        return None
+    shape = list(entry.shape)
+    if isinstance(action, Select):
+        shape[action.dim] = len(action.rows[0])
+        inner = math.prod(entry.shape[action.dim + 1 :]) * DTYPE_BITS[entry.dtype]
+        if inner % 8:
+            raise UnsupportedModel(
+                f"{key}: dtype {entry.dtype} packs rows of dimension {action.dim} into shared "
+                "bytes; "
+                "unpack the checkpoint first."
+            )
+    elif isinstance(action, SelectCodes):
+        shape[action.dim] = words_of(len(action.positions), action.bits)
+    return OutTensor(action.name, entry.dtype, tuple(shape), entry, action)
+
+
+def write_shard(folder: Path, shard: OutShard, progress: Progress) -> int:
+    """Write one file, in order: file systems lock a file while it is written to, so that parts of
+    one written at once wait for each other. Returns its size in bytes.
+
+    It is flushed when all files are written: waiting for the disk after each would leave it idle
+    while the next is read.
+    """
+    path = folder / shard.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with named(path), path.open("xb", buffering=0) as out:
+        header = shard.header()
+        write_all(out, header)
+        progress(len(header))
+        _write_tensors(out, shard, progress)
+        return os.fstat(out.fileno()).st_size
+
+
+def write_all(out: BinaryIO, data: bytes) -> None:
+    """Write every byte of `data` to an unbuffered file."""
+    view = memoryview(data)
+    while view:
+        view = view[out.write(view) :]
+
+
+class _Range(NamedTuple):
+    """Bytes of a source file that are copied as they are."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+def _write_tensors(out: BinaryIO, shard: OutShard, progress: Progress) -> None:
+    """Write a file's tensors in order. Every source file is opened once, and what is read next is
+    announced to the system, so that reading overlaps with writing."""
+    with contextlib.ExitStack() as stack:
+        opened: dict[Path, BinaryIO] = {}
+
+        def source_of(piece: _Range | OutTensor) -> BinaryIO:
+            path = piece.path if isinstance(piece, _Range) else piece.source.file
+            if path not in opened:
+                opened[path] = stack.enter_context(shard.pins.open(path))
+            return opened[path]
+
+        for piece, following in itertools.pairwise(itertools.chain(_pieces(shard.tensors), [None])):
+            if isinstance(following, _Range):
+                _announce(source_of(following), following.start, following.stop)
+            if isinstance(piece, _Range):
+                copy_range(source_of(piece), out, piece.start, piece.stop, progress)
+            elif piece is not None:
+                for block in _computed(source_of(piece), piece):
+                    write_all(out, block)
+                    progress(len(block))
+
+
+def copy_range(source: BinaryIO, out: BinaryIO, start: int, stop: int, progress: Progress) -> None:
+    """Append bytes [start, stop) of `source` to `out`, inside the kernel where the system can."""
+    while start < stop:
+        _announce(source, start + _CHUNK_BYTES, stop)
+        copied = _copy_some(source, out, start, min(stop - start, _CHUNK_BYTES))
+        if copied == 0:
+            raise CheckpointError(
+                f"{source.name}: ended at byte {start} while it was read, {stop} expected; "
+                "do not change the source while it is pruned."
+            )
+        start += copied
+        progress(copied)
+
+
+def _announce(source: BinaryIO, start: int, stop: int) -> None:
+    """Ask the system to begin reading [start, stop), or as much of it as is copied at once."""
+    if start < stop and hasattr(os, "posix_fadvise"):
+        count = min(stop - start, _CHUNK_BYTES)
+        os.posix_fadvise(source.fileno(), start, count, os.POSIX_FADV_WILLNEED)
+
+
+def _copy_some(source: BinaryIO, out: BinaryIO, start: int, count: int) -> int:
+    """Copy up to `count` bytes; returns how many."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source.fileno(), out.fileno(), count, offset_src=start)
+        except OSError as error:
+            if error.errno in NO_SPACE:
+                raise
+            # The system cannot copy between these two; or one of them failed, and then it is told
+            # here which.
+    data = _pread(source, min(count, BUFFER_BYTES), start)
+    write_all(out, data)
+    return len(data)
+
+
+def _pread(source: BinaryIO, count: int, start: int) -> bytes:
+    """Up to `count` bytes."""
+    try:
+        return os.pread(source.fileno(), count, start)
+    except OSError as error:
+        raise unreadable(Path(source.name), error) from error
+
+
+def _pieces(tensors: Iterable[OutTensor]) -> Iterator[_Range | OutTensor]:
+    """Ranges to copy, joined where one continues the other, and tensors to compute."""
+    pending: _Range | None = None
+    for piece in itertools.chain.from_iterable(map(_raw_pieces, tensors)):
+        if pending is not None:
+            if isinstance(piece, _Range) and piece[:2] == (pending.path, pending.stop):
+                pending = pending._replace(stop=piece.stop)
+                continue
+            yield pending
+            pending = None
+        if isinstance(piece, _Range):
+            pending = piece
+        else:
+            yield piece
+    if pending is not None:
+        yield pending
+
+
+def _raw_pieces(tensor: OutTensor) -> Iterator[_Range | OutTensor]:
+    """Pieces of one tensor, not joined."""
+    source, action = tensor.source, tensor.action
+    if isinstance(action, Copy):
+        yield _Range(source.file, source.start, source.stop)
+        return
+    if isinstance(action, Select):
+        outer, length, row = _extents(source, action.dim)
+        if outer == 1 or row >= _MIN_RANGE_BYTES:
+            for part in range(outer):
+                begin = source.start + part * length * row
+                for index in action.rows[part * len(action.rows) // outer]:
+                    yield _Range(source.file, begin + index * row, begin + (index + 1) * row)
+            return
+    yield tensor
+
+
+def _computed(source: BinaryIO, tensor: OutTensor) -> Iterator[bytes]:
+    """Bytes of a tensor whose rows are scattered, or whose values change, block by block."""
+    if isinstance(tensor.action, Relabel):
+        yield from _relabelled(source, tensor, tensor.action)
+    elif isinstance(tensor.action, Select):
+        yield from _gathered(source, tensor, tensor.action)
+    elif isinstance(tensor.action, SelectCodes):
+        yield from _repacked(source, tensor.source, tensor.action)
+    elif isinstance(tensor.action, SetLength):
+        yield _resized(source, tensor.source, tensor.action)
+
+
+def _gathered(source: BinaryIO, tensor: OutTensor, action: Select) -> Iterator[bytes]:
+    """Rows of an inner dimension: read whole slabs, keep the rows."""
+    outer, length, row = _extents(tensor.source, action.dim)
+    per_part = outer // len(action.rows)
+    step = max(1, BUFFER_BYTES // (length * row))
+    for part, rows in enumerate(action.rows):
+        index = np.asarray(rows)
+        for first in range(part * per_part, (part + 1) * per_part, step):
+            count = min(step, (part + 1) * per_part - first)
+            begin = tensor.source.start + first * length * row
+            data = _read(source, begin, count * length * row)
+            slabs = np.frombuffer(data, np.uint8).reshape(count, length, row)
+            yield slabs[:, index].tobytes()
+
+
+def _repacked(source: BinaryIO, entry: TensorEntry, action: SelectCodes) -> Iterator[bytes]:
+    """Words along one dimension, unpacked and packed again, some slabs at a time."""
+    outer, length, row = _extents(entry, action.dim)
+    columns = row // 4
+    step = max(1, BUFFER_BYTES // slab_bytes(action, length, columns))
+    for first in range(0, outer, step):
+        count = min(step, outer - first)
+        data = _read(source, entry.start + first * length * row, count * length * row)
+        words = np.frombuffer(data, "<u4").reshape(count, length, columns)
+        yield select_codes(words, action.bits, action.positions).tobytes()
+
+
+def _resized(source: BinaryIO, entry: TensorEntry, action: SetLength) -> bytes:
+    """The shape of a matrix, one of its lengths replaced."""
+    dtype = np.dtype(_NUMPY_INTEGERS[entry.dtype])
+    lengths = np.frombuffer(_read(source, entry.start, entry.nbytes), dtype).copy()
+    if lengths[action.index] != action.before:
+        raise CheckpointError(
+            f"{entry.file}: tensor {action.name!r} says that the matrix has the shape "
+            f"{lengths.tolist()}, but the model's has {action.before} in dimension "
+            f"{action.index}; download or make the checkpoint again."
+        )
+    lengths[action.index] = action.after
+    return lengths.tobytes()
+
+
+def _relabelled(source: BinaryIO, tensor: OutTensor, action: Relabel) -> Iterator[bytes]:
+    """An id table, its values rewritten."""
+    entry = tensor.source
+    dtype = np.dtype(_NUMPY_INTEGERS[entry.dtype])
+    rows, k = math.prod(entry.shape[:-1]), entry.shape[-1]
+    step = max(1, BUFFER_BYTES // (k * dtype.itemsize))
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        width = k * dtype.itemsize
+        data = _read(source, entry.start + first * width, count * width)
+        table = np.frombuffer(data, dtype).reshape(count, k)
+        new = relabel(
+            table,
+            action.kept,
+            action.num_experts,
+            first_row=first,
+            where=f"{entry.file}: {tensor.name}",
+        )
+        yield new.tobytes()
+
+
+def _extents(source: TensorEntry, dim: int) -> tuple[int, int, int]:
+    """(slabs before `dim`, its length, bytes of one row behind it)."""
+    row = math.prod(source.shape[dim + 1 :]) * DTYPE_BITS[source.dtype] // 8
+    return math.prod(source.shape[:dim]), source.shape[dim], row
+
+
+def _read(source: BinaryIO, start: int, count: int) -> bytes:
+    """Exactly `count` bytes."""
+    data = _pread(source, count, start)
+    while len(data) < count:
+        more = _pread(source, count - len(data), start + len(data))
+        if not more:
+            raise CheckpointError(
+                f"{source.name}: ended at byte {start + len(data)} while it was read; "
+                "do not change the source while it is pruned."
+            )
+        data += more
+    return data

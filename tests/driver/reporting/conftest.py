@@ -1,0 +1,71 @@
+"""Statistics of a few layers with a plan, in parts or not, and a large model."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from reap_driver.plan.plan import Plan
+from reap_driver.plan.planner import make_plan
+from reap_driver.plan.scoring import score
+from reap_kernels import LayerStats, SaliencyStats
+from tests.driver.plan.statistics import MODEL, Rows, in_parts, model_stats
+
+GROUPS = ["code", "tools"]
+LAYERS = [f"model.layers.{number}.mlp.experts" for number in (3, 4, 5)]
+
+Make = Callable[..., tuple[SaliencyStats, Plan]]
+
+
+def observed(seed: int, groups: list[str]) -> SaliencyStats:
+    """Statistics of three layers of 6 experts."""
+    rows = {name: Rows(len(groups), seed + n, rows=400) for n, name in enumerate(LAYERS)}
+    stats = model_stats(rows, groups)
+    stats.provenance["data"] = [
+        {"group": group, "source": f"/home/me/{group}.jsonl", "records": 10, "tokens": 100 * n}
+        for n, group in enumerate(groups, start=1)
+    ]
+    return stats
+
+
+def divided(groups: list[str]) -> SaliencyStats:
+    """The same, of 8 parts."""
+    return in_parts([observed(100 * n, groups) for n in range(8)])
+
+
+@pytest.fixture
+def make() -> Make:
+    """Makes statistics, of 8 parts where asked, and the plan that removes half."""
+
+    def call(*, parts: bool = False, groups: list[str] = GROUPS) -> tuple[SaliencyStats, Plan]:
+        stats = divided(groups) if parts else observed(0, groups)
+        return stats, make_plan(score(stats), 0.5)
+
+    return call
+
+
+def large(layers: int, experts: int, groups: list[str]) -> SaliencyStats:
+    """Statistics of a large model: Zipf's loads, dead experts, specialists."""
+    draw = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{number}.mlp.experts" for number in range(layers)]
+    found = {}
+    for name in names:
+        size = (len(groups), experts)
+        load = 1e6 / torch.arange(1, experts + 1).double()[torch.randperm(experts, generator=draw)]
+        load = load * torch.exp(torch.randn(size, generator=draw).double())
+        load[:, torch.rand(experts, generator=draw) < 0.02] = 0
+        stats = LayerStats(experts, len(groups))
+        stats.counts[0] = load.long()
+        gate = torch.rand(size, generator=draw).double()
+        norm = 1 + torch.rand(size, generator=draw).double()
+        for field, factor in (
+            ("gate_sum", gate),
+            ("norm_sum", norm),
+            ("gate_norm_sum", gate * norm),
+        ):
+            getattr(stats, field).copy_(stats.count * factor)
+        stats.tokens.fill_(10**7)
+        found[name] = stats
+    layer = {"num_experts": experts, "top_k": 8, "n_group": 1, "topk_group": 1}
+    provenance = {"model": MODEL, "layers": dict.fromkeys(names, layer), "gate": "model"}
+    return SaliencyStats(found, groups, provenance)

@@ -1,0 +1,275 @@
+"""The page: whole, safe, the same for the same input, and readable at any size."""
+
+import dataclasses
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from reap_driver.plan.plan import LayerPlan
+from reap_driver.plan.planner import make_plan
+from reap_driver.plan.scoring import score
+from reap_driver.reporting.inputs import Inputs
+from reap_driver.reporting.page import FILES, write_report
+from reap_kernels import LayerStats, SaliencyStats
+from reap_kernels.errors import PlanError
+from tests.driver.reporting.conftest import GROUPS, LAYERS, Make, divided, large, observed
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and collects ids, attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [named["id"]] if named.get("id") else []  # type: ignore[list-item]
+        self.references += [str(named[k]) for k in ("href", "xlink:href", "src") if named.get(k)]
+        if named.get("role") == "img":
+            self.images.append(named)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read(folder: Path) -> Page:
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of statistics without parts."""
+    folder = tmp_path_factory.mktemp("whole")
+    stats = observed(0, GROUPS)
+    write_report(stats, folder, make_plan(score(stats), 0.5))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def in_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of statistics in parts."""
+    folder = tmp_path_factory.mktemp("parts")
+    stats = divided(GROUPS)
+    write_report(stats, folder, make_plan(score(stats), 0.5))
+    return folder
+
+
+@pytest.mark.parametrize("which", ["whole", "in_parts"])
+def test_the_page_needs_nothing_but_itself(which: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(which)
+    page = read(folder)
+    assert len(page.ids) == len(set(page.ids))
+    for reference in page.references:
+        if reference.startswith("#"):
+            assert reference[1:] in page.ids
+        else:
+            assert reference.startswith("data:image/png;base64,")
+    source = (folder / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"url\((?!#)|@import|<script|<link|<iframe", source)
+    outside = set(re.findall(r'https?://[^"\s<]+', source))
+    assert outside <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert {path.name for path in folder.iterdir()} == set(FILES) - {"budget.png"}
+
+
+def test_every_picture_has_words_and_every_table_headings(whole: Path) -> None:
+    page = read(whole)
+    assert len(page.images) == 2 * 5  # for wide and for narrow pages
+    assert all(len(image["aria-label"] or "") > 40 for image in page.images)
+    source = (whole / "report.html").read_text(encoding="utf-8")
+    for table in re.findall(r"<table>.*?</table>", source, re.DOTALL):
+        assert "<caption>" in table
+        assert 'scope="col"' in table
+        assert 'scope="row"' in table
+
+
+def test_the_figures_are_on_the_page(whole: Path, make: Make) -> None:
+    stats, plan = make()
+    text = " ".join(read(whole).text.split())
+    assert "keeps 3 of 6 experts in each of 3 layers and removes 50.0 % of all" in text
+    shares = {}
+    for name in LAYERS:
+        gates = stats.layers[name].gate_sum.sum(0)
+        shares[name] = float(gates[list(plan.layers[name].kept)].sum() / gates.sum())
+    worst = min(LAYERS, key=lambda name: shares[name])
+    number = worst.split(".")[2]
+    assert f"least in layer {number}, {100 * shares[worst]:.1f} %" in text
+    assert "3 dead experts" in re.sub(r"(\d)\s*dead", r"\1 dead", text)  # NEVER, in each layer
+    assert "66.7 %" in text  # 200 of 300 tokens are of the group tools
+    assert "/home/me" not in text
+    assert "observe with --folds" in text
+
+
+def test_statistics_in_parts_show_the_margin(in_parts: Path) -> None:
+    text = read(in_parts).text
+    assert "experts inside the margin" in text
+    assert "observe with --folds" not in text
+
+
+def test_without_a_plan_nothing_is_cut(make: Make, tmp_path: Path) -> None:
+    stats, plan = make()
+    write_report(stats, tmp_path, plan)
+    assert (tmp_path / "margin.png").exists()
+    write_report(stats, tmp_path)
+    text = read(tmp_path).text
+    assert "No plan was given" in text
+    assert "removed" not in text.replace("removed ↓", "").split("Data and method")[-1]
+    assert not (tmp_path / "margin.png").exists()  # of the earlier report
+
+
+def test_one_group_says_how_to_have_more(make: Make, tmp_path: Path) -> None:
+    stats, plan = make(groups=["all"])
+    write_report(stats, tmp_path, plan)
+    assert "All data are one group (all)" in read(tmp_path).text
+    assert not (tmp_path / "groups.png").exists()
+
+
+def test_layers_that_keep_different_numbers_have_a_budget(make: Make, tmp_path: Path) -> None:
+    stats, plan = make()
+    layers = {**plan.layers, LAYERS[0]: LayerPlan.keeping(6, (0, 1, 2, 3, 5))}
+    write_report(stats, tmp_path, dataclasses.replace(plan, layers=layers))
+    assert (tmp_path / "budget.png").exists()
+    assert "keeps between 3 and 5 experts in each of 3 layers" in read(tmp_path).text
+
+
+def test_a_layer_may_keep_all(make: Make, tmp_path: Path) -> None:
+    stats, plan = make(parts=True)
+    layers = {**plan.layers, LAYERS[1]: LayerPlan.keeping(6, tuple(range(6)))}
+    write_report(stats, tmp_path, dataclasses.replace(plan, layers=layers))
+    assert "100.0\u00a0%" in read(tmp_path).text
+
+
+def test_equal_input_gives_equal_bytes(whole: Path, make: Make, tmp_path: Path) -> None:
+    stats, plan = make()
+    write_report(stats, tmp_path, plan)
+    for path in whole.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+
+
+def test_names_from_files_stay_text(make: Make, tmp_path: Path) -> None:
+    evil = '<script>alert("x")</script>&amp;$x_1$'
+    stats, _ = make(groups=[evil, "b"])
+    stats.provenance["model"] = {**stats.provenance["model"], "id": evil}
+    stats.provenance["software"] = {evil: evil}
+    plan = dataclasses.replace(make_plan(score(stats), 0.5), allocation=evil, notes=[evil])
+    write_report(stats, tmp_path, plan)
+    page = read(tmp_path)
+    assert "script" not in page.tags
+    assert page.text.count(evil) > 5
+
+
+def test_what_a_reader_must_know_is_noted(make: Make) -> None:
+    stats, plan = make()
+    assert Inputs.checked(stats, plan, None).notes() == []
+    other = dataclasses.replace(plan, scores_digest="sha256:other", notes=["of the plan"])
+    [of_plan, note] = Inputs.checked(stats, other, None).notes()
+    assert of_plan == "of the plan"
+    assert "digests differ" in note
+    [note] = Inputs.checked(stats, plan, "frequency").notes()
+    assert "The plan was made by reap; the scores shown are by frequency" in note
+    stats.provenance["unobserved"] = ["vision.0.experts"]
+    [*_, note] = Inputs.checked(stats, plan, None).notes()
+    assert "1 MoE layers were reached by no token" in note
+
+
+def test_why_the_margin_is_not_known(make: Make) -> None:
+    stats, plan = make()
+    assert "observe with --folds 8" in str(Inputs.checked(stats, plan, None).doubt)
+    stats, plan = make(parts=True)
+    assert Inputs.checked(stats, plan, None).doubt is None
+    assert "another criterion" in str(Inputs.checked(stats, plan, "frequency").doubt)
+    largest = make_plan(score(stats, "max_activation"), 0.5)
+    assert "no function of sums" in str(Inputs.checked(stats, largest, None).doubt)
+
+
+def test_parts_that_say_nothing_of_the_margin_are_no_obstacle(make: Make) -> None:
+    """One short sequence: all tokens of a layer are in one of the parts."""
+    whole, plan = make()
+    empty = [LayerStats(6, 2) for _ in LAYERS]
+    parts = [whole, *(SaliencyStats(dict(zip(LAYERS, empty, strict=True)), whole.groups),) * 7]
+    stats = SaliencyStats(whole.layers, whole.groups, whole.provenance, parts)
+    inputs = Inputs.checked(stats, plan, None)
+    assert inputs.doubt is not None
+    assert "one part of the data holds all its tokens" in inputs.doubt
+    assert inputs.uncertainty == {}
+    assert inputs.near == "within 5 % of the cut"
+    assert len(inputs.layers) == 3
+
+
+@pytest.mark.parametrize("named", ["fewer", "more"])
+def test_whole_layers_of_the_plan_or_the_statistics_alone(make: Make, named: str) -> None:
+    """Layers a plan does not name keep all, as those it names and no token reached."""
+    stats, plan = make(parts=True)
+    layers = dict(plan.layers)
+    if named == "fewer":
+        del layers[LAYERS[1]]
+    else:
+        layers["vision.experts"] = LayerPlan.keeping(4, (0, 1, 2, 3))
+    inputs = Inputs.checked(stats, dataclasses.replace(plan, layers=layers), None)
+    assert inputs.doubt is None
+    assert len(inputs.layers) == 3
+
+
+def test_a_group_that_missed_a_layer_is_said(make: Make, tmp_path: Path) -> None:
+    stats, plan = make()
+    layer = stats.layers[LAYERS[0]]
+    layer.counts[:, 1], layer.sums[:, 1], layer.tokens[1] = 0, 0, 0
+    write_report(stats, tmp_path, plan)
+    assert "Some group did not reach every layer" in read(tmp_path).text
+
+
+def test_plans_of_other_models_are_refused(make: Make, tmp_path: Path) -> None:
+    stats, plan = make()
+    other = dataclasses.replace(plan, model={"id": "b", "config_digest": "sha256:1"})
+    with pytest.raises(
+        PlanError, match=r"for 'b' .there.*, but the statistics are of.*digest is sha256:1 there"
+    ):
+        write_report(stats, tmp_path, other)
+    smaller = {**plan.layers, LAYERS[2]: LayerPlan.keeping(4, (0, 1))}
+    with pytest.raises(PlanError, match="observed with 6 experts, the plan says 4 experts"):
+        write_report(stats, tmp_path, dataclasses.replace(plan, layers=smaller))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_a_plan_does_not_name_are_whole(make: Make, tmp_path: Path) -> None:
+    stats, plan = make()
+    fewer = dataclasses.replace(plan, layers={LAYERS[0]: plan.layers[LAYERS[0]]})
+    [first, *others] = Inputs.checked(stats, fewer, None).layers
+    assert first.retained < 1
+    assert [(layer.retained, bool(layer.cut.kept.all())) for layer in others] == [(1, True)] * 2
+    write_report(stats, tmp_path, fewer)
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_largest_models_fit(tmp_path: Path) -> None:
+    stats = large(92, 512, ["code", "agentic", "math", "science", "chat"])
+    plan = make_plan(score(stats), 0.5)
+    began = time.process_time()
+    write_report(stats, tmp_path, plan)
+    assert time.process_time() - began < 20
+    assert (tmp_path / "report.html").stat().st_size < 3_000_000
+    read(tmp_path)

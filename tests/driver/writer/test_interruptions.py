@@ -1,0 +1,251 @@
+"""Runs that do not finish: killed, interrupted, out of space, not allowed. Nothing is left under
+the final name, the source is untouched, and only a kill -9 leaves something behind, which the next
+run removes."""
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from reap_driver.compat.models import load_config, meta_model
+from reap_driver.files.pinned import Pins
+from reap_driver.plan.plan import Plan
+from reap_driver.writer import parallel, staging, stream
+from reap_driver.writer.apply import apply_plan
+from reap_driver.writer.staging import clean_stale
+from reap_driver.writer.stream import OutShard, Progress
+from reap_kernels.errors import CheckpointError, ResourceError
+from tests.driver.writer import saved
+
+
+def write_slowly(full: Path, plan: Plan, out: Path, threads: int, begun: Path) -> None:
+    """Runs in a process of its own: writes for minutes, and says when it has begun."""
+
+    # Tests started in the background of a shell ignore it, and so would their forks.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    stream._CHUNK_BYTES = 16
+    copy = stream._copy_some
+
+    def slow(source: BinaryIO, out: BinaryIO, start: int, count: int) -> int:
+        time.sleep(0.05)
+        return copy(source, out, start, count)
+
+    stream._copy_some = slow
+    apply_plan(full, plan, out, threads=threads, progress=lambda *_: begun.touch())
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    saved.save("mixtral", tmp_path / "full")
+    saved.shard(tmp_path / "full", 4)
+    return tmp_path / "full"
+
+
+@pytest.fixture
+def plan(full: Path) -> Plan:
+    return saved.make_plan(full, meta_model(load_config(full)))
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Temporary folders."""
+    return sorted(path.name for path in folder.iterdir() if "reap-" in path.name)
+
+
+def interrupt(full: Path, plan: Plan, number: signal.Signals, threads: int) -> int | None:
+    """Send a signal to a writer in the middle of its work; returns its exit status."""
+    begun = full.parent / "begun"
+    # A fork has everything imported already; it lacks no thread, as the writer's end with its call.
+    process = multiprocessing.get_context("fork").Process(
+        target=write_slowly, args=(full, plan, full.parent / "pruned", threads, begun)
+    )
+    process.start()
+    assert process.pid is not None
+    try:
+        deadline = time.monotonic() + 60
+        while not begun.exists():
+            assert process.is_alive(), "the writer ended before it was interrupted"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(process.pid, number)
+        process.join(30)
+        return process.exitcode
+    finally:
+        process.kill()
+        process.join()
+        begun.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_kill_leaves_no_result_and_the_next_run_cleans_up(
+    full: Path, plan: Plan, threads: int
+) -> None:
+    before = saved.snapshot(full)
+    assert interrupt(full, plan, signal.SIGKILL, threads) == -signal.SIGKILL
+    assert not (full.parent / "pruned").exists()
+    left = leftovers(full.parent)
+    assert len(left) == 1
+    assert saved.snapshot(full) == before
+
+    report = apply_plan(full, plan, full.parent / "pruned")
+    assert [Path(path).name for path in report.cleaned] == left
+    assert leftovers(full.parent) == []
+    assert len(saved.read_all(full.parent / "pruned")) == report.tensors
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_termination_leaves_nothing(
+    full: Path, plan: Plan, number: signal.Signals, threads: int
+) -> None:
+    before = saved.snapshot(full)
+    assert interrupt(full, plan, number, threads) not in (0, None)
+    assert not (full.parent / "pruned").exists()
+    assert leftovers(full.parent) == []
+    assert saved.snapshot(full) == before
+
+
+def test_handlers_are_restored(full: Path, plan: Plan, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    apply_plan(full, plan, tmp_path / "pruned")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_folder_of_a_running_writer_is_left_alone(full: Path, plan: Plan, tmp_path: Path) -> None:
+    cleaned: list[Path] = []
+    apply_plan(
+        full,
+        plan,
+        tmp_path / "pruned",
+        progress=lambda *_: cleaned.extend(clean_stale(tmp_path / "pruned")),
+    )
+    assert cleaned == []
+    assert (tmp_path / "pruned" / "config.json").is_file()
+
+
+def test_failure_leaves_nothing_not_even_new_parents(
+    full: Path, plan: Plan, tmp_path: Path
+) -> None:
+    def fail(done: int, _: int) -> None:
+        if done > 1000:
+            raise RuntimeError("from the caller")
+
+    with pytest.raises(RuntimeError, match="from the caller"):
+        apply_plan(full, plan, tmp_path / "new" / "deeper" / "pruned", progress=fail)
+    assert not (tmp_path / "new").exists()
+
+
+def test_failed_replacement_keeps_the_old_checkpoint(
+    full: Path, plan: Plan, tmp_path: Path
+) -> None:
+    out = tmp_path / "pruned"
+    apply_plan(full, plan, out)
+    (out / "mark").write_text("first")
+
+    def fail(*_: int) -> None:
+        raise RuntimeError("from the caller")
+
+    with pytest.raises(RuntimeError, match="from the caller"):
+        apply_plan(full, plan, out, overwrite=True, progress=fail)
+    assert (out / "mark").read_text() == "first"
+    assert leftovers(tmp_path) == []
+    apply_plan(full, plan, out, overwrite=True)
+    assert not (out / "mark").exists()
+    assert leftovers(tmp_path) == []
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, size: str) -> Iterator[None]:
+    """A file system of that size, where mounting is allowed."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root on Linux; the file size limit test covers it")
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here; the file size limit test covers it")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_full_disk(
+    full: Path, plan: Plan, tmp_path: Path, foreseen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused up front; and when the space goes while writing, all is removed again."""
+    if not foreseen:
+        monkeypatch.setattr(staging, "_check_space", lambda *_: 0)
+    before = saved.snapshot(full)
+    with small_disk(tmp_path / "disk", "64k"):
+        out = tmp_path / "disk" / "pruned"
+        says = rf"{out}: needs \d+ bytes, \d+ are free there; free some"
+        if not foreseen:  # and which file it was is said, too
+            says = (
+                rf"{out}/model-\d+-of-\d+\.safetensors: No space left.*\d+ bytes are needed.*free"
+            )
+        with pytest.raises(ResourceError, match=says):
+            apply_plan(full, plan, out)
+        assert list((tmp_path / "disk").iterdir()) == []
+    assert saved.snapshot(full) == before
+
+
+def test_file_size_limit(full: Path, plan: Plan, tmp_path: Path) -> None:
+    """A limit (quotas behave alike) that is hit in the middle of a file."""
+    before = saved.snapshot(full)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
+    try:
+        with pytest.raises(ResourceError, match="quota or file size limit"):
+            apply_plan(full, plan, tmp_path / "pruned")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert not (tmp_path / "pruned").exists()
+    assert leftovers(tmp_path) == []
+    assert saved.snapshot(full) == before
+
+
+def test_unwritable_target(full: Path, plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"file: cannot be created"):
+        apply_plan(full, plan, tmp_path / "file" / "pruned")
+    assert (tmp_path / "file").read_text() == "mine"
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(0o500)
+    target = (
+        closed if os.geteuid() else Path("/proc")
+    )  # root may write anywhere but in a view of the kernel
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        apply_plan(full, plan, target / "pruned")
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_source_that_shrinks_while_it_is_read(
+    full: Path, plan: Plan, tmp_path: Path, pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the file is opened, and after."""
+    victim = full / "model-00004-of-00004.safetensors"
+    write = parallel.write_shard
+
+    def shrink_first(folder: Path, shard: OutShard, progress: Progress) -> int:
+        if shard.name == victim.name:
+            os.truncate(victim, 2000)
+            shard.pins = shard.pins if pinned else Pins()
+        return write(folder, shard, progress)
+
+    monkeypatch.setattr(parallel, "write_shard", shrink_first)
+    after = r"00004.*ended at byte 2000.*do not change the source"
+    before = r"00004.*changed after it was inspected \(it has 2000 bytes, it had \d+"
+    with pytest.raises(CheckpointError, match=before if pinned else after):
+        apply_plan(full, plan, tmp_path / "pruned")
+    assert not (tmp_path / "pruned").exists()
+    assert leftovers(tmp_path) == []

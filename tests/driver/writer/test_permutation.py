@@ -1,0 +1,129 @@
+"""The check of a pruned checkpoint against its original and its plan: right ones pass, and every
+kind of mistake is seen and named."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from reap_driver.evaluation.audit import check_permutation
+from reap_driver.plan.plan import LayerPlan, Plan
+from reap_driver.writer.apply import apply_plan
+from reap_kernels.errors import PlanError
+from tests.driver import zoo
+from tests.driver.writer import saved, test_remote
+from tests.driver.writer.test_truth import _REFUSED
+
+
+def pruned(name: str, folder: Path, choose: saved.Chooser = saved.scattered) -> Plan:
+    """`full` and `out` in a folder, and the plan between them."""
+    plan = saved.make_plan(folder / "full", saved.save(name, folder / "full"), choose)
+    apply_plan(folder / "full", plan, folder / "out", non_uniform=True)
+    return plan
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.names() if name not in _REFUSED])
+def test_what_the_writer_wrote_passes(name: str, tmp_path: Path) -> None:
+    plan = pruned(name, tmp_path, saved.differing())
+    assert check_permutation(tmp_path / "full", tmp_path / "out", plan) == []
+    # The same checkpoint by another plan: every layer, and every tensor that holds experts.
+    other = {}
+    for layer, entry in plan.layers.items():
+        ids = list(range(entry.num_experts))
+        kept = tuple(ids[-len(entry.kept) :]) if entry.removed else entry.kept
+        other[layer] = LayerPlan.keeping(entry.num_experts, kept)
+    changed = {layer for layer in other if other[layer].kept != plan.layers[layer].kept}
+    assert changed
+    found = check_permutation(tmp_path / "full", tmp_path / "out", replace(plan, layers=other))
+    for layer in changed:
+        assert any(problem.startswith(f"{layer}.") for problem in found)
+        block = layer.rpartition(".")[0] + "."
+        assert any(p.startswith(block) and not p.startswith(f"{layer}.") for p in found), layer
+
+
+def test_experts_in_a_list(tmp_path: Path) -> None:
+    test_remote.save(tmp_path / "full")
+    plan = test_remote.plan_for(tmp_path / "full")
+    apply_plan(tmp_path / "full", plan, tmp_path / "out", trust_remote_code=True)
+
+    def check(plan: Plan) -> list[str]:
+        return check_permutation(tmp_path / "full", tmp_path / "out", plan, trust_remote_code=True)
+
+    assert check(plan) == []
+    name = "layers.0.mlp.experts"
+    other = {**plan.layers, name: LayerPlan.keeping(8, (0, 2, 3, 4, 7))}
+    found = check(replace(plan, layers=other))
+    assert len(found) == 4  # three projections and the router's row
+    assert f"{name}.4.up_proj.weight: differs from the original" in found
+    assert "layers.0.mlp.gate.weight: expert 4 (row 4) is not what row 3 holds now" in found
+
+
+LAYER = "model.layers.1.mlp."
+
+
+def _swapped(tensors: dict[str, torch.Tensor], key: str) -> None:
+    tensors[key] = tensors[key][[1, 0, *range(2, len(tensors[key]))]]
+
+
+def _changed(tensors: dict[str, torch.Tensor], key: str) -> None:
+    tensors[key].view(-1)[-1] += 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "key", "says"),
+    [
+        (_swapped, f"{LAYER}gate.weight", r"gate.weight: expert \d \(row \d\) is not what row 0"),
+        (_swapped, f"{LAYER}gate.e_score_correction_bias", r"bias: expert \d \(row \d\)"),
+        (_changed, f"{LAYER}experts.2.up_proj.weight", r"gate_up_proj: expert \d .* row 2 "),
+        (_changed, f"{LAYER}shared_experts.up_proj.weight", "up_proj.weight: differs"),
+        (_changed, "model.embed_tokens.weight", "embed_tokens.weight: differs"),
+    ],
+)
+def test_mistakes_are_named(
+    spoil: Callable[[dict[str, torch.Tensor], str], None], key: str, says: str, tmp_path: Path
+) -> None:
+    plan = pruned("glm4_moe", tmp_path)
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        spoil(tensors, key)
+        return tensors
+
+    saved.change_tensors(tmp_path / "out", change)
+    found = check_permutation(tmp_path / "full", tmp_path / "out", plan)
+    assert found
+    assert all(
+        problem.startswith(key.partition("experts.")[0].rpartition(".")[0]) for problem in found
+    )
+    assert len(found) == (2 if spoil is _swapped else 1)
+    assert any(re.search(says, problem) for problem in found), found
+
+
+def test_a_table_by_token_is_checked(tmp_path: Path) -> None:
+    plan = pruned("deepseek_v4", tmp_path, saved.differing())
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        key = next(key for key in tensors if key.endswith("tid2eid"))
+        tensors[key] = (tensors[key] + 1) % len(next(iter(plan.layers.values())).kept)
+        return tensors
+
+    saved.change_tensors(tmp_path / "out", change)
+    [found] = check_permutation(tmp_path / "full", tmp_path / "out", plan)
+    assert "names other experts than the plan's new numbers" in found
+
+
+def test_a_sample_of_layers_and_other_plans(tmp_path: Path) -> None:
+    plan = pruned("deepseek_v2", tmp_path)
+    key = "model.layers.1.mlp.gate.weight"
+    saved.change_tensors(tmp_path / "out", lambda t: {**t, key: t[key] + 1})
+    both = (tmp_path / "full", tmp_path / "out", plan)
+    assert check_permutation(*both)
+    assert check_permutation(*both, sample=2) == []  # the first and the last of three
+    with pytest.raises(PlanError, match=r"counts 6 experts in .*the original has 8"):
+        check_permutation(
+            tmp_path / "full",
+            tmp_path / "out",
+            replace(plan, layers={n: LayerPlan.keeping(6, (0, 1, 2)) for n in plan.layers}),
+        )
