@@ -71,6 +71,10 @@ def test_without_cuda_the_wheel_is_pure(fresh, tmp_path, variables) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "reap_kernels/configs/sm90.json" in names
     assert "reap_driver/demo/model/model.safetensors" in names
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {
+        "reap_driver",
+        "reap_kernels",
+    }  # the training of the bundled model stays in bench/
     assert not [name for name in names if name.endswith(".so") or "csrc" in name]
     said = [line for line in done.stdout.splitlines() if "reap_kernels._C" in line]
     assert len(said) == ("REAP_BUILD_CUDA" not in variables), said

@@ -13,20 +13,16 @@ import torch
 from matplotlib import pyplot as plt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reap_driver.demo import corpus
-from reap_driver.demo import run as demo
-from reap_driver.demo.evaluate import evaluate, token_windows, unigram_loss
-from reap_driver.demo.muon import Muon, orthogonalise
-from reap_driver.demo.run import run_demo
-from reap_driver.demo.specialisation import (
+from bench.demo_model.measure import unigram_loss
+from bench.demo_model.specialization import (
     domain_information,
     routers,
     routing_shares,
     without_experts,
 )
-from reap_driver.demo.table import format_report
-from reap_driver.demo.train import (
+from bench.demo_model.train import (
     Recipe,
+    as_matrices,
     balance_loss,
     batches,
     build_model,
@@ -36,11 +32,17 @@ from reap_driver.demo.train import (
     train,
     train_tokenizer,
 )
+from reap_driver.demo import corpus
+from reap_driver.demo import run as demo
+from reap_driver.demo.evaluate import evaluate, token_windows
+from reap_driver.demo.run import run_demo
+from reap_driver.demo.table import format_report
 from reap_driver.plan.plan import Plan
 from reap_kernels.errors import DataError
 from reap_kernels.stats import SaliencyStats
 
 MODEL = Path(corpus.__file__).parent / "model"
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,16 @@ def test_model_is_a_small_qwen3_moe_in_the_published_format():
     assert config["architectures"] == ["Qwen3MoeForCausalLM"]
     assert config["num_experts"] >= 16
     assert "num_local_experts" not in config
+
+
+def test_the_card_states_how_the_weights_were_trained():
+    card = (MODEL / "README.md").read_text()
+    record = json.loads((MODEL / "training.json").read_text())
+    assert record["note"] in card
+    assert f"{record['parameters']:,} parameters" in card
+    assert f"read {record['tokens_seen']:,} tokens" in card
+    for module in re.findall(r"python -m ([\w.]+)", card):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
 
 
 def test_model_predicts_held_out_text(model, windows):
@@ -253,26 +265,23 @@ def test_training_learns_and_saves_the_published_format(tmp_path):
     assert shown == "user: fox?\n\nassistant: "
 
 
-@pytest.mark.parametrize("shape", [(48, 160), (160, 48), (3, 32, 32)])
-def test_orthogonalised_matrix_has_singular_values_near_one(shape):
+def test_muon_updates_each_matrix_of_stacked_experts_by_itself():
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape), steps=8))
-    assert values.min() > 0.5
-    assert values.max() < 1.3
-
-
-def test_muon_orthogonalises_each_block_of_a_fused_projection():
-    torch.manual_seed(0)
-    start, grad = torch.randn(2, 8, 6), torch.randn(2, 8, 6)
-    fused = torch.nn.Parameter(start.clone())
-    halves = [torch.nn.Parameter(h.clone()) for h in start.chunk(2, dim=1)]
-    fused.grad = grad
-    for half, part in zip(halves, grad.chunk(2, dim=1), strict=True):
-        half.grad = part.contiguous()
-    Muon([{"params": [fused], "blocks": 2}], lr=0.1).step()
-    Muon([{"params": halves}], lr=0.1).step()
-    assert not torch.equal(fused, start)
-    torch.testing.assert_close(fused, torch.cat([h.data for h in halves], dim=1))
+    start, target = torch.randn(3, 8, 6), torch.randn(3, 8, 6)
+    stack = torch.nn.Parameter(start.clone())
+    alone = [
+        torch.nn.Parameter(half.clone()) for expert in start for half in expert.chunk(2, dim=0)
+    ]
+    matrices = as_matrices(stack, blocks=2)
+    for parameters, loss in (
+        (matrices, (stack * target).square().sum()),
+        (alone, (torch.cat(alone).view_as(target) * target).square().sum()),
+    ):
+        optimizer = torch.optim.Muon(parameters, lr=0.1, weight_decay=0.0)
+        loss.backward()
+        optimizer.step()
+    assert not torch.equal(stack.detach(), start)
+    torch.testing.assert_close(stack.detach(), torch.cat(alone).detach().view_as(start))
 
 
 # --- the demo -----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Text for the demo: what every Python installation carries, in three splits that share no text.
 
-Four domains, so that experts have something to specialise in:
+Four domains, so that experts have something to specialize in:
 
 - ``code``: library sources without their docstrings,
 - ``docstrings``: the docstrings of the same modules,

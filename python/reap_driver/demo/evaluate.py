@@ -96,15 +96,3 @@ def _batches(windows: dict[str, Tensor], batch: int) -> Iterator[tuple[str, Tens
     for domain, ids in windows.items():
         for part in ids.split(batch):
             yield domain, part
-
-
-def unigram_loss(windows: dict[str, Tensor], vocab_size: int) -> float:
-    """Loss in nats of the best model that ignores context: the entropy of the token frequencies.
-
-    A yardstick: although fitted to the very text it is measured on, a language model must beat it.
-    """
-    counts = torch.bincount(
-        torch.cat([w[:, 1:].flatten() for w in windows.values()]), minlength=vocab_size
-    )
-    share = counts[counts > 0].double() / counts.sum()
-    return float(-(share * share.log()).sum())

@@ -1,6 +1,6 @@
-"""Measure the trained model, write its card: ``python -m reap_driver.demo.measure DIR``.
+"""Measure the trained model, write its card: ``python -m bench.demo_model.measure DIR``.
 
-Held-out perplexity, how evenly the experts are used, and how far they have specialised; the figures
+Held-out perplexity, how evenly the experts are used, and how far they have specialized; the figures
 are printed as JSON and go into the card, ``README.md``.
 """
 
@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench.demo_model.specialization import ablation, domain_information, routing_shares
 from reap_driver.demo.corpus import load_corpus
-from reap_driver.demo.evaluate import evaluate, token_windows, unigram_loss
-from reap_driver.demo.specialisation import ablation, domain_information, routing_shares
+from reap_driver.demo.evaluate import evaluate, token_windows
 
 WINDOWS = 64  # per domain, for perplexity and routing
 ABLATION_WINDOWS = 4  # per domain, evaluated once for every expert
@@ -50,6 +50,18 @@ def measure(model: Any, tokenizer: Any) -> dict[str, Any]:
         "domain_information_bits_at_most": math.log2(len(windows)),
         "ablation": _ablation_figures(growth),
     }
+
+
+def unigram_loss(windows: dict[str, Tensor], vocab_size: int) -> float:
+    """Loss in nats of the best model that ignores context: the entropy of the token frequencies.
+
+    A yardstick: although fitted to the very text it is measured on, a language model must beat it.
+    """
+    counts = torch.bincount(
+        torch.cat([w[:, 1:].flatten() for w in windows.values()]), minlength=vocab_size
+    )
+    share = counts[counts > 0].double() / counts.sum()
+    return float(-(share * share.log()).sum())
 
 
 def _load(shares: Tensor) -> dict[str, Any]:
@@ -88,10 +100,10 @@ shown in seconds; it writes text that looks like Python and means nothing.
 
 ## Training
 
-`python -m reap_driver.demo.train --out DIR`, seed {seed}, read {tokens_seen:,} tokens in
+`python -m bench.demo_model.train --out DIR`, seed {seed}, read {tokens_seen:,} tokens in
 {cpu_minutes:.1f} minutes of CPU time with {threads} thread(s); {minutes:.1f} minutes by the clock,
 on {cores} cores busy with other work too. Python {python}, torch {torch}; the recipe is in
-`training.json`.
+`training.json`.{note}
 
 The text is the library that comes with Python, in four domains; training tokens available:
 {available}.
@@ -100,7 +112,7 @@ Modules are split by a hash of their name into training (80 %), calibration (10 
 
 ## Measured on {held_out_tokens:,} held-out tokens
 
-`python -m reap_driver.demo.measure DIR` measures and writes this page.
+`python -m bench.demo_model.measure DIR` measures and writes this page.
 
 | | all | {domain_names} |
 |---|---|{rule}
@@ -135,6 +147,7 @@ def render_card(config: Any, training: dict[str, Any], figures: dict[str, Any]) 
         cpu_minutes=training["cpu_seconds"] / 60,
         **training["software"],
         seed=training["recipe"]["seed"],
+        note=f" {training['note']}" if "note" in training else "",
         layers=config.num_hidden_layers,
         experts=config.num_experts,
         active=config.num_experts_per_tok,

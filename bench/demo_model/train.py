@@ -1,4 +1,4 @@
-"""Train the bundled model: ``python -m reap_driver.demo.train --out DIR``.
+"""Train the bundled model: ``python -m bench.demo_model.train --out DIR``.
 
 A Qwen3-MoE of a few million parameters with its own byte-level BPE tokenizer, trained on the
 running Python's own library (``corpus.py``) and saved in Hugging Face format. Seeded; one process.
@@ -21,14 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from bench.demo_model.specialization import router_outputs
 from reap_driver.demo.corpus import DOMAINS, Document, load_corpus
-from reap_driver.demo.muon import Muon
-from reap_driver.demo.specialisation import router_outputs
 
 END_OF_TEXT = "<|endoftext|>"
 # Plain words, no special tokens: the model has never seen a chat, the template only makes
@@ -150,7 +149,7 @@ def balance_loss(logits: Tensor, chosen: Tensor) -> Tensor:
     """Load-balancing loss of one layer, 1 when all experts are used alike.
 
     E * sum_e f_e p_e with f_e the share of routed slots and p_e the mean router probability (Fedus
-    et al. 2021, eq. 4), over a whole batch of mixed domains: experts stay free to specialise by
+    et al. 2021, eq. 4), over a whole batch of mixed domains: experts stay free to specialize by
     domain. logits [T, E], chosen [T, k].
     """
     experts = logits.shape[-1]
@@ -158,19 +157,46 @@ def balance_loss(logits: Tensor, chosen: Tensor) -> Tensor:
     return experts * (share * logits.softmax(-1).mean(0)).sum()
 
 
-def optimisers(model: Qwen3MoeForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def as_matrices(parameter: Tensor, blocks: int = 1) -> list[Tensor]:
+    """The matrices of a parameter as parameters of their own, with its memory and its gradients.
+
+    `torch.optim.Muon` takes [rows, columns] only and orthogonalizes the update of a whole
+    parameter. Experts are stacked, and their gate and up projections fused.
+
+    Args:
+        parameter: [rows, columns], or experts [E, blocks * rows, columns].
+        blocks: matrices fused along the rows.
+
+    Returns:
+        E * blocks parameters [rows, columns]; each backward pass sets their gradients.
+    """
+
+    def split(tensor: Tensor) -> list[Tensor]:
+        stack = tensor if tensor.ndim == 3 else tensor[None]
+        return [block for matrix in stack.unbind() for block in matrix.chunk(blocks)]
+
+    matrices = [nn.Parameter(block) for block in split(parameter.detach())]
+
+    def share_gradient(whole: Tensor) -> None:
+        assert whole.grad is not None
+        for matrix, gradient in zip(matrices, split(whole.grad), strict=True):
+            matrix.grad = gradient
+
+    parameter.register_post_accumulate_grad_hook(share_gradient)
+    return list(matrices)
+
+
+def optimizers(model: Qwen3MoeForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the projections and experts, AdamW for embedding, router and norms."""
     matrices: list[Tensor] = []
-    fused: list[Tensor] = []
     others: list[Tensor] = []
     for name, p in model.named_parameters():
         if p.ndim < 2 or "embed" in name or ".gate.weight" in name:
             others.append(p)
         else:
-            (fused if "gate_up" in name else matrices).append(p)
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": fused, "blocks": 2}]
+            matrices += as_matrices(p, blocks=2 if "gate_up" in name else 1)
     return [
-        Muon(groups, lr=recipe.muon_lr, weight_decay=recipe.weight_decay),
+        torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay),
         torch.optim.AdamW(
             others, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         ),
@@ -187,7 +213,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 def train(model: Qwen3MoeForCausalLM, streams: dict[str, Tensor], recipe: Recipe) -> list[float]:
     """Train in place and return every step's loss; a line of progress every 20 steps on stderr."""
-    optims = optimisers(model, recipe)
+    optims = optimizers(model, recipe)
     schedules = [LambdaLR(o, lambda step: learning_rate(step, recipe)) for o in optims]
     losses: list[float] = []
     began = time.time()
@@ -201,8 +227,9 @@ def train(model: Qwen3MoeForCausalLM, streams: dict[str, Tensor], recipe: Recipe
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optim, schedule in zip(optims, schedules, strict=True):
                 optim.step()
-                optim.zero_grad(set_to_none=True)
+                optim.zero_grad()
                 schedule.step()
+            model.zero_grad()
             losses.append(loss.item())
             if len(losses) % 20 == 0:
                 rate = len(losses) * ids.numel() / (time.time() - began)
@@ -228,16 +255,8 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pa
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def main() -> None:
-    """Command line of the training script."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
-    for name, value in asdict(Recipe()).items():
-        if isinstance(value, (int, float)):
-            parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    options = vars(parser.parse_args())
-    out: Path = options.pop("out")
-    recipe = Recipe(**options)
+def train_and_save(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """Train by a recipe, write the model, and return the record that is written beside it."""
     began, cpu = time.time(), time.process_time()
     documents = load_corpus(["train"])
     tokenizer = train_tokenizer(documents, recipe.vocab_size)
@@ -258,7 +277,19 @@ def main() -> None:
         "software": {"python": sys.version.split()[0], "torch": torch.__version__},
     }
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record), file=sys.stderr)
+    return record
+
+
+def main() -> None:
+    """Command line of the training script."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
+    for name, value in asdict(Recipe()).items():
+        if isinstance(value, (int, float)):
+            parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    options = vars(parser.parse_args())
+    out: Path = options.pop("out")
+    print(json.dumps(train_and_save(Recipe(**options), out)), file=sys.stderr)
 
 
 if __name__ == "__main__":
