@@ -43,7 +43,7 @@ def work(mode: str, folder: Path, sequences: int, batch: int, out: Path) -> dict
     from reap_driver.base.interrupts import Stop
     from reap_driver.load.checkpoint import load_model, open_streamed
     from reap_driver.observation.observer import observe
-    from reap_driver.observation.run import Run, observe_resident, observe_streamed
+    from reap_driver.observation.run import Run, run_resident, run_streamed
     from reap_driver.observation.state_store import StateStore
 
     ids = cpu_model.tokens(sequences, LENGTH, batch)
@@ -62,12 +62,12 @@ def work(mode: str, folder: Path, sequences: int, batch: int, out: Path) -> dict
     if mode == "resident":
         observer = observe(load_model(folder))
         loaded = time.perf_counter()
-        observe_resident(Run(observer, Batches(), range(len(ids)), Stop()))
+        run_resident(Run(observer, Batches(), range(len(ids)), Stop()))
     else:
         with open_streamed(folder) as streamed:
             observer, loaded = observe(streamed.model), time.perf_counter()
             run = Run(observer, Batches(), range(len(ids)), Stop())
-            observe_streamed(run, streamed, StateStore("device", streamed.device))
+            run_streamed(run, streamed, StateStore("device", streamed.device))
     stats, ended = observer.stats, time.perf_counter()
     stats.save(out)
     return {

@@ -1,6 +1,6 @@
 """When a streamed pass asks for a layer, has it, and lets it go; and the memory it holds meanwhile.
 
-A stand-in for `StreamedModel` in `observe_streamed`, so that what is timed is the library's own
+A stand-in for `StreamedModel` in `run_streamed`, so that what is timed is the library's own
 loop. It waits for the device where its clock is read: once a layer where layers load while others
 compute, when the next one is there, so that a load that is too early for what computes shows.
 """

@@ -1,7 +1,7 @@
 """Stage 5, streaming: true-shape layers from files, each loaded while the one before computes.
 
 Three figures a layer: loading alone, computing alone, both overlapped. All are taken around
-`observe_streamed` itself, by a stand-in for the streamed model that looks at the clock whenever a
+`run_streamed` itself, by a stand-in for the streamed model that looks at the clock whenever a
 layer is asked for or let go. Before that, small files must give the bits of a resident run; after
 it, the overlapped pass must have given the bits of the pass that loaded and computed in turn.
 
@@ -173,13 +173,13 @@ def verify(device: torch.device, format: str, folder: Path) -> str:
     from reap_driver.base.interrupts import Stop
     from reap_driver.load.checkpoint import load_model
     from reap_driver.observation.observer import observe
-    from reap_driver.observation.run import Run, observe_resident
+    from reap_driver.observation.run import Run, run_resident
 
     streamed_files.write(TINY, format, folder, device)
     data = Data(_ids(TINY_RUN, 1))
     numbers = range(2 * len(data.ids))
     resident = observe(load_model(folder, device=device))
-    observe_resident(Run(resident, data, numbers, Stop()))
+    run_resident(Run(resident, data, numbers, Stop()))
     want = resident.stats
     for park in ("device", "host", "file"):
         with _observed(folder, device, data, numbers, park) as (observer, _):
@@ -207,7 +207,7 @@ def _observed(
     from reap_driver.base.interrupts import Stop
     from reap_driver.load.checkpoint import open_streamed
     from reap_driver.observation.observer import observe
-    from reap_driver.observation.run import Run, observe_streamed
+    from reap_driver.observation.run import Run, run_streamed
     from reap_driver.observation.state_store import StateStore
 
     states = folder / "states"
@@ -219,7 +219,7 @@ def _observed(
             run, watched = Run(observer, data, numbers, stop), streamed
             if watch is not None:
                 run.done, watched = watch.batch, watch.on(streamed, stop)
-            observe_streamed(run, watched, store)
+            run_streamed(run, watched, store)
             yield observer, store
     finally:
         store.close()

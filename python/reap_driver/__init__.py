@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from reap_driver.budget_search.search import search_plan
     from reap_driver.compat.models import load_config
     from reap_driver.evaluation.audit import check_permutation
-    from reap_driver.evaluation.models import compare
+    from reap_driver.evaluation.models import compare_models
     from reap_driver.evaluation.router_masks import masked_experts
     from reap_driver.evaluation.routing import orphans, retained
     from reap_driver.evaluation.sequences import Comparison
@@ -46,7 +46,7 @@ _HOMES = {
     "__version__": "reap_kernels",
     "apply_plan": "reap_driver.writer.apply",
     "check_permutation": "reap_driver.evaluation.audit",
-    "compare": "reap_driver.evaluation.models",
+    "compare_models": "reap_driver.evaluation.models",
     "find_moe_layers": "reap_driver.model.discover",
     "load_config": "reap_driver.compat.models",
     "load_masks": "reap_driver.writer.mask_file",
@@ -78,7 +78,7 @@ __all__ = [
     "__version__",
     "apply_plan",
     "check_permutation",
-    "compare",
+    "compare_models",
     "find_moe_layers",
     "load_config",
     "load_masks",

@@ -33,7 +33,7 @@ from reap_driver.observation import journal as journals
 from reap_driver.observation.distributed import Ranks
 from reap_driver.observation.journal import Entry, Journal
 from reap_driver.observation.observer import Observer, observe
-from reap_driver.observation.run import Run, observe_resident, observe_streamed
+from reap_driver.observation.run import ObserverJournal, Run, run_resident, run_streamed
 from reap_driver.observation.state_store import Place, StateStore
 from reap_driver.writer.staging import scratch
 from reap_kernels import SaliencyStats
@@ -292,7 +292,7 @@ def _run(
                 batches,
                 ranks.share(len(packed)),
                 stop,
-                journal,
+                None if journal is None else ObserverJournal(journal, observer),
                 done=lambda share: progress.add(share * total),
                 seconds=before,
             )
@@ -377,13 +377,13 @@ def _prepare(
 def _observe(run: Run, how: How, held: Held, entry: Entry | None, folder: Path) -> None:
     """Runs, resident or streamed."""
     if held.streamed is None:
-        observe_resident(run)
+        run_resident(run)
         return
     store = StateStore(how.park, held.streamed.device, folder)
     try:
         if entry is not None and entry.states is not None:
             store.load(entry.states)
-        observe_streamed(run, held.streamed, store)
+        run_streamed(run, held.streamed, store)
     finally:
         store.close()
         if run.journal is None:

@@ -1,14 +1,14 @@
-"""Runs two models on the same batches and compares their predictions; no logits are kept.
+"""Compares the predictions of two models on the same batches, without keeping their logits.
 
-Models in memory, or one and a plan that masks its routers, run on a batch one after the other.
-Streamed models run one after the other on all batches, layer by layer, and what waits of either is
-what its last decoder layer returned: as wide as the model, not as its vocabulary. Their heads then
-run on a batch one after the other.
+Two models in memory, or one model and a plan that masks its routers, run one after the other on
+each batch. Streamed models run one after the other on all batches, layer by layer; of each, the
+hidden states behind its last decoder layer are kept ([batch, seq, hidden], much smaller than the
+logits). Then both models' heads run on one batch at a time.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,8 +23,7 @@ from reap_driver.evaluation.sequences import Comparison, Sums
 from reap_driver.load.checkpoint import StreamedModel
 from reap_driver.model.plain_model import plain_model
 from reap_driver.observation.layer_runner import LayerRunner
-from reap_driver.observation.observer import Observer
-from reap_driver.observation.run import Batches, Given, Run, observe_streamed
+from reap_driver.observation.run import Batches, Given, Run, run_streamed
 from reap_driver.observation.state_store import StateStore
 from reap_driver.plan.plan import Plan
 
@@ -32,7 +31,7 @@ Done = Callable[[float], Any]
 
 
 @typed
-def compare(
+def compare_models(
     original: PreTrainedModel,
     pruned: PreTrainedModel | Plan,
     batches: Sequence[Mapping[str, Tensor]],
@@ -42,23 +41,39 @@ def compare(
     seed: int = 0,
     backend: str | None = None,
 ) -> Comparison:
-    """Compares a pruned model's next-token predictions with the original's, on the same text.
+    """Compares a pruned model's next-token predictions with those of its original.
+
+    Both models run on each batch, one after the other; memory holds the logits of one batch.
 
     Args:
-        original: in memory, in eval mode.
-        pruned: likewise, of the same vocabulary; or a plan, which is applied to the original by
-            masking its routers.
-        batches: what `observe` takes: `input_ids` [batch, seq] int64 and what goes with them; see
-            `reap_driver.evaluation.predictions.counted_targets` for what counts.
-        groups: calibration group of each batch; default one for all.
-        draws: of the bootstrap that intervals come from.
-        seed: of the bootstrap.
-        backend: of `compare_logits`, never falling back.
+        original: a model in memory, in eval mode.
+        pruned: a model in memory with the same vocabulary, in eval mode; or a plan, which is
+            applied to `original` by masking its routers.
+        batches: the models' arguments for each batch: `input_ids` [batch, seq] int64, and
+            optionally `attention_mask`, `position_ids` and `token_mask` (bool), each [batch, seq];
+            `reap_driver.evaluation.predictions.counted_targets` says which predictions count.
+        groups: the calibration group of each batch; None puts all batches in one group.
+        draws: samples of the bootstrap that gives the 95 % intervals.
+        seed: seed of the bootstrap.
+        backend: backend of `reap_kernels.compare_logits`; None chooses one, and a backend that is
+            named is never replaced by another.
+
+    Returns:
+        The comparison: perplexity of both models, KL divergence in nats, expected acceptance and
+        the share of equal most likely tokens, overall and per group.
 
     Raises:
-        DataError: nothing counts, logits are not finite, or not one group for each batch.
-        ShapeError: the models' vocabularies differ.
-        PlanError, UnsupportedModel: see `masked_experts` and `predict`.
+        DataError: no prediction counts, logits are not finite, or the number of groups is not the
+            number of batches.
+        ShapeError: the models' vocabularies differ in size.
+        PlanError: the plan does not fit the model; see `masked_experts`.
+        UnsupportedModel: a model without a language model head, or whose routers cannot be masked.
+
+    Example:
+        >>> batches = [{"input_ids": torch.randint(1000, (2, 128))}]  # [batch, seq] int64
+        >>> found = rd.compare_models(model, plan, batches)
+        >>> found.overall.kl
+        Estimate(value=0.031, low=0.027, high=0.035)
     """
     original = plain_model(original)
     pruned = pruned if isinstance(pruned, Plan) else plain_model(pruned)
@@ -76,7 +91,7 @@ def compare_resident(
     backend: str | None = None,
     done: Done = lambda _: None,
 ) -> Sums:
-    """See `compare`; `done` is called with the share of the work that was just done."""
+    """Like `compare_models`; calls `done` with each completed share of the work."""
     sums = Sums(backend)
     masks = RouterMasks(original) if isinstance(pruned, Plan) else None
     inputs = prefetched(map(batches.inputs, numbers), original.device)
@@ -103,24 +118,25 @@ def compare_streamed(
     backend: str | None = None,
     done: Done = lambda _: None,
 ) -> Sums:
-    """The same with the original and the pruned model streamed, one after the other.
+    """Like `compare_resident`, with both models streamed from disk, one after the other.
 
     Args:
-        models: original and pruned, as `open_streamed` has them.
-        stores: where the states of each wait.
-        batches: as for `compare`.
-        numbers: of the batches.
-        backend: of `compare_logits`.
-        done: called with the share of the work that was just done.
+        models: the original and the pruned model, from `open_streamed`.
+        stores: where each model's hidden states are kept between two layers.
+        batches: what the models run on.
+        numbers: which of the batches.
+        backend: backend of `reap_kernels.compare_logits`.
+        done: called with each completed share of the work.
 
     Raises:
-        As `compare`; and as `reap_driver.observation.streamed.observe_streamed`.
+        DataError, ShapeError, UnsupportedModel: see `compare_models`.
+        CheckpointError: a checkpoint cannot be read.
     """
     for streamed, store in zip(models, stores, strict=True):
-        # The run asks of its observer to be entered and called, no more.
-        observer = cast(Observer, _Predictor(streamed.model))
-        run = Run(observer, batches, numbers, Stop(), done=lambda share: done(share / 2))
-        observe_streamed(run, streamed, store)
+        run = Run(
+            _Predictor(streamed.model), batches, numbers, Stop(), done=lambda share: done(share / 2)
+        )
+        run_streamed(run, streamed, store)
     sums = Sums(backend)
     with contextlib.ExitStack() as stack:
         runners = [LayerRunner(streamed.text_layers) for streamed in models]
@@ -129,21 +145,21 @@ def compare_streamed(
         for number in numbers:
             inputs = ready_for(batches.inputs(number), stores[0].device)
             found = [
-                _behind_layers(runner, streamed, store, number, inputs)
+                _head_predictions(runner, streamed, store, number, inputs)
                 for runner, streamed, store in zip(runners, models, stores, strict=True)
             ]
             sums.add(batches.group(number), inputs, *found)
     return sums
 
 
-def _behind_layers(
+def _head_predictions(
     runner: LayerRunner,
     streamed: StreamedModel,
     store: StateStore,
     number: int,
     inputs: Mapping[str, Tensor],
 ) -> Predictions:
-    """What a model predicts once its layers have run."""
+    """Predictions of a model for a batch whose hidden states behind the last layer are stored."""
     found: list[Predictions] = []
     state = store.get(number, None)
     runner.run(
@@ -153,7 +169,7 @@ def _behind_layers(
 
 
 class _Predictor:
-    """A model as a run of layers drives it: predictions in place of observation."""
+    """What `run_streamed` calls in place of an observer: it predicts and counts nothing."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -165,8 +181,8 @@ class _Predictor:
         return None
 
     @contextlib.contextmanager
-    def group(self, _: str) -> Iterator[None]:
-        """Nothing depends on it."""
+    def group(self, name: str) -> Iterator[None]:
+        """Does nothing: predictions do not depend on the group."""
         yield
 
     def __call__(self, **inputs: Tensor) -> Predictions:

@@ -8,9 +8,12 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from reap_driver.base.interrupts import Interrupted, Stop
 from reap_driver.data.prefetch import prefetched, ready_for
@@ -65,12 +68,63 @@ class Given:
         return dict(self.batches[number])
 
 
+class Called(Protocol):
+    """A model as a run calls it: inside its context, with batches of one calibration group."""
+
+    model: PreTrainedModel
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> Any: ...
+
+    def group(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Calls inside the context are counted under this calibration group."""
+        ...
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Runs the model on a batch: `Batches.inputs`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ObserverJournal:
+    """A journal, and the observer whose statistics are written to it."""
+
+    journal: Journal
+    observer: Observer
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self.journal.folder
+
+    @property
+    def position(self) -> int:
+        """Layers or batches that it has."""
+        return self.journal.position
+
+    def due(self, position: int) -> bool:
+        """See `Journal.due`."""
+        return self.journal.due(position)
+
+    def write(
+        self, position: int, seconds: float, states: Callable[[Path], None] | None = None
+    ) -> None:
+        """Writes an entry with the statistics so far; see `Journal.write`."""
+        self.journal.write(position, self.observer.snapshot(), states, seconds=seconds)
+
+
 @dataclass
 class Run:
-    """One observation.
+    """One pass of a model over batches.
 
     Attributes:
-        observer: of the model; entered by the run.
+        observer: what calls the model; entered by the run.
         batches: what it runs on; the numbers are those of the whole calibration set.
         numbers: which of them are this process's.
         stop: whether it was asked to end.
@@ -79,11 +133,11 @@ class Run:
         seconds: it ran, in the runs it goes on from too.
     """
 
-    observer: Observer
+    observer: Called
     batches: Batches
     numbers: Sequence[int]
     stop: Stop
-    journal: Journal | None = None
+    journal: ObserverJournal | None = None
     done: Callable[[float], Any] = lambda _: None
     seconds: float = 0.0
     _began: float = field(default_factory=time.monotonic)
@@ -114,7 +168,7 @@ class Run:
         )
 
 
-def observe_resident(run: Run) -> None:
+def run_resident(run: Run) -> None:
     """Runs a model that is in memory, batch by batch.
 
     Raises:
@@ -129,12 +183,12 @@ def observe_resident(run: Run) -> None:
             run.done(1 / total)
             journal = run.journal
             if journal is not None and (run.stop.requested or journal.due(position)):
-                journal.write(position, run.observer.snapshot(), seconds=run.clock())
+                journal.write(position, run.clock())
             if run.stop.requested and position < total:
                 raise run.interrupt(f"after {position} of {total} batches")
 
 
-def observe_streamed(run: Run, streamed: StreamedModel, store: StateStore) -> None:
+def run_streamed(run: Run, streamed: StreamedModel, store: StateStore) -> None:
     """Runs a model layer by layer, each layer on all batches.
 
     Raises:
@@ -189,7 +243,7 @@ def _write(run: Run, store: StateStore, position: int, total: int) -> None:
     if journal is None:
         return
     if run.stop.requested or store.in_files or journal.due(position):
-        journal.write(position, run.observer.snapshot(), store.save, seconds=run.clock())
+        journal.write(position, run.clock(), store.save)
         if run.stop.requested and position < total:
             raise run.interrupt(f"after {position} of {total} layers")
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from reap_driver.base.arguments import typed
 from reap_driver.base.interrupts import Stop
 from reap_driver.load.checkpoint import open_streamed
-from reap_driver.observation import run as runs
 from reap_driver.observation.observer import observe
-from reap_driver.observation.run import Given, Run
+from reap_driver.observation.run import Given, Run, run_streamed
 from reap_driver.observation.state_store import Place, StateStore
 from reap_kernels import SaliencyStats
 
@@ -68,5 +67,5 @@ def observe_streamed(
         stack.callback(store.close)
         observer = observe(streamed.model, backend=backend)
         run = Run(observer, given, range(len(batches)), Stop())
-        runs.observe_streamed(run, streamed, store)
+        run_streamed(run, streamed, store)
         return observer.stats

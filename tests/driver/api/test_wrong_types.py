@@ -85,7 +85,7 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "pruned": w["root"] / "small",
         "plan": w["plan"],
     },
-    "compare": lambda w: {
+    "compare_models": lambda w: {
         "original": w["model"],
         "pruned": w["plan"],
         "batches": w["batches"],

@@ -77,7 +77,7 @@ def test_figures_are_those_of_python(
         found = run(*line, "--json", "--batch-size", 3).json
         batches = batches_of(originals["plain"], words[4], packing[1])
         models = [rd.load_model(path) for path in (originals["plain"], pruned)]
-        want = rd.compare(*models, batches).overall
+        want = rd.compare_models(*models, batches).overall
         assert found["overall"]["predictions"] == want.predictions
         for name in FIGURES:
             estimate = getattr(want, name)

@@ -13,7 +13,7 @@ from reap_driver.data.packing import PackedSource
 from reap_driver.data.source import DataSource
 from reap_driver.load.checkpoint import load_model, open_streamed
 from reap_driver.observation.observer import Observer, observe
-from reap_driver.observation.run import Run, observe_resident, observe_streamed
+from reap_driver.observation.run import Run, run_resident, run_streamed
 from reap_driver.observation.state_store import StateStore
 from reap_kernels import LayerStats, SaliencyStats
 from tests.driver.cli.conftest import write_model
@@ -55,7 +55,7 @@ def run(observer: Observer, batches: FoldedBatches) -> Run:
 
 def resident(folder: Path, batches: FoldedBatches) -> SaliencyStats:
     observer = observe(load_model(folder))
-    observe_resident(run(observer, batches))
+    run_resident(run(observer, batches))
     return batches.merged(observer.stats)
 
 
@@ -99,7 +99,7 @@ def test_streamed_layers_give_the_same_parts(folder: Path, sources: list[PackedS
     want = resident(folder, batches)
     with open_streamed(folder) as opened:
         observer = observe(opened.model)
-        observe_streamed(run(observer, batches), opened, StateStore("device", CPU, None))
+        run_streamed(run(observer, batches), opened, StateStore("device", CPU, None))
         got = batches.merged(observer.stats)
     for mine, theirs in zip([got, *got.parts], [want, *want.parts], strict=True):
         for name, layer in mine.layers.items():

@@ -85,7 +85,7 @@ def test_definitions_whatever_the_layout(models, layout: str) -> None:
         "padded": [padded(parts[:3]), padded(parts[3:])],
         "packed": [packed(parts)],
     }[layout]
-    found = rd.compare(*models, batches, draws=50)
+    found = rd.compare_models(*models, batches, draws=50)
     check(found.overall, truth(*models, parts))
     assert found.overall.sequences == (1 if layout == "packed" else 4)
 
@@ -96,13 +96,13 @@ def test_answers_only(models) -> None:
     answers = [torch.rand(len(part), generator=rng) > 0.5 for part in parts]
     batch = padded(parts)
     batch["token_mask"] = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True)
-    check(rd.compare(*models, [batch]).overall, truth(*models, parts, answers))
+    check(rd.compare_models(*models, [batch]).overall, truth(*models, parts, answers))
 
 
 def test_groups_are_their_own_and_add_up(models) -> None:
     parts = documents()
     batches = [padded(parts[:2]), padded(parts[2:])]
-    found = rd.compare(*models, batches, groups=["code", "tools"], draws=200)
+    found = rd.compare_models(*models, batches, groups=["code", "tools"], draws=200)
     assert list(found.by_group) == ["code", "tools"]
     check(found.by_group["code"], truth(*models, parts[:2]))
     check(found.by_group["tools"], truth(*models, parts[2:]))
@@ -111,7 +111,7 @@ def test_groups_are_their_own_and_add_up(models) -> None:
 
 
 def test_a_model_is_like_itself(models) -> None:
-    found = rd.compare(models[0], models[0], [padded(documents())]).overall
+    found = rd.compare_models(models[0], models[0], [padded(documents())]).overall
     assert found.acceptance.value == pytest.approx(1, abs=1e-6)
     assert found.kl.value == pytest.approx(0, abs=1e-6)
     assert (found.same_top.value, found.perplexity_ratio.value) == (1, 1)
@@ -123,7 +123,7 @@ def test_a_plan_is_the_model_with_masked_routers(models) -> None:
     layers = rd.find_moe_layers(original)
     kept = {la.name: tuple(range(n, n + 4)) for n, la in enumerate(layers)}
     plan, parts = plan_keeping(kept), documents()
-    found = rd.compare(original, plan, [padded(parts)], draws=50).overall
+    found = rd.compare_models(original, plan, [padded(parts)], draws=50).overall
 
     def masked(ids: Tensor):
         with rd.masked_experts(original, kept):
@@ -142,16 +142,16 @@ def test_refusals(models) -> None:
     _, other = zoo.tiny(NAME, vocab_size=97)
     batch = padded(documents())
     with pytest.raises(ShapeError, match="the original gives 96 logits, the pruned model 97"):
-        rd.compare(original, other, [batch])
+        rd.compare_models(original, other, [batch])
     with pytest.raises(DataError, match="none of the tokens is a prediction"):
-        rd.compare(original, original, [{"input_ids": torch.tensor([[5]])}])
+        rd.compare_models(original, original, [{"input_ids": torch.tensor([[5]])}])
     with pytest.raises(DataError, match="0 batches and 0 groups"):
-        rd.compare(original, original, [])
+        rd.compare_models(original, original, [])
     _, broken = zoo.tiny(NAME)
     with torch.no_grad():
         broken.lm_head.weight[7] = torch.nan
     with pytest.raises(DataError, match=r"logits of the pruned model are not finite in 22 of 22"):
-        rd.compare(original, broken, [batch])
+        rd.compare_models(original, broken, [batch])
 
 
 def sample(rng: torch.Generator, sequences: int) -> tuple[Tensor, Tensor]:

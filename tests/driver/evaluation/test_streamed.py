@@ -29,7 +29,7 @@ def test_streamed_is_as_resident(tmp_path: Path, name: str, park: str) -> None:
     parts = documents()
     batches = [padded(parts[:2]), packed(parts[2:]), {"input_ids": parts[0][None]}]
     groups = ["a", "b", "a"]
-    want = rd.compare(*map(rd.load_model, folders), batches, groups=groups)
+    want = rd.compare_models(*map(rd.load_model, folders), batches, groups=groups)
     done = []
     with contextlib.ExitStack() as stack:
         models = [stack.enter_context(open_streamed(folder)) for folder in folders]

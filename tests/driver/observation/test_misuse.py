@@ -161,7 +161,7 @@ def test_a_part_in_training_mode_is_refused_at_once() -> None:
         rd.observe(model).__enter__()
 
 
-@pytest.mark.parametrize("function", ["compare", "orphans", "search_plan"])
+@pytest.mark.parametrize("function", ["compare_models", "orphans", "search_plan"])
 def test_every_run_of_a_model_in_training_mode_is_refused(function: str) -> None:
     """Dropout and noise of routers would be in its figures."""
     model, batch = tiny()
@@ -169,7 +169,7 @@ def test_every_run_of_a_model_in_training_mode_is_refused(function: str) -> None
     plan = rd.make_plan(scores, 0.25)
     model.train()
     given: dict[str, Any] = {
-        "compare": (model, plan, [batch]),
+        "compare_models": (model, plan, [batch]),
         "orphans": (model, [batch], plan),
         "search_plan": (model, scores, [batch], 0.25),
     }

@@ -11,7 +11,7 @@ from reap_driver.base.interrupts import Stop
 from reap_driver.load.checkpoint import StreamedModel, load_model, open_streamed
 from reap_driver.observation.journal import Journal
 from reap_driver.observation.observer import observe
-from reap_driver.observation.run import Run, observe_resident, observe_streamed
+from reap_driver.observation.run import ObserverJournal, Run, run_resident, run_streamed
 from reap_driver.observation.state_store import Place, StateStore
 from reap_kernels import SaliencyStats
 
@@ -44,7 +44,8 @@ def resident(folder: Path, data: Listed, journal: Journal | None = None) -> Sali
     observer = observe(load_model(folder))
     if journal is not None and journal.position:
         raise AssertionError("resume with `go_on`")
-    observe_resident(Run(observer, data, range(len(data.ids)), Stop(), journal))
+    kept = None if journal is None else ObserverJournal(journal, observer)
+    run_resident(Run(observer, data, range(len(data.ids)), Stop(), kept))
     return observer.stats
 
 
@@ -55,7 +56,7 @@ def streamed(
     store = StateStore(place, CPU, files)
     with open_streamed(folder) as opened:
         observer = observe(opened.model)
-        observe_streamed(Run(observer, data, range(len(data.ids)), Stop()), opened, store)
+        run_streamed(Run(observer, data, range(len(data.ids)), Stop()), opened, store)
         store.close()
         return observer.stats, opened
 

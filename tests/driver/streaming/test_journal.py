@@ -19,7 +19,7 @@ from reap_driver.load.checkpoint import open_streamed
 from reap_driver.observation import journal as journals
 from reap_driver.observation.journal import FORMAT, Journal, exists, locked, read
 from reap_driver.observation.observer import observe
-from reap_driver.observation.run import Run, observe_streamed
+from reap_driver.observation.run import ObserverJournal, Run, run_streamed
 from reap_driver.observation.state_store import StateStore, write_state
 from reap_driver.observation.states import State
 from reap_kernels import LayerStats, SaliencyStats
@@ -443,9 +443,9 @@ def test_run_resumed_at_any_position(folder: Path, tmp_path: Path) -> None:
                 observer.restore(entry.snapshot)
                 if entry.states is not None:
                     store.load(entry.states)
-            observe_streamed(
-                Run(observer, data, range(count), stop, journal, done), streamed, store
-            )
+            kept = ObserverJournal(journal, observer)
+            run = Run(observer, data, range(count), stop, kept, done)
+            run_streamed(run, streamed, store)
             if last:
                 journal.write(total, observer.snapshot())
             return observer.stats

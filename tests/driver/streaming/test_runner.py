@@ -66,7 +66,7 @@ def data() -> list[Tensor]:
 def replay(
     model: Model, batches: Sequence[Tensor], via: Callable[[State], State] = lambda s: s
 ) -> list[Any]:
-    """What the model returns when its layers ran one by one, as `observe_streamed` does it."""
+    """What the model returns when its layers ran one by one, as `run_streamed` does it."""
     runner = LayerRunner([(f"layers.{number}", layer) for number, layer in enumerate(model.layers)])
     states: dict[int, State | None] = dict.fromkeys(range(len(batches)))
     outputs: list[Any] = []

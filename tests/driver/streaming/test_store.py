@@ -107,7 +107,7 @@ def value(layer: int, number: int) -> State:
 
 
 def fill(store: StateStore, layer: int, numbers: tuple[int, ...] = (0, 3, 7)) -> None:
-    """A layer on all batches, as `observe_streamed` does it."""
+    """A layer on all batches, as `run_streamed` does it."""
     store.begin(layer + 1)
     for number, following in zip(numbers, [*numbers[1:], None], strict=True):
         before = store.get(number, following)

@@ -142,13 +142,13 @@ def test_streamed(full: Path, name: str) -> None:
 
 
 def test_streamed_statistics(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    observed = streaming.runs.observe_streamed
+    observed = streaming.run_streamed
 
     def replaced(run: object, streamed: object, store: object) -> None:
         observed(run, streamed, store)
         swapped(full / SHARDS[1])
 
-    monkeypatch.setattr(streaming.runs, "observe_streamed", replaced)
+    monkeypatch.setattr(streaming, "run_streamed", replaced)
     batch = {"input_ids": torch.tensor([[1, 2, 3, 4]])}
     with pytest.raises(CheckpointError, match=SHARDS[1] + SAYS):
         streaming.observe_streamed(full, [batch])
