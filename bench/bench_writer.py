@@ -24,7 +24,7 @@ from pathlib import Path
 from transformers import Qwen3MoeConfig
 
 from bench import rows
-from reap_driver.compat.models import config_digest, load_config
+from reap_driver.compat.model_config import config_digest, load_config
 from reap_driver.files.safetensors_file import encode_header, tensor_bytes
 from reap_driver.plan.plan import LayerPlan, Plan
 from reap_driver.writer.parallel import DEFAULT_THREADS

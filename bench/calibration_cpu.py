@@ -22,7 +22,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from bench import rows
-from reap_driver.compat.models import load_config
+from reap_driver.compat.model_config import load_config
 from reap_driver.data.encode import Encoder
 from reap_driver.data.packing import PackedSource, pack
 from reap_driver.data.source import DataSource

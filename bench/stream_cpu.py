@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from bench import cpu_model, rows
-from reap_driver.files.checkpoint import open_source
+from reap_driver.files.checkpoint import open_checkpoint
 
 LAYERS, LENGTH = 24, 512
 
@@ -41,7 +41,8 @@ def _asked() -> int:
 def work(mode: str, folder: Path, sequences: int, batch: int, out: Path) -> dict[str, float]:
     """One run: `resident` or `streamed`."""
     from reap_driver.base.interrupts import Stop
-    from reap_driver.load.checkpoint import load_model, open_streamed
+    from reap_driver.load.resident import load_model
+    from reap_driver.load.streamed_model import open_streamed
     from reap_driver.observation.observer import observe
     from reap_driver.observation.run import Run, run_resident, run_streamed
     from reap_driver.observation.state_store import StateStore
@@ -106,7 +107,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     """One row; no figure unless both give the same bits."""
     dtype = getattr(torch, options.dtype)
     cpu_model.build(dtype, layers=options.layers).save_pretrained(folder, max_shard_size="500MB")
-    source = open_source(folder)
+    source = open_checkpoint(folder)
     layer = sum(e.nbytes for key, e in source.tensors.items() if ".layers.0." in key)
     states = options.sequences * LENGTH * cpu_model.HIDDEN * dtype.itemsize
     taken: dict[str, list[dict[str, float]]] = {"resident": [], "streamed": []}

@@ -401,9 +401,9 @@ def test_streaming_times_every_layer_and_leaves_no_file(tmp_path: Path) -> None:
 )
 def test_streaming_that_is_wrong_gives_no_figure(wrong, message, tmp_path, monkeypatch) -> None:
     """The gate opens the files three times, then come the pass in turn and the overlapped one."""
-    from reap_driver.load import checkpoint as loading
+    from reap_driver.load import streamed_model
 
-    real, opened = loading.open_streamed, iter(range(100))
+    real, opened = streamed_model.open_streamed, iter(range(100))
 
     @contextmanager
     def broken(*arguments, **rest):
@@ -412,7 +412,7 @@ def test_streaming_that_is_wrong_gives_no_figure(wrong, message, tmp_path, monke
                 streamed.model.get_input_embeddings().weight.data.mul_(1.1).add_(0.5)
             yield streamed
 
-    monkeypatch.setattr(loading, "open_streamed", broken)
+    monkeypatch.setattr(streamed_model, "open_streamed", broken)
     (row,) = streamed_rows(tmp_path)
     assert row["status"] == "failed"
     assert re.search(message, str(row["note"]))

@@ -145,7 +145,7 @@ class Bench:
 @contextlib.contextmanager
 def _bound(modules: list[Any]) -> Iterator[None]:
     """The experts run our kernels, unobserved."""
-    from reap_driver.compat.experts import experts_bound
+    from reap_driver.compat.experts_interface import experts_bound
 
     formula = rk.GateFormula("silu")
     with contextlib.ExitStack() as stack:

@@ -130,7 +130,8 @@ def planned(
 
 def _sized(folder: Path, length: int) -> tuple[Any, Any, Any]:
     """Sizes in bf16 of the model of a config.json, the model without memory, and its MoE layers."""
-    from reap_driver.compat.models import load_config, meta_model
+    from reap_driver.compat.model_config import load_config
+    from reap_driver.compat.pretrained import meta_model
     from reap_driver.memory.model_sizes import model_sizes
     from reap_driver.model.discover import find_moe_layers
 

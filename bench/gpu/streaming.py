@@ -171,7 +171,7 @@ def verify(device: torch.device, format: str, folder: Path) -> str:
         CheckFailed: a statistic has other bits.
     """
     from reap_driver.base.interrupts import Stop
-    from reap_driver.load.checkpoint import load_model
+    from reap_driver.load.resident import load_model
     from reap_driver.observation.observer import observe
     from reap_driver.observation.run import Run, run_resident
 
@@ -205,7 +205,7 @@ def _observed(
 ) -> Iterator[tuple[Any, Any]]:
     """The observer and the states behind the last layer, after one streamed pass."""
     from reap_driver.base.interrupts import Stop
-    from reap_driver.load.checkpoint import open_streamed
+    from reap_driver.load.streamed_model import open_streamed
     from reap_driver.observation.observer import observe
     from reap_driver.observation.run import Run, run_streamed
     from reap_driver.observation.state_store import StateStore

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reap_driver.budget_search.search import search_plan
-    from reap_driver.compat.models import load_config
+    from reap_driver.compat.model_config import load_config
     from reap_driver.evaluation.audit import check_permutation
     from reap_driver.evaluation.models import compare_models
     from reap_driver.evaluation.router_masks import masked_experts
     from reap_driver.evaluation.routing import orphans, retained
     from reap_driver.evaluation.sequences import Comparison
-    from reap_driver.load.checkpoint import load_model
+    from reap_driver.load.resident import load_model
     from reap_driver.model.discover import MoELayer, find_moe_layers, record_of
     from reap_driver.observation.observer import Observer, observe
     from reap_driver.observation.streamed import observe_streamed
@@ -48,9 +48,9 @@ _HOMES = {
     "check_permutation": "reap_driver.evaluation.audit",
     "compare_models": "reap_driver.evaluation.models",
     "find_moe_layers": "reap_driver.model.discover",
-    "load_config": "reap_driver.compat.models",
+    "load_config": "reap_driver.compat.model_config",
     "load_masks": "reap_driver.writer.mask_file",
-    "load_model": "reap_driver.load.checkpoint",
+    "load_model": "reap_driver.load.resident",
     "make_plan": "reap_driver.plan.planner",
     "masked_experts": "reap_driver.evaluation.router_masks",
     "observe": "reap_driver.observation.observer",

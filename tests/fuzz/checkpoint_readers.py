@@ -101,9 +101,9 @@ def _spoiled(
 
 def _open(world: World, model: Path) -> None:
     """What the checkpoint's reader accepts, the safetensors library accepts too."""
-    from reap_driver.files.checkpoint import open_source
+    from reap_driver.files.checkpoint import open_checkpoint
 
-    source = open_source(model)
+    source = open_checkpoint(model)
     try:
         for shard in source.shards:
             with safe_open(shard.path, "pt") as file:

@@ -20,7 +20,7 @@ def in_file(path: Path, use: Callable[[Path], None]) -> Callable[[bytes], None]:
 
 def encoded(world: World, model: Path, data: Path, *more: object, vocab: int = 259) -> None:
     """Reads and tokenizes data as `observe` does; no model runs."""
-    from reap_driver.compat.models import load_config
+    from reap_driver.compat.model_config import load_config
     from reap_driver.data.encode import Encoder
     from reap_driver.data.packing import pack
     from reap_driver.data.source import DataSource

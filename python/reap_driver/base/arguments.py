@@ -113,7 +113,7 @@ def _is_a(value: Any, kind: type) -> bool:
         except (TypeError, ValueError):
             return False
         return not isinstance(value, str | bytes)
-    if kind.__name__ == "PreTrainedModel":  # or a wrapper of one, see `plain_model`
+    if kind.__name__ == "PreTrainedModel":  # or a wrapper of one, see `unwrap_model`
         import torch
 
         return isinstance(value, torch.nn.Module)

@@ -14,14 +14,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from reap_driver.base.units import short
 from reap_driver.cli.console import Console
 from reap_driver.cli.options import SEQ_LEN
-from reap_driver.compat.models import load_config, meta_model
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
 from reap_driver.data.batches import PackedBatches
 from reap_driver.data.encode import Encoder
 from reap_driver.data.packing import PackedSource, pack
 from reap_driver.data.recipe import load_recipe
 from reap_driver.data.source import DataSource
 from reap_driver.data.token_cache import Cache
-from reap_driver.files.checkpoint import Source, open_source, resolve_folder
+from reap_driver.files.checkpoint import Checkpoint, open_checkpoint, resolve_folder
 from reap_driver.load.storage import check_storage
 from reap_driver.model.discover import MoELayer, adapter_of, find_moe_layers, record_of
 from reap_driver.model.isolation import check_isolation
@@ -56,17 +57,17 @@ class Model:
     provenance: dict[str, dict[str, Any]]
 
     @cached_property
-    def source(self) -> Source:
+    def source(self) -> Checkpoint:
         """Its files, read and checked when they are first asked for: headers, no weights.
 
         Raises:
             CheckpointError: a file is missing or damaged.
         """
-        return open_source(resolve_folder(self.path))
+        return open_checkpoint(resolve_folder(self.path))
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError if a file is not as it was when `source` was first asked for."""
-        self.source.pins.check()
+        self.source.fingerprints.check()
 
     def check_files(self) -> None:
         """Raises before anything else is done what `source` would raise, and for weights in a

@@ -21,7 +21,7 @@ from reap_driver.evaluation.models import compare_resident, compare_streamed
 from reap_driver.evaluation.routing import Orphans, orphans
 from reap_driver.evaluation.sequences import Comparison, Sums
 from reap_driver.evaluation.vocabularies import check_vocabularies
-from reap_driver.load.checkpoint import open_streamed
+from reap_driver.load.streamed_model import open_streamed
 from reap_driver.memory.decision import Decision, decide
 from reap_driver.memory.machine import this_machine
 from reap_driver.memory.model_sizes import ModelSizes

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _inputs(args: argparse.Namespace, console: Console) -> "tuple[ModelSizes, Stored, Workload]":
     """Sizes in memory and on disk, and the work."""
     from reap_driver.cli import calibrate
-    from reap_driver.compat.models import load_config, meta_model
+    from reap_driver.compat.model_config import load_config
+    from reap_driver.compat.pretrained import meta_model
     from reap_driver.load.storage import check_storage
     from reap_driver.memory.model_sizes import model_sizes
     from reap_driver.memory.stored import estimated, run_dtype, stored_files

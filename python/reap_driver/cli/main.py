@@ -180,7 +180,7 @@ def _explain_library(error: Exception) -> tuple[str, int] | None:
     """What the library raised in a model's own code, called with a configuration it cannot serve;
     None where the error is in code of ours, or of theirs that ours was wrong to call.
     """
-    from reap_driver.compat.foreign import described, place_in_library
+    from reap_driver.compat.library_errors import described, place_in_library
 
     place = place_in_library(error)
     if place is None:

@@ -23,7 +23,8 @@ from reap_driver.cli.outputs import check_journal_folder
 from reap_driver.data.folds import FoldedBatches
 from reap_driver.data.packing import PackedSource
 from reap_driver.files.digest import weights_digest
-from reap_driver.load.checkpoint import StreamedModel, load_model, open_streamed
+from reap_driver.load.resident import load_model
+from reap_driver.load.streamed_model import StreamedModel, open_streamed
 from reap_driver.memory.decision import Decision, Workload, decide
 from reap_driver.memory.machine import this_machine
 from reap_driver.memory.model_sizes import ModelSizes, model_sizes

@@ -64,7 +64,7 @@ def _cut_lists(config: dict[str, Any], length: int, kept: int) -> None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields that differ: dotted name -> (old value, new value). A changed quantisation setting is
+    """Fields that differ: dotted name -> (old value, new value). A changed quantization setting is
     one field.
     """
     before, after = dict(_walk(old)), dict(_walk(new))
@@ -78,7 +78,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 
 
 def _walk(config: Mapping[str, Any], path: Site = ()) -> Iterator[tuple[Site, Any]]:
-    """Every field of a configuration and of the configurations nested in it, quantisation apart."""
+    """Every field of a configuration and of the configurations nested in it, quantization apart."""
     for name, value in config.items():
         if isinstance(value, dict) and name != "quantization_config":
             yield from _walk(value, (*path, name))

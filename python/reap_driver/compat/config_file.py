@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from reap_driver.compat.foreign import foreign, one_line
+from reap_driver.compat.library_errors import one_line, wrap_errors
 from reap_driver.compat.load_pruned import SETTINGS
 from reap_kernels.documents import parse_json, read_bytes
 from reap_kernels.errors import CheckpointError
@@ -227,7 +227,7 @@ def _from_hub(path_or_id: str | Path) -> Any:
     if local or is_file(path):
         raise CheckpointError(f"{path_or_id}: no such checkpoint folder.")
     try:
-        with foreign(f"{path_or_id}: {_NAME} cannot be read", _REMEDY):
+        with wrap_errors(f"{path_or_id}: {_NAME} cannot be read", _REMEDY):
             return dict(PretrainedConfig.get_config_dict(str(path_or_id))[0])
     except CheckpointError as error:
         raise CheckpointError(

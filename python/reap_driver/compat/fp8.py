@@ -10,7 +10,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 @contextlib.contextmanager
 def partial_blocks() -> Iterator[None]:
-    """While active, dequantisation on load takes the block size from the checkpoint's config.
+    """While active, dequantization on load takes the block size from the checkpoint's config.
 
     transformers (5.17 to 5.23) divides a matrix evenly by its grid of scales. A published matrix
     may end in a partial block (`kv_a_proj_with_mqa` of DeepSeek and Kimi: 576 rows, five blocks of

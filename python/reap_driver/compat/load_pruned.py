@@ -16,7 +16,7 @@ single layers stand beside it:
 `count_fields` are the fields of the configuration (dotted where they are nested) that give a
 number to all layers, `counts` are the numbers of the single experts modules. The model is built
 once for every number that occurs, without weights, and each decoder layer is taken from the model
-with its own number. Loading, saving, devices and quantisation are the library's.
+with its own number. Loading, saving, devices and quantization are the library's.
 """
 
 import contextlib

@@ -4,11 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from reap_driver.compat.foreign import foreign
+from reap_driver.compat.library_errors import wrap_errors
 from reap_driver.data.compressed_files import LARGEST
-from reap_driver.data.record import BadRecords, Record, guard
-from reap_driver.data.shapes import FIELDS
-from reap_driver.data.unused import IRRELEVANT
+from reap_driver.data.record_formats import FIELDS
+from reap_driver.data.records import IRRELEVANT, BadRecords, Record, guard
 from reap_kernels.errors import DataError
 
 
@@ -34,7 +33,7 @@ def row_records(
     """
     numbers = list(places)
     columns = None
-    with suppress(DataError), foreign("rows", "see below", error=DataError):
+    with suppress(DataError), wrap_errors("rows", "see below", error=DataError):
         if _expanded(rows) <= LARGEST:
             columns = _columns(rows, 0, len(numbers))
     if columns is None:
@@ -51,7 +50,7 @@ def _one_by_one(
     left_out = guard(bad)
     for at, (number, place) in enumerate(places.items()):
         fields = None
-        with left_out, foreign(f"{place}: cannot be read", "correct it", error=DataError):
+        with left_out, wrap_errors(f"{place}: cannot be read", "correct it", error=DataError):
             if _expanded(rows, at) > LARGEST:
                 raise DataError(f"{place}: is larger than {LARGEST} bytes; divide the record")
             fields = {name: value for name, [value] in _columns(rows, at, 1).items()}

@@ -68,9 +68,9 @@ class PackedBatches:
         begins; `token_mask` bool, the tokens that count. Of a sequence with images, which is alone
         in its batch, what the model's processor makes."""
         source, rows = self._batches[number].source, self._batches[number].rows
-        pictured = source.pictured.get(source.bounds[rows[0]])
-        if pictured is not None:
-            return pictured.inputs()
+        image_inputs = source.image_inputs.get(source.bounds[rows[0]])
+        if image_inputs is not None:
+            return image_inputs.inputs()
         spans = [slice(source.bounds[row], source.bounds[row + 1]) for row in rows]
         inputs = {"input_ids": _stacked([source.ids[span] for span in spans]).long()}
         lengths = torch.tensor([span.stop - span.start for span in spans])
@@ -94,7 +94,7 @@ def _divided(
         return source.bounds[row + 1] - source.bounds[row]
 
     def alone(row: int) -> bool:
-        return source.bounds[row] in source.pictured
+        return source.bounds[row] in source.image_inputs
 
     ragged = pad and source.packing == "none"
     budget = size * source.seq_len

@@ -2,17 +2,20 @@
 
 import json
 import re
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from types import FrameType
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateRuntimeError
 
-from reap_driver.compat.foreign import is_fault, one_line
-from reap_driver.data.shapes import Chat
-from reap_driver.data.steps import limited_steps
-from reap_driver.data.unused import unused
+from reap_driver.compat.library_errors import is_fault, one_line
+from reap_driver.data.record_formats import Chat
+from reap_driver.data.records import unused
 from reap_kernels.errors import DataError
 
 Span = tuple[int, int]
@@ -22,6 +25,10 @@ Span = tuple[int, int]
 _FORMS = ((dict, ""), (str, ""), (str, None))
 # Records with a field after which one that the template has not written counts as never written.
 _TRIALS = 64
+
+# Lines of a template run for one conversation. Real ones run some ten for a message.
+STEP_LIMIT = 10_000_000
+_TEMPLATE_FILE = "<template>"  # Jinja's name for the code of a template that comes from no file
 
 
 class ChatTemplate:
@@ -255,3 +262,34 @@ def _with_calls_as(message: dict[str, Any], kind: type, empty: str | None) -> di
             arguments = json.dumps(arguments, ensure_ascii=False)
         calls.append({**call, "function": {**call["function"], "arguments": arguments}})
     return {**message, "content": message["content"] or empty, "tool_calls": calls}
+
+
+@contextmanager
+def limited_steps() -> Iterator[None]:
+    """Inside it, a template that runs more than STEP_LIMIT of its lines ends with an error.
+
+    Jinja's sandbox, in which transformers renders, limits a single `range` to 100,000 items, but
+    neither loops in loops nor macros that call themselves twice. Lines are counted by Python's
+    trace function, which leaves the environment as transformers made it. Memory is not limited.
+
+    Raises:
+        TemplateRuntimeError: a template took too many.
+    """
+    previous, left = sys.gettrace(), STEP_LIMIT
+
+    def count(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            sys.settrace(previous)  # what Jinja does with the error is not counted
+            raise TemplateRuntimeError(f"it takes more than {STEP_LIMIT:,} steps")
+        return count
+
+    def enter(frame: FrameType, event: str, argument: Any) -> Any:
+        return count if frame.f_code.co_filename == _TEMPLATE_FILE else None
+
+    sys.settrace(enter)
+    try:
+        yield
+    finally:
+        sys.settrace(previous)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig
 
-from reap_driver.compat.foreign import foreign
+from reap_driver.compat.library_errors import wrap_errors
 from reap_driver.data.chat import ChatTemplate, Span
 from reap_driver.data.compressed_files import LARGEST
+from reap_driver.data.image_inputs import ImageEncoder, ImageInputs
 from reap_driver.data.images import read_images
-from reap_driver.data.pictured import Pictured, Pictures
-from reap_driver.data.record import BadRecords, Record, guard
-from reap_driver.data.shapes import Chat, Text, Tokens, shape_of
+from reap_driver.data.record_formats import Chat, Text, Tokens, content_of
+from reap_driver.data.records import BadRecords, Record, guard
 from reap_driver.data.tokenizer import load_tokenizer
 from reap_kernels.errors import DataError
 from reap_kernels.schema import short
@@ -33,13 +33,13 @@ class Document:
         counted: one byte a token, 1 where an answer stands; None where every token counts.
         given: whether these ids stay as they are, in a sequence without others' tokens added: the
             record had them, or a processor made them.
-        pictured: with its images, what a model is given instead of the ids alone.
+        image_inputs: with its images, what a model is given instead of the ids alone.
     """
 
     ids: list[int]
     counted: bytes | None = None
     given: bool = False
-    pictured: Pictured | None = None
+    image_inputs: ImageInputs | None = None
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Encoder:
         self._tokenizer: Any = None
         self._fits = False  # whether all ids of the tokenizer are in the vocabulary
         self._template: ChatTemplate | None = None
-        self._pictures = Pictures(model, config, trust_remote_code=trust_remote_code)
+        self._image_encoder = ImageEncoder(model, config, trust_remote_code=trust_remote_code)
         text = config.get_text_config()
         size = getattr(text, "vocab_size", None)
         self.vocab_size: int | None = size if isinstance(size, int) else None
@@ -133,7 +133,7 @@ class Encoder:
         for index, record in enumerate(records):
             shape = None
             with left_out:
-                shape = shape_of(record)
+                shape = content_of(record)
             if isinstance(shape, Chat) and not self._has_template(record, shape):
                 record.unused.update(["tools"] if shape.tools else [])
                 shape = shape.plain
@@ -193,8 +193,8 @@ class Encoder:
         text = template.render(record.place, shape)
         _check_text(record, text)
         images = read_images(record, shape.images)
-        pictured, ids = self._pictures.of(record.place, text, images, self._tokenizer)
-        return Document(ids, given=True, pictured=pictured)
+        image_inputs, ids = self._image_encoder.of(record.place, text, images, self._tokenizer)
+        return Document(ids, given=True, image_inputs=image_inputs)
 
     def _tokenised(
         self,
@@ -205,7 +205,7 @@ class Encoder:
     ) -> dict[int, Document]:
         """The documents of a group, by number of record; one by one where a tokenizer fails."""
         indices = list(group.texts)
-        with suppress(DataError), foreign("texts", "see below", error=DataError):
+        with suppress(DataError), wrap_errors("texts", "see below", error=DataError):
             return dict(zip(indices, self._documents(group, indices, special), strict=True))
         done = {}
         for index in indices:
@@ -215,7 +215,7 @@ class Encoder:
 
     def _alone(self, record: Record, group: _Texts, index: int, special: bool) -> Document:
         fails = f"{record.place}: the tokenizer of {self._model} fails on its text"
-        with foreign(fails, "correct the text or the tokenizer", error=DataError):
+        with wrap_errors(fails, "correct the text or the tokenizer", error=DataError):
             [document] = self._documents(group, [index], special)
         return document
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from reap_driver.compat.foreign import one_line
+from reap_driver.compat.library_errors import one_line
 from reap_driver.data.arrow import known_columns, row_records
-from reap_driver.data.record import BadRecords, Record
+from reap_driver.data.records import BadRecords, Record
 from reap_driver.data.source import SPLIT, HubDataset
 from reap_kernels.errors import DataError
 

@@ -12,8 +12,7 @@ Templates get `{"type": "image"}` in its place, which is what those of transform
 import re
 from typing import Any
 
-from reap_driver.data.record import Record
-from reap_driver.data.unused import unused
+from reap_driver.data.records import Record, unused
 from reap_kernels.errors import DataError
 
 PLACE = "<image>"

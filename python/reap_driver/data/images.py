@@ -16,9 +16,9 @@ from typing import Any
 
 from PIL.Image import Image
 
-from reap_driver.compat.foreign import foreign, one_line
+from reap_driver.compat.library_errors import one_line, wrap_errors
 from reap_driver.data.compressed_files import LARGEST
-from reap_driver.data.record import Record
+from reap_driver.data.records import Record
 from reap_kernels.errors import DataError
 from reap_kernels.files import is_file
 from reap_kernels.schema import short
@@ -66,7 +66,7 @@ def decode(content: bytes, place: str) -> "Image":
     largest = _most_pixels()
     remedy = f"give one of {', '.join(_FORMATS)}"
     with (
-        foreign(f"{place}: an image cannot be decoded", remedy, error=DataError),
+        wrap_errors(f"{place}: an image cannot be decoded", remedy, error=DataError),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # of half-broken metadata; sizes are checked here

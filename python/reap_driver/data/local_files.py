@@ -19,10 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from reap_driver.compat.foreign import foreign, one_line
+from reap_driver.compat.library_errors import one_line, wrap_errors
 from reap_driver.data.arrow import known_columns, row_records, text_leaves
 from reap_driver.data.compressed_files import COMPRESSIONS, LARGEST, inner_suffix, lines, opened
-from reap_driver.data.record import BadRecords, Record, guard
+from reap_driver.data.records import BadRecords, Record, guard
 from reap_kernels.documents import parse_json
 from reap_kernels.errors import DataError
 from reap_kernels.files import is_file
@@ -155,7 +155,7 @@ def _parquet(file: Path) -> Iterator[Any]:
             "run `pip install reap-kernels[data]`"
         ) from error
     fails = f"data {file} cannot be read as Parquet"
-    with foreign(fails, "make or download it again", error=DataError):
+    with wrap_errors(fails, "make or download it again", error=DataError):
         with parquet.ParquetFile(file) as plain:
             leaves = text_leaves(plain.schema)
         with parquet.ParquetFile(file, read_dictionary=leaves) as source:

@@ -12,8 +12,7 @@ import re
 from typing import Any
 
 from reap_driver.data.image_parts import image_part
-from reap_driver.data.record import Record
-from reap_driver.data.unused import unused
+from reap_driver.data.records import Record, unused
 from reap_kernels.documents import parse_json
 from reap_kernels.errors import DataError
 from reap_kernels.schema import short

@@ -26,10 +26,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from reap_driver.compat.foreign import one_line
+from reap_driver.compat.library_errors import one_line
 from reap_driver.data.encode import Document, Encoder
-from reap_driver.data.pictured import Pictured
-from reap_driver.data.record import BadRecords, Record, guard
+from reap_driver.data.image_inputs import ImageInputs
+from reap_driver.data.records import BadRecords, Record, guard
 from reap_driver.data.sampling import read_records
 from reap_driver.data.source import DataSource
 from reap_kernels.errors import DataError
@@ -59,7 +59,7 @@ class PackedSource:
         skipped: records left out because something is wrong with them; None: none may be.
         given: [documents] bool, those that were token ids; None where none was.
         unused: names of fields of the records that nothing was made of.
-        pictured: documents with images, by where in `ids` they begin.
+        image_inputs: documents with images, by where in `ids` they begin.
     """
 
     source: DataSource
@@ -75,7 +75,7 @@ class PackedSource:
     skipped: BadRecords | None = None
     given: Tensor | None = None
     unused: Sequence[str] = ()
-    pictured: Mapping[int, Pictured] = field(default_factory=dict)
+    image_inputs: Mapping[int, ImageInputs] = field(default_factory=dict)
 
     @cached_property
     def bounds(self) -> list[int]:
@@ -102,7 +102,7 @@ class PackedSource:
         return {
             begin: end
             for begin, end, given in spans
-            if begin in self.pictured or (given and end - begin == self.seq_len)
+            if begin in self.image_inputs or (given and end - begin == self.seq_len)
         }
 
     @property
@@ -155,8 +155,8 @@ class PackedSource:
             "truncated": self.truncated,
             "unused": list(self.unused),
         }
-        if self.pictured:
-            facts["images"] = sum(len(one.images) for one in self.pictured.values())
+        if self.image_inputs:
+            facts["images"] = sum(len(one.images) for one in self.image_inputs.values())
         bad = self.skipped
         return facts if bad is None else {**facts, "skipped": bad.count, "skipped_first": bad.first}
 
@@ -169,7 +169,7 @@ class PackedSource:
             digest.update(self.counted.numpy().view("u1").data)
         if self.packing != "none" and any(begin % self.seq_len for begin in self._whole):
             digest.update(torch.tensor(self.bounds).numpy().astype("<i8").data)
-        for begin, one in self.pictured.items():
+        for begin, one in self.image_inputs.items():
             for image in one.images:
                 digest.update(f"{begin}:{len(image)}:".encode() + image)
         return digest.hexdigest()
@@ -273,15 +273,15 @@ def pack(
         bad,
         given if given.any() else None,
         _named(unused - encoder.written),
-        stream.pictured,
+        stream.image_inputs,
     )
 
 
 def _check_length(document: Document, seq_len: int) -> None:
     """Raises DataError for a document with images that is longer than a sequence."""
-    if document.pictured is not None and len(document.ids) > seq_len:
+    if document.image_inputs is not None and len(document.ids) > seq_len:
         raise DataError(
-            f"{document.pictured.place}: has {len(document.ids)} tokens with its images, and a "
+            f"{document.image_inputs.place}: has {len(document.ids)} tokens with its images, and a "
             f"sequence {seq_len}; give smaller images, or a larger --seq-len"
         )
 
@@ -301,8 +301,8 @@ class _Stream:
             and have a separator between them.
 
     Attributes:
-        ids, starts, counted, given, records, truncated, pictured: as a packed source has them, in
-            buffers.
+        ids, starts, counted, given, records, truncated, image_inputs: as in `PackedSource`, but in
+            buffers that grow.
     """
 
     def __init__(self, budget: int | None, longest: int | None) -> None:
@@ -310,7 +310,7 @@ class _Stream:
         self.ids = array("i")
         self.starts = array("q")
         self.given = bytearray()
-        self.pictured: dict[int, Pictured] = {}
+        self.image_inputs: dict[int, ImageInputs] = {}
         self.counted: bytearray | None = None
         self.records = self.truncated = 0
         self._all_counted = True  # in the document before
@@ -324,7 +324,7 @@ class _Stream:
         """Appends a document; one without tokens is counted and leaves no trace."""
         self.records += 1
         ids = document.ids
-        if document.pictured is not None and self._over(len(ids)):  # it cannot be cut
+        if document.image_inputs is not None and self._over(len(ids)):  # it cannot be cut
             self.records, self._budget = self.records - 1, len(self.ids)
             return
         if not ids:
@@ -334,8 +334,8 @@ class _Stream:
             ids = ids[: self._longest]
         elif self.ids and not self.given[-1] and separator not in (None, self.ids[-1]):
             self.ids.append(separator)
-        if document.pictured is not None:
-            self.pictured[len(self.ids)] = document.pictured
+        if document.image_inputs is not None:
+            self.image_inputs[len(self.ids)] = document.image_inputs
         self.starts.append(len(self.ids))
         self.given.append(document.given)
         self.ids.extend(ids)

@@ -29,7 +29,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from reap_driver.compat.foreign import one_line
+from reap_driver.compat.library_errors import one_line
 from reap_driver.data.source import (
     DataSource,
     HubDataset,

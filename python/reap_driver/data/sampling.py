@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from reap_driver.data.record import BadRecords, Reader, Record
+from reap_driver.data.records import BadRecords, Record, RecordReader
 from reap_driver.data.source import DataSource
 from reap_kernels.errors import DataError
 
@@ -39,7 +39,7 @@ def read_records(source: DataSource, seed: int, bad: BadRecords | None = None) -
         raise DataError(f"data {source.name} holds no records; give data with at least one")
 
 
-def _reader(source: DataSource) -> Reader:
+def _reader(source: DataSource) -> RecordReader:
     if isinstance(source.location, Path):
         from reap_driver.data.local_files import Files
 
@@ -50,7 +50,7 @@ def _reader(source: DataSource) -> Reader:
 
 
 def _sampled(
-    reader: Reader, source: DataSource, seed: int, bad: BadRecords | None
+    reader: RecordReader, source: DataSource, seed: int, bad: BadRecords | None
 ) -> Iterator[Record]:
     if source.samples is None and source.tokens is None:
         yield from reader.read(bad)

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from reap_driver.compat.foreign import one_line
+from reap_driver.compat.library_errors import one_line
 from reap_driver.data.compressed_files import COMPRESSIONS
 from reap_kernels.errors import DataError
 from reap_kernels.files import exists

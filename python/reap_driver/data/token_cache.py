@@ -34,10 +34,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 import reap_kernels
-from reap_driver.compat.foreign import one_line
+from reap_driver.compat.library_errors import one_line
 from reap_driver.data.encode import Encoder
 from reap_driver.data.packing import PackedSource, Packing, pack
-from reap_driver.data.record import BadRecords
+from reap_driver.data.records import BadRecords
 from reap_driver.data.source import DataSource
 from reap_kernels import env
 from reap_kernels.errors import DataError
@@ -104,7 +104,7 @@ class Cache:
             progress=progress,
         )
         # Files of images are no part of what an entry is found by.
-        if path is not None and not made.pictured and time.monotonic() - began >= _WORTH:
+        if path is not None and not made.image_inputs and time.monotonic() - began >= _WORTH:
             self._save(path, made)
         return made
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig
 
-from reap_driver.compat.foreign import foreign
+from reap_driver.compat.library_errors import wrap_errors
 from reap_kernels.documents import parse_json, read_bytes
 from reap_kernels.errors import DataError
 from reap_kernels.files import is_file
@@ -35,7 +35,7 @@ def load_tokenizer(
         "add its files (tokenizer.json, ...), allow its code with --trust-remote-code, or "
         "give records with input_ids"
     )
-    with foreign(f"{what}, which cannot be loaded", remedy, error=DataError):
+    with wrap_errors(f"{what}, which cannot be loaded", remedy, error=DataError):
         _check_ids(Path(model) / "tokenizer.json")
         # Given the config, AutoTokenizer need not resolve a model_type it does not know.
         tokenizer = AutoTokenizer.from_pretrained(

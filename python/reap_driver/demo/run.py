@@ -31,7 +31,7 @@ from reap_driver.demo.corpus import load_corpus
 from reap_driver.demo.evaluate import Evaluation, evaluate, token_windows
 from reap_driver.demo.picture import draw_scores
 from reap_driver.demo.table import format_report
-from reap_driver.load.checkpoint import load_model
+from reap_driver.load.resident import load_model
 from reap_driver.observation.observer import observe
 from reap_driver.plan.criteria import Scores
 from reap_driver.plan.plan import Plan

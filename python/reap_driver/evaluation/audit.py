@@ -13,10 +13,10 @@ from torch import Tensor
 
 from reap_driver.base.arguments import typed
 from reap_driver.compat.decoder_layers import owner_of
-from reap_driver.load.checkpoint import StreamedModel, open_streamed
-from reap_driver.model.derive import ExpertDim
+from reap_driver.load.streamed_model import StreamedModel, open_streamed
 from reap_driver.model.discover import find_moe_layers
-from reap_driver.model.loaded import expert_dims
+from reap_driver.model.expert_dims import expert_dims
+from reap_driver.model.expert_layout import ExpertDim
 from reap_driver.model.routing_table import ID_TABLES
 from reap_driver.plan.plan import LayerPlan, Plan
 from reap_kernels.errors import PlanError

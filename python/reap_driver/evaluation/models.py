@@ -20,8 +20,8 @@ from reap_driver.evaluation.figures import DRAWS
 from reap_driver.evaluation.predictions import Predictions, predict
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.evaluation.sequences import Comparison, Sums
-from reap_driver.load.checkpoint import StreamedModel
-from reap_driver.model.plain_model import plain_model
+from reap_driver.load.streamed_model import StreamedModel
+from reap_driver.model.unwrap import unwrap_model
 from reap_driver.observation.layer_runner import LayerRunner
 from reap_driver.observation.run import Batches, Given, Run, run_streamed
 from reap_driver.observation.state_store import StateStore
@@ -75,8 +75,8 @@ def compare_models(
         >>> found.overall.kl
         Estimate(value=0.031, low=0.027, high=0.035)
     """
-    original = plain_model(original)
-    pruned = pruned if isinstance(pruned, Plan) else plain_model(pruned)
+    original = unwrap_model(original)
+    pruned = pruned if isinstance(pruned, Plan) else unwrap_model(pruned)
     given = Given.checked(batches, groups)
     sums = compare_resident(original, pruned, given, range(len(batches)), backend=backend)
     return sums.comparison(draws, seed)

@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 
 from reap_driver.base.arguments import typed
 from reap_driver.compat.text_model import text_model, text_prefix
-from reap_driver.model.derive import ExpertDim
 from reap_driver.model.discover import MoELayer, block_of, find_moe_layers
-from reap_driver.model.loaded import expert_dims
-from reap_driver.model.plain_model import plain_model
+from reap_driver.model.expert_dims import expert_dims
+from reap_driver.model.expert_layout import ExpertDim
 from reap_driver.model.routing_table import ID_TABLES, relabel
+from reap_driver.model.unwrap import unwrap_model
 from reap_driver.writer.plan_checks import check_groups
 from reap_kernels.errors import PlanError, UnsupportedModel
 from reap_kernels.schema import short
@@ -122,7 +122,7 @@ class RouterMasks:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model = plain_model(model)
+        self._model = model = unwrap_model(model)
         self._layers = {layer.name: layer for layer in find_moe_layers(model)}
         experts = {name: layer.num_experts for name, layer in self._layers.items()}
         self._dims = expert_dims(model, experts)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
-from reap_driver.compat.foreign import foreign
+from reap_driver.compat.library_errors import wrap_errors
 from reap_driver.compat.text_model import text_model
 from reap_driver.evaluation.router_masks import masked_experts
 from reap_kernels.errors import DataError
@@ -71,7 +71,7 @@ def evaluate(
             "them, --task-folder adds others"
         )
     what = f"--tasks: the tokenizer of {tokenizer} cannot be loaded"
-    with foreign(what, "add its files (tokenizer.json, ...)", error=DataError):
+    with wrap_errors(what, "add its files (tokenizer.json, ...)", error=DataError):
         own = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
     with contextlib.nullcontext() if kept is None else masked_experts(model, kept):
         found = harness.simple_evaluate(

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig
 
-from reap_driver.compat.foreign import foreign
+from reap_driver.compat.library_errors import wrap_errors
 from reap_kernels.errors import CheckpointError, DataError
 
 _FILE = "tokenizer.json"
@@ -57,7 +57,7 @@ def _tokens(folder: Path, config: PretrainedConfig, trust: bool) -> dict[str, in
     if not any(found for pattern in _FILES for found in folder.glob(pattern)):
         return None
     try:
-        with foreign(f"the tokenizer of {folder} cannot be loaded", "check its files"):
+        with wrap_errors(f"the tokenizer of {folder} cannot be loaded", "check its files"):
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 str(folder), config=config, trust_remote_code=trust
             )

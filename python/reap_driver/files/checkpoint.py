@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from reap_driver.files.exchange import restore
-from reap_driver.files.pinned import Pins
+from reap_driver.files.fingerprints import Fingerprints
 from reap_driver.files.safetensors_file import SafetensorsFile, TensorEntry, read_header
 from reap_kernels.documents import parse_json, read_bytes
 from reap_kernels.errors import CheckpointError
@@ -39,7 +39,7 @@ class Use(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Source:
+class Checkpoint:
     """A checkpoint folder in Hugging Face format. Read only."""
 
     folder: Path
@@ -53,7 +53,7 @@ class Source:
         Path, ...
     ]  # neither files of the folder nor of the hub's cache; see `check_copied`
     index_metadata: Mapping[str, Any]
-    pins: Pins  # all files that are read, as they were before they were
+    fingerprints: Fingerprints  # all files that are read, as they were before they were
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
@@ -108,7 +108,7 @@ def resolve_folder(path_or_id: str | Path) -> Path:
         ) from error
 
 
-def open_source(folder: Path) -> Source:
+def open_checkpoint(folder: Path) -> Checkpoint:
     """Read every header of a checkpoint folder and check that files, index and headers agree.
 
     Raises:
@@ -116,7 +116,7 @@ def open_source(folder: Path) -> Source:
             damaged file, a symbolic link to nothing.
     """
     _check_links(folder)
-    described = Pins.of(
+    described = Fingerprints.of(
         [folder / n for n in ("config.json", INDEX_NAME) if is_file(folder / n)], ()
     )
     config = read_json(folder / "config.json", "give the folder of a Hugging Face checkpoint")
@@ -124,14 +124,16 @@ def open_source(folder: Path) -> Source:
     paths = [folder / name for name in names]
     beside = _beside(folder, set(paths))
     small = tuple(path for path, use in beside.items() if use is Use.COPIED)
-    pins = described.with_others(Pins.of([folder / name for name in small], paths))
+    fingerprints = described.with_others(Fingerprints.of([folder / name for name in small], paths))
     shards = tuple(map(read_header, paths))
     _check_index(folder, shards, weight_map)
     _check_duplicates(shards)
-    pins.check()  # what was read since then is what was pinned
+    fingerprints.check()  # what was read since then is what was pinned
     left_out = tuple(path for path, use in beside.items() if use is Use.LEFT_OUT)
     refused = tuple(path for path, use in beside.items() if use is Use.REFUSED)
-    return Source(folder, config, shards, small, left_out, refused, index_metadata, pins)
+    return Checkpoint(
+        folder, config, shards, small, left_out, refused, index_metadata, fingerprints
+    )
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

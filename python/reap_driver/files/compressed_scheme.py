@@ -75,20 +75,20 @@ class Scheme:
     zeros: frozenset[bool]
 
 
-def is_compressed(quantisation: Mapping[str, Any] | None) -> bool:
+def is_compressed(quantization: Mapping[str, Any] | None) -> bool:
     """Whether compressed-tensors stored a checkpoint of this `quantization_config`."""
-    return quantisation is not None and quantisation.get("quant_method") == METHOD
+    return quantization is not None and quantization.get("quant_method") == METHOD
 
 
-def read_scheme(quantisation: Mapping[str, Any], where: str) -> Scheme:
+def read_scheme(quantization: Mapping[str, Any], where: str) -> Scheme:
     """The scheme of a `quantization_config`; `where` begins messages.
 
     Raises:
         UnsupportedModel: names the first field whose value cannot be read.
         CheckpointError: a field is of a type it never has.
     """
-    _check_whole(quantisation, where)
-    found = list(_weights(quantisation, where))
+    _check_whole(quantization, where)
+    found = list(_weights(quantization, where))
     if not found:
         _refuse(f"{where}: no group of config_groups has weights", "one")
     bits = {w["num_bits"] for _, w, name in found if name == "pack-quantized"}
@@ -103,25 +103,25 @@ def read_scheme(quantisation: Mapping[str, Any], where: str) -> Scheme:
     return Scheme(next(iter(bits), None), groups, next(iter(blocks), None), zeros)
 
 
-def _check_whole(quantisation: Mapping[str, Any], where: str) -> None:
+def _check_whole(quantization: Mapping[str, Any], where: str) -> None:
     """Fields that concern the checkpoint as a whole."""
-    _check_types(dict(quantisation), _SETTINGS, where)
-    status = quantisation.get("quantization_status", "compressed")
+    _check_types(dict(quantization), _SETTINGS, where)
+    status = quantization.get("quantization_status", "compressed")
     if status != "compressed":
         _refuse(f"{where}.quantization_status is {status!r}", "'compressed'")
-    sparsity = (quantisation.get("sparsity_config") or {}).get("format", "dense")
+    sparsity = (quantization.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense":
         _refuse(f"{where}.sparsity_config.format is {sparsity!r}", "'dense'")
-    transforms = (quantisation.get("transform_config") or {}).get("config_groups")
+    transforms = (quantization.get("transform_config") or {}).get("config_groups")
     if transforms:  # some act on activations, which a plain model does not do
         _refuse(f"{where}.transform_config has {sorted(transforms)}", "none")
 
 
 def _weights(
-    quantisation: Mapping[str, Any], where: str
+    quantization: Mapping[str, Any], where: str
 ) -> Iterator[tuple[str, Mapping[str, Any], str]]:
     """Each group's weights: the field they are in, what it says, and their format; all checked."""
-    groups = quantisation.get("config_groups") or {}
+    groups = quantization.get("config_groups") or {}
     for name, group in groups.items():
         field = f"{where}.config_groups.{name}"
         if not isinstance(group, Mapping):
@@ -130,7 +130,7 @@ def _weights(
         weights = group.get("weights")
         if weights is None:
             continue
-        stored = group.get("format") or quantisation.get("format")
+        stored = group.get("format") or quantization.get("format")
         kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
         known = _BITS.get((stored, kind))
         if known is None:

@@ -3,12 +3,12 @@
 import hashlib
 import os
 
-from reap_driver.files.checkpoint import Source
+from reap_driver.files.checkpoint import Checkpoint
 
 _SAMPLE_BYTES = 64 << 10
 
 
-def weights_digest(source: Source) -> str:
+def weights_digest(source: Checkpoint) -> str:
     """`sha256:...` over names, dtypes, shapes and samples of the values of every file.
 
     Samples are the first and last 64 KiB of each file's data: enough to tell two trainings of one

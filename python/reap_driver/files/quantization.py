@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reap_driver.files.checkpoint import Source, read_json
+from reap_driver.files.checkpoint import Checkpoint, read_json
 from reap_driver.files.safetensors_file import TensorEntry
 
 # Fields of config.json, at any depth, that hold a quantizer's settings.
@@ -85,7 +85,7 @@ class Quantization:
         return value.lower() if isinstance(value, str) else None
 
 
-def quantization_of(source: Source) -> Quantization:
+def quantization_of(source: Checkpoint) -> Quantization:
     """The settings in config.json, else those in a file beside it."""
     for _, settings in settings_in(source.config):
         return Quantization(method_of(settings, None), settings)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reap_driver.files.compressed_scheme import Scheme, is_compressed, read_scheme
-from reap_driver.load.reading import Readable, StoredTensor
+from reap_driver.load.tensor_reader import Readable, StoredTensor
 from reap_kernels import dequantise
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from reap_kernels.quantised import Quantised
@@ -36,7 +36,7 @@ _REMEDY = "use the config.json and weights of one and the same checkpoint"
 
 def plain_weights(
     tensors: Mapping[str, StoredTensor],
-    quantisation: Mapping[str, Any] | None,
+    quantization: Mapping[str, Any] | None,
     where: object,
     device: torch.device,
 ) -> dict[str, Readable]:
@@ -44,7 +44,7 @@ def plain_weights(
 
     Args:
         tensors: as stored.
-        quantisation: the `quantization_config`; where there is none, or it is another method's,
+        quantization: the `quantization_config`; where there is none, or it is another method's,
             all tensors stay as they are.
         where: the checkpoint, for messages.
         device: where matrices are computed.
@@ -53,9 +53,9 @@ def plain_weights(
         UnsupportedModel: a format that cannot be read.
         CheckpointError: tensors that do not fit each other or the configuration.
     """
-    if quantisation is None or not is_compressed(quantisation):
+    if quantization is None or not is_compressed(quantization):
         return dict(tensors)
-    scheme = read_scheme(quantisation, f"{where}: quantization_config")
+    scheme = read_scheme(quantization, f"{where}: quantization_config")
     modules: dict[str, dict[str, StoredTensor]] = {}
     for key, tensor in tensors.items():
         module, _, leaf = key.rpartition(".")

@@ -17,13 +17,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from reap_driver.compat.conversion import KeyMap, Target
-from reap_driver.compat.foreign import foreign
-from reap_driver.compat.models import DEQUANTISED_ON_LOAD, meta_model, quantisation
+from reap_driver.compat.library_errors import wrap_errors
+from reap_driver.compat.model_config import quantization_settings
+from reap_driver.compat.pretrained import DEQUANTIZED_ON_LOAD, meta_model
 from reap_driver.files.compressed_scheme import METHOD, REMEDY, read_scheme
 from reap_driver.files.quantization import method_of
 from reap_driver.files.safetensors_file import TensorEntry
 from reap_driver.load.compressed_matrices import plain_weights
-from reap_driver.load.reading import Reader, stored
+from reap_driver.load.tensor_reader import TensorReader, stored
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 
 _CORRECT = "restore the file from where the checkpoint was published"
@@ -65,11 +66,11 @@ def check_storage(
             not fit config.json.
 
     Example:
-        >>> check_storage("model", config, open_source(Path("model")).tensors)
+        >>> check_storage("model", config, open_checkpoint(Path("model")).tensors)
     """
-    said = quantisation(config)
+    said = quantization_settings(config)
     method = None if said is None else method_of(said, "unnamed")
-    if method is not None and method not in (*DEQUANTISED_ON_LOAD, METHOD):
+    if method is not None and method not in (*DEQUANTIZED_ON_LOAD, METHOD):
         name = _NAMES.get(method, f"the method {method!r}")
         raise UnsupportedModel(
             f"{where}: by quantization_config of config.json its weights are stored by {name}, "
@@ -79,11 +80,11 @@ def check_storage(
         assert said is not None
         read_scheme(said, f"{where}: quantization_config")
     elif said is not None:
-        with foreign(f"{where}: quantization_config of config.json cannot be used", _CORRECT):
+        with wrap_errors(f"{where}: quantization_config of config.json cannot be used", _CORRECT):
             AutoQuantizationConfig.from_dict(dict(said))
     if tensors is None:
         return
-    with contextlib.closing(Reader()) as reader:
+    with contextlib.closing(TensorReader()) as reader:
         found = plain_weights(stored(tensors, reader), said, where, torch.device("cpu"))
         dtypes = {key: tensor.get_dtype() for key, tensor in found.items()}
         shapes = {key: tuple(tensor.get_shape()) for key, tensor in found.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from reap_driver.files.checkpoint import INDEX_NAME, SINGLE_NAME, open_source, read_json
+from reap_driver.files.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint, read_json
 from reap_driver.files.safetensors_file import TensorEntry
 from reap_driver.memory.model_sizes import tensor_bytes
 from reap_kernels.errors import CheckpointError, DataError
@@ -62,7 +62,7 @@ def stored_files(folder: Path, config: PretrainedConfig) -> Stored | None:
             return Stored(total, "index", _format_name(config, None))
     if not there or not (index.is_file() or (folder / SINGLE_NAME).is_file()):
         return None
-    source = open_source(folder)
+    source = open_checkpoint(folder)
     kinds = [entry.dtype for shard in source.shards for entry in shard.tensors.values()]
     dtype = next((_FLOATS[kind] for kind in kinds if kind in _FLOATS), None)
     largest = max(source.shards, key=lambda shard: shard.size)

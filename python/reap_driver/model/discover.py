@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_driver.base.arguments import typed
-from reap_driver.compat.models import config_digest, identifying_fields
+from reap_driver.compat.model_config import config_digest, identifying_fields
 from reap_driver.model.adapters import ADAPTERS, Adapter
 from reap_driver.model.adapters.expert_parallel import ExpertSlice
-from reap_driver.model.plain_model import plain_model
+from reap_driver.model.unwrap import unwrap_model
 from reap_kernels.errors import UnsupportedModel
 
 # Models whose experts are recognisable but must not be ranked or removed, and why.
@@ -89,7 +89,7 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
         UnsupportedModel: the model has no MoE layer, is one that must not be pruned, holds weights
             that are not plain whole floats, or has experts that no adapter observes.
     """
-    model = plain_model(model)
+    model = unwrap_model(model)
     config = model.config
     reason = _REFUSED.get(_model_type(config))
     if reason is None and getattr(config, "is_encoder_decoder", False):
@@ -124,7 +124,7 @@ def record_of(
         `model` (id, digest and fields of the configuration, ...) and `layers` {name: facts}, as
         `reap_kernels.model_match.differences` compares them.
     """
-    model = plain_model(model)
+    model = unwrap_model(model)
     config = model.config
     layers = find_moe_layers(model) if layers is None else layers
     return {

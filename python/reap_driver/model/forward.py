@@ -15,7 +15,7 @@ from transformers.utils import TransformersKwargs
 
 from reap_driver.compat.text_model import text_model
 from reap_driver.model.isolation import documents_apart
-from reap_driver.model.plain_model import check_mode, plain_model
+from reap_driver.model.unwrap import check_mode, unwrap_model
 from reap_kernels.errors import DataError
 from reap_kernels.schema import short
 
@@ -49,7 +49,7 @@ def forward(model: PreTrainedModel, batch: Mapping[str, Any], *, all_logits: boo
         UnsupportedModel: the model is in training mode; or packed documents, and it cannot keep
             them apart.
     """
-    model = plain_model(model)
+    model = unwrap_model(model)
     check_mode("", model)
     _check_names(model, batch)
     # Before the batch moves: on a GPU, reading the ids there would wait for all queued work, as

@@ -12,7 +12,7 @@ from typing import Any
 
 from reap_driver.compat.config_edit import Site, count_sites, with_count
 from reap_driver.compat.load_pruned import SETTINGS
-from reap_driver.model.derive import Shape, followers, shared_parts
+from reap_driver.model.expert_layout import Shape, followers, shared_parts
 
 Shapes = Callable[[Mapping[str, Any]], Mapping[str, Shape]]
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from reap_driver.compat.experts import Forward
+from reap_driver.compat.experts_interface import Forward
 from reap_driver.model.adapters import KernelAdapter
 from reap_driver.model.discover import MoELayer, adapter_of
 from reap_driver.observation.token_mask import TokenMask

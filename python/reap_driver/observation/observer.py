@@ -21,9 +21,9 @@ import reap_kernels
 from reap_driver.base.arguments import typed
 from reap_driver.compat.text_model import text_model
 from reap_driver.model.discover import adapter_of, block_of, find_moe_layers, record_of
+from reap_driver.model.expert_dims import stacks_of
 from reap_driver.model.forward import forward
-from reap_driver.model.loaded import stacks_of
-from reap_driver.model.plain_model import check_mode, plain_model
+from reap_driver.model.unwrap import check_mode, unwrap_model
 from reap_driver.observation.layer_recorder import LayerRecorder
 from reap_driver.observation.token_mask import TokenMask
 from reap_kernels import LayerStats, SaliencyStats
@@ -43,7 +43,7 @@ class Observer:
     """The context `observe()` returns. Statistics accumulate over every forward inside it."""
 
     def __init__(self, model: PreTrainedModel, backend: str | None = None) -> None:
-        self.model = model = plain_model(model)
+        self.model = model = unwrap_model(model)
         self.backend = backend
         self.layers = find_moe_layers(model)
         self.groups: list[str] = []

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from reap_driver.base.interrupts import Interrupted, Stop
 from reap_driver.data.prefetch import prefetched, ready_for
-from reap_driver.load.checkpoint import StreamedModel
+from reap_driver.load.streamed_model import StreamedModel
 from reap_driver.observation.journal import Journal
 from reap_driver.observation.layer_runner import LayerRunner
 from reap_driver.observation.observer import DEFAULT_GROUP, Observer

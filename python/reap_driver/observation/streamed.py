@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reap_driver.base.arguments import typed
 from reap_driver.base.interrupts import Stop
-from reap_driver.load.checkpoint import open_streamed
+from reap_driver.load.streamed_model import open_streamed
 from reap_driver.observation.observer import observe
 from reap_driver.observation.run import Given, Run, run_streamed
 from reap_driver.observation.state_store import Place, StateStore

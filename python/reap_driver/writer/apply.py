@@ -13,8 +13,9 @@ from reap_driver.base.arguments import typed
 from reap_driver.compat import load_pruned
 from reap_driver.compat.config_edit import clear_mtp, differences
 from reap_driver.compat.load_pruned import SETTINGS
-from reap_driver.compat.models import load_config, meta_model
-from reap_driver.files.checkpoint import RECORD, Source, open_source, resolve_folder
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
+from reap_driver.files.checkpoint import RECORD, Checkpoint, open_checkpoint, resolve_folder
 from reap_driver.files.quantization import quantization_of
 from reap_driver.model.discover import find_moe_layers, record_of
 from reap_driver.model.stacks import Stack
@@ -114,7 +115,7 @@ def apply_plan(
     with staged(out, needed=needed) as staging:
         report = _write(job, staging, out, _counter(progress, needed), threads)
         report.bytes_written += _save_record(staging, job.plan, stats)
-        job.source.pins.check()
+        job.source.fingerprints.check()
         left = publish(staging, out, overwrite=overwrite)
     if job.card_note is not None:
         report.warnings.append(job.card_note)
@@ -172,7 +173,7 @@ class _Job:
     """Everything decided before the first byte is written."""
 
     plan: "Plan"  # with notes of how the model differs from the plan's
-    source: Source
+    source: Checkpoint
     model: PrunedModel
     keys: KeyActions
     checked: Checked
@@ -194,7 +195,7 @@ class _Job:
 
 def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     """Read, check and decide; nothing is written."""
-    source = open_source(folder)
+    source = open_checkpoint(folder)
     source.check_copied()
     inherited = inherited_fields(source)
     config = load_config(folder, trust_remote_code=options.trust)
@@ -263,9 +264,13 @@ def _write(
     return report
 
 
-def _copy(source: Source, path: Path, target: Path) -> None:
+def _copy(source: Checkpoint, path: Path, target: Path) -> None:
     """Copy a small file, which is still the one that was inspected."""
-    with source.pins.open(source.folder / path) as file, named(target), target.open("xb") as copy:
+    with (
+        source.fingerprints.open(source.folder / path) as file,
+        named(target),
+        target.open("xb") as copy,
+    ):
         shutil.copyfileobj(file, copy)
 
 

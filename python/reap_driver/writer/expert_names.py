@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from reap_driver.model.derive import ExpertLayout
+from reap_driver.model.expert_layout import ExpertLayout
 from reap_driver.writer.actions import Copy
 from reap_driver.writer.keys import KeyActions
 from reap_driver.writer.lists import split_layer

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from reap_driver.base.yaml_text import MAX_BYTES, parse_yaml
-from reap_driver.files.checkpoint import Source, belongs
+from reap_driver.files.checkpoint import Checkpoint, belongs
 from reap_kernels.files import is_file
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 
 
-def inherited_fields(source: Source) -> tuple[dict[str, Any] | None, str | None]:
+def inherited_fields(source: Checkpoint) -> tuple[dict[str, Any] | None, str | None]:
     """Fields of the YAML between the first two `---` lines of README.md, texts or lists of texts.
 
     Returns:
@@ -34,7 +34,7 @@ def inherited_fields(source: Source) -> tuple[dict[str, Any] | None, str | None]
     return kept, None
 
 
-def _read(source: Source, card: Path) -> dict[str, Any]:
+def _read(source: Checkpoint, card: Path) -> dict[str, Any]:
     """All fields.
 
     Raises:

@@ -14,7 +14,7 @@ from pathlib import Path
 from reap_driver.compat.conversion import KeyMap, Target
 from reap_driver.files.quantization import PACKED, Quantization
 from reap_driver.files.safetensors_file import TensorEntry
-from reap_driver.model.derive import ExpertDim, ExpertLayout
+from reap_driver.model.expert_layout import ExpertDim, ExpertLayout
 from reap_driver.model.routing_table import ID_TABLES
 from reap_driver.writer import layouts
 from reap_driver.writer.actions import Action, Copy, Drop, Relabel, Select

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from reap_driver.files.quantization import Quantization
 from reap_driver.files.safetensors_file import TensorEntry
-from reap_driver.model.derive import ExpertDim, Shape
+from reap_driver.model.expert_layout import ExpertDim, Shape
 from reap_driver.writer.actions import Action, Copy, Select, SelectCodes, SetLength
 from reap_driver.writer.codes import WORD_BITS, words_of
 from reap_kernels.errors import UnsupportedModel

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from reap_driver.base.arguments import typed
-from reap_driver.compat.models import load_config, meta_model
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
 from reap_driver.files.checkpoint import resolve_folder
 from reap_driver.model.discover import find_moe_layers, record_of
 from reap_driver.plan.plan import Plan

@@ -13,8 +13,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from reap_driver.compat.conversion import KeyMap
-from reap_driver.compat.models import load_config, meta_model
-from reap_driver.model.derive import ExpertLayout, Shape, derive_layout
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
+from reap_driver.model.expert_layout import ExpertLayout, Shape, derive_layout
 from reap_driver.model.stacks import Stack, find_stacks, with_counts
 from reap_kernels.errors import CheckpointError
 

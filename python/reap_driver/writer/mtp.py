@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from reap_driver.files.safetensors_file import TensorEntry
-from reap_driver.model.derive import ExpertDim, ExpertLayout, Shape
+from reap_driver.model.expert_layout import ExpertDim, ExpertLayout, Shape
 from reap_driver.plan.plan import LayerPlan
 from reap_driver.writer.actions import Action, Copy
 from reap_driver.writer.lists import ExpertList, split_layer

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from reap_driver.compat.config_edit import count_sites, with_count
-from reap_driver.files.checkpoint import Source, read_json
+from reap_driver.files.checkpoint import Checkpoint, read_json
 from reap_driver.files.quantization import SETTINGS_FIELDS, SETTINGS_FILES, method_of
 from reap_driver.writer.expert_names import ExpertNames
 
@@ -19,7 +19,7 @@ _NAMED = re.compile(r"\bexperts(?:\\{0,2}\.|\[)\d+")
 
 
 def rewritten_files(
-    source: Source,
+    source: Checkpoint,
     config: Mapping[str, Any],
     names: ExpertNames,
     counts: Mapping[str, tuple[int, int]],
@@ -75,7 +75,7 @@ def renamed_metadata(metadata: Mapping[str, str], names: ExpertNames) -> dict[st
     }
 
 
-def copied_names(source: Source, rewritten: Mapping[str, Any]) -> list[str]:
+def copied_names(source: Checkpoint, rewritten: Mapping[str, Any]) -> list[str]:
     """A sentence for every copied file that names experts by their numbers in the source: a log or
     recipe of its making.
     """

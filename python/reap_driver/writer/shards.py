@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from reap_driver.files.checkpoint import INDEX_NAME, SINGLE_NAME, Source
+from reap_driver.files.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from reap_driver.files.safetensors_file import DTYPE_BITS, SafetensorsFile
 from reap_driver.writer.actions import Action
 from reap_driver.writer.stream import OutShard, OutTensor, out_tensor
@@ -16,7 +16,7 @@ _NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def plan_shards(
-    source: Source,
+    source: Checkpoint,
     actions: Mapping[str, Action],
     shard_size: int | None,
     rename: Callable[[Mapping[str, str]], Mapping[str, str]] = dict,
@@ -37,7 +37,7 @@ def plan_shards(
             shard.metadata = whole
     shards = [shard for shard in shards if shard.tensors]
     for shard in shards:
-        shard.pins = source.pins
+        shard.fingerprints = source.fingerprints
         shard.metadata = rename(shard.metadata) or {"format": "pt"}
         # Wider elements first keeps every tensor aligned to its element size; source order
         # otherwise.

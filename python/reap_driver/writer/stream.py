@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from reap_driver.files.pinned import Pins, unreadable
+from reap_driver.files.fingerprints import Fingerprints, unreadable
 from reap_driver.files.safetensors_file import (
     DTYPE_BITS,
     TensorEntry,
@@ -70,7 +70,7 @@ class OutShard:
     name: str
     tensors: list[OutTensor] = field(default_factory=list)
     metadata: Mapping[str, str] = field(default_factory=dict)
-    pins: Pins = field(default_factory=Pins)
+    fingerprints: Fingerprints = field(default_factory=Fingerprints)
 
     @property
     def nbytes(self) -> int:
@@ -142,7 +142,7 @@ def _write_tensors(out: BinaryIO, shard: OutShard, progress: Progress) -> None:
         def source_of(piece: _Range | OutTensor) -> BinaryIO:
             path = piece.path if isinstance(piece, _Range) else piece.source.file
             if path not in opened:
-                opened[path] = stack.enter_context(shard.pins.open(path))
+                opened[path] = stack.enter_context(shard.fingerprints.open(path))
             return opened[path]
 
         for piece, following in itertools.pairwise(itertools.chain(_pieces(shard.tensors), [None])):

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reap_driver as rd
-from reap_driver.compat.models import load_config, meta_model
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
 from reap_driver.data.batches import PackedBatches
 from reap_driver.data.encode import Encoder
 from reap_driver.data.packing import pack

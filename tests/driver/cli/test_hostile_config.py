@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from transformers import MixtralConfig
 
-from reap_driver.compat.foreign import foreign, place_in_library
-from reap_driver.compat.models import quantisation, read_model
+from reap_driver.compat.library_errors import place_in_library, wrap_errors
+from reap_driver.compat.model_config import quantization_settings
+from reap_driver.compat.pretrained import read_model
 from reap_driver.model.discover import find_moe_layers
 from reap_kernels.errors import CheckpointError, ReapError, UnsupportedModel
 from tests.driver.cli.conftest import VOCAB, Run, write_model
@@ -174,11 +175,11 @@ def test_the_command_line_ends_in_one_line(run: Run, tmp_path: Path, nesting: in
 
 
 def test_errors_of_our_own_pass() -> None:
-    with pytest.raises(UnsupportedModel, match="mine"), foreign("a", "b"):
+    with pytest.raises(UnsupportedModel, match="mine"), wrap_errors("a", "b"):
         raise UnsupportedModel("mine")
-    with pytest.raises(MemoryError), foreign("a", "b"):
+    with pytest.raises(MemoryError), wrap_errors("a", "b"):
         raise MemoryError
-    with pytest.raises(ReapError, match=r"a \(KeyError: 'x'\); b"), foreign("a", "b"):
+    with pytest.raises(ReapError, match=r"a \(KeyError: 'x'\); b"), wrap_errors("a", "b"):
         raise KeyError("x")
 
 
@@ -254,5 +255,5 @@ def test_errors_of_ours_are_no_error_of_the_library() -> None:
         MixtralConfig.from_dict(7)
     assert "transformers.configuration_utils" in str(place_in_library(caught.value))
     with pytest.raises(AttributeError) as caught_here:
-        quantisation(7)  # type: ignore[arg-type]
+        quantization_settings(7)  # type: ignore[arg-type]
     assert place_in_library(caught_here.value) is None

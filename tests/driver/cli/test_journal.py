@@ -103,7 +103,7 @@ def test_every_place_of_states_resumes(
     words: list[str], layer: int, park: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that fails right behind a layer goes on from it; layers before are not read again."""
-    from reap_driver.load.checkpoint import StreamedModel
+    from reap_driver.load.streamed_model import StreamedModel
     from reap_driver.memory import decision
 
     places = decision._places

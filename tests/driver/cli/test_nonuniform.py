@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import reap_driver as rd
-from reap_driver.compat.models import load_config, meta_model
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
 from reap_driver.writer.mask_file import load_masks
 from tests.driver.cli.conftest import Run
 from tests.driver.writer import saved

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer, PretrainedConfig
 
 from reap_driver.data.encode import Document, Encoder
-from reap_driver.data.record import BadRecords, Record
+from reap_driver.data.records import BadRecords, Record
 from reap_kernels.errors import DataError
 
 PLAIN = (

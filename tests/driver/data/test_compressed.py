@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from reap_driver.data import compressed_files as compressed
-from reap_driver.data.record import BadRecords, Record
+from reap_driver.data.records import BadRecords, Record
 from reap_driver.data.sampling import read_records
 from reap_driver.data.source import DataSource
 from reap_kernels.errors import DataError

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer, PretrainedConfig
 
 from reap_driver.data.encode import Encoder
-from reap_driver.data.record import BadRecords, Record
+from reap_driver.data.records import BadRecords, Record
 from reap_kernels.errors import DataError
 from tests.driver.data.conftest import EOS
 
@@ -256,7 +256,7 @@ def test_templates_that_fail_are_named_with_the_record(
     answers_only: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("reap_driver.data.steps.LIMIT", 10_000)
+    monkeypatch.setattr("reap_driver.data.chat.STEP_LIMIT", 10_000)
     (folder / "chat_template.jinja").write_text(template)
     encoder = Encoder(folder, config, answers_only=answers_only)
     with pytest.raises(

@@ -11,7 +11,8 @@ from reap_driver.data.batches import PackedBatches
 from reap_driver.data.folds import FoldedBatches
 from reap_driver.data.packing import PackedSource
 from reap_driver.data.source import DataSource
-from reap_driver.load.checkpoint import load_model, open_streamed
+from reap_driver.load.resident import load_model
+from reap_driver.load.streamed_model import open_streamed
 from reap_driver.observation.observer import Observer, observe
 from reap_driver.observation.run import Run, run_resident, run_streamed
 from reap_driver.observation.state_store import StateStore

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from reap_driver.data.record import Record
+from reap_driver.data.records import Record
 from reap_driver.data.sampling import read_records
 from reap_driver.data.source import DataSource, HubDataset
 from reap_kernels.errors import DataError

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from reap_driver.data.encode import Document, Encoder
 from reap_driver.data.packing import PackedSource, Packing, pack
-from reap_driver.data.record import BadRecords, Record
+from reap_driver.data.records import BadRecords, Record
 from reap_driver.data.source import DataSource
 from reap_kernels.errors import DataError
 from tests.driver.data.conftest import EOS

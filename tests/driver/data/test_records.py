@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from reap_driver.data.encode import Encoder
-from reap_driver.data.record import BadRecords, Record
+from reap_driver.data.records import BadRecords, Record
 from reap_driver.data.sampling import read_records
 from reap_driver.data.source import DataSource
 from reap_kernels.errors import DataError

@@ -11,7 +11,7 @@ import reap_driver as rd
 from reap_driver.base.interrupts import Stop
 from reap_driver.compat.text_model import text_model
 from reap_driver.evaluation.routing import RoutingObserver, orphans, retained
-from reap_driver.load.checkpoint import open_streamed
+from reap_driver.load.streamed_model import open_streamed
 from reap_driver.observation.run import Given, Run, run_streamed
 from reap_driver.observation.state_store import StateStore
 from reap_driver.plan.plan import LayerPlan, Plan

@@ -8,7 +8,7 @@ import torch
 
 import reap_driver as rd
 from reap_driver.evaluation.models import compare_streamed
-from reap_driver.load.checkpoint import open_streamed
+from reap_driver.load.streamed_model import open_streamed
 from reap_driver.observation.run import Given
 from reap_driver.observation.state_store import StateStore
 from tests.driver import zoo

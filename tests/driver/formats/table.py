@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reap_driver.cli.main import main
-from reap_driver.compat.models import read_model
+from reap_driver.compat.pretrained import read_model
 from reap_driver.model.discover import MoELayer
 from tests.driver.formats.build import FORMATS, Format, plain_model
 from tests.driver.writer.saved import make_plan

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from reap_driver import observe_streamed
-from reap_driver.load.checkpoint import load_model, open_streamed
+from reap_driver.load.resident import load_model
+from reap_driver.load.streamed_model import open_streamed
 from reap_driver.memory import rates
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from tests.driver.cli.conftest import Run, run

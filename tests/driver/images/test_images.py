@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 import reap_driver as rd
-from reap_driver.compat.models import load_config
+from reap_driver.compat.model_config import load_config
 from reap_driver.data.batches import PackedBatches
 from reap_driver.data.encode import Encoder
+from reap_driver.data.image_inputs import ImageInputs
 from reap_driver.data.packing import PackedSource, pack
-from reap_driver.data.pictured import Pictured
 from reap_driver.data.source import DataSource
 from reap_kernels.errors import DataError
 from tests.driver.cli.conftest import write_model
@@ -83,9 +83,9 @@ def test_images_however_they_are_given(
 ) -> None:
     """The same tokens and pixels, whichever way."""
     source = packed(folders[QWEN], write(record))
-    [one] = source.pictured.values()
+    [one] = source.image_inputs.values()
     wanted = packed(folders[QWEN], write({"messages": [says("see", IMAGE)]}, name="w.jsonl"))
-    [other] = wanted.pictured.values()
+    [other] = wanted.image_inputs.values()
     assert one.images == other.images == [png()]
     made, expected = one.inputs(), other.inputs()
     assert made.keys() == expected.keys()
@@ -113,7 +113,7 @@ def test_images_in_parquet_and_of_the_hub(folders: dict[str, Path], tmp_path: Pa
     }
     table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
     table.to_parquet(tmp_path / "data.parquet")
-    [one] = packed(folders[QWEN], tmp_path / "data.parquet").pictured.values()
+    [one] = packed(folders[QWEN], tmp_path / "data.parquet").image_inputs.values()
     assert one.images == [png(1), png(2)]
     given = _undecoded(table)[0]["images"]
     assert [image["bytes"] for image in given] == [png(1), png(2)]
@@ -128,7 +128,7 @@ def test_a_record_with_images_is_a_sequence_and_a_batch(
     data = write(TEXT, TEXT, seen, seen, TEXT, TEXT)
     source = packed(folders[QWEN], data, packing=packing)
     assert source.records == 6
-    assert len(source.pictured) == 2
+    assert len(source.image_inputs) == 2
     batches = PackedBatches([source], [4], folds=2)
     found = [batches.inputs(number) for number in range(len(batches))]
     with_pixels = [inputs for inputs in found if "pixel_values" in inputs]
@@ -137,11 +137,11 @@ def test_a_record_with_images_is_a_sequence_and_a_batch(
         assert inputs["input_ids"].shape[0] == 1
         assert inputs["image_grid_thw"].tolist() == [[1, 4, 6]] * 2
         assert "position_ids" not in inputs
-    begins = list(source.pictured)
+    begins = list(source.image_inputs)
     for begin in begins:
         row = source.bounds.index(begin)
         ids = source.ids[begin : source.bounds[row + 1]]
-        assert torch.equal(ids.long(), source.pictured[begin].inputs()["input_ids"][0])
+        assert torch.equal(ids.long(), source.image_inputs[begin].inputs()["input_ids"][0])
     total = sum(int(i.get("attention_mask", torch.ones_like(i["input_ids"])).sum()) for i in found)
     assert total == source.tokens
     assert source.provenance()["images"] == 4
@@ -170,9 +170,9 @@ def test_observed_as_the_model_itself_runs(
             inputs = batches.inputs(number)
             out = obs(**inputs)
             if "pixel_values" in inputs:
-                pictured, logits = inputs, out.logits
+                image_inputs, logits = inputs, out.logits
     with torch.no_grad():
-        plain = model(**pictured, use_cache=False, logits_to_keep=1).logits
+        plain = model(**image_inputs, use_cache=False, logits_to_keep=1).logits
     torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-4)
     stats = obs.stats
     assert "unobserved" not in stats.provenance
@@ -266,7 +266,7 @@ def test_a_processor_that_fails_is_one_error(folders: dict[str, Path]) -> None:
     def fail(**_: Any) -> None:
         raise AttributeError("'NoneType' object has no attribute 'merge_size'")
 
-    whole = Pictured("see", [png()], "here", fail)
+    whole = ImageInputs("see", [png()], "here", fail)
     with pytest.raises(DataError, match=r"here: the processor .*merge_size.*; correct") as caught:
         whole.inputs()
     assert "torchvision" not in str(caught.value)
@@ -287,13 +287,13 @@ def test_budgets_leave_out_what_does_not_fit(folders: dict[str, Path], write: Wr
     data = write(record, record, record)
     one = packed(folders[QWEN], data).tokens // 3
     source = packed(folders[QWEN], Path(f"{data}:{one * 2 + 3}tok"))
-    assert (source.tokens, len(source.pictured), source.records) == (2 * one, 2, 2)
+    assert (source.tokens, len(source.image_inputs), source.records) == (2 * one, 2, 2)
 
 
 def test_an_image_that_no_text_is_about(folders: dict[str, Path], write: Write) -> None:
     """`image` names a container in data of coding agents: it is a field that is not used."""
     source = packed(folders[QWEN], write({**TEXT, "image": "docker.io/library/python:3.12"}))
-    assert not source.pictured
+    assert not source.image_inputs
     assert source.unused == ["image"]
 
 
@@ -303,5 +303,5 @@ def test_text_alone_loads_no_processor(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("nobody needs it")
 
-    monkeypatch.setattr("reap_driver.data.pictured.load_processor", refuse)
-    assert not packed(folders[QWEN], write(TEXT)).pictured
+    monkeypatch.setattr("reap_driver.data.image_inputs.load_processor", refuse)
+    assert not packed(folders[QWEN], write(TEXT)).image_inputs

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from reap_driver.compat.models import meta_model
+from reap_driver.compat.pretrained import meta_model
 from reap_driver.memory.batch_size import Footprint, footprint_of, full_batch, token_footprint
 from reap_driver.memory.decision import Workload
 from reap_driver.memory.host import Free

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from reap_driver.compat.models import load_config, meta_model
-from reap_driver.load.checkpoint import load_model
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
+from reap_driver.load.resident import load_model
 from reap_driver.memory.model_sizes import ModelSizes, model_sizes, residual_streams
 from reap_driver.memory.stored import estimated, run_dtype, stored_files
 from reap_driver.model.discover import find_moe_layers

@@ -10,7 +10,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from reap_driver.compat.models import config_digest, identifying_fields
+from reap_driver.compat.model_config import config_digest, identifying_fields
 from reap_driver.compat.text_model import text_model
 from reap_driver.observation.observer import observe
 from reap_kernels import SaliencyStats

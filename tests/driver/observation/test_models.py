@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
-from reap_driver.compat import models
+from reap_driver.compat.model_config import config_digest, load_config
+from reap_driver.compat.pretrained import meta_model, model_class
 from reap_driver.compat.text_model import text_model
-from reap_driver.load import checkpoint as loading
+from reap_driver.load.resident import load_model
 from reap_driver.model.discover import find_moe_layers
-from reap_driver.model.loaded import stacks_of
+from reap_driver.model.expert_dims import stacks_of
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from tests.driver import zoo
 
@@ -38,11 +39,11 @@ def test_digest_and_weights_survive_saving(name: str, tmp_path: Path) -> None:
     """In memory, saved and reloaded: one digest, the same class, the same logits."""
     config, model = zoo.tiny(name)
     folder = _saved(tmp_path, name)
-    digest = models.config_digest(config)
+    digest = config_digest(config)
     assert digest.startswith("sha256:")
-    assert models.config_digest(models.load_config(folder)) == digest
-    loaded = loading.load_model(folder)
-    assert models.config_digest(loaded.config) == digest
+    assert config_digest(load_config(folder)) == digest
+    loaded = load_model(folder)
+    assert config_digest(loaded.config) == digest
     assert type(loaded) is type(model)
     assert not loaded.training
     inputs = zoo.tiny_inputs(name, config)
@@ -60,7 +61,7 @@ def test_meta_model_has_the_same_layers(name: str) -> None:
         layers = find_moe_layers(model)
     except UnsupportedModel:
         pytest.skip("refused on this transformers version, which test_architectures checks")
-    meta = models.meta_model(config)
+    meta = meta_model(config)
     assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
     facts = [(layer.name, layer.provenance()) for layer in layers]
     assert [(layer.name, layer.provenance()) for layer in find_moe_layers(meta)] == facts
@@ -77,24 +78,24 @@ def test_digest_tells_models_apart() -> None:
     """Another expert count is another model; dtype, cache and quantisation are not."""
     config, _ = zoo.tiny("qwen3_moe")
     other, _ = zoo.tiny("qwen3_moe", num_experts=16)
-    assert models.config_digest(config) != models.config_digest(other)
+    assert config_digest(config) != config_digest(other)
     same = copy.deepcopy(config)
     same.dtype = torch.bfloat16
     same.use_cache = False
     same.quantization_config = {"quant_method": "fp8"}
     same.architectures = ["Qwen3MoeForCausalLM"]
-    assert models.config_digest(config) == models.config_digest(same)
+    assert config_digest(config) == config_digest(same)
 
 
 def test_unknown_model_type_resolves_by_architecture(tmp_path: Path) -> None:
     """Kimi-K2: its model_type is unknown to transformers, its architecture is not."""
     folder = _saved(tmp_path, "deepseek_v3")
-    digest = models.config_digest(models.load_config(folder))
+    digest = config_digest(load_config(folder))
     _edit(folder, model_type="kimi_k2")
-    config = models.load_config(folder)
-    assert models.model_class(config).__name__ == "DeepseekV3ForCausalLM"
-    assert models.config_digest(config) == digest
-    assert find_moe_layers(loading.load_model(folder))
+    config = load_config(folder)
+    assert model_class(config).__name__ == "DeepseekV3ForCausalLM"
+    assert config_digest(config) == digest
+    assert find_moe_layers(load_model(folder))
 
 
 def test_unknown_architecture(tmp_path: Path) -> None:
@@ -102,10 +103,10 @@ def test_unknown_architecture(tmp_path: Path) -> None:
     folder = _saved(tmp_path)
     _edit(folder, model_type="novel", architectures=["NovelForCausalLM"])
     with pytest.raises(UnsupportedModel, match="'novel' with architecture 'NovelForCausalLM'"):
-        models.load_config(folder)
+        load_config(folder)
     _edit(folder, auto_map={"AutoConfig": "novel.NovelConfig"})
     with pytest.raises(UnsupportedModel, match="--trust-remote-code"):
-        models.load_config(folder)
+        load_config(folder)
 
 
 def _cut(path: Path, size: int) -> None:
@@ -217,7 +218,7 @@ def test_damaged_checkpoints(damage: Any, message: str, tmp_path: Path) -> None:
     folder = _saved(tmp_path, shard="20KB")
     damage(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
-        loading.load_model(folder)
+        load_model(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -225,10 +226,10 @@ def test_damaged_checkpoints(damage: Any, message: str, tmp_path: Path) -> None:
 def test_missing_folder(path: str) -> None:
     """A path that is not there is not taken for a hub id."""
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
-        models.load_config(path)
+        load_config(path)
 
 
 def test_class_without_a_model() -> None:
     """A configuration no model class belongs to."""
     with pytest.raises(UnsupportedModel, match=r"architecture None \(PreTrainedConfig\)"):
-        models.model_class(PretrainedConfig())
+        model_class(PretrainedConfig())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from reap_driver.compat.experts import IMPLEMENTATION
+from reap_driver.compat.experts_interface import IMPLEMENTATION
 from reap_driver.observation.observer import observe
 from reap_kernels.errors import UnsupportedModel
 from tests.driver import zoo

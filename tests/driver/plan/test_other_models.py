@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig
 
 import reap_driver as rd
-from reap_driver.compat.models import meta_model
+from reap_driver.compat.pretrained import meta_model
 from reap_driver.model.discover import find_moe_layers, record_of
 from reap_driver.plan.plan import Plan
 from reap_driver.reporting.inputs import Inputs

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
 
-from reap_driver.compat.models import load_config, model_class
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import model_class
 from tests.driver.published.entry import Published
 from tests.driver.published.models import MODELS
 from tests.driver.published.reduce import VOCAB, small_config

@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 
-from reap_driver.compat.models import load_config, meta_model
-from reap_driver.load.checkpoint import load_model
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
+from reap_driver.load.resident import load_model
 from reap_driver.model.discover import find_moe_layers
 from tests.driver.published.checkpoint import is_mtp
 from tests.driver.published.expected import read_tensors

@@ -10,7 +10,8 @@ import torch
 import transformers
 
 import reap_driver as rd
-from reap_driver.compat.models import load_config, meta_model
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
 from reap_driver.evaluation.audit import check_permutation
 from reap_driver.plan.plan import LayerPlan, Plan
 from tests.driver.published.expected import expected_tensors, read_tensors, same_bytes

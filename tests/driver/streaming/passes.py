@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from reap_driver.base.interrupts import Stop
-from reap_driver.load.checkpoint import StreamedModel, load_model, open_streamed
+from reap_driver.load.resident import load_model
+from reap_driver.load.streamed_model import StreamedModel, open_streamed
 from reap_driver.observation.journal import Journal
 from reap_driver.observation.observer import observe
 from reap_driver.observation.run import ObserverJournal, Run, run_resident, run_streamed

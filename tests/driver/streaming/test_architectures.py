@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from reap_driver.compat.decoder_layers import owner_of
-from reap_driver.files.checkpoint import open_source
-from reap_driver.load.checkpoint import load_model
+from reap_driver.files.checkpoint import open_checkpoint
+from reap_driver.load.resident import load_model
 from tests.driver import zoo
 from tests.driver.observation.test_architectures import NAMES
 from tests.driver.published.models import MODELS
@@ -27,7 +27,7 @@ def test_streamed_is_resident(
     mine, opened = passes.streamed(tmp_path / "model", data)
     passes.assert_same_bits(mine, passes.resident(tmp_path / "model", data))
     unread = {name for name, _ in opened.layers} - {name for name, _ in opened.text_layers}
-    entries = open_source(tmp_path / "model").tensors
+    entries = open_checkpoint(tmp_path / "model").tensors
     read = [e.nbytes for key, e in entries.items() if owner_of(key, unread) is None]
     assert opened.bytes_read == sum(read)
     assert bool(unread) == (name == "qwen3_omni_moe_whole")  # text goes to no layer of a talker
@@ -87,8 +87,8 @@ def test_published_layouts(name: str, checkpoint: Callable[[str], Path]) -> None
     mine, opened = passes.streamed(folder, data)
     passes.assert_same_bits(mine, passes.resident(folder, data))
     mtp = MODELS[name].mtp is not None
-    assert opened.bytes_read <= open_source(folder).nbytes
-    assert mtp == (opened.bytes_read < open_source(folder).nbytes)
+    assert opened.bytes_read <= open_checkpoint(folder).nbytes
+    assert mtp == (opened.bytes_read < open_checkpoint(folder).nbytes)
 
 
 def test_zoo_is_complete() -> None:

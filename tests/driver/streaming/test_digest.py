@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reap_driver.files.checkpoint import open_source
+from reap_driver.files.checkpoint import open_checkpoint
 from reap_driver.files.digest import weights_digest
 from tests.driver.writer import saved
 
@@ -17,7 +17,7 @@ _SAMPLE = 64 << 10
 
 
 def digest(folder: Path) -> str:
-    return weights_digest(open_source(folder))
+    return weights_digest(open_checkpoint(folder))
 
 
 def large() -> dict[str, Tensor]:

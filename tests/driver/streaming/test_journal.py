@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from reap_driver.base.interrupts import Interrupted, Stop
-from reap_driver.load.checkpoint import open_streamed
+from reap_driver.load.streamed_model import open_streamed
 from reap_driver.observation import journal as journals
 from reap_driver.observation.journal import FORMAT, Journal, exists, locked, read
 from reap_driver.observation.observer import observe

@@ -13,11 +13,11 @@ from torch import Tensor
 
 import reap_driver as rd
 from reap_driver.cli.main import main
-from reap_driver.files.checkpoint import open_source
+from reap_driver.files.checkpoint import open_checkpoint
 from reap_driver.files.safetensors_file import read_header
-from reap_driver.load.checkpoint import load_model
 from reap_driver.load.compressed_matrices import Matrix, plain_weights
-from reap_driver.load.reading import Reader, start, stored
+from reap_driver.load.resident import load_model
+from reap_driver.load.tensor_reader import TensorReader, start, stored
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from tests.driver.published.checkpoint import write_tokenizer
 from tests.driver.published.reduce import VOCAB
@@ -59,7 +59,7 @@ def test_values(name: str, tmp_path: Path) -> None:
     quantisation, make = CASES[name]
     parts, value = make(40, 96, np.random.default_rng(0))
     plain = {"norm": torch.randn(3)}
-    reader = Reader()
+    reader = TensorReader()
     found = stored(read_header(written(tmp_path, **parts, **plain)).tensors, reader)
     tensors = plain_weights(found, quantisation, "here", CPU)
     assert sorted(tensors) == ["a.b.norm", "a.b.weight"]
@@ -78,7 +78,7 @@ def test_values(name: str, tmp_path: Path) -> None:
 def test_scales_of_activations_and_devices(tmp_path: Path) -> None:
     parts, value = floats(8, 16, np.random.default_rng(0), flat=True)
     parts |= {"input_scale": torch.ones(1), "output_scale": torch.ones(1)}
-    reader = Reader()
+    reader = TensorReader()
     found = stored(read_header(written(tmp_path, **parts)).tensors, reader)
     quantisation = CASES["fp8 one scale"][0]
     tensors = plain_weights(found, quantisation, "here", CPU)
@@ -96,7 +96,7 @@ def test_scales_of_activations_and_devices(tmp_path: Path) -> None:
 def test_kernels_make_the_same(name: str, tmp_path: Path) -> None:
     """What a GPU would compute by `dequantise` where that reads the format."""
     parts, value = CASES[name][1](40, 96, np.random.default_rng(1))
-    reader = Reader()
+    reader = TensorReader()
     found = stored(read_header(written(tmp_path, **parts)).tensors, reader)
     matrix = plain_weights(found, CASES[name][0], "here", CPU)["a.b.weight"]
     reader.close()
@@ -134,7 +134,7 @@ def adding(leaf: str, value: Tensor) -> Callable[[Parts], Parts]:
 )
 def test_parts_that_do_not_fit(change: Callable[[Parts], Parts], said: str, tmp_path: Path) -> None:
     parts, _ = integers(8, 64, np.random.default_rng(0))
-    reader = Reader()
+    reader = TensorReader()
     found = stored(read_header(written(tmp_path, **change(parts))).tensors, reader)
     with pytest.raises((CheckpointError, UnsupportedModel), match=f"here: a.b.*{said}"):
         plain_weights(found, KIMI, "here", CPU)["a.b.weight"][...]
@@ -143,7 +143,7 @@ def test_parts_that_do_not_fit(change: Callable[[Parts], Parts], said: str, tmp_
 
 def test_parts_that_the_configuration_does_not_have(tmp_path: Path) -> None:
     parts, _ = integers(8, 64, np.random.default_rng(0))
-    reader = Reader()
+    reader = TensorReader()
     found = stored(read_header(written(tmp_path, **parts)).tensors, reader)
     for name, said in (
         ("fp8 by rows", "has a weight_packed, but no"),
@@ -225,7 +225,7 @@ def test_models(name: str, tmp_path: Path) -> None:
     for layer, stats in theirs.layers.items():
         for field, value in stats.fields().items():
             assert torch.equal(mine.layers[layer].fields()[field], value), (layer, field)
-    assert opened.bytes_read == open_source(folder).nbytes
+    assert opened.bytes_read == open_checkpoint(folder).nbytes
     assert not hasattr(opened.model.config, "quantization_config")
 
 

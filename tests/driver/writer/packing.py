@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reap_driver.files.quantization import Quantization
 from reap_driver.files.safetensors_file import read_header
-from reap_driver.model.derive import ExpertDim
+from reap_driver.model.expert_layout import ExpertDim
 from reap_driver.writer import layouts
 from reap_driver.writer.layouts import Matrix, Stored
 from reap_driver.writer.stream import OutShard, out_tensor, write_shard

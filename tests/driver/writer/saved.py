@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from reap_driver.compat.models import config_digest, load_config
+from reap_driver.compat.model_config import config_digest, load_config
 from reap_driver.model.discover import MoELayer, find_moe_layers
 from reap_driver.plan.plan import LayerPlan, Plan
 from tests.driver import zoo

@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 
-from reap_driver.compat.models import load_config, meta_model
-from reap_driver.files.checkpoint import open_source
-from reap_driver.load.checkpoint import load_model
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
+from reap_driver.files.checkpoint import open_checkpoint
+from reap_driver.load.resident import load_model
 from reap_driver.memory.model_sizes import model_sizes
 from reap_driver.model.discover import find_moe_layers
 from reap_driver.plan.plan import Plan
@@ -206,7 +207,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("front", BROKEN.values(), ids=BROKEN)
 def test_a_broken_front_matter_is_left_out_and_said(source: Path, front: str) -> None:
     (source / "README.md").write_text(f"---\n{front}\n---\n")
-    fields, note = inherited_fields(open_source(source))
+    fields, note = inherited_fields(open_checkpoint(source))
     assert fields is None
     assert note is not None
     assert "README.md" in note
@@ -227,7 +228,7 @@ def test_a_broken_card_is_no_obstacle(tmp_path: Path) -> None:
 def test_of_a_front_matter_texts_are_repeated(source: Path) -> None:
     front = "date: 2024-13-01\nlicense: mit\nlanguage: [en, de]\npipeline_tag: {a: 1}\ntags: [1, x]"
     (source / "README.md").write_text(f"\n---\n{front}\n---\n")
-    assert inherited_fields(open_source(source)) == (
+    assert inherited_fields(open_checkpoint(source)) == (
         {"license": "mit", "language": ["en", "de"]},
         None,
     )
@@ -237,7 +238,7 @@ def test_what_a_link_leads_to_is_not_read(source: Path, tmp_path: Path) -> None:
     (tmp_path / "private.md").write_text("---\nlicense: secret\n---\n")
     (source / "README.md").unlink(missing_ok=True)
     (source / "README.md").symlink_to(tmp_path / "private.md")
-    fields, note = inherited_fields(open_source(source))
+    fields, note = inherited_fields(open_checkpoint(source))
     assert (fields, "is a symbolic link to" in str(note)) == (None, True)
     (source / "README.md").unlink()
 

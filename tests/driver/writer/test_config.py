@@ -10,7 +10,8 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from reap_driver.compat.config_edit import count_sites, with_count
-from reap_driver.compat.models import load_config, meta_model
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
 from reap_driver.writer.apply import apply_plan
 from reap_driver.writer.plan_checks import served_warning
 from tests.driver.writer import saved

@@ -9,8 +9,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from reap_driver.compat.models import load_config, meta_model
-from reap_driver.files.checkpoint import open_source
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
+from reap_driver.files.checkpoint import open_checkpoint
 from reap_driver.plan.plan import Plan
 from reap_driver.writer.apply import apply_plan
 from reap_kernels.errors import CheckpointError
@@ -206,7 +207,7 @@ def test_what_is_no_file_of_the_checkpoint_is_not_copied(
     with pytest.raises(CheckpointError, match=rf"{name}: is {says}, so it is not copied; put a"):
         apply_plan(full, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert open_source(full).tensors  # which can be observed
+    assert open_checkpoint(full).tensors  # which can be observed
 
 
 def test_links_inside_and_hidden_files(full: Path, plan: Plan, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from typing import BinaryIO
 
 import pytest
 
-from reap_driver.compat.models import load_config, meta_model
-from reap_driver.files.pinned import Pins
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
+from reap_driver.files.fingerprints import Fingerprints
 from reap_driver.plan.plan import Plan
 from reap_driver.writer import parallel, staging, stream
 from reap_driver.writer.apply import apply_plan
@@ -239,7 +240,7 @@ def test_source_that_shrinks_while_it_is_read(
     def shrink_first(folder: Path, shard: OutShard, progress: Progress) -> int:
         if shard.name == victim.name:
             os.truncate(victim, 2000)
-            shard.pins = shard.pins if pinned else Pins()
+            shard.fingerprints = shard.fingerprints if pinned else Fingerprints()
         return write(folder, shard, progress)
 
     monkeypatch.setattr(parallel, "write_shard", shrink_first)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reap_driver.compat.models import load_config, meta_model
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
 from reap_driver.plan.plan import LayerPlan, Plan
 from reap_driver.writer.apply import apply_plan
 from reap_kernels.errors import PlanError, UsageError

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3MoeForCausalLM
 
 import reap_driver as rd
-from reap_driver.compat.models import config_digest, load_config, model_class
+from reap_driver.compat.model_config import config_digest, load_config
+from reap_driver.compat.pretrained import model_class
 from reap_driver.compat.text_model import text_model
-from reap_driver.load.checkpoint import open_streamed
+from reap_driver.load.streamed_model import open_streamed
 from reap_driver.model.discover import find_moe_layers
 from reap_driver.plan.plan import LayerPlan, Plan
 from reap_driver.writer.apply import apply_plan

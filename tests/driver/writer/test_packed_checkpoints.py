@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reap_driver.files.checkpoint import open_source
+from reap_driver.files.checkpoint import open_checkpoint
 from reap_driver.files.quantization import Quantization, quantization_of
 from reap_driver.plan.plan import Plan
 from reap_driver.writer.apply import apply_plan
@@ -71,13 +71,13 @@ def test_a_checkpoint_with_an_unknown_router_is_refused_before_writing(tmp_path:
 
 def test_settings_are_found_wherever_quantizers_keep_them(tmp_path: Path) -> None:
     saved.save("mixtral", tmp_path)
-    assert quantization_of(open_source(tmp_path)) == Quantization()
+    assert quantization_of(open_checkpoint(tmp_path)) == Quantization()
     (tmp_path / "quant_config.json").write_text(json.dumps({"w_bit": 4, "version": "GEMM"}))
-    assert quantization_of(open_source(tmp_path)).packing == "awq"
+    assert quantization_of(open_checkpoint(tmp_path)).packing == "awq"
     (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "desc_act": True}))
-    assert quantization_of(open_source(tmp_path)).packing == "gptq"
+    assert quantization_of(open_checkpoint(tmp_path)).packing == "gptq"
     saved.change_config(tmp_path, text_config={"quantization_config": {"quant_method": "FP8"}})
-    assert quantization_of(open_source(tmp_path)).method == "fp8"
+    assert quantization_of(open_checkpoint(tmp_path)).method == "fp8"
 
 
 def _expert_leaves(unit: str) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from reap_driver.model.derive import ExpertDim
+from reap_driver.model.expert_layout import ExpertDim
 from reap_driver.writer import stream
 from reap_driver.writer.layouts import Matrix
 from reap_kernels.errors import CheckpointError, UnsupportedModel

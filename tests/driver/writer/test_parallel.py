@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import pytest
 
-from reap_driver.compat.models import load_config, meta_model
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
 from reap_driver.files.safetensors_file import encode_header, read_header
 from reap_driver.plan.plan import Plan
 from reap_driver.writer import parallel, staging, stream

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from reap_driver.compat.models import load_config, meta_model
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
 from reap_driver.files import exchange
 from reap_driver.files.checkpoint import resolve_folder
 from reap_driver.files.locks import Lock

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import reap_driver as rd
-from reap_driver.compat.models import config_digest, load_config
+from reap_driver.compat.model_config import config_digest, load_config
 from reap_driver.compat.text_model import text_model
 from reap_driver.model.stacks import Stack, find_stacks
 from reap_driver.plan.plan import LayerPlan, Plan

@@ -12,7 +12,8 @@ from packaging.version import Version
 from transformers import PreTrainedModel
 
 import reap_driver as rd
-from reap_driver.compat.models import load_config, model_class
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import model_class
 from reap_driver.compat.text_model import text_model
 from reap_driver.model.discover import find_moe_layers
 from reap_driver.writer.apply import apply_plan

@@ -1,6 +1,6 @@
 """Adapters: the few things that differ between kinds of experts modules, one file a kind."""
 
-from reap_driver.model.adapters.base import Adapter, KernelAdapter, Recorder, Sizes
+from reap_driver.model.adapters.adapter import Adapter, KernelAdapter, Recorder, Sizes
 from reap_driver.model.adapters.dbrx import DbrxExperts
 from reap_driver.model.adapters.llama4 import Llama4Experts
 from reap_driver.model.adapters.module_list import InlineExperts, MethodExperts

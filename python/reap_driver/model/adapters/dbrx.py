@@ -4,8 +4,8 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from reap_driver.compat.experts import eager_forward
-from reap_driver.model.adapters.base import (
+from reap_driver.compat.experts_interface import eager_forward
+from reap_driver.model.adapters.adapter import (
     ExpertsModule,
     KernelAdapter,
     Recorder,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reap_driver.model.adapters.base import (
+from reap_driver.model.adapters.adapter import (
     ExpertsModule,
     KernelAdapter,
     Recorder,

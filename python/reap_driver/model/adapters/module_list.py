@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reap_driver.model.adapters.base import (
+from reap_driver.model.adapters.adapter import (
     Adapter,
     ExpertsModule,
     KernelAdapter,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reap_driver.compat.experts import eager_forward, experts_bound, is_interface
-from reap_driver.model.adapters.base import (
+from reap_driver.compat.experts_interface import eager_forward, experts_bound, is_interface
+from reap_driver.model.adapters.adapter import (
     ExpertsModule,
     KernelAdapter,
     Recorder,

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
-from reap_driver.compat.foreign import one_line
+from reap_driver.compat.library_errors import one_line
 from reap_driver.data.image_parts import COLUMNS, take_images
 from reap_driver.data.messages import (
     checked_messages,
@@ -32,8 +32,7 @@ from reap_driver.data.messages import (
     tool_call,
     turn,
 )
-from reap_driver.data.record import Record
-from reap_driver.data.unused import unused
+from reap_driver.data.records import Record, unused
 from reap_kernels.errors import DataError
 
 
@@ -75,10 +74,10 @@ class Chat:
     images: tuple[Any, ...] = ()
 
 
-Shape = Tokens | Text | Chat
+Content = Tokens | Text | Chat
 
 
-def shape_of(record: Record) -> Shape:
+def content_of(record: Record) -> Content:
     """What a record says.
 
     Raises:
@@ -204,7 +203,7 @@ def _string(record: Record, name: str) -> str:
 
 
 # What must be there, what else is taken, what makes a shape of it.
-_SHAPES: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Record], Shape]], ...] = (
+_SHAPES: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Record], Content]], ...] = (
     (("input_ids",), ("attention_mask", "labels", "token_type_ids"), _ids),
     (("text",), (), _text("text")),
     (("messages",), ("tools", *COLUMNS), _messages),

@@ -1,14 +1,22 @@
 """A record of calibration data, its readers, and what becomes of bad ones."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from reap_driver.compat.foreign import one_line
+from reap_driver.compat.library_errors import one_line
 from reap_kernels.errors import DataError
+
+# They say where a record is from or how it was counted, not what a model reads.
+IRRELEVANT = frozenset(
+    {"_id", "id", "idx", "index", "uid", "uuid", "instance_id", "__index_level_0__"}
+    | {"dataset", "source", "path", "url", "date", "timestamp", "license", "licenses"}
+    | {"lang", "language", "length", "num_tokens", "size", "meta", "metadata"}
+    | {"tool_call_id", "tool_call_ids", "cache_control"}  # of messages
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ def guard(bad: BadRecords | None) -> AbstractContextManager[None]:
     return nullcontext() if bad is None else bad
 
 
-class Reader(Protocol):
+class RecordReader(Protocol):
     """What has records: files, or a data set of the hub."""
 
     def count(self) -> int:
@@ -82,3 +90,22 @@ class Reader(Protocol):
 
     def pick(self, chosen: Sequence[int], bad: BadRecords | None) -> Iterator[tuple[int, Record]]:
         """(number, record) of those with the numbers `chosen`, ascending from 0."""
+
+
+def unused(fields: dict[str, Any], used: Iterable[str], inside: str = "") -> set[str]:
+    """The names of fields that say something and are not used.
+
+    Args:
+        fields: of a record, or of an object in it; those that are null or empty say nothing.
+        used: names of those that are.
+        inside: where in the record they are, such as `messages[].`; begins the names.
+
+    Example:
+        >>> unused({"text": "a", "id": 1, "summary": "b", "tools": []}, ["text"])
+        {'summary'}
+    """
+    return {
+        inside + name
+        for name, value in fields.items()
+        if name not in used and name not in IRRELEVANT and value not in (None, "", [], {})
+    }

@@ -17,71 +17,18 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from reap_driver.base.arguments import typed
 from reap_driver.base.threads import background
 from reap_driver.compat.decoder_layers import decoder_layers
-from reap_driver.compat.models import check_loading, from_checkpoint, load_config, quantisation
-from reap_driver.compat.parts import Chunk, Parts, parted
+from reap_driver.compat.model_config import load_config, quantization_settings
+from reap_driver.compat.partial_load import Chunk, PartialLoad, load_in_parts
+from reap_driver.compat.pretrained import check_loading, from_checkpoint
 from reap_driver.compat.text_model import text_prefix
-from reap_driver.files.checkpoint import Source, open_source, resolve_folder
-from reap_driver.files.compressed_scheme import is_compressed
+from reap_driver.files.checkpoint import Checkpoint, open_checkpoint, resolve_folder
 from reap_driver.load.compressed_matrices import plain_weights
-from reap_driver.load.reading import Readable, Reader, start, stored
 from reap_driver.load.storage import check_storage
+from reap_driver.load.tensor_reader import Readable, TensorReader, start, stored
 from reap_driver.model.discover import find_moe_layers
 from reap_kernels.errors import UnsupportedModel, UsageError
-
-
-@typed
-def load_model(
-    path_or_id: str | Path,
-    *,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
-    device_map: str | dict[str, Any] | None = None,
-    offload_folder: str | Path | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """Load a checkpoint for observation, in eval mode, quantised weights as plain floats: FP8,
-    MXFP4, and what compressed-tensors stores in 4 or 8 bits.
-
-    Args:
-        path_or_id: folder of a checkpoint in safetensors, or a hub id.
-        dtype: of the weights in memory; `auto` is the checkpoint's.
-        device: where the model goes; nothing of it is held elsewhere on the way.
-        device_map: several devices instead, as accelerate takes them ("auto", or module to device,
-            "cpu" and "disk" included); such a model is observed in place. Not "disk" where
-            compressed-tensors stored the weights.
-        offload_folder: where "disk" of a device map keeps its weights.
-        trust_remote_code: run model code that comes with the checkpoint.
-
-    Raises:
-        CheckpointError: a shard is missing or truncated, a shape does not match the config, or the
-            checkpoint lacks tensors the model needs, or brings experts it does not know; or a file
-            was replaced while it was loaded.
-        UnsupportedModel: see `load_config` and `model_class`; or the weights are stored in a format
-            that is not read (docs/formats.md).
-    """
-    if device_map is not None:
-        config, source = _found(path_or_id, trust_remote_code)
-        with _read_by_library(path_or_id, config, source):
-            model, info = from_checkpoint(
-                path_or_id,
-                config,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                device_map=device_map,
-                offload_folder=offload_folder,
-            )
-        check_loading(path_or_id, info, model)
-        source.pins.check()
-        return model
-    opened = _opened(path_or_id, dtype, _device(device), trust_remote_code, _layers_if_any)
-    with opened as streamed:
-        for layer in range(len(streamed.layers)):
-            streamed.load(layer)
-        streamed.tie()
-        return streamed.model
 
 
 @contextmanager
@@ -99,8 +46,8 @@ def open_streamed(
             when that layer is loaded, and that a file was replaced meanwhile when the block ends.
         UnsupportedModel: see `load_model`; or a layer cannot be loaded alone.
     """
-    opened = _opened(path_or_id, dtype, _device(device), trust_remote_code, _layers_of)
-    with opened as streamed:
+    where = device_named(device)
+    with opened_model(path_or_id, dtype, where, trust_remote_code, text_layers_first) as streamed:
         tied = streamed.tied()
         if tied is not None:
             raise UnsupportedModel(
@@ -121,7 +68,11 @@ class StreamedModel:
     """
 
     def __init__(
-        self, parts: Parts, tensors: dict[str, Readable], reader: Reader, device: torch.device
+        self,
+        parts: PartialLoad,
+        tensors: dict[str, Readable],
+        reader: TensorReader,
+        device: torch.device,
     ) -> None:
         self._parts, self._tensors, self._reader = parts, tensors, reader
         self.device = device
@@ -216,7 +167,7 @@ class StreamedModel:
             yield chunk
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_named(device: str | torch.device) -> torch.device:
     """A device by its name.
 
     Raises:
@@ -229,7 +180,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def _opened(
+def opened_model(
     path_or_id: str | Path,
     dtype: str | torch.dtype,
     device: torch.device,
@@ -237,12 +188,12 @@ def _opened(
     split: Any,
 ) -> Iterator[StreamedModel]:
     """The model with everything loaded but the layers `split` finds."""
-    config, source = _found(path_or_id, trust)
-    reader = Reader(source.pins)
+    config, source = checked_files(path_or_id, trust)
+    reader = TensorReader(source.fingerprints)
     with contextlib.closing(reader):
         found = stored(source.tensors, reader)
-        tensors = plain_weights(found, quantisation(config), path_or_id, device)
-        with parted(tensors, split) as parts:
+        tensors = plain_weights(found, quantization_settings(config), path_or_id, device)
+        with load_in_parts(tensors, split) as parts:
             model, info = from_checkpoint(
                 source.folder, config, dtype=dtype, trust_remote_code=trust
             )
@@ -258,48 +209,18 @@ def _opened(
             yield streamed
         finally:
             streamed.close()
-        source.pins.check()
+        source.fingerprints.check()
 
 
-@contextmanager
-def _read_by_library(
-    path_or_id: str | Path, config: PretrainedConfig, source: Source
-) -> Iterator[None]:
-    """While active, the library's loading finds plain weights where compressed-tensors has none."""
-    if not is_compressed(quantisation(config)):
-        yield
-        return
-    with contextlib.closing(Reader(source.pins)) as reader:
-        found = stored(source.tensors, reader)
-        tensors = plain_weights(found, quantisation(config), path_or_id, torch.device("cpu"))
-        with parted(tensors, lambda model: []) as parts:
-            yield
-        if "disk" in getattr(parts.model, "hf_device_map", {}).values():
-            # It would read weights from the checkpoint's files again, as they are stored.
-            raise UnsupportedModel(
-                f"{path_or_id}: device_map puts modules on disk, which what compressed-tensors "
-                "stores cannot be read from; stream the model (open_streamed, --stream always)"
-            )
-        parts.restore()
-
-
-def _found(path_or_id: str | Path, trust: bool) -> tuple[PretrainedConfig, Source]:
+def checked_files(path_or_id: str | Path, trust: bool) -> tuple[PretrainedConfig, Checkpoint]:
     """A checkpoint's configuration and its files, both checked."""
     config = load_config(path_or_id, trust_remote_code=trust)
-    source = open_source(resolve_folder(path_or_id))
+    source = open_checkpoint(resolve_folder(path_or_id))
     check_storage(path_or_id, config, source.tensors)
     return config, source
 
 
-def _layers_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+def text_layers_first(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     layers = decoder_layers(model, [layer.name for layer in find_moe_layers(model)])
     prefix = text_prefix(model)
     return sorted(layers, key=lambda layer: not layer[0].startswith(prefix))
-
-
-def _layers_if_any(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Layers to load one by one, so that little is held twice; none: all at once."""
-    try:
-        return _layers_of(model)
-    except UnsupportedModel:  # whoever observes the model says so; it may be loaded
-        return []

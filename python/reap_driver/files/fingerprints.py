@@ -18,7 +18,7 @@ _PREFIX = 8  # bytes that say how long a header is
 
 
 @dataclass(frozen=True, slots=True)
-class Pin:
+class Fingerprint:
     """What identifies a file and its content.
 
     Attributes:
@@ -34,7 +34,7 @@ class Pin:
     modified: int
     header: str = ""
 
-    def changes(self, other: "Pin") -> str:
+    def changes(self, other: "Fingerprint") -> str:
         """What differs in another one, in words; empty if nothing does."""
         said = []
         if self.size != other.size:
@@ -49,13 +49,13 @@ class Pin:
 
 
 @dataclass(frozen=True)
-class Pins:
+class Fingerprints:
     """Pins of the files of a checkpoint; those of other files are not known and not checked."""
 
-    files: Mapping[Path, Pin] = field(default_factory=dict)
+    files: Mapping[Path, Fingerprint] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, files: Iterable[Path], shards: Iterable[Path]) -> "Pins":
+    def of(cls, files: Iterable[Path], shards: Iterable[Path]) -> "Fingerprints":
         """The files as they are now.
 
         Args:
@@ -65,12 +65,12 @@ class Pins:
         Raises:
             CheckpointError: one cannot be read.
         """
-        found = {path: _pin(path, header=False) for path in files}
-        return cls(found | {path: _pin(path, header=True) for path in shards})
+        found = {path: _fingerprint(path, header=False) for path in files}
+        return cls(found | {path: _fingerprint(path, header=True) for path in shards})
 
-    def with_others(self, others: "Pins") -> "Pins":
+    def with_others(self, others: "Fingerprints") -> "Fingerprints":
         """Both."""
-        return Pins({**self.files, **others.files})
+        return Fingerprints({**self.files, **others.files})
 
     def open(self, path: Path) -> BinaryIO:
         """The file for unbuffered reading.
@@ -95,9 +95,9 @@ class Pins:
         Raises:
             CheckpointError: it is not the file that was inspected.
         """
-        pin = self.files.get(path)
-        if pin is not None:
-            _compare(path, pin, _of(os.fstat(descriptor), pin.header))
+        known = self.files.get(path)
+        if known is not None:
+            _compare(path, known, _of(os.fstat(descriptor), known.header))
 
     def check(self) -> None:
         """Checks all files.
@@ -105,8 +105,8 @@ class Pins:
         Raises:
             CheckpointError: one is not as it was.
         """
-        for path, pin in self.files.items():
-            _compare(path, pin, _pin(path, header=bool(pin.header)))
+        for path, known in self.files.items():
+            _compare(path, known, _fingerprint(path, header=bool(known.header)))
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
@@ -116,7 +116,7 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
     )
 
 
-def _compare(path: Path, before: Pin, now: Pin) -> None:
+def _compare(path: Path, before: Fingerprint, now: Fingerprint) -> None:
     changes = before.changes(now)
     if changes:
         raise CheckpointError(
@@ -125,7 +125,7 @@ def _compare(path: Path, before: Pin, now: Pin) -> None:
         )
 
 
-def _pin(path: Path, *, header: bool) -> Pin:
+def _fingerprint(path: Path, *, header: bool) -> Fingerprint:
     try:
         with path.open("rb", buffering=0) as file:
             return _of(os.fstat(file.fileno()), _digest(file) if header else "")
@@ -133,8 +133,8 @@ def _pin(path: Path, *, header: bool) -> Pin:
         raise unreadable(path, error) from error
 
 
-def _of(found: os.stat_result, header: str) -> Pin:
-    return Pin(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, header)
+def _of(found: os.stat_result, header: str) -> Fingerprint:
+    return Fingerprint(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, header)
 
 
 def _digest(file: BinaryIO) -> str:

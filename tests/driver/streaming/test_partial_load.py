@@ -1,4 +1,4 @@
-"""Loading in parts: the same tensors however keys are divided, errors that name the tensor."""
+"""Loading in parts: the same tensors whatever the chunks, and errors that name the tensor."""
 
 import os
 import threading
@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import core_model_loading, modeling_utils
 from transformers.utils import logging as library_logging
 
-from reap_driver.compat import parts
+from reap_driver.compat import partial_load
 from reap_driver.compat.conversion import KeyMap
-from reap_driver.compat.parts import Chunk, Lazy, divided
-from reap_driver.load.checkpoint import StreamedModel, load_model, open_streamed
+from reap_driver.compat.partial_load import Chunk, LazyTensor, divide_into_chunks
+from reap_driver.load.resident import load_model
+from reap_driver.load.streamed_model import StreamedModel, open_streamed
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from tests.driver import zoo
 from tests.driver.writer import saved
@@ -40,11 +41,11 @@ def in_chunks_of(size: int, monkeypatch: pytest.MonkeyPatch) -> list[Chunk]:
     made: list[Chunk] = []
 
     def small(keys: KeyMap, names: Any, tensors: Any) -> list[Chunk]:
-        chunks = divided(keys, names, tensors, size)
+        chunks = divide_into_chunks(keys, names, tensors, size)
         made.extend(chunks)
         return chunks
 
-    monkeypatch.setattr(parts, "divided", small)
+    monkeypatch.setattr(partial_load, "divide_into_chunks", small)
     return made
 
 
@@ -88,7 +89,7 @@ def test_smallest_chunks_hold_one_expert(tmp_path: Path, monkeypatch: pytest.Mon
     assert [chunk.experts[name] for chunk in chunks] == [8] * 8
 
 
-class Sized(Lazy):
+class Sized(LazyTensor):
     """A tensor of which nothing but its size is known."""
 
     def __init__(self, nbytes: int) -> None:
@@ -117,7 +118,9 @@ def test_chunks_are_as_large_as_asked(keys: KeyMap) -> None:
     """Whole experts; what is no expert goes together up to the size."""
     others = [f"model.layers.0.{n}.weight" for n in ("input_layernorm", "self_attn.q_proj")]
     names = [expert(number, m) for number in range(8) for m in ("up", "gate", "down")]
-    made = divided(keys, [*others, *names], {name: Sized(10) for name in [*others, *names]}, 65)
+    made = divide_into_chunks(
+        keys, [*others, *names], {name: Sized(10) for name in [*others, *names]}, 65
+    )
     gate_up = [chunk for chunk in made if any("gate" in key for key in chunk.keys)]
     assert [len(chunk.keys) for chunk in gate_up] == [6, 6, 4]
     assert gate_up[0].keys == tuple(expert(n, m) for m in ("gate", "up") for n in range(3))
@@ -129,7 +132,7 @@ def test_chunks_are_as_large_as_asked(keys: KeyMap) -> None:
 def test_lists_of_unequal_length_stay_together(keys: KeyMap) -> None:
     """Nothing can be said of one expert alone; converting them together fails, and says so."""
     names = [expert(n, m) for n in range(8) for m in ("gate", "up") if (n, m) != (3, "up")]
-    [chunk] = divided(keys, names, {name: Sized(10) for name in names}, 20)
+    [chunk] = divide_into_chunks(keys, names, {name: Sized(10) for name in names}, 20)
     assert sorted(chunk.keys) == sorted(names)
     assert not chunk.experts
 

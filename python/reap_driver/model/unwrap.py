@@ -25,7 +25,7 @@ def check_mode(name: str, module: nn.Module) -> None:
         )
 
 
-def plain_model(model: Any) -> PreTrainedModel:
+def unwrap_model(model: Any) -> PreTrainedModel:
     """The model that `torch.compile`, `DataParallel` or `DistributedDataParallel` was given.
 
     Args:
@@ -36,7 +36,7 @@ def plain_model(model: Any) -> PreTrainedModel:
         UnsupportedModel: a wrapper that holds but a part of the model.
 
     Example:
-        >>> plain_model(torch.compile(model)) is model
+        >>> unwrap_model(torch.compile(model)) is model
         True
     """
     found = model

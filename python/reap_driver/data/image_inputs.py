@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from reap_driver.compat.foreign import foreign
+from reap_driver.compat.library_errors import wrap_errors
 from reap_driver.compat.processors import load_processor
 from reap_driver.data.images import decode
 from reap_kernels.errors import DataError
 
 
 @dataclass(frozen=True)
-class Pictured:
+class ImageInputs:
     """A text with its images. What the model is given is made anew for each batch: pixels are
     hundreds of times larger than the files.
 
@@ -43,7 +43,7 @@ class Pictured:
         remedy = "correct the images, the text or the chat template"
         if getattr(self.processor, "video_processor", self) is None:  # see `load_processor`
             remedy += ", or install torchvision, without which it has no part for videos"
-        with foreign(fails, remedy, error=DataError):
+        with wrap_errors(fails, remedy, error=DataError):
             made = self.processor(text=[self.text], images=[images], return_tensors="pt")
             inputs = {name: value for name, value in made.items() if isinstance(value, Tensor)}
             mask = inputs.pop("attention_mask", None)
@@ -52,7 +52,7 @@ class Pictured:
             return inputs
 
 
-class Pictures:
+class ImageEncoder:
     """Makes conversations with images inputs of one model; loads its processor when first needed.
 
     Args:
@@ -70,7 +70,7 @@ class Pictures:
 
     def of(
         self, place: str, text: str, images: Sequence[bytes], tokenizer: Any
-    ) -> tuple[Pictured, list[int]]:
+    ) -> tuple[ImageInputs, list[int]]:
         """The conversation, and its token ids, those in place of images included.
 
         Raises:
@@ -79,7 +79,7 @@ class Pictures:
         if not self._loaded:
             remedy = "add its files (preprocessor_config.json, ...), or leave out images"
             fails = f"{place}: has images, and the processor of {self._model} cannot be loaded"
-            with foreign(fails, remedy, error=DataError):
+            with wrap_errors(fails, remedy, error=DataError):
                 self._processor = load_processor(
                     self._model, self._config, tokenizer, trust_remote_code=self._trust
                 )
@@ -89,6 +89,6 @@ class Pictures:
                 f"{place}: has images, but {self._model} has no processor for them; use a model "
                 "that takes images, or records of text"
             )
-        made = Pictured(text, images, place, self._processor)
+        made = ImageInputs(text, images, place, self._processor)
         ids: list[int] = made.inputs()["input_ids"].to(torch.int64).flatten().tolist()
         return made, ids

@@ -23,7 +23,7 @@ _NOT_TRIED = frozenset(
 
 
 @contextlib.contextmanager
-def foreign(
+def wrap_errors(
     what: str,
     remedy: str,
     *,
@@ -44,7 +44,7 @@ def foreign(
         ReapError: of the class `error`.
 
     Example:
-        >>> with foreign("tokenizer of m cannot be loaded", "add tokenizer.json"):
+        >>> with wrap_errors("tokenizer of m cannot be loaded", "add tokenizer.json"):
         ...     {}["added_tokens"]
         Traceback (most recent call last):
         reap_kernels.errors.CheckpointError: tokenizer of m cannot be loaded (KeyError: ...

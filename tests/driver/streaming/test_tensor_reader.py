@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reap_driver.files.safetensors_file import read_header
-from reap_driver.load import reading
-from reap_driver.load.reading import Reader, StoredTensor, start, stored
+from reap_driver.load import tensor_reader
+from reap_driver.load.tensor_reader import StoredTensor, TensorReader, start, stored
 from reap_kernels.errors import CheckpointError
 
 
 @pytest.fixture
-def reader() -> Iterator[Reader]:
-    made = Reader()
+def reader() -> Iterator[TensorReader]:
+    made = TensorReader()
     yield made
     made.close()
 
@@ -33,7 +33,7 @@ def written(folder: Path, **tensors: Tensor) -> Path:
     return path
 
 
-def opened(path: Path, reader: Reader) -> dict[str, StoredTensor]:
+def opened(path: Path, reader: TensorReader) -> dict[str, StoredTensor]:
     return stored(read_header(path).tensors, reader)
 
 
@@ -43,14 +43,14 @@ def bits(tensor: Tensor) -> Tensor:
 
 def kinds() -> dict[str, Tensor]:
     """A tensor of every dtype that can be written, and odd shapes."""
-    dtypes = [*reading._DTYPES.values()]
+    dtypes = [*tensor_reader._DTYPES.values()]
     made = {str(d): (torch.arange(6).reshape(2, 3) % 2).to(d) for d in dtypes if d.itemsize > 1}
     made |= {str(d): torch.arange(6).byte().view(d) for d in dtypes if d.itemsize == 1}
     made[str(torch.bool)] = torch.tensor([True, False])
     return made | {"none": torch.empty(0, 4), "rows of none": torch.empty(3, 0).bfloat16()}
 
 
-def test_every_dtype_and_shape(tmp_path: Path, reader: Reader) -> None:
+def test_every_dtype_and_shape(tmp_path: Path, reader: TensorReader) -> None:
     wanted = kinds() | {"scalar": torch.tensor(2.5)}
     path = written(tmp_path, **wanted)
     tensors = opened(path, reader)
@@ -67,17 +67,17 @@ def test_every_dtype_and_shape(tmp_path: Path, reader: Reader) -> None:
 
 @pytest.mark.parametrize("piece", [1, 7, 100, 10**6])
 def test_large_tensors_in_pieces(
-    piece: int, tmp_path: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch
+    piece: int, tmp_path: Path, reader: TensorReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "_PIECE", piece)
+    monkeypatch.setattr(tensor_reader, "_PIECE", piece)
     sizes: list[int] = []
-    read = Reader._read
+    read = TensorReader._read
 
-    def noted(self: Reader, path: Path, at: int, view: memoryview) -> None:
+    def noted(self: TensorReader, path: Path, at: int, view: memoryview) -> None:
         sizes.append(len(view))
         read(self, path, at, view)
 
-    monkeypatch.setattr(Reader, "_read", noted)
+    monkeypatch.setattr(TensorReader, "_read", noted)
     x = torch.randn(10, 5)
     tensors = opened(written(tmp_path, a=torch.zeros(3), x=x), reader)
     assert torch.equal(tensors["x"][2:7], x[2:7])
@@ -86,7 +86,7 @@ def test_large_tensors_in_pieces(
 
 
 def test_short_reads_are_continued(
-    tmp_path: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, reader: TensorReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk may give fewer bytes than it was asked for."""
     own = os.preadv
@@ -96,7 +96,7 @@ def test_short_reads_are_continued(
     assert reader.bytes_read == x.nbytes
 
 
-def test_started_before_it_is_asked_for(tmp_path: Path, reader: Reader) -> None:
+def test_started_before_it_is_asked_for(tmp_path: Path, reader: TensorReader) -> None:
     """Read once; asked for again, read again into memory of its own."""
     x = torch.randn(7)
     tensors = opened(written(tmp_path, x=x, y=x + 1), reader)
@@ -108,7 +108,7 @@ def test_started_before_it_is_asked_for(tmp_path: Path, reader: Reader) -> None:
     assert reader.bytes_read == 2 * x.nbytes
 
 
-def test_file_cut_off_while_it_is_read(tmp_path: Path, reader: Reader) -> None:
+def test_file_cut_off_while_it_is_read(tmp_path: Path, reader: TensorReader) -> None:
     path = written(tmp_path, x=torch.randn(7))
     tensors = opened(path, reader)
     os.truncate(path, path.stat().st_size - 3)
@@ -117,7 +117,7 @@ def test_file_cut_off_while_it_is_read(tmp_path: Path, reader: Reader) -> None:
     assert reader.bytes_read == 25
 
 
-def test_file_deleted_while_it_is_read(tmp_path: Path, reader: Reader) -> None:
+def test_file_deleted_while_it_is_read(tmp_path: Path, reader: TensorReader) -> None:
     path = written(tmp_path, x=torch.randn(7))
     tensors = opened(path, reader)
     path.unlink()
@@ -125,7 +125,7 @@ def test_file_deleted_while_it_is_read(tmp_path: Path, reader: Reader) -> None:
         tensors["x"][...]
 
 
-def test_disk_error(tmp_path: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_error(tmp_path: Path, reader: TensorReader, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
@@ -135,7 +135,7 @@ def test_disk_error(tmp_path: Path, reader: Reader, monkeypatch: pytest.MonkeyPa
         opened(path, reader)["x"][...]
 
 
-def test_dtype_without_a_counterpart(tmp_path: Path, reader: Reader) -> None:
+def test_dtype_without_a_counterpart(tmp_path: Path, reader: TensorReader) -> None:
     header = json.dumps({"odd": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"ab")
@@ -149,7 +149,7 @@ def test_closing_does_not_wait_for_reads_that_have_not_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those under way end; the others are dropped, and whoever waits for them is told."""
-    monkeypatch.setattr(reading, "_PIECE", 4)
+    monkeypatch.setattr(tensor_reader, "_PIECE", 4)
     go, began, lock = threading.Event(), threading.Semaphore(0), threading.Lock()
     own, count = os.preadv, 0
 
@@ -162,10 +162,10 @@ def test_closing_does_not_wait_for_reads_that_have_not_begun(
         return own(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "preadv", slow)
-    reader = Reader()
+    reader = TensorReader()
     tensors = opened(written(tmp_path, x=torch.zeros(1000)), reader)
     tensors["x"].start()
-    for _ in range(reading.THREADS):
+    for _ in range(tensor_reader.THREADS):
         assert began.acquire(timeout=20)
     pending = tensors["x"]._reading
     assert pending is not None
@@ -177,14 +177,14 @@ def test_closing_does_not_wait_for_reads_that_have_not_begun(
     go.set()
     closing.join(20)
     assert not closing.is_alive()
-    assert count == reading.THREADS
+    assert count == tensor_reader.THREADS
     with pytest.raises(CancelledError):
         tensors["x"][...]
 
 
 def test_closing_closes_files(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    reader = Reader()
+    reader = TensorReader()
     opened(written(tmp_path, x=torch.zeros(3)), reader)["x"][...]
     assert len(os.listdir("/proc/self/fd")) == before + 1
     reader.close()

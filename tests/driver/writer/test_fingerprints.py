@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from reap_driver.compat.models import load_config, meta_model
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
 from reap_driver.evaluation.audit import check_permutation
-from reap_driver.files.checkpoint import open_source
-from reap_driver.files.pinned import Pins
-from reap_driver.load.checkpoint import load_model, open_streamed
+from reap_driver.files.checkpoint import open_checkpoint
+from reap_driver.files.fingerprints import Fingerprints
+from reap_driver.load.resident import load_model
+from reap_driver.load.streamed_model import open_streamed
 from reap_driver.observation import streamed as streaming
 from reap_driver.plan.plan import Plan
 from reap_driver.writer.apply import apply_plan
@@ -87,30 +89,30 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "change"), CASES)
 def test_pins(full: Path, name: str, change: Change) -> None:
-    source = open_source(full)
-    source.pins.check()
+    source = open_checkpoint(full)
+    source.fingerprints.check()
     change(full / name)
     said = "cannot be read" if change is Path.unlink else SAYS
     with pytest.raises(CheckpointError, match=f"{name}.*{said}"):
-        source.pins.check()
+        source.fingerprints.check()
 
 
 @pytest.mark.parametrize("change", [swapped, rewritten])
 def test_seen_when_opened_though_it_is_back_at_the_end(full: Path, change: Change) -> None:
-    source = open_source(full)
+    source = open_checkpoint(full)
     shutil.copy2(full / SHARDS[1], full / "kept")
     change(full / SHARDS[1])
     with pytest.raises(CheckpointError, match=SAYS):
-        source.pins.open(full / SHARDS[1])
-    assert source.pins.open(full / SHARDS[0]).read(8)
+        source.fingerprints.open(full / SHARDS[1])
+    assert source.fingerprints.open(full / SHARDS[0]).read(8)
 
 
 def test_only_what_was_inspected_is_checked(full: Path) -> None:
-    source = open_source(full)
+    source = open_checkpoint(full)
     (full / "README.md").write_text("new")
     (full / "new.txt").write_text("new")
-    source.pins.check()
-    assert Pins().open(full / "new.txt").read() == b"new"
+    source.fingerprints.check()
+    assert Fingerprints().open(full / "new.txt").read() == b"new"
 
 
 @pytest.mark.parametrize("name", [SHARDS[0], SHARDS[2], *OTHERS])
@@ -156,15 +158,16 @@ def test_streamed_statistics(full: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("device_map", [None, "cpu"])
 def test_loaded_whole(full: Path, device_map: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from reap_driver.load import checkpoint as loading
+    from reap_driver.load import resident, streamed_model
 
-    checked = loading.check_loading
+    checked = resident.check_loading
 
     def replaced(*args: object) -> None:
         checked(*args)
         rewritten(full / SHARDS[0])
 
-    monkeypatch.setattr(loading, "check_loading", replaced)
+    for module in (resident, streamed_model):
+        monkeypatch.setattr(module, "check_loading", replaced)
     with pytest.raises(CheckpointError, match=SHARDS[0] + SAYS):
         load_model(full, device_map=device_map)
 

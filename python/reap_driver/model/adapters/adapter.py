@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from reap_driver.compat.experts import Forward
+from reap_driver.compat.experts_interface import Forward
 from reap_driver.model.adapters.expert_parallel import ExpertSlice, slice_of
 from reap_kernels import ExpertWeights, GateFormula, LayerStats
 from reap_kernels.errors import UnsupportedModel

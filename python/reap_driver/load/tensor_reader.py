@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from reap_driver.base.threads import background
-from reap_driver.compat.parts import Lazy
-from reap_driver.files.pinned import Pins, unreadable
+from reap_driver.compat.partial_load import LazyTensor
+from reap_driver.files.fingerprints import Fingerprints, unreadable
 from reap_driver.files.safetensors_file import TensorEntry
 from reap_kernels.errors import CheckpointError
 
@@ -44,26 +44,26 @@ _DTYPES = {
 }
 
 
-class Reader:
+class TensorReader:
     """Reads byte ranges of files into memory, in a few threads.
 
     Args:
-        pins: what the files were when they were inspected; they are checked when they are opened.
+        fingerprints: of the files when they were inspected; a file is compared when it is opened.
 
     Attributes:
         bytes_read: how many so far.
         pinned: whether to read into page-locked memory, from which a GPU copies fastest.
     """
 
-    def __init__(self, pins: Pins | None = None) -> None:
-        self._pins = pins or Pins()
+    def __init__(self, fingerprints: Fingerprints | None = None) -> None:
+        self._fingerprints = fingerprints or Fingerprints()
         self.bytes_read = 0
         self.pinned = False
         self._pool = background(THREADS, "reap-read")
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def start(self, entry: TensorEntry, dtype: torch.dtype) -> "Reading":
+    def start(self, entry: TensorEntry, dtype: torch.dtype) -> "PendingTensor":
         """Begins to read a tensor."""
         memory = torch.empty(entry.nbytes, dtype=torch.uint8, pin_memory=self.pinned)
         view = memory.numpy().data
@@ -71,7 +71,7 @@ class Reader:
             self._pool.submit(self._read, entry.file, entry.start + at, view[at : at + _PIECE])
             for at in range(0, entry.nbytes, _PIECE)
         ]
-        return Reading(memory.view(dtype).view(entry.shape), pieces)
+        return PendingTensor(memory.view(dtype).view(entry.shape), pieces)
 
     def close(self) -> None:
         """Ends the threads, without waiting for reads nobody will ask for."""
@@ -103,11 +103,11 @@ class Reader:
         with self._lock:
             if path not in self._files:
                 self._files[path] = os.open(path, os.O_RDONLY)
-                self._pins.check_open(path, self._files[path])
+                self._fingerprints.check_open(path, self._files[path])
             return self._files[path]
 
 
-class Reading:
+class PendingTensor:
     """A tensor that is being read."""
 
     def __init__(self, tensor: Tensor, pieces: list[Future[None]]) -> None:
@@ -120,7 +120,7 @@ class Reading:
         return self._tensor
 
 
-class Readable(Lazy):
+class Readable(LazyTensor):
     """A tensor that is read from disk when it is asked for, or before, by `start`."""
 
     @abstractmethod
@@ -131,9 +131,9 @@ class Readable(Lazy):
 class StoredTensor(Readable):
     """A tensor as it is on disk."""
 
-    def __init__(self, key: str, entry: TensorEntry, reader: Reader) -> None:
+    def __init__(self, key: str, entry: TensorEntry, reader: TensorReader) -> None:
         self._key, self._entry, self._reader = key, entry, reader
-        self._reading: Reading | None = None
+        self._reading: PendingTensor | None = None
         self.nbytes = entry.nbytes
 
     def start(self) -> None:
@@ -159,7 +159,7 @@ class StoredTensor(Readable):
         return list(self._entry.shape)
 
 
-def stored(tensors: Mapping[str, TensorEntry], reader: Reader) -> dict[str, StoredTensor]:
+def stored(tensors: Mapping[str, TensorEntry], reader: TensorReader) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint, to be read by `reader`."""
     return {key: StoredTensor(key, entry, reader) for key, entry in tensors.items()}
 

@@ -37,7 +37,7 @@ _REMEDY = "use the config.json and weights of one and the same checkpoint"
 CHUNK_BYTES = 128 << 20
 
 
-class Lazy(ABC):
+class LazyTensor(ABC):
     """A tensor of a checkpoint that is read when it is indexed, as the library expects it."""
 
     nbytes: int
@@ -68,8 +68,9 @@ class Chunk:
     experts: Mapping[str, int] = field(default_factory=dict)
 
 
-class Parts:
-    """A model being loaded in parts. Filled by `parted`, used once `from_pretrained` has returned.
+class PartialLoad:
+    """A model being loaded in parts. `load_in_parts` fills it while `from_pretrained` runs; its
+    methods may be called after that.
 
     Attributes:
         model: the model; its decoder layers are on the meta device until loaded.
@@ -81,7 +82,7 @@ class Parts:
 
     def __init__(
         self,
-        tensors: Mapping[str, Lazy],
+        tensors: Mapping[str, LazyTensor],
         split: Callable[[PreTrainedModel], list[tuple[str, nn.Module]]],
     ) -> None:
         self._tensors, self._split = tensors, split
@@ -166,7 +167,7 @@ class Parts:
         self.layers = self._split(model)
         keys = KeyMap(model, load_config.weight_mapping)
         owners = {name: index for index, (name, _) in enumerate(self.layers)}
-        outside: dict[str, Lazy] = {}
+        outside: dict[str, LazyTensor] = {}
         inside: list[list[str]] = [[] for _ in self.layers]
         covered: list[set[str]] = [set() for _ in self.layers]
         for key, tensor in self._tensors.items():
@@ -181,7 +182,7 @@ class Parts:
                 covered[owner].update(target.names)
         state = model.state_dict()
         self._blank = [{name: state[name] for name in names if name in state} for names in covered]
-        self._chunks = [divided(keys, part, self._tensors) for part in inside]
+        self._chunks = [divide_into_chunks(keys, part, self._tensors) for part in inside]
         info, offload = _convert_and_load(model, outside, load_config, offload)
         for blanks in self._blank:
             info.missing_keys -= blanks.keys()
@@ -209,17 +210,17 @@ class Parts:
 
 
 @contextlib.contextmanager
-def parted(
-    tensors: Mapping[str, Lazy],
+def load_in_parts(
+    tensors: Mapping[str, LazyTensor],
     split: Callable[[PreTrainedModel], list[tuple[str, nn.Module]]],
-) -> Iterator[Parts]:
+) -> Iterator[PartialLoad]:
     """While active, `from_pretrained` loads only what lies outside the layers that `split` names.
 
     Args:
         tensors: every tensor of the checkpoint, by its key.
         split: the decoder layers of a model: qualified name and module; none: all is loaded.
     """
-    parts = Parts(tensors, split)
+    parts = PartialLoad(tensors, split)
 
     def begin(
         model: PreTrainedModel, state_dict: Any, load_config: Any, disk_offload_index: Any = None
@@ -230,8 +231,8 @@ def parted(
         yield parts
 
 
-def divided(
-    keys: KeyMap, names: Sequence[str], tensors: Mapping[str, Lazy], size: int = CHUNK_BYTES
+def divide_into_chunks(
+    keys: KeyMap, names: Sequence[str], tensors: Mapping[str, LazyTensor], size: int = CHUNK_BYTES
 ) -> list[Chunk]:
     """Divides the keys of one layer into chunks of about `size` bytes.
 
@@ -258,7 +259,7 @@ def divided(
 
 
 def _experts(
-    target: str, lists: Sequence[Sequence[str]], tensors: Mapping[str, Lazy], size: int
+    target: str, lists: Sequence[Sequence[str]], tensors: Mapping[str, LazyTensor], size: int
 ) -> Iterator[Chunk]:
     """Chunks of whole experts."""
     total = len(lists[0])

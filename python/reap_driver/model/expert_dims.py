@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from reap_driver.compat.models import meta_model
-from reap_driver.model.derive import ExpertDim, Shape, derive_layout
+from reap_driver.compat.pretrained import meta_model
+from reap_driver.model.expert_layout import ExpertDim, Shape, derive_layout
 from reap_driver.model.stacks import Stack, find_stacks, with_counts
 from reap_kernels.errors import UnsupportedModel
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from reap_driver.data.record import Record
-from reap_driver.data.shapes import Chat, Text, Tokens, shape_of
+from reap_driver.data.record_formats import Chat, Text, Tokens, content_of
+from reap_driver.data.records import Record
 from reap_kernels.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
@@ -17,7 +17,7 @@ WRAPPED = {"type": "function", "function": ADD}
 
 
 def shape(**fields: Any) -> Tokens | Text | Chat:
-    return shape_of(Record("data.jsonl:7", fields))
+    return content_of(Record("data.jsonl:7", fields))
 
 
 def chat(**fields: Any) -> Chat:
@@ -228,7 +228,7 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], says: str) -> None:
     ],
 )
 def test_masked_ids_are_left_out(fields: dict[str, Any], shape: Tokens) -> None:
-    assert shape_of(Record("a:1", {"input_ids": [5, 6, 7, 8], **fields})) == shape
+    assert content_of(Record("a:1", {"input_ids": [5, 6, 7, 8], **fields})) == shape
 
 
 @pytest.mark.parametrize("name", ["attention_mask", "labels"])
@@ -254,7 +254,7 @@ def test_numbered_documents_in_a_mask_are_refused() -> None:
 
 def unused_of(**fields: Any) -> set[str]:
     record = Record("data.jsonl:7", fields)
-    shape_of(record)
+    content_of(record)
     return record.unused
 
 
