@@ -17,7 +17,7 @@ from reap_driver.budget_search.search_state import SearchState
 from reap_driver.budget_search.space import Removals, Space
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.model.discover import find_moe_layers, record_of
-from reap_driver.plan.allocation.explicit import max_removable, removal_steps
+from reap_driver.plan.allocation import max_removable, removal_steps
 from reap_driver.plan.criteria import Scores
 from reap_driver.plan.plan import Plan
 from reap_driver.plan.planner import make_plan, plan_of_removals

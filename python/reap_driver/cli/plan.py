@@ -66,8 +66,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def advice(plan: "Plan", layers: dict[str, dict[str, Any]]) -> list[str]:
     """Numbers of experts that engines are surer to serve, of a plan they can load at all."""
-    from reap_driver.plan.allocation.explicit import explicit
-    from reap_driver.plan.allocation.served import served_advice
+    from reap_driver.plan.allocation import explicit
+    from reap_driver.plan.budget import served_advice
 
     if not plan.uniform:
         return []

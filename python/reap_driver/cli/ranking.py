@@ -65,7 +65,7 @@ def _add_allocation(parser: argparse.ArgumentParser, searched: bool) -> None:
         "choice here but the default makes a checkpoint they cannot load as it is.",
     )
     if searched:
-        parser.set_defaults(allocation="uniform", normalise=None)
+        parser.set_defaults(allocation="uniform", normalize=None)
     else:
         group.add_argument(
             "--allocation",
@@ -75,7 +75,7 @@ def _add_allocation(parser: argparse.ArgumentParser, searched: bool) -> None:
             "all layers together, but never more than a router can spare",
         )
         group.add_argument(
-            "--normalise",
+            "--normalize",
             choices=("mean", "max", "none"),
             help="with --allocation global: divide each layer's scores by their mean (default) or "
             "maximum before comparing layers, or compare them as they are",
@@ -101,8 +101,8 @@ def _add_allocation(parser: argparse.ArgumentParser, searched: bool) -> None:
 
 def check_ranking(args: argparse.Namespace) -> None:
     """Ends with a usage error where arguments contradict each other."""
-    if args.normalise is not None and args.allocation != "global":
-        args.refuse("argument --normalise: only with --allocation global, which compares layers")
+    if args.normalize is not None and args.allocation != "global":
+        args.refuse("argument --normalize: only with --allocation global, which compares layers")
 
 
 def planned(
@@ -127,7 +127,7 @@ def planned(
         allocation=args.allocation,
         protected=_protected(args, scores, stats),
         layer_ratios=_layer_ratios(args, list(scores), scores.unobserved),
-        normalise=args.normalise,
+        normalize=args.normalize,
     )
 
 
@@ -148,7 +148,7 @@ def foreseen(args: argparse.Namespace, blank: "Scores") -> "list[Plan]":
         rising = {name: v + n * highest for n, (name, v) in enumerate(blank.items())}
         facts = {"model": blank.model, "layers": blank.layers}
         scores = Scores(rising, criterion=blank.criterion, provenance=facts)
-        extreme = argparse.Namespace(**{**vars(args), "normalise": "none"})
+        extreme = argparse.Namespace(**{**vars(args), "normalize": "none"})
         plans.append(planned(extreme, scores))
     return plans
 
@@ -157,8 +157,8 @@ def _protected(
     args: argparse.Namespace, scores: "Scores", stats: "SaliencyStats | None"
 ) -> dict[str, frozenset[int]]:
     """{layer: ids} of everything --protect names."""
-    from reap_driver.plan.allocation.select import protected_experts, super_experts
     from reap_driver.plan.scoring import score
+    from reap_driver.plan.selection import protected_experts, super_experts
 
     wanted: list[tuple[str, tuple[int, ...]]] = []
     for what in args.protect:
@@ -179,7 +179,7 @@ def _layer_ratios(
     """{layer: ratio} of layers that do not lose --ratio; --skip-first and --skip-last count those
     that were observed.
     """
-    from reap_driver.plan.allocation.select import select_layers
+    from reap_driver.plan.selection import select_layers
     from reap_kernels.errors import PlanError
     from reap_kernels.schema import Real
 

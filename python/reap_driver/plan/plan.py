@@ -16,8 +16,9 @@ from reap_kernels.schema import Int, Kind, ListOf, MapOf, OrNull, Real, Record, 
 
 _IDS = ListOf(Int(0, MAX_EXPERTS - 1))
 _LAYER: dict[str, Kind] = {"num_experts": Int(1, MAX_EXPERTS), "kept": _IDS, "removed": _IDS}
+NORMALIZE_KEY = "normalise"  # of `make_plan(normalize=)` in plan files, whose spelling stays
 _SETTINGS: dict[str, Kind] = {
-    "normalise": Text(choices=("mean", "max", "none")),
+    NORMALIZE_KEY: Text(choices=("mean", "max", "none")),
     "layer_ratios": MapOf(Real(low=0, below=1)),
     "protected": MapOf(_IDS),
 }

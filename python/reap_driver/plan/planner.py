@@ -6,15 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from reap_driver.base.arguments import typed
-from reap_driver.plan.allocation.budget import Budget, check_ratio, kept_experts
-from reap_driver.plan.allocation.explicit import explicit
-from reap_driver.plan.allocation.pooled import pooled, removal_target
-from reap_driver.plan.allocation.uniform import uniform
+from reap_driver.plan.allocation import explicit, pooled, removal_target, uniform
+from reap_driver.plan.budget import Budget, check_ratio, kept_experts
 from reap_driver.plan.criteria import Scores
 from reap_driver.plan.custom_criteria import check_decides, check_scores, plain_scores
-from reap_driver.plan.plan import LayerPlan, Plan, deciding_facts
+from reap_driver.plan.plan import NORMALIZE_KEY, LayerPlan, Plan, deciding_facts
 from reap_driver.plan.scoring import random_values
-from reap_driver.plan.unreached import unreached, unreached_notes
+from reap_driver.plan.unobserved import unobserved_kept_whole, unobserved_notes
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import PlanError
 
@@ -32,7 +30,7 @@ def make_plan(
     allocation: str = "uniform",
     protected: Mapping[str, Collection[int]] | None = None,
     layer_ratios: Mapping[str, float] | None = None,
-    normalise: str | None = None,
+    normalize: str | None = None,
 ) -> Plan:
     """Decides which experts every layer keeps.
 
@@ -50,7 +48,7 @@ def make_plan(
             others lose `ratio` all the same. Layers that no token reached keep all; where a field
             that counts their experts counts those of layers that lose some, they must be named
             here.
-        normalise: for "global", what a layer's scores are divided by before layers are compared:
+        normalize: for "global", what a layer's scores are divided by before layers are compared:
             their "mean" (default) or "max", or "none".
 
     Raises:
@@ -67,25 +65,25 @@ def make_plan(
         raise PlanError(
             f"allocation {allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}"
         )
-    if normalise is not None and allocation != "global":
+    if normalize is not None and allocation != "global":
         raise PlanError(
-            f"normalise {normalise!r} has no effect on {allocation} allocation, which compares no "
+            f"normalize {normalize!r} has no effect on {allocation} allocation, which compares no "
             "scores of different layers; leave it out, or choose global"
         )
     facts, asked = _facts(scores), layer_ratios or {}
     _check_names([*facts, *scores.unobserved], protected or {}, asked)
     layer_ratios = {name: share for name, share in asked.items() if name in facts}
-    whole = unreached(scores, asked)
+    whole = unobserved_kept_whole(scores, asked)
     settings: dict[str, Any] = {}
     if allocation == "global":
-        settings["normalise"] = normalise or "mean"
+        settings[NORMALIZE_KEY] = normalize or "mean"
         budgets = pooled(
             scores,
             facts,
             ratio,
             protected=protected,
             layer_ratios=layer_ratios,
-            normalise=settings["normalise"],
+            normalize=settings[NORMALIZE_KEY],
         )
         notes = _short_notes(budgets, facts, ratio, layer_ratios)
     else:
@@ -121,7 +119,7 @@ def plan_of_removals(
     check_ratio(ratio)
     facts = _facts(scores)
     _check_names(facts, protected or {}, {})
-    whole = unreached(scores, removals)
+    whole = unobserved_kept_whole(scores, removals)
     ranked = {name: number for name, number in removals.items() if name not in scores.unobserved}
     budgets = explicit(facts, ranked, protected=protected)
     return _plan(scores, budgets, allocation, ratio, [], {}, whole)
@@ -191,7 +189,7 @@ def _check_names(layers: Collection[str], *asked: Mapping[str, Any]) -> None:
         if name not in layers:
             raise PlanError(
                 f"layer {name!r} is none of the {len(layers)} MoE layers; `select_layers` of "
-                "reap_driver.plan.allocation finds them by number or pattern"
+                "reap_driver.plan.selection finds them by number or pattern"
             )
 
 
@@ -205,8 +203,8 @@ def _plan(
     whole: Collection[str],
 ) -> Plan:
     """The experts with the highest scores stay, as many as the budgets leave."""
-    unreached_facts: dict[str, dict[str, Any]] = {name: {} for name in scores.unobserved}
-    notes = [*notes, *unreached_notes(scores, whole, [b.name for b in budgets if b.removed])]
+    unobserved_facts: dict[str, dict[str, Any]] = {name: {} for name in scores.unobserved}
+    notes = [*notes, *unobserved_notes(scores, whole, [b.name for b in budgets if b.removed])]
     if not any(budget.removed for budget in budgets):
         raise PlanError("nothing is removed: every layer is to keep all its experts")
     check_decides(scores, scores.criterion, [b.name for b in budgets if b.removed])
@@ -218,7 +216,7 @@ def _plan(
     }
     protected = {b.name: sorted(b.protected) for b in budgets if b.protected}
     plan = Plan(
-        model=scores.model | {"layers": deciding_facts(scores.layers | unreached_facts)},
+        model=scores.model | {"layers": deciding_facts(scores.layers | unobserved_facts)},
         criterion=scores.criterion,
         allocation=allocation,
         ratio=float(ratio),

@@ -20,7 +20,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from reap_driver.plan.allocation.budget import Router, ranked
+from reap_driver.plan.budget import Router, ranked
 from reap_driver.plan.criteria import Criterion, Scores, checked_criterion
 from reap_driver.plan.plan import Plan
 from reap_driver.plan.scoring import family, mix, mixed, score, shares

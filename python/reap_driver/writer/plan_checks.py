@@ -5,7 +5,7 @@ from typing import Any
 
 from reap_driver.model.discover import MoELayer
 from reap_driver.model.stacks import Stack, stack_near
-from reap_driver.plan.allocation.served import SERVED_STEP, is_served
+from reap_driver.plan.budget import SERVED_STEP, is_served
 from reap_driver.plan.plan import Plan
 from reap_driver.plan.published import public_name
 from reap_driver.writer.lists import split_layer

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import reap_driver as rd
-from reap_driver.plan.allocation.select import super_experts
+from reap_driver.plan.selection import super_experts
 from reap_driver.plan.stability import keep_probability, margin
 from tests.driver.cli.conftest import Run
 from tests.driver.plan.statistics import EXPERTS, Rows, in_parts, model_stats
@@ -120,8 +120,8 @@ def test_super_experts_stay(run: Run, stats: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--normalise", "max"), "--normalise: only with --allocation global"),
-        (("--normalise", "sum"), "invalid choice: 'sum'"),
+        (("--normalize", "max"), "--normalize: only with --allocation global"),
+        (("--normalize", "sum"), "invalid choice: 'sum'"),
         (("--allocation", "best"), "invalid choice: 'best'"),
         (("--criterion", "S(1,1,3)"), "which is not recorded; (alpha, p) can be (0, 0), (1, 0)"),
         (("--protect", "superb"), "'superb' is not super, LAYER:ID,ID such as 3:17,40, or a"),
@@ -237,10 +237,10 @@ def test_pruning_with_protected_experts(run: Run, model: Path, data: Path, tmp_p
 
 def test_pruning_across_layers(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
     out, stats = tmp_path / "out", tmp_path / "stats"
-    words = ("--allocation", "global", "--normalise", "none", "--ratio", 0.3, "--non-uniform")
+    words = ("--allocation", "global", "--normalize", "none", "--ratio", 0.3, "--non-uniform")
     done = run("prune", model, "--data", data, "--out", out, "--stats", stats, *words, "--json")
     assert done.code == 0, done.err
     scores = rd.score(rd.SaliencyStats.load(stats))
-    expected = rd.make_plan(scores, 0.3, allocation="global", normalise="none")
+    expected = rd.make_plan(scores, 0.3, allocation="global", normalize="none")
     assert rd.Plan.load(out / "reap/plan.json").kept == expected.kept
     assert done.json["removed"] == 4  # of 16

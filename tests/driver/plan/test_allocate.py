@@ -7,10 +7,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from reap_driver.plan.allocation.budget import kept_experts, ratio_of
-from reap_driver.plan.allocation.explicit import explicit, max_removable, removal_steps
-from reap_driver.plan.allocation.served import is_served, served_advice
-from reap_driver.plan.allocation.uniform import uniform
+from reap_driver.plan.allocation import explicit, max_removable, removal_steps, uniform
+from reap_driver.plan.budget import is_served, kept_experts, ratio_of, served_advice
 from reap_kernels.errors import PlanError
 
 PUBLISHED = [(288, 0.4, 173), (128, 0.25, 96), (160, 0.5, 80), (512, 0.5, 256), (100, 0.29, 71)]

@@ -62,10 +62,10 @@ def test_plain_scores_of_statistics_or_a_model() -> None:
 
 def test_other_functions_take_them_too() -> None:
     known = stats()
-    with pytest.raises(PlanError, match=r"normalise 'mean' would divide .* by 0"):
+    with pytest.raises(PlanError, match=r"normalize 'mean' would divide .* by 0"):
         rd.make_plan(PLAIN, 0.5, criterion="mine", of=known, allocation="global")
     plan = rd.make_plan(
-        PLAIN, 0.5, criterion="mine", of=known, allocation="global", normalise="none"
+        PLAIN, 0.5, criterion="mine", of=known, allocation="global", normalize="none"
     )
     assert sum(len(layer.removed) for layer in plan.layers.values()) == 6
 

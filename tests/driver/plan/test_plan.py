@@ -85,19 +85,19 @@ UNEVEN = (
 def test_a_global_plan_keeps_the_best_of_all_layers(tmp_path: Path) -> None:
     known = scores(top_k=1)
     known[LAYERS[1]] = known[LAYERS[0]] + 1000
-    plan = make_plan(known, 0.5, allocation="global", normalise="none")
+    plan = make_plan(known, 0.5, allocation="global", normalize="none")
     assert [len(plan.kept[name]) for name in LAYERS] == [1, 5]
     assert plan.kept[LAYERS[0]] == (int(known[LAYERS[0]].argmax()),)
     assert plan.layers[LAYERS[1]].removed == (int(known[LAYERS[1]].argmin()),)
     assert (plan.allocation, plan.settings) == ("global", {"normalise": "none"})
     assert plan.notes == [UNEVEN]
     assert not plan.uniform
-    assert plan == make_plan(known, 0.5, allocation="global", normalise="none")
+    assert plan == make_plan(known, 0.5, allocation="global", normalize="none")
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     default = make_plan(known, 0.5, allocation="global")
     assert default.settings == {"normalise": "mean"}
-    assert default == make_plan(known, 0.5, allocation="global", normalise="mean")
+    assert default == make_plan(known, 0.5, allocation="global", normalize="mean")
 
 
 def test_a_global_plan_that_falls_short_says_so() -> None:
@@ -355,8 +355,8 @@ def test_what_cannot_be_planned() -> None:
     for wrong in ({"protected": {"z": [1]}}, {"layer_ratios": {"z": 0.5}}):
         with pytest.raises(PlanError, match="layer 'z' is none of the 2 MoE layers"):
             make_plan(scores(), 0.5, **wrong)
-    with pytest.raises(PlanError, match="normalise 'max' has no effect on uniform allocation"):
-        make_plan(scores(), 0.5, normalise="max")
+    with pytest.raises(PlanError, match="normalize 'max' has no effect on uniform allocation"):
+        make_plan(scores(), 0.5, normalize="max")
     with pytest.raises(PlanError, match="nothing is removed"):
         make_plan(scores(), 0.5, layer_ratios=dict.fromkeys(LAYERS, 0))
     known = scores()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from reap_driver.plan.allocation.budget import Budget, Router
-from reap_driver.plan.allocation.pooled import pooled
+from reap_driver.plan.allocation import pooled
+from reap_driver.plan.budget import Budget, Router
 from reap_kernels.errors import PlanError
 
 
@@ -65,7 +65,7 @@ def test_it_is_removing_the_worst_expert_again_and_again() -> None:
         expected = one_by_one(scores, layers, int(total * ratio + 1e-9), protected)
         if not any(expected.values()):
             continue
-        found = removed(pooled(scores, layers, ratio, protected=protected, normalise="none"))
+        found = removed(pooled(scores, layers, ratio, protected=protected, normalize="none"))
         assert found == expected
         exact += sum(found.values()) == int(total * ratio + 1e-9)
         limited += sum(found.values()) < int(total * ratio + 1e-9)
@@ -90,7 +90,7 @@ def test_routing_groups_lose_one_expert_each_at_a_time() -> None:
 def test_of_groups_the_mean_of_the_lowest_decides() -> None:
     layers = {name: facts(6, 1, 2) for name in "ab"}
     scores = {"a": values(0, 5, 6, 4, 7, 8), "b": values(1, 5, 6, 2, 7, 8)}  # means 2 and 1.5
-    assert removed(pooled(scores, layers, 0.2, normalise="none")) == {"a": 0, "b": 2}
+    assert removed(pooled(scores, layers, 0.2, normalize="none")) == {"a": 0, "b": 2}
 
 
 def test_equal_scores_take_turns() -> None:
@@ -101,37 +101,37 @@ def test_equal_scores_take_turns() -> None:
     assert removed(pooled(equal, layers, 18 / 32)) == {"l0": 4, "l1": 4, "l2": 5, "l3": 5}
 
 
-def test_normalising_compares_experts_with_their_neighbours() -> None:
+def test_normalizing_compares_experts_with_their_neighbours() -> None:
     layers = {"shallow": facts(4), "deep": facts(4)}
     scores = {"shallow": values(1, 2, 3, 4), "deep": values(10, 40, 50, 60)}
-    assert removed(pooled(scores, layers, 0.375, normalise="none")) == {"shallow": 3, "deep": 0}
+    assert removed(pooled(scores, layers, 0.375, normalize="none")) == {"shallow": 3, "deep": 0}
     # By means: 0.4 0.8 1.2 1.6 beside 0.25 1 1.25 1.5.
     assert removed(pooled(scores, layers, 0.375)) == {"shallow": 2, "deep": 1}
     assert removed(pooled(scores, layers, 0.375)) == removed(
-        pooled(scores, layers, 0.375, normalise="mean")
+        pooled(scores, layers, 0.375, normalize="mean")
     )
     # By maxima: 0.25 0.5 0.75 1 beside 0.17 0.67 0.83 1.
-    assert removed(pooled(scores, layers, 0.375, normalise="max")) == {"shallow": 2, "deep": 1}
-    assert removed(pooled(scores, layers, 0.5, normalise="max")) == {"shallow": 2, "deep": 2}
+    assert removed(pooled(scores, layers, 0.375, normalize="max")) == {"shallow": 2, "deep": 1}
+    assert removed(pooled(scores, layers, 0.5, normalize="max")) == {"shallow": 2, "deep": 2}
     assert removed(pooled(scores, layers, 0.5)) == {"shallow": 2, "deep": 2}
 
 
 def test_a_factor_after_the_experts_counts_between_layers() -> None:
     scores = {"a": values(1, 2, 3, 4), "b": values(1.5, 2.5, 3.5, 4.5)}
     plain = {"a": facts(4), "b": facts(4)}
-    assert removed(pooled(scores, plain, 0.5, normalise="none")) == {"a": 2, "b": 2}
+    assert removed(pooled(scores, plain, 0.5, normalize="none")) == {"a": 2, "b": 2}
     scaled = {"a": facts(4, scale=2.5), "b": facts(4, scale=1.0)}  # 2.5 5 7.5 10
-    assert removed(pooled(scores, scaled, 0.5, normalise="none")) == {"a": 1, "b": 3}
-    for normalise in ("mean", "max"):  # the factor cancels
-        assert removed(pooled(scores, scaled, 0.5, normalise=normalise)) == removed(
-            pooled(scores, plain, 0.5, normalise=normalise)
+    assert removed(pooled(scores, scaled, 0.5, normalize="none")) == {"a": 1, "b": 3}
+    for normalize in ("mean", "max"):  # the factor cancels
+        assert removed(pooled(scores, scaled, 0.5, normalize=normalize)) == removed(
+            pooled(scores, plain, 0.5, normalize=normalize)
         )
 
 
 def test_layers_with_ratios_of_their_own_are_not_in_the_pool() -> None:
     layers = {name: facts(8) for name in "abc"}
     scores = {name: torch.arange(8).double() * 10**place for place, name in enumerate("abc")}
-    budgets = pooled(scores, layers, 0.5, layer_ratios={"a": 0, "c": 0.25}, normalise="none")
+    budgets = pooled(scores, layers, 0.5, layer_ratios={"a": 0, "c": 0.25}, normalize="none")
     assert removed(budgets) == {"a": 0, "b": 4, "c": 2}
     every = pooled(scores, layers, 0.5, layer_ratios={"a": 0.25, "b": 0.5, "c": 0.75})
     assert removed(every) == {"a": 2, "b": 4, "c": 6}
@@ -140,9 +140,9 @@ def test_layers_with_ratios_of_their_own_are_not_in_the_pool() -> None:
 def test_a_layer_never_loses_what_its_router_or_protection_needs() -> None:
     layers = {"a": facts(8, 3), "b": facts(8, 3)}
     scores = {"a": torch.arange(8).double(), "b": torch.arange(8).double() + 100}
-    assert removed(pooled(scores, layers, 0.6, normalise="none")) == {"a": 5, "b": 4}
+    assert removed(pooled(scores, layers, 0.6, normalize="none")) == {"a": 5, "b": 4}
     protected = {"a": {0, 1, 2, 3}}
-    budgets = pooled(scores, layers, 0.5, normalise="none", protected=protected)
+    budgets = pooled(scores, layers, 0.5, normalize="none", protected=protected)
     assert removed(budgets) == {"a": 4, "b": 4}
     assert [budget.protected for budget in budgets] == [frozenset({0, 1, 2, 3}), frozenset()]
 
@@ -154,8 +154,8 @@ def test_a_layer_never_loses_what_its_router_or_protection_needs() -> None:
         (
             facts(8),
             0.5,
-            {"normalise": "sum"},
-            "normalise 'sum' is unknown; choose one of mean, max",
+            {"normalize": "sum"},
+            "normalize 'sum' is unknown; choose one of mean, max",
         ),
         (
             facts(8),

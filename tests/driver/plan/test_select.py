@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reap_driver.plan.allocation.select import protected_experts, select_layers, super_experts
+from reap_driver.plan.selection import protected_experts, select_layers, super_experts
 from reap_kernels.errors import PlanError
 
 LAYERS = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reap_driver.plan.allocation.budget import Router, kept_experts
+from reap_driver.plan.budget import Router, kept_experts
 from reap_driver.plan.planner import make_plan, plan_of_removals
 from reap_driver.plan.scoring import score
 from reap_driver.plan.stability import (

@@ -10,7 +10,7 @@ from reap_driver.plan.criteria import Scores
 from reap_kernels.errors import PlanError
 
 
-def unreached(scores: Scores, asked: Mapping[str, float]) -> list[str]:
+def unobserved_kept_whole(scores: Scores, asked: Mapping[str, float]) -> list[str]:
     """Layers that no token reached and that are to keep all their experts, as `asked` says by 0.
 
     Args:
@@ -31,7 +31,7 @@ def unreached(scores: Scores, asked: Mapping[str, float]) -> list[str]:
     return named
 
 
-def unreached_notes(scores: Scores, whole: Collection[str], cut: Collection[str]) -> list[str]:
+def unobserved_notes(scores: Scores, whole: Collection[str], cut: Collection[str]) -> list[str]:
     """What a plan says of the layers that no token reached.
 
     Args:
