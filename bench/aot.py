@@ -31,12 +31,13 @@ import reap_kernels as rk
 from bench import rows
 from reap_kernels import device, tuning
 from reap_kernels.compare import gpu as compare
+from reap_kernels.experts import triton_backend
 from reap_kernels.experts.gpu import activated
 from reap_kernels.layer import gpu
+from reap_kernels.layer.call import LayerCall
 from reap_kernels.route.gpu import schedule
 from reap_kernels.route.slots import SortedSlots
-from reap_kernels.saliency import triton_backend
-from reap_kernels.saliency.stages import stages
+from reap_kernels.saliency.stages import accumulate, stages
 from reap_kernels.testing import FORMULAS, Case, make_experts, make_inputs
 from reap_kernels.tuning import Launch, Launches
 
@@ -174,10 +175,10 @@ def _observe(
     inputs = make_inputs(case, dtype)
     experts = make_experts(case, layout, formula, dtype)
     stats = rk.LayerStats(case.experts, case.groups) if observed else None
-    call = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts, stats)
-    gpu.observe_layer(
-        gpu.TRITON, stages("triton", "triton"), *call, inputs.mask, inputs.group, None, launches
-    )
+    arguments = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts, stats)
+    call = LayerCall(*arguments, inputs.mask, inputs.group)
+    launches = launches or triton_backend.launches(call.request)
+    gpu.observe_layer(gpu.LayerKernels(gpu.TRITON, stages("triton", "triton"), launches), call)
 
 
 def _compare(vocabulary: int, dtype: torch.dtype) -> None:
@@ -221,7 +222,9 @@ def launches_of(arch: Arch) -> list[Launched]:
                 _observe(ODD, dtype)
             with recording(f"accumulate, {short}", found):
                 y, ids, gates = torch.zeros(64, 256, dtype=dtype), torch.zeros(64), torch.ones(64)
-                triton_backend.run(y, ids.long(), gates, rk.LayerStats(8), None, 0)
+                accumulate(
+                    stages("triton", "triton"), y, ids.long(), gates, rk.LayerStats(8), None, 0
+                )
             for vocabulary in (151936, 50257):
                 with recording(f"compare, V = {vocabulary}, {short}", found):
                     _compare(vocabulary, dtype)

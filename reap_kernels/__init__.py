@@ -8,7 +8,7 @@ experts -> saliency -> layer, compare.
 from reap_kernels import errors
 from reap_kernels.compare import LogitComparison, compare_logits
 from reap_kernels.dequant import dequantise
-from reap_kernels.dispatch import explain
+from reap_kernels.dispatch import check_backend, explain
 from reap_kernels.experts import expert_outputs
 from reap_kernels.gates import GateFormula, probe_gate
 from reap_kernels.layer import observe_layer
@@ -29,6 +29,7 @@ __all__ = [
     "Routing",
     "SaliencyStats",
     "accumulate",
+    "check_backend",
     "compare_logits",
     "dequantise",
     "errors",

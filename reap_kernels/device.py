@@ -110,6 +110,11 @@ def written_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 and interpreted() else dtype
 
 
+def tf32(dtype: torch.dtype) -> bool:
+    """Whether products of `dtype` run in TF32, as the user may ask torch for."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def on(device: torch.device) -> AbstractContextManager[None]:
     """Makes `device` current, for free where it is: kernels launch on the current device's current
     stream.

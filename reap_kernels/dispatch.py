@@ -7,19 +7,19 @@ no reason. An explicit request (argument `backend=` or `REAP_BACKEND`) never fal
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reap_kernels import env
-from reap_kernels.errors import BackendUnavailable
+from reap_kernels.device import tf32
+from reap_kernels.errors import BackendUnavailable, UsageError
 
 OPS = env.OPS
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """T, k, E, H and I of a call; by default those of Qwen3-30B-A3B on 16,384 tokens."""
 
     tokens: int = 16384
@@ -30,13 +30,13 @@ class Sizes:
 
     @property
     def rows(self) -> float:
-        """Mean rows an expert, which is what tiles are chosen by."""
+        """Mean number of rows per expert, which tiles are chosen by."""
         return self.tokens * self.top_k / self.experts
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a call needs, as far as choosing a backend goes.
+class Request(NamedTuple):
+    """What a call needs, as far as choosing a backend goes. A tuple, because one is made and hashed
+    in every call.
 
     Attributes:
         op: one of `OPS`.
@@ -66,7 +66,8 @@ class Backend:
         name: backend name, as users request it.
         priority: of a request; higher is tried first.
         supports: reason for refusing a request, or None.
-        run: the implementation.
+        prepare: the implementation for a request that is supported, with everything decided that
+            follows from the request alone: tiles, and the kernels of each stage.
         note: how it would serve a request, where that needs saying; else empty.
     """
 
@@ -74,8 +75,26 @@ class Backend:
     name: str
     priority: Callable[[Request], int]
     supports: Callable[[Request], str | None]
-    run: Callable[..., Any]
+    prepare: Callable[[Request], Callable[..., Any]]
     note: Callable[[Request], str] = lambda request: ""
+
+
+class Resolved(NamedTuple):
+    """The backend that serves a request, and its implementation, ready to be called."""
+
+    backend: Backend
+    run: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        """The backend's name."""
+        return self.backend.name
+
+
+class Passing(str):
+    """A reason for a refusal that may not hold for the next call, such as a CUDA graph that is
+    being captured: nothing that was chosen because of it is kept.
+    """
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,13 @@ class Verdict:
 
 
 _REGISTRY: dict[str, list[Backend]] = {op: [] for op in OPS}
+# What was chosen, by all that the choice depends on and that can change while a process lives: the
+# request, the backend asked for (`REAP_BACKEND` is read in every call), the other variables of the
+# environment, whether torch may use TF32. `register`, and `selfcheck.forget`, empty it. A choice
+# that a passing reason led to is not kept, nor is a refusal. Whether Triton, `_C` and the driver
+# are there is asked once in a process, by the modules that know.
+_CHOSEN: dict[tuple[Any, ...], Resolved] = {}
+_MOST_CHOSEN = 4096  # sequences may have any length, and each length is another request
 
 
 def register(backend: Backend) -> None:
@@ -99,6 +125,17 @@ def register(backend: Backend) -> None:
     if any(peer.name == backend.name for peer in peers):
         raise ValueError(f"backend {backend.name!r} is already registered for op {backend.op!r}")
     peers.append(backend)
+    forget()
+
+
+def always(run: Callable[..., Any]) -> Callable[[Request], Callable[..., Any]]:
+    """`Backend.prepare` of an implementation that is the same for every request."""
+    return lambda request: run
+
+
+def forget() -> None:
+    """Drops the choices that were kept, so that the next call chooses anew."""
+    _CHOSEN.clear()
 
 
 def backends(op: str) -> list[str]:
@@ -111,7 +148,7 @@ def _ranked(request: Request) -> list[Backend]:
     return sorted(_REGISTRY[request.op], key=lambda peer: -peer.priority(request))
 
 
-def select(request: Request, requested: str | None = None) -> Backend:
+def select(request: Request, requested: str | None = None) -> Resolved:
     """The backend that serves `request`.
 
     Args:
@@ -122,22 +159,60 @@ def select(request: Request, requested: str | None = None) -> Backend:
         BackendUnavailable: the requested backend is unknown or refuses, or none serves; the message
             carries every reason.
     """
-    requested = requested or env.backend(request.op)
+    return _kept(request, requested or env.backend(request.op))
+
+
+def automatic(request: Request) -> Resolved:
+    """The backend of highest priority that serves `request`, whatever `REAP_BACKEND` says.
+
+    Raises:
+        BackendUnavailable: none serves; the message carries every reason.
+    """
+    return _kept(request, None)
+
+
+def _kept(request: Request, requested: str | None) -> Resolved:
+    """The choice that was kept for such a request, or a new one."""
+    key = (request, requested, tf32(request.dtype), env.conditions())
+    found = _CHOSEN.get(key)
+    if found is not None:
+        return found
+    backend, lasting = _choose(request, requested)
+    found = Resolved(backend, backend.prepare(request))
+    # Without an index, a device is the one that is current now.
+    if lasting and (request.device.index is not None or request.device.type == "cpu"):
+        if len(_CHOSEN) >= _MOST_CHOSEN:
+            forget()
+        _CHOSEN[key] = found
+    return found
+
+
+def _choose(request: Request, requested: str | None) -> tuple[Backend, bool]:
+    """The backend that serves, and whether it will as long as the process lives."""
+    op = request.op
     if requested is not None:
-        for backend in _REGISTRY[request.op]:
+        for backend in _REGISTRY[op]:
             if backend.name == requested:
                 reason = backend.supports(request)
                 if reason is None:
-                    return backend
+                    return backend, True
                 raise BackendUnavailable(
-                    f"backend {requested!r} cannot serve op {request.op!r}: {reason}; "
-                    f"request another of {', '.join(backends(request.op))}, or none"
+                    f"backend {requested!r} cannot serve op {op!r}: {reason}; "
+                    f"request another of {', '.join(backends(op))}, or none"
                 )
         raise BackendUnavailable(
-            f"backend {requested!r} does not exist for op {request.op!r}; "
-            f"choose one of {', '.join(backends(request.op))}"
+            f"backend {requested!r} does not exist for op {op!r}; "
+            f"choose one of {', '.join(backends(op))}"
         )
-    return automatic(request)
+    reasons: list[str] = []
+    lasting = True
+    for backend in _ranked(request):
+        reason = backend.supports(request)
+        if reason is None:
+            return backend, lasting
+        lasting = lasting and not isinstance(reason, Passing)
+        reasons.append(f"{backend.name}: {reason}")
+    raise BackendUnavailable(f"no backend serves op {op!r}: {'; '.join(reasons)}")
 
 
 def direct(tensor: Tensor) -> bool:
@@ -149,19 +224,40 @@ def direct(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not torch._C._len_torch_dispatch_stack()
 
 
-def automatic(request: Request) -> Backend:
-    """The backend of highest priority that serves `request`, whatever `REAP_BACKEND` says.
+def check_backend(
+    op: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    backend: str | None = None,
+) -> str:
+    """Checks, before any work is done, that an op will be served, and by which backend. For a call
+    of typical sizes and the commonest kind of experts; see `explain` for others.
+
+    Args:
+        op: one of `dispatch.OPS`: `route`, `dequant`, `experts`, `saliency`, `layer`, `compare`.
+        device: where the inputs will lie.
+        dtype: of the hidden states (`layer`, `experts`), expert outputs (`saliency`), logits
+            (`compare`), expert ids (`route`) or dequantised matrices (`dequant`).
+        backend: an explicit request, as in the ops. Default: `REAP_BACKEND`, else automatic choice.
+
+    Returns:
+        The name of the backend that serves.
 
     Raises:
-        BackendUnavailable: none serves; the message carries every reason.
+        UsageError: `op` is none of the ops.
+        BackendUnavailable: the requested backend is unknown or refuses, or none serves; the message
+            carries every reason.
+
+    Example:
+        >>> import torch
+        >>> import reap_kernels as rk
+        >>> rk.check_backend("layer", "cpu", torch.float32, backend="reference")
+        'reference'
     """
-    reasons = []
-    for backend in _ranked(request):
-        reason = backend.supports(request)
-        if reason is None:
-            return backend
-        reasons.append(f"{backend.name}: {reason}")
-    raise BackendUnavailable(f"no backend serves op {request.op!r}: {'; '.join(reasons)}")
+    if op not in OPS:
+        raise UsageError(f"op {op!r} is not known; choose one of {', '.join(OPS)}")
+    formula = "silu" if op in ("experts", "layer") else ""
+    return select(Request(op, torch.device(device), dtype, formula), backend).name
 
 
 def explain(

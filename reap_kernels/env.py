@@ -28,6 +28,7 @@ import os
 from pathlib import Path
 
 from reap_kernels.errors import BackendUnavailable
+from reap_kernels.files import is_file
 
 OPS = ("route", "dequant", "experts", "saliency", "layer", "compare")
 CPU_DTYPES = ("auto", "native", "float32")
@@ -70,6 +71,17 @@ def tuning() -> Path | None:
     """The launch table `REAP_TUNING` names, or None."""
     value = os.environ.get("REAP_TUNING")
     return Path(value) if value else None
+
+
+def conditions() -> tuple[str | int | None, ...]:
+    """What choices of backends, kernels and tiles depend on, beside `REAP_BACKEND`: equal where
+    they are the same, so that a choice can be kept with it.
+    """
+    table = os.environ.get("REAP_TUNING")
+    # A table may be written again under its name.
+    written = os.stat(table).st_mtime_ns if table and is_file(table) else 0
+    get = os.environ.get
+    return get("REAP_CUDA_HOST"), get("TRITON_INTERPRET"), table, written
 
 
 def scratch_bytes() -> int | None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from reap_kernels import device, env
+from reap_kernels import device, dispatch, env
+from reap_kernels.dispatch import Passing
 from reap_kernels.documents import Format, to_json
 from reap_kernels.errors import DataError, KernelError, ReapError
 from reap_kernels.files import replaced
@@ -55,40 +56,37 @@ def verdict(
     """
     values = (op, where, *facts.values())
     if values not in _KNOWN:
-        reason, lasting = _verdict(_key(op, where, facts), where, check)
-        if not lasting:
+        reason = _verdict(_key(op, where, facts), where, check)
+        if isinstance(reason, Passing):
             return reason
         _KNOWN[values] = reason
     return _KNOWN[values]
 
 
-def _verdict(
-    key: str, where: torch.device, check: Callable[[], str | None]
-) -> tuple[str | None, bool]:
-    """The reason, and whether it holds for as long as the process lives."""
+def _verdict(key: str, where: torch.device, check: Callable[[], str | None]) -> str | None:
+    """The reason, which holds for as long as the process lives unless it is `Passing`."""
     if not _VERDICTS:
         _VERDICTS.update(saved())
     if key in _VERDICTS:
-        return _VERDICTS[key], True
+        return _VERDICTS[key]
     if where.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return (
-            "it has not been checked on this device yet; call it once before capturing a graph",
-            False,
+        return Passing(
+            "it has not been checked on this device yet; call it once before capturing a graph"
         )
     try:
         reason = check()
     except KernelError as error:
-        return f"its self-check could not be launched: {error}", True
+        return f"its self-check could not be launched: {error}"
     except ReapError:  # a wrong setting says nothing of the kernel, and its error all there is
         raise
     except torch.OutOfMemoryError as error:
-        return f"its self-check ran out of memory: {error}", False
+        return Passing(f"its self-check ran out of memory: {error}")
     except Exception as error:  # noqa: BLE001  a compiler may fail in any way: all of them refuse
         text = " ".join(str(error).split())[:500]
-        return f"its self-check failed: {type(error).__name__}: {text}", True
+        return f"its self-check failed: {type(error).__name__}: {text}"
     _VERDICTS[key] = None if reason is None else f"its self-check gave wrong numbers: {reason}"
     _save(key, _VERDICTS[key])
-    return _VERDICTS[key], True
+    return _VERDICTS[key]
 
 
 def saved() -> dict[str, str | None]:
@@ -111,7 +109,10 @@ def current() -> dict[str, str | None]:
 
 
 def forget() -> None:
-    """Drops the verdicts in memory, so that the next call reads them from disk again."""
+    """Drops the verdicts in memory, so that the next call reads them from disk again, and the
+    choices of backends that were made by them.
+    """
+    dispatch.forget()
     _VERDICTS.clear()
     _KNOWN.clear()
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from reap_kernels import cuda, device
-from reap_kernels.dispatch import Request, Sizes
 from reap_kernels.errors import BackendUnavailable
 from reap_kernels.gates import GateFormula
+from reap_kernels.layer.call import LayerCall
 from reap_kernels.layer.triton_backend import grouped_limits
 from reap_kernels.saliency.stages import stages
 from reap_kernels.testing import relative_error
@@ -236,16 +236,14 @@ def _paths(
     from reap_kernels.stats import LayerStats
 
     hidden, ids, gates = _inputs(shape, rows, weights)
-    sizes = Sizes(len(hidden), shape.top_k, shape.experts, shape.hidden, shape.intermediate)
-    request = Request("layer", hidden.device, hidden.dtype, weights.formula.kind, sizes)
-    compiled = [] if cuda.refusal(hidden.device) else ["cuda"]
-    grouped = [] if grouped_limits(request) else ["grouped_mm"]
     stats = LayerStats(shape.experts, 1, hidden.device)
+    call = LayerCall(hidden, ids, gates, weights, stats)
+    compiled = [] if cuda.refusal(hidden.device) else ["cuda"]
+    grouped = [] if grouped_limits(call.request) else ["grouped_mm"]
 
     def taken(route: str = "triton", layer: str = "triton", saliency: str = "triton") -> float:
-        around, products = stages(route, saliency), gpu.PRODUCTS[layer]
-        call = (hidden, ids, gates, weights, stats, None, 0, None, launches)
-        return timer(lambda: gpu.observe_layer(products, around, *call))
+        kernels = gpu.LayerKernels(gpu.PRODUCTS[layer], stages(route, saliency), launches)
+        return timer(lambda: gpu.observe_layer(kernels, call))
 
     # Stages follow each other without overlap, so each is judged beside the same others.
     others = {"route": compiled, "layer": grouped, "saliency": compiled}

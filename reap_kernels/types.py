@@ -7,7 +7,7 @@ stored quantised are a sequence that computes each when it is asked for.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -76,6 +76,13 @@ class ExpertWeights:
         gate_bias: [E, I] with the rows of `gate`, or None.
         down_bias: [E, H], or None.
         interleaved: rows of a fused `up` are g0, u0, g1, u1, ... instead of gates, then ups.
+        num_experts, hidden_size, intermediate_size: E, H (the width of a token) and I (the width of
+            an expert), found from the shapes.
+        dtype: that all tensors share; of quantised matrices the one products read them in.
+        layout: `stacked` where every matrix is a view of one tensor, `table` where experts are
+            separate tensors; `mixed` where strides differ between experts, or between gate and up;
+            `quantised` where matrices must be dequantised before a product reads them.
+        biased: whether any product adds a bias.
 
     Raises:
         ShapeError: the shapes do not describe one expert layer; the message names the tensor.
@@ -91,9 +98,39 @@ class ExpertWeights:
     gate_bias: Tensor | None = None
     down_bias: Tensor | None = None
     interleaved: bool = False
+    # Found out once, when all matrices are looked at anyway: every call asks for them many times.
+    num_experts: int = field(init=False, repr=False, compare=False)
+    hidden_size: int = field(init=False, repr=False, compare=False)
+    intermediate_size: int = field(init=False, repr=False, compare=False)
+    dtype: torch.dtype = field(init=False, repr=False, compare=False)
+    layout: str = field(init=False, repr=False, compare=False)
+    biased: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         experts, hidden, inner = _dims("down", self.down)
+        self._check_shapes(experts, hidden, inner)
+        self._check_biases(experts, hidden, inner)
+        self._check_formats()
+        dtypes = {bias.dtype for bias in self._biases()}.union(*map(_dtypes, self._matrices()))
+        if len(dtypes) != 1 or not dtypes <= set(FLOATS):
+            raise DtypeError(
+                f"ExpertWeights tensors have dtypes {sorted(map(str, dtypes))}; they must share "
+                "one of bf16, fp16, fp32, fp64 (quantised weights: wrap them in Quantised; they "
+                "are read in bf16)"
+            )
+        facts = {
+            "num_experts": experts,
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "dtype": dtypes.pop(),
+            "layout": self._layout(),
+            "biased": bool(self._biases()),
+        }
+        for name, value in facts.items():
+            object.__setattr__(self, name, value)
+
+    def _check_shapes(self, experts: int, hidden: int, inner: int) -> None:
+        """Raises unless up and gate fit the shape of down."""
         count, rows, cols = _dims("up", self.up)
         if (count, cols) != (experts, hidden):
             raise ShapeError(
@@ -119,7 +156,10 @@ class ExpertWeights:
                 "ExpertWeights.gate is a separate matrix, so `interleaved` and an ungated formula "
                 "have no meaning; drop one of them"
             )
-        biases = {"up_bias": rows, "gate_bias": inner, "down_bias": hidden}
+
+    def _check_biases(self, experts: int, hidden: int, inner: int) -> None:
+        """Raises unless every bias fits its matrix."""
+        biases = {"up_bias": _dims("up", self.up)[1], "gate_bias": inner, "down_bias": hidden}
         for name, width in biases.items():
             bias = getattr(self, name)
             if bias is not None and tuple(bias.shape) != (experts, width):
@@ -128,14 +168,6 @@ class ExpertWeights:
                 )
         if self.gate_bias is not None and self.gate is None:
             raise ShapeError("ExpertWeights.gate_bias needs a separate `gate`; use up_bias instead")
-        self._check_formats()
-        dtypes = {bias.dtype for bias in self._biases()}.union(*map(_dtypes, self._matrices()))
-        if len(dtypes) != 1 or not dtypes <= set(FLOATS):
-            raise DtypeError(
-                f"ExpertWeights tensors have dtypes {sorted(map(str, dtypes))}; they must share "
-                "one of bf16, fp16, fp32, fp64 (quantised weights: wrap them in Quantised; they "
-                "are read in bf16)"
-            )
 
     def _check_formats(self) -> None:
         """Raises unless all matrices are quantised alike, or none is."""
@@ -160,36 +192,12 @@ class ExpertWeights:
         return tuple(bias for bias in biases if bias is not None)
 
     @property
-    def num_experts(self) -> int:
-        """E."""
-        return _dims("down", self.down)[0]
-
-    @property
-    def hidden_size(self) -> int:
-        """H, the width of a token."""
-        return _dims("down", self.down)[1]
-
-    @property
-    def intermediate_size(self) -> int:
-        """I, the width of an expert."""
-        return _dims("down", self.down)[2]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype all weights share."""
-        return next(iter(_dtypes(self.down)))
-
-    @property
     def device(self) -> torch.device:
         """The device the weights lie on."""
-        return _tensors(self.down)[0].device
+        matrices = self.down
+        return (matrices if isinstance(matrices, Tensor | Quantised) else matrices[0]).device
 
-    @property
-    def layout(self) -> str:
-        """`stacked` where every matrix is a view of one tensor, `table` where experts are separate
-        tensors; `mixed` where strides differ between experts, or between gate and up; `quantised`
-        where matrices must be dequantised before a product reads them.
-        """
+    def _layout(self) -> str:
         if isinstance(self.down, Quantised):
             return "quantised"
         strides = [_strides(m) for m in self._matrices()]
@@ -198,11 +206,6 @@ class ExpertWeights:
             return "mixed"
         stacked = all(isinstance(m, Tensor) for m in (self.up, self.down))
         return "stacked" if stacked else "table"
-
-    @property
-    def biased(self) -> bool:
-        """Whether any product adds a bias."""
-        return bool(self._biases())
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor described, in a fixed order."""

@@ -22,7 +22,7 @@ from bench.gpu.machine import Machine
 from reap_kernels import LayerStats, cuda, quantised
 from reap_kernels.dispatch import backends
 from reap_kernels.errors import BackendUnavailable
-from reap_kernels.experts.op import request_of
+from reap_kernels.experts.request import request_of
 from reap_kernels.layer import cuda_backend
 from reap_kernels.stats import COUNTS, EXTREMA, FIELDS, SUMS
 from reap_kernels.testing import (

@@ -18,7 +18,8 @@ from reap_kernels import LayerStats
 from reap_kernels.dispatch import Request, Sizes, select
 from reap_kernels.quantised import Quantised
 from reap_kernels.route.slots import SortedSlots
-from reap_kernels.saliency.stages import TILE, SlotMeasures, Stages, accumulate, stages
+from reap_kernels.saliency.measures import TILE, SlotMeasures, Stages
+from reap_kernels.saliency.stages import accumulate, stages
 from reap_kernels.testing import Case, largest_relative_error, make_quantised, relative_error
 
 DTYPE = torch.bfloat16

@@ -14,7 +14,7 @@ from bench.gpu.checks import CheckFailed, NotHere, bounds_of, products_of
 from bench.gpu.machine import Machine
 from reap_kernels import ExpertWeights, LayerStats
 from reap_kernels.dispatch import select
-from reap_kernels.experts.op import request_of
+from reap_kernels.experts.request import request_of
 from reap_kernels.experts.triton_backend import launches
 from reap_kernels.testing import Case, largest_relative_error, make_inputs, relative_error
 from reap_kernels.tuning import Launch
@@ -164,7 +164,7 @@ def _ours(backend: str | None, observed: bool) -> Callable[[Work], Prepared]:
             return out[work.sample], sums
 
         products = products_of(served.name, work.hidden[0], work.case.top_k, work.experts)
-        chosen, note = launches(request), served.note(request)
+        chosen, note = launches(request), served.backend.note(request)
         tiles = f"tiles {_tiles(chosen.up)}, {_tiles(chosen.down)}" if products == "triton" else ""
         output = bounds_of(work.experts.dtype, products).output
         note = "; ".join(part for part in (f"served by {served.name}", note, tiles) if part)

@@ -22,7 +22,7 @@ from reap_kernels.quantised import FORMATS, Quantised
 from reap_kernels.route import kernel_cuda as route
 from reap_kernels.route.slots import SortedSlots
 from reap_kernels.saliency import kernel_cuda as saliency
-from reap_kernels.saliency.stages import SlotMeasures
+from reap_kernels.saliency.measures import SlotMeasures
 from reap_kernels.stats import COUNTS, EXTREMA, SUMS
 from reap_kernels.testing import (
     Case,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reap_kernels.compare import cpu, reference, triton_backend
-from reap_kernels.dispatch import Backend, Request, Sizes, direct, register, select
+from reap_kernels.dispatch import Backend, Request, Sizes, always, direct, register, select
 from reap_kernels.errors import DtypeError, ShapeError
 from reap_kernels.route.op import cpu_only
 
@@ -122,6 +122,8 @@ def _(full: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     return acceptance, kl, full_lse, candidate_lse, full.new_empty(len(full), dtype=torch.bool)
 
 
-register(Backend("compare", "reference", lambda _: 0, lambda _: None, reference.compare_logits))
-register(Backend("compare", "cpu", lambda _: 10, cpu_only, cpu.compare_logits))
+register(
+    Backend("compare", "reference", lambda _: 0, lambda _: None, always(reference.compare_logits))
+)
+register(Backend("compare", "cpu", lambda _: 10, cpu_only, always(cpu.compare_logits)))
 register(triton_backend.BACKEND)

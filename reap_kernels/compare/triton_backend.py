@@ -10,6 +10,8 @@ from reap_kernels.compare import reference
 from reap_kernels.dispatch import Backend, Request
 from reap_kernels.route.triton_backend import limits, priority
 
+Compare = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
+
 # Errors of sums of V terms in float32, of probabilities and of logarithms, absolute.
 BOUND = 2e-6
 # Vocabularies of several blocks and part of one; rows that begin at 16 bytes, and anywhere.
@@ -19,18 +21,21 @@ _SIZES = (4096 + 48, 5003)
 def refusal(request: Request) -> str | None:
     """Why `compare_logits` cannot be served, or None."""
     return limits(request) or selfcheck.verdict(
-        "compare", request.device, {"dtype": request.dtype}, lambda: check(run, request)
+        "compare",
+        request.device,
+        {"dtype": request.dtype},
+        lambda: check(prepare(request), request),
     )
 
 
-def run(full: Tensor, candidate: Tensor, full_lse: Tensor | None) -> tuple[Tensor, ...]:
+def prepare(request: Request) -> Compare:
     """See `reap_kernels.compare.op.compare_logits`."""
     from reap_kernels.compare import gpu
 
-    return gpu.compare_logits(full, candidate, full_lse)
+    return gpu.compare_logits
 
 
-def check(run: Callable[..., tuple[Tensor, ...]], request: Request) -> str | None:
+def check(run: Compare, request: Request) -> str | None:
     """Compares with the reference's results, equal maxima and logits of -inf among them."""
     rng = torch.Generator().manual_seed(0)
     names = ("acceptance", "kl", "full_lse", "candidate_lse")
@@ -51,4 +56,4 @@ def check(run: Callable[..., tuple[Tensor, ...]], request: Request) -> str | Non
     return None
 
 
-BACKEND = Backend("compare", "triton", priority, refusal, run)
+BACKEND = Backend("compare", "triton", priority, refusal, prepare)

@@ -1,5 +1,7 @@
 """When the `cuda` backend serves `dequant`, and its self-check."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,19 +41,20 @@ def refusal(request: Request) -> str | None:
         "dequant.cuda",
         request.device,
         {"module": cuda.digest(request.device)},
-        lambda: check(request.device),
+        lambda: check(request),
     )
 
 
-def run(matrices: Quantised, offsets: Tensor | None, out: Tensor) -> None:
+def prepare(request: Request) -> Callable[[Quantised, Tensor | None, Tensor], None]:
     """See `reap_kernels.dequant.op.dequantise`."""
     from reap_kernels.dequant import kernel_cuda
 
-    kernel_cuda.dequantise(matrices, offsets, out)
+    return kernel_cuda.dequantise
 
 
-def check(where: torch.device) -> str | None:
+def check(request: Request) -> str | None:
     """Compares bits with the reference's on the CPU, for every format, and what must stay."""
+    where, run = request.device, prepare(request)
     for name, (packed, _, scaled) in FORMATS.items():
         for sizes in _SIZES if packed == 1 else _SIZES[:1]:
             for dtype in scaled:
@@ -67,4 +70,4 @@ def check(where: torch.device) -> str | None:
     return None
 
 
-BACKEND = Backend("dequant", "cuda", priority, refusal, run)
+BACKEND = Backend("dequant", "cuda", priority, refusal, prepare)

@@ -7,7 +7,16 @@ from torch import Tensor
 
 from reap_kernels import env
 from reap_kernels.dequant import cuda_backend, reference
-from reap_kernels.dispatch import Backend, Request, Sizes, automatic, backends, register, select
+from reap_kernels.dispatch import (
+    Backend,
+    Request,
+    Sizes,
+    always,
+    automatic,
+    backends,
+    register,
+    select,
+)
 from reap_kernels.errors import DtypeError, ShapeError
 from reap_kernels.quantised import Quantised
 
@@ -90,5 +99,5 @@ def _checked(matrices: Quantised, offsets: Tensor | None, out: Tensor | None) ->
     return out
 
 
-register(Backend("dequant", "reference", lambda _: 0, lambda _: None, reference.dequantise))
+register(Backend("dequant", "reference", lambda _: 0, lambda _: None, always(reference.dequantise)))
 register(cuda_backend.BACKEND)

@@ -17,9 +17,6 @@ from torch import Tensor
 from reap_kernels import device
 from reap_kernels.dequant.op import chosen as chosen_dequantise
 from reap_kernels.experts import kernel_triton as kernels
-from reap_kernels.experts.op import request_of
-from reap_kernels.experts.triton_backend import launches as chosen_launches
-from reap_kernels.experts.triton_backend import tf32
 from reap_kernels.gates import GateFormula
 from reap_kernels.quantised import Quantised
 from reap_kernels.route.gpu import schedule
@@ -201,9 +198,7 @@ def product(
             out,
             rows.order,
             rows.offsets,
-            tiles.experts,
-            tiles.rows,
-            tiles.firsts,
+            *tiles.tensors,
             rows.num_experts,
             n,
             depth,
@@ -219,24 +214,31 @@ def product(
             BIASED=biased,
             TABLE=b.table,
             ALIGNED=b.aligned and other.aligned,
-            EVEN_N=n % launch.block_n == 0,
-            EVEN_K=depth % launch.block_k == 0,
             PRECISION=_precision(a.dtype),
             UPCAST=a.dtype == torch.bfloat16 and device.interpreted(),
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
-            BLOCK_K=launch.block_k,
-            GROUP_M=launch.group_m,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **_tile_options(launch, n, depth),
             **device.OPTIONS,
         )
     return out.to(a.dtype)
 
 
+def _tile_options(launch: Launch, n: int, depth: int) -> dict[str, int]:
+    """Tiles of a product of [N, K] matrices as the kernel takes them."""
+    return {
+        "EVEN_N": n % launch.block_n == 0,
+        "EVEN_K": depth % launch.block_k == 0,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_K": launch.block_k,
+        "GROUP_M": launch.group_m,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+
+
 def _precision(dtype: torch.dtype) -> str:
     """TF32 for float32 only where the user asked torch for it."""
-    return "tf32" if tf32(dtype) else "ieee"
+    return "tf32" if device.tf32(dtype) else "ieee"
 
 
 def room_for(rows: SortedSlots, n: int, a: Tensor) -> Tensor:
@@ -333,18 +335,12 @@ def activated(up: Tensor, gate: Tensor, formula: GateFormula, rows: SortedSlots)
     return out.to(up.dtype)
 
 
-def launches_of(hidden: Tensor, experts: ExpertWeights, top_k: int) -> Launches:
-    """Launches of a whole call, the same that its self-check ran with; its parts launch alike."""
-    return chosen_launches(request_of("experts", hidden, top_k, experts))
-
-
 def expert_outputs(
-    hidden: Tensor, routing: Routing, experts: ExpertWeights, launches: Launches | None = None
+    launches: Launches, hidden: Tensor, routing: Routing, experts: ExpertWeights
 ) -> Tensor:
-    """See `reap_kernels.experts.op.expert_outputs`; `launches` for self-checks and tuning."""
+    """See `reap_kernels.experts.op.expert_outputs`; `launches` are those of its products."""
     order = routing.order
     rows = SortedSlots(order, order, routing.offsets, routing.top_k, schedule)
-    launches = launches or launches_of(hidden, experts, routing.top_k)
     y = triton_outputs(hidden, rows, experts, launches)
     served = torch.arange(len(order), device=order.device) < routing.offsets[-1]
     return torch.where(served[:, None], y, 0)

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from reap_kernels.dispatch import Backend, Request, Sizes, register, select
+from reap_kernels.dispatch import Backend, always, register, select
 from reap_kernels.errors import DtypeError, ShapeError
 from reap_kernels.experts import cpu, reference, triton_backend
+from reap_kernels.experts.request import request_of
 from reap_kernels.route.op import cpu_only
 from reap_kernels.types import FLOATS, ExpertWeights, Routing
 
@@ -34,22 +35,6 @@ def expert_outputs(
     return y
 
 
-def request_of(op: str, hidden: Tensor, top_k: int, experts: ExpertWeights) -> Request:
-    """The request of a call with these inputs."""
-    sizes = Sizes(
-        len(hidden), top_k, experts.num_experts, experts.hidden_size, experts.intermediate_size
-    )
-    return Request(
-        op,
-        hidden.device,
-        hidden.dtype,
-        experts.formula.kind,
-        sizes,
-        experts.layout,
-        experts.biased,
-    )
-
-
 def check_experts(hidden: Tensor, experts: ExpertWeights) -> None:
     """Raises unless `hidden` is [T, H] of the experts' dtype and device."""
     if hidden.ndim != 2 or hidden.shape[1] != experts.hidden_size:
@@ -65,6 +50,8 @@ def check_experts(hidden: Tensor, experts: ExpertWeights) -> None:
         raise DtypeError(f"hidden is on {hidden.device}, the experts on {experts.device}; move one")
 
 
-register(Backend("experts", "reference", lambda _: 0, lambda _: None, reference.expert_outputs))
-register(Backend("experts", "cpu", lambda _: 10, cpu_only, cpu.expert_outputs))
+register(
+    Backend("experts", "reference", lambda _: 0, lambda _: None, always(reference.expert_outputs))
+)
+register(Backend("experts", "cpu", lambda _: 10, cpu_only, always(cpu.expert_outputs)))
 register(triton_backend.BACKEND)

@@ -1,12 +1,15 @@
 """When the `triton` backend serves `experts`, and the self-check of the grouped products."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reap_kernels import selfcheck
+from reap_kernels.device import tf32
 from reap_kernels.dispatch import Backend, Request
 from reap_kernels.experts import reference
 from reap_kernels.gates import GateFormula
@@ -140,25 +143,16 @@ def check(request: Request) -> str | None:
     inputs = make_inputs(case, request.dtype, device=request.device)
     routing = route_reference.route(inputs.topk_ids, inputs.topk_weights, case.experts)
     want = reference.expert_outputs(inputs.hidden, routing, experts)
-    error = relative_error(_run(inputs.hidden, routing, experts, launches(request)), want)
+    error = relative_error(prepare(request)(inputs.hidden, routing, experts), want)
     bound = output_bound(request.dtype)
     return None if error <= bound else f"outputs are off by {error:.1e}, {bound:.0e} is allowed"
 
 
-def tf32(dtype: torch.dtype) -> bool:
-    """Whether products of `dtype` run in TF32, as the user may ask torch for."""
-    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def _run(
-    hidden: Tensor,
-    routing: Routing,
-    experts: ExpertWeights,
-    chosen: Launches | None = None,
-) -> Tensor:
+def prepare(request: Request) -> Callable[[Tensor, Routing, ExpertWeights], Tensor]:
+    """See `reap_kernels.experts.op.expert_outputs`."""
     from reap_kernels.experts import gpu
 
-    return gpu.expert_outputs(hidden, routing, experts, chosen)
+    return partial(gpu.expert_outputs, launches(request))
 
 
-BACKEND = Backend("experts", "triton", priority, refusal, _run, note)
+BACKEND = Backend("experts", "triton", priority, refusal, prepare, note)

@@ -8,27 +8,18 @@ import torch
 from torch import Tensor
 
 from reap_kernels.experts.cpu import partition, pieces
+from reap_kernels.layer.call import LayerCall
 from reap_kernels.route import cpu as route_cpu
 from reap_kernels.saliency.cpu import RowMeasures, reduce_rows
-from reap_kernels.stats import LayerStats
-from reap_kernels.types import ExpertWeights
 
 
-def observe_layer(
-    hidden: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    experts: ExpertWeights,
-    stats: LayerStats | None,
-    mask: Tensor | None,
-    group: int | Tensor,
-    chunk: int | None,
-) -> Tensor:
+def observe_layer(call: LayerCall) -> Tensor:
     """See `reap_kernels.layer.op.observe_layer`; `chunk` is for backends that hold whole calls."""
-    routing = route_cpu.route(topk_ids, topk_weights, experts.num_experts)
+    hidden, experts, stats = call.hidden, call.experts, call.stats
+    routing = route_cpu.route(call.topk_ids, call.topk_weights, experts.num_experts)
     slots = routing.order[: int(routing.offsets[-1])]
     accumulator = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    gates = topk_weights.reshape(-1)[slots].to(accumulator)
+    gates = call.topk_weights.reshape(-1)[slots].to(accumulator)
     parts = partition(routing.offsets)
     columns = gates.unsqueeze(1).split([rows for _, rows in parts])
     measures: list[RowMeasures] = []
@@ -40,8 +31,8 @@ def observe_layer(
         out.index_add_(0, rows, wide.mul_(column))
     if stats is not None:
         tokens = slots // routing.top_k
-        own = group[tokens] if isinstance(group, Tensor) else group
-        key = own * stats.num_experts + topk_ids.reshape(-1)[slots].to(torch.int64)
-        counted = None if mask is None else mask[tokens]
+        own = call.group[tokens] if isinstance(call.group, Tensor) else call.group
+        key = own * stats.num_experts + call.topk_ids.reshape(-1)[slots].to(torch.int64)
+        counted = None if call.mask is None else call.mask[tokens]
         reduce_rows(RowMeasures.joined(measures), key, gates, counted, stats)
     return out.to(hidden.dtype)

@@ -5,14 +5,15 @@ the products are Triton's, or torch's grouped_mm where the table prefers it: a h
 exists for no architecture yet.
 """
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
 from reap_kernels import cuda, selfcheck, tuning
 from reap_kernels.dispatch import Backend, Request
-from reap_kernels.experts.triton_backend import facts, note, product_limits
+from reap_kernels.experts.triton_backend import facts, launches, note, product_limits
+from reap_kernels.layer.call import LayerCall
 from reap_kernels.layer.triton_backend import check, grouped_limits
 from reap_kernels.route.cuda_backend import limits
 from reap_kernels.route.cuda_backend import priority as stage_priority
@@ -33,7 +34,7 @@ def paths(request: Request) -> dict[str, str]:
 
 def priority(request: Request) -> int:
     """As its first stage has it."""
-    return stage_priority(replace(request, op="route"))
+    return stage_priority(request._replace(op="route"))
 
 
 def refusal(request: Request) -> str | None:
@@ -52,7 +53,7 @@ def refusal(request: Request) -> str | None:
         "layer.cuda",
         request.device,
         {**facts(request), **chosen, "module": cuda.digest(request.device)},
-        lambda: check(_with(request), chosen["layer"], request),
+        lambda: check(prepare(request), chosen["layer"], request),
     )
 
 
@@ -65,26 +66,14 @@ def served(request: Request) -> str:
     return "; ".join(part for part in (text + chosen["saliency"], note(request)) if part)
 
 
-def _with(request: Request) -> Any:
-    """The layer, computed as a request would be, whatever the sizes of the call."""
-    chosen = paths(request)
-
-    def compute(*arguments: Any) -> Tensor:
-        from reap_kernels.layer import gpu
-
-        around = stages(chosen["route"], chosen["saliency"])
-        return gpu.observe_layer(gpu.PRODUCTS[chosen["layer"]], around, *arguments)
-
-    return compute
-
-
-def run(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: Any, *rest: Any) -> Tensor:
+def prepare(request: Request) -> Callable[[LayerCall], Tensor]:
     """See `reap_kernels.layer.op.observe_layer`."""
-    from reap_kernels.experts.op import request_of
+    from reap_kernels.layer import gpu
 
-    request = request_of("layer", hidden, topk_ids.shape[1], experts)
-    out: Tensor = _with(request)(hidden, topk_ids, topk_weights, experts, *rest)
-    return out
+    chosen = paths(request)
+    around = stages(chosen["route"], chosen["saliency"])
+    kernels = gpu.LayerKernels(gpu.PRODUCTS[chosen["layer"]], around, launches(request))
+    return partial(gpu.observe_layer, kernels)
 
 
-BACKEND = Backend("layer", "cuda", priority, refusal, run, served)
+BACKEND = Backend("layer", "cuda", priority, refusal, prepare, served)

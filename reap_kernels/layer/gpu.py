@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reap_kernels.experts.gpu import grouped_outputs, launches_of, triton_outputs
+from reap_kernels.experts.gpu import grouped_outputs, triton_outputs
+from reap_kernels.layer.call import LayerCall
 from reap_kernels.route.slots import SortedSlots
-from reap_kernels.saliency.stages import SlotMeasures, Stages
+from reap_kernels.saliency.measures import SlotMeasures, Stages
 from reap_kernels.scratch import fitting
-from reap_kernels.stats import LayerStats
 from reap_kernels.tuning import Launches
 from reap_kernels.types import ExpertWeights
 
@@ -50,40 +50,48 @@ PRODUCTS = {"triton": TRITON, "grouped_mm": GROUPED_MM}
 _SLOT_BYTES = 64
 
 
-def observe_layer(
-    products: Products,
-    around: Stages,
-    hidden: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    experts: ExpertWeights,
-    stats: LayerStats | None,
-    mask: Tensor | None,
-    group: int | Tensor,
-    chunk: int | None,
-    launches: Launches | None = None,
-) -> Tensor:
-    """See `reap_kernels.layer.op.observe_layer`; the expert outputs come from `products`, what is
-    done with them from `around`, and `launches` from the table where a self-check or a search gives
-    none.
+@dataclass(frozen=True)
+class LayerKernels:
+    """What computes a layer, as the whole call's request decides it.
+
+    Attributes:
+        products: the expert outputs.
+        stages: what is done around them.
+        launches: tiles of the products; parts of a call launch as the whole would.
     """
-    tokens, top_k = topk_ids.shape
-    launches = launches or launches_of(hidden, experts, top_k)
-    slot_bytes = products.width(experts) * hidden.element_size() + _SLOT_BYTES
+
+    products: Products
+    stages: Stages
+    launches: Launches
+
+
+def observe_layer(kernels: LayerKernels, call: LayerCall) -> Tensor:
+    """See `reap_kernels.layer.op.observe_layer`."""
+    tokens, top_k = call.topk_ids.shape
+    hidden, experts = call.hidden, call.experts
+    slot_bytes = kernels.products.width(experts) * hidden.element_size() + _SLOT_BYTES
     # The last quarter of the budget is for experts that are dequantised by chunks.
     quarters = 3 if experts.layout == "quantised" else 4
-    size = chunk or fitting(tokens, top_k * slot_bytes, hidden.device, quarters)
-    dtype = around.written(hidden.dtype)
+    size = call.chunk or fitting(tokens, top_k * slot_bytes, hidden.device, quarters)
+    dtype = kernels.stages.written(hidden.dtype)
     out = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
-    for start in range(0, tokens, size):
-        part = slice(start, start + size)
-        gates = topk_weights[part].contiguous()
-        rows = around.sort(topk_ids[part], gates, experts.num_experts)
-        y = products.outputs(hidden[part], rows, experts, launches)
-        measures = None if stats is None else SlotMeasures.empty(gates.numel(), hidden.device)
-        around.combine(y, gates, rows, out[part], measures)
-        if stats is not None and measures is not None:
-            counted = None if mask is None else mask[part]
-            own = group[part] if isinstance(group, Tensor) else group
-            around.reduce(measures, gates, rows, stats, counted, own, launches.down.block_m)
+    if size >= tokens:
+        _observe_part(kernels, call, out)
+    else:
+        for start in range(0, tokens, size):
+            part = slice(start, start + size)
+            _observe_part(kernels, call.part(part), out[part])
     return out.to(hidden.dtype)
+
+
+def _observe_part(kernels: LayerKernels, call: LayerCall, out: Tensor) -> None:
+    """Computes a call at once, into `out` [T, H]."""
+    stages, launches, stats = kernels.stages, kernels.launches, call.stats
+    gates = call.topk_weights.contiguous()
+    rows = stages.sort(call.topk_ids, gates, call.experts.num_experts)
+    y = kernels.products.outputs(call.hidden, rows, call.experts, launches)
+    measures = None if stats is None else SlotMeasures.empty(gates.numel(), call.hidden.device)
+    stages.combine(y, gates, rows, out, measures)
+    if stats is not None and measures is not None:
+        tile = launches.down.block_m
+        stages.reduce(measures, gates, rows, stats, call.mask, call.group, tile)

@@ -1,16 +1,19 @@
 """observe_layer: one MoE layer's output and its experts' statistics, as a torch custom op."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reap_kernels.device import without_autocast
-from reap_kernels.dispatch import Backend, direct, register, select
+from reap_kernels.dispatch import Backend, always, direct, register, select
 from reap_kernels.errors import ShapeError
-from reap_kernels.experts.op import check_experts, request_of
+from reap_kernels.experts.op import check_experts
 from reap_kernels.gates import GateFormula
 from reap_kernels.layer import cpu, cuda_backend, reference, triton_backend
+from reap_kernels.layer.call import LayerCall
 from reap_kernels.quantised import FORMATS, Quantised
 from reap_kernels.route.op import check_routing, cpu_only
 from reap_kernels.saliency.op import checked_mask, group_ids
@@ -57,70 +60,46 @@ def observe_layer(
         ShapeError, DtypeError: inputs that do not fit each other; the message names the input.
         BackendUnavailable: no backend serves, or the requested one refuses, with the reason.
     """
+    call = _checked(LayerCall(hidden, topk_ids, topk_weights, experts, stats, mask, group, chunk))
+    # A torch function cannot pass through an operator schema: it always runs as plain torch code.
+    if experts.formula.fn is not None or direct(hidden):
+        return _run(call, backend)
+    out: Tensor = torch.ops.reap_kernels.observe_layer(*_flattened(call, backend))
+    return out
+
+
+def _checked(call: LayerCall) -> LayerCall:
+    """The call with mask and groups as kernels read them; raises where inputs do not fit."""
+    hidden, experts, stats = call.hidden, call.experts, call.stats
     check_experts(hidden, experts)
-    check_routing(topk_ids, topk_weights)
-    if len(topk_ids) != len(hidden):
+    check_routing(call.topk_ids, call.topk_weights)
+    tokens = len(hidden)
+    if len(call.topk_ids) != tokens:
         raise ShapeError(
-            f"topk_ids has {len(topk_ids)} tokens and hidden {len(hidden)}; they must be the same"
+            f"topk_ids has {len(call.topk_ids)} tokens and hidden {tokens}; they must be the same"
         )
-    mask = checked_mask(mask, len(hidden))
-    if chunk is not None and chunk < 1:
-        raise ShapeError(f"chunk is {chunk}; give a number of tokens above 0, or None")
-    groups: int | Tensor = 0
+    mask = checked_mask(call.mask, tokens)
+    if call.chunk is not None and call.chunk < 1:
+        raise ShapeError(f"chunk is {call.chunk}; give a number of tokens above 0, or None")
+    group: int | Tensor = 0
     if stats is not None:
         if stats.num_experts != experts.num_experts or stats.device != hidden.device:
             raise ShapeError(
                 f"stats hold {stats.num_experts} experts on {stats.device}; the layer has "
                 f"{experts.num_experts} on {hidden.device}"
             )
-        groups = group_ids(group, len(hidden), stats)
-    formula = experts.formula
-    # A torch function cannot pass through an operator schema: it always runs as plain torch code.
-    if formula.fn is not None or direct(hidden):
-        return _run(hidden, topk_ids, topk_weights, experts, stats, mask, groups, chunk, backend)
-    out: Tensor = torch.ops.reap_kernels.observe_layer(
-        hidden,
-        topk_ids,
-        topk_weights,
-        _flat(experts.up),
-        _flat(experts.gate),
-        _flat(experts.down),
-        experts.up_bias,
-        experts.gate_bias,
-        experts.down_bias,
-        formula.kind,
-        formula.limit if math.isfinite(formula.limit) else None,
-        formula.alpha,
-        experts.interleaved,
-        [] if stats is None else stats.packed(),
-        mask,
-        0 if isinstance(groups, Tensor) else groups,
-        groups if isinstance(groups, Tensor) else None,
-        chunk,
-        backend,
-        *_format(experts.down),
-    )
-    return out
+        group = group_ids(call.group, tokens, stats)
+    if mask is call.mask and group is call.group:
+        return call
+    return replace(call, mask=mask, group=group)
 
 
-def _run(
-    hidden: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    experts: ExpertWeights,
-    stats: LayerStats | None,
-    mask: Tensor | None,
-    group: int | Tensor,
-    chunk: int | None,
-    backend: str | None,
-) -> Tensor:
-    request = request_of("layer", hidden, topk_ids.shape[1], experts)
-    with torch.no_grad(), without_autocast(hidden.device):
-        out: Tensor = select(request, backend).run(
-            hidden, topk_ids, topk_weights, experts, stats, mask, group, chunk
-        )
-        if stats is not None:
-            _count_tokens(stats, len(hidden), mask, group)
+def _run(call: LayerCall, backend: str | None) -> Tensor:
+    resolved = select(call.request, backend)
+    with torch.no_grad(), without_autocast(call.hidden.device):
+        out: Tensor = resolved.run(call)
+        if call.stats is not None:
+            _count_tokens(call.stats, len(call.hidden), call.mask, call.group)
     return out
 
 
@@ -142,6 +121,33 @@ def _flat(matrices: Matrices | None) -> list[Tensor]:
     if isinstance(matrices, Quantised):
         return [matrices.values.view(torch.uint8), matrices.scales]
     return [matrices] if isinstance(matrices, Tensor) else list(matrices)
+
+
+def _flattened(call: LayerCall, backend: str | None) -> tuple[Any, ...]:
+    """A call as the operator takes it; `_observe_layer` puts it together again."""
+    experts, formula, group = call.experts, call.experts.formula, call.group
+    return (
+        call.hidden,
+        call.topk_ids,
+        call.topk_weights,
+        _flat(experts.up),
+        _flat(experts.gate),
+        _flat(experts.down),
+        experts.up_bias,
+        experts.gate_bias,
+        experts.down_bias,
+        formula.kind,
+        formula.limit if math.isfinite(formula.limit) else None,
+        formula.alpha,
+        experts.interleaved,
+        [] if call.stats is None else call.stats.packed(),
+        call.mask,
+        0 if isinstance(group, Tensor) else group,
+        group if isinstance(group, Tensor) else None,
+        call.chunk,
+        backend,
+        *_format(experts.down),
+    )
 
 
 def _format(matrices: Matrices) -> tuple[str | None, int, int]:
@@ -196,7 +202,8 @@ def _observe_layer(
     )
     layer = LayerStats.from_packed(stats) if stats else None
     own = group if groups is None else groups
-    return _run(hidden, topk_ids, topk_weights, experts, layer, mask, own, chunk, backend)
+    call = LayerCall(hidden, topk_ids, topk_weights, experts, layer, mask, own, chunk)
+    return _run(call, backend)
 
 
 @_observe_layer.register_fake
@@ -204,8 +211,10 @@ def _(hidden: Tensor, *args: object) -> Tensor:
     return torch.empty_like(hidden)
 
 
-register(Backend("layer", "reference", lambda _: 0, lambda _: None, reference.observe_layer))
-register(Backend("layer", "cpu", lambda _: 10, cpu_only, cpu.observe_layer))
+register(
+    Backend("layer", "reference", lambda _: 0, lambda _: None, always(reference.observe_layer))
+)
+register(Backend("layer", "cpu", lambda _: 10, cpu_only, always(cpu.observe_layer)))
 for _backend in triton_backend.BACKENDS:
     register(_backend)
 register(cuda_backend.BACKEND)

@@ -6,7 +6,6 @@ table prefers where it is faster.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from reap_kernels.experts.triton_backend import (
     product_limits,
 )
 from reap_kernels.layer import reference
+from reap_kernels.layer.call import LayerCall
 from reap_kernels.route.triton_backend import priority
 from reap_kernels.saliency.stages import stages
 from reap_kernels.saliency.triton_backend import difference
@@ -45,7 +45,7 @@ def refusal(path: str, request: Request) -> str | None:
         f"layer.{path}",
         request.device,
         facts(request),
-        lambda: check(partial(run, path), path, request),
+        lambda: check(prepare(path, request), path, request),
     )
 
 
@@ -84,18 +84,20 @@ def grouped_priority(request: Request) -> int:
     return priority(request) + (1 if path == "grouped_mm" else -1)
 
 
-def run(path: str, *arguments: Any) -> Tensor:
+def prepare(path: str, request: Request) -> Callable[[LayerCall], Tensor]:
     """See `reap_kernels.layer.op.observe_layer`; products by `path`, one of `tuning.PATHS`."""
     from reap_kernels.layer import gpu
 
-    return gpu.observe_layer(gpu.PRODUCTS[path], stages("triton", "triton"), *arguments)
+    around = stages("triton", "triton")
+    kernels = gpu.LayerKernels(gpu.PRODUCTS[path], around, launches(request))
+    return partial(gpu.observe_layer, kernels)
 
 
-def check(run: Callable[..., Tensor], path: str, request: Request) -> str | None:
+def check(run: Callable[[LayerCall], Tensor], path: str, request: Request) -> str | None:
     """Compares output and statistics of a small layer with the reference's.
 
     Args:
-        run: computes the layer.
+        run: computes the layer, prepared for the request.
         path: of its products, which rounding depends on.
         request: the call.
     """
@@ -104,9 +106,9 @@ def check(run: Callable[..., Tensor], path: str, request: Request) -> str | None
     mask = inputs.hidden[:, 0] > -1.5
     group = torch.arange(case.tokens, device=request.device) % 2
     got, want = (LayerStats(case.experts, 2, request.device) for _ in range(2))
-    call = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts)
-    out = run(*call, got, mask, group, None, launches(request))
-    truth = reference.observe_layer(*call, want, mask, group, None)
+    arguments = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts)
+    out = run(LayerCall(*arguments, got, mask, group))
+    truth = reference.observe_layer(LayerCall(*arguments, want, mask, group))
     bound = _ROUNDED[path] * output_bound(request.dtype)
     error = relative_error(out, truth)
     if not error <= bound:
@@ -115,13 +117,15 @@ def check(run: Callable[..., Tensor], path: str, request: Request) -> str | None
 
 
 BACKENDS = (
-    Backend("layer", "triton", priority, partial(refusal, "triton"), partial(run, "triton"), note),
+    Backend(
+        "layer", "triton", priority, partial(refusal, "triton"), partial(prepare, "triton"), note
+    ),
     Backend(
         "layer",
         "grouped_mm",
         grouped_priority,
         partial(refusal, "grouped_mm"),
-        partial(run, "grouped_mm"),
+        partial(prepare, "grouped_mm"),
     ),
 )
 assert {backend.name for backend in BACKENDS} == set(PATHS["layer"])

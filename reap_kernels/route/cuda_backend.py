@@ -1,11 +1,8 @@
 """When the `cuda` backend serves `route`, and its self-check."""
 
-from torch import Tensor
-
 from reap_kernels import cuda, selfcheck, tuning
 from reap_kernels.dispatch import Backend, Request
-from reap_kernels.route.triton_backend import check
-from reap_kernels.types import Routing
+from reap_kernels.route.triton_backend import Route, check
 
 
 def priority(request: Request) -> int:
@@ -43,15 +40,15 @@ def refusal(request: Request) -> str | None:
         "route.cuda",
         request.device,
         {"module": cuda.digest(request.device)},
-        lambda: check(run, request.device),
+        lambda: check(prepare(request), request.device),
     )
 
 
-def run(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> Routing:
+def prepare(request: Request) -> Route:
     """See `reap_kernels.route.op.route`."""
     from reap_kernels.route import kernel_cuda
 
-    return kernel_cuda.route(topk_ids, topk_weights, num_experts)
+    return kernel_cuda.route
 
 
-BACKEND = Backend("route", "cuda", priority, refusal, run)
+BACKEND = Backend("route", "cuda", priority, refusal, prepare)

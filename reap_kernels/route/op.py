@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from reap_kernels.dispatch import Backend, Request, Sizes, register, select
+from reap_kernels.dispatch import Backend, Request, Sizes, always, register, select
 from reap_kernels.errors import DtypeError, ShapeError
 from reap_kernels.route import cpu, cuda_backend, reference, triton_backend
 from reap_kernels.types import Routing
@@ -61,7 +61,7 @@ def cpu_only(request: Request) -> str | None:
     return None if request.device.type == "cpu" else f"inputs are on {request.device}, not the CPU"
 
 
-register(Backend("route", "reference", lambda _: 0, lambda _: None, reference.route))
-register(Backend("route", "cpu", lambda _: 10, cpu_only, cpu.route))
+register(Backend("route", "reference", lambda _: 0, lambda _: None, always(reference.route)))
+register(Backend("route", "cpu", lambda _: 10, cpu_only, always(cpu.route)))
 register(triton_backend.BACKEND)
 register(cuda_backend.BACKEND)

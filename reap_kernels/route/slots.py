@@ -25,6 +25,11 @@ class Tiles:
     firsts: Tensor
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Experts, rows and firsts, as kernels take them."""
+        return self.experts, self.rows, self.firsts
+
+    @property
     def bound(self) -> int:
         """Most tiles there can be: the size of a launch, known without asking the device."""
         return len(self.experts)

@@ -11,6 +11,8 @@ from reap_kernels.route import reference
 from reap_kernels.testing import ROUTING_CASES, make_inputs
 from reap_kernels.types import Routing
 
+Route = Callable[[Tensor, Tensor | None, int], Routing]
+
 
 def priority(request: Request) -> int:
     """Before everything else on a GPU; on the CPU, where it is interpreted, after `cpu`."""
@@ -32,18 +34,18 @@ def limits(request: Request) -> str | None:
 def refusal(request: Request) -> str | None:
     """Why `route` cannot be served, or None."""
     return limits(request) or selfcheck.verdict(
-        "route", request.device, {}, lambda: check(run, request.device)
+        "route", request.device, {}, lambda: check(prepare(request), request.device)
     )
 
 
-def run(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> Routing:
+def prepare(request: Request) -> Route:
     """See `reap_kernels.route.op.route`."""
     from reap_kernels.route import gpu
 
-    return gpu.route(topk_ids, topk_weights, num_experts)
+    return gpu.route
 
 
-def check(run: Callable[[Tensor, Tensor | None, int], Routing], where: torch.device) -> str | None:
+def check(run: Route, where: torch.device) -> str | None:
     """Compares routings, which must be equal to the reference's."""
     for case in ROUTING_CASES:
         inputs = make_inputs(case)
@@ -55,4 +57,4 @@ def check(run: Callable[[Tensor, Tensor | None, int], Routing], where: torch.dev
     return None
 
 
-BACKEND = Backend("route", "triton", priority, refusal, run)
+BACKEND = Backend("route", "triton", priority, refusal, prepare)

@@ -1,13 +1,13 @@
 """When the `cuda` backend serves `saliency`, and its self-check."""
 
-from torch import Tensor
+from collections.abc import Callable
+from functools import partial
 
 from reap_kernels import cuda, selfcheck
 from reap_kernels.dispatch import Backend, Request
 from reap_kernels.route.cuda_backend import limits, priority
 from reap_kernels.saliency.stages import accumulate, stages
 from reap_kernels.saliency.triton_backend import check
-from reap_kernels.stats import LayerStats
 
 
 def refusal(request: Request) -> str | None:
@@ -19,20 +19,13 @@ def refusal(request: Request) -> str | None:
         "saliency.cuda",
         request.device,
         {"dtype": request.dtype, "module": cuda.digest(request.device)},
-        lambda: check(run, request),
+        lambda: check(prepare(request), request),
     )
 
 
-def run(
-    y: Tensor,
-    expert_ids: Tensor,
-    gates: Tensor,
-    stats: LayerStats,
-    mask: Tensor | None,
-    group: int | Tensor,
-) -> None:
+def prepare(request: Request) -> Callable[..., None]:
     """See `reap_kernels.saliency.op.accumulate`."""
-    accumulate(stages("cuda", "cuda"), y, expert_ids, gates, stats, mask, group)
+    return partial(accumulate, stages("cuda", "cuda"))
 
 
-BACKEND = Backend("saliency", "cuda", priority, refusal, run)
+BACKEND = Backend("saliency", "cuda", priority, refusal, prepare)

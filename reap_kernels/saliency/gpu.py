@@ -6,7 +6,7 @@ from torch import Tensor
 from reap_kernels import device
 from reap_kernels.route.slots import SortedSlots
 from reap_kernels.saliency import kernel_triton as kernels
-from reap_kernels.saliency.stages import FIELDS, SlotMeasures
+from reap_kernels.saliency.measures import FIELDS, SlotMeasures
 from reap_kernels.stats import LayerStats
 
 # Loads of 16 bytes that a thread of the combination has in flight: at k = 8, one of every row.
@@ -20,7 +20,7 @@ def combine(
     out: Tensor | None,
     measures: SlotMeasures | None,
 ) -> None:
-    """See `saliency.stages.Stages.combine`."""
+    """See `saliency.measures.Stages.combine`."""
     tokens, top_k = gates.shape
     if not tokens:
         return
@@ -68,7 +68,7 @@ def reduce_slots(
     group: int | Tensor,
     tile: int,
 ) -> None:
-    """See `saliency.stages.Stages.reduce`; a tile list that is there already costs nothing."""
+    """See `saliency.measures.Stages.reduce`; a tile list that is there already costs nothing."""
     tiles = rows.tiles(tile)
     if not tiles.bound:
         return
@@ -84,9 +84,7 @@ def reduce_slots(
             gates,
             rows.order,
             rows.offsets,
-            tiles.experts,
-            tiles.rows,
-            tiles.firsts,
+            *tiles.tensors,
             gates if mask is None else mask,
             group if isinstance(group, Tensor) else gates,
             partials,

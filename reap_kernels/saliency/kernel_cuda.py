@@ -5,7 +5,7 @@ from torch import Tensor
 
 from reap_kernels import cuda
 from reap_kernels.route.slots import SortedSlots
-from reap_kernels.saliency.stages import FIELDS, SlotMeasures
+from reap_kernels.saliency.measures import FIELDS, SlotMeasures
 from reap_kernels.stats import LayerStats
 
 _MEASURES = {"norm": torch.float32, "high": torch.float32, "low": torch.float32}
@@ -43,7 +43,7 @@ def combine(
     out: Tensor | None,
     measures: SlotMeasures | None,
 ) -> None:
-    """See `saliency.stages.Stages.combine`; `out` has y's dtype."""
+    """See `saliency.measures.Stages.combine`; `out` has y's dtype."""
     tokens, top_k = gates.shape
     hidden = y.shape[1]
     _COMBINE(
@@ -79,7 +79,7 @@ def reduce_slots(
     group: int | Tensor,
     tile: int,
 ) -> None:
-    """See `saliency.stages.Stages.reduce`."""
+    """See `saliency.measures.Stages.reduce`."""
     tiles = rows.tiles(tile)
     groups = stats.num_groups if isinstance(group, Tensor) else 1
     where = gates.device

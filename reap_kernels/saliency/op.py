@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from reap_kernels.device import without_autocast
-from reap_kernels.dispatch import Backend, Request, Sizes, register, select
+from reap_kernels.dispatch import Backend, Request, Sizes, always, register, select
 from reap_kernels.errors import DtypeError, ShapeError
 from reap_kernels.route.op import cpu_only
 from reap_kernels.saliency import cpu, cuda_backend, reference, triton_backend
@@ -93,7 +93,9 @@ def group_ids(group: int | Tensor, rows: int, stats: LayerStats) -> int | Tensor
     return group.to(torch.int64).contiguous()
 
 
-register(Backend("saliency", "reference", lambda _: 0, lambda _: None, reference.accumulate))
-register(Backend("saliency", "cpu", lambda _: 10, cpu_only, cpu.accumulate))
+register(
+    Backend("saliency", "reference", lambda _: 0, lambda _: None, always(reference.accumulate))
+)
+register(Backend("saliency", "cpu", lambda _: 10, cpu_only, always(cpu.accumulate)))
 register(triton_backend.BACKEND)
 register(cuda_backend.BACKEND)

@@ -1,9 +1,9 @@
 """When the `triton` backend serves `saliency`, and its self-check."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from reap_kernels import selfcheck
 from reap_kernels.dispatch import Backend, Request
@@ -20,20 +20,16 @@ SUM_BOUND = 1e-6
 def refusal(request: Request) -> str | None:
     """Why `accumulate` cannot be served, or None."""
     return limits(request) or selfcheck.verdict(
-        "saliency", request.device, {"dtype": request.dtype}, lambda: check(run, request)
+        "saliency",
+        request.device,
+        {"dtype": request.dtype},
+        lambda: check(prepare(request), request),
     )
 
 
-def run(
-    y: Tensor,
-    expert_ids: Tensor,
-    gates: Tensor,
-    stats: LayerStats,
-    mask: Tensor | None,
-    group: int | Tensor,
-) -> None:
+def prepare(request: Request) -> Callable[..., None]:
     """See `reap_kernels.saliency.op.accumulate`."""
-    accumulate(stages("triton", "triton"), y, expert_ids, gates, stats, mask, group)
+    return partial(accumulate, stages("triton", "triton"))
 
 
 def check(run: Callable[..., None], request: Request) -> str | None:
@@ -60,4 +56,4 @@ def difference(got: LayerStats, want: LayerStats, bound: float) -> str | None:
     return None
 
 
-BACKEND = Backend("saliency", "triton", priority, refusal, run)
+BACKEND = Backend("saliency", "triton", priority, refusal, prepare)

@@ -17,7 +17,7 @@ from reap_kernels.errors import BackendUnavailable, DtypeError, KernelError, Sha
 from reap_kernels.layer import cuda_backend
 from reap_kernels.route import kernel_cuda as route
 from reap_kernels.saliency import kernel_cuda as saliency
-from reap_kernels.saliency.stages import SlotMeasures
+from reap_kernels.saliency.measures import SlotMeasures
 from reap_kernels.testing import (
     CASES,
     Case,

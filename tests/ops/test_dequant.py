@@ -311,9 +311,9 @@ def test_kernels_refuse_what_they_cannot_count(monkeypatch) -> None:
     monkeypatch.setattr(cuda_backend.cuda, "refusal", lambda where: None)
     request = Request("dequant", torch.device("cpu"), torch.bfloat16)
     assert cuda_backend.limits(request) is None
-    many = replace(request, sizes=replace(request.sizes, experts=65536))
+    many = request._replace(sizes=request.sizes._replace(experts=65536))
     assert "65536 experts" in cuda_backend.limits(many)
-    large = replace(request, sizes=replace(request.sizes, hidden=1 << 16, intermediate=1 << 15))
+    large = request._replace(sizes=request.sizes._replace(hidden=1 << 16, intermediate=1 << 15))
     assert "2^31" in cuda_backend.limits(large)
 
 

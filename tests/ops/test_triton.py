@@ -11,7 +11,6 @@ from reap_kernels.dispatch import Request, Sizes, _ranked
 from reap_kernels.errors import BackendUnavailable, ShapeError
 from reap_kernels.layer import gpu
 from reap_kernels.layer.triton_backend import grouped_limits
-from reap_kernels.route import gpu as route
 from reap_kernels.testing import CASES, largest_relative_error, make_experts, make_inputs
 
 CASE = replace(CASES[-1], tokens=24, experts=6, top_k=3, hidden=40, intermediate=24)
@@ -62,9 +61,13 @@ def test_scratch_budget_splits_a_call(monkeypatch) -> None:
     monkeypatch.setenv("REAP_SCRATCH_BYTES", str(5 * token))
     assert scratch.fitting(CASE.tokens, token, torch.device("cpu")) == 5
     seen = []
-    sort = route.sort_slots
-    seeing = lambda ids, *rest: seen.append(len(ids)) or sort(ids, *rest)  # noqa: E731
-    monkeypatch.setattr(route, "sort_slots", seeing)
+    compute = gpu._observe_part
+
+    def seeing(kernels, part, out):
+        seen.append(len(part.hidden))
+        compute(kernels, part, out)
+
+    monkeypatch.setattr(gpu, "_observe_part", seeing)
     parts, other = observe(experts=whole_numbers(), whole=True)
     assert seen == [5, 5, 5, 5, 4]
     assert torch.equal(whole, parts)
@@ -142,7 +145,7 @@ def test_experts_of_different_strides_are_refused() -> None:
 def test_grouped_mm_says_why_it_refuses(facts: dict, reason: str) -> None:
     request = Request("layer", torch.device("cpu"), torch.float32, "silu")
     assert grouped_limits(request) is None
-    assert reason in grouped_limits(replace(request, **facts))
+    assert reason in grouped_limits(request._replace(**facts))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +186,7 @@ def test_order_of_choice(monkeypatch) -> None:
     assert first("cuda", Sizes())[:2] == ["triton", "grouped_mm"]  # Qwen3-30B-A3B
     wide = Sizes(16384, 2, 8, 4096, 14336)  # Mixtral
     assert first("cuda", wide)[:2] == ["grouped_mm", "triton"]
-    assert first("cuda", replace(wide, tokens=512))[:2] == ["triton", "grouped_mm"]
+    assert first("cuda", wide._replace(tokens=512))[:2] == ["triton", "grouped_mm"]
     monkeypatch.setattr(cuda, "refusal", lambda where: None)
     assert first("cuda", Sizes())[:3] == ["cuda", "triton", "grouped_mm"]
 

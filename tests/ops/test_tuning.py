@@ -239,12 +239,13 @@ def test_tune_takes_the_fastest_path_of_each_stage(
     ran: list[tuple[str, str, str]] = []
     observe = gpu.observe_layer
 
-    def recorded(products, around, *call):
+    def recorded(kernels, call):
+        around = kernels.stages
         names = {gpu.TRITON: "triton", gpu.GROUPED_MM: "grouped_mm"}
         route = "cuda" if around.sort is route_cuda.sort_slots else "triton"
         saliency = "cuda" if around.combine is saliency_cuda.combine else "triton"
-        ran.append((route, names[products], saliency))
-        return observe(products, around, *call)
+        ran.append((route, names[kernels.products], saliency))
+        return observe(kernels, call)
 
     def clock(call) -> float:
         if call.__defaults__ is not None:  # a candidate launch

@@ -30,8 +30,7 @@ from reap_driver.observation.distributed import Ranks
 from reap_driver.observation.token_mask import takes_padding
 from reap_driver.plan.criteria import Scores
 from reap_driver.plan.scoring import shares
-from reap_kernels import SaliencyStats
-from reap_kernels.dispatch import Request, select
+from reap_kernels import SaliencyStats, check_backend
 from reap_kernels.errors import DataError, UnsupportedModel
 
 # What of a source's provenance adds up.
@@ -112,7 +111,7 @@ def check_options(args: argparse.Namespace, config: PretrainedConfig) -> int:
         BackendUnavailable: no such backend, or it does not serve this device.
     """
     dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
-    select(Request("layer", device_of(args), dtype), args.backend)
+    check_backend("layer", device_of(args), dtype, args.backend)
     option = "--max-len" if args.packing == "none" else "--seq-len"
     asked = args.max_len if args.packing == "none" else args.seq_len
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -28,7 +28,7 @@ from reap_driver.memory.model_sizes import ModelSizes
 from reap_driver.observation.state_store import StateStore
 from reap_driver.plan.plan import Plan
 from reap_driver.writer.plan_checks import check_model, check_same_layers
-from reap_kernels.dispatch import Request, select
+from reap_kernels import check_backend
 from reap_kernels.errors import ResourceError
 from reap_kernels.files import is_file
 
@@ -122,7 +122,7 @@ def compared(
     """
     device = calibrate.device_of(args)
     backend = args.backend
-    select(Request("compare", device, pair.original.meta.dtype), backend)
+    check_backend("compare", device, pair.original.meta.dtype, backend)
     decision = None if args.device_map is not None else _decided(args, pair, sources)
     size = (args.batch_size or 1) if decision is None else decision.batch_size
     sizes = [min(size, source.full_sequences) for source in sources]

@@ -28,8 +28,7 @@ from reap_driver.observation import journal as journals
 from reap_driver.observation.distributed import Ranks
 from reap_driver.plan.scoring import score
 from reap_driver.writer.plan_checks import check_model, check_same_layers
-from reap_kernels import SaliencyStats
-from reap_kernels.dispatch import Request, select
+from reap_kernels import SaliencyStats, check_backend
 from reap_kernels.errors import CheckpointError, DataError, ResourceError
 
 _ALONE = Ranks()  # a search runs in one process
@@ -110,8 +109,7 @@ def _task(args: argparse.Namespace) -> Task:
 def _sources(args: argparse.Namespace, model: Model, console: Console) -> list[PackedSource]:
     wanted = calibrate.sources_of(args)
     seq_len = calibrate.check_options(args, model.config)
-    request = Request("compare", calibrate.device_of(args), model.meta.dtype)
-    select(request, args.backend)
+    check_backend("compare", calibrate.device_of(args), model.meta.dtype, args.backend)
     calibrate.check_packing(args, model.meta.config, model.layers)
     model.check_files()
     return calibrate.read_data(args, wanted, model.config, seq_len, console)

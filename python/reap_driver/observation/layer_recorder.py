@@ -11,10 +11,10 @@ from reap_driver.compat.experts_interface import Forward
 from reap_driver.model.adapters import KernelAdapter
 from reap_driver.model.discover import MoELayer, adapter_of
 from reap_driver.observation.token_mask import TokenMask
-from reap_kernels import ExpertWeights, GateFormula, LayerStats, observe_layer
-from reap_kernels.dispatch import Request, select
+from reap_kernels import ExpertWeights, GateFormula, LayerStats, check_backend, observe_layer
+from reap_kernels.dispatch import select
 from reap_kernels.errors import DataError, UnsupportedModel
-from reap_kernels.experts.op import request_of
+from reap_kernels.experts.request import request_of
 
 # Tokens on which a layer's first call is compared with the module's own forward. Few: the check
 # reads the weights of every expert they reach, which is most of its cost.
@@ -88,7 +88,7 @@ class LayerRecorder:
             return {*self._served.values(), *self._served_before}
         # An adapter that brings the experts' outputs: only their statistics are a kernel's.
         dtype = next(self._layer.module.parameters()).dtype
-        return {select(Request("saliency", self._stats.device, dtype), self.backend).name}
+        return {check_backend("saliency", self._stats.device, dtype, self.backend)}
 
     @property
     def name(self) -> str:

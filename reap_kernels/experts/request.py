@@ -1,0 +1,22 @@
+"""The request of a call that takes experts, from its inputs."""
+
+from torch import Tensor
+
+from reap_kernels.dispatch import Request, Sizes
+from reap_kernels.types import ExpertWeights
+
+
+def request_of(op: str, hidden: Tensor, top_k: int, experts: ExpertWeights) -> Request:
+    """The request of a call with these inputs."""
+    sizes = Sizes(
+        len(hidden), top_k, experts.num_experts, experts.hidden_size, experts.intermediate_size
+    )
+    return Request(
+        op,
+        hidden.device,
+        hidden.dtype,
+        experts.formula.kind,
+        sizes,
+        experts.layout,
+        experts.biased,
+    )

@@ -1,0 +1,52 @@
+"""One call of the layer op, as every backend takes it."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from reap_kernels.dispatch import Request
+from reap_kernels.experts.request import request_of
+from reap_kernels.stats import LayerStats
+from reap_kernels.types import ExpertWeights
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """Arguments of `observe_layer`, checked, but for the backend: that is chosen by `request`.
+
+    Attributes:
+        hidden: [T, H].
+        topk_ids: [T, k] integers.
+        topk_weights: [T, k] floats.
+        experts: the layer's weights, of `hidden`'s dtype and device.
+        stats: added to in place; None for the plain forward.
+        mask: [T] bool, contiguous, tokens that count; None for all.
+        group: of every token, or [T] int64, contiguous.
+        chunk: tokens computed at a time by backends that hold whole expert outputs; None for as
+            many as fit.
+    """
+
+    hidden: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    experts: ExpertWeights
+    stats: LayerStats | None = None
+    mask: Tensor | None = None
+    group: int | Tensor = 0
+    chunk: int | None = None
+
+    @property
+    def request(self) -> Request:
+        """What a backend is chosen by."""
+        return request_of("layer", self.hidden, self.topk_ids.shape[1], self.experts)
+
+    def part(self, tokens: slice) -> "LayerCall":
+        """The call of some of the tokens, as views."""
+        return replace(
+            self,
+            hidden=self.hidden[tokens],
+            topk_ids=self.topk_ids[tokens],
+            topk_weights=self.topk_weights[tokens],
+            mask=None if self.mask is None else self.mask[tokens],
+            group=self.group[tokens] if isinstance(self.group, Tensor) else self.group,
+        )
