@@ -5,6 +5,7 @@ ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c '$(ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv
+CONSTRAINTS := constraints.txt
 RUN := env -u PYTHONPATH -u PYTHONHOME -u VIRTUAL_ENV $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --no-input
 READY := $(VENV)/.ready
@@ -14,20 +15,25 @@ WORKERS ?= 2
 HOST := out/host
 CMAKE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m cmake
 
-.PHONY: demo test fuzz support lint host sanitize aot cuda bench clean
+.PHONY: demo test docs fuzz support lint host sanitize aot cuda bench clean
 
 demo: $(READY)
 	$(RUN) -m reap_driver demo --out out/demo
 
 test: $(READY) host
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) $(TESTS)
+	OMP_NUM_THREADS=1 REAP_CUDA_HOST="$$(echo $(CURDIR)/$(HOST)/_host*.so)" \
+		$(RUN) -m pytest -q -n $(WORKERS) $(TESTS)
+
+# The site, into out/site. Warnings are errors; nothing is loaded from the network.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(CURDIR) $(VENV)/bin/python -m mkdocs build -q
 
 # Feeds 50,000 changed inputs to every reader, about half an hour; INPUTS=5000 SEED=7 for others.
 fuzz: $(READY) host
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m tests.fuzz --inputs $(or $(INPUTS),50000) \
 		--seed $(or $(SEED),0)
 
-# Rewrites the README's support matrix from what the tests prove.
+# Rewrites the support matrix of docs/support.md from what the tests prove.
 support: $(READY) host
 	@mkdir -p out && rm -f out/support.jsonl
 	OMP_NUM_THREADS=1 REAP_SUPPORT_MATRIX=out/support.jsonl \
@@ -63,7 +69,7 @@ aot: $(READY)
 # has none. Where there is none to bring either, the last line says so.
 cuda: $(READY)
 	@command -v "$${CUDACXX:-nvcc}" >/dev/null || test -x "$$CUDA_HOME/bin/nvcc" \
-		|| REAP_BUILD_CUDA=0 $(PIP) install -q -c constraints.txt -e '.[nvcc]' || true
+		|| REAP_BUILD_CUDA=0 $(PIP) install -q -c $(CONSTRAINTS) -e '.[nvcc]' || true
 	OMP_NUM_THREADS=1 $(RUN) -m bench ptxas
 
 bench: $(READY)
@@ -72,16 +78,20 @@ bench: $(READY)
 clean:
 	rm -rf $(VENV) build out *.egg-info
 
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py $(CONSTRAINTS)
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(ENOUGH)' || { echo "reap-kernels needs Python 3.11 or \
 	newer, found '$(PYTHON)'; run: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) install -q -c constraints.txt torch
-	REAP_BUILD_CUDA=0 $(PIP) install -q -c constraints.txt -e '.[test]'
+	$(PIP) install -q -c $(CONSTRAINTS) torch
+	REAP_BUILD_CUDA=0 $(PIP) install -q -c $(CONSTRAINTS) -e '.[test]'
 	@touch $@
 
 $(VENV)/.lint: $(READY)
-	REAP_BUILD_CUDA=0 $(PIP) install -q -c constraints.txt -e '.[lint]'
+	REAP_BUILD_CUDA=0 $(PIP) install -q -c $(CONSTRAINTS) -e '.[lint]'
+	@touch $@
+
+$(VENV)/.docs: $(READY)
+	REAP_BUILD_CUDA=0 $(PIP) install -q -c $(CONSTRAINTS) -e '.[docs]'
 	@touch $@
 
 # Folder, and whether with sanitizers.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from bench.rows import RESULTS, ROOT
 
 Row = dict[str, str]
-PAGES = ("README.md", "docs/criteria.md")
+PAGES = ("README.md", "docs/criteria.md", "docs/figures.md", "docs/versions.md")
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -322,6 +322,86 @@ def gpu_end_to_end() -> str:
     )
 
 
+def headline() -> str:
+    """The figures of the README: one line for each thing that somebody would ask first."""
+    head = ["what", "reap-kernels", "compared with", "ratio"]
+    return markdown(head, [_on_gpu(), _on_cpu(), *_on_disk(), _quality()])
+
+
+def _observing(what: str, seconds: list[float], ratio: float, faster: float) -> list[str]:
+    ours, plain, every = seconds
+    return [
+        f"observe {what}",
+        f"{ours:.1f} s",
+        f"{plain:.1f} s unobserved in transformers; {every:.0f} s with all experts on all tokens",
+        f"**{ratio:.2f}**; **{faster:.1f}x** faster",
+    ]
+
+
+def _on_gpu() -> list[str]:
+    rows = _rows("gpu_end_to_end", "provider", "variant", "observed")
+    timed = {(r["provider"], r["observed"]): r for r in rows if r["status"] == "timed"}
+    ours = timed["reap", "yes"]
+    keys = (("reap", "yes"), ("transformers", "no"), ("all-experts", "yes"))
+    seconds = [float(timed[key]["seconds"]) for key in keys]
+    what = f"{ours['sequences']} x {ours['length']} tokens, {ours['model']}, {ours['gpu']}"
+    return _observing(what, seconds, float(ours["time/transformers"]), seconds[2] / seconds[0])
+
+
+def _on_cpu() -> list[str]:
+    row = next(row for row in _rows("observe_cpu", "dtype", "batch") if row["dtype"] == "float32")
+    seconds = [float(row[key]) for key in ("observed_s", "fastest_unobserved_s", "all_experts_s")]
+    what = f"{row['sequences']} x {row['length']} tokens on a CPU, {row['dtype']}"
+    ratios = float(row["observed/unobserved"]), float(row["all_experts/observed"])
+    return _observing(what, seconds, *ratios)
+
+
+def _on_disk() -> list[list[str]]:
+    stream, copy = _rows("stream_cpu", "dtype", "threads")[0], _rows("writer", "cpu")[-1]
+    streamed, resident = stream["streamed_memory_mb"], stream["resident_memory_mb"]
+    share = f"**{int(streamed) / int(resident):.2f}**"
+    what = f"memory of observing {stream['checkpoint_gb']} GB, streamed"
+    rate, cp = f"{copy['writer_mb_s']} MB/s", f"{copy['cp_mb_s']} MB/s of `cp`"
+    return [
+        [what, f"{streamed} MB", f"{resident} MB resident", share],
+        ["write a checkpoint", rate, cp, f"**{copy['ratio']}**"],
+    ]
+
+
+def _quality() -> list[str]:
+    rows = _rows("demo", "criterion", "ratio")
+    whole = next(row for row in rows if row["criterion"] == "unpruned")
+    quarter = {row["criterion"]: row for row in rows if float(row["ratio"]) == 0.25}
+    reap, random = quarter["reap"]["perplexity"], quarter["random"]["perplexity"]
+    return [
+        "held-out perplexity of the bundled model without a quarter of its experts",
+        reap,
+        f"{whole['perplexity']} unpruned; {random} with experts removed at random",
+        f"**{float(reap) / float(whole['perplexity']):.2f}**",
+    ]
+
+
+def versions() -> str:
+    """Which versions the tests have run with, and how they ended: the newest run of each row."""
+    body = [
+        [
+            row["row"],
+            row["python"],
+            row["torch"],
+            row["transformers"],
+            row["safetensors"],
+            row["accelerate"],
+            row["triton"],
+            row["tests"],
+            f"{row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped",
+            row["commit"],
+        ]
+        for row in _rows("versions", "row", "tests")
+    ]
+    head = ["row", "Python", "torch", "transformers", "safetensors", "accelerate", "Triton"]
+    return markdown([*head, "tests", "outcome", "commit"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "observe_cpu": observe_cpu,
     "accuracy_cpu": accuracy_cpu,
@@ -336,6 +416,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_layer": gpu_layer,
     "gpu_kernels": gpu_kernels,
     "gpu_end_to_end": gpu_end_to_end,
+    "headline": headline,
+    "versions": versions,
 }
 
 

@@ -1,15 +1,15 @@
-"""The README's support matrix, from what a test run recorded: never typed.
+"""The support matrix of docs/support.md, from what a test run recorded: never typed.
 
 `REAP_SUPPORT_MATRIX=out/support.jsonl make test` records one JSON line a fact;
-`python -m tests.support_matrix out/support.jsonl` rewrites the table in README.md, and with
-`--check` fails where the README differs from the run.
+`python -m tests.support_matrix out/support.jsonl` rewrites the table in docs/support.md, and
+with `--check` fails where that page differs from the run.
 """
 
 import json
 import sys
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 BEGIN, END = "<!-- support -->\n", "<!-- end support -->"
 COLUMNS = ("statistics", "end to end", "output", "checkpoint", "non-uniform", "streamed")
 COLUMNS += ("left padding", "right padding")
@@ -41,22 +41,21 @@ def table(facts: dict[str, dict[str, list[str]]]) -> str:
         f"models (their configs at reduced width, in their own file layout) go from observation to "
         f"generation: {', '.join(published)}.\n\n"
     )
-    body = "\n".join(lines)
-    return f"{head}<details><summary>All architectures</summary>\n\n{body}\n\n</details>\n"
+    return head + "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str]) -> int:
-    """Rewrites the README, or checks it."""
+    """Rewrites the page, or checks it."""
     check = "--check" in arguments
     paths = [Path(argument) for argument in arguments if not argument.startswith("-")]
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     wanted = before + BEGIN + table(read(paths[0])) + END + after
     if check and wanted != text:
-        print("README.md: the support matrix is not what the tests proved; run: make support")
+        print("docs/support.md: the support matrix is not what the tests proved; run: make support")
         return 1
-    README.write_text(wanted, encoding="utf-8")
+    PAGE.write_text(wanted, encoding="utf-8")
     return 0
 
 

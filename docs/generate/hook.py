@@ -1,0 +1,54 @@
+"""What mkdocs calls while it builds the site: fills in the parts that come from the code.
+
+A page asks for one by `<!-- generated NAME ARGUMENTS -->`, alone on a line.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "python")]  # hooks are loaded by path
+
+from docs.generate import api, cli, fields, layers  # noqa: E402
+
+GENERATORS: dict[str, Callable[..., str]] = {
+    "api": api.render,
+    "cli": cli.render,
+    "fields": fields.render,
+    "layers": layers.render,
+}
+BLOCK = re.compile(r"^<!-- generated ([^\n]+?) -->$", re.MULTILINE)
+# Pages of the site that lie at the root of the repository, where hosts of repositories look.
+ROOT_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "RELEASE.md", "SECURITY.md")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages of the root and the JSON Schema of plans."""
+    for name in ROOT_PAGES:
+        text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        for other in ROOT_PAGES:
+            text = text.replace(f"]({other})", f"]({other.lower()})")
+        files.append(File.generated(config, name.lower(), content=text))
+    schema = json.dumps(fields.plan_schema(), indent=2) + "\n"
+    files.append(File.generated(config, "schema/plan.json", content=schema))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Replaces what a page asks for."""
+
+    def generated(match: re.Match[str]) -> str:
+        name, *arguments = match[1].split()
+        if name not in GENERATORS:
+            raise PluginError(f"{page.file.src_uri}: nothing generates {name!r}")
+        return GENERATORS[name](*arguments)
+
+    return BLOCK.sub(generated, markdown)

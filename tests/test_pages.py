@@ -1,0 +1,92 @@
+"""The README and the documentation are true: commands and Python run, links and paths exist."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bench import tables
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+PAGES = ("README.md", "CONTRIBUTING.md", "RELEASE.md", "SECURITY.md", "examples/README.md", *DOCS)
+LANGUAGES = ("python", "sh")
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, text) of the fenced blocks that run: not those marked `no-run`, which need a hub,
+    another package or a GPU.
+    """
+    found = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+    return [(lang, body) for lang, info, body in found if lang in LANGUAGES and not info.strip()]
+
+
+RUNNING = [page for page in PAGES if blocks(page)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """The files that pages assume: the bundled model, a little text, statistics and a plan."""
+    from reap_driver.cli.main import main
+
+    folder = tmp_path_factory.mktemp("files")
+    shutil.copytree(ROOT / "python/reap_driver/demo/model", folder / "model")
+    lines = [f'{{"text": "def add_{i}(a, b):\\n    return a + b + {i}\\n"}}' for i in range(200)]
+    (folder / "code.jsonl").write_text("\n".join(lines) + "\n")
+    model, data, stats, plan = (
+        str(folder / name) for name in ("model", "code.jsonl", "stats.safetensors", "plan.json")
+    )
+    assert main(["observe", model, "--data", data, "--seq-len", "128", "--out", stats, "-q"]) == 0
+    assert main(["plan", stats, "--ratio", "0.25", "--out", plan, "-q"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("page", RUNNING)
+def test_blocks_run_in_order(page: str, files: Path, tmp_path, monkeypatch, capsys) -> None:
+    from reap_driver.cli.main import main
+
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for language, block in blocks(page):
+        if language == "python":
+            exec(compile(block, page, "exec"), namespace)
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["reap-kernels"]:
+                assert main(words[1:]) == 0, f"{line}\n{capsys.readouterr().err}"
+            elif words[:1] == ["make"]:
+                assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), line
+            else:
+                assert not words, f"{page}: no test runs {line!r}; mark the block no-run"
+
+
+def test_every_guide_shows_what_to_run() -> None:
+    for page in DOCS:
+        if page.startswith("docs/guides/"):
+            text = (ROOT / page).read_text(encoding="utf-8")
+            assert "```sh" in text or "```python" in text, page
+
+
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_tables_are_what_the_newest_rows_say(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert tables.BLOCK.findall(text), f"{page} has lost its tables"
+    assert tables.rewritten(text) == text, "run: python -m bench.tables"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_named_exist(page: str) -> None:
+    whole = (ROOT / page).read_text(encoding="utf-8")
+    text = re.sub(r"`[^`]*`", "", whole)  # code holds no links
+    for path in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text):
+        built = page.startswith("docs/") and path.endswith("schema/plan.json")  # by the site
+        assert built or ((ROOT / page).parent / path).exists(), path
+    for path in re.findall(
+        r"`((?:reap_kernels|python|bench|tests|docs|examples|csrc)/[\w./-]+)`", whole
+    ):
+        assert (ROOT / path).exists(), path
