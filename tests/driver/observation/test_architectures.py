@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 
 from reap_driver.compat.model_config import config_digest, identifying_fields
 from reap_driver.compat.text_model import text_model
@@ -18,9 +17,7 @@ from reap_kernels.errors import UnsupportedModel
 from tests.driver import zoo
 from tests.driver.observation import oracle, runs
 
-# aria joined the experts interface in transformers 5.18; before, it is refused by name.
-_REFUSED = {"aria_text"} if Version(transformers.__version__) < Version("5.18") else set()
-NAMES = [name for name in zoo.names() if name not in _REFUSED]
+NAMES = zoo.names()
 
 # Layers a text batch does not reach, by architecture.
 _UNREACHED = {"ernie4_5_vl_moe": 2, "qwen3_omni_moe_whole": 2}
@@ -124,7 +121,7 @@ def test_layer_facts(name: str, facts: dict[str, object]) -> None:
     assert {key: _facts(name)[key] for key in facts} == facts
 
 
-@pytest.mark.parametrize("name", sorted(_REFUSED))
+@pytest.mark.parametrize("name", zoo.refused_names())
 def test_refused_on_this_version(name: str, support: Support) -> None:
     """Architectures this transformers version keeps off the interface are refused by name."""
     with pytest.raises(UnsupportedModel, match="AriaExperts"):

@@ -25,7 +25,7 @@ from reap_driver.plan.plan import LayerPlan, Plan
 from reap_driver.writer.apply import apply_plan
 from tests.driver import zoo
 from tests.driver.writer import saved, test_remote
-from tests.driver.writer.test_truth import _CHANGED_BY_LOADING, _REFUSED, load
+from tests.driver.writer.test_truth import _CHANGED_BY_LOADING, load
 
 # transformers has no class for it; ours is known to reap_driver alone.
 _OWN_CLASS = {"step3p7"}
@@ -47,7 +47,7 @@ def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.names() if name not in _REFUSED])
+@pytest.mark.parametrize("name", zoo.names())
 def test_pruned_checkpoint_equals_masked_original(
     name: str, tmp_path: Path, support: Callable[[str, str, str], None]
 ) -> None:

@@ -15,7 +15,6 @@ from reap_driver.writer.apply import apply_plan
 from reap_kernels.errors import PlanError
 from tests.driver import zoo
 from tests.driver.writer import saved, test_remote
-from tests.driver.writer.test_truth import _REFUSED
 
 
 def pruned(name: str, folder: Path, choose: saved.Chooser = saved.scattered) -> Plan:
@@ -25,7 +24,7 @@ def pruned(name: str, folder: Path, choose: saved.Chooser = saved.scattered) -> 
     return plan
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.names() if name not in _REFUSED])
+@pytest.mark.parametrize("name", zoo.names())
 def test_what_the_writer_wrote_passes(name: str, tmp_path: Path) -> None:
     plan = pruned(name, tmp_path, saved.differing())
     assert check_permutation(tmp_path / "full", tmp_path / "out", plan) == []

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from transformers import PreTrainedModel
 
 import reap_driver as rd
@@ -23,10 +21,8 @@ from tests.driver.writer import saved
 # from_pretrained itself resets the last entry of zaya's `balancing_biases`, so the original is read
 # back from disk too.
 _CHANGED_BY_LOADING = frozenset({"zaya"})
-# aria joined the experts interface in transformers 5.18; before, it is refused by name.
 # Routers of experts that no text is routed to.
 _UNREAD = re.compile(r"vision|talker")
-_REFUSED = {"aria_text"} if Version(transformers.__version__) < Version("5.18") else set()
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -40,7 +36,7 @@ def load(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.names() if name not in _REFUSED])
+@pytest.mark.parametrize("name", zoo.names())
 def test_pruned_checkpoint_equals_masked_original(
     name: str, tmp_path: Path, support: Callable[[str, str, str], None]
 ) -> None:
