@@ -27,7 +27,7 @@ from bench import rows
 from reap_driver.compat.model_config import config_digest, load_config
 from reap_driver.files.safetensors_file import encode_header, tensor_bytes
 from reap_driver.plan.plan import LayerPlan, Plan
-from reap_driver.writer.parallel import DEFAULT_THREADS
+from reap_driver.writer.stream import DEFAULT_THREADS
 
 HIDDEN, INTERMEDIATE, EXPERTS, HEADS, HEAD_DIM, VOCAB, BLOCK = 2048, 768, 128, 32, 128, 151936, 128
 SHARD_BYTES = 2 << 30

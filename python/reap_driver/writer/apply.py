@@ -24,10 +24,9 @@ from reap_driver.writer.actions import Drop, Relabel
 from reap_driver.writer.card import model_card
 from reap_driver.writer.expert_names import ExpertNames, numbered_experts, other_modules
 from reap_driver.writer.front_matter import inherited_fields
+from reap_driver.writer.json_files import copied_names, renamed_metadata, rewritten_files
 from reap_driver.writer.keys import KeyActions, KeyDecider
-from reap_driver.writer.meta_models import PrunedModel, derive_model, stacks_of_files
 from reap_driver.writer.mtp import MtpKeys
-from reap_driver.writer.parallel import check_threads, write_shards
 from reap_driver.writer.plan_checks import (
     check_counts,
     check_kept,
@@ -37,13 +36,18 @@ from reap_driver.writer.plan_checks import (
     no_such_layer,
     served_warning,
 )
-from reap_driver.writer.report import ApplyReport
-from reap_driver.writer.settings import copied_names, renamed_metadata, rewritten_files
-from reap_driver.writer.shards import plan_shards, write_index
-from reap_driver.writer.specification import Specification, specify
+from reap_driver.writer.pruned_model import (
+    Checked,
+    PrunedModel,
+    check_output,
+    check_source,
+    derive_model,
+    stacks_of_files,
+)
+from reap_driver.writer.report import ApplyReport, Specification, specify
+from reap_driver.writer.shards import OutShard, plan_shards, write_index
 from reap_driver.writer.staging import check_target, clean_stale, publish, rehearse, staged
-from reap_driver.writer.stream import OutShard
-from reap_driver.writer.verify import Checked, check_output, check_source
+from reap_driver.writer.stream import check_threads, write_shards
 from reap_kernels import SaliencyStats
 from reap_kernels.files import named
 

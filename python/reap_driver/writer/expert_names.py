@@ -14,9 +14,8 @@ from functools import cached_property
 from typing import Any
 
 from reap_driver.model.expert_layout import ExpertLayout
-from reap_driver.writer.actions import Copy
+from reap_driver.writer.actions import Copy, split_layer
 from reap_driver.writer.keys import KeyActions
-from reap_driver.writer.lists import split_layer
 from reap_driver.writer.patterns import Matcher, Pattern, read
 from reap_kernels.errors import CheckpointError
 

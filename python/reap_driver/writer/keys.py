@@ -17,9 +17,16 @@ from reap_driver.files.safetensors_file import TensorEntry
 from reap_driver.model.expert_layout import ExpertDim, ExpertLayout
 from reap_driver.model.routing_table import ID_TABLES
 from reap_driver.writer import layouts
-from reap_driver.writer.actions import Action, Copy, Drop, Relabel, Select
+from reap_driver.writer.actions import (
+    Action,
+    Copy,
+    Drop,
+    ExpertList,
+    Relabel,
+    Select,
+    list_prefixes,
+)
 from reap_driver.writer.layouts import Matrix, Stored
-from reap_driver.writer.lists import ExpertList, list_prefixes
 from reap_driver.writer.mtp import Cut, MtpKeys
 from reap_kernels.errors import CheckpointError, PlanError, UnsupportedModel
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from reap_driver.files.safetensors_file import TensorEntry
 from reap_driver.model.expert_layout import ExpertDim, ExpertLayout, Shape
 from reap_driver.plan.plan import LayerPlan
-from reap_driver.writer.actions import Action, Copy
-from reap_driver.writer.lists import ExpertList, split_layer
+from reap_driver.writer.actions import Action, Copy, ExpertList, split_layer
 from reap_kernels.errors import PlanError
 
 

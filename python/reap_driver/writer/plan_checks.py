@@ -8,7 +8,7 @@ from reap_driver.model.stacks import Stack, stack_near
 from reap_driver.plan.budget import SERVED_STEP, is_served
 from reap_driver.plan.plan import Plan
 from reap_driver.plan.published import public_name
-from reap_driver.writer.lists import split_layer
+from reap_driver.writer.actions import split_layer
 from reap_kernels.errors import PlanError
 from reap_kernels.model_match import differences
 

@@ -1,18 +1,81 @@
-"""How output tensors are divided into files."""
+"""What the output holds: its tensors, and how they are divided into files."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from reap_driver.files.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from reap_driver.files.safetensors_file import DTYPE_BITS, SafetensorsFile
-from reap_driver.writer.actions import Action
-from reap_driver.writer.stream import OutShard, OutTensor, out_tensor
-from reap_kernels.errors import PlanError
+from reap_driver.files.fingerprints import Fingerprints
+from reap_driver.files.safetensors_file import (
+    DTYPE_BITS,
+    SafetensorsFile,
+    TensorEntry,
+    encode_header,
+    tensor_bytes,
+)
+from reap_driver.writer.actions import Action, Drop, Select, SelectCodes
+from reap_driver.writer.codes import words_of
+from reap_kernels.errors import PlanError, UnsupportedModel
 
 _NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class OutTensor:
+    """One tensor to write: where its bytes come from and what is done to them."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorEntry
+    action: Action
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return tensor_bytes(self.dtype, self.shape)
+
+
+@dataclass
+class OutShard:
+    """One file to write, from files that must be as they were when they were inspected."""
+
+    name: str
+    tensors: list[OutTensor] = field(default_factory=list)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    fingerprints: Fingerprints = field(default_factory=Fingerprints)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def header(self) -> bytes:
+        """The file's header."""
+        return encode_header({t.name: (t.dtype, t.shape) for t in self.tensors}, self.metadata)
+
+
+def out_tensor(key: str, entry: TensorEntry, action: Action) -> OutTensor | None:
+    """The tensor an action makes, None for a dropped one."""
+    if isinstance(action, Drop):
+        return None
+    shape = list(entry.shape)
+    if isinstance(action, Select):
+        shape[action.dim] = len(action.rows[0])
+        inner = math.prod(entry.shape[action.dim + 1 :]) * DTYPE_BITS[entry.dtype]
+        if inner % 8:
+            raise UnsupportedModel(
+                f"{key}: dtype {entry.dtype} packs rows of dimension {action.dim} into shared "
+                "bytes; "
+                "unpack the checkpoint first."
+            )
+    elif isinstance(action, SelectCodes):
+        shape[action.dim] = words_of(len(action.positions), action.bits)
+    return OutTensor(action.name, entry.dtype, tuple(shape), entry, action)
 
 
 def plan_shards(

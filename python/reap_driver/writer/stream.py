@@ -4,38 +4,39 @@ Memory does not grow with the checkpoint: whole tensors and rows of dimension 0 
 source file and never enter the process; rows of other dimensions, packed codes and id tables pass
 through buffers of `BUFFER_BYTES`, three at a time (or of one slab, all experts' rows, where that is
 larger). Shards written by several threads need as much each.
+
+Copying stays our own code: no library copies byte ranges between files inside the kernel
+(copy_file_range), which is what makes writing as fast as `cp`.
+
+Only the calling thread runs the caller's progress function and receives signals; the others copy.
+The caller gets the first error of any thread, after every thread has ended: each checks whether it
+has to stop at least every 16 MiB. (A second Ctrl-C ends the wait for a disk that hangs; such a
+thread finds its file removed.)
 """
 
 import contextlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from reap_driver.files.fingerprints import Fingerprints, unreadable
+from reap_driver.files.fingerprints import unreadable
 from reap_driver.files.safetensors_file import (
     DTYPE_BITS,
     TensorEntry,
-    encode_header,
-    tensor_bytes,
 )
 from reap_driver.model.routing_table import relabel
-from reap_driver.writer.actions import (
-    Action,
-    Copy,
-    Drop,
-    Relabel,
-    Select,
-    SelectCodes,
-    SetLength,
-)
-from reap_driver.writer.codes import select_codes, slab_bytes, words_of
-from reap_kernels.errors import CheckpointError, UnsupportedModel
+from reap_driver.writer.actions import Copy, Relabel, Select, SelectCodes, SetLength
+from reap_driver.writer.codes import select_codes, slab_bytes
+from reap_driver.writer.shards import OutShard, OutTensor
+from reap_kernels.errors import CheckpointError, PlanError
 from reap_kernels.files import NO_SPACE, named
 
 BUFFER_BYTES = 4 << 20  # gathering rows is as quick with 1 and slower with 16, beyond the caches
@@ -44,61 +45,79 @@ _MIN_RANGE_BYTES = 64 << 10  # rows at least this long are copied by the kernel 
 _NUMPY_INTEGERS = {
     f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "UI" for bits in (8, 16, 32, 64)
 }
+# Streams that share a disk, so cores do not count: copying is the kernel's work and mostly waiting.
+# Network disks and SSDs serve a few requests at once faster than one after the other; a spinning
+# disk seeks between streams, but only every 16 MiB, and many streams would gain nothing more.
+DEFAULT_THREADS = 4
 Progress = Callable[[int], None]  # bytes written since the last call
+_Event = int | Future[int]  # bytes written since the last event, or a shard that is done
 
 
-@dataclass(frozen=True, slots=True)
-class OutTensor:
-    """One tensor to write: where its bytes come from and what is done to them."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    source: TensorEntry
-    action: Action
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return tensor_bytes(self.dtype, self.shape)
+class _Stopped(Exception):
+    """Ends a thread whose work is no longer wanted. Never leaves this module."""
 
 
-@dataclass
-class OutShard:
-    """One file to write, from files that must be as they were when they were inspected."""
+def check_threads(threads: int | None) -> None:
+    """Refuse what is not a number of threads.
 
-    name: str
-    tensors: list[OutTensor] = field(default_factory=list)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    fingerprints: Fingerprints = field(default_factory=Fingerprints)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of tensor data."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    def header(self) -> bytes:
-        """The file's header."""
-        return encode_header({t.name: (t.dtype, t.shape) for t in self.tensors}, self.metadata)
+    Raises:
+        PlanError: `threads` is neither None nor a positive integer.
+    """
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise PlanError(
+            f"threads {threads!r}: give a positive number of threads, or None for at most "
+            f"{DEFAULT_THREADS}."
+        )
 
 
-def out_tensor(key: str, entry: TensorEntry, action: Action) -> OutTensor | None:
-    """The tensor an action makes, None for a dropped one."""
-    if isinstance(action, Drop):
-        return None
-    shape = list(entry.shape)
-    if isinstance(action, Select):
-        shape[action.dim] = len(action.rows[0])
-        inner = math.prod(entry.shape[action.dim + 1 :]) * DTYPE_BITS[entry.dtype]
-        if inner % 8:
-            raise UnsupportedModel(
-                f"{key}: dtype {entry.dtype} packs rows of dimension {action.dim} into shared "
-                "bytes; "
-                "unpack the checkpoint first."
-            )
-    elif isinstance(action, SelectCodes):
-        shape[action.dim] = words_of(len(action.positions), action.bits)
-    return OutTensor(action.name, entry.dtype, tuple(shape), entry, action)
+def write_shards(
+    folder: Path, shards: Sequence[OutShard], progress: Progress, threads: int | None = None
+) -> int:
+    """Write all files. Returns their size in bytes, which no number of threads changes.
+
+    Args:
+        folder: to write into.
+        shards: one file each; a file is written by one thread.
+        progress: called in this thread only.
+        threads: at most so many files are written at once; None: `DEFAULT_THREADS`.
+    """
+    stopped = threading.Event()
+    events: SimpleQueue[_Event] = SimpleQueue()
+
+    def report(count: int) -> None:
+        if stopped.is_set():
+            raise _Stopped
+        events.put(count)
+
+    def finish(future: Future[int]) -> None:
+        events.put(future)  # before others see the flag: the first error is the first event
+        if not future.cancelled() and future.exception() is not None:
+            stopped.set()
+
+    with ThreadPoolExecutor(threads or DEFAULT_THREADS, "reap-writer") as pool:
+        try:
+            for shard in shards:
+                pool.submit(write_shard, folder, shard, report).add_done_callback(finish)
+            return _listen(events, len(shards), progress)
+        except BaseException:  # Ctrl-C and SIGTERM too: the threads must end before the clean-up
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _listen(events: SimpleQueue[_Event], shards: int, progress: Progress) -> int:
+    """Pass counts on until all shards are done; returns their bytes, raises the first error."""
+    written = 0
+    while shards:
+        batch = [events.get()]
+        while not events.empty():  # a slow progress function gets fewer calls, not late ones
+            batch.append(events.get())
+        done = [event for event in batch if not isinstance(event, int)]
+        written += sum(future.result() for future in done)
+        shards -= len(done)
+        if count := sum(event for event in batch if isinstance(event, int)):
+            progress(count)
+    return written
 
 
 def write_shard(folder: Path, shard: OutShard, progress: Progress) -> int:

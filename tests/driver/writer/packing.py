@@ -16,7 +16,8 @@ from reap_driver.files.safetensors_file import read_header
 from reap_driver.model.expert_layout import ExpertDim
 from reap_driver.writer import layouts
 from reap_driver.writer.layouts import Matrix, Stored
-from reap_driver.writer.stream import OutShard, out_tensor, write_shard
+from reap_driver.writer.shards import OutShard, out_tensor
+from reap_driver.writer.stream import write_shard
 from tests.driver.writer import saved
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

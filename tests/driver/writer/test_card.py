@@ -19,8 +19,7 @@ from reap_driver.plan.plan import Plan
 from reap_driver.writer.apply import apply_plan
 from reap_driver.writer.card import model_card
 from reap_driver.writer.front_matter import inherited_fields
-from reap_driver.writer.report import ApplyReport
-from reap_driver.writer.specification import specify
+from reap_driver.writer.report import ApplyReport, specify
 from tests.driver import zoo
 from tests.driver.published.checkpoint import write_tokenizer
 from tests.driver.writer import saved

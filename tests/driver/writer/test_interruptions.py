@@ -20,10 +20,11 @@ from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.files.fingerprints import Fingerprints
 from reap_driver.plan.plan import Plan
-from reap_driver.writer import parallel, staging, stream
+from reap_driver.writer import staging, stream
 from reap_driver.writer.apply import apply_plan
+from reap_driver.writer.shards import OutShard
 from reap_driver.writer.staging import clean_stale
-from reap_driver.writer.stream import OutShard, Progress
+from reap_driver.writer.stream import Progress
 from reap_kernels.errors import CheckpointError, ResourceError
 from tests.driver.writer import saved
 
@@ -235,7 +236,7 @@ def test_source_that_shrinks_while_it_is_read(
 ) -> None:
     """Before the file is opened, and after."""
     victim = full / "model-00004-of-00004.safetensors"
-    write = parallel.write_shard
+    write = stream.write_shard
 
     def shrink_first(folder: Path, shard: OutShard, progress: Progress) -> int:
         if shard.name == victim.name:
@@ -243,7 +244,7 @@ def test_source_that_shrinks_while_it_is_read(
             shard.fingerprints = shard.fingerprints if pinned else Fingerprints()
         return write(folder, shard, progress)
 
-    monkeypatch.setattr(parallel, "write_shard", shrink_first)
+    monkeypatch.setattr(stream, "write_shard", shrink_first)
     after = r"00004.*ended at byte 2000.*do not change the source"
     before = r"00004.*changed after it was inspected \(it has 2000 bytes, it had \d+"
     with pytest.raises(CheckpointError, match=before if pinned else after):

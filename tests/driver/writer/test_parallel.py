@@ -18,11 +18,11 @@ from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.files.safetensors_file import encode_header, read_header
 from reap_driver.plan.plan import Plan
-from reap_driver.writer import parallel, staging, stream
+from reap_driver.writer import staging, stream
 from reap_driver.writer.actions import Select
 from reap_driver.writer.apply import apply_plan
-from reap_driver.writer.parallel import write_shards
-from reap_driver.writer.stream import OutShard, Progress, out_tensor
+from reap_driver.writer.shards import OutShard, out_tensor
+from reap_driver.writer.stream import Progress, write_shards
 from reap_kernels.errors import CheckpointError, ReapError, ResourceError
 from tests.driver.writer import saved
 
@@ -95,7 +95,7 @@ def test_so_many_files_are_written_at_once(
     expected = threads or SHARDS
     together = threading.Barrier(expected)
     running: list[int] = []
-    write = parallel.write_shard
+    write = stream.write_shard
 
     def counted(folder: Path, shard: OutShard, progress: Progress) -> int:
         running.append(len(writers()))
@@ -103,7 +103,7 @@ def test_so_many_files_are_written_at_once(
             together.wait(30)  # raises unless as many arrive
         return write(folder, shard, progress)
 
-    monkeypatch.setattr(parallel, "write_shard", counted)
+    monkeypatch.setattr(stream, "write_shard", counted)
     apply_plan(full, plan, tmp_path / "pruned", threads=threads)
     assert len(running) == SHARDS
     assert max(running) <= expected
