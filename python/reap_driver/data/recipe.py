@@ -1,7 +1,7 @@
-"""Recipes: mixes of calibration data in a YAML or JSON file, or by name of one that comes along.
+"""Recipes: mixes of calibration data, written in a YAML or JSON file or included in the package.
 
 A recipe is a list of sources, or an object with `sources` and a `description`. A source has the
-fields of `--data [group=]SOURCE[:BUDGET]`, and what else a hub data set can be asked for:
+fields of `--data [group=]SOURCE[:BUDGET]` and, for a data set of the hub, a few more:
 
     sources:
       - source: theblackcat102/evol-codealpaca-v1
@@ -16,19 +16,17 @@ fields of `--data [group=]SOURCE[:BUDGET]`, and what else a hub data set can be 
       - source: agents.jsonl.gz
         tools: [{name: bash, description: Runs a command, parameters: {...}}]
 
-Only `source` must be given; paths are relative to the file. `tools` are those of records that name
-none themselves. YAML is read as JSON in another notation, within the same limits: without aliases,
-tags and dates, no name twice in an object.
+Only `source` is required; paths are relative to the recipe file. `tools` applies to records that
+list none themselves. Of YAML, only what JSON can express is read (`base.yaml_text`).
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from reap_driver.base.yaml_text import parse_yaml
 from reap_driver.compat.library_errors import one_line
 from reap_driver.data.source import (
     DataSource,
@@ -37,19 +35,19 @@ from reap_driver.data.source import (
     locate,
     token_count,
 )
-from reap_kernels.documents import MAX_DEPTH, parse_json, read_bytes
+from reap_kernels.documents import parse_json, read_bytes
 from reap_kernels.errors import DataError
 from reap_kernels.files import is_file
 from reap_kernels.schema import short
 
-_LARGEST = 2**18  # bytes of a recipe: those in use have a few thousand
+_LARGEST = 2**18  # bytes; recipes in use have a few thousand
 _TOP = ("description", "sources")
 _HUB_KEYS = ("subset", "split", "revision", "files")
 _KEYS = ("source", "group", "samples", "tokens", "tools", *_HUB_KEYS)
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the recipes that the package includes."""
     return sorted(_included())
 
 
@@ -57,11 +55,15 @@ def load_recipe(path: str | Path) -> list[DataSource]:
     """The sources of a recipe, in its order.
 
     Args:
-        path: of a .yaml, .yml or .json file, or the name of a recipe that comes with the package.
+        path: a .yaml, .yml or .json file, or the name of a recipe that the package includes.
 
     Raises:
-        DataError: there is no such file, it is no recipe, or a source has an unknown key, a wrong
-            value or a location that does not exist. Names file, source and key.
+        DataError: the file does not exist or is not a recipe, or a source has an unknown key, an
+            invalid value or a location that does not exist. The message names file, source and key.
+
+    Example:
+        >>> [source.name for source in load_recipe("mix.yaml")]
+        ['code.jsonl', 'theblackcat102/evol-codealpaca-v1']
     """
     file = Path(path)
     if not is_file(file):
@@ -95,62 +97,9 @@ def _included() -> dict[str, Path]:
 def _parse(file: Path) -> Any:
     try:
         content = read_bytes(file, _LARGEST)
-        return parse_json(content if file.suffix == ".json" else _yaml_as_json(content))
+        return parse_json(content) if file.suffix == ".json" else parse_yaml(content)
     except ValueError as error:
         raise DataError(f"recipe {file} {error}; correct it") from error
-
-
-def _yaml_as_json(content: bytes) -> str:
-    """The JSON text of a YAML document.
-
-    Raises:
-        ValueError: it is damaged, deeper than JSON may be, or has what JSON has not.
-    """
-    import yaml  # type: ignore[import-untyped]
-
-    fast: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    loader: Any = type("Loader", (fast,), {})
-    loader.add_constructor("tag:yaml.org,2002:map", _object)
-    try:
-        _check_events(yaml.parse(content, Loader=fast))
-        return json.dumps(yaml.load(content, Loader=loader))
-    except _NotPlain:
-        raise
-    except yaml.YAMLError as error:
-        raise ValueError(f"is not YAML ({one_line(error)})") from error
-    except Exception as error:  # of values that look like a date or a number and are none
-        raise ValueError(
-            f"holds a value that JSON has not or that cannot be read ({one_line(error)})"
-        ) from error
-
-
-class _NotPlain(ValueError):
-    """A YAML document that is no JSON value in another notation."""
-
-
-def _check_events(events: Iterable[Any]) -> None:
-    """Refuses what would make a document larger or deeper than it looks, before it is made."""
-    import yaml
-
-    depth = 0
-    for event in events:
-        if isinstance(event, yaml.AliasEvent):
-            raise _NotPlain(f"has the alias {short(event.anchor)}; write it out")
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > MAX_DEPTH:
-            raise _NotPlain(f"is nested deeper than {MAX_DEPTH} levels")
-
-
-def _object(loader: Any, node: Any) -> dict[Any, Any]:
-    pairs = loader.construct_pairs(node, deep=True)
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise _NotPlain(f"has the name {short(twice)} twice in one object")
-    return content
 
 
 def _check_keys(what: str, entry: dict[Any, Any], known: tuple[str, ...]) -> None:
@@ -180,7 +129,7 @@ def _source(what: str, entry: Any, folder: Path) -> DataSource:
 
 
 def _narrowed(what: str, location: Path | HubDataset, asked: dict[str, Any]) -> Path | HubDataset:
-    """The data set with what the recipe's keys ask of it."""
+    """The data set, restricted by the recipe's `subset`, `split`, `revision` and `files`."""
     asked = {key: value for key, value in asked.items() if value}
     if isinstance(location, Path):
         if asked:

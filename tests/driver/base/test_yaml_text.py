@@ -1,4 +1,4 @@
-"""YAML as JSON's values: what is read, and that bombs and other types are refused at once."""
+"""YAML as JSON values: what is read, and that alias bombs and other types are refused at once."""
 
 import pytest
 
@@ -33,8 +33,8 @@ BILLION = "a0: &a0 x\n" + "\n".join(
         (BILLION, "anchor or alias 'a0' in line 1"),
         ("a: &a [*a]", "anchor or alias 'a'"),
         ("a: *b", "anchor or alias 'b'"),
-        ("a: 1\na: 2", "name twice"),
-        ("1: 1\n'1': 2", "name twice"),
+        ("a: 1\na: 2", "name 'a' twice"),
+        ("1: 1\n'1': 2", "name '1' twice"),
         ("? [1, 2]\n: 3", "names are texts"),
         ("? {a: 1}\n: 3", "names are texts"),
         ("1.5: 3", "names are texts"),
