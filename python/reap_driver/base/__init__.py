@@ -1,1 +1,1 @@
-"""What every package may use: checks of arguments, signals, threads, units, YAML."""
+"""Helpers that every package may import: argument checks, signals, threads, units, YAML."""

@@ -1,9 +1,14 @@
-"""The types of the public functions' arguments, checked against their annotations at the call.
+"""Checks the types of the arguments of public functions against their annotations, at each call.
 
-So that a path where a model belongs, or one batch where a list of them does, ends in one error that
-names the argument. Containers are looked into one level deep; what values mean, functions check.
-Nothing here imports torch when the module is imported.
+A path where a model belongs, or one batch where a list of batches does, ends in one error that
+names the argument. Containers are checked one level deep; the functions check the values.
+Importing this module does not import torch.
 """
+
+# Written by hand because typeguard 4.6 and beartype 0.23 accept other values: both take True for an
+# int and a text for a Sequence[str], and refuse NumPy numbers and arrays; beartype checks one
+# random item of a list. Changing that means overriding their checkers for the whole process, in as
+# many lines, and they take 0.4 s to import.
 
 import functools
 import inspect
@@ -18,7 +23,7 @@ _Returned = TypeVar("_Returned")
 
 
 def typed(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
-    """The function, which raises UsageError where an argument is not of its annotation's type.
+    """Decorator: raises UsageError when an argument does not have its annotation's type.
 
     Example:
         >>> @typed
@@ -26,7 +31,7 @@ def typed(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
         ...     return ratio / 2
         >>> half("0.5")
         Traceback (most recent call last):
-        reap_kernels.errors.UsageError: half: ratio is '0.5'; expected float
+        reap_kernels.errors.UsageError: half: ratio is '0.5', a str; expected float
     """
     signature = inspect.signature(function)
     name = function.__qualname__
@@ -56,7 +61,7 @@ def typed(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
 
 
 class _TypesOnly(dict[str, Any]):
-    """Names that modules import for type checking only."""
+    """Resolves names that modules import under `TYPE_CHECKING` only."""
 
     def __missing__(self, name: str) -> Any:
         if name == "Tensor":
@@ -71,7 +76,7 @@ class _TypesOnly(dict[str, Any]):
 
 
 def _fits(value: Any, hint: Any, depth: int = 1) -> bool:
-    """Whether a value is what a type says, its entries too where `depth` is above 0."""
+    """Whether a value has a type; its entries are checked too where `depth` is above 0."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, one, depth) for one in args)
@@ -85,7 +90,7 @@ def _fits(value: Any, hint: Any, depth: int = 1) -> bool:
 
 
 def _fits_container(value: Any, origin: Any, args: tuple[Any, ...], depth: int) -> bool:
-    """Whether a value is of a generic type: a mapping, a function, a sequence of some kind."""
+    """Whether a value has a generic type: a mapping, a callable, an iterable or a sequence."""
     if issubclass(origin, Mapping):
         entries = zip(value, value.values(), strict=True) if isinstance(value, Mapping) else ()
         return isinstance(value, Mapping) and (
@@ -96,7 +101,7 @@ def _fits_container(value: Any, origin: Any, args: tuple[Any, ...], depth: int) 
         return isinstance(value, origin)
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
         return False
-    if not issubclass(origin, Collection):  # an iterator, which looking into would use up
+    if not issubclass(origin, Collection):  # checking the items of an iterator would consume it
         return True
     return hasattr(value, "__len__") and (
         depth == 0 or all(_fits(item, args[0], depth - 1) for item in value)
@@ -104,7 +109,9 @@ def _fits_container(value: Any, origin: Any, args: tuple[Any, ...], depth: int) 
 
 
 def _is_a(value: Any, kind: type) -> bool:
-    """Whether a value is of a class; numbers of other libraries are numbers, True is none."""
+    """Whether a value is an instance of a class. NumPy numbers are numbers, True and False
+    are not.
+    """
     if kind in (int, float):
         if isinstance(value, bool):
             return False
@@ -123,7 +130,7 @@ def _is_a(value: Any, kind: type) -> bool:
 
 
 def _words(hint: Any) -> str:
-    """A type in words."""
+    """A type as an error message names it."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_words(one) for one in args)

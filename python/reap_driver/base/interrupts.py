@@ -1,6 +1,6 @@
-"""Ctrl-C and termination: heard at once, obeyed where nothing is lost.
+"""Handles Ctrl-C, SIGTERM and SIGHUP so that a run stops at a point where no results are lost.
 
-Signals that the process was started to ignore (nohup, the background of a shell) stay ignored.
+Signals that the process was started to ignore (by nohup or a shell's background jobs) stay ignored.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ TERMINATIONS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was ended on request; its text says how to go on.
+    """The run was stopped by a signal.
 
     Args:
-        text: what was reached, and how to go on.
-        number: the signal that asked.
+        text: how far the run got, and how to resume it.
+        number: the signal.
     """
 
     def __init__(self, text: str, number: int = signal.SIGINT) -> None:
@@ -28,7 +28,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Terminated(SystemExit):
-    """The process was told to end by SIGTERM or SIGHUP; it ends with 128 + the signal's number."""
+    """SIGTERM or SIGHUP ended the process; its exit status is 128 plus the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -37,24 +37,25 @@ class Terminated(SystemExit):
 
 @dataclass
 class Stop:
-    """Whether somebody has asked the run to end, and by which signal."""
+    """Whether a signal has requested the run to stop, and which one."""
 
     requested: bool = False
     number: int = signal.SIGINT
 
     def interrupted(self, text: str) -> Interrupted:
-        """What ends the run."""
+        """The exception to raise when the run stops."""
         return Interrupted(text, self.number)
 
 
 @contextlib.contextmanager
-def deferred(heard: Callable[[], None]) -> Iterator[Stop]:
-    """Inside, the first Ctrl-C or SIGTERM is a request, a second Ctrl-C ends the run at once.
+def deferred(on_request: Callable[[], None]) -> Iterator[Stop]:
+    """Inside, the first Ctrl-C or SIGTERM requests a stop; a second Ctrl-C ends the run at once.
 
-    torchrun passes a Ctrl-C that its processes have heard themselves on to them as SIGTERM.
+    On Ctrl-C, torchrun sends its processes SIGTERM in addition to the SIGINT that they received
+    themselves, so a SIGTERM does not count as the second.
 
     Args:
-        heard: called on the first.
+        on_request: called on the first signal.
     """
     stop = Stop()
     pressed = 0
@@ -66,7 +67,7 @@ def deferred(heard: Callable[[], None]) -> Iterator[Stop]:
             raise Interrupted("interrupted twice, so nothing more was written")
         if not stop.requested:
             stop.requested, stop.number = True, number
-            heard()
+            on_request()
 
     with _handled((signal.SIGINT, *TERMINATIONS), handle):
         yield stop
@@ -74,9 +75,9 @@ def deferred(heard: Callable[[], None]) -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def terminations_raised() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise `Terminated`, so that what is half-written is removed.
+    """Inside, SIGTERM and SIGHUP raise `Terminated`, so that incomplete files are removed.
 
-    The first one does; others do not disturb the removal. Contexts may be nested.
+    Only the first signal raises; later ones do not interrupt the removal. Contexts may be nested.
     """
     with _handled(TERMINATIONS, _Raise()):
         yield
@@ -84,21 +85,21 @@ def terminations_raised() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Inside, Ctrl-C, SIGTERM and SIGHUP wait: they arrive when the block ends, however it ends.
+    """Inside, Ctrl-C, SIGTERM and SIGHUP are held back; they are delivered when the block exits.
 
-    For the few steps of which all or none must be done.
+    For short sequences of steps of which all or none must happen.
     """
-    heard: list[int] = []
+    received: list[int] = []
     try:
-        with _handled((signal.SIGINT, *TERMINATIONS), lambda number, _: heard.append(number)):
+        with _handled((signal.SIGINT, *TERMINATIONS), lambda number, _: received.append(number)):
             yield
     finally:
-        for number in dict.fromkeys(heard):
+        for number in dict.fromkeys(received):
             signal.raise_signal(number)
 
 
 class _Raise:
-    """Raises for the first signal."""
+    """A handler that raises `Terminated` for the first signal only."""
 
     def __init__(self) -> None:
         self._raised = False
@@ -111,14 +112,16 @@ class _Raise:
 
 @contextlib.contextmanager
 def _handled(numbers: tuple[int, ...], handler: Callable[[int, FrameType | None], Any]) -> Any:
-    """Inside, `handler` gets these signals, but for ignored ones; in other threads than the main
-    one, to which Python delivers signals, nothing changes.
+    """Inside, `handler` receives these signals, except ignored ones. Does nothing outside the main
+    thread, the only one that Python delivers signals to.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in numbers}
-    if isinstance(handler, _Raise):  # the outermost of several decides what is the first signal
+    if isinstance(
+        handler, _Raise
+    ):  # of nested contexts, the outermost decides which signal is the first
         before = {n: old for n, old in before.items() if not isinstance(old, _Raise)}
     changed = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
     try:

@@ -1,4 +1,6 @@
-"""How many threads work: beside the one that computes, leaving it its cores; and alone."""
+"""Thread counts: background threads that leave the cores to computation, and
+single-threaded code.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -9,21 +11,21 @@ import torch
 
 
 def background(threads: int, name: str) -> ThreadPoolExecutor:
-    """Threads that do not disturb the ones that compute: each makes its copies alone.
+    """A pool of background threads whose torch operations are single-threaded.
 
-    A thread that starts a team of OpenMP threads of its own makes more of them than there are
-    cores, and the runtime then puts all teams to sleep between two operations: with two cores,
-    streaming took a third longer than it does.
+    If background threads started OpenMP teams of their own, there would be more OpenMP threads than
+    cores, and the runtime would put all teams to sleep between operations: on two cores, streaming
+    took a third longer.
 
     Args:
-        threads: at most so many.
-        name: what their names begin with.
+        threads: how many at most.
+        name: prefix of their names.
     """
     team = torch.get_num_threads()
 
     def work_alone() -> None:
-        torch.get_num_threads()  # the first call gives a thread the number that all begin with
-        torch.set_num_threads(1)  # for this thread, and as the number that later ones begin with
+        torch.get_num_threads()  # the first call in a thread applies the process-wide default to it
+        torch.set_num_threads(1)  # changes this thread and the default of threads to come
         other = threading.Thread(target=torch.set_num_threads, args=(team,))
         other.start()
         other.join()
@@ -33,9 +35,9 @@ def background(threads: int, name: str) -> ThreadPoolExecutor:
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """One thread for operations so small that a team's waiting takes longer than its work.
+    """Inside, torch uses one thread: for operations so small that synchronizing threads costs more.
 
-    Where other processes want the cores too, hundreds of operations on half a megabyte each take
+    While other processes use the cores too, hundreds of operations on half a megabyte each take
     ten times as long with two threads as with one.
     """
     team = torch.get_num_threads()

@@ -1,8 +1,8 @@
-"""Numbers as people read them."""
+"""Formats numbers for people to read."""
 
 
 def in_bytes(nbytes: int) -> str:
-    """Bytes with three digits that matter, in powers of 1000: 1_030_000_000_000 is 1.03 TB."""
+    """Bytes with three significant digits, in powers of 1000: 1_030_000_000_000 is 1.03 TB."""
     size, units = float(nbytes), ["B", "kB", "MB", "GB", "TB", "PB"]
     while size >= 999.5 and len(units) > 1:
         size, units = size / 1000, units[1:]
@@ -11,7 +11,12 @@ def in_bytes(nbytes: int) -> str:
 
 
 def short(number: float, letters: str = "kMGTPE") -> str:
-    """1_234_567 is 1.23M; `letters` stand for powers of 1000, and "kMBT" counts parameters."""
+    """Three significant digits and a suffix: 1_234_567 is 1.23M.
+
+    Args:
+        number: not negative.
+        letters: suffixes of the powers of 1000; "kMBT" for parameters.
+    """
     power = 0
     while number >= 999.5 and power < len(letters):
         number, power = number / 1000, power + 1
@@ -19,5 +24,5 @@ def short(number: float, letters: str = "kMGTPE") -> str:
 
 
 def row(name: str, text: str) -> str:
-    """A line of a report: names in one column, text in the next."""
+    """A line of a report: a name, padded to a column, and a text."""
     return f"{name:<12}{text}"

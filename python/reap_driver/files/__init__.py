@@ -1,1 +1,1 @@
-"""Files of a checkpoint: the safetensors container, pinned files, how weights are stored."""
+"""Files of a checkpoint: safetensors headers, fingerprints, quantization, replacing folders."""

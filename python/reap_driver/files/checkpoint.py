@@ -1,4 +1,4 @@
-"""The checkpoint that is read: its files, checked before anything is written."""
+"""Opens a checkpoint folder: finds its files and checks that they agree, before any is used."""
 
 import enum
 import re
@@ -18,20 +18,20 @@ from reap_kernels.schema import short
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_LONGEST = 1000  # characters of the name of a shard
+_LONGEST_NAME = 1000  # characters of a shard's name
 
-# Weights in other formats, and other copies of the weights: pruning does not reach them, so they
-# are left out.
+# Weights in other formats, and further copies of the weights. They are left out of the output
+# because pruning does not change them.
 _OTHER_WEIGHTS = frozenset(
     {".bin", ".ckpt", ".ggml", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".onnx_data"}
     | {".ot", ".pickle", ".pkl", ".pt", ".pth", ".safetensors", ".tflite"}
 )
 _REWRITTEN = frozenset({"config.json", INDEX_NAME, "README.md"})
-RECORD = "reap"  # folder in which we keep the statistics and the plan of an output
+RECORD = "reap"  # folder of a pruned checkpoint that holds its statistics and plan
 
 
 class Use(enum.Enum):
-    """What is done with a file that is no shard."""
+    """What happens to a file that is not a shard."""
 
     COPIED = enum.auto()
     LEFT_OUT = enum.auto()
@@ -40,20 +40,28 @@ class Use(enum.Enum):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder in Hugging Face format. Read only."""
+    """A checkpoint folder in Hugging Face format, opened for reading.
+
+    Attributes:
+        folder: where its files are; the paths below are relative to it.
+        config: config.json as written.
+        shards: headers of the weight files, sorted by name.
+        small_files: files that are copied to a pruned checkpoint as they are.
+        left_out: weights in other formats and hidden files, which are not copied.
+        refused: entries that are neither files of the folder nor of the hub's cache; see
+            `check_copied`.
+        index_metadata: `metadata` of the index of shards; empty without an index.
+        fingerprints: of all files that are read, taken before they were read.
+    """
 
     folder: Path
-    config: Mapping[str, Any]  # config.json as written
-    shards: tuple[
-        SafetensorsFile, ...
-    ]  # in the order of the index; names are relative to the folder
-    small_files: tuple[Path, ...]  # copied along, relative to the folder
-    left_out: tuple[Path, ...]  # weights in other formats and hidden files, relative to the folder
-    refused: tuple[
-        Path, ...
-    ]  # neither files of the folder nor of the hub's cache; see `check_copied`
+    config: Mapping[str, Any]
+    shards: tuple[SafetensorsFile, ...]
+    small_files: tuple[Path, ...]
+    left_out: tuple[Path, ...]
+    refused: tuple[Path, ...]
     index_metadata: Mapping[str, Any]
-    fingerprints: Fingerprints  # all files that are read, as they were before they were
+    fingerprints: Fingerprints
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
@@ -66,11 +74,11 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.tensors.values())
 
     def check_copied(self) -> None:
-        """Refuses to copy what no checkpoint has: a link by which a file of this machine would be
-        published, a pipe that would never end.
+        """Refuses entries that must not be copied: a symbolic link out of the folder, which could
+        publish any file of this machine, and pipes or devices, which may never end.
 
         Raises:
-            CheckpointError: naming it, and what it is.
+            CheckpointError: names the first such entry and says what it is.
         """
         for path in (self.folder / name for name in self.refused):
             what = "is neither a file nor a folder"
@@ -86,12 +94,16 @@ class Checkpoint:
 
 
 def resolve_folder(path_or_id: str | Path) -> Path:
-    """The checkpoint's folder; a hub id is downloaded (or found in the cache), weights as
-    safetensors only.
+    """The folder of a checkpoint. A hub id is downloaded, or found in the cache; of its weights
+    only the safetensors files are.
+
+    Raises:
+        CheckpointError: there is no such folder, and the hub has no such model or cannot be
+            reached.
     """
     folder = Path(path_or_id)
     if not exists(folder):
-        restore(folder.absolute())  # a run may have been killed while it replaced this checkpoint
+        restore(folder.absolute())  # a run may have been killed while replacing this checkpoint
     if exists(folder) and folder.is_dir():
         return folder
     if exists(folder) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_id)):
@@ -109,11 +121,11 @@ def resolve_folder(path_or_id: str | Path) -> Path:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read every header of a checkpoint folder and check that files, index and headers agree.
+    """Reads the header of every shard and checks that files, index and headers agree.
 
     Raises:
-        CheckpointError: no config or weights, an index that leaves the folder or does not match, a
-            damaged file, a symbolic link to nothing.
+        CheckpointError: config.json or the weights are missing, the index names files outside the
+            folder or does not match the shards, a file is damaged, or a symbolic link is broken.
     """
     _check_links(folder)
     described = Fingerprints.of(
@@ -128,7 +140,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     shards = tuple(map(read_header, paths))
     _check_index(folder, shards, weight_map)
     _check_duplicates(shards)
-    fingerprints.check()  # what was read since then is what was pinned
+    fingerprints.check()  # nothing changed between the fingerprints and the reading
     left_out = tuple(path for path, use in beside.items() if use is Use.LEFT_OUT)
     refused = tuple(path for path, use in beside.items() if use is Use.REFUSED)
     return Checkpoint(
@@ -137,7 +149,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """A JSON object from a file."""
+    """Reads a JSON object from a file; `remedy` ends the message of an error."""
     if not is_file(path):
         raise CheckpointError(f"{path}: no such file; {remedy}.")
     try:
@@ -150,13 +162,13 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def is_weight_file(path: Path) -> bool:
-    """Whether a file holds weights, in whatever format, or indexes such files."""
+    """Whether a file holds weights, in any format, or is an index of such files."""
     return path.suffix.lower() in _OTHER_WEIGHTS or path.name.endswith(".index.json")
 
 
 def _check_links(folder: Path) -> None:
-    """Every symbolic link leads somewhere. The hub's cache is made of links, and one whose blob is
-    gone would otherwise look like a file that the checkpoint never had.
+    """Raises CheckpointError for a broken symbolic link. The hub's cache consists of links; one
+    whose blob is missing would otherwise look like a file that the checkpoint never had.
     """
     for path in _visible(folder):
         if path.is_symlink() and not path.exists():
@@ -167,10 +179,10 @@ def _check_links(folder: Path) -> None:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """What lies in a checkpoint's folder, sorted.
+    """Everything in a checkpoint's folder, at any depth, sorted.
 
-    Hidden folders (version control, download caches) and `reap/` (our record of how a source was
-    itself pruned) are not part of a checkpoint and are skipped.
+    Skips what is not part of a checkpoint: hidden folders (version control, download caches) and
+    `reap/`, which records how the checkpoint was itself pruned.
     """
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
@@ -180,8 +192,8 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 
 def _shard_names(folder: Path) -> tuple[list[str], dict[str, str] | None, dict[str, Any]]:
-    """Shards to read: the single file if there is one (as transformers prefers), else what the
-    index names.
+    """Names of the shards, the index's `weight_map` and its metadata. A single weight file comes
+    before an index, as in transformers; it has no weight map.
     """
     if is_file(folder / SINGLE_NAME):
         return [SINGLE_NAME], None, {}
@@ -206,14 +218,16 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, str] | None, dict[s
 
 
 def _inside(index_path: Path, key: str, name: Any) -> str:
-    """A shard name from the index, refused when it is not a plain path below the folder."""
+    """A shard name from the index. Raises CheckpointError unless it is a plain path in the
+    folder.
+    """
     path = PurePosixPath(name) if isinstance(name, str) and name and "\\" not in name else None
     if (
         path is None
         or path.is_absolute()
         or ".." in path.parts
         or path.suffix != ".safetensors"
-        or len(name) > _LONGEST
+        or len(name) > _LONGEST_NAME
     ):
         raise CheckpointError(
             f"{index_path}: {short(key, 300)} is said to be in {short(name)}, which is not a "
@@ -225,7 +239,7 @@ def _inside(index_path: Path, key: str, name: Any) -> str:
 def _check_index(
     folder: Path, shards: tuple[SafetensorsFile, ...], weight_map: dict[str, str] | None
 ) -> None:
-    """Every key of the index is in the shard it names."""
+    """Raises CheckpointError for a key of the index that is not in the shard the index names."""
     held = {shard.path: shard.tensors for shard in shards}
     for key, name in (weight_map or {}).items():
         if key not in held[folder / PurePosixPath(name)]:
@@ -236,7 +250,9 @@ def _check_index(
 
 
 def _check_duplicates(shards: tuple[SafetensorsFile, ...]) -> None:
-    """No tensor is in two shards: which one counts would depend on the reader."""
+    """Raises CheckpointError for a tensor in two shards: which one is used depends on the
+    reader.
+    """
     seen: dict[str, Path] = {}
     for shard in shards:
         for key in shard.tensors:
@@ -249,7 +265,7 @@ def _check_duplicates(shards: tuple[SafetensorsFile, ...]) -> None:
 
 
 def _beside(folder: Path, shards: set[Path]) -> dict[Path, Use]:
-    """What lies beside the shards, relative to the folder, and what is done with it."""
+    """Entries of the folder other than shards and rewritten files, with what happens to each."""
     found = {}
     for path in _visible(folder):
         relative = path.relative_to(folder)
@@ -266,8 +282,8 @@ def _use(folder: Path, path: Path) -> Use:
 
 
 def belongs(folder: Path, path: Path) -> bool:
-    """Whether a file of a checkpoint's folder is in it, or, as the hub's cache has it, is a link
-    from `snapshots/<revision>` to the file in `blobs`.
+    """Whether a path of a checkpoint's folder, with links followed, is inside that folder or, in
+    the hub's cache, in the `blobs` folder that `snapshots/<revision>` links to.
     """
     root, target = folder.resolve(), path.resolve()
     homes = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]

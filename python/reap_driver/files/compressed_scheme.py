@@ -1,4 +1,4 @@
-"""What a `quantization_config` of compressed-tensors says about stored weights; what is refused."""
+"""Reads the `quantization_config` of compressed-tensors and refuses what cannot be dequantized."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from reap_kernels.schema import (
 
 METHOD = "compressed-tensors"
 
-# Bits that can be read, by format and type of number.
+# Bits per value that can be read, by format and type of number.
 _BITS: dict[tuple[Any, Any], tuple[int, ...]] = {
     ("pack-quantized", "int"): (4, 8),
     ("int-quantized", "int"): (8,),
@@ -31,7 +31,7 @@ _BITS: dict[tuple[Any, Any], tuple[int, ...]] = {
 _FORMATS = sorted({name for name, _ in _BITS})
 REMEDY = "observe the checkpoint that it was made from, and apply the plan to this one"
 
-# Types of the fields that are looked at; which values can be read is decided one by one.
+# Types of the fields that are read; which of their values are supported is checked below.
 _NAME = OrNull(Text())
 _SETTINGS = Record(
     optional={
@@ -60,13 +60,16 @@ _GROUP = Record(optional={"format": _NAME, "weights": OrNull(_WEIGHTS)}, open=Tr
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a configuration says of all its quantised matrices together; tensors say the rest.
+    """How matrices are quantized, over all groups of a configuration.
+
+    A matrix's tensors tell which of the alternatives applies to it.
 
     Attributes:
-        bits: of a packed integer; None where nothing is packed.
-        groups: elements of a row that share a scale; None: all of them.
-        block: rows and columns that share a scale, where blocks do.
-        zeros: whether matrices have zero points: of some, True; of some, False.
+        bits: bits per packed integer; None if no matrix is packed.
+        groups: sizes of the groups of a row that share a scale, in elements; None stands for whole
+            rows.
+        block: (rows, columns) of the blocks that share a scale; None if no matrix has blocks.
+        zeros: {False}, {True} or both: whether matrices have zero points.
     """
 
     bits: int | None
@@ -76,16 +79,16 @@ class Scheme:
 
 
 def is_compressed(quantization: Mapping[str, Any] | None) -> bool:
-    """Whether compressed-tensors stored a checkpoint of this `quantization_config`."""
+    """Whether a `quantization_config` is one of compressed-tensors."""
     return quantization is not None and quantization.get("quant_method") == METHOD
 
 
 def read_scheme(quantization: Mapping[str, Any], where: str) -> Scheme:
-    """The scheme of a `quantization_config`; `where` begins messages.
+    """The scheme of a `quantization_config`; error messages begin with `where`.
 
     Raises:
-        UnsupportedModel: names the first field whose value cannot be read.
-        CheckpointError: a field is of a type it never has.
+        UnsupportedModel: a field has a value that is not supported; names the first such field.
+        CheckpointError: a field has a value of the wrong type.
     """
     _check_whole(quantization, where)
     found = list(_weights(quantization, where))
@@ -104,7 +107,7 @@ def read_scheme(quantization: Mapping[str, Any], where: str) -> Scheme:
 
 
 def _check_whole(quantization: Mapping[str, Any], where: str) -> None:
-    """Fields that concern the checkpoint as a whole."""
+    """Checks the fields that concern the checkpoint as a whole."""
     _check_types(dict(quantization), _SETTINGS, where)
     status = quantization.get("quantization_status", "compressed")
     if status != "compressed":
@@ -113,14 +116,14 @@ def _check_whole(quantization: Mapping[str, Any], where: str) -> None:
     if sparsity != "dense":
         _refuse(f"{where}.sparsity_config.format is {sparsity!r}", "'dense'")
     transforms = (quantization.get("transform_config") or {}).get("config_groups")
-    if transforms:  # some act on activations, which a plain model does not do
+    if transforms:  # some act on activations, so a dequantized model would compute something else
         _refuse(f"{where}.transform_config has {sorted(transforms)}", "none")
 
 
 def _weights(
     quantization: Mapping[str, Any], where: str
 ) -> Iterator[tuple[str, Mapping[str, Any], str]]:
-    """Each group's weights: the field they are in, what it says, and their format; all checked."""
+    """(field name, its content, format) of the `weights` of each group, checked."""
     groups = quantization.get("config_groups") or {}
     for name, group in groups.items():
         field = f"{where}.config_groups.{name}"
@@ -145,18 +148,18 @@ def _weights(
 
 
 def _check_layout(weights: Mapping[str, Any], kind: str, field: str) -> None:
-    """How scales and zero points lie."""
+    """Checks the fields that say which elements share a scale, and the order of columns."""
     strategy, order = weights.get("strategy"), weights.get("actorder")
     if strategy not in (None, "tensor", "channel", "group", "block"):
         _refuse(f"{field}.strategy is {strategy!r}", "tensor, channel, group or block")
-    if order not in (None, False, "weight", "static"):  # those leave the columns in their order
+    if order not in (None, False, "weight", "static"):  # these keep the columns in their order
         _refuse(f"{field}.actorder is {order!r}", "none, 'weight' or 'static'")
     if kind == "float" and not weights.get("symmetric", True):
         _refuse(f"{field}.symmetric is False for floats", "True")
 
 
 def _block(field: str, weights: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of a block."""
+    """(rows, columns) of a block."""
     block = weights["block_structure"]
     pair = isinstance(block, list) and len(block) == 2
     if not (pair and all(type(n) is int and n > 0 for n in block)):
@@ -165,7 +168,7 @@ def _block(field: str, weights: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _check_types(value: Any, kind: Kind, where: str) -> None:
-    """Raises for a value of another kind; `where` is the checkpoint and the field it is in."""
+    """Raises CheckpointError for a value of the wrong type; `where` names checkpoint and field."""
     try:
         check(value, kind)
     except Mismatch as error:

@@ -1,4 +1,4 @@
-"""A digest of a checkpoint's weights that takes no reading of all of them."""
+"""A digest of a checkpoint's weights, computed without reading all of them."""
 
 import hashlib
 import os
@@ -9,10 +9,10 @@ _SAMPLE_BYTES = 64 << 10
 
 
 def weights_digest(source: Checkpoint) -> str:
-    """`sha256:...` over names, dtypes, shapes and samples of the values of every file.
+    """`sha256:...` over the tensors' names, dtypes and shapes and a sample of each file's data.
 
-    Samples are the first and last 64 KiB of each file's data: enough to tell two trainings of one
-    architecture apart, not to find a single changed value.
+    The samples are the first and the last 64 KiB. They tell two trainings of one architecture
+    apart, but do not reveal a single changed value.
     """
     digest = hashlib.sha256()
     for shard in source.shards:

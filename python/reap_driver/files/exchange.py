@@ -1,10 +1,9 @@
-"""Gives a complete folder the name of another one, so that a whole folder has the name throughout.
+"""Replaces a folder by another one, so that its name always refers to a complete folder.
 
-Linux exchanges two names in one step (`renameat2`) on its usual file systems; then nothing, not
-even a power failure, leaves the name without a folder. Elsewhere (NFS and others, other systems)
-the old folder is renamed to `.<name>.reap-replaced-XXXX` and the new one to its name: two steps,
-during which signals wait. A kill -9 between them leaves the name free; then that hidden folder,
-which is complete whenever it is called so, is put back by `restore`.
+On its usual file systems, Linux exchanges two names atomically (`renameat2`). Elsewhere (NFS, other
+operating systems) there are two steps, during which signals are held back: the old folder is
+renamed to `.<name>.reap-replaced-XXXX`, then the new one to `<name>`. After a kill -9 between them
+no folder has the name; the hidden one, which is always complete, is renamed back by `restore`.
 """
 
 import ctypes
@@ -22,14 +21,15 @@ from reap_kernels.files import exists, sync
 Kind = Literal["partial", "replaced", "scratch"]
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_SUFFIX = 8  # characters, as `tempfile` makes them
+_SUFFIX = 8  # random characters, as many as `tempfile` makes
 
 
 def exchange(folder: Path, out: Path) -> None:
-    """`folder`, a hidden sibling of `out`, and `out` change their names.
+    """Exchanges the names of `out` and of `folder`, a hidden folder beside it.
 
     Raises:
-        OSError: `out` is one of the two, or, if that is impossible, `restore` puts it back.
+        OSError: a rename failed. `out` is then the old or the new folder; or, if the old one could
+            not be renamed back either, `restore` does it.
     """
     with held_back():
         if _exchanged(folder, out):
@@ -46,16 +46,16 @@ def exchange(folder: Path, out: Path) -> None:
 
 
 def discarded(folder: Path, out: Path) -> Path:
-    """A hidden folder that is about to be removed, under the name of one that may be incomplete."""
+    """Renames a hidden folder that is about to be removed: the new name marks it as incomplete."""
     return folder.rename(folder.with_name(prefix(out, "partial") + folder.name[-_SUFFIX:]))
 
 
 def restore(out: Path) -> None:
-    """Puts back what a run set aside that was killed before the new folder had the name.
+    """Renames a replaced folder back to `out` if the run was killed before the new one was in
+    place.
 
     Raises:
-        CheckpointError: the file system has no locks, so that nobody knows whether that run has
-            ended.
+        CheckpointError: the file system has no locks, so it is unknown whether that run has ended.
     """
     aside = sorted(hidden(out, "replaced"), key=lambda path: path.stat().st_ctime_ns, reverse=True)
     if not aside or os.path.lexists(out):
@@ -72,12 +72,12 @@ def restore(out: Path) -> None:
 
 
 def prefix(out: Path, kind: Kind) -> str:
-    """The beginning of the names of hidden siblings; `_SUFFIX` random characters follow."""
+    """Prefix of the names of the hidden folders beside `out`; random characters follow."""
     return f".{out.name}.reap-{kind}-"
 
 
 def hidden(out: Path, kind: Kind) -> Iterator[Path]:
-    """Hidden siblings that belong to this very name."""
+    """Hidden folders beside `out` that belong to exactly that name."""
     is_folder = exists(out.parent) and out.parent.is_dir()
     pattern = re.compile(rf"{re.escape(prefix(out, kind))}[a-z0-9_]{{{_SUFFIX}}}")
     for path in sorted(out.parent.iterdir()) if is_folder else ():
@@ -86,7 +86,7 @@ def hidden(out: Path, kind: Kind) -> Iterator[Path]:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Whether the system exchanged the names; it does so entirely or not at all."""
+    """Exchanges two names atomically; whether the system could."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
         return False

@@ -1,7 +1,7 @@
-"""Files as they were when they were inspected, and whether they still are the same.
+"""Fingerprints of files: detect that a file was changed or replaced after it was inspected.
 
-A checkpoint is read for minutes or hours after its headers were. Whoever replaces a file meanwhile,
-even by one of the same size, would otherwise get an output of two checkpoints.
+A checkpoint's weights are read minutes or hours after its headers. If a file is replaced in
+between, even by one of the same size, the output would mix two checkpoints.
 """
 
 import hashlib
@@ -14,18 +14,18 @@ from typing import BinaryIO
 from reap_driver.files.safetensors_file import MAX_HEADER_BYTES
 from reap_kernels.errors import CheckpointError
 
-_PREFIX = 8  # bytes that say how long a header is
+_PREFIX = 8  # bytes, which hold the length of the header
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What identifies a file and its content.
+    """Identifies a file and its content.
 
     Attributes:
-        device, inode: the file, whatever it is called.
-        size: bytes.
-        modified: time of the last change of its content, nanoseconds.
-        header: digest of the header, of safetensors; empty for others.
+        device, inode: identify the file independently of its name.
+        size: in bytes.
+        modified: time of the last change of its content, in nanoseconds.
+        header: digest of the header of a safetensors file; empty for other files.
     """
 
     device: int
@@ -35,17 +35,17 @@ class Fingerprint:
     header: str = ""
 
     def changes(self, other: "Fingerprint") -> str:
-        """What differs in another one, in words; empty if nothing does."""
-        said = []
+        """How a later fingerprint differs, for a message; empty if it does not."""
+        found = []
         if self.size != other.size:
-            said.append(f"it has {other.size} bytes, it had {self.size}")
+            found.append(f"it has {other.size} bytes, it had {self.size}")
         if (self.device, self.inode) != (other.device, other.inode):
-            said.append("another file has its name")
+            found.append("another file has its name")
         if self.modified != other.modified:
-            said.append("it was written to")
+            found.append("it was written to")
         if self.header != other.header:
-            said.append("its header is another")
-        return ", ".join(said)
+            found.append("its header is another")
+        return ", ".join(found)
 
 
 @dataclass(frozen=True)
@@ -56,27 +56,27 @@ class Fingerprints:
 
     @classmethod
     def of(cls, files: Iterable[Path], shards: Iterable[Path]) -> "Fingerprints":
-        """The files as they are now.
+        """Takes the fingerprints of files.
 
         Args:
-            files: of any kind.
-            shards: safetensors, whose headers are digested.
+            files: files of any kind.
+            shards: safetensors files, whose headers are digested too.
 
         Raises:
-            CheckpointError: one cannot be read.
+            CheckpointError: a file cannot be read.
         """
         found = {path: _fingerprint(path, header=False) for path in files}
         return cls(found | {path: _fingerprint(path, header=True) for path in shards})
 
     def with_others(self, others: "Fingerprints") -> "Fingerprints":
-        """Both."""
+        """These fingerprints and others together."""
         return Fingerprints({**self.files, **others.files})
 
     def open(self, path: Path) -> BinaryIO:
-        """The file for unbuffered reading.
+        """Opens a file for unbuffered reading.
 
         Raises:
-            CheckpointError: it cannot be read, or is not the file that was inspected.
+            CheckpointError: it cannot be read, or has changed since its fingerprint was taken.
         """
         try:
             file = path.open("rb", buffering=0)
@@ -93,7 +93,7 @@ class Fingerprints:
         """Checks a file that was just opened.
 
         Raises:
-            CheckpointError: it is not the file that was inspected.
+            CheckpointError: it has changed since its fingerprint was taken.
         """
         known = self.files.get(path)
         if known is not None:
@@ -103,14 +103,14 @@ class Fingerprints:
         """Checks all files.
 
         Raises:
-            CheckpointError: one is not as it was.
+            CheckpointError: one has changed since its fingerprint was taken.
         """
         for path, known in self.files.items():
             _compare(path, known, _fingerprint(path, header=bool(known.header)))
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """What is raised for a file of a checkpoint that the system does not let us read."""
+    """The error for a file of a checkpoint that the system cannot read."""
     return CheckpointError(
         f"{path}: cannot be read ({error.strerror or error}); check the file and its rights"
     )
@@ -138,7 +138,7 @@ def _of(found: os.stat_result, header: str) -> Fingerprint:
 
 
 def _digest(file: BinaryIO) -> str:
-    """Digest of the header of a safetensors file, whatever it may be."""
+    """Digest of the header of a safetensors file, which need not be valid."""
     prefix = file.read(_PREFIX)
     length = min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES)
     digest = hashlib.sha256(prefix)

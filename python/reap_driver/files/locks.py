@@ -1,4 +1,4 @@
-"""Locks of folders that end with the process that has them, however it ends."""
+"""Locks of folders, released when the process that holds them ends, however it ends."""
 
 import contextlib
 import enum
@@ -9,23 +9,23 @@ from pathlib import Path
 
 
 class Lock(enum.Enum):
-    """What trying to lock a folder came to."""
+    """The result of trying to lock a folder."""
 
     MINE = enum.auto()
-    TAKEN = enum.auto()  # by a process that lives
+    TAKEN = enum.auto()  # another running process holds it
     UNKNOWN = enum.auto()  # the file system has no locks, or the folder cannot be opened
-    GONE = enum.auto()  # the folder was removed or renamed meanwhile
+    GONE = enum.auto()  # the folder was removed or renamed in the meantime
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[Lock]:
-    """Tries to hold the lock of a folder; it stays with the folder when that is renamed."""
+    """Tries to lock a folder, without waiting. The lock stays with the folder if it is renamed."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
         yield Lock.GONE
         return
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's folder
         yield Lock.UNKNOWN
         return
     try:

@@ -1,4 +1,4 @@
-"""Which quantizer stored a checkpoint, as its configuration files say it."""
+"""Which quantizer wrote a checkpoint, according to its configuration files."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,15 +10,15 @@ from reap_driver.files.safetensors_file import TensorEntry
 
 # Fields of config.json, at any depth, that hold a quantizer's settings.
 SETTINGS_FIELDS = ("quantization_config", "compression_config", "quantization")
-# Files beside config.json in which quantizers keep their settings, and which quantizer, where the
-# settings themselves do not say it.
+# Files beside config.json with a quantizer's settings -> the quantizer, unless the settings name
+# it.
 SETTINGS_FILES = {
     "quantization_config.json": "auto-round",
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
     "hf_quant_config.json": "modelopt",
 }
-# Dtypes of quantized values packed into other shapes than the model's.
+# Dtypes of packed quantized values, whose tensors have other shapes than the model's.
 PACKED = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "F4", "F6_E2M3", "F6_E3M2"})
 # Values of `format` (older: `checkpoint_format`) whose packing is the one described in layouts.py.
 _GPTQ_FORMATS = frozenset({"gptq", "gptq_v2"})
@@ -29,24 +29,24 @@ class Quantization:
     """A quantizer's settings.
 
     Attributes:
-        method: `quant_method` in lower case; None where nothing says it.
-        settings: as written.
+        method: `quant_method` in lower case; None if no file names it.
+        settings: as written in the file.
     """
 
     method: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def is_behind(self, entries: Iterable[TensorEntry]) -> bool:
-        """Whether tensors that do not fit the model may be a quantizer's: its settings are there,
-        or a dtype that packs values.
+        """Whether tensors that do not fit the model may have been written by a quantizer: there are
+        settings of one, or a tensor has a dtype that packs values.
         """
         found = self.method is not None or bool(self.settings)
         return found or any(entry.dtype in PACKED for entry in entries)
 
     @property
     def packing(self) -> str | None:
-        """The order in which `qweight` and `qzeros` hold their codes: "gptq" or "awq"; None where
-        it is another or is not said.
+        """The order in which `qweight` and `qzeros` hold their codes: "gptq" or "awq"; None if it
+        is another one or unknown.
         """
         stated = self._text("checkpoint_format") or self._text("format")
         if self.method == "gptq":
@@ -64,7 +64,9 @@ class Quantization:
 
     @property
     def block(self) -> int | None:
-        """Rows that share a scale in blocks; None where nothing says it, or several numbers."""
+        """Rows of the blocks that share a scale; None if the settings give no number, or
+        several.
+        """
         sizes = {_rows(self.settings.get("weight_block_size"))}
         groups = self.settings.get("config_groups")  # of compressed-tensors
         for group in groups.values() if isinstance(groups, dict) else ():
@@ -101,7 +103,7 @@ def quantization_of(source: Checkpoint) -> Quantization:
 def settings_in(
     config: Mapping[str, Any], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """Every quantizer's settings in a configuration, with the path of the field."""
+    """(path of the field, settings) of every quantizer in a configuration, at any depth."""
     for name, value in config.items():
         if not isinstance(value, dict):
             continue
@@ -112,13 +114,13 @@ def settings_in(
 
 
 def _rows(block: Any) -> int | None:
-    """Rows of a block [rows, columns]."""
+    """The rows of a block [rows, columns]; None if it is not one."""
     rows = block[0] if isinstance(block, list) and block else None
     return rows if type(rows) is int and rows > 0 else None
 
 
 def method_of(settings: Mapping[str, Any], default: str | None) -> str | None:
-    """The method of a quantizer's settings, in lower case; `default` where they do not say it.
+    """The method that a quantizer's settings name, in lower case; `default` if they name none.
 
     Example:
         >>> method_of({"quant_method": "gptq", "bits": 4}, None)

@@ -1,8 +1,7 @@
-"""The safetensors container: parse and check a header, write a header. Tensor bytes are never
-touched here.
+"""Headers of safetensors files: parsing, checking and writing. Tensor data is not read here.
 
-Layout (format specification of safetensors): 8 bytes little-endian header length N, N bytes of
-JSON, then the data.
+Layout (safetensors format specification): the length N of the header as 8 bytes, little-endian;
+N bytes of JSON; the data.
 """
 
 import json
@@ -20,7 +19,7 @@ from reap_kernels.documents import open_file, parse_json
 from reap_kernels.errors import CheckpointError
 from reap_kernels.schema import short
 
-# Bits of one element. Sub-byte types are packed.
+# Bits per element. Types of less than a byte are packed.
 DTYPE_BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -32,12 +31,12 @@ DTYPE_BITS = {
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit the safetensors library itself enforces
 _PREFIX = 8
-_MOST_DIMENSIONS = 64  # torch has no more
+_MOST_DIMENSIONS = 64  # the limit of torch
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file. `start` and `stop` are byte offsets from the beginning of the file."""
+    """One tensor of a file. `start` and `stop` are offsets from the start of the file, in bytes."""
 
     file: Path
     dtype: str
@@ -53,7 +52,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """Header of one file: tensors in the order of their data, and the free-form metadata."""
+    """The header of one file: its tensors in the order of their data, and its metadata."""
 
     path: Path
     size: int
@@ -67,11 +66,11 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
 
 
 def read_header(path: Path) -> SafetensorsFile:
-    """Parse and check one file's header; whatever the safetensors library refuses is refused.
+    """Parses and checks the header of a file. Whatever the safetensors library refuses is refused.
 
     Raises:
-        CheckpointError: not a safetensors file, truncated, or with offsets that do not fit its
-            shapes or its size.
+        CheckpointError: it is not a safetensors file or is truncated, or its offsets do not match
+            its shapes or its size.
     """
     try:
         with open_file(path) as stream:
@@ -106,9 +105,9 @@ def read_header(path: Path) -> SafetensorsFile:
 def encode_header(
     tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
 ) -> bytes:
-    """Header for tensors (name -> dtype, shape) laid out without gaps in the given order.
+    """The header for tensors (name -> dtype, shape) whose data follows in this order without gaps.
 
-    Padded with spaces so that the data begins on a multiple of 8 bytes, as the library writes it.
+    Padded with spaces so that the data begins at a multiple of 8 bytes, as the library does it.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -122,7 +121,7 @@ def encode_header(
 
 
 def _header_length(path: Path, prefix: bytes, size: int) -> int:
-    """The announced header length, checked against the file."""
+    """The length of the header, checked against the size of the file."""
     if len(prefix) < _PREFIX:
         raise _damaged(path, f"it has {size} bytes, fewer than a safetensors header")
     (length,) = struct.unpack("<Q", prefix)
@@ -134,7 +133,7 @@ def _header_length(path: Path, prefix: bytes, size: int) -> int:
 
 
 def _entry(path: Path, key: str, value: Any, base: int) -> TensorEntry:
-    """One header entry, checked on its own."""
+    """One entry of the header, checked by itself."""
     name = short(key, 300)
     try:
         dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
@@ -160,7 +159,7 @@ def _entry(path: Path, key: str, value: Any, base: int) -> TensorEntry:
 
 
 def _check_coverage(path: Path, tensors: Mapping[str, TensorEntry], base: int, size: int) -> None:
-    """Data is contiguous from the header to the end of the file, as the format demands."""
+    """Raises CheckpointError unless the data is contiguous up to the end of the file."""
     position = base
     for key, entry in tensors.items():
         if entry.stop > size:
@@ -179,7 +178,7 @@ def _check_coverage(path: Path, tensors: Mapping[str, TensorEntry], base: int, s
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
-    """An error about one damaged file."""
+    """The error for a damaged file."""
     return CheckpointError(
         f"{path}: damaged or truncated: {what}. Download or copy the file again."
     )
