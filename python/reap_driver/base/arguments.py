@@ -109,9 +109,7 @@ def _fits_container(value: Any, origin: Any, args: tuple[Any, ...], depth: int) 
 
 
 def _is_a(value: Any, kind: type) -> bool:
-    """Whether a value is an instance of a class. NumPy numbers are numbers, True and False
-    are not.
-    """
+    """Whether a value is an instance of a class. NumPy numbers are numbers, booleans are not."""
     if kind in (int, float):
         if isinstance(value, bool):
             return False

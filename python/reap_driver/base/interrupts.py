@@ -119,9 +119,7 @@ def _handled(numbers: tuple[int, ...], handler: Callable[[int, FrameType | None]
         yield
         return
     before = {number: signal.getsignal(number) for number in numbers}
-    if isinstance(
-        handler, _Raise
-    ):  # of nested contexts, the outermost decides which signal is the first
+    if isinstance(handler, _Raise):  # the outermost of nested contexts decides which is the first
         before = {n: old for n, old in before.items() if not isinstance(old, _Raise)}
     changed = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
     try:

@@ -1,6 +1,4 @@
-"""Thread counts: background threads that leave the cores to computation, and
-single-threaded code.
-"""
+"""Background threads that leave the cores to computation, and single-threaded sections."""
 
 import threading
 from collections.abc import Iterator

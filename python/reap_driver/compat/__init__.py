@@ -1,1 +1,1 @@
-"""Everything that touches transformers' semi-private API, so that a new release is checked here."""
+"""All uses of transformers' semi-private API: what to check against a new release."""

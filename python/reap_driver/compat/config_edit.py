@@ -1,7 +1,7 @@
-"""Edits of the raw configuration files: expert counts and MTP fields.
+"""Edits config.json as written: the number of experts and the fields of MTP layers.
 
-The JSON is edited in place, field by field: writing it through a config class would rename fields
-and move others (Qwen3's `num_experts` becomes `num_local_experts`), which older readers then miss.
+Single fields are edited. Writing the file through a configuration class would rename and move
+fields (Qwen3's `num_experts` becomes `num_local_experts`), and older readers would not find them.
 """
 
 import copy
@@ -10,13 +10,15 @@ from typing import Any
 
 from reap_driver.compat.config_file import COUNT_FIELDS, MTP_FIELDS
 
-# Fields that say how many MTP layers there are, or that there are any.
+# Fields with the number of MTP layers, or whether there are any.
 _MTP_FIELDS = frozenset({*MTP_FIELDS, "mtp_num_hidden_layers", "mtp_num_layers", "use_mtp"})
-Site = tuple[str, ...]  # path of a field, from the top of the file
+Site = tuple[str, ...]  # path of a field from the top level of the file
 
 
 def count_sites(config: Mapping[str, Any], experts: int) -> list[Site]:
-    """Fields that hold the count, at any depth: the number itself, or a list of nothing but it."""
+    """Fields, at any depth, whose value is this number of experts, or a list of only this
+    number.
+    """
     sites = []
     for path, value in _walk(config):
         listed = isinstance(value, list) and value and all(item == experts for item in value)
@@ -30,21 +32,21 @@ def count_sites(config: Mapping[str, Any], experts: int) -> list[Site]:
 
 
 def with_count(config: Mapping[str, Any], sites: list[Site], after: int) -> dict[str, Any]:
-    """A copy of the configuration with another count at these fields (lists keep their length)."""
+    """A copy of the configuration with another number in these fields; lists keep their length."""
     edited = copy.deepcopy(dict(config))
     for site in sites:
         *path, name = site
         parent = _at(edited, path)
-        value = parent.get(name)  # absent where the file relies on a default
+        value = parent.get(name)  # None if the file relies on a default
         parent[name] = [after] * len(value) if isinstance(value, list) else after
     return edited
 
 
 def clear_mtp(config: dict[str, Any]) -> None:
-    """Set the fields that announce MTP layers to none, in place.
+    """Sets the fields of MTP layers to 0 or False, in place.
 
-    Lists of one value a layer (Step-3.5's `layer_types`, `rope_theta`) that count the MTP layers in
-    are cut behind the main layers: the config class does so only while the field says how many.
+    Lists with one value per layer that include the MTP layers (Step-3.5's `layer_types` and
+    `rope_theta`) lose those values: the configuration class drops them only if the field is set.
     """
     for path, value in list(_walk(config)):
         if path[-1] not in _MTP_FIELDS or not value:
@@ -57,14 +59,14 @@ def clear_mtp(config: dict[str, Any]) -> None:
 
 
 def _cut_lists(config: dict[str, Any], length: int, kept: int) -> None:
-    """Keep the first entries of every list of this length; lists of token ids are not by layer."""
+    """Shortens every list of this length, except lists of token ids, which are not per layer."""
     for name, value in config.items():
         if isinstance(value, list) and len(value) == length and not name.endswith("_id"):
             config[name] = value[:kept]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields that differ: dotted name -> (old value, new value). A changed quantization setting is
+    """Fields that differ: dotted name -> (old value, new value). `quantization_config` counts as
     one field.
     """
     before, after = dict(_walk(old)), dict(_walk(new))
@@ -78,7 +80,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 
 
 def _walk(config: Mapping[str, Any], path: Site = ()) -> Iterator[tuple[Site, Any]]:
-    """Every field of a configuration and of the configurations nested in it, quantization apart."""
+    """(path, value) of every field, nested ones included, except those of `quantization_config`."""
     for name, value in config.items():
         if isinstance(value, dict) and name != "quantization_config":
             yield from _walk(value, (*path, name))
@@ -87,7 +89,7 @@ def _walk(config: Mapping[str, Any], path: Site = ()) -> Iterator[tuple[Site, An
 
 
 def _at(config: dict[str, Any], path: list[str]) -> dict[str, Any]:
-    """The dictionary at a path."""
+    """The dictionary at a path, created where it is missing."""
     for name in path:
         config = config.setdefault(name, {})
     return config

@@ -1,6 +1,4 @@
-"""config.json as written: read within limits, and its sizes checked before anything is built on
-them.
-"""
+"""Reads config.json as written and checks its values before a model is built from them."""
 
 import math
 import re
@@ -37,7 +35,7 @@ _REMEDY = "restore the file from where the checkpoint was published"
 
 @dataclass(frozen=True)
 class _Number:
-    """null, a number `low` to `high`, or a list of such, one a layer."""
+    """null, a number from `low` to `high`, or a list of these, one per layer."""
 
     low: float
     high: float
@@ -56,8 +54,8 @@ def _size(low: int, high: int) -> _Number:
     return _Number(low, high, (int,), "whole number")
 
 
-# Bounds are several times what any published model has. The smallest are where 0 is not a way to
-# say "none", as it is for experts, layers and ranks.
+# Upper bounds are several times what any published model has. Lower bounds are 0 where 0 means
+# "none", as for experts, layers and ranks.
 _LAYERS, _EXPERTS, _MODULES = 1024, 16_384, 131_072
 _LAYER_FIELDS = (
     "num_hidden_layers",
@@ -70,7 +68,7 @@ _LAYER_FIELDS = (
     "num_decoder_layers",
     "num_encoder_layers",
 )
-# Every name under which a configuration stores the number of routed experts of a layer.
+# Every field name that configurations use for the number of routed experts of a layer.
 COUNT_FIELDS = (
     "num_experts",
     "num_local_experts",
@@ -152,9 +150,9 @@ _BOUNDS: Mapping[str, Kind] = {
     "vocab_size": _size(1, 2**24),
     **dict.fromkeys(("max_position_embeddings", "max_seq_len"), _size(1, 2**31)),
 }
-# Fields named like counts and sizes, whatever of: -1 may say "none".
+# Names of other counts and sizes; -1 may mean "none".
 _COUNTED = re.compile(r"^(num|n)_|_(size|sizes|dim|rank|layers|heads|experts|window)$")
-# torch's names of what weights are computed in.
+# Names that torch gives to the dtypes that weights are computed in.
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DTYPE = OrNull(Text(choices=(*DTYPES, *(f"torch.{name}" for name in DTYPES), "auto")))
 _NAMES = OrNull(ListOf(Text()))
@@ -180,9 +178,9 @@ _FIELDS: Mapping[str, Kind] = {
         {"count_fields": ListOf(Text(), 1), "counts": MapOf(Int(1, _EXPERTS), 1)}, open=True
     ),
 }
-# Objects whose fields say how weights are stored, with names of their own.
+# Objects that describe how weights are stored; their fields are not those of a model.
 _STORED = frozenset({"quantization_config", "compression_config"})
-# Only limits may be infinite, such as the `time_step_limit` of Mamba layers.
+# Fields that may be infinite, such as the `time_step_limit` of Mamba layers.
 _LIMITS = ("limit", "max", "min", "clip", "clamp")
 
 
@@ -190,8 +188,8 @@ def read_config(path_or_id: str | Path) -> dict[str, Any]:
     """`config.json` of a local checkpoint folder or of a hub id, as written.
 
     Raises:
-        CheckpointError: there is none, it is no JSON object, or a field that says a size, a dtype
-            or a name has a value no model can have.
+        CheckpointError: there is no such file, it is not a JSON object, or a field for a size, a
+            dtype or a name has a value that no model can have.
     """
     folder = Path(path_or_id)
     if _is_folder(folder):
@@ -237,7 +235,7 @@ def _from_hub(path_or_id: str | Path) -> Any:
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether a path is a folder; false for names that nothing can have."""
+    """Whether a path is a folder; False for names that the file system does not allow."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -245,7 +243,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _check_fields(raw: Mapping[str, Any]) -> None:
-    """Raises Mismatch for the first field, at any depth, with a value that no model can have."""
+    """Raises Mismatch for the first field, at any depth, whose value no model can have."""
     most: dict[str, tuple[str, int]] = {"layers": ("", 0), "experts": ("", 0)}
     for at, name, value in _walk(raw, ""):
         if isinstance(value, float) and not math.isfinite(value):
@@ -274,8 +272,8 @@ def _check_fields(raw: Mapping[str, Any]) -> None:
 def _walk(value: Any, at: str, name: str = "") -> Iterator[tuple[str, str, Any]]:
     """(dotted name, own name, value) of every field and every item of a list.
 
-    What is inside `quantization_config` has names of its own, and is looked through for numbers
-    alone.
+    The own name is empty inside `quantization_config`, whose fields are not those of a model; only
+    the range of its numbers is checked.
     """
     if isinstance(value, dict):
         stored = not _STORED.isdisjoint(at.split("."))

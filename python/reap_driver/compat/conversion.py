@@ -1,8 +1,8 @@
 """How transformers maps the keys of a checkpoint on disk to the tensors of a model in memory.
 
-The only file that touches the library's conversion API (`get_model_conversion_mapping`,
-`rename_source_key`, weight converters). Works on shapes alone: tensors on the meta device go
-through the library's own operations.
+The only file that uses the library's conversion API (`get_model_conversion_mapping`,
+`rename_source_key`, weight converters). It computes shapes only, by passing tensors on the meta
+device through the library's own operations.
 """
 
 import copy
@@ -28,40 +28,48 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Target:
-    """Where a disk key goes: the model tensors its converter makes (one, unless the converter
-    splits).
+    """Where the tensor of a disk key goes.
+
+    Attributes:
+        names: the model tensors that its converter makes; several if the converter splits.
+        pattern: the source pattern of the converter; None if the key is only renamed.
+        per_expert: whether the tensor is of one expert and is merged into a stacked tensor.
     """
 
     names: tuple[str, ...]
-    pattern: str | None = None  # the converter's source pattern; None for a plain renaming
-    per_expert: bool = False  # one disk tensor per list element, merged into a stacked tensor
+    pattern: str | None = None
+    per_expert: bool = False
 
     @property
     def name(self) -> str:
-        """The first (usually only) model tensor."""
+        """The first model tensor, usually the only one."""
         return self.names[0]
 
 
 @dataclass
 class LoadedShapes:
-    """What a set of disk tensors becomes in memory."""
+    """What a set of disk tensors becomes in memory.
 
-    shapes: dict[str, Shape] = field(default_factory=dict)  # model tensor -> shape after conversion
-    sources: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # model tensor -> disk keys it is made of
-    failed: dict[str, str] = field(
-        default_factory=dict
-    )  # model tensor -> why its conversion failed
-    unknown: list[str] = field(default_factory=list)  # disk keys the model has no tensor for
+    Attributes:
+        shapes: model tensor -> its shape after conversion.
+        sources: model tensor -> the disk keys that it is made of.
+        failed: model tensor -> why its conversion failed.
+        unknown: disk keys for which the model has no tensor.
+    """
+
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    sources: dict[str, list[str]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
 
 
 class KeyMap:
     """The library's key renaming and conversion rules for one model (on meta or not)."""
 
     def __init__(self, model: PreTrainedModel, mapping: Sequence[object] | None = None) -> None:
-        """`mapping`: the rules `model` is being loaded by; default those of its class, by which
-        quantised tensors stay as they are."""
+        """`mapping`: the rules that `model` is being loaded by. The default is those of its class,
+        which leave quantized tensors as they are.
+        """
         self._model = model
         self._state = model.state_dict()
         mapping = get_model_conversion_mapping(model) if mapping is None else mapping
@@ -79,9 +87,7 @@ class KeyMap:
         return {name: tuple(tensor.shape) for name, tensor in self._state.items()}
 
     def locate(self, disk_key: str) -> Target:
-        """Rename a disk key as loading does. The result may name tensors the model does not
-        have.
-        """
+        """Renames a disk key as loading does. The model may lack tensors of the resulting names."""
         prefix = self._model.base_model_prefix
         name, pattern = rename_source_key(
             disk_key, self._renamings, self._converters, prefix, self._state
@@ -95,18 +101,19 @@ class KeyMap:
         return Target(names, pattern, "*" in pattern)
 
     def known(self, target: Target) -> bool:
-        """Whether the model has a tensor of that name."""
+        """Whether the model has the target's tensor."""
         return target.name in self._state
 
     def is_number(self, name: str) -> bool:
-        """Whether the model computes with a tensor as real numbers, in whatever form it is stored;
-        False for integers (ids, counts) and booleans.
+        """Whether a model tensor has floating-point values in memory, however it is stored; False
+        for integers (ids, counts) and booleans.
         """
         return self._state[name].is_floating_point()
 
     def expert_lists(self, keys: Sequence[str]) -> list[list[str]]:
-        """The keys of one model tensor as equally long lists, one a source pattern, whose items are
-        those of one expert each; empty unless converting some experts alone gives their rows.
+        """The disk keys of one stacked model tensor, as one list per source pattern with one key
+        per expert. Empty unless a subset of experts can be converted by itself and gives their
+        rows.
         """
         lists: dict[str, list[str]] = {}
         for key in keys:
@@ -122,8 +129,8 @@ class KeyMap:
         return found if all(len(part) == len(found[0]) for part in found) else []
 
     def loaded_shapes(self, shapes: Mapping[str, Shape]) -> LoadedShapes:
-        """Run the library's conversions on meta tensors of these disk shapes, in the order loading
-        uses.
+        """What loading makes of disk tensors of these shapes: runs the library's conversions on
+        meta tensors, in the order that loading uses.
         """
         result = LoadedShapes()
         groups: dict[str, list[tuple[str, Target]]] = defaultdict(list)
@@ -152,9 +159,7 @@ class KeyMap:
         shapes: Mapping[str, Shape],
         result: LoadedShapes,
     ) -> None:
-        """One converter on meta tensors; a failure is recorded, not raised, for the caller to
-        word.
-        """
+        """Runs one converter on meta tensors. A failure is recorded in `result`, not raised."""
         converter = copy.deepcopy(self._by_pattern[pattern])
         for key, target in members:
             tensor = torch.empty(shapes[key], device="meta")
@@ -170,7 +175,7 @@ class KeyMap:
 
 
 def _within_expert(operation: object) -> bool:
-    """Whether an operation makes each expert's rows of that expert alone, contiguous."""
+    """Whether an operation makes each expert's rows from that expert only, and contiguous."""
     if isinstance(operation, MergeModulelist):
         return operation.dim == 0
     if isinstance(operation, Concatenate):

@@ -1,4 +1,4 @@
-"""The decoder layers of a model: the units that are streamed, found by where its experts are."""
+"""Finds the decoder layers of a model, which are the units of streaming, from its MoE layers."""
 
 from collections.abc import Container, Iterable
 
@@ -8,18 +8,19 @@ from reap_kernels.errors import UnsupportedModel
 
 
 def decoder_layers(model: nn.Module, moe_layer_names: Iterable[str]) -> list[tuple[str, nn.Module]]:
-    """Every item of the outermost `nn.ModuleList` around each MoE layer, dense ones included.
+    """Every item of the outermost `nn.ModuleList` around each MoE layer, dense layers included.
 
-    Outermost, because experts may themselves be items of a list. A model with several towers that
-    have experts (a thinker and a talker) has several such lists; towers without experts are none.
+    The outermost list, because experts may be items of a list themselves. A model with several
+    parts that have experts (a thinker and a talker) has several such lists. Parts without experts
+    are not included.
 
     Args:
-        model: the model, on whatever device; the meta device will do.
+        model: the model, on any device, the meta device included.
         moe_layer_names: qualified names of modules inside decoder layers, such as
-            `MoELayer.name`; their order does not matter.
+            `MoELayer.name`, in any order.
 
     Returns:
-        Qualified names and modules, in the model's own order.
+        Qualified names and modules, in the model's order.
 
     Raises:
         UnsupportedModel: a named module is in no `nn.ModuleList`.
@@ -45,7 +46,7 @@ def decoder_layers(model: nn.Module, moe_layer_names: Iterable[str]) -> list[tup
 
 
 def owner_of(name: str, layers: Container[str]) -> str | None:
-    """The decoder layer a tensor or module is in, by its qualified name; None for none."""
+    """Name of the decoder layer that a tensor or module is in; None if it is in none."""
     parts = name.split(".")
     prefixes = (".".join(parts[:depth]) for depth in range(1, len(parts)))
     return next((prefix for prefix in prefixes if prefix in layers), None)

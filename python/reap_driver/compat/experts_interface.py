@@ -1,8 +1,8 @@
-"""transformers' experts interface: our one function, registered once, switched on module by module.
+"""Registers a function with transformers' experts interface, and enables it per experts module.
 
-An experts module decorated with `use_experts_implementation` looks up, at every call, the function
-that its config names. Setting that name is the whole binding: `module.forward` stays untouched, so
-hooks that load weights around it (accelerate) keep working.
+An experts module decorated with `use_experts_implementation` looks up the function that its
+configuration names at every call. To observe a module, only that name is set: `module.forward` is
+unchanged, so hooks that load weights around it (accelerate) keep working.
 """
 
 import contextlib
@@ -22,21 +22,22 @@ _handlers: dict[nn.Module, Forward] = {}
 
 
 def is_interface(module: nn.Module) -> bool:
-    """Whether a module's forward is dispatched by transformers' experts interface."""
+    """Whether transformers' experts interface dispatches the module's forward."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_bias")
 
 
 def eager_forward(module: nn.Module) -> Forward:
-    """The module's own forward, as its class wrote it, below the interface's wrappers."""
+    """The forward that the module's class defines, without the interface's wrapper."""
     forward = inspect.unwrap(type(module).forward)
     return lambda hidden, ids, weights: forward(module, hidden, ids, weights)
 
 
 @contextlib.contextmanager
 def experts_bound(module: nn.Module, handler: Forward) -> Iterator[None]:
-    """Calls of an interface module run `handler` inside the context; restored on exit.
+    """Inside, calls of an experts module run `handler`.
 
-    Modules usually share one config object; each entry restores what it found, so entries nest.
+    Modules usually share one configuration object. Each context restores the value that it found,
+    so contexts may be nested.
     """
     config = module.config
     missing = object()
@@ -55,7 +56,7 @@ def experts_bound(module: nn.Module, handler: Forward) -> Iterator[None]:
 
 @torch.compiler.disable
 def _dispatch(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """What transformers calls. A module nobody bound shares its config with one that is."""
+    """What transformers calls; also for modules without a handler that share the configuration."""
     handler = _handlers.get(module)
     return (eager_forward(module) if handler is None else handler)(hidden, ids, weights)
 

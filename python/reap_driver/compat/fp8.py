@@ -1,4 +1,4 @@
-"""FP8 weights read as plain floats where the last scale block of a matrix is only partly filled."""
+"""Dequantizes FP8 matrices whose last block of scales is only partly filled."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,11 +10,12 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 @contextlib.contextmanager
 def partial_blocks() -> Iterator[None]:
-    """While active, dequantization on load takes the block size from the checkpoint's config.
+    """Inside, dequantization on load takes the block size from the checkpoint's configuration.
 
-    transformers (5.17 to 5.23) divides a matrix evenly by its grid of scales. A published matrix
-    may end in a partial block (`kv_a_proj_with_mqa` of DeepSeek and Kimi: 576 rows, five blocks of
-    128): the library refuses it, or, when the grid happens to divide the size, scales wrong rows.
+    transformers (5.17 to 5.23) divides the size of a matrix by that of its grid of scales.
+    Published matrices may end in a partial block (`kv_a_proj_with_mqa` of DeepSeek and Kimi: 576
+    rows, five blocks of 128): the library refuses them or, if the grid divides the size, scales
+    wrong rows.
     """
     original = Fp8Dequantize._dequantize_one
 

@@ -1,10 +1,9 @@
-"""Runs the library on what somebody else wrote: whatever it raises becomes one error in one line.
+"""Turns whatever a library raises on untrusted input into one error that names the input.
 
 transformers builds objects from a checkpoint's JSON files (config.json, generation_config.json, a
-tokenizer's files). Their values reach code that was never meant to check them, so it raises
-whatever Python does: TypeError, KeyError, ZeroDivisionError, AssertionError, RuntimeError,
-ImportError. None of these names the file, and no list of them is complete, so all are caught here,
-and nowhere else.
+tokenizer's files). Their values reach code that does not check them and so raises any exception of
+Python: TypeError, KeyError, ZeroDivisionError, AssertionError, RuntimeError, ImportError. None of
+these names the file and no list of them is complete, so all are caught here, and only here.
 """
 
 import contextlib
@@ -16,7 +15,7 @@ from typing import Any
 from reap_kernels.errors import CheckpointError, ReapError
 from reap_kernels.schema import short
 
-# Fields whose default would be another model, or that building does not look at.
+# Fields whose default would give another model, or that do not affect building.
 _NOT_TRIED = frozenset(
     {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map"}
 )
@@ -30,15 +29,16 @@ def wrap_errors(
     error: type[ReapError] = CheckpointError,
     culprit: Callable[[Exception], str | None] | None = None,
 ) -> Iterator[None]:
-    """Inside, everything the library raises becomes one error that names the input.
+    """Inside, every exception of a library becomes one error that names the input.
 
-    Errors of our own pass, and so does a lack of memory, which no file is to blame for.
+    Errors of this project (ReapError) pass through, and so does a lack of memory, which the input
+    need not have caused.
 
     Args:
         what: the input and what failed, such as "model/config.json: no model can be built".
-        remedy: what to do then, a clause without full stop.
+        remedy: what the user can do, a clause without full stop.
         error: the class to raise.
-        culprit: looks for the field that is to blame, given what was raised.
+        culprit: given the exception, returns the field that caused it, or None.
 
     Raises:
         ReapError: of the class `error`.
@@ -64,15 +64,15 @@ def wrap_errors(
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether an exception says that something failed: panics of libraries in Rust do so too, and
-    are no Exception.
+    """Whether an exception reports a failure. Panics of Rust libraries do, though they are not an
+    Exception.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def place_in_library(error: BaseException) -> str | None:
-    """Module and line of the library, or of code that came with a checkpoint, in which an error was
-    raised; None if code of ours was called from there, or it is none of the library's.
+    """Module and line of transformers, or of a checkpoint's own code, that raised an error; None if
+    the error was raised elsewhere.
 
     Example:
         >>> place_in_library(ValueError("raised here"))
@@ -91,7 +91,7 @@ def place_in_library(error: BaseException) -> str | None:
 
 
 def described(error: BaseException) -> str:
-    """An exception's text in one line; its class comes first where the text alone says little."""
+    """An exception's text in one line, after its class if the text alone is not informative."""
     text = one_line(error)
     kind = type(error).__name__
     plain = isinstance(error, ValueError | OSError | ImportError) or kind.startswith("Strict")
@@ -99,8 +99,8 @@ def described(error: BaseException) -> str:
 
 
 def one_line(error: object, longest: int = 300) -> str:
-    """An error's or any text on one line of at most `longest` characters, without a closing full
-    stop.
+    """A text, such as that of an error, in one line of at most `longest` characters, without a
+    final full stop.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     text = text.encode("utf-8", "backslashreplace").decode()
@@ -113,19 +113,19 @@ def offending_field(
     build: Callable[[dict[str, Any]], object],
     seconds: float = 3.0,
 ) -> str | None:
-    """The field without which a configuration can be used, with its value, for a message.
+    """The field that makes a configuration unusable, with its value, for an error message.
 
-    Fields are left out one by one, which gives them their class's defaults: first those whose value
-    the error shows, then in their order, those of nested configurations before these themselves.
+    Removes one field at a time, so that it gets its class's default, and tries again: first the
+    fields whose value the error shows, then the others in order, nested fields first.
 
     Args:
-        fields: the whole configuration, which cannot be used.
-        raised: what it led to.
-        build: raises where one cannot be used.
-        seconds: none is tried after this time.
+        fields: the configuration.
+        raised: the exception that using it raised.
+        build: uses a configuration; raises if that fails.
+        seconds: stop searching after this time.
 
     Returns:
-        Such as "'text_config.hidden_act' (here 'x')"; None if none was found.
+        For example "'text_config.hidden_act' (here 'x')"; None if no single field was found.
     """
     end = time.monotonic() + seconds
     text = str(raised)
@@ -145,7 +145,7 @@ def offending_field(
 
 
 def _paths(fields: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Path and value of every field, those of nested objects before the objects."""
+    """(path, value) of every field, the fields of a nested object before the object itself."""
     for name, value in fields.items():
         if isinstance(value, Mapping):
             yield from (((name, *path), inner) for path, inner in _paths(value))

@@ -4,19 +4,19 @@
 
     model = from_pretrained("path/to/checkpoint", dtype="auto", device_map="auto")
 
-transformers gives every layer of a model the one number of experts that config.json says: the
-largest here, so its own `from_pretrained` refuses the other layers' weights. The numbers of the
-single layers stand beside it:
+transformers gives every layer of a model the same number of experts, the one in config.json. Here
+that is the largest, so its own `from_pretrained` refuses the weights of the other layers. The
+number of each layer is in another field of config.json:
 
     "experts_per_layer": {
       "count_fields": ["num_experts"],
       "counts": {"model.layers.0.mlp.experts": 96, "model.layers.1.mlp.experts": 64}
     }
 
-`count_fields` are the fields of the configuration (dotted where they are nested) that give a
-number to all layers, `counts` are the numbers of the single experts modules. The model is built
-once for every number that occurs, without weights, and each decoder layer is taken from the model
-with its own number. Loading, saving, devices and quantization are the library's.
+`count_fields` are the fields of the configuration (dotted if nested) that set the number of experts
+of all layers; `counts` is the number of experts of each experts module. The model is built once for
+every number that occurs, without weights, and each decoder layer is taken from the model with that
+layer's number. Loading, saving, devices and quantization are the library's.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")  # where t
 
 
 def from_pretrained(path_or_id: str, **options: Any) -> PreTrainedModel:
-    """Load the model, as its class's own `from_pretrained` would.
+    """Loads the model, as the `from_pretrained` of its class does.
 
     Args:
         path_or_id: folder of the checkpoint, or its hub id.
-        options: what the library's `from_pretrained` takes (`dtype`, `device_map`, ...).
+        options: arguments of the library's `from_pretrained` (`dtype`, `device_map`, ...).
 
     Raises:
         ValueError: transformers has no class for the model, or the settings are damaged.
@@ -62,7 +62,7 @@ def from_pretrained(path_or_id: str, **options: Any) -> PreTrainedModel:
                 "or load_model of reap_driver"
             )
         config = cls.config_class.from_pretrained(path_or_id, **hub)
-        config.model_type = cls.config_class.model_type  # not an alias the library does not know
+        config.model_type = cls.config_class.model_type  # config.json may have an unknown alias
     with built_per_layer(cls):
         model: PreTrainedModel = cls.from_pretrained(path_or_id, config=config, **options)
     return model
@@ -70,10 +70,8 @@ def from_pretrained(path_or_id: str, **options: Any) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def built_per_layer(cls: Any) -> Iterator[None]:
-    """Inside, models of class `cls` get the numbers of experts that their configuration gives each
-    layer.
-
-    A configuration without such numbers builds what it always builds.
+    """Inside, each layer of a model of class `cls` has the number of experts that `counts` of its
+    configuration gives; models whose configuration has no `counts` are built as usual.
     """
     own, inherited = cls.__init__, "__init__" not in vars(cls)
 
@@ -98,7 +96,7 @@ def built_per_layer(cls: Any) -> Iterator[None]:
 
 
 def _settings(config: PretrainedConfig) -> tuple[list[str], Mapping[str, int]]:
-    """Fields that count experts, and the number of each layer; both empty without settings."""
+    """`count_fields` and `counts` of a configuration; both empty if it has neither."""
     found = getattr(config, SETTINGS, None)
     if found is None:
         return [], {}
@@ -115,7 +113,7 @@ def _settings(config: PretrainedConfig) -> tuple[list[str], Mapping[str, int]]:
 
 
 def _with_count(config: PretrainedConfig, fields: list[str], count: int) -> PretrainedConfig:
-    """A copy of the configuration that counts as many experts in every layer."""
+    """A copy of the configuration that gives every layer this number of experts."""
     changed = copy.deepcopy(config)
     for field in fields:
         *path, name = field.split(".")
@@ -133,22 +131,22 @@ def _with_count(config: PretrainedConfig, fields: list[str], count: int) -> Pret
 
 
 def _field(part: Any, name: str) -> Any:
-    """A field of a configuration, or of a part of one that is no configuration of its own."""
+    """A field of a configuration, or of a nested object that is a plain dictionary."""
     return part[name] if isinstance(part, dict) else getattr(part, name)
 
 
 def _decoder_layer(name: str) -> str:
-    """`model.layers.3` of `model.layers.3.mlp.experts`: up to the first number."""
+    """`model.layers.3` for `model.layers.3.mlp.experts`: everything up to the first number."""
     path = name.split(".")
     number = next((place for place, part in enumerate(path) if part.isdigit()), len(path))
     return ".".join(path[: number + 1])
 
 
 def _take_layer(model: nn.Module, other: nn.Module, name: str) -> None:
-    """Put a layer of another model in the place of the model's own.
+    """Replaces a layer of a model by the same layer of another model.
 
-    What does not depend on the number of experts reads the model's configuration again, so that it
-    follows when that changes (`set_attn_implementation`).
+    Its modules that do not depend on the number of experts share the configuration object of the
+    first model, so that later changes of it (`set_attn_implementation`) reach them.
     """
     try:
         old, new = model.get_submodule(name), other.get_submodule(name)

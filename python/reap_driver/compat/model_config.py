@@ -20,7 +20,7 @@ from reap_kernels.schema import short
 
 CORRECT = "correct the field, or use the transformers version the checkpoint was made for"
 
-# Keys that say how a model was stored or is run, not which model it is.
+# Fields about how a model is stored or run, which do not identify it.
 _VOLATILE_KEYS = frozenset(
     {
         "architectures",
@@ -48,15 +48,24 @@ _VOLATILE_KEYS = frozenset(
 
 @typed
 def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Read the configuration of a local checkpoint folder or of a hub id.
+    """Load the configuration of a checkpoint.
 
-    A `model_type` unknown to transformers (Kimi-K2's `kimi_k2`) is resolved through
-    `architectures[0]` when that names a class the library has; native classes are preferred to code
-    shipped with a checkpoint.
+    If transformers does not know the `model_type` (Kimi-K2's `kimi_k2`), the class that
+    `architectures[0]` names is used. Classes of transformers are preferred to code that comes with
+    the checkpoint.
+
+    Args:
+        path_or_id: folder of the checkpoint, or hub id.
+        trust_remote_code: run code that comes with the checkpoint, if config.json names some.
 
     Raises:
-        CheckpointError: no readable `config.json` there.
-        UnsupportedModel: neither `model_type` nor `architectures[0]` is known.
+        CheckpointError: there is no `config.json`, it cannot be read, or it has invalid values.
+        UnsupportedModel: transformers knows neither `model_type` nor `architectures[0]`.
+
+    Example:
+        >>> config = load_config("Qwen/Qwen3-30B-A3B")
+        >>> config.num_experts
+        128
     """
     raw = read_config(path_or_id)
     model_type, architecture = raw.get("model_type"), (raw.get("architectures") or [None])[0]
@@ -83,25 +92,24 @@ def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> P
 def _known_config(
     path_or_id: str, model_type: object, architecture: str | None, *, remote: bool
 ) -> PretrainedConfig | None:
-    """What the class for it makes of config.json; None where there is no class."""
+    """The configuration; None if neither transformers nor the checkpoint has a class for it."""
     if model_type in CONFIG_MAPPING and not remote:
         return CONFIG_MAPPING[str(model_type)].from_pretrained(path_or_id)
     native = native_class(architecture)
     if native is not None and native.config_class is not None:
         with quiet("transformers.configuration_utils"):  # warns of the alias
             config = native.config_class.from_pretrained(path_or_id)
-        # The library looks up a model's key conversions by this name; an alias has none.
+        # The library finds the key conversions of a model by this name; it has none for an alias.
         config.model_type = native.config_class.model_type
         return config
     return AutoConfig.from_pretrained(path_or_id, trust_remote_code=True) if remote else None
 
 
 def config_digest(config: PretrainedConfig) -> str:
-    """`sha256:...` over what identifies the model: fields that differ from its class's defaults.
+    """`sha256:...` over the fields that identify the model (`identifying_fields`).
 
-    Fields that say how the model is stored or run (dtype, cache, quantization, version, paths) are
-    left out at every level, so a config in memory, saved, reloaded, dequantised, or read by another
-    transformers version that only added fields, keeps its digest.
+    The digest stays the same when a configuration is saved, reloaded, dequantized, or read by
+    another transformers version that only added fields.
     """
     identity = identifying_fields(config)
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), default=str)
@@ -109,16 +117,15 @@ def config_digest(config: PretrainedConfig) -> str:
 
 
 def identifying_fields(config: PretrainedConfig) -> dict[str, Any]:
-    """What `config_digest` is made of: the fields of one (sub) config that differ from its class's
-    defaults, less volatile ones.
+    """The fields of a configuration that differ from the defaults of its class, at every level,
+    except those about how the model is stored or run (dtype, cache, quantization, version, paths).
     """
     try:
         defaults = _plain(type(config)().to_dict())
-    except (TypeError, ValueError, AttributeError, KeyError):  # no default: every field counts
+    except (TypeError, ValueError, AttributeError, KeyError):  # no defaults: every field counts
         defaults = {}
-    kept: dict[str, Any] = {
-        "model_type": type(config).model_type
-    }  # an alias such as kimi_k2 lives on the instance
+    # The class has the type's own name; an alias such as kimi_k2 is on the instance.
+    kept: dict[str, Any] = {"model_type": type(config).model_type}
     for key, value in _plain(config.to_dict()).items():
         if key.startswith("_") or key in _VOLATILE_KEYS:
             continue
@@ -131,7 +138,7 @@ def identifying_fields(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's view of a value: tuples are lists, keys are strings."""
+    """A value as JSON represents it: tuples are lists, keys are strings."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -140,9 +147,9 @@ def _plain(value: Any) -> Any:
 
 
 def quantization_settings(config: PretrainedConfig) -> Mapping[str, Any] | None:
-    """How the checkpoint is quantised, as its config.json says; None if it holds plain floats.
+    """`quantization_config` of a checkpoint; None if its weights are not quantized.
 
-    Models with images or sound may say it in the configuration of their text model (Kimi-K2.5).
+    Multimodal models may have it in the configuration of their text model (Kimi-K2.5).
     """
     found: Any = getattr(config, "quantization_config", None)
     if found is None:
@@ -151,14 +158,14 @@ def quantization_settings(config: PretrainedConfig) -> Mapping[str, Any] | None:
 
 
 def native_class(architecture: str | None) -> type[PreTrainedModel] | None:
-    """The model class of that name in transformers, if there is one."""
+    """The model class of this name in transformers; None if it has none."""
     found = getattr(transformers, architecture, None) if architecture else None
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 @contextlib.contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """Silence some of transformers' loggers while what they would report is handled here."""
+    """Inside, some of transformers' loggers are silent: the caller handles what they report."""
     targets = [logging.getLogger(name) for name in loggers]
     before = [target.level for target in targets]
     for target in targets:

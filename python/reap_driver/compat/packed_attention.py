@@ -1,8 +1,8 @@
-"""transformers' attention masks of packed sequences: made of what is known, never sought.
+"""Gives transformers the boundaries of packed documents, from which it makes attention masks.
 
-The library takes positions that do not follow each other for the beginning of another document. It
-looks for them by asking the device in every forward, and not all of its models let it: gpt_oss and
-afmoe keep their positions to themselves in 5.18, glm4v_moe and ernie4_5_vl_moe expand them before.
+By itself, the library takes every break in `position_ids` for the start of a document. It searches
+for breaks in every forward, which waits for the device, and not in all models: in 5.18, gpt_oss and
+afmoe do not pass their positions on, glm4v_moe and ernie4_5_vl_moe pass them with more dimensions.
 """
 
 import contextlib
@@ -18,10 +18,11 @@ from reap_kernels.errors import UnsupportedModel
 
 
 def documents_of(position_ids: Tensor) -> Tensor | None:
-    """[batch, seq] int64: which document of its row a token is of; None where a row is but one.
+    """[batch, seq] int64: the index of each token's document in its row; None if every row is one
+    document.
 
     Args:
-        position_ids: [batch, seq]; in a document they follow each other.
+        position_ids: [batch, seq]; consecutive within a document.
     """
     begins = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
     return begins.cumsum(1) if bool(begins.any()) else None
@@ -29,9 +30,9 @@ def documents_of(position_ids: Tensor) -> Tensor | None:
 
 @contextlib.contextmanager
 def never_packed() -> Iterator[None]:
-    """Inside, no documents are looked for in a sequence: the caller knows that there is but one.
+    """Inside, the library does not search for documents: the caller knows that no row is packed.
 
-    A streamed model has a forward a layer and batch, each of which would wait for the device.
+    A streamed model runs one forward per layer and batch, each of which would wait for the device.
     """
     with _replaced("find_packed_sequence_indices", lambda position_ids: None):
         yield
@@ -39,13 +40,13 @@ def never_packed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def packed(documents: Tensor) -> Iterator[None]:
-    """Inside, every attention mask the library makes keeps these documents apart.
+    """Inside, every attention mask that the library makes keeps tokens to their own document.
 
     Args:
-        documents: [batch, seq], of `documents_of`.
+        documents: [batch, seq], from `documents_of`.
 
     Raises:
-        UnsupportedModel: when it ends, no mask was asked for: the model makes its own.
+        UnsupportedModel: on exit, if the library made no mask: the model makes its own.
     """
     prepare = masking_utils._preprocess_mask_arguments
     signature = inspect.signature(prepare)
@@ -55,7 +56,7 @@ def packed(documents: Tensor) -> Iterator[None]:
         nonlocal made
         made += 1
         bound = signature.bind(*args, **kwargs)
-        # In place of positions, in which they then need not be found.
+        # The document indices replace the positions that the library would derive them from.
         bound.arguments["position_ids"] = _moved(documents, bound.arguments["inputs_embeds"].device)
         return prepare(*bound.args, **bound.kwargs)
 
@@ -72,14 +73,14 @@ def packed(documents: Tensor) -> Iterator[None]:
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for its queue."""
+    """The tensor on the device, copied without waiting for work that is queued there."""
     on_gpu = device.type == "cuda"
     return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
 
 
 @contextlib.contextmanager
 def _replaced(name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the library's own calls of one of its functions of masks go to another."""
+    """Inside, the library's calls of one of its mask functions go to `function`."""
     before = getattr(masking_utils, name)
     setattr(masking_utils, name, function)
     try:

@@ -1,10 +1,10 @@
-"""Loading a checkpoint in parts: first all but its decoder layers, then each layer when asked for.
+"""Loads a checkpoint in parts: first everything but its decoder layers, then layers on request.
 
-transformers' own `from_pretrained` builds the model, and its own conversion code makes every
-tensor; only which keys are loaded when is decided here. Two functions of the library are replaced
-while that happens: the one that loads all keys (to load some), and the one that puts a tensor into
-the model (to gather stacked experts, which are converted a few at a time, so that memory holds each
-of them once).
+transformers' own `from_pretrained` builds the model and its conversion code makes every tensor;
+this file only decides which keys are loaded when. Meanwhile it replaces two functions of the
+library: the one that loads all keys, to load some of them, and the one that puts a tensor into the
+model, to assemble stacked experts. These are converted a few at a time, so that memory does not
+hold a second copy of all of them.
 """
 
 import contextlib
@@ -33,21 +33,21 @@ _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 
 _REMEDY = "use the config.json and weights of one and the same checkpoint"
 
-# Bytes on disk that are read and converted together.
+# Bytes on disk that are read and converted at once.
 CHUNK_BYTES = 128 << 20
 
 
 class LazyTensor(ABC):
-    """A tensor of a checkpoint that is read when it is indexed, as the library expects it."""
+    """A tensor of a checkpoint that is read when it is indexed, like the library's own slices."""
 
-    nbytes: int
+    nbytes: int  # that reading and converting it takes in memory, for dividing layers into chunks
 
     @abstractmethod
     def __getitem__(self, index: Any) -> Tensor: ...
 
     @abstractmethod
     def get_dtype(self) -> str:
-        """The safetensors name of its dtype."""
+        """Its dtype, as safetensors names it."""
 
     @abstractmethod
     def get_shape(self) -> list[int]:
@@ -56,12 +56,12 @@ class LazyTensor(ABC):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Keys that are read and converted together; the experts of a list may be spread over several.
+    """Keys that are read and converted at once. Stacked experts may be spread over several chunks.
 
     Attributes:
-        keys: on disk.
-        experts: for each model tensor that this chunk makes a part of, how many experts it has in
-            all; the chunks of a tensor follow each other in the order of its experts.
+        keys: the keys on disk.
+        experts: model tensor of which this chunk makes only a part -> its total number of experts.
+            The chunks of a tensor follow each other in the order of its experts.
     """
 
     keys: tuple[str, ...]
@@ -73,7 +73,7 @@ class PartialLoad:
     methods may be called after that.
 
     Attributes:
-        model: the model; its decoder layers are on the meta device until loaded.
+        model: the model; its decoder layers are on the meta device until they are loaded.
         layers: qualified name and module of every decoder layer.
     """
 
@@ -93,25 +93,31 @@ class PartialLoad:
         self._loaded: dict[str, tuple[Tensor, int]] = {}
 
     def chunks(self, layer: int) -> list[Chunk]:
-        """What a layer is loaded from, in order."""
+        """The chunks that a layer is loaded from, in order."""
         return self._chunks[layer]
 
     def load(self, chunks: Iterable[Chunk], layer: int, device: torch.device) -> None:
         """Reads and converts the chunks of one layer and puts its tensors into the model.
 
+        Args:
+            chunks: those of `chunks(layer)`.
+            layer: index of the layer.
+            device: where its tensors go.
+
         Raises:
-            CheckpointError: a tensor cannot be converted, or has not the shape config.json says.
+            CheckpointError: a tensor cannot be converted, or has another shape than config.json
+                gives.
         """
         gathered: dict[str, list[Tensor]] = {}
         refused: dict[str, list[int]] = {}
         config = replace(self._load_config, device_map={"": str(device)})
         for chunk in chunks:
-            with _placing(self._placer(chunk, gathered)), _alone(), partial_blocks():
+            with _placing(self._placer(chunk, gathered)), _in_this_thread(), partial_blocks():
                 wanted = {key: self._tensors[key] for key in chunk.keys}
                 info, _ = _convert_and_load(self.model, wanted, config)
             for name, text in info.conversion_errors.items():
-                said = " ".join(str(text).strip().splitlines()[-2:])  # before it is a traceback
-                raise CheckpointError(f"{name}: cannot be converted ({said[:300]}); {_REMEDY}")
+                reason = " ".join(str(text).strip().splitlines()[-2:])  # after a traceback
+                raise CheckpointError(f"{name}: cannot be converted ({reason[:300]}); {_REMEDY}")
             refused |= {name: list(shape) for name, shape, _ in info.mismatched_keys}
         for name, blank in self._blank[layer].items():
             found = _tensor(self.model, name)
@@ -128,13 +134,13 @@ class PartialLoad:
             _put(self.model, name, blank)
 
     def tied(self) -> str | None:
-        """A tensor of a decoder layer that is another module's too, if there is one."""
+        """Name of a tensor of a decoder layer that another module shares; None if there is none."""
         pairs = getattr(self.model, "all_tied_weights_keys", None) or {}
-        tied = {*pairs, *pairs.values()}  # the checkpoint may have it under either name
+        tied = {*pairs, *pairs.values()}  # the checkpoint may use either name
         return next((name for blanks in self._blank for name in blanks if name in tied), None)
 
     def _placer(self, chunk: Chunk, gathered: dict[str, list[Tensor]]) -> Callable[..., None]:
-        """What stands in for the library's function that puts a tensor into the model."""
+        """The replacement for the library's function that puts a tensor into the model."""
 
         def place(
             model: PreTrainedModel, name: str, value: Tensor, info: Any, quantizer: Any
@@ -162,7 +168,9 @@ class PartialLoad:
         return place
 
     def _begin(self, model: PreTrainedModel, load_config: Any, offload: Any) -> Any:
-        """Stands in for the library's loading of all keys: loads those outside decoder layers."""
+        """Replaces the library's function that loads all keys: loads those outside decoder
+        layers.
+        """
         self.model, self._load_config = model, load_config
         self.layers = self._split(model)
         keys = KeyMap(model, load_config.weight_mapping)
@@ -186,7 +194,7 @@ class PartialLoad:
         info, offload = _convert_and_load(model, outside, load_config, offload)
         for blanks in self._blank:
             info.missing_keys -= blanks.keys()
-            for name in blanks:  # initialisation leaves alone what counts as loaded
+            for name in blanks:  # the library does not initialize what is marked as loaded
                 _tensor(model, name)._is_hf_initialized = True  # type: ignore[attr-defined]
         self._loaded = {
             name: (_tensor(model, name), _tensor(model, name)._version)
@@ -196,15 +204,16 @@ class PartialLoad:
         return info, offload
 
     def restore(self) -> None:
-        """Loads again what initialisation changed after it was loaded, outside decoder layers.
+        """Loads again the tensors outside decoder layers that the library changed after loading
+        them.
 
-        The library initialises a module whose buffers are not in the checkpoint, and some classes
-        (zaya's router) then write to tensors that were.
+        The library initializes modules whose buffers are not in the checkpoint; in some classes
+        (zaya's router) that also writes to tensors that were loaded.
         """
         changed = [name for name, (t, version) in self._loaded.items() if t._version != version]
         keys = {key: self._tensors[key] for name in changed for key in self._keys[name]}
         if keys:
-            with _alone(), partial_blocks():
+            with _in_this_thread(), partial_blocks():
                 _convert_and_load(self.model, keys, self._load_config)
         self._loaded = {}
 
@@ -214,11 +223,12 @@ def load_in_parts(
     tensors: Mapping[str, LazyTensor],
     split: Callable[[PreTrainedModel], list[tuple[str, nn.Module]]],
 ) -> Iterator[PartialLoad]:
-    """While active, `from_pretrained` loads only what lies outside the layers that `split` names.
+    """Inside, `from_pretrained` loads only what is outside the layers that `split` returns.
 
     Args:
         tensors: every tensor of the checkpoint, by its key.
-        split: the decoder layers of a model: qualified name and module; none: all is loaded.
+        split: qualified names and modules of a model's decoder layers; if it returns none,
+            everything is loaded.
     """
     parts = PartialLoad(tensors, split)
 
@@ -227,7 +237,8 @@ def load_in_parts(
     ) -> Any:
         return parts._begin(model, load_config, disk_offload_index)
 
-    with _replaced(modeling_utils, "convert_and_load_state_dict_in_model", begin), _alone():
+    replaced = _replaced(modeling_utils, "convert_and_load_state_dict_in_model", begin)
+    with replaced, _in_this_thread():
         yield parts
 
 
@@ -236,8 +247,8 @@ def divide_into_chunks(
 ) -> list[Chunk]:
     """Divides the keys of one layer into chunks of about `size` bytes.
 
-    Tensors that one conversion needs together stay together, but for stacked experts whose
-    conversion treats each expert alone.
+    Tensors that one conversion combines are in one chunk, unless it stacks experts and converts
+    each expert by itself.
     """
     groups: dict[str, list[str]] = {}
     for key in sorted(names, key=dot_natural_key):
@@ -248,7 +259,7 @@ def divide_into_chunks(
     for target, group in groups.items():
         lists = keys.expert_lists(group)
         if lists:
-            chunks += _experts(target, lists, tensors, size)
+            chunks += _expert_chunks(target, lists, tensors, size)
             continue
         small += group
         held += sum(tensors[key].nbytes for key in group)
@@ -258,10 +269,10 @@ def divide_into_chunks(
     return [*chunks, Chunk(tuple(small))] if small else chunks
 
 
-def _experts(
+def _expert_chunks(
     target: str, lists: Sequence[Sequence[str]], tensors: Mapping[str, LazyTensor], size: int
 ) -> Iterator[Chunk]:
-    """Chunks of whole experts."""
+    """Chunks of stacked experts, each of several whole experts."""
     total = len(lists[0])
     each = sum(tensors[key].nbytes for keys in lists for key in keys) // total
     step = max(1, size // max(1, each))
@@ -304,11 +315,12 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """The library's loading without its threads, its bars and its report, one for every part.
+def _in_this_thread() -> Iterator[None]:
+    """Inside, the library loads in the calling thread and shows no progress bars or reports, of
+    which there would be one per part.
 
-    Tensors are then read in the calling thread: those ahead are read by threads of our own, and on
-    a GPU every copy and conversion goes to one stream.
+    `load.tensor_reader` reads ahead in threads of its own. On a GPU, all copies and conversions
+    must go to one stream.
     """
     shown = library_logging.is_progress_bar_enabled()
     logger = logging.getLogger("transformers.core_model_loading")

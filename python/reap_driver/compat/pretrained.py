@@ -1,4 +1,4 @@
-"""Configurations and models: resolve, digest, load, build on meta; the class for a config."""
+"""Models: their class for a configuration, built on the meta device, and loaded."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ from reap_driver.files.compressed_scheme import is_compressed
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from reap_kernels.schema import short
 
-# Auto mappings tried, in order, for a config whose `architectures` names no class we can use.
+# Auto mappings tried in this order if `architectures` of a configuration names no usable class.
 _AUTO_MAPPINGS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
@@ -33,16 +33,16 @@ _AUTO_MAPPINGS = (
     "MODEL_MAPPING",
 )
 
-# Quantised formats that transformers can unpack to plain floats while loading, by config class.
+# Quantization methods that transformers can dequantize while loading -> its class of settings.
 DEQUANTIZED_ON_LOAD = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 
 
 def read_model(
     path_or_id: str | Path, *, trust_remote_code: bool = False
 ) -> tuple[PretrainedConfig, PreTrainedModel]:
-    """The configuration of a checkpoint, and its model on the meta device; no weights are read.
+    """The configuration of a checkpoint, and its model on the meta device. Reads no weights.
 
-    Whatever config.json holds, the outcome is a model or one error that names the file.
+    Whatever config.json contains, the result is a model or one error that names the file.
 
     Raises:
         CheckpointError, UnsupportedModel: see `load_config`, `model_class` and `meta_model`.
@@ -55,7 +55,7 @@ def read_model(
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class to build for `config`: the one `architectures[0]` names if it fits, else Auto's.
+    """The model class for a configuration: that of `architectures[0]` if it fits, else Auto's.
 
     Raises:
         UnsupportedModel: transformers has no model class for this configuration.
@@ -93,13 +93,14 @@ def from_checkpoint(
     offload_folder: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """What the library's own `from_pretrained` makes of a checkpoint, and its report of loading.
+    """Loads a checkpoint by the library's own `from_pretrained`; returns the model and the
+    library's loading report, which `check_loading` evaluates.
 
-    What compressed-tensors stores is expected as plain weights (`compressed.matrices` makes them).
+    Weights of compressed-tensors must have been replaced by dequantized ones
+    (`load.compressed_matrices`).
 
     Raises:
-        CheckpointError: the library cannot load it; what its report says is not judged
-            (`check_loading` does).
+        CheckpointError: the library cannot load the checkpoint.
         UnsupportedModel: see `model_class`.
     """
     cls = model_class(config)
@@ -113,7 +114,7 @@ def from_checkpoint(
         )
     if device_map is not None:
         options.update(device_map=device_map, offload_folder=offload_folder)
-    # Its report of missing keys is raised below; its tensor-parallel advice is noise.
+    # `check_loading` raises what it warns of; its advice on tensor parallelism does not apply.
     noisy = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
     remedy = "check config.json, generation_config.json and the weights, or download them again"
     with wrap_errors(f"{path_or_id}: the model cannot be loaded", remedy):
@@ -123,7 +124,7 @@ def from_checkpoint(
                 config=config,
                 dtype=dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported, and refused by check_loading
+                ignore_mismatched_sizes=True,  # check_loading raises for them
                 **options,
             )
         return model.eval(), info
@@ -132,14 +133,14 @@ def from_checkpoint(
 def meta_model(
     config: PretrainedConfig, cls: type[PreTrainedModel] | None = None
 ) -> PreTrainedModel:
-    """Build the model of `config` on the meta device: names and shapes of tensors, no memory.
+    """Builds the model of a configuration on the meta device: names and shapes, no memory.
 
     Args:
         config: the configuration.
-        cls: the class to build, by default `model_class(config)`.
+        cls: the class to build; `model_class(config)` by default.
 
     Raises:
-        CheckpointError: the configuration has values that no model can be built with.
+        CheckpointError: no model can be built with the values of the configuration.
     """
     from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
@@ -166,7 +167,7 @@ def meta_model(
 
 
 def _remote_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class a checkpoint's own code declares (the config was loaded with trust_remote_code)."""
+    """The model class in a checkpoint's own code, whose configuration was loaded from there too."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     auto_map = getattr(config, "auto_map", None) or {}
@@ -186,7 +187,7 @@ def _remote_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def _quant_method(config: PretrainedConfig) -> str | None:
-    """Name of the checkpoint's quantization format, None if it holds plain floats."""
+    """`quant_method` of the checkpoint; None if its weights are not quantized."""
     found = quantization_settings(config)
     if found is None:
         return None
@@ -195,7 +196,7 @@ def _quant_method(config: PretrainedConfig) -> str | None:
 
 
 def _unquantized(config: PretrainedConfig) -> PretrainedConfig:
-    """The same without a word of quantization: the library then builds plain modules."""
+    """A copy without `quantization_config`, for which the library builds ordinary modules."""
     plain = copy.deepcopy(config)
     for part in (plain, plain.get_text_config()):
         if hasattr(part, "quantization_config"):
@@ -204,10 +205,11 @@ def _unquantized(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def check_loading(path_or_id: str | Path, info: dict[str, Any], model: PreTrainedModel) -> None:
-    """Raise when loading left tensors random, of another shape, or experts and routers unused.
+    """Evaluates the library's loading report.
 
     Raises:
-        CheckpointError: names the first such tensor.
+        CheckpointError: a tensor is missing, has another shape than in the model, or belongs to an
+            expert or router that the model does not have. Names the first such tensor.
     """
     errors = info.get("conversion_errors") or info.get("error_msgs")
     if errors:
@@ -233,10 +235,10 @@ def check_loading(path_or_id: str | Path, info: dict[str, Any], model: PreTraine
 
 
 def _is_routed(key: str, layers: set[str]) -> bool:
-    """Whether a key unknown to the model belongs to experts or a router of a layer the model has.
+    """Whether a key that the model lacks belongs to an expert or router of a layer that it has.
 
-    Multi-token-prediction layers sit past the model's last layer or under a module of their own,
-    and may be ignored.
+    Keys of multi-token-prediction layers, which follow the last layer or are in a module of their
+    own, may be ignored.
     """
     mentions = any(part in key for part in ("expert", "router", ".gate.", ".moe."))
     return mentions and any(key.startswith(layer + ".") for layer in layers)

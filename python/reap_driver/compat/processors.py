@@ -1,4 +1,4 @@
-"""The processors of models that take images: token ids and pixels from a text and its images."""
+"""Loads the processor of a model: it makes token ids and pixels from a text and its images."""
 
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,13 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 def load_processor(
     model: str | Path, config: PretrainedConfig, tokenizer: Any, *, trust_remote_code: bool
 ) -> Any | None:
-    """The processor of a model, called with `text` and `images`; None where it has none for images.
+    """The processor of a model, called with `text` and `images`; None if it has none for images.
 
-    Where a library that it needs for videos or sound alone is missing (torchvision), the same
+    If a library is missing that it needs only for video or audio (torchvision), it is loaded
     without its parts for these.
 
     Raises:
-        Whatever the library does where files are missing or damaged.
+        Exception: of any class, from the library, if files are missing or damaged.
     """
     trust = {"trust_remote_code": True} if trust_remote_code else {}
     try:
@@ -31,7 +31,7 @@ def load_processor(
 
 
 def _for_images(cls: Any) -> Any:
-    """The class of a processor that may do without its parts for anything but text and images."""
+    """A subclass of a processor class that allows its parts for video and audio to be missing."""
 
     def check(self: Any, name: str, part: Any) -> Any:
         if part is None:

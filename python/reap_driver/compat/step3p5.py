@@ -1,6 +1,6 @@
-"""Step-3.5-Flash as a causal language model: transformers ships its text stack but no head for it.
+"""Step-3.5-Flash as a causal language model: transformers has the text model but not the head.
 
-The published checkpoint says `architectures: ["Step3p5ForCausalLM"]`, `model_type: "step3p5"`.
+The published checkpoint has `architectures: ["Step3p5ForCausalLM"]` and `model_type: "step3p5"`.
 transformers maps that type to `Step3p7TextConfig` and has `Step3p7TextModel`; only the class that
 adds the language-model head is missing.
 """
@@ -30,7 +30,8 @@ class Step3p5ForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = Step3p7TextModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # The text model declares the MTP layers ignorable; loading asks the outermost class.
+        # Keys of MTP layers, which the text model ignores; loading reads the outermost class's
+        # list.
         self._keys_to_ignore_on_load_unexpected = self.model._keys_to_ignore_on_load_unexpected
         self.post_init()
 
@@ -51,7 +52,9 @@ class Step3p5ForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
 
 
 def _register_conversion() -> None:
-    """Give the class step3p7's key conversions, less those that insert multimodal prefixes."""
+    """Registers step3p7's key conversions for the class, except those that insert the
+    prefixes of the multimodal model.
+    """
     conversions = [
         conversion
         for conversion in get_checkpoint_conversion_mapping("step3p7")

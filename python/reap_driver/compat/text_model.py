@@ -1,7 +1,8 @@
-"""The part of a model that reads text, for models that have no forward of their own.
+"""Finds the part of a model that takes text, for models without a forward of their own.
 
-Qwen3-Omni whole is a thinker, a talker and a vocoder that its `generate` calls in turn; the model
-itself cannot be called. transformers names the part that text goes to by its configuration.
+The complete Qwen3-Omni consists of a thinker, a talker and a vocoder that its `generate` calls in
+turn; the model itself cannot be called. `get_text_config` of its configuration identifies the part
+that takes text.
 """
 
 from torch import nn
@@ -11,11 +12,11 @@ from reap_kernels.errors import UnsupportedModel
 
 
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, or where it has no forward, the outermost part that shares its text
-    configuration and has one.
+    """The model itself; or, if it has no forward, its outermost part that has one and has the same
+    text configuration.
 
     Raises:
-        UnsupportedModel: no part has.
+        UnsupportedModel: there is no such part.
 
     Example:
         >>> text_model(whole_qwen3_omni) is whole_qwen3_omni.thinker
@@ -25,13 +26,13 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def text_prefix(model: PreTrainedModel) -> str:
-    """What the names of everything in `text_model` begin with: nothing, or `thinker.`."""
+    """Prefix of the names of everything in `text_model`: empty, or for example `thinker.`."""
     name = _named(model)[0]
     return name + "." if name else ""
 
 
 def _named(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:
-    """Qualified name and module of the part."""
+    """Qualified name and module of the part that takes text."""
     if _runs(model):
         return "", model
     text = model.config.get_text_config()
@@ -46,5 +47,5 @@ def _named(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:
 
 
 def _runs(model: nn.Module) -> bool:
-    """Whether its class says how it is called; what hooks wrap, they wrap in the instance."""
+    """Whether the class of a model defines a forward; hooks replace that of the instance."""
     return type(model).forward is not nn.Module.forward

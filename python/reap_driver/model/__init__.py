@@ -1,1 +1,3 @@
-"""What is known of a model: its MoE layers, their adapters, and which tensors hold experts."""
+"""Models in memory: their MoE layers, adapters for observing them, and which tensors hold
+experts.
+"""

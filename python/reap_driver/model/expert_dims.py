@@ -1,7 +1,7 @@
-"""Which tensors of a model in memory hold experts: it and its double, built on meta, compared.
+"""Finds which tensors of a model in memory hold experts, and in which dimension.
 
-The double has twice the experts: whatever divides their number (routing groups) divides that too,
-and no plan is needed to know where experts are.
+The model is compared with one on the meta device that has twice as many experts: routing groups
+that divide the number of experts divide twice that number too.
 """
 
 import functools
@@ -17,16 +17,16 @@ from reap_kernels.errors import UnsupportedModel
 
 
 def expert_dims(model: PreTrainedModel, layers: Mapping[str, int]) -> dict[str, ExpertDim]:
-    """Where the tensors of a loaded model hold experts, by their names in its state dict; tensors
-    of single experts (in an `nn.ModuleList`) are not among them.
+    """Where the tensors of a model hold experts, by name in its state dict. Tensors of single
+    experts (in an `nn.ModuleList`) are not included.
 
     Args:
-        model: only shapes are read.
+        model: the model; only its shapes are read.
         layers: name of every MoE layer -> its number of experts.
 
     Raises:
-        UnsupportedModel: the configuration does not say how many experts a layer has, or a shape
-            depends on that in a way that is not rows per expert.
+        UnsupportedModel: the configuration has no field with the number of experts of a layer, or a
+            shape depends on it in another way than a number of rows per expert.
     """
     config, own = model.config, _shapes(model)
     stacks = stacks_of(model, layers)
@@ -38,7 +38,7 @@ def expert_dims(model: PreTrainedModel, layers: Mapping[str, int]) -> dict[str, 
         )
     twice = {name: 2 * count for name, count in layers.items()}
     raw = with_counts(config.to_diff_dict(), config.to_dict(), stacks, layers, twice)
-    # What only the loaded model has (scales of dequantised weights, say) is no part of the class.
+    # Tensors that only the loaded model has, such as scales of dequantized weights, are skipped.
     double = {name: shape for name, shape in _built(model, raw).items() if name in own}
     old = {name: own[name] for name in double}
     counts = {name: (layers[name], twice[name]) for name in layers}
@@ -46,10 +46,11 @@ def expert_dims(model: PreTrainedModel, layers: Mapping[str, int]) -> dict[str, 
 
 
 def stacks_of(model: PreTrainedModel, layers: Mapping[str, int]) -> list[Stack]:
-    """The stacks of a model in memory, or on meta, by the fields of its configuration's class.
+    """The stacks (see `model.stacks`) of a model in memory or on the meta device, in terms of the
+    fields of its configuration's class.
 
     Args:
-        model: only its class and configuration are read.
+        model: the model; only its class and configuration are read.
         layers: name of every MoE layer -> its number of experts.
     """
     config = model.config
@@ -58,10 +59,10 @@ def stacks_of(model: PreTrainedModel, layers: Mapping[str, int]) -> list[Stack]:
 
 
 def _built(model: PreTrainedModel, raw: Mapping[str, Any]) -> dict[str, Shape]:
-    """Shapes of a model of the same class with another configuration."""
+    """Shapes of a model of the same class, built from another configuration."""
     return _shapes(meta_model(type(model.config).from_dict(dict(raw)), type(model)))
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, Shape]:
-    """Every tensor of the state dict with its shape."""
+    """Name -> shape of every tensor of the state dict."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,10 +1,9 @@
-"""Which tensors of a model depend on the number of experts, found by building it twice on the meta
-device.
+"""Finds which tensors of a model hold experts, from its shapes with two numbers of experts.
 
-The same configuration with E and with E' experts: a tensor whose length along one dimension differs
-holds experts there, `length = E * block + tail`. `block` is the rows one expert takes, `tail` rows
-that belong to no routed expert (identity experts, shared rows of a router, a skip class). No
-architecture is named here.
+The model is built twice on the meta device, with E and with E' experts. A tensor whose length along
+one dimension differs holds experts there: `length = E * block + tail`. `block` is the number of
+rows per expert; `tail` the number of rows that belong to no routed expert (identity experts, shared
+rows of a router, a skip class). The code depends on no architecture.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,8 +17,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ExpertDim:
-    """Where a tensor holds a layer's experts: `block` rows each along `dim`, then `tail` rows that
-    stay.
+    """Where a tensor holds the experts of a layer.
+
+    Attributes:
+        layer: name of the MoE layer.
+        dim: the dimension along which the experts lie.
+        block: rows per expert.
+        tail: rows after those of the experts, which belong to none of them.
+        experts: number of experts of the layer.
     """
 
     layer: str
@@ -29,12 +34,15 @@ class ExpertDim:
     experts: int
 
     def length(self, experts: int) -> int:
-        """Length of the dimension with that many experts."""
+        """The length of the dimension with this many experts."""
         return experts * self.block + self.tail
 
     def rows(self, kept: Iterable[int], block: int | None = None) -> tuple[int, ...]:
-        """Positions to keep along `dim`, the tail included. `block` differs for scales of blocks of
-        rows.
+        """Positions along `dim` to keep: those of the kept experts, and the tail.
+
+        Args:
+            kept: ids of the experts to keep.
+            block: rows per expert, if not `self.block`: a tensor of scales has fewer.
         """
         size = self.block if block is None else block
         end = self.experts * size
@@ -44,14 +52,22 @@ class ExpertDim:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Every tensor (and every per-expert module list) that depends on the number of experts."""
+    """Every tensor, and every `nn.ModuleList` of experts, that depends on the number of experts.
 
-    counts: Mapping[str, int]  # experts of each layer
-    tensors: Mapping[str, ExpertDim]  # name in the model's state dict
-    lists: Mapping[str, str]  # prefix "...experts." of modules kept in a ModuleList -> layer
+    Attributes:
+        counts: layer -> its number of experts.
+        tensors: name in the model's state dict -> where it holds experts.
+        lists: prefix `...experts.` of the modules of a ModuleList -> layer.
+    """
+
+    counts: Mapping[str, int]
+    tensors: Mapping[str, ExpertDim]
+    lists: Mapping[str, str]
 
     def block_layer(self, name: str) -> str | None:
-        """The layer whose MoE block (`...mlp.` of `...mlp.experts`) a tensor or module is in."""
+        """The layer whose MoE block (`...mlp.` of `...mlp.experts`) contains a tensor or
+        module; None if there is none.
+        """
         for layer in self.layers:
             if name.startswith(_block_of(layer)):
                 return layer
@@ -59,24 +75,24 @@ class ExpertLayout:
 
     @cached_property
     def layers(self) -> set[str]:
-        """Layers found."""
+        """Layers with tensors or lists that depend on the number of experts."""
         return {dim.layer for dim in self.tensors.values()} | set(self.lists.values())
 
 
 def derive_layout(
     old: Mapping[str, Shape], new: Mapping[str, Shape], counts: Mapping[str, tuple[int, int]]
 ) -> ExpertLayout:
-    """Compare tensor shapes of a model and of the same model with other numbers of experts.
+    """Compares the tensor shapes of a model with those of the same model with other expert counts.
 
     Args:
-        old: shapes of the model.
-        new: shapes of the other one.
-        counts: layer -> its number of experts in the first and in the second; they differ.
+        old: name -> shape, of the model.
+        new: name -> shape, with the other numbers of experts.
+        counts: layer -> its number of experts in `old` and in `new`, which differ.
 
     Raises:
-        PlanError: a layer of the plan holds no experts, or a MoE layer of the model is not in the
-            plan.
-        UnsupportedModel: a shape depends on the count in a way that is not rows per expert.
+        PlanError: no tensor of a layer depends on its number of experts.
+        UnsupportedModel: a shape depends on the number of experts in another way than a number of
+            rows per expert, or belongs to none of the layers.
     """
     names = sorted(counts)
     tensors: dict[str, ExpertDim] = {}
@@ -97,8 +113,7 @@ def derive_layout(
     if idle:
         raise PlanError(
             f"plan: layer {idle[0]!r} holds nothing that depends on the number of experts in this "
-            "model; "
-            "make the plan from statistics of this very model."
+            "model; make the plan from statistics of this very model."
         )
     return layout
 
@@ -106,8 +121,8 @@ def derive_layout(
 def followers(
     old: Mapping[str, Shape], new: Mapping[str, Shape], layers: Iterable[str]
 ) -> set[str]:
-    """The layers in which two models of other numbers of experts differ: in a tensor, or in the
-    length of a list of experts.
+    """The layers in which two models differ, by the shape of a tensor or the length of a list of
+    experts.
     """
     names = sorted(layers)
     both = old.keys() & new.keys()
@@ -117,13 +132,13 @@ def followers(
 
 
 def _different(old: Mapping[str, Shape], new: Mapping[str, Shape]) -> Iterator[str]:
-    """Names of tensors that differ in shape, or that only one of two models has."""
+    """Names of tensors that differ in shape or exist in only one of the models."""
     yield from (name for name, shape in old.items() if new.get(name) != shape)
     yield from (name for name in new if name not in old)
 
 
 def _split(name: str, old: Shape, new: Shape, before: int, after: int) -> tuple[int, int, int]:
-    """(dim, block, tail) of one tensor."""
+    """(dim, block, tail) of one tensor, whose layer has `before` and `after` experts."""
     differing = [d for d in range(len(old)) if len(old) == len(new) and old[d] != new[d]]
     if len(differing) == 1:
         dim = differing[0]
@@ -133,13 +148,12 @@ def _split(name: str, old: Shape, new: Shape, before: int, after: int) -> tuple[
             return dim, block, tail
     raise UnsupportedModel(
         f"{name}: shape {list(old)} with {before} experts and {list(new)} with {after} is not a "
-        "number of rows "
-        "per expert; this architecture cannot be pruned by files."
+        "number of rows per expert; this architecture cannot be pruned by files."
     )
 
 
 def _owner(name: str, layers: list[str]) -> str:
-    """The layer a tensor belongs to."""
+    """The layer that a tensor belongs to."""
     owner = _find_owner(name, layers)
     if owner is None:
         raise UnsupportedModel(
@@ -151,7 +165,7 @@ def _owner(name: str, layers: list[str]) -> str:
 
 
 def _find_owner(name: str, layers: list[str]) -> str | None:
-    """The layer with the longest common path, if the tensor is inside that layer's block."""
+    """The layer whose name shares most parts with the tensor's, if the tensor is in its block."""
     shared = {layer: shared_parts(name, layer) for layer in layers}
     best = max(shared.values(), default=0)
     owners = [layer for layer, length in shared.items() if length == best]
@@ -166,14 +180,14 @@ def _block_of(layer: str) -> str:
 
 
 def shared_parts(left: str, right: str) -> int:
-    """How many parts, between dots, two names begin with alike."""
+    """How many dot-separated parts two names have in common at the beginning."""
     one, other = left.split("."), right.split(".")
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _element(name: str) -> tuple[str, int]:
-    """(`...experts.`, i) for a tensor of element i of a list."""
+    """(`...experts.`, i) for the name of a tensor of element i of a list."""
     path = name.split(".")
     for position in range(len(path) - 1, 0, -1):
         if path[position].isdigit():
@@ -184,6 +198,5 @@ def _element(name: str) -> tuple[str, int]:
 def _no_element(name: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"{name}: exists only with the larger number of experts, but is no element of a list of "
-        "experts; "
-        "this architecture cannot be pruned by files."
+        "experts; this architecture cannot be pruned by files."
     )

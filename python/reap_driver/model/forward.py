@@ -1,6 +1,4 @@
-"""Runs a model on a batch, the way every part of the driver does: checked, moved, and spared what
-nobody looks at.
-"""
+"""Runs a model on a batch: checks the inputs, moves them, and skips outputs that are not used."""
 
 import difflib
 import inspect
@@ -19,7 +17,7 @@ from reap_driver.model.unwrap import check_mode, unwrap_model
 from reap_kernels.errors import DataError
 from reap_kernels.schema import short
 
-# What every model of transformers takes, by name or not.
+# Arguments that every model of transformers accepts, whether its forward names them or not.
 _COMMON = (
     "input_ids",
     "inputs_embeds",
@@ -33,39 +31,39 @@ _COMMON = (
 
 
 def forward(model: PreTrainedModel, batch: Mapping[str, Any], *, all_logits: bool = False) -> Any:
-    """The model's output for a batch; no gradient, no cache.
+    """The model's output for a batch, without gradients or cache.
 
     Args:
-        model: loaded, or streamed. Of one without a forward of its own, the part that reads text
+        model: a loaded or streamed model. If it has no forward of its own, its part that takes text
             runs (`text_model`).
-        batch: its own arguments (`input_ids` [batch, seq] int64, ...), moved to its device.
-            `position_ids` [batch, seq] that begin anew inside a row are those of documents packed
-            into it, which are kept apart.
-        all_logits: compute those of every token, where the model can do with the last one's.
+        batch: the model's arguments (`input_ids` [batch, seq] int64, ...), which are moved to its
+            device. `position_ids` [batch, seq] that restart inside a row mark packed documents,
+            which are kept apart.
+        all_logits: compute the logits of every token; otherwise those of the last one, if the model
+            supports that.
 
     Raises:
-        DataError: no batch, or an empty one, a token id outside the vocabulary, or a tensor that
-            the model has no argument for.
-        UnsupportedModel: the model is in training mode; or packed documents, and it cannot keep
-            them apart.
+        DataError: the batch has no inputs or is empty, a token id is outside the vocabulary, or the
+            model has no argument for a tensor.
+        UnsupportedModel: the model is in training mode, or it cannot keep packed documents apart.
     """
     model = unwrap_model(model)
     check_mode("", model)
     _check_names(model, batch)
-    # Before the batch moves: on a GPU, reading the ids there would wait for all queued work, as
-    # would the move itself from memory that is not pinned.
+    # Checked before the batch is moved: on a GPU, reading the ids would wait for all queued work,
+    # and so would the move itself if the batch is not in pinned memory.
     model = text_model(model)
     _check_ids(model, batch.get("input_ids"))
     with torch.no_grad(), documents_apart(model.config, batch):
         device = _input_device(model)
         if device.type != "meta":
             batch = {k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return model(**{**_economies(model, batch, all_logits), **batch})
+        return model(**{**_unused_outputs_off(model, batch, all_logits), **batch})
 
 
 def _check_names(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
-    """Raise DataError for a tensor under a name the model does not know: it takes any and would
-    leave it out of account without a word, as a mask whose name is misspelled.
+    """Raises DataError for a tensor that is no argument of the model. Models accept any keyword and
+    would silently ignore, for example, a mask whose name is misspelled.
     """
     if not any(batch.get(name) is not None for name in ("input_ids", "inputs_embeds")):
         raise DataError(
@@ -79,28 +77,28 @@ def _check_names(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
             remedy = f"did you mean {near[0]}?" if near else "leave it out of the batch"
             raise DataError(
                 f"{type(model).__name__} has no argument {name!r}, and would ignore the tensor "
-                f"without a word; {remedy}"
+                f"silently; {remedy}"
             )
 
 
-def _economies(
+def _unused_outputs_off(
     model: PreTrainedModel, batch: Mapping[str, Any], all_logits: bool
 ) -> dict[str, Any]:
-    """Arguments that spare the model work nobody looks at: its cache, what it can return besides,
-    and all logits but one.
+    """Arguments that switch off outputs that are not used: the cache, router logits, attentions,
+    hidden states, and all logits but the last token's.
     """
     parameters = inspect.signature(type(model).forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     options: dict[str, Any] = {}
     if "use_cache" in parameters or open_ended:
         options["use_cache"] = False
-    # A configuration may ask for them. The loss that some classes make of the routers' logits fails
-    # where layers run one by one.
-    for wish in ("output_router_logits", "output_attentions", "output_hidden_states"):
-        if wish in parameters:
-            options[wish] = False
-    # A loss needs them all; and where layers share keys and values (gemma4), transformers 5.24 runs
-    # those that make none of their own on the tokens whose logits are kept.
+    # A configuration may request them. Some classes compute a loss from router logits, which fails
+    # when layers run one by one.
+    for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
+        if name in parameters:
+            options[name] = False
+    # A loss needs all logits. If layers share keys and values (gemma4), transformers 5.24 runs the
+    # layers that reuse them only on the tokens whose logits are kept.
     text = model.config.get_text_config()
     shared = bool(getattr(text, "num_kv_shared_layers", 0))
     wanted = all_logits or "labels" in batch or shared
@@ -110,19 +108,21 @@ def _economies(
 
 
 def _input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go: the embedding's device; a streamed model's first weights may be away."""
+    """The device of the embeddings, where token ids go; a streamed model's first parameter
+    may be on the meta device.
+    """
     embeddings = model.get_input_embeddings()
     weight = next(embeddings.parameters(), None) if embeddings is not None else None
     return model.device if weight is None or weight.is_meta else weight.device
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; the move from pinned memory is queued, not waited for."""
+    """The tensor on the device; from pinned memory, the copy is queued without waiting for it."""
     return tensor.to(device, non_blocking=tensor.is_pinned())
 
 
 def _check_ids(model: PreTrainedModel, ids: Any) -> None:
-    """Raise DataError for an empty batch or a token id the model has no embedding for."""
+    """Raises DataError for an empty batch or a token id without an embedding."""
     if ids is None:
         return
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2:
@@ -136,5 +136,5 @@ def _check_ids(model: PreTrainedModel, ids: Any) -> None:
     if size is not None and not 0 <= low <= high < size:
         raise DataError(
             f"input_ids holds token id {high if high >= size else low}, outside the model's "
-            f"vocabulary of {size}; tokenise with the model's own tokenizer"
+            f"vocabulary of {size}; tokenize with the model's own tokenizer"
         )

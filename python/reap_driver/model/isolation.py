@@ -1,8 +1,8 @@
-"""Documents packed into one sequence and kept apart: which models can, told by their positions.
+"""Which models can keep documents apart that are packed into one sequence, and how.
 
-Attention is kept inside a document by a mask, which transformers makes. What a model carries from
-token to token in another way passes the boundary: the state of a linear attention or state-space
-layer, the window of a convolution, the choice of keys of a sparse indexer.
+An attention mask, which transformers makes, keeps attention within a document. Information that a
+model passes between tokens in other ways crosses the boundary: the state of a linear attention or
+state-space layer, the window of a convolution, the selection of keys by a sparse indexer.
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from transformers import PretrainedConfig
 from reap_driver.compat.packed_attention import documents_of, never_packed, packed
 from reap_kernels.errors import UnsupportedModel
 
-# Text models by `model_type` of which a test shows that a packed document has the logits it has
-# alone. One that is in neither table is refused: nobody has looked.
+# `model_type` of text models for which a test shows that a document has the same logits packed and
+# alone. A model in neither table is refused because it has not been tested.
 _APART = {
     "afmoe",
     "aria_text",
@@ -83,7 +83,7 @@ _CROSSING = {
     "qwen4_exp_text": _LINEAR,
     "zaya": _CONVOLUTION,
 }
-# Implementations of attention that take a mask whatever the batch.
+# Implementations of attention that always accept a mask.
 _MASKED = ("eager", "sdpa")
 
 
@@ -91,10 +91,10 @@ def check_isolation(config: PretrainedConfig) -> None:
     """Checks that documents packed into one sequence can be kept apart.
 
     Args:
-        config: of the model, with the implementation of attention it runs with.
+        config: configuration of the model, with the implementation of attention that it uses.
 
     Raises:
-        UnsupportedModel: they cannot, or nobody has looked.
+        UnsupportedModel: they cannot, or it has not been tested.
     """
     text = config.get_text_config()
     kind, remedy = text.model_type, "pack with --packing concat, which joins them, or none"
@@ -117,15 +117,15 @@ def check_isolation(config: PretrainedConfig) -> None:
 def documents_apart(
     config: PretrainedConfig, batch: Mapping[str, Any]
 ) -> AbstractContextManager[None]:
-    """Inside, a forward on the batch keeps documents apart that its positions say are packed.
+    """Inside, a forward on the batch keeps its packed documents apart.
 
     Args:
-        config: of the model.
-        batch: its arguments. Positions, [batch, seq] and without an attention mask, that begin anew
-            inside a row are those of packed documents.
+        config: configuration of the model.
+        batch: arguments of the model. Documents are packed if there is no attention mask and
+            `position_ids` [batch, seq] restart inside a row.
 
     Raises:
-        UnsupportedModel: the model cannot.
+        UnsupportedModel: the model cannot keep them apart.
     """
     if set(batch) == {"input_ids"}:
         return never_packed()

@@ -1,6 +1,4 @@
-"""Tables that route a token by its id (DeepSeek-V4's `tid2eid`): values are expert ids, so pruning
-rewrites them.
-"""
+"""Tables that map token ids to experts (DeepSeek-V4's `tid2eid`): pruning rewrites their values."""
 
 from collections.abc import Sequence
 
@@ -9,8 +7,7 @@ import numpy.typing as npt
 
 from reap_kernels.errors import CheckpointError, PlanError
 
-# Tables of expert ids by token: the one meaning of numbers inside a router that shapes cannot show
-# (DeepSeek-V4).
+# Names of the tables (DeepSeek-V4): shapes do not show that the values of a tensor are expert ids.
 ID_TABLES = frozenset({"tid2eid"})
 
 
@@ -22,19 +19,19 @@ def relabel(
     first_row: int,
     where: str,
 ) -> npt.NDArray[np.integer]:
-    """Replace old expert ids by new ones.
+    """Replaces old expert ids by new ones.
 
-    A kept expert gets its new number. A removed one is replaced by a kept expert that the row does
-    not name yet, so a token still reaches as many different experts. Substitutes are spread evenly:
-    the search starts at `(row + old id) mod kept`, which does not depend on how the table is cut
-    into blocks.
+    The id of a kept expert becomes its new id. The id of a removed one becomes that of a kept
+    expert that is not in the row yet, so a token still reaches as many different experts. The
+    search for it starts at `(row + old id) mod kept`, which spreads the substitutes evenly and does
+    not depend on how the table is divided into blocks.
 
     Args:
         table: [rows, k] old ids, a block of the whole table.
-        kept: kept old ids, ascending.
-        num_experts: number of old ids.
-        first_row: row number of the block's first row in the whole table.
-        where: names the tensor in an error.
+        kept: old ids of the kept experts, ascending.
+        num_experts: number of experts before pruning.
+        first_row: number of the block's first row in the whole table.
+        where: name of the tensor, for error messages.
 
     Returns:
         [rows, k] new ids, dtype of `table`.
@@ -61,7 +58,7 @@ def relabel(
     for slot in range(k):
         open_rows = np.flatnonzero(result[:, slot] < 0)
         candidate = (row[open_rows] + table[open_rows, slot]) % len(kept)
-        for _ in range(k):  # a row names at most k - 1 others, so k tries suffice
+        for _ in range(k):  # a row has at most k - 1 other ids, so k tries suffice
             taken = (result[open_rows] == candidate[:, None]).any(axis=1)
             candidate = np.where(taken, (candidate + 1) % len(kept), candidate)
         result[open_rows, slot] = candidate

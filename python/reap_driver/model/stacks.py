@@ -1,9 +1,9 @@
-"""MoE layers by the fields of the configuration that count their experts: each such set is a stack.
+"""Groups MoE layers into stacks: layers whose number of experts is set by the same fields.
 
-Most models have one stack. Models that are made of several (the thinker and the talker of
-Qwen3-Omni) count the experts of each in a field of its own, so that one can be pruned and the
-others left whole. Which layers a field counts is found by building the model, without weights, with
-another number there; no architecture is named here.
+Most models have one stack. Models with several parts (the thinker and the talker of Qwen3-Omni) set
+the number of experts of each part in a field of its own, so that one part can be pruned and the
+others kept. Which layers a field applies to is found by building the model, without weights, with
+another number in that field. The code depends on no architecture.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,11 +19,11 @@ Shapes = Callable[[Mapping[str, Any]], Mapping[str, Shape]]
 
 @dataclass(frozen=True)
 class Stack:
-    """MoE layers whose experts the same fields count.
+    """MoE layers whose number of experts is set by the same fields.
 
     Attributes:
-        layers: their names.
-        sites: paths of the fields; none where no field is known to count these layers.
+        layers: names of the layers.
+        sites: paths of the fields; empty if no field is known to set their number.
     """
 
     layers: tuple[str, ...]
@@ -31,7 +31,7 @@ class Stack:
 
     @property
     def field(self) -> str:
-        """The fields as a message shows them."""
+        """The fields, for messages."""
         return " and ".join(".".join(site) for site in self.sites) or "no field that is known"
 
 
@@ -42,15 +42,14 @@ def find_stacks(
     shapes: Mapping[str, Shape],
     shapes_of: Shapes,
 ) -> list[Stack]:
-    """The stacks of a model, in the order of its layers. Builds nothing where only one is possible.
+    """The stacks of a model, in the order of its layers. Builds no model if only one is possible.
 
     Args:
-        config: the configuration that is to be edited, as it is written.
-        complete: the same with every default filled in, by the names the class of the
-            configuration uses.
+        config: the configuration as written, which is to be edited.
+        complete: the same configuration with every default, by the field names of its class.
         experts: name of every MoE layer -> its number of experts.
-        shapes: of the model.
-        shapes_of: shapes of the model that an edited `config` makes, without weights.
+        shapes: name -> shape of the model's tensors.
+        shapes_of: builds the model of an edited `config` without weights; returns its shapes.
     """
     written, defaults = _groups(config, experts), _groups(complete, experts)
     if len(written) <= 1 and len(defaults) <= 1:
@@ -66,13 +65,13 @@ def find_stacks(
         for group, number in groups.items():
             doubled = shapes_of(with_count(plain, list(group), 2 * number))
             layers = followers(base, doubled, experts)
-            if layers or doubled == base:  # what else it may count is no layer that is pruned
+            if layers or doubled == base:  # otherwise it counts something else than MoE layers
                 found[group] = layers
     return _joined(found, experts)
 
 
 def stack_near(name: str, stacks: Sequence[Stack]) -> Stack:
-    """The stack with the layer whose name begins with most parts of `name`."""
+    """The stack of the layer whose name shares most parts with `name` at the beginning."""
 
     def common(stack: Stack) -> int:
         return max(shared_parts(name, layer) for layer in stack.layers)
@@ -87,17 +86,18 @@ def with_counts(
     before: Mapping[str, int],
     after: Mapping[str, int],
 ) -> dict[str, Any]:
-    """A copy of a configuration that gives layers other numbers of experts.
+    """A copy of a configuration with other numbers of experts.
 
-    Where the layers of a stack have equal numbers, its fields say that alone. Otherwise they say
-    the largest, and the settings that `load_pruned` reads say all.
+    If all layers of a stack have the same number, it is set in the fields of the stack. Otherwise
+    they are set to the largest, and `experts_per_layer`, which `load_pruned` reads, has the number
+    of each layer.
 
     Args:
-        config: as written.
-        complete: the same with every default filled in, by the names its class uses.
-        stacks: of all layers.
-        before: number of experts of every layer, as `config` has it.
-        after: the same for the copy.
+        config: the configuration as written.
+        complete: the same configuration with every default, by the field names of its class.
+        stacks: the stacks of all layers.
+        before: layer -> its number of experts in `config`.
+        after: layer -> its number of experts in the copy.
     """
     edited = {name: value for name, value in config.items() if name != SETTINGS}
     fields: list[str] = []
@@ -117,8 +117,8 @@ def with_counts(
 
 
 def _groups(config: Mapping[str, Any], experts: Mapping[str, int]) -> dict[tuple[Site, ...], int]:
-    """Fields that say a layer's number of experts -> that number; those that one part of the
-    configuration gives the same number are one field under several names.
+    """Fields with the number of experts of a layer -> that number. Fields of one object with the
+    same number are in one group: they are several names of one setting.
     """
     groups: dict[tuple[Site, ...], int] = {}
     for number in sorted(set(experts.values())):
@@ -130,7 +130,9 @@ def _groups(config: Mapping[str, Any], experts: Mapping[str, int]) -> dict[tuple
 
 
 def _joined(found: Mapping[tuple[Site, ...], set[str]], experts: Mapping[str, int]) -> list[Stack]:
-    """Stacks of fields and the layers that follow each; fields with a layer in common are one."""
+    """Stacks from fields and the layers that each of them changes; fields that change a
+    common layer are joined.
+    """
     parts: list[tuple[set[str], list[Site]]] = []
     for sites, layers in found.items():
         if not layers:
@@ -141,7 +143,7 @@ def _joined(found: Mapping[tuple[Site, ...], set[str]], experts: Mapping[str, in
             joined, own = joined | part[0], [*part[1], *own]
         parts.append((joined, own))
     rest = set(experts).difference(*(layers for layers, _ in parts))
-    if len(parts) == 1 and not rest:  # fields that count nothing say the number once more
+    if len(parts) == 1 and not rest:  # the fields that change nothing repeat the number
         parts[0][1].extend(site for sites, layers in found.items() if not layers for site in sites)
     if rest:
         parts.append((rest, []))

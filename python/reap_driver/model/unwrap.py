@@ -1,4 +1,4 @@
-"""The model itself, out of what torch wraps around it to compile it or to spread batches."""
+"""Unwraps the model inside torch.compile, DataParallel or DistributedDataParallel."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_kernels.errors import UnsupportedModel, UsageError
 
-# Wrappers whose inner model is whole, and computes what it computes without them: class -> where.
-# By name, since importing torch's compiler and its distributed parts takes seconds.
+# Wrappers that hold the whole model and leave what it computes unchanged: class name -> attribute.
+# Names, because importing torch's compiler and its distributed package takes seconds.
 _INNER = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
@@ -17,7 +17,7 @@ _INNER = {
 
 
 def check_mode(name: str, module: nn.Module) -> None:
-    """Raises UnsupportedModel where a module of a model, "" for itself, is in training mode."""
+    """Raises UnsupportedModel if a module, named `name` in its model, is in training mode."""
     if module.training:
         raise UnsupportedModel(
             f"{name or type(module).__name__} is in training mode, where routers may add noise and "
@@ -26,14 +26,14 @@ def check_mode(name: str, module: nn.Module) -> None:
 
 
 def unwrap_model(model: Any) -> PreTrainedModel:
-    """The model that `torch.compile`, `DataParallel` or `DistributedDataParallel` was given.
+    """The model inside `torch.compile`, `DataParallel` or `DistributedDataParallel`.
 
     Args:
-        model: a loaded model, or such a wrapper of one; wrappers may be nested.
+        model: a loaded model, or a wrapper of one; wrappers may be nested.
 
     Raises:
-        UsageError: it is no model with a configuration.
-        UnsupportedModel: a wrapper that holds but a part of the model.
+        UsageError: it is not a transformers model.
+        UnsupportedModel: the wrapper (FSDP) holds only a part of the model.
 
     Example:
         >>> unwrap_model(torch.compile(model)) is model
@@ -57,4 +57,4 @@ def unwrap_model(model: Any) -> PreTrainedModel:
             f"model is a {type(found).__name__}; give a loaded transformers model, such as "
             "load_model makes of a folder or hub id"
         )
-    return found  # a wrapper of adapters, say: called alike
+    return found  # for example a wrapper of LoRA adapters, which is called like the model
