@@ -20,6 +20,11 @@ os.environ.setdefault(
 import pytest
 import torch
 
+pytest_plugins = ("tests.assertions",)
+# Assertions in helpers that tests import count as those in the tests themselves do.
+_HELPERS = ("tests.sealed", "tests.csrc", "tests.driver", "tests.fuzz", "tests.ops")
+pytest.register_assert_rewrite(*_HELPERS)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
