@@ -20,6 +20,8 @@ os.environ.setdefault(
 import pytest
 import torch
 
+import tests.interpreter  # noqa: F401  what it replaces, all tests run by
+
 pytest_plugins = ("tests.assertions",)
 # Assertions in helpers that tests import count as those in the tests themselves do.
 _HELPERS = ("tests.sealed", "tests.csrc", "tests.driver", "tests.fuzz", "tests.ops")

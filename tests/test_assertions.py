@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = '''
+TESTS = """
 import pytest
 import torch
 
@@ -59,7 +59,7 @@ def test_that_fails_keeps_its_reason():
 
 def test_that_is_skipped():
     pytest.skip("for a reason")
-'''
+"""
 
 
 def test_tests_that_assert_nothing_fail(tmp_path: Path) -> None:

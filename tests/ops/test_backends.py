@@ -32,7 +32,7 @@ OPS_BACKENDS = ["cpu", "triton", "cuda"]
 BF16_CASES = [case for case in CASES if case.name in ("plain", "odd-sizes", "everything")]
 FULL_LAYOUTS = ("stacked", "interleaved-biased")
 # Small enough for an interpreter, and still several tiles, skew, foreign ids, a mask and groups.
-VARIANT = replace(CASES[-1], tokens=24, experts=6, top_k=3, hidden=40, intermediate=24)
+VARIANT = replace(CASES[-1], tokens=24, experts=5, top_k=3, hidden=40, intermediate=24, groups=2)
 
 
 def observe(case, experts, inputs, backend, stats=True):
@@ -215,7 +215,7 @@ def test_masked_tokens_are_still_computed(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", OPS_BACKENDS)
 def test_routing_is_stable_and_complete(backend: str) -> None:
-    for case in (*CASES, *ROUTING_CASES):
+    for case in dict.fromkeys((*CASES, *ROUTING_CASES)):
         inputs = make_inputs(case)
         got = rk.route(
             inputs.topk_ids, case.experts, topk_weights=inputs.topk_weights, backend=backend
@@ -230,7 +230,8 @@ def test_routing_is_stable_and_complete(backend: str) -> None:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_expert_outputs_match_reference(backend: str) -> None:
-    for case in CASES:
+    # Interpreted, those whose products differ: `test_cases` runs the same kernels on all others.
+    for case in CASES if backend == "cpu" else BF16_CASES:
         inputs, experts = make_inputs(case), make_experts(case)
         routing = rk.route(inputs.topk_ids, case.experts, topk_weights=inputs.topk_weights)
         got = rk.expert_outputs(inputs.hidden, routing, experts, backend=backend)

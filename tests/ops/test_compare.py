@@ -29,7 +29,7 @@ def truth(full: Tensor, candidate: Tensor) -> dict[str, Tensor]:
     p, q = (f - lse_f[:, None]).exp(), (c - lse_c[:, None]).exp()
     ratio = (f - lse_f[:, None]) - (c - lse_c[:, None])
     kl = [(a[a > 0] * r[a > 0]).sum() for a, r in zip(p, ratio, strict=True)]
-    first = [[row.tolist().index(row.max()) for row in x] for x in (f, c)]
+    first = [[int((row == row.max()).nonzero()[0]) for row in x] for x in (f, c)]
     return {
         "acceptance": torch.minimum(p, q).sum(1),
         "kl": torch.stack(kl),
@@ -67,6 +67,8 @@ def logits(rows: int, vocabulary: int, spread: float = 3.0, noise: float = 1.0, 
     [(1, 1), (9, 2), (5, 127), (7, gpu.BLOCK), (6, gpu.BLOCK + 1), (40, 4096), (3, 50257)],
 )
 def test_sizes(rows: int, vocabulary: int, dtype: torch.dtype, backend: str) -> None:
+    if backend == "triton":  # a program computes one row; interpreted, each takes its time
+        rows = min(rows, 6)
     full, candidate = (x.to(dtype) for x in logits(rows, vocabulary, seed=vocabulary))
     got = rk.compare_logits(full, candidate, backend=backend)
     close(got, truth(full, candidate))
@@ -77,9 +79,10 @@ def test_sizes(rows: int, vocabulary: int, dtype: torch.dtype, backend: str) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("vocabulary", [151936, 262144])
 def test_large_vocabularies(vocabulary: int, backend: str) -> None:
-    full, candidate = logits(4, vocabulary, noise=0.5)
+    """Sums of many blocks and, but for 262,144, of a part of one."""
+    full, candidate = logits(1 if backend == "triton" else 4, vocabulary, noise=0.5)
     close(rk.compare_logits(full, candidate, backend=backend), truth(full, candidate))
-    flat = torch.zeros(2, vocabulary)  # a sum of as many equal terms
+    flat = torch.zeros(1, vocabulary)  # a sum of as many equal terms
     close(rk.compare_logits(flat, flat + 1, backend=backend), truth(flat, flat + 1))
 
 
@@ -97,7 +100,7 @@ def test_skewed_rows(backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equal_rows(dtype: torch.dtype, backend: str) -> None:
     """Nothing lost where nothing differs, or by a constant only."""
-    full = logits(16, 32000)[0].to(dtype)
+    full = logits(*((2, 9000) if backend == "triton" else (16, 32000)))[0].to(dtype)
     got = rk.compare_logits(full, full.clone(), backend=backend)
     assert got.same_top.all()
     assert float((got.acceptance - 1).abs().max()) <= BOUND
@@ -189,15 +192,19 @@ def test_strides_and_mixed_dtypes(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_whatever_is_beside_a_row(backend: str) -> None:
-    full, candidate = (x.bfloat16() for x in logits(50, 5000))
+    rows = 5 if backend == "triton" else 50
+    full, candidate = (x.bfloat16() for x in logits(rows, 5000))
     whole = rk.compare_logits(full, candidate, backend=backend)
     again = rk.compare_logits(full, candidate, backend=backend)
     alone = [
-        rk.compare_logits(full[n : n + 1], candidate[n : n + 1], backend=backend) for n in (0, 49)
+        rk.compare_logits(full[n : n + 1], candidate[n : n + 1], backend=backend)
+        for n in (0, rows - 1)
     ]
     for name, values in vars(whole).items():
         assert torch.equal(values, vars(again)[name]), name
-        assert torch.equal(values[[0, 49]], torch.cat([vars(one)[name] for one in alone])), name
+        assert torch.equal(values[[0, rows - 1]], torch.cat([vars(one)[name] for one in alone])), (
+            name
+        )
 
 
 def test_no_rows() -> None:
