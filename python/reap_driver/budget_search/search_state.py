@@ -1,19 +1,18 @@
-"""The file a search keeps: every candidate evaluated so far, so that it can go on after its end.
+"""The file a search keeps: every candidate evaluated so far, so that it can be resumed.
 
-That is all there is to keep, for the course of a search follows from its seed and from what it
-found. The file is replaced at once, so a search killed at any moment leaves one that can be read.
+Nothing else is needed, for the course of a search follows from its seed and from what it found.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reap_driver.budget_search.space import Removals
-from reap_driver.observation.journal import RUN, check_same
-from reap_kernels.documents import Format, as_read, to_json
+from reap_driver.observation.resume_file import FIELDS, ResumeFile
+from reap_kernels.documents import Format, as_read
 from reap_kernels.errors import DataError
-from reap_kernels.files import is_file, replaced
 from reap_kernels.provenance import MAX_EXPERTS
 from reap_kernels.schema import Int, ListOf, Real, Record
 
@@ -22,8 +21,7 @@ FORMAT = Format(
     2,
     "state of a search",
     {
-        "run": RUN,
-        "seconds": Real(low=0, high=1e10),
+        **FIELDS,
         "evaluated": ListOf(
             Record({"fitness": Real(low=0), "removed": ListOf(Int(0, MAX_EXPERTS), shortest=1)})
         ),
@@ -70,12 +68,7 @@ class SearchState:
             seconds: the search took up to there.
         """
         rows = [{"fitness": value, "removed": removals} for removals, value in evaluated.items()]
-        content = {"seconds": round(seconds, 3), "run": self._run, "evaluated": rows}
-        head = FORMAT.complete(content)
-        lines = ",\n    ".join(map(to_json, head.pop("evaluated")))
-        text = f'{to_json(head, indent=2)[:-2]},\n  "evaluated": [\n    {lines}\n  ]\n}}\n'
-        with replaced(self.path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        _file(self.path).write(self._run, seconds, evaluated=rows)
 
     def resume(self) -> Saved:
         """What is there, if it is of this search.
@@ -84,12 +77,17 @@ class SearchState:
             DataError: see `read`; or it is of another search (the field that differs is named).
         """
         saved = read(self.path)
-        check_same(self.path, saved.run, self._run)
+        _file(self.path).check_same(saved.run, self._run)
         return saved
 
     def remove(self) -> None:
         """Deletes the file, when the plan is written."""
         self.path.unlink(missing_ok=True)
+
+
+def locked(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps other processes from a state file, see `ResumeFile.locked`."""
+    return _file(path).locked()
 
 
 def read(path: Path) -> Saved:
@@ -98,15 +96,14 @@ def read(path: Path) -> Saved:
     Raises:
         DataError: there is no such file, or it is damaged.
     """
-    if not is_file(path):
-        raise DataError(
-            f"{path}: no state of a search there, so there is nothing to resume; run without "
-            "--resume"
-        )
-    content = FORMAT.read(path)
+    content = _file(path).read()
     rows = content["evaluated"]
     evaluated = {tuple(row["removed"]): row["fitness"] for row in rows}
     if len({len(removals) for removals in evaluated}) > 1 or len(evaluated) < len(rows):
         why = "has candidates of unlike numbers of layers, or one twice"
         raise FORMAT.refusal(path, why)
     return Saved(content["run"], evaluated, content["seconds"])
+
+
+def _file(path: Path) -> ResumeFile:
+    return ResumeFile(path, FORMAT, path)

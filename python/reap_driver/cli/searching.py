@@ -24,7 +24,6 @@ from reap_driver.cli.console import Console
 from reap_driver.cli.running import How
 from reap_driver.data.packing import PackedSource
 from reap_driver.evaluation.router_masks import RouterMasks
-from reap_driver.observation import journal as journals
 from reap_driver.observation.distributed import Ranks
 from reap_driver.plan.scoring import score
 from reap_driver.writer.plan_checks import check_model, check_same_layers
@@ -47,7 +46,7 @@ def searched(args: argparse.Namespace, console: Console) -> Iterator[tuple[Found
         DataError, PlanError: data, state or plan do not fit each other.
     """
     path = state_path(args.out)
-    with journals.locked(path):
+    with states.locked(path):
         saved = _saved(path, args)
         settings = _settings(args)
         task = _task(args)

@@ -6,22 +6,24 @@ renamed to `.<name>.reap-replaced-XXXX`, then the new one to `<name>`. After a k
 no folder has the name; the hidden one, which is always complete, is renamed back by `restore`.
 """
 
+import contextlib
 import ctypes
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from reap_driver.base.interrupts import held_back
-from reap_driver.files.locks import Lock, locked
+from reap_driver.files.locks import locked
 from reap_kernels.errors import CheckpointError
 from reap_kernels.files import exists, sync
 
-Kind = Literal["partial", "replaced", "scratch"]
+Kind = Literal["partial", "replaced", "scratch", "lock"]
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_SUFFIX = 8  # random characters, as many as `tempfile` makes
+_SUFFIX = 8  # random characters at the end of hidden names, which tell runs apart
 
 
 def exchange(folder: Path, out: Path) -> None:
@@ -60,13 +62,15 @@ def restore(out: Path) -> None:
     aside = sorted(hidden(out, "replaced"), key=lambda path: path.stat().st_ctime_ns, reverse=True)
     if not aside or os.path.lexists(out):
         return
-    with locked(aside[0]) as lock:
-        if lock is Lock.UNKNOWN:
+    with contextlib.ExitStack() as stack:
+        try:
+            mine = stack.enter_context(locked(lock_of(aside[0], out)))
+        except OSError as error:
             raise CheckpointError(
                 f"{out}: a run was killed while it replaced this checkpoint, which is complete in "
                 f"{aside[0]}; give that folder its name back, or remove it, and start again"
-            )
-        if lock is Lock.MINE and not os.path.lexists(out):
+            ) from error
+        if mine and aside[0].is_dir() and not os.path.lexists(out):
             aside[0].rename(out)
             sync(out.parent)
 
@@ -76,12 +80,25 @@ def prefix(out: Path, kind: Kind) -> str:
     return f".{out.name}.reap-{kind}-"
 
 
+def new_folder(out: Path, kind: Kind) -> Path:
+    """A name for a new hidden sibling."""
+    return out.with_name(prefix(out, kind) + secrets.token_hex(_SUFFIX // 2))
+
+
+def lock_of(folder: Path, out: Path) -> Path:
+    """The lock file of the run that made a hidden folder; it stays the same when that is renamed to
+    another kind.
+    """
+    return folder.with_name(prefix(out, "lock") + folder.name[-_SUFFIX:])
+
+
 def hidden(out: Path, kind: Kind) -> Iterator[Path]:
-    """Hidden folders beside `out` that belong to exactly that name."""
+    """Hidden folders beside `out` that belong to exactly that name, or their lock files."""
     is_folder = exists(out.parent) and out.parent.is_dir()
     pattern = re.compile(rf"{re.escape(prefix(out, kind))}[a-z0-9_]{{{_SUFFIX}}}")
     for path in sorted(out.parent.iterdir()) if is_folder else ():
-        if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+        right = path.is_file() if kind == "lock" else path.is_dir()
+        if pattern.fullmatch(path.name) and right and not path.is_symlink():
             yield path
 
 

@@ -1,47 +1,39 @@
-"""Locks of folders, released when the process that holds them ends, however it ends."""
+"""Locks between processes, released when the process that holds them ends, however it ends."""
 
 import contextlib
-import enum
-import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-
-class Lock(enum.Enum):
-    """The result of trying to lock a folder."""
-
-    MINE = enum.auto()
-    TAKEN = enum.auto()  # another running process holds it
-    UNKNOWN = enum.auto()  # the file system has no locks, or the folder cannot be opened
-    GONE = enum.auto()  # the folder was removed or renamed in the meantime
+from filelock import FileLock, Timeout
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[Lock]:
-    """Tries to lock a folder, without waiting. The lock stays with the folder if it is renamed."""
+def locked(path: Path) -> Iterator[bool]:
+    """Try to hold the lock of a file, without waiting.
+
+    Args:
+        path: the lock file, made here and removed afterwards. One that a killed process left behind
+            is free.
+
+    Yields:
+        Whether this process holds it; False where another one does.
+
+    Raises:
+        OSError: the file cannot be made, or its file system has no locks.
+    """
+    # The library would otherwise replace a missing flock by a file that outlives a killed process.
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        yield Lock.GONE
-        return
-    except PermissionError:  # another user's folder
-        yield Lock.UNKNOWN
+        lock.acquire()
+    except Timeout:
+        yield False
         return
     try:
-        yield _lock(descriptor, folder)
+        yield True
     finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path) -> Lock:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return Lock.TAKEN
-    except OSError:
-        return Lock.UNKNOWN
-    try:
-        return Lock.MINE if os.path.samestat(os.fstat(descriptor), folder.stat()) else Lock.GONE
-    except FileNotFoundError:
-        return Lock.GONE
+        try:
+            # While the lock is held: whoever opened the file before finds that it has no name.
+            with contextlib.suppress(PermissionError):  # Windows: no file that is open is removed
+                path.unlink(missing_ok=True)
+        finally:
+            lock.release()

@@ -1,4 +1,4 @@
-"""The journal of a long observation: statistics and position, so that it can go on after its end.
+"""The journal of a long observation: statistics and position, from which it can be resumed.
 
 A folder beside the output: `journal.json` says what is observed and how far it is, and names the
 files that belong to that position, with their digests. It is replaced last, so a run killed at any
@@ -6,41 +6,29 @@ moment leaves either the position before or the one after, each with all its fil
 """
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reap_driver.observation.resume_file import FIELDS, ResumeFile
 from reap_driver.observation.state_store import states_folder
 from reap_kernels import SaliencyStats
-from reap_kernels.documents import Format, as_read, open_file, to_json
-from reap_kernels.errors import CheckpointError, DataError, ResourceError
-from reap_kernels.files import NO_SPACE, is_file, replaced
-from reap_kernels.schema import Flag, Int, ListOf, MapOf, OrNull, Real, Record, Text, short
+from reap_kernels.documents import Format, as_read, open_file
+from reap_kernels.errors import DataError
+from reap_kernels.schema import Int, MapOf, OrNull, Text
 
 _NAME = "journal.json"
-# Of what identifies a run, the fields that are read before they are compared.
-RUN = Record(
-    optional={
-        "batch sizes": ListOf(Int(1, 2**31)),
-        "streamed": Flag(),
-        "parked": Text(choices=("device", "host", "file")),
-    },
-    open=True,
-)
 FORMAT = Format(
     "reap-journal",
     2,
     "journal",
     {
-        "run": RUN,
+        **FIELDS,
         "position": Int(0, 2**31),
-        "seconds": Real(low=0, high=1e10),
         "stats": Text(),
         "states": OrNull(Text()),
         "files": MapOf(Text()),  # below the folder -> digest
@@ -83,6 +71,7 @@ class Journal:
     def __init__(self, folder: Path, run: Mapping[str, Any], every: int | None = None) -> None:
         self.folder = folder
         self.position = 0
+        self._file = _file(folder)
         self._run: dict[str, Any] = as_read(dict(run))
         self._every = every
         self._ended = time.monotonic()
@@ -114,24 +103,22 @@ class Journal:
             ResourceError: the disk is full; the entry before stays.
         """
         began = time.monotonic()
-        with _disk(self.folder):
+        with self._file.writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             stats = self.folder / _stats_name(position)
             snapshot.save(stats)
             folder = states_folder(self.folder, position) if states is not None else None
             if states is not None and folder is not None:
                 states(folder)
-            content = {
-                "run": self._run,
-                "position": position,
-                "seconds": round(seconds, 3),
-                "stats": stats.name,
-                "states": folder.name if folder is not None else None,
-                "files": _digests(self.folder, stats, folder),
-            }
-            with replaced(self.folder / _NAME) as temporary:
-                text = to_json(FORMAT.complete(content), indent=2)
-                temporary.write_text(text + "\n", encoding="utf-8")
+            files = _digests(self.folder, stats, folder)
+        self._file.write(
+            self._run,
+            seconds,
+            position=position,
+            stats=stats.name,
+            states=folder.name if folder is not None else None,
+            files=files,
+        )
         self.position = position
         _delete_others(self.folder, {_NAME, stats.name, folder.name if folder else None})
         self._ended = time.monotonic()
@@ -145,7 +132,7 @@ class Journal:
                 its files are damaged.
         """
         content = read(self.folder)
-        check_same(self.folder, content["run"], self._run)
+        self._file.check_same(content["run"], self._run)
         stats = self.folder / content["stats"]
         states = None if content["states"] is None else self.folder / content["states"]
         _check_files(self.folder, content["files"], stats, states)
@@ -165,24 +152,29 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: there is no journal, or it cannot be read.
     """
-    path = folder / _NAME
-    if not is_file(path):
-        raise DataError(
-            f"{folder}: no journal there, so there is nothing to resume; run without --resume"
-        )
-    content = FORMAT.read(path)
+    content = _file(folder).read()
     position, states = content["position"], content["states"]
     if content["stats"] != _stats_name(position) or states not in (
         None,
         states_folder(folder, position).name,
     ):
-        raise FORMAT.refusal(path, f"names files that are not those of position {position}")
+        why = f"names files that are not those of position {position}"
+        raise FORMAT.refusal(folder / _NAME, why)
     return content
 
 
 def exists(folder: Path) -> bool:
     """Whether a journal that can be resumed is there."""
-    return is_file(folder / _NAME)
+    return _file(folder).exists()
+
+
+def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps other processes from a journal, see `ResumeFile.locked`."""
+    return _file(folder).locked()
+
+
+def _file(folder: Path) -> ResumeFile:
+    return ResumeFile(folder / _NAME, FORMAT, folder, "pass --no-journal")
 
 
 def _stats_name(position: int) -> str:
@@ -218,54 +210,6 @@ def _check_files(
             raise FORMAT.refusal(folder / name, why)
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from the same journal, by a lock that ends with the process.
-
-    Raises:
-        CheckpointError: another process has it.
-    """
-    path = folder.with_name(folder.name + ".lock")
-    with _disk(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        with _disk(folder):
-            mine = _lock(descriptor, path)
-        if not mine:
-            raise CheckpointError(
-                f"{folder}: another process is writing this journal; wait for it, or choose "
-                "another output"
-            )
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path) -> bool:
-    """Locks an open file; false if another process has it, or had and deleted it just now."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
-
-
-def check_same(path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises DataError unless what a journal records of its run is what this run is."""
-    for field in dict.fromkeys([*recorded, *now]):
-        before, after = recorded.get(field), now.get(field)
-        if before != after:
-            raise DataError(
-                f"{path}: the journal is of another run: {field[:300]} was {short(before, 300)}, "
-                f"now it is {short(after, 300)}; give what was given then, or delete it and start "
-                "anew"
-            )
-
-
 def _delete_others(folder: Path, named: Collection[str | None]) -> None:
     """Deletes entries that `journal.json` does not name."""
     for path in folder.iterdir():
@@ -275,18 +219,3 @@ def _delete_others(folder: Path, named: Collection[str | None]) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-    """Words what a disk may answer."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in NO_SPACE
-        kind = ResourceError if full else CheckpointError
-        raise kind(
-            f"{folder}: the journal cannot be written ({error.strerror or error}); "
-            + ("free some space" if full else "check the folder's rights")
-            + ", choose another output, or pass --no-journal"
-        ) from error

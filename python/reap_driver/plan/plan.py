@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from reap_driver.base.arguments import typed
-from reap_kernels.documents import Format, to_json
+from reap_driver.base.json_text import json_in_lines
+from reap_kernels.documents import Format
 from reap_kernels.errors import PlanError
 from reap_kernels.files import replaced
 from reap_kernels.model_match import DECIDING
@@ -171,9 +172,9 @@ class Plan:
         Raises:
             PlanError: see `check`.
         """
-        text = _in_lines(self.check())
+        text = json_in_lines(self.check())
         with replaced(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
 
     def check(self) -> dict[str, Any]:
         """What its file holds.
@@ -217,20 +218,6 @@ class Plan:
         _check_protected(path, settings.get("protected", {}), layers)
         fields = {name: content[name] for name in _FIELDS}
         return cls(**fields, layers=layers, settings=settings)
-
-
-def _in_lines(value: Any, depth: int = 0) -> str:
-    """JSON with a line for each field and for each entry of a field."""
-    if depth == 2 or not value or not isinstance(value, dict | list):
-        return to_json(value)
-    indent = "  " * depth
-    entries = (
-        [f"{to_json(key)}: {_in_lines(item, depth + 1)}" for key, item in value.items()]
-        if isinstance(value, dict)
-        else [_in_lines(item, depth + 1) for item in value]
-    )
-    opening, closing = "{}" if isinstance(value, dict) else "[]"
-    return opening + ",".join(f"\n{indent}  {entry}" for entry in entries) + f"\n{indent}{closing}"
 
 
 def _check_protected(

@@ -3,22 +3,30 @@ goes wrong.
 
 A temporary sibling `.<name>.reap-partial-XXXX` holds the output until it is complete, flushed and
 verified; then it gets its name in one step (`exchange` says how, where an old checkpoint has the
-name). On any exception, Ctrl-C, SIGTERM or SIGHUP it is removed. After a kill -9 it stays behind;
-the next run to the same target recognises it by its lock, which dies with its process, and removes
-it. Whatever ends a run, and whenever, the name is that of a whole checkpoint, the old or the new
-one, if it was before: at once, or once the next run to it has begun.
+name). On any exception, Ctrl-C, SIGTERM or SIGHUP it is removed. After a kill -9 it stays behind.
+The next run to the same target removes it, once it holds its lock: the file
+`.<name>.reap-lock-XXXX` beside it, which its process held as long as it lived. Where a whole
+checkpoint had the name before a run, one has it afterwards, the old or the new one, whatever ended
+the run and whenever: at once, or when the next run to the same target has begun.
 """
 
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from reap_driver.base.interrupts import held_back, terminations_raised
-from reap_driver.files.exchange import Kind, discarded, exchange, hidden, prefix, restore
-from reap_driver.files.locks import Lock, locked
+from reap_driver.files.exchange import (
+    Kind,
+    discarded,
+    exchange,
+    hidden,
+    lock_of,
+    new_folder,
+    restore,
+)
+from reap_driver.files.locks import locked
 from reap_kernels.errors import CheckpointError, ResourceError
 from reap_kernels.files import NO_SPACE, sync
 
@@ -123,13 +131,12 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> Path | None:
             folder.rename(out)
         sync(out.parent)
         return None
-    with locked(out):  # the old checkpoint, which is not a leftover before it has been replaced
-        exchange(folder, out)
-        sync(out.parent)
-        try:
-            shutil.rmtree(folder)
-        except OSError:  # the new checkpoint is there, and whole
-            return folder
+    exchange(folder, out)
+    sync(out.parent)
+    try:
+        shutil.rmtree(folder)
+    except OSError:  # the new checkpoint is there, and whole
+        return folder
     return None
 
 
@@ -142,7 +149,11 @@ def clean_stale(out: Path) -> list[Path]:
         CheckpointError: see `restore`.
     """
     restore(out)
-    return [*_remove_stale(out, "partial"), *_remove_stale(out, "replaced")]
+    removed = [*_remove_stale(out, "partial"), *_remove_stale(out, "replaced")]
+    for path in hidden(out, "lock"):  # of a run that was killed when it had no folder
+        with contextlib.suppress(OSError), locked(path):
+            pass  # which removes the file
+    return removed
 
 
 @contextlib.contextmanager
@@ -159,10 +170,8 @@ def _remove_stale(out: Path, kind: Kind) -> list[Path]:
     """Remove hidden siblings whose runs have ended; what cannot be removed stays."""
     removed = []
     for path in hidden(out, kind):
-        with locked(path) as lock:
-            if lock is not Lock.MINE:
-                continue
-            with contextlib.suppress(OSError):  # such as somebody else's
+        with contextlib.suppress(OSError), locked(lock_of(path, out)) as mine:
+            if mine and path.is_dir():  # and not removed or renamed by its run meanwhile
                 shutil.rmtree(path if kind == "scratch" else discarded(path, out))
                 removed.append(path)
     return removed
@@ -170,17 +179,17 @@ def _remove_stale(out: Path, kind: Kind) -> list[Path]:
 
 @contextlib.contextmanager
 def _make_folder(out: Path, kind: Kind = "partial") -> Iterator[Path]:
-    """The locked temporary folder."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix(out, kind), dir=out.parent))
-    try:
-        folder.chmod(
-            0o777 & ~_umask()
-        )  # mkdtemp is private; the result should be as mkdir makes it
-        with locked(folder):
+    """The temporary folder, locked before it is there; without locks, no other run removes it."""
+    folder = new_folder(out, kind)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(locked(lock_of(folder, out)))
+        try:
+            folder.mkdir()
             yield folder
-    finally:
-        # Renamed away on success. What cannot be removed, the next run finds.
-        shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            # Renamed away on success. What cannot be removed, the next run finds.
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_space(out: Path, needed: int) -> int:
@@ -211,10 +220,3 @@ def _remove_empty(folders: list[Path]) -> None:
     for path in folders:
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

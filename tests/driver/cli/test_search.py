@@ -118,7 +118,10 @@ def test_a_state_that_is_there(run: Run, words: Any, tmp_path: Path) -> None:
     left = run(*words, "--out", out)
     assert (left.code, f"{state}: the state of a search that was int" in left.error) == (3, True)
     other = run(*words, "--out", out, "--resume")
-    assert (other.code, "the journal is of another run: model was None" in other.error) == (3, True)
+    assert (
+        other.code,
+        "the state of a search is of another run: model was None" in other.error,
+    ) == (3, True)
     assert run(*words, "--evaluations", 8, "--out", out, "--overwrite").code == 0
     assert not state.exists()
 

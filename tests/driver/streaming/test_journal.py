@@ -1,6 +1,7 @@
 """The journal: what was written comes back; other runs' and spoiled ones are refused."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -16,7 +17,6 @@ import torch
 
 from reap_driver.base.interrupts import Interrupted, Stop
 from reap_driver.load.streamed_model import open_streamed
-from reap_driver.observation import journal as journals
 from reap_driver.observation.journal import FORMAT, Journal, exists, locked, read
 from reap_driver.observation.observer import observe
 from reap_driver.observation.run import ObserverJournal, Run, run_streamed
@@ -357,20 +357,20 @@ def test_lock_on_a_file_that_was_deleted_meanwhile(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would lock nobody out."""
-    own = journals.fcntl.flock
+    own = fcntl.flock
 
     def late(descriptor: int, how: int) -> None:
         folder.with_name("out.journal.lock").unlink()
         own(descriptor, how)
 
-    monkeypatch.setattr(journals.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(CheckpointError, match="another process"), locked(folder):
         pass
 
 
 def test_folder_that_cannot_be_locked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(journals.fcntl, "flock", _raising(error))
+    monkeypatch.setattr(fcntl, "flock", _raising(error))
     with pytest.raises(CheckpointError, match=r"No locks available.*--no-journal"), locked(folder):
         pass
 

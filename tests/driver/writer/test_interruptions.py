@@ -58,7 +58,7 @@ def plan(full: Path) -> Plan:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Temporary folders."""
+    """Temporary folders and their locks."""
     return sorted(path.name for path in folder.iterdir() if "reap-" in path.name)
 
 
@@ -93,8 +93,8 @@ def test_kill_leaves_no_result_and_the_next_run_cleans_up(
     before = saved.snapshot(full)
     assert interrupt(full, plan, signal.SIGKILL, threads) == -signal.SIGKILL
     assert not (full.parent / "pruned").exists()
-    left = leftovers(full.parent)
-    assert len(left) == 1
+    lock, *left = leftovers(full.parent)
+    assert (".pruned.reap-lock-" in lock, len(left)) == (True, 1)
     assert saved.snapshot(full) == before
 
     report = apply_plan(full, plan, full.parent / "pruned")

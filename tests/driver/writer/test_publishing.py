@@ -2,6 +2,8 @@
 one whole checkpoint, at once or after the next run has begun, and nothing else is left."""
 
 import contextlib
+import errno
+import fcntl
 import itertools
 import os
 import shutil
@@ -16,7 +18,6 @@ from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.files import exchange
 from reap_driver.files.checkpoint import resolve_folder
-from reap_driver.files.locks import Lock
 from reap_driver.writer import apply, staging
 from reap_driver.writer.apply import apply_plan
 from reap_driver.writer.staging import clean_stale, publish, scratch, staged
@@ -185,12 +186,10 @@ def test_leaks_of_earlier_versions_are_removed(tmp_path: Path) -> None:
 
 
 def test_without_locks_nothing_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def unknown(_: Path) -> Iterator[Lock]:
-        yield Lock.UNKNOWN
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
 
-    for module in (exchange, staging):
-        monkeypatch.setattr(module, "locked", unknown)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     aside = tmp_path / ".model.reap-replaced-00000000"
     fill(aside, "old")
     with pytest.raises(CheckpointError, match=rf"model: a run was killed.*complete in {aside}"):
@@ -212,6 +211,13 @@ def test_leftovers_of_other_names_are_left_alone(name: str, tmp_path: Path) -> N
     assert len(hidden(tmp_path)) == 2 * len({name, *others}) - 2
 
 
+def test_locks_of_runs_killed_before_they_had_a_folder_are_removed(tmp_path: Path) -> None:
+    for name in ("model", "other"):
+        (tmp_path / f".{name}.reap-lock-abcdefgh").touch()
+    assert clean_stale(tmp_path / "model") == []
+    assert hidden(tmp_path) == [".other.reap-lock-abcdefgh"]
+
+
 def test_scratch_of_killed_runs_is_removed_and_of_others_left(tmp_path: Path) -> None:
     """What a device map puts on the disk lies there."""
     out = tmp_path / "m*"
@@ -220,7 +226,7 @@ def test_scratch_of_killed_runs_is_removed_and_of_others_left(tmp_path: Path) ->
     with scratch(out) as first, scratch(out) as second:
         (first / "x").touch()
         assert {first.name, second.name} < set(hidden(tmp_path))
-        assert len(hidden(tmp_path)) == 3
+        assert len([name for name in hidden(tmp_path) if "-lock-" not in name]) == 3
     assert hidden(tmp_path) == [".m1.reap-scratch-abcdefgh"]
 
 
