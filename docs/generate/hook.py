@@ -26,6 +26,8 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "layers": layers.render,
 }
 BLOCK = re.compile(r"^<!-- generated ([^\n]+?) -->$", re.MULTILINE)
+# Blocks that tests do not run carry a word that Markdown does not know.
+NO_RUN = re.compile(r"^(```\w+) no-run$", re.MULTILINE)
 # Pages of the site that lie at the root of the repository, where hosts of repositories look.
 ROOT_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "RELEASE.md", "SECURITY.md")
 
@@ -51,4 +53,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             raise PluginError(f"{page.file.src_uri}: nothing generates {name!r}")
         return GENERATORS[name](*arguments)
 
-    return BLOCK.sub(generated, markdown)
+    return BLOCK.sub(generated, NO_RUN.sub(r"\1", markdown))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Ends the build where a fence of a code block was not understood, which is no warning."""
+    if "```" in html:
+        raise PluginError(f"{page.file.src_uri}: a code block is not understood: its fence shows")
+    return html
