@@ -29,11 +29,11 @@ def _command(name: str, parser: argparse.ArgumentParser) -> str:
         actions = [item for item in group._group_actions if "--help" not in item.option_strings]
         if actions:
             title, anchor = _sentence(group.title or ""), _slug(group.title)
-            parts.append(f"**{title}** {{ #{name}-{anchor} }}\n")
+            parts.append(f"**{title}**{{ #{name}-{anchor} }}\n")
             parts.append(_prose(group.description or ""))
             parts += [_action(name, parser, action) for action in actions]
     if parser.epilog:
-        parts.append(f"**Examples** {{ #{name}-examples }}\n")
+        parts.append(f"**Examples**{{ #{name}-examples }}\n")
         parts.append(_prose(parser.epilog.removeprefix("examples:\n")))
     return "\n".join(part for part in parts if part)
 
