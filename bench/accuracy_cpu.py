@@ -1,7 +1,7 @@
 """Accuracy on the CPU: every statistic against a float64 oracle, given the layer's own inputs.
 
 The oracle hooks nothing of ours: a plain forward hook records what each experts module received
-(hidden states, expert ids, gate weights), and the sums are computed in float64 from the formula.
+(hidden states, expert ids, gate weights), and the sums are computed in float64 from the activation.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from bench import cpu_model, rows
 from reap_driver import observe
 from reap_kernels.testing import largest_relative_error
 
-SUMS = ("gate_sum", "norm_sum", "gate_norm_sum", "norm_sq_sum", "gate_norm_sq_sum")
+SUMS = ("router_weight_sum", "norm_sum", "weighted_norm_sum", "norm_sq_sum", "weighted_norm_sq_sum")
 
 
 def _record(model: nn.Module, seen: dict[str, list[tuple[Tensor, ...]]]) -> list[Any]:

@@ -1,7 +1,7 @@
 """Compiles every launch of the tables without a GPU, and looks at the machine code.
 
 The launches are those of the real host code: it runs on CPU tensors with every kernel launch
-recorded instead of run, so arguments and specialisations are what a GPU would get, and host code
+recorded instead of run, so arguments and specializations are what a GPU would get, and host code
 that read a result would read garbage. Each recorded kernel is compiled for an architecture and its
 code inspected: no spills, no local memory, tensor-core instructions where operands have 16 bits.
 """
@@ -35,10 +35,10 @@ from reap_kernels.experts import triton_backend
 from reap_kernels.experts.gpu import activated
 from reap_kernels.layer import gpu
 from reap_kernels.layer.call import LayerCall
-from reap_kernels.route.gpu import schedule
-from reap_kernels.route.slots import SortedSlots
 from reap_kernels.saliency.stages import accumulate, stages
-from reap_kernels.testing import FORMULAS, Case, make_experts, make_inputs
+from reap_kernels.sort.gpu import schedule
+from reap_kernels.sort.slots import SortedSlots
+from reap_kernels.testing import ACTIVATIONS, Case, make_experts, make_inputs
 from reap_kernels.tuning import Launch, Launches
 
 
@@ -104,7 +104,7 @@ class Launched:
 
 
 def _described(function: JITFunction, why: str, args: tuple[Any, ...], kwargs: Any) -> Launched:
-    """A launch as Triton specialises it: 1 is a constant, multiples of 16 are known as such."""
+    """A launch as Triton specializes it: 1 is a constant, multiples of 16 are known as such."""
     names = function.arg_names
     options = tuple(sorted((k, v) for k, v in kwargs.items() if k not in names))
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
@@ -167,13 +167,13 @@ def _observe(
     case: Case,
     dtype: torch.dtype,
     layout: str = "stacked",
-    formula: rk.GateFormula | None = None,
+    activation: rk.Activation | None = None,
     observed: bool = True,
     launches: Launches | None = None,
 ) -> None:
     """One call of the layer, through the host code; it chooses its launches unless given."""
     inputs = make_inputs(case, dtype)
-    experts = make_experts(case, layout, formula, dtype)
+    experts = make_experts(case, layout, activation, dtype)
     stats = rk.LayerStats(case.experts, case.groups) if observed else None
     arguments = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts, stats)
     call = LayerCall(*arguments, inputs.mask, inputs.group)
@@ -221,9 +221,19 @@ def launches_of(arch: Arch) -> list[Launched]:
             with recording(f"odd sizes, {short}", found):
                 _observe(ODD, dtype)
             with recording(f"accumulate, {short}", found):
-                y, ids, gates = torch.zeros(64, 256, dtype=dtype), torch.zeros(64), torch.ones(64)
+                y, ids, weights = (
+                    torch.zeros(64, 256, dtype=dtype),
+                    torch.zeros(64),
+                    torch.ones(64),
+                )
                 accumulate(
-                    stages("triton", "triton"), y, ids.long(), gates, rk.LayerStats(8), None, 0
+                    stages("triton", "triton"),
+                    y,
+                    ids.long(),
+                    weights,
+                    rk.LayerStats(8),
+                    None,
+                    0,
                 )
             for vocabulary in (151936, 50257):
                 with recording(f"compare, V = {vocabulary}, {short}", found):
@@ -246,17 +256,17 @@ def _pretending(arch: Arch) -> Iterator[None]:
 def _variants(found: list[Launched]) -> None:
     """What tables do not vary: formulas, layouts, groups, grouped_mm's glue; in bf16."""
     half = torch.bfloat16
-    for formula in FORMULAS:
-        with recording(f"formula {formula.kind}", found):
-            _observe(EVEN, half, "ungated" if formula.kind == "relu2" else "stacked", formula)
+    for activation in ACTIVATIONS:
+        with recording(f"activation {activation.kind}", found):
+            _observe(EVEN, half, "ungated" if activation.kind == "relu2" else "stacked", activation)
     for layout in ("transposed", "interleaved-biased", "per-expert"):
         with recording(f"layout {layout}", found):
             _observe(EVEN, half, layout)
     with recording("gpt-oss", found):
-        _observe(EVEN, half, "interleaved-biased", rk.GateFormula("swiglu_oai", limit=7.0))
-    opaque = rk.GateFormula("opaque", fn=rk.GateFormula("silu").apply)
+        _observe(EVEN, half, "interleaved-biased", rk.Activation("swiglu_oai", limit=7.0))
+    opaque = rk.Activation("opaque", fn=rk.Activation("silu").apply)
     with recording("opaque gate", found):
-        _observe(EVEN, half, formula=opaque)
+        _observe(EVEN, half, activation=opaque)
     with recording("groups and mask", found):
         _observe(replace(EVEN, groups=3, masked=0.5), half)
     with recording("unobserved", found):
@@ -266,9 +276,9 @@ def _variants(found: list[Launched]) -> None:
     with recording("k = 1", found):
         _observe(replace(EVEN, top_k=1), half)
     with recording("grouped_mm", found):
-        up, order = torch.zeros(64, 128, dtype=half), torch.zeros(64, dtype=torch.int64)
-        slots = SortedSlots(order, order, order[:9], 8, schedule)
-        activated(up, up, rk.GateFormula("silu"), slots)
+        up, index = torch.zeros(64, 128, dtype=half), torch.zeros(64, dtype=torch.int64)
+        slots = SortedSlots(index, index, index[:9], 8, schedule)
+        activated(up, up, rk.Activation("silu"), slots)
 
 
 @dataclass(frozen=True)
@@ -383,7 +393,7 @@ def row(arch: Arch, compiled: Compiled, run: str) -> dict[str, object]:
         "kernel": launch.kernel[1],
         "use": launch.why,
         "operand": operand.removeprefix("*"),
-        "gate": constants.get("GATE", ""),
+        "activation": constants.get("ACTIVATION", ""),
         "blocks": "x".join(blocks),
         "warps": options.get("num_warps", 4),
         "stages": options.get("num_stages", 3),

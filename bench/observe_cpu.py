@@ -36,7 +36,7 @@ def _observed(model: torch.nn.Module, batches: list[Tensor]) -> dict[str, Tensor
         for ids in batches:
             obs(input_ids=ids)
     return {
-        name: torch.stack([s.count[0].double(), s.norm_sum[0], s.gate_norm_sum[0]])
+        name: torch.stack([s.count[0].double(), s.norm_sum[0], s.weighted_norm_sum[0]])
         for name, s in obs.stats.layers.items()
     }
 

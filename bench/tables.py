@@ -67,7 +67,13 @@ def observe_cpu() -> str:
 
 def accuracy_cpu() -> str:
     """Largest relative error of each sum against the float64 oracle."""
-    fields = ("gate_sum", "norm_sum", "gate_norm_sum", "norm_sq_sum", "gate_norm_sq_sum")
+    fields = (
+        "router_weight_sum",
+        "norm_sum",
+        "weighted_norm_sum",
+        "norm_sq_sum",
+        "weighted_norm_sq_sum",
+    )
     body = [
         [row["dtype"], "exact" if row["counts_exact"] == "True" else "wrong"]
         + [row[field] for field in fields]
@@ -194,13 +200,13 @@ def criteria_cpu() -> str:
 
 def aot() -> str:
     """What compilers make of the GPU kernels, by architecture: the newest run of each."""
-    found = _rows("aot", "arch", "kernel", "use", "operand", "gate", "blocks")
+    found = _rows("aot", "arch", "kernel", "use", "operand", "activation", "blocks")
     body = []
     for arch in dict.fromkeys(row["arch"] for row in found):
         rows = [row for row in found if row["arch"] == arch]
         newest = max(row["run"] for row in rows)
         rows = [row for row in rows if row["run"] == newest]
-        products = [row for row in rows if row["operand"] in ("bf16", "fp16") and row["gate"]]
+        products = [row for row in rows if row["operand"] in ("bf16", "fp16") and row["activation"]]
         products = [row for row in products if row["kernel"] == "grouped_product"]
         body.append(
             [
@@ -291,7 +297,7 @@ def gpu_kernels() -> str:
     body = []
     for row in rows:
         first = (row["shape"], row["tokens"]) == ("Qwen3-30B-A3B", "16384")
-        wanted = first or row["kernel"].startswith(("dequantise", "compare"))
+        wanted = first or row["kernel"].startswith(("dequantize", "compare"))
         if not wanted or not row["ours/other"]:
             continue
         size = row["shape"] + (f", {row['tokens']} tokens" if first else "")

@@ -59,16 +59,16 @@ def test_observe_layer(
 
 def test_route(benchmark, case: Case, device: str) -> None:
     ids = make_inputs(case, device=device).topk_ids
-    want = rk.route(ids, case.experts, backend="reference")
-    assert torch.equal(rk.route(ids, case.experts).order, want.order)
-    benchmark(finished(lambda: rk.route(ids, case.experts), device))
+    want = rk.sort_by_expert(ids, case.experts, backend="reference")
+    assert torch.equal(rk.sort_by_expert(ids, case.experts).gather_index, want.gather_index)
+    benchmark(finished(lambda: rk.sort_by_expert(ids, case.experts), device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_expert_outputs(benchmark, case: Case, dtype: torch.dtype, device: str) -> None:
     inputs = make_inputs(case, dtype, device=device)
     experts = make_experts(case, dtype=dtype, device=device)
-    routing = rk.route(inputs.topk_ids, case.experts)
+    routing = rk.sort_by_expert(inputs.topk_ids, case.experts)
     want = rk.expert_outputs(inputs.hidden, routing, experts, backend="reference")
     assert relative_error(rk.expert_outputs(inputs.hidden, routing, experts), want) < 5e-3
     benchmark(finished(lambda: rk.expert_outputs(inputs.hidden, routing, experts), device))
@@ -79,9 +79,9 @@ def test_accumulate(benchmark, case: Case, device: str) -> None:
     rows = case.tokens * case.top_k
     y = torch.randn(rows, case.hidden, generator=rng).to(device)
     ids = torch.randint(0, case.experts, (rows,), generator=rng).to(device)
-    gates = torch.rand(rows, generator=rng).to(device)
+    weights = torch.rand(rows, generator=rng).to(device)
     got, want = (rk.LayerStats(case.experts, device=device) for _ in range(2))
-    rk.accumulate(y, ids, gates, got)
-    rk.accumulate(y, ids, gates, want, backend="reference")
+    rk.accumulate(y, ids, weights, got)
+    rk.accumulate(y, ids, weights, want, backend="reference")
     assert relative_error(got.sums, want.sums) < 1e-6
-    benchmark(finished(lambda: rk.accumulate(y, ids, gates, got), device))
+    benchmark(finished(lambda: rk.accumulate(y, ids, weights, got), device))

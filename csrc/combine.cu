@@ -2,11 +2,12 @@
 //
 // Arrays, with S = T * k slots:
 //
-//   y        [S, H]        expert outputs before the gate, by sorted row, or by slot without
-//   inverse gates    [S]           gate weights, by slot inverse  [S] int64     sorted row of each
-//   slot; rows from offsets[E] on are served by nobody out      [T, H]        sum over a token's
-//   slots of gate * y, in y's dtype norm     [S] float32   ||y|| by slot; high and low: its largest
-//   and smallest element
+//   y               [S, H]       expert outputs before the router weight, by sorted row, or by slot
+//                                without scatter_index
+//   router_weights  [S]          by slot
+//   scatter_index   [S] int64    sorted row of each slot; rows from offsets[E] on are not served
+//   out             [T, H]       sum over a token's slots of router weight * y, in y's dtype
+//   norm            [S] float32  ||y|| by slot; high and low: its largest and smallest element
 //
 // A warp owns a token: it reads 16 bytes of each of its rows at a time, eight loads in flight a
 // thread, sums over slots within a thread, and exchanges squares and extrema once, at the end.
@@ -25,25 +26,25 @@ template <class T>
 struct Rows {
     using W = typename Wide<T>::type;
     std::int64_t row = 0;
-    W gate = 0;
+    W weight = 0;
     unsigned live;  // bit s: somebody serves slot s
 
     REAP_DEVICE Rows(const Combine& call, std::int64_t token, int lane) {
         bool served = lane < call.top_k;
         if (served) {
             const std::int64_t slot = token * call.top_k + lane;
-            row = call.inverse == nullptr ? slot : call.inverse[slot];
-            served = call.inverse == nullptr || row < call.offsets[call.experts];
+            row = call.scatter_index == nullptr ? slot : call.scatter_index[slot];
+            served = call.scatter_index == nullptr || row < call.offsets[call.experts];
             if (served)
-                gate = static_cast<W>(
-                    load_float(call.gates, static_cast<Dtype>(call.gates_dtype), slot));
+                weight = static_cast<W>(load_float(
+                    call.router_weights, static_cast<Dtype>(call.router_weights_dtype), slot));
         }
         live = __ballot_sync(ALL_LANES, served);
     }
 
     REAP_DEVICE bool serves(int s) const { return live >> s & 1u; }
     REAP_DEVICE std::int64_t row_of(int s) const { return __shfl_sync(ALL_LANES, row, s); }
-    REAP_DEVICE W gate_of(int s) const { return __shfl_sync(ALL_LANES, gate, s); }
+    REAP_DEVICE W weight_of(int s) const { return __shfl_sync(ALL_LANES, weight, s); }
 };
 
 template <class W, int SLOTS>
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(THREADS) combine_tokens(Combine call) {
     T* const out = call.out == nullptr ? nullptr : static_cast<T*>(call.out) + token * call.hidden;
     const bool observes = call.norm != nullptr;
     Measures<W, SLOTS> measures;
-    // The same number of rounds for every lane: they exchange rows and gates in each.
+    // The same number of rounds for every lane: they exchange rows and router weights in each.
     for (std::int64_t start = 0; start < call.hidden; start += WARP * VECTOR * COLUMNS) {
         // Loads come first, and nothing is set where there is none to do: a value to fall back on
         // would make each load wait for the one before.
@@ -98,14 +99,14 @@ __global__ void __launch_bounds__(THREADS) combine_tokens(Combine call) {
         W total[COLUMNS][VECTOR] = {};
 #pragma unroll
         for (int s = 0; s < SLOTS; ++s) {
-            const W gate = rows.gate_of(s);
+            const W weight = rows.weight_of(s);
 #pragma unroll
             for (int c = 0; c < COLUMNS; ++c) {
                 if (!rows.serves(s) || start + (c * WARP + lane) * VECTOR >= call.hidden) continue;
 #pragma unroll
                 for (int v = 0; v < VECTOR; ++v) {
                     const W x = widen(loaded[c][s].at[v]);
-                    total[c][v] = fma(gate, x, total[c][v]);
+                    total[c][v] = fma(weight, x, total[c][v]);
                     if (observes) measures.add(s, x);
                 }
             }

@@ -1,4 +1,4 @@
-// Dequantisation of experts to bf16, one kernel a format: value = code * scale in float32, rounded
+// Dequantization of experts to bf16, one kernel a format: value = code * scale in float32, rounded
 // once.
 //
 // Arrays, for E experts of [N, K] matrices:
@@ -10,14 +10,14 @@
 //   out      [E, N, K] bf16
 //
 // Stores have two to four times the bytes of loads, so they decide: a thread makes a chunk of 8
-// elements, one store of 16 bytes, and neighbours make neighbours, so that a warp writes 512 bytes
+// elements, one store of 16 bytes, and neighbors make neighbors, so that a warp writes 512 bytes
 // that lie together. Loads are then of 8 or 4 bytes a thread and as dense. A thread loads its
 // FLIGHT chunks, THREADS apart, before it stores the first.
 #include <bit>
 #include <type_traits>
 
 #include "launch.cuh"
-#include "quantised.cuh"
+#include "quantized.cuh"
 
 namespace reap {
 namespace {
@@ -114,7 +114,7 @@ REAP_DEVICE Word load_streaming(const Word* from) {
 
 // Grid (chunks / (THREADS * FLIGHT), E).
 template <class Format>
-__global__ void __launch_bounds__(THREADS) dequantise(Job job) {
+__global__ void __launch_bounds__(THREADS) dequantize(Job job) {
     using Word = typename Format::Word;
     using Scale = typename Format::Scale;
     constexpr int WIDTH = Format::WIDTH;
@@ -171,7 +171,7 @@ int run(const Dequant& call, unsigned divisor, Where where) {
     job.row_shift = std::countr_zero(static_cast<unsigned>(call.block_rows));
     job.chunk_shift = std::countr_zero(static_cast<unsigned>(call.block_columns / Format::WIDTH));
     const auto blocks = static_cast<unsigned>(ceil_div(chunks, THREADS * FLIGHT));
-    return launch(dequantise<Format>, {blocks, static_cast<unsigned>(call.experts)}, {THREADS}, 0,
+    return launch(dequantize<Format>, {blocks, static_cast<unsigned>(call.experts)}, {THREADS}, 0,
                   where, job);
 }
 
@@ -188,7 +188,7 @@ int run_e4m3(const Dequant& call, Where where) {
 
 }  // namespace
 
-int dequantise_fp8(const Dequant& call, Where where) {
+int dequantize_fp8(const Dequant& call, Where where) {
     if (call.columns < 1 || !power_of_two(call.block_rows) || !power_of_two(call.block_columns))
         return INVALID_VALUE;
     switch (static_cast<Dtype>(call.scales_dtype)) {
@@ -201,12 +201,12 @@ int dequantise_fp8(const Dequant& call, Where where) {
     }
 }
 
-int dequantise_mxfp4(const Dequant& call, Where where) {
+int dequantize_mxfp4(const Dequant& call, Where where) {
     if (call.columns % 32 || call.block_rows != 1 || call.block_columns != 32) return INVALID_VALUE;
     return run<E2m1>(call, 1, where);
 }
 
-int dequantise_int4(const Dequant& call, Where where) {
+int dequantize_int4(const Dequant& call, Where where) {
     const int group = call.block_columns;
     if (group < 8 || group % 8 || call.columns % group || call.block_rows != 1)
         return INVALID_VALUE;

@@ -15,28 +15,28 @@ struct Where {
     std::uintptr_t stream;
 };
 
-// Slots of one warp of `route`: its scratch has ceil(slots / ROUTE_CHUNK) rows.
-constexpr std::int64_t ROUTE_CHUNK = 256;
-// Most experts `route` takes: their counters lie in shared memory.
-constexpr int ROUTE_EXPERTS = 4095;
+// Slots of one warp of `sort_slots`: its scratch has ceil(slots / SORT_CHUNK) rows.
+constexpr std::int64_t SORT_CHUNK = 256;
+// Most experts `sort_slots` takes: their counters lie in shared memory.
+constexpr int SORT_EXPERTS = 4095;
 // Most slots a token `combine_rows` takes: their norms lie in registers.
 constexpr int COMBINE_SLOTS = 32;
 
-// Sorts slots by expert, stably; see route.cu for the arrays.
-struct Route {
+// Sorts slots by expert, stably; see sort.cu for the arrays.
+struct Sort {
     const void* ids;
     int ids_dtype;
-    const void* weights;  // or null
-    int weights_dtype;
+    const void* topk_weights;  // or null
+    int topk_weights_dtype;
     std::int64_t slots;
     int experts;
     std::int32_t* counts;
     std::int32_t* totals;
     std::int64_t* offsets;
-    std::int64_t* order;
-    std::int64_t* inverse;
+    std::int64_t* gather_index;
+    std::int64_t* scatter_index;
 };
-int route(const Route& call, Where where);
+int sort_slots(const Sort& call, Where where);
 
 // Lists the tiles of `block_m` sorted rows of each expert.
 struct Schedule {
@@ -49,13 +49,13 @@ struct Schedule {
 };
 int schedule_tiles(const Schedule& call, Where where);
 
-// Reads every row of y once: gate-weighted sums, norms, extrema; see combine.cu for the arrays.
+// Reads every row of y once: weighted sums, norms, extrema; see combine.cu for the arrays.
 struct Combine {
     const void* y;
     int y_dtype;
-    const void* gates;
-    int gates_dtype;
-    const std::int64_t* inverse;  // or null: every row of y is a slot of its own
+    const void* router_weights;
+    int router_weights_dtype;
+    const std::int64_t* scatter_index;  // or null: every row of y is a slot of its own
     const std::int64_t* offsets;
     void* out;      // or null
     int out_dtype;  // y's
@@ -75,9 +75,9 @@ struct Reduce {
     const float* norm;
     const float* high;
     const float* low;
-    const void* gates;
-    int gates_dtype;
-    const std::int64_t* order;
+    const void* router_weights;
+    int router_weights_dtype;
+    const std::int64_t* gather_index;
     const std::int64_t* offsets;
     const std::int32_t* tile_experts;
     const std::int32_t* tile_rows;
@@ -97,7 +97,7 @@ struct Reduce {
 };
 int reduce_slots(const Reduce& call, Where where);
 
-// Dequantises experts to bf16; see dequant.cu for the formats and arrays.
+// Dequantizes experts to bf16; see dequant.cu for the formats and arrays.
 struct Dequant {
     const void* values;
     const void* scales;
@@ -110,8 +110,8 @@ struct Dequant {
     int block_rows;     // that share a scale: powers of two for E4M3, else 1
     int block_columns;  // likewise; 32 for MXFP4, a multiple of 8 for integers
 };
-int dequantise_fp8(const Dequant& call, Where where);
-int dequantise_mxfp4(const Dequant& call, Where where);
-int dequantise_int4(const Dequant& call, Where where);
+int dequantize_fp8(const Dequant& call, Where where);
+int dequantize_mxfp4(const Dequant& call, Where where);
+int dequantize_int4(const Dequant& call, Where where);
 
 }  // namespace reap

@@ -20,21 +20,22 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-void define_route(py::module_& m) {
+void define_sort(py::module_& m) {
     m.def(
-        "route",
-        [](Address ids, int ids_dtype, Address weights, int weights_dtype, std::int64_t slots,
-           int experts, Address counts, Address totals, Address offsets, Address order,
-           Address inverse, int device, Address stream) {
-            return reap::route(
-                {at<const void>(ids), ids_dtype, at<const void>(weights), weights_dtype, slots,
-                 experts, at<std::int32_t>(counts), at<std::int32_t>(totals),
-                 at<std::int64_t>(offsets), at<std::int64_t>(order), at<std::int64_t>(inverse)},
+        "sort_slots",
+        [](Address ids, int ids_dtype, Address topk_weights, int topk_weights_dtype,
+           std::int64_t slots, int experts, Address counts, Address totals, Address offsets,
+           Address gather_index, Address scatter_index, int device, Address stream) {
+            return reap::sort_slots(
+                {at<const void>(ids), ids_dtype, at<const void>(topk_weights), topk_weights_dtype,
+                 slots, experts, at<std::int32_t>(counts), at<std::int32_t>(totals),
+                 at<std::int64_t>(offsets), at<std::int64_t>(gather_index),
+                 at<std::int64_t>(scatter_index)},
                 {device, stream});
         },
-        py::kw_only(), "ids"_a, "ids_dtype"_a, "weights"_a, "weights_dtype"_a, "slots"_a,
-        "experts"_a, "counts"_a, "totals"_a, "offsets"_a, "order"_a, "inverse"_a, "device"_a,
-        "stream"_a);
+        py::kw_only(), "ids"_a, "ids_dtype"_a, "topk_weights"_a, "topk_weights_dtype"_a, "slots"_a,
+        "experts"_a, "counts"_a, "totals"_a, "offsets"_a, "gather_index"_a, "scatter_index"_a,
+        "device"_a, "stream"_a);
     m.def(
         "schedule_tiles",
         [](Address offsets, int experts, int block_m, Address tile_experts, Address tile_rows,
@@ -46,39 +47,40 @@ void define_route(py::module_& m) {
         },
         py::kw_only(), "offsets"_a, "experts"_a, "block_m"_a, "tile_experts"_a, "tile_rows"_a,
         "firsts"_a, "device"_a, "stream"_a);
-    m.attr("ROUTE_CHUNK") = reap::ROUTE_CHUNK;
-    m.attr("ROUTE_EXPERTS") = reap::ROUTE_EXPERTS;
+    m.attr("SORT_CHUNK") = reap::SORT_CHUNK;
+    m.attr("SORT_EXPERTS") = reap::SORT_EXPERTS;
 }
 
 void define_saliency(py::module_& m) {
     m.def(
         "combine_rows",
-        [](Address y, int y_dtype, Address gates, int gates_dtype, Address inverse, Address offsets,
-           Address out, int out_dtype, Address norm, Address high, Address low, std::int64_t tokens,
-           int top_k, int experts, std::int64_t hidden, bool wide, int device, Address stream) {
+        [](Address y, int y_dtype, Address router_weights, int router_weights_dtype,
+           Address scatter_index, Address offsets, Address out, int out_dtype, Address norm,
+           Address high, Address low, std::int64_t tokens, int top_k, int experts,
+           std::int64_t hidden, bool wide, int device, Address stream) {
             return reap::combine_rows(
-                {at<const void>(y), y_dtype, at<const void>(gates), gates_dtype,
-                 at<const std::int64_t>(inverse), at<const std::int64_t>(offsets), at<void>(out),
-                 out_dtype, at<float>(norm), at<float>(high), at<float>(low), tokens, top_k,
-                 experts, hidden, wide},
+                {at<const void>(y), y_dtype, at<const void>(router_weights), router_weights_dtype,
+                 at<const std::int64_t>(scatter_index), at<const std::int64_t>(offsets),
+                 at<void>(out), out_dtype, at<float>(norm), at<float>(high), at<float>(low), tokens,
+                 top_k, experts, hidden, wide},
                 {device, stream});
         },
-        py::kw_only(), "y"_a, "y_dtype"_a, "gates"_a, "gates_dtype"_a, "inverse"_a, "offsets"_a,
-        "out"_a, "out_dtype"_a, "norm"_a, "high"_a, "low"_a, "tokens"_a, "top_k"_a, "experts"_a,
-        "hidden"_a, "wide"_a, "device"_a, "stream"_a);
+        py::kw_only(), "y"_a, "y_dtype"_a, "router_weights"_a, "router_weights_dtype"_a,
+        "scatter_index"_a, "offsets"_a, "out"_a, "out_dtype"_a, "norm"_a, "high"_a, "low"_a,
+        "tokens"_a, "top_k"_a, "experts"_a, "hidden"_a, "wide"_a, "device"_a, "stream"_a);
     m.def(
         "reduce_slots",
-        [](Address norm, Address high, Address low, Address gates, int gates_dtype, Address order,
-           Address offsets, Address tile_experts, Address tile_rows, Address firsts, Address mask,
-           Address group, Address partials, Address counts, Address sums, Address extrema,
-           std::int64_t max_tiles, int block_m, int experts, int top_k, int groups, int first_group,
-           int device, Address stream) {
+        [](Address norm, Address high, Address low, Address router_weights,
+           int router_weights_dtype, Address gather_index, Address offsets, Address tile_experts,
+           Address tile_rows, Address firsts, Address mask, Address group, Address partials,
+           Address counts, Address sums, Address extrema, std::int64_t max_tiles, int block_m,
+           int experts, int top_k, int groups, int first_group, int device, Address stream) {
             return reap::reduce_slots({at<const float>(norm),
                                        at<const float>(high),
                                        at<const float>(low),
-                                       at<const void>(gates),
-                                       gates_dtype,
-                                       at<const std::int64_t>(order),
+                                       at<const void>(router_weights),
+                                       router_weights_dtype,
+                                       at<const std::int64_t>(gather_index),
                                        at<const std::int64_t>(offsets),
                                        at<const std::int32_t>(tile_experts),
                                        at<const std::int32_t>(tile_rows),
@@ -97,10 +99,10 @@ void define_saliency(py::module_& m) {
                                        first_group},
                                       {device, stream});
         },
-        py::kw_only(), "norm"_a, "high"_a, "low"_a, "gates"_a, "gates_dtype"_a, "order"_a,
-        "offsets"_a, "tile_experts"_a, "tile_rows"_a, "firsts"_a, "mask"_a, "group"_a, "partials"_a,
-        "counts"_a, "sums"_a, "extrema"_a, "max_tiles"_a, "block_m"_a, "experts"_a, "top_k"_a,
-        "groups"_a, "first_group"_a, "device"_a, "stream"_a);
+        py::kw_only(), "norm"_a, "high"_a, "low"_a, "router_weights"_a, "router_weights_dtype"_a,
+        "gather_index"_a, "offsets"_a, "tile_experts"_a, "tile_rows"_a, "firsts"_a, "mask"_a,
+        "group"_a, "partials"_a, "counts"_a, "sums"_a, "extrema"_a, "max_tiles"_a, "block_m"_a,
+        "experts"_a, "top_k"_a, "groups"_a, "first_group"_a, "device"_a, "stream"_a);
     m.attr("COMBINE_SLOTS") = reap::COMBINE_SLOTS;
 }
 
@@ -120,9 +122,9 @@ void define_dequant(py::module_& m) {
             "experts"_a, "rows"_a, "columns"_a, "block_rows"_a, "block_columns"_a, "device"_a,
             "stream"_a);
     };
-    define("dequantise_fp8", &reap::dequantise_fp8);
-    define("dequantise_mxfp4", &reap::dequantise_mxfp4);
-    define("dequantise_int4", &reap::dequantise_int4);
+    define("dequantize_fp8", &reap::dequantize_fp8);
+    define("dequantize_mxfp4", &reap::dequantize_mxfp4);
+    define("dequantize_int4", &reap::dequantize_int4);
 }
 
 void define_dtypes(py::module_& m) {
@@ -176,7 +178,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Kernels of reap-kernels: pointers, sizes and a stream in, a CUDA status out.";
     define_dtypes(m);
     define_platform(m);
-    define_route(m);
+    define_sort(m);
     define_saliency(m);
     define_dequant(m);
 }

@@ -1,6 +1,6 @@
 // Reduction of measured slots into the statistics of their experts, by fixed trees in float64.
 //
-// Arrays, with S slots, M tiles at most (see route.cu for order, offsets and tiles):
+// Arrays, with S slots, M tiles at most (see sort.cu for gather_index, offsets and tiles):
 //
 //   norm, high, low [S] float32   by slot, from combine.cu
 //   partials  [9, G, M] float64   one tile's rows of one group: 2 counts, 5 sums, 2 extrema, in the
@@ -34,19 +34,19 @@ struct Fields {
         for (int field = 0; field < FIELDS; ++field) at[field] = nothing(field);
     }
 
-    REAP_DEVICE void add(double gate, float norm, float high, float low) {
+    REAP_DEVICE void add(double weight, float norm, float high, float low) {
         // NaN and Inf both fail this; such rows enter `nonfinite` and no sum.
         if (!(fabsf(norm) < INFINITY)) {
             at[1] += 1;
             return;
         }
-        const double wide = norm, gated = gate * wide;
+        const double wide = norm, weighted = weight * wide;
         at[0] += 1;
-        at[2] += gate;
+        at[2] += weight;
         at[3] += wide;
-        at[4] += gated;
+        at[4] += weighted;
         at[5] += wide * wide;
-        at[6] += gated * gated;
+        at[6] += weighted * weighted;
         at[7] = Max{}(at[7], static_cast<double>(high));
         at[8] = Min{}(at[8], static_cast<double>(low));
     }
@@ -72,11 +72,12 @@ __global__ void __launch_bounds__(THREADS) sum_tiles(Reduce call) {
     const std::int64_t last = first + call.block_m < end ? first + call.block_m : end;
     Fields own;
     for (std::int64_t row = first + threadIdx.x; row < last; row += THREADS) {
-        const std::int64_t slot = call.order[row], token = slot / call.top_k;
+        const std::int64_t slot = call.gather_index[row], token = slot / call.top_k;
         if (call.mask != nullptr && !call.mask[token]) continue;
         if (call.group != nullptr && call.group[token] != blockIdx.y) continue;
-        const double gate = load_float(call.gates, static_cast<Dtype>(call.gates_dtype), slot);
-        own.add(gate, call.norm[slot], call.high[slot], call.low[slot]);
+        const double weight =
+            load_float(call.router_weights, static_cast<Dtype>(call.router_weights_dtype), slot);
+        own.add(weight, call.norm[slot], call.high[slot], call.low[slot]);
     }
 #pragma unroll
     for (int field = 0; field < FIELDS; ++field) {

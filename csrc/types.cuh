@@ -77,7 +77,7 @@ REAP_DEVICE void store(T* to, const Vector<T, N>& from) {
     *reinterpret_cast<Vector<T, N>*>(to) = from;
 }
 
-// One element of an array whose dtype is known at run time: gates come in several.
+// One element of an array whose dtype is known at run time: router_weights come in several.
 REAP_DEVICE double load_float(const void* base, Dtype dtype, std::int64_t at) {
     switch (dtype) {
         case Dtype::bf16:

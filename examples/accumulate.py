@@ -28,5 +28,5 @@ if __name__ == "__main__":
     router, stats = torch.randn(8, 64), rk.LayerStats(8)
     with torch.no_grad():
         moe(torch.randn(1024, 64), router, experts, stats)
-    saliency = (stats.gate_norm_sum / stats.count)[0]  # REAP: mean router weight times output norm
+    saliency = (stats.weighted_norm_sum / stats.count)[0]  # mean of router weight times norm
     print("experts, least important first:", saliency.argsort().tolist())

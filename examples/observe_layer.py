@@ -17,7 +17,7 @@ class MoE(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, stats: rk.LayerStats | None = None) -> torch.Tensor:
         weights, ids = self.router(x).softmax(-1).topk(self.top_k)
-        experts = rk.ExpertWeights(self.up, self.down, rk.GateFormula("silu"))
+        experts = rk.ExpertWeights(self.up, self.down, rk.Activation("silu"))
         return rk.observe_layer(x, ids, weights, experts, stats)
 
 
@@ -27,5 +27,5 @@ if __name__ == "__main__":
     with torch.no_grad():
         for _ in range(4):
             layer(torch.randn(256, 64), stats)
-    saliency = (stats.gate_norm_sum / stats.count)[0]  # REAP: mean router weight times output norm
+    saliency = (stats.weighted_norm_sum / stats.count)[0]  # mean of router weight times norm
     print("experts, least important first:", saliency.argsort().tolist())

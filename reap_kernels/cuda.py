@@ -80,7 +80,7 @@ def digest(where: torch.device) -> str:
 
 
 def constant(where: torch.device, name: str) -> int:
-    """A limit or size the module states, such as `ROUTE_CHUNK`."""
+    """A limit or size the module states, such as `SORT_CHUNK`."""
     return int(getattr(_module(where), name))
 
 

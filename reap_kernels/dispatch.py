@@ -42,7 +42,7 @@ class Request(NamedTuple):
         op: one of `OPS`.
         device: where the inputs lie.
         dtype: dtype of the hidden states (or of the expert outputs).
-        formula: kind of the gate formula; empty where the op has none.
+        activation: kind of the activation; empty where the op has none.
         sizes: of the call, or typical ones where a question is asked without one.
         layout: `ExpertWeights.layout`, where the op takes weights.
         biased: whether the experts add biases.
@@ -51,7 +51,7 @@ class Request(NamedTuple):
     op: str
     device: torch.device
     dtype: torch.dtype
-    formula: str = ""
+    activation: str = ""
     sizes: Sizes = Sizes()
     layout: str = "stacked"
     biased: bool = False
@@ -234,10 +234,10 @@ def check_backend(
     of typical sizes and the commonest kind of experts; see `explain` for others.
 
     Args:
-        op: one of `dispatch.OPS`: `route`, `dequant`, `experts`, `saliency`, `layer`, `compare`.
+        op: one of `dispatch.OPS`: `sort`, `dequant`, `experts`, `saliency`, `layer`, `compare`.
         device: where the inputs will lie.
         dtype: of the hidden states (`layer`, `experts`), expert outputs (`saliency`), logits
-            (`compare`), expert ids (`route`) or dequantised matrices (`dequant`).
+            (`compare`), expert ids (`sort`) or dequantized matrices (`dequant`).
         backend: an explicit request, as in the ops. Default: `REAP_BACKEND`, else automatic choice.
 
     Returns:
@@ -256,15 +256,15 @@ def check_backend(
     """
     if op not in OPS:
         raise UsageError(f"op {op!r} is not known; choose one of {', '.join(OPS)}")
-    formula = "silu" if op in ("experts", "layer") else ""
-    return select(Request(op, torch.device(device), dtype, formula), backend).name
+    activation = "silu" if op in ("experts", "layer") else ""
+    return select(Request(op, torch.device(device), dtype, activation), backend).name
 
 
 def explain(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     *,
-    formula: str = "silu",
+    activation: str = "silu",
     sizes: Sizes | None = None,
     layout: str = "stacked",
     biased: bool = False,
@@ -275,7 +275,7 @@ def explain(
     Args:
         device: where the inputs would lie.
         dtype: dtype of the hidden states.
-        formula: kind of gate formula; `opaque` for one that only the model can compute.
+        activation: kind of activation; `opaque` for one that only the model can compute.
         sizes: T, k, E, H and I; default those of a typical call.
         layout: `ExpertWeights.layout`.
         biased: whether the experts add biases.
@@ -288,7 +288,7 @@ def explain(
     for op in OPS:
         requested = backend or env.backend(op)
         request = Request(
-            op, torch.device(device), dtype, formula, sizes or Sizes(), layout, biased
+            op, torch.device(device), dtype, activation, sizes or Sizes(), layout, biased
         )
         chosen: str | None = None
         for peer in _ranked(request):

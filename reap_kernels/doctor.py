@@ -70,7 +70,7 @@ def _launch_tables() -> dict[str, list[str]]:
 
 
 def report() -> dict[str, Any]:
-    """Everything a bug report needs, as a JSON-serialisable dictionary.
+    """Everything a bug report needs, as a JSON-serializable dictionary.
 
     Returns:
         `python`, `platform`, `packages` (version or None), `nvcc`, `cuda_kernels` (the CUDA version

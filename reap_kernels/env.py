@@ -1,6 +1,6 @@
 """Every environment variable reap-kernels reads, in one place.
 
-`REAP_BACKEND`: backend of every op (`reference`, `cpu`, ...), or of some (`route=cuda`, with commas
+`REAP_BACKEND`: backend of every op (`reference`, `cpu`, ...), or of some (`sort=cuda`, with commas
 between). An explicit request: where it cannot serve, the call fails with the reason. Default:
 automatic choice.
 
@@ -12,7 +12,7 @@ dtype), `float32`, or `auto` (native where the CPU has instructions for it). Def
 `REAP_SCRATCH_BYTES`: scratch a GPU backend may hold in one layer, in bytes; a call that needs more
 is computed in parts. Default: a quarter of free device memory.
 
-`REAP_CACHE_DIR`: where verdicts of the kernels' self-checks and tokenised data are kept. Default:
+`REAP_CACHE_DIR`: where verdicts of the kernels' self-checks and tokenized data are kept. Default:
 `$XDG_CACHE_HOME/reap-kernels`, or `~/.cache/reap-kernels`.
 
 `REAP_CUDA_HOST`: path of the kernels of `csrc/` compiled for the CPU (`make host`), which makes the
@@ -30,7 +30,7 @@ from pathlib import Path
 from reap_kernels.errors import BackendUnavailable
 from reap_kernels.files import is_file
 
-OPS = ("route", "dequant", "experts", "saliency", "layer", "compare")
+OPS = ("sort", "dequant", "experts", "saliency", "layer", "compare")
 CPU_DTYPES = ("auto", "native", "float32")
 
 
@@ -102,7 +102,7 @@ def scratch_bytes() -> int | None:
 
 
 def cache_dir() -> Path:
-    """Where verdicts of self-checks and tokenised data are kept."""
+    """Where verdicts of self-checks and tokenized data are kept."""
     own = os.environ.get("REAP_CACHE_DIR")
     if own:
         return Path(own)

@@ -51,7 +51,7 @@ def verdict(
     Args:
         op: the op.
         where: the device it would run on.
-        facts: what else the compiled kernels depend on: dtype, launch, formula, layout.
+        facts: what else the compiled kernels depend on: dtype, launch, activation, layout.
         check: computes and compares; returns what is wrong, or None.
     """
     values = (op, where, *facts.values())

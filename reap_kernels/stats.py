@@ -22,9 +22,15 @@ from reap_kernels.stats_values import check_parts, check_values
 from reap_kernels.tensor_files import read_tensors, write_tensors
 
 COUNTS = ("count", "nonfinite")
-SUMS = ("gate_sum", "norm_sum", "gate_norm_sum", "norm_sq_sum", "gate_norm_sq_sum")
+SUMS = ("router_weight_sum", "norm_sum", "weighted_norm_sum", "norm_sq_sum", "weighted_norm_sq_sum")
 EXTREMA = ("out_max", "out_min")
 FIELDS = (*COUNTS, *SUMS, *EXTREMA, "tokens")
+# Names of fields in files, where they differ. Files keep the names they had first.
+_IN_FILES = {
+    "router_weight_sum": "gate_sum",
+    "weighted_norm_sum": "gate_norm_sum",
+    "weighted_norm_sq_sum": "gate_norm_sq_sum",
+}
 _DTYPES = dict.fromkeys(SUMS, torch.float64) | dict.fromkeys(EXTREMA, torch.float32)
 FORMAT = Format(
     "reap-stats",
@@ -45,15 +51,17 @@ FORMAT = Format(
 class LayerStats:
     """Per (group, expert) statistics of one MoE layer, packed so that kernels write few tensors.
 
-    With g the gate weight that combines and f the expert's output before it, over the rows routed
-    to the expert:
+    With g the router weight and f the expert's output before it is multiplied by g, over the rows
+    routed to the expert:
 
     | field | dtype, shape | value |
     |---|---|---|
     | `count` | int64 [G, E] | rows counted |
     | `nonfinite` | int64 [G, E] | rows whose norm was NaN or Inf: here and in no other field |
-    | `gate_sum`, `norm_sum`, `gate_norm_sum` | float64 [G, E] | sum g, sum ||f||, sum g ||f|| |
-    | `norm_sq_sum`, `gate_norm_sq_sum` | float64 [G, E] | sum ||f||^2, sum (g ||f||)^2 |
+    | `router_weight_sum` | float64 [G, E] | sum g |
+    | `norm_sum`, `norm_sq_sum` | float64 [G, E] | sum ||f||, sum ||f||^2 |
+    | `weighted_norm_sum` | float64 [G, E] | sum g ||f|| |
+    | `weighted_norm_sq_sum` | float64 [G, E] | sum (g ||f||)^2 |
     | `out_max`, `out_min` | float32 [G, E] | extreme elements of f; -inf, +inf when empty |
     | `tokens` | int64 [G] | tokens counted |
 
@@ -94,11 +102,11 @@ class LayerStats:
 
     count = property(lambda self: self.counts[0])
     nonfinite = property(lambda self: self.counts[1])
-    gate_sum = property(lambda self: self.sums[0])
+    router_weight_sum = property(lambda self: self.sums[0])
     norm_sum = property(lambda self: self.sums[1])
-    gate_norm_sum = property(lambda self: self.sums[2])
+    weighted_norm_sum = property(lambda self: self.sums[2])
     norm_sq_sum = property(lambda self: self.sums[3])
-    gate_norm_sq_sum = property(lambda self: self.sums[4])
+    weighted_norm_sq_sum = property(lambda self: self.sums[4])
     out_max = property(lambda self: self.extrema[0])
     out_min = property(lambda self: self.extrema[1])
 
@@ -196,7 +204,7 @@ class SaliencyStats:
     Attributes:
         layers: qualified name of the experts module -> its statistics; all with the same groups.
         groups: names of the calibration groups, in the order of the statistics' first dimension.
-        provenance: JSON-serialisable record of model, data, gate rule, software and backend.
+        provenance: JSON-serializable record of model, data, gate rule, software and backend.
         parts: disjoint shares of the calibration data, each with the layers, the groups and the
             provenance of the whole, which is their merge; without parts of their own. They say how
             far the scores depend on the sample. Empty where the data were not divided.
@@ -280,14 +288,16 @@ class SaliencyStats:
             DataError: the provenance holds what could not be read again.
         """
         tensors = {
-            f"{name}|{key}": value
+            f"{name}|{_IN_FILES.get(key, key)}": value
             for name, layer in self.layers.items()
             for key, value in layer.fields().items()
         }
         for name in self.layers if self.parts else ():
             shares = [part.layers[name].fields() for part in self.parts]
             for key in FIELDS:  # [parts, ...]: few tensors, so that many layers load fast
-                tensors[f"{name}|parts|{key}"] = torch.stack([share[key] for share in shares])
+                tensors[f"{name}|parts|{_IN_FILES.get(key, key)}"] = torch.stack(
+                    [share[key] for share in shares]
+                )
         content = {
             "layers": list(self.layers),
             "groups": self.groups,
@@ -347,17 +357,18 @@ class SaliencyStats:
 def _taken(tensors: dict[str, Tensor], prefix: str, shape: list[int]) -> dict[str, Tensor]:
     """The fields of one layer, taken out of `tensors`: [*shape, E] each, `tokens` [*shape]."""
     found = {}
-    for key in FIELDS:
-        if f"{prefix}|{key}" not in tensors:
-            raise ValueError(f"tensor '{prefix}|{key}' is missing")
-        found[key] = tensors.pop(f"{prefix}|{key}")
+    stored = {key: f"{prefix}|{_IN_FILES.get(key, key)}" for key in FIELDS}
+    for key, name in stored.items():
+        if name not in tensors:
+            raise ValueError(f"tensor '{name}' is missing")
+        found[key] = tensors.pop(name)
     experts = found["count"].shape[-1:]
     for key, tensor in found.items():
         wanted = (*shape, *(() if key == "tokens" else experts))
         dtype = _DTYPES.get(key, torch.int64)
         if tuple(tensor.shape) != wanted or tensor.dtype != dtype or not tensor.numel():
             raise ValueError(
-                f"tensor '{prefix}|{key}' is {tensor.dtype} {list(tensor.shape)}; expected "
+                f"tensor '{stored[key]}' is {tensor.dtype} {list(tensor.shape)}; expected "
                 f"{dtype} {list(wanted)}, an expert at least"
             )
     return found

@@ -15,8 +15,14 @@ Fields = Mapping[str, Tensor]
 # Relative error of a float64 sum in any order, with room to spare.
 _ROUNDING = 1e-9
 _COUNTS = ("count", "nonfinite")
-_SUMS = ("gate_sum", "norm_sum", "gate_norm_sum", "norm_sq_sum", "gate_norm_sq_sum")
-_NEVER_NEGATIVE = ("norm_sum", "norm_sq_sum", "gate_norm_sq_sum")
+_SUMS = (
+    "router_weight_sum",
+    "norm_sum",
+    "weighted_norm_sum",
+    "norm_sq_sum",
+    "weighted_norm_sq_sum",
+)
+_NEVER_NEGATIVE = ("norm_sum", "norm_sq_sum", "weighted_norm_sq_sum")
 
 
 def check_values(layer: str, fields: Fields, rows_per_token: int) -> None:
@@ -76,7 +82,10 @@ def _check_sums(layer: str, fields: Fields) -> None:
         _refuse(layer, name, values, (count == 0) & (values != 0), "0, as no row was counted")
         if name in _NEVER_NEGATIVE:
             _refuse(layer, name, values, values < 0, "0 or more")
-    for name, squares in (("norm_sum", "norm_sq_sum"), ("gate_norm_sum", "gate_norm_sq_sum")):
+    for name, squares in (
+        ("norm_sum", "norm_sq_sum"),
+        ("weighted_norm_sum", "weighted_norm_sq_sum"),
+    ):
         most = count.double().sqrt() * fields[squares].sqrt() * (1 + _ROUNDING)
         words = f"at most the root of count times {squares}"
         _refuse(layer, name, fields[name], fields[name].abs() > most, words)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from reap_kernels.gates import GateFormula
-from reap_kernels.quantised import FORMATS, MX_BLOCK, Quantised
+from reap_kernels.activation import Activation
+from reap_kernels.quantized import FORMATS, MX_BLOCK, Quantized
 from reap_kernels.types import ExpertWeights
 
 
@@ -29,7 +29,7 @@ class Case:
     intermediate: int = 16
     skew: str = "balanced"
     foreign: float = 0.0
-    zero_gates: float = 0.0
+    zero_weights: float = 0.0
     masked: float = 0.0
     groups: int = 1
 
@@ -45,7 +45,7 @@ CASES = (
     Case("zipf", "a few experts take most tokens, many take none", experts=64, skew="zipf"),
     Case("all-to-one", "one expert takes every token, in two pieces", tokens=1100, skew="one"),
     Case("foreign", "ids of other ranks, identity experts, -1", foreign=0.3),
-    Case("zero-gates", "skipped slots carry weight 0", zero_gates=0.3),
+    Case("zero-weights", "skipped slots carry weight 0", zero_weights=0.3),
     Case("masked", "padding is computed, not counted", masked=0.4),
     Case("groups", "calibration groups in one batch", groups=3),
     Case(
@@ -56,7 +56,7 @@ CASES = (
         top_k=4,
         skew="zipf",
         foreign=0.2,
-        zero_gates=0.1,
+        zero_weights=0.1,
         masked=0.3,
         groups=4,
     ),
@@ -97,7 +97,7 @@ def make_inputs(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Inputs:
-    """Random inputs of `case`: hidden N(0, 1) in `dtype`, gates summing to 1 per token."""
+    """Random inputs of `case`: hidden N(0, 1) in `dtype`, topk_weights summing to 1 per token."""
     rng = torch.Generator().manual_seed(seed)
     t, e, k = case.tokens, case.experts, case.top_k
     logits = torch.randn(t, e, generator=rng)
@@ -112,8 +112,8 @@ def make_inputs(
         strange = torch.randint(0, 3, (t, k), generator=rng)
         strange = torch.tensor([-1, e, e + 5])[strange]
         ids = torch.where(torch.rand(t, k, generator=rng) < case.foreign, strange, ids)
-    if case.zero_gates:
-        weights = weights.masked_fill(torch.rand(t, k, generator=rng) < case.zero_gates, 0.0)
+    if case.zero_weights:
+        weights = weights.masked_fill(torch.rand(t, k, generator=rng) < case.zero_weights, 0.0)
     mask = torch.rand(t, generator=rng) >= case.masked if case.masked else None
     group: int | Tensor = 0
     if case.groups > 1:
@@ -144,36 +144,36 @@ def _interleave(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack([gate, up], dim=2).flatten(1, 2)
 
 
-Layout = Callable[[dict[str, Tensor], GateFormula], ExpertWeights]
+Layout = Callable[[dict[str, Tensor], Activation], ExpertWeights]
 
 
-def _stacked(m: dict[str, Tensor], formula: GateFormula) -> ExpertWeights:
-    return ExpertWeights(torch.cat([m["gate"], m["up"]], 1), m["down"], formula)
+def _stacked(m: dict[str, Tensor], activation: Activation) -> ExpertWeights:
+    return ExpertWeights(torch.cat([m["gate"], m["up"]], 1), m["down"], activation)
 
 
-def _transposed(m: dict[str, Tensor], formula: GateFormula) -> ExpertWeights:
+def _transposed(m: dict[str, Tensor], activation: Activation) -> ExpertWeights:
     up = torch.cat([m["gate"], m["up"]], 1).transpose(1, 2).contiguous()
     down = m["down"].transpose(1, 2).contiguous()
-    return ExpertWeights(up.transpose(1, 2), down.transpose(1, 2), formula)
+    return ExpertWeights(up.transpose(1, 2), down.transpose(1, 2), activation)
 
 
-def _interleaved_biased(m: dict[str, Tensor], formula: GateFormula) -> ExpertWeights:
+def _interleaved_biased(m: dict[str, Tensor], activation: Activation) -> ExpertWeights:
     bias = _interleave(m["gate_bias"], m["up_bias"])
     return ExpertWeights(
         _interleave(m["gate"], m["up"]),
         m["down"],
-        formula,
+        activation,
         up_bias=bias,
         down_bias=m["down_bias"],
         interleaved=True,
     )
 
 
-def _ungated(m: dict[str, Tensor], formula: GateFormula) -> ExpertWeights:
-    return ExpertWeights(m["up"], m["down"], GateFormula("relu2"), up_bias=m["up_bias"])
+def _ungated(m: dict[str, Tensor], activation: Activation) -> ExpertWeights:
+    return ExpertWeights(m["up"], m["down"], Activation("relu2"), up_bias=m["up_bias"])
 
 
-def _blocks(m: dict[str, Tensor], formula: GateFormula) -> ExpertWeights:
+def _blocks(m: dict[str, Tensor], activation: Activation) -> ExpertWeights:
     """2-D storage [E * I, H] of all three, as dbrx keeps them."""
     e, i, h = m["up"].shape
     flat = {name: m[name].reshape(e * i, h) for name in ("gate", "up")}
@@ -181,17 +181,17 @@ def _blocks(m: dict[str, Tensor], formula: GateFormula) -> ExpertWeights:
     return ExpertWeights(
         flat["up"].view(e, i, h),
         down.view(e, i, h).transpose(1, 2),
-        formula,
+        activation,
         gate=flat["gate"].view(e, i, h),
     )
 
 
-def _per_expert(m: dict[str, Tensor], formula: GateFormula) -> ExpertWeights:
+def _per_expert(m: dict[str, Tensor], activation: Activation) -> ExpertWeights:
     """Separate modules, each with its own gate, up and down and their biases."""
     return ExpertWeights(
         [u.clone() for u in m["up"]],
         [d.clone() for d in m["down"]],
-        formula,
+        activation,
         gate=[g.clone() for g in m["gate"]],
         up_bias=m["up_bias"],
         gate_bias=m["gate_bias"],
@@ -208,34 +208,34 @@ LAYOUTS: dict[str, Layout] = {
     "per-expert": _per_expert,
 }
 
-FORMULAS = (
-    GateFormula("silu"),
-    GateFormula("gelu_tanh"),
-    GateFormula("silu_clamped_in", limit=0.7),
-    GateFormula("silu_clamped_out", limit=0.7),
-    GateFormula("swiglu_oai", limit=0.7),
-    GateFormula("relu2"),
+ACTIVATIONS = (
+    Activation("silu"),
+    Activation("gelu_tanh"),
+    Activation("silu_clamped_in", limit=0.7),
+    Activation("silu_clamped_out", limit=0.7),
+    Activation("swiglu_oai", limit=0.7),
+    Activation("relu2"),
 )
 
 
 def make_experts(
     case: Case,
     layout: str = "stacked",
-    formula: GateFormula | None = None,
+    activation: Activation | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> ExpertWeights:
     """Random experts of `case` in one of `LAYOUTS`; `relu2` needs the ungated layout."""
     matrices = {name: m.to(device) for name, m in _matrices(case, seed, dtype).items()}
-    return LAYOUTS[layout](matrices, formula or GateFormula("silu"))
+    return LAYOUTS[layout](matrices, activation or Activation("silu"))
 
 
 # Root of the mean square of a code drawn evenly: of E2M1, and of -8 to 7.
 _CODES = {"mxfp4": 2.93, "int4_group": 4.64}
 
 
-def make_quantised(
+def make_quantized(
     format: str,
     experts: int,
     rows: int,
@@ -246,11 +246,11 @@ def make_quantised(
     group: int = 32,
     block: tuple[int, int] = (128, 128),
     seed: int = 0,
-) -> Quantised:
+) -> Quantized:
     """Random matrices of about `std`, every code of 4 bits, and scales that differ.
 
     Args:
-        format: one of `quantised.FORMATS`.
+        format: one of `quantized.FORMATS`.
         experts: E.
         rows: N.
         columns: K; for the formats of 4 bits a multiple of their groups.
@@ -267,35 +267,35 @@ def make_quantised(
         values = torch.randn(shape, generator=rng).to(torch.float8_e4m3fn)
         blocks = (experts, -(-rows // block[0]), -(-columns // block[1]))
         factors = (torch.rand(blocks, generator=rng) + 0.5) * std
-        return Quantised(values, factors.to(dtype), format, block)
+        return Quantized(values, factors.to(dtype), format, block)
     std /= _CODES[format]
     if format == "mxfp4":
         packed = torch.randint(0, 256, (experts, rows, columns // 2), generator=rng)
         spread = torch.randint(-1, 2, (experts, rows, columns // MX_BLOCK), generator=rng)
         exponents = spread + 127 + round(math.log2(std))
-        return Quantised(packed.to(torch.uint8), exponents.to(torch.uint8), format)
+        return Quantized(packed.to(torch.uint8), exponents.to(torch.uint8), format)
     words = torch.randint(-(1 << 31), 1 << 31, (experts, rows, columns // 8), generator=rng)
     factors = (torch.rand(experts, rows, columns // group, generator=rng) + 0.5) * std
-    return Quantised(words.to(torch.int32), factors.to(dtype), format)
+    return Quantized(words.to(torch.int32), factors.to(dtype), format)
 
 
-def make_quantised_experts(
+def make_quantized_experts(
     case: Case,
     format: str,
     layout: str = "stacked",
-    formula: GateFormula | None = None,
+    activation: Activation | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> ExpertWeights:
-    """Experts of `case` whose matrices are quantised; biases and shapes as `layout` has them."""
-    plain = make_experts(case, layout, formula, torch.bfloat16, seed, device)
+    """Experts of `case` whose matrices are quantized; biases and shapes as `layout` has them."""
+    plain = make_experts(case, layout, activation, torch.bfloat16, seed, device)
     hidden, inner = plain.hidden_size, plain.intermediate_size
 
-    def made(rows: int, columns: int, number: int) -> Quantised:
+    def made(rows: int, columns: int, number: int) -> Quantized:
         std = (2 if number == 2 else 1) * columns**-0.5
         seeds = seed * 3 + number
         sizes = (case.experts, rows, columns)
-        return make_quantised(format, *sizes, std=std, seed=seeds).to(device)
+        return make_quantized(format, *sizes, std=std, seed=seeds).to(device)
 
     gate = None if plain.gate is None else made(inner, hidden, 1)
     up = made(plain.up[0].shape[0], hidden, 0)

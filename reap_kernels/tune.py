@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from reap_kernels import cuda, device
+from reap_kernels.activation import Activation
 from reap_kernels.errors import BackendUnavailable
-from reap_kernels.gates import GateFormula
 from reap_kernels.layer.call import LayerCall
 from reap_kernels.layer.triton_backend import grouped_limits
 from reap_kernels.saliency.stages import stages
@@ -22,7 +22,7 @@ from reap_kernels.testing import relative_error
 from reap_kernels.tuning import PRODUCTS, Entry, Launch, Launches, Table, ordered, table_dtype
 from reap_kernels.types import ExpertWeights
 
-# Upper bounds of the buckets of rows an expert, and the rows each is measured at.
+# Upper bounds of the buckets of rows per expert, and the rows each is measured at.
 BUCKETS = ((16, 16), (64, 64), (255, 192), (None, 1024))
 _BOUND = 1e-2
 _ROUNDS = 30
@@ -43,7 +43,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Measured:
-    """One candidate: its launch, and milliseconds or why it is out of the race."""
+    """One candidate: its launch, and its milliseconds, or why it was excluded."""
 
     op: str
     launch: Launch
@@ -90,7 +90,7 @@ def tune(
     tried: Callable[[str, torch.dtype, int], list[Launch]] = candidates,
     seen: Callable[[Measured], None] = lambda measured: None,
 ) -> Table:
-    """Measures the products of every shape and bucket, and whose kernels each stage should take.
+    """Measures the products of every shape and bucket, and the backend of every stage.
 
     Args:
         shapes: of the models' layers; the table's width buckets end at their I.
@@ -120,9 +120,9 @@ def tune(
                 bucket = (op, table_dtype(dtype), shape.intermediate, bound)
                 entries.append(Entry(*bucket, launch=best[op]))
             launches = Launches(best["gate_up"], best["down"])
-            for op, path in _paths(launches, shape, weights, rows, timer).items():
-                name = None if op == "route" else table_dtype(dtype)
-                entries.append(Entry(op, name, shape.intermediate, bound, path=path))
+            for op, backend in _stage_backends(launches, shape, weights, rows, timer).items():
+                name = None if op == "sort" else table_dtype(dtype)
+                entries.append(Entry(op, name, shape.intermediate, bound, backend=backend))
     name = "the CPU, interpreted" if where.type == "cpu" else torch.cuda.get_device_name(where)
     origin = f"measured on {name}, Triton {device.triton_version()}, torch {torch.__version__}"
     return Table(device.architecture(where), origin, ordered(entries))
@@ -136,16 +136,16 @@ def random_experts(shape: Shape, dtype: torch.dtype, where: torch.device) -> Exp
         return torch.randn(*size, device=where, dtype=dtype).mul_(scale)
 
     up = normal(e, 2 * i, h, scale=h**-0.5)
-    return ExpertWeights(up, normal(e, h, i, scale=2 * i**-0.5), GateFormula("silu"))
+    return ExpertWeights(up, normal(e, h, i, scale=2 * i**-0.5), Activation("silu"))
 
 
 def _inputs(shape: Shape, rows: int, like: ExpertWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden, ids and gates of as many tokens as give `rows` rows an expert, balanced."""
+    """hidden, ids and router weights of as many tokens as give `rows` rows per expert, balanced."""
     tokens = max(1, rows * shape.experts // shape.top_k)
     hidden = torch.randn(tokens, shape.hidden, device=like.device, dtype=like.dtype)
-    order = torch.rand(tokens, shape.experts, device=like.device)
-    gates, ids = order.topk(shape.top_k, dim=-1)
-    return hidden, ids, gates
+    scores = torch.rand(tokens, shape.experts, device=like.device)
+    topk_weights, ids = scores.topk(shape.top_k, dim=-1)
+    return hidden, ids, topk_weights
 
 
 def _best(
@@ -181,27 +181,29 @@ def measurements(
 ) -> Iterator[Measured]:
     """Every candidate of one product, checked on the rows of one expert, then timed."""
     from reap_kernels.experts import gpu
-    from reap_kernels.route.gpu import sort_slots
+    from reap_kernels.sort.gpu import sort_slots
 
-    hidden, ids, gates = _inputs(shape, rows, weights)
-    slots = sort_slots(ids, gates, shape.experts)
+    hidden, ids, topk_weights = _inputs(shape, rows, weights)
+    slots = sort_slots(ids, topk_weights, shape.experts)
     gated = op == "gate_up"
     a = (
         hidden
         if gated
         else torch.randn(
-            len(slots.order), shape.intermediate, device=hidden.device, dtype=hidden.dtype
+            len(slots.gather_index), shape.intermediate, device=hidden.device, dtype=hidden.dtype
         )
     )
     up, gate = gpu.halves(weights)
     b = up if gated else gpu.Operand.of(weights.down, None)
-    want, rows_of_one = _truth(op, a, slots.order, slots.offsets, shape, weights)
+    want, rows_of_one = _truth(op, a, slots.gather_index, slots.offsets, shape, weights)
     for launch in launches:
 
         def call(launch: Launch = launch) -> Tensor:
             if gated:
-                formula = weights.formula
-                return gpu.product(a, b, slots, launch, gate=gate, formula=formula, gather=True)
+                activation = weights.activation
+                return gpu.product(
+                    a, b, slots, launch, gate=gate, activation=activation, gather=True
+                )
             return gpu.product(a, b, slots, launch)
 
         try:
@@ -217,38 +219,38 @@ def measurements(
 
 
 def _truth(
-    op: str, a: Tensor, order: Tensor, offsets: Tensor, shape: Shape, weights: ExpertWeights
+    op: str, a: Tensor, gather_index: Tensor, offsets: Tensor, shape: Shape, weights: ExpertWeights
 ) -> tuple[Tensor, slice]:
     """What the last expert's rows of a product must be, in float64, and where they are."""
     expert = shape.experts - 1
     rows = slice(int(offsets[expert]), int(offsets[expert + 1]))
     if op == "gate_up":
-        source = a[order[rows] // shape.top_k].double()
-        return weights.formula.apply(source @ weights.up[expert].double().T), rows
+        source = a[gather_index[rows] // shape.top_k].double()
+        return weights.activation.apply(source @ weights.up[expert].double().T), rows
     return a[rows].double() @ weights.down[expert].double().T, rows
 
 
-def _paths(
+def _stage_backends(
     launches: Launches, shape: Shape, weights: ExpertWeights, rows: int, timer: Timer
 ) -> dict[str, str]:
-    """For each stage of a layer, the fastest of the paths that serve this device."""
+    """For each stage of a layer, the fastest backend that serves this device."""
     from reap_kernels.layer import gpu
     from reap_kernels.stats import LayerStats
 
-    hidden, ids, gates = _inputs(shape, rows, weights)
+    hidden, ids, topk_weights = _inputs(shape, rows, weights)
     stats = LayerStats(shape.experts, 1, hidden.device)
-    call = LayerCall(hidden, ids, gates, weights, stats)
+    call = LayerCall(hidden, ids, topk_weights, weights, stats)
     compiled = [] if cuda.refusal(hidden.device) else ["cuda"]
     grouped = [] if grouped_limits(call.request) else ["grouped_mm"]
 
-    def taken(route: str = "triton", layer: str = "triton", saliency: str = "triton") -> float:
-        kernels = gpu.LayerKernels(gpu.PRODUCTS[layer], stages(route, saliency), launches)
+    def taken(sort: str = "triton", layer: str = "triton", saliency: str = "triton") -> float:
+        kernels = gpu.LayerKernels(gpu.PRODUCTS[layer], stages(sort, saliency), launches)
         return timer(lambda: gpu.observe_layer(kernels, call))
 
     # Stages follow each other without overlap, so each is judged beside the same others.
-    others = {"route": compiled, "layer": grouped, "saliency": compiled}
+    others = {"sort": compiled, "layer": grouped, "saliency": compiled}
     return {
-        op: min(["triton", *more], key=lambda path: taken(**{op: path}))
+        op: min(["triton", *more], key=lambda backend: taken(**{op: backend}))
         for op, more in others.items()
         if more
     }

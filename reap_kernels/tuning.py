@@ -1,4 +1,4 @@
-"""The launch table: which tiles a grouped product uses, and whose kernels a stage takes.
+"""The launch table: which tiles a grouped product uses, and the backend of each stage.
 
 Nothing is timed while a model runs: equal calls get equal launches, so equal bits. A launch is
 looked up by architecture, dtype, op, width of an expert and mean rows an expert, first in the file
@@ -24,10 +24,10 @@ CONFIGS = Path(__file__).parent / "configs"
 
 # gate_up: a gated product, two right operands and two accumulators. down: one of each.
 PRODUCTS = ("gate_up", "down")
-# Whose kernels a stage of a layer takes, the first where no table says: routing; the products, ours
-# or torch's grouped_mm; combination with reduction.
-PATHS = {
-    "route": ("cuda", "triton"),
+# Backends of each stage of a layer, the first where no table says: of the sort by expert; of the
+# products, Triton's or torch's grouped_mm; of combination and reduction.
+STAGE_BACKENDS = {
+    "sort": ("cuda", "triton"),
     "layer": ("triton", "grouped_mm"),
     "saliency": ("cuda", "triton"),
 }
@@ -70,7 +70,7 @@ class Entry:
     """One line of a table; `width` and `rows` are upper bounds of its bucket, None for no bound;
     a `dtype` of None is any.
 
-    A line has the launch of a product, or the path of a stage (one of `PATHS`).
+    A line has the launch of a product, or the backend of a stage (one of `STAGE_BACKENDS`).
     """
 
     op: str
@@ -78,7 +78,7 @@ class Entry:
     width: int | None
     rows: int | None
     launch: Launch | None = None
-    path: str | None = None
+    backend: str | None = None
 
     def covers(self, op: str, dtype: str, width: int, rows: float) -> bool:
         """Whether a call falls in this bucket."""
@@ -92,7 +92,7 @@ class Entry:
     def as_json(self) -> dict[str, Any]:
         """As a table file has it."""
         bucket = {"op": self.op, "dtype": self.dtype, "width": self.width, "rows": self.rows}
-        return bucket | ({"path": self.path} if self.launch is None else asdict(self.launch))
+        return bucket | ({"backend": self.backend} if self.launch is None else asdict(self.launch))
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class _PowerOfTwo:
 
 
 _BUCKET: dict[str, Kind] = {
-    "op": Text(choices=(*PATHS, *PRODUCTS)),
+    "op": Text(choices=(*STAGE_BACKENDS, *PRODUCTS)),
     "dtype": OrNull(Text(choices=("half", "float32", "float64", "int64"))),
     "width": OrNull(Int(1)),
     "rows": OrNull(Int(1)),
@@ -159,13 +159,13 @@ _LAUNCH: dict[str, Kind] = {
 
 
 class _Line:
-    """A line of a table: the launch of a product, or the path of a stage."""
+    """A line of a table: the launch of a product, or the backend of a stage."""
 
     def check(self, value: Any, at: str) -> None:
         Record({"op": _BUCKET["op"]}, open=True).check(value, at)
         op = value["op"]
-        if op in PATHS:
-            Record({**_BUCKET, "path": Text(choices=PATHS[op])}).check(value, at)
+        if op in STAGE_BACKENDS:
+            Record({**_BUCKET, "backend": Text(choices=STAGE_BACKENDS[op])}).check(value, at)
             return
         Record({**_BUCKET, **_LAUNCH}).check(value, at)
         launch = Launch(**{name: value[name] for name in _LAUNCH})
@@ -194,8 +194,8 @@ FORMAT = Format(
 def _entry(line: dict[str, Any]) -> Entry:
     """A line of a table that was checked."""
     bucket = {name: line[name] for name in _BUCKET}
-    if "path" in line:
-        return Entry(**bucket, path=line["path"])
+    if "backend" in line:
+        return Entry(**bucket, backend=line["backend"])
     return Entry(**bucket, launch=Launch(**{name: line[name] for name in _LAUNCH}))
 
 
@@ -279,7 +279,7 @@ class Problem:
     Attributes:
         device: where it runs.
         dtype: of the operands.
-        formula: kind of the gate formula; only a fused gated product has two accumulators.
+        activation: kind of the activation; only a fused gated product has two accumulators.
         hidden, intermediate: H and I.
         rows: mean rows an expert, T * k / E of the whole call.
         plain: no biases and no address table, which need registers of their own.
@@ -287,7 +287,7 @@ class Problem:
 
     device: torch.device
     dtype: torch.dtype
-    formula: str
+    activation: str
     hidden: int
     intermediate: int
     rows: float
@@ -297,7 +297,7 @@ class Problem:
         """Launches of both products."""
         if self.hidden * self.dtype.itemsize % 16 or self.intermediate * self.dtype.itemsize % 16:
             return Launches(*2 * (_UNALIGNED[self.dtype.itemsize],))
-        fused = self.formula not in ("relu2", "opaque")
+        fused = self.activation not in ("relu2", "opaque")
         up = self._choose("gate_up" if fused else "down")
         return Launches(up if self.plain or not fused else _roomier(up), self._choose("down"))
 
@@ -316,17 +316,21 @@ def _roomier(launch: Launch) -> Launch:
     return replace(launch, block_n=launch.block_n // 2)
 
 
-def choose_path(where: torch.device, op: str, dtype: torch.dtype, width: int, rows: float) -> str:
-    """Whose kernels a stage takes: one of `PATHS[op]`; the first where no table says."""
-    found = _path(_key(device.architecture(where)), op, table_dtype(dtype), width, rows)
-    return found or PATHS[op][0]
+def choose_backend(
+    where: torch.device, op: str, dtype: torch.dtype, width: int, rows: float
+) -> str:
+    """The backend of a stage: one of `STAGE_BACKENDS[op]`; the first where no table says."""
+    found = _backend(_key(device.architecture(where)), op, table_dtype(dtype), width, rows)
+    return found or STAGE_BACKENDS[op][0]
 
 
 @functools.lru_cache(maxsize=4096)
-def _path(key: _Key, op: str, dtype: str, width: int, rows: float) -> str | None:
-    """The first path that covers a call."""
+def _backend(key: _Key, op: str, dtype: str, width: int, rows: float) -> str | None:
+    """The first backend whose line covers a call."""
     entries = (entry for table in _tables(key) for entry in table.entries)
-    return next((e.path for e in entries if e.path and e.covers(op, dtype, width, rows)), None)
+    return next(
+        (e.backend for e in entries if e.backend and e.covers(op, dtype, width, rows)), None
+    )
 
 
 def fallback(op: str, dtype: torch.dtype, rows: float, shared_memory: int) -> Launch:

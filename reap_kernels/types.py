@@ -1,9 +1,9 @@
 """The value types every op shares: experts' weights as the model stores them, and a routing.
 
-`ExpertWeights` normalises every storage layout to one mechanism: for each expert a [N, K] matrix
+`ExpertWeights` normalizes every storage layout to one mechanism: for each expert a [N, K] matrix
 view (out x in) with free strides. A transposed tensor is a transposed view, a 2-D block tensor is a
 reshaped view, separate modules are a sequence of views. Nothing is ever copied; matrices that are
-stored quantised are a sequence that computes each when it is asked for.
+stored quantized are a sequence that computes each when it is asked for.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from reap_kernels.activation import Activation
 from reap_kernels.errors import DtypeError, ShapeError
-from reap_kernels.gates import GateFormula
-from reap_kernels.quantised import Quantised
+from reap_kernels.quantized import Quantized
 
 Matrices = Tensor | Sequence[Tensor]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -29,7 +29,7 @@ def _dims(name: str, matrices: Matrices) -> tuple[int, int, int]:
                 "view or a sequence of E [N, K] views"
             )
         return matrices.shape[0], matrices.shape[1], matrices.shape[2]
-    if isinstance(matrices, Quantised):
+    if isinstance(matrices, Quantized):
         return matrices.shape
     shapes = {tuple(m.shape) for m in matrices}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
@@ -42,7 +42,7 @@ def _dims(name: str, matrices: Matrices) -> tuple[int, int, int]:
 
 
 def _strides(matrices: Matrices) -> set[tuple[int, ...]]:
-    """Strides of the experts' matrices; not of quantised ones, which have none."""
+    """Strides of the experts' matrices; not of quantized ones, which have none."""
     if isinstance(matrices, Tensor):
         return {matrices.stride()}
     return {matrix.stride() for matrix in matrices}
@@ -50,14 +50,14 @@ def _strides(matrices: Matrices) -> set[tuple[int, ...]]:
 
 def _tensors(matrices: Matrices) -> tuple[Tensor, ...]:
     """What the experts' matrices are stored in."""
-    if isinstance(matrices, Quantised):
+    if isinstance(matrices, Quantized):
         return matrices.tensors()
     return (matrices,) if isinstance(matrices, Tensor) else tuple(matrices)
 
 
 def _dtypes(matrices: Matrices) -> set[torch.dtype]:
     """Dtypes products read the experts' matrices in."""
-    if isinstance(matrices, Quantised):
+    if isinstance(matrices, Quantized):
         return {matrices.dtype}
     return {tensor.dtype for tensor in _tensors(matrices)}
 
@@ -68,9 +68,9 @@ class ExpertWeights:
 
     Attributes:
         up: [E, 2I, H] fused gate and up, or [E, I, H] up alone; stacked, one [N, K] an expert, or
-            `Quantised`, as are all three matrices then, in one format.
+            `Quantized`, as are all three matrices then, in one format.
         down: [E, H, I], likewise.
-        formula: the function between the products.
+        activation: the function between the products.
         gate: [E, I, H] where gate and up are separate matrices, else None.
         up_bias: [E, N] with the rows of `up`, or None.
         gate_bias: [E, I] with the rows of `gate`, or None.
@@ -78,21 +78,21 @@ class ExpertWeights:
         interleaved: rows of a fused `up` are g0, u0, g1, u1, ... instead of gates, then ups.
         num_experts, hidden_size, intermediate_size: E, H (the width of a token) and I (the width of
             an expert), found from the shapes.
-        dtype: that all tensors share; of quantised matrices the one products read them in.
+        dtype: that all tensors share; of quantized matrices the one products read them in.
         layout: `stacked` where every matrix is a view of one tensor, `table` where experts are
             separate tensors; `mixed` where strides differ between experts, or between gate and up;
-            `quantised` where matrices must be dequantised before a product reads them.
+            `quantized` where matrices must be dequantized before a product reads them.
         biased: whether any product adds a bias.
 
     Raises:
         ShapeError: the shapes do not describe one expert layer; the message names the tensor.
         DtypeError: a tensor is not bf16, fp16, fp32 or fp64, or they differ, or some matrices are
-            quantised and others are not.
+            quantized and others are not.
     """
 
     up: Matrices
     down: Matrices
-    formula: GateFormula
+    activation: Activation
     gate: Matrices | None = None
     up_bias: Tensor | None = None
     gate_bias: Tensor | None = None
@@ -115,7 +115,7 @@ class ExpertWeights:
         if len(dtypes) != 1 or not dtypes <= set(FLOATS):
             raise DtypeError(
                 f"ExpertWeights tensors have dtypes {sorted(map(str, dtypes))}; they must share "
-                "one of bf16, fp16, fp32, fp64 (quantised weights: wrap them in Quantised; they "
+                "one of bf16, fp16, fp32, fp64 (quantized weights: wrap them in Quantized; they "
                 "are read in bf16)"
             )
         facts = {
@@ -138,13 +138,13 @@ class ExpertWeights:
                 f"{inner}]; up must be [{experts}, N, {hidden}]"
             )
         allowed = {inner} if self.gate is not None else {inner, 2 * inner}
-        gated = self.formula.gated
+        gated = self.activation.gated
         if gated is not None and self.gate is None:
             allowed = {2 * inner if gated else inner}
         if rows not in allowed:
             raise ShapeError(
-                f"ExpertWeights.up has {rows} rows an expert; formula {self.formula.kind!r} with "
-                f"intermediate size {inner} needs {' or '.join(map(str, sorted(allowed)))}"
+                f"ExpertWeights.up has {rows} rows per expert; activation {self.activation.kind!r} "
+                f"with intermediate size {inner} needs {' or '.join(map(str, sorted(allowed)))}"
             )
         if self.gate is not None and _dims("gate", self.gate) != (experts, inner, hidden):
             raise ShapeError(
@@ -153,8 +153,8 @@ class ExpertWeights:
             )
         if self.gate is not None and (self.interleaved or gated is False):
             raise ShapeError(
-                "ExpertWeights.gate is a separate matrix, so `interleaved` and an ungated formula "
-                "have no meaning; drop one of them"
+                "ExpertWeights.gate is a separate matrix, so `interleaved` and an ungated "
+                "activation have no meaning; drop one of them"
             )
 
     def _check_biases(self, experts: int, hidden: int, inner: int) -> None:
@@ -170,16 +170,16 @@ class ExpertWeights:
             raise ShapeError("ExpertWeights.gate_bias needs a separate `gate`; use up_bias instead")
 
     def _check_formats(self) -> None:
-        """Raises unless all matrices are quantised alike, or none is."""
+        """Raises unless all matrices are quantized alike, or none is."""
         kinds = [
-            f"{m.format} in blocks of {m.block}" if isinstance(m, Quantised) else "not quantised"
+            f"{m.format} in blocks of {m.block}" if isinstance(m, Quantized) else "not quantized"
             for m in self._matrices()
         ]
         if len(set(kinds)) > 1:
             names = "up, gate and down" if self.gate is not None else "up and down"
             raise DtypeError(
                 f"ExpertWeights.{names} are {', '.join(kinds)}; give all of them in one format, or "
-                "dequantise them"
+                "dequantize them"
             )
 
     def _matrices(self) -> tuple[Matrices, ...]:
@@ -195,11 +195,11 @@ class ExpertWeights:
     def device(self) -> torch.device:
         """The device the weights lie on."""
         matrices = self.down
-        return (matrices if isinstance(matrices, Tensor | Quantised) else matrices[0]).device
+        return (matrices if isinstance(matrices, Tensor | Quantized) else matrices[0]).device
 
     def _layout(self) -> str:
-        if isinstance(self.down, Quantised):
-            return "quantised"
+        if isinstance(self.down, Quantized):
+            return "quantized"
         strides = [_strides(m) for m in self._matrices()]
         alike = all(len(own) == 1 for own in strides)
         if not alike or (self.gate is not None and strides[0] != strides[1]):
@@ -232,7 +232,7 @@ class ExpertWeights:
         projected = product(x, self.up, self.up_bias)
         if self.gate is not None:
             projected = torch.cat([product(x, self.gate, self.gate_bias), projected], dim=-1)
-        inner = self.formula.apply(projected, interleaved=self.interleaved)
+        inner = self.activation.apply(projected, interleaved=self.interleaved)
         return product(inner, self.down, self.down_bias)
 
 
@@ -241,16 +241,16 @@ class Routing:
     """The (token, slot) rows of one batch, sorted by expert.
 
     Attributes:
-        order: [S] int64, S = T * k: flat slot t * k + j of each sorted row, ascending within an
-            expert; slots nobody here serves (foreign id, weight exactly 0) come last.
-        offsets: [E + 1] int64: rows of expert e are `order[offsets[e] : offsets[e + 1]]`.
-        top_k: k, so that `order // top_k` are token indices.
+        gather_index: [S] int64, S = T * k: flat slot t * k + j of each sorted row, ascending within
+            an expert; slots nobody here serves (foreign id, weight exactly 0) come last.
+        offsets: [E + 1] int64: rows of expert e are `gather_index[offsets[e] : offsets[e + 1]]`.
+        top_k: k, so that `gather_index // top_k` are token indices.
 
     Worked example, T = 2, k = 2, E = 3, ids [[2, 0], [0, 7]]: sorted rows are slots 1 (expert 0),
-    2 (expert 0), 0 (expert 2), then the foreign slot 3, so order = [1, 2, 0, 3] and
-    offsets = [0, 2, 2, 3].
+    2 (expert 0), 0 (expert 2), then the foreign slot 3, so gather_index = [1, 2, 0, 3]
+    and offsets = [0, 2, 2, 3].
     """
 
-    order: Tensor
+    gather_index: Tensor
     offsets: Tensor
     top_k: int

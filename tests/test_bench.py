@@ -151,9 +151,9 @@ def test_single_ops_are_checked() -> None:
 
 @pytest.mark.parametrize("format", ["fp8_block", "mxfp4", "int4_group"])
 def test_dequantisation_is_checked(format: str, monkeypatch) -> None:
-    assert "reference's bits" in checks.dequantised(CPU, "cuda", torch.bfloat16, format)
+    assert "reference's bits" in checks.dequantized(CPU, "cuda", torch.bfloat16, format)
     with pytest.raises(checks.CheckFailed, match="other bits"):  # it writes every expert
-        checks.dequantised(CPU, "reference", torch.bfloat16, format)
+        checks.dequantized(CPU, "reference", torch.bfloat16, format)
 
 
 def test_refusals_are_told_from_failures() -> None:
@@ -190,7 +190,7 @@ def test_without_cuda_kernels_their_rows_are_refused(monkeypatch) -> None:
     monkeypatch.delenv("REAP_CUDA_HOST")
     bed = parts.Bed(here(), kernels.plan(smoke=True)[0])
     some = parts.of_layer(bed, ("cuda",))
-    some += parts.of_formats(bed.machine, kernels.quantised(smoke=True), ("cuda",))
+    some += parts.of_formats(bed.machine, kernels.quantized(smoke=True), ("cuda",))
     found = kernels.measure(some, bed.machine, Deadline(100))
     monkeypatch.setattr(layer, "PROVIDERS", [p for p in PROVIDERS if p.variant == "cuda"])
     found += layer.run(bed.machine, layer.plan(smoke=True), Deadline(100))
@@ -207,9 +207,9 @@ def test_without_cuda_kernels_their_rows_are_refused(monkeypatch) -> None:
 def test_bounds_of_cuda_are_those_of_its_products(monkeypatch) -> None:
     """Products of grouped_mm round twice, and take more scratch."""
     inputs, experts = make_inputs(SMALL), make_experts(SMALL)
-    for path in ("triton", "grouped_mm"):
-        monkeypatch.setattr(cuda_backend, "paths", lambda request, path=path: {"layer": path})
-        assert checks.products_of("cuda", inputs.hidden, SMALL.top_k, experts) == path
+    for name in ("triton", "grouped_mm"):
+        monkeypatch.setattr(cuda_backend, "stage_backends", lambda _, name=name: {"layer": name})
+        assert checks.products_of("cuda", inputs.hidden, SMALL.top_k, experts) == name
     assert checks.products_of("triton", inputs.hidden, SMALL.top_k, experts) == "triton"
 
 
@@ -230,7 +230,7 @@ def broken_schedule(sort):
 def broken_sort(sort):
     def broken(*arguments):
         found = sort(*arguments)
-        return replace(found, order=found.order.flip(0))
+        return replace(found, order=found.gather_index.flip(0))
 
     return broken
 
@@ -264,11 +264,11 @@ def broken_reduce(reduce):
 @pytest.mark.parametrize(
     ("stage", "wrap", "message", "wrong"),
     [
-        ("sort", broken_sort, "slots are not sorted stably", {"route"}),
+        ("sort", broken_sort, "slots are not sorted stably", {"sort"}),
         ("sort", broken_schedule, "the tile list differs", {"tile list"}),
         ("combine", broken_combine, "norms are off by 1.0e-03", {"combine observed"}),
         ("combine", broken_output, "the output is off", {"combine observed", "combine unobserved"}),
-        ("reduce", broken_reduce, "count differs", {"reduce", "route + saliency", "accumulate"}),
+        ("reduce", broken_reduce, "count differs", {"reduce", "sort + saliency", "accumulate"}),
     ],
 )
 def test_a_kernel_that_is_wrong_is_not_timed(stage, wrap, message, wrong, monkeypatch) -> None:
@@ -288,15 +288,15 @@ def test_a_kernel_that_is_wrong_is_not_timed(stage, wrap, message, wrong, monkey
 
 
 def test_dequantisation_that_is_wrong_is_not_timed(monkeypatch) -> None:
-    real = parts.rk.dequantise
+    real = parts.rk.dequantize
 
     def broken(matrices, *, out, backend):
         real(matrices, out=out, backend=backend)
         out[-1, -1, -1] = 5
 
-    shape = kernels.quantised(smoke=True)[0]
+    shape = kernels.quantized(smoke=True)[0]
     some = parts.of_formats(here(), [shape], ("cuda",))
-    monkeypatch.setattr(parts.rk, "dequantise", broken)
+    monkeypatch.setattr(parts.rk, "dequantize", broken)
     (row,) = kernels.measure(some, here(), Deadline(100))
     assert row["status"] == "failed"
     assert "expert 1 has other bits" in str(row["note"])
@@ -309,7 +309,7 @@ def test_kernels_count_compulsory_bytes_and_rotate_past_the_cache() -> None:
     plain = 32 * 64 * 2 + 16 * 64 * 2 + 32 * 8 + 32 * 2
     assert own["combine unobserved"].moved == plain
     assert own["combine observed"].moved == plain + 32 * 12
-    assert own["route"].moved == 32 * (8 + 2) + 32 * 16 + 5 * 8
+    assert own["sort"].moved == 32 * (8 + 2) + 32 * 16 + 5 * 8
     large = replace(bed.machine, smoke=False)
     assert parts.Bed(large, bed.case).calls(1000) == 25  # 1.5 times 16 KiB
     assert parts.Bed(large, bed.case).calls(1 << 20) == 1

@@ -14,11 +14,11 @@ BENCH = ROOT / "bench"
 KERNEL_ORDER = (
     ("errors", "files", "schema", "documents", "provenance"),
     ("model_match", "tensor_files", "stats_values"),
-    ("env", "gates", "quantised"),
+    ("env", "activation", "quantized"),
     ("types",),
     ("dispatch", "stats", "device", "testing", "scratch"),
     ("tuning", "selfcheck", "cuda"),
-    ("route", "dequant"),
+    ("sort", "dequant"),
     ("experts",),
     ("saliency",),
     ("layer", "compare"),

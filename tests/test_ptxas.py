@@ -66,7 +66,7 @@ def test_wide_combinations_need_wide_loads(report) -> None:
 
 def test_no_kernel_of_the_sources_may_be_absent(report) -> None:
     names = ptxas.kernels_of_sources()
-    assert {"combine_tokens", "list_tiles", "place_slots", "sum_tiles", "dequantise"} <= names
+    assert {"combine_tokens", "list_tiles", "place_slots", "sum_tiles", "dequantize"} <= names
     found, _ = report(entry(TILES, "sm_80") + entry(TILES, "sm_90a") + entry(COMBINE, "sm_80"))
     lacking = ptxas.missing(found, ["sm_80", "sm_90a"])
     assert len(lacking) == 2 * len(names) - 3

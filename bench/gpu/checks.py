@@ -1,4 +1,4 @@
-"""Stage 1, correctness: every case, layout, formula and dtype against float64, before any timing.
+"""Stage 1, correctness: cases, layouts, activations and dtypes against float64, before any timing.
 
 A check is a function that returns what it found, or raises. Checks run in several processes, since
 nearly all of their time is the compilation of kernels.
@@ -19,23 +19,23 @@ from torch import Tensor
 import reap_kernels as rk
 from bench.gpu.clock import Deadline
 from bench.gpu.machine import Machine
-from reap_kernels import LayerStats, cuda, quantised
+from reap_kernels import LayerStats, cuda, quantized
 from reap_kernels.dispatch import backends
 from reap_kernels.errors import BackendUnavailable
 from reap_kernels.experts.request import request_of
 from reap_kernels.layer import cuda_backend
 from reap_kernels.stats import COUNTS, EXTREMA, FIELDS, SUMS
 from reap_kernels.testing import (
+    ACTIVATIONS,
     CASES,
-    FORMULAS,
     LAYOUTS,
     Case,
     Inputs,
     largest_relative_error,
     make_experts,
     make_inputs,
-    make_quantised,
-    make_quantised_experts,
+    make_quantized,
+    make_quantized_experts,
     relative_error,
 )
 from reap_kernels.types import ExpertWeights
@@ -131,7 +131,7 @@ def products_of(backend: str, hidden: Tensor, top_k: int, experts: ExpertWeights
     """Whose products a layer's backend takes, which its rounding and its scratch depend on."""
     if backend != "cuda":
         return backend
-    return cuda_backend.paths(request_of("layer", hidden, top_k, experts))["layer"]
+    return cuda_backend.stage_backends(request_of("layer", hidden, top_k, experts))["layer"]
 
 
 @contextlib.contextmanager
@@ -177,7 +177,7 @@ def observe(
 
 
 def differences(got: LayerStats, want: LayerStats, bounds: Bounds) -> tuple[list[str], float]:
-    """What is wrong with statistics, and the largest error of gate_norm_sum."""
+    """What is wrong with statistics, and the largest error of weighted_norm_sum."""
     ours, theirs = got.fields(), want.fields()
     exact = (*COUNTS, "tokens")
     found = [f"{name} differs" for name in exact if not torch.equal(ours[name], theirs[name])]
@@ -194,7 +194,7 @@ def differences(got: LayerStats, want: LayerStats, bounds: Bounds) -> tuple[list
         )
         if not (bool(near.all()) and torch.equal(mine[~used], true[~used])):
             found.append(f"{name} differs")
-    return found, largest_relative_error(got.gate_norm_sum, want.gate_norm_sum)
+    return found, largest_relative_error(got.weighted_norm_sum, want.weighted_norm_sum)
 
 
 def same_bits(first: LayerStats | None, second: LayerStats | None) -> list[str]:
@@ -211,18 +211,18 @@ def compare(
     dtype: torch.dtype,
     case: Case,
     layout: str = "stacked",
-    formula: rk.GateFormula | None = None,
+    activation: rk.Activation | None = None,
     fewest_rows: int = 0,
 ) -> str:
     """One call against the float64 reference on the same inputs, then again for the same bits.
 
-    `layout` may be a format of quantised experts, which are bf16 once they are dequantised.
+    `layout` may be a format of quantized experts, which are bf16 once they are dequantized.
     """
     inputs = make_inputs(case, dtype, device=device)
-    if layout in quantised.FORMATS:
-        experts = make_quantised_experts(case, layout, formula=formula, device=device)
+    if layout in quantized.FORMATS:
+        experts = make_quantized_experts(case, layout, activation=activation, device=device)
     else:
-        experts = make_experts(case, layout, formula, dtype, device=device)
+        experts = make_experts(case, layout, activation, dtype, device=device)
     with poisoned():
         out, stats = observe(inputs, experts, backend, case.groups)
         again, twice = observe(inputs, experts, backend, case.groups)
@@ -243,25 +243,28 @@ def compare(
     found += same_bits(stats, twice)
     if found:
         raise CheckFailed("; ".join(found))
-    return f"output {error:.1e}, gate_norm_sum {saliency:.1e}"
+    return f"output {error:.1e}, weighted_norm_sum {saliency:.1e}"
 
 
 def single_ops(device: torch.device, backend: str, dtype: torch.dtype, case: Case) -> str:
     """route, accumulate, and where the backend has products expert_outputs, on their own."""
     inputs = make_inputs(case, dtype, device=device)
-    ids, gates = inputs.topk_ids, inputs.topk_weights
+    ids, weights = inputs.topk_ids, inputs.topk_weights
     y = torch.randn(ids.numel(), case.hidden, dtype=dtype, device=device)
     every = {"mask": inputs.mask, "group": inputs.group}
     rows = {k: v.repeat_interleave(case.top_k) for k, v in every.items() if isinstance(v, Tensor)}
     got, want = (LayerStats(case.experts, case.groups, device) for _ in range(2))
     found = []
     with poisoned():
-        routing = rk.route(ids, case.experts, topk_weights=gates, backend=backend)
-        rk.accumulate(y, ids.flatten(), gates.flatten(), got, **rows, backend=backend)
-    truth = rk.route(ids, case.experts, topk_weights=gates, backend="reference")
+        routing = rk.sort_by_expert(ids, case.experts, topk_weights=weights, backend=backend)
+        rk.accumulate(y, ids.flatten(), weights.flatten(), got, **rows, backend=backend)
+    truth = rk.sort_by_expert(ids, case.experts, topk_weights=weights, backend="reference")
     own = backend in backends("experts")
-    if not (torch.equal(routing.order, truth.order) and truth.offsets.equal(routing.offsets)):
-        found.append("route differs")
+    if not (
+        torch.equal(routing.gather_index, truth.gather_index)
+        and truth.offsets.equal(routing.offsets)
+    ):
+        found.append("sort differs")
     elif own:
         experts = make_experts(case, dtype=dtype, device=device)
         with poisoned():
@@ -270,25 +273,25 @@ def single_ops(device: torch.device, backend: str, dtype: torch.dtype, case: Cas
         error = relative_error(outputs, wanted)
         if not error <= bounds_of(dtype, backend).output:
             found.append(f"expert_outputs is off by {error:.1e}")
-    rk.accumulate(y, ids.flatten(), gates.flatten(), want, **rows, backend="reference")
+    rk.accumulate(y, ids.flatten(), weights.flatten(), want, **rows, backend="reference")
     # Norms of given rows accumulate in float32, whatever the rows' dtype.
     found += differences(got, want, bounds_of(torch.float32, backend))[0]
     if found:
         raise CheckFailed("; ".join(found))
-    return f"route equal, {'outputs and ' if own else ''}sums within bounds"
+    return f"sort equal, {'outputs and ' if own else ''}sums within bounds"
 
 
-def dequantised(device: torch.device, backend: str, dtype: torch.dtype, format: str) -> str:
-    """Quantised matrices against the reference's on the CPU, bit by bit, for every dtype of scales;
+def dequantized(device: torch.device, backend: str, dtype: torch.dtype, format: str) -> str:
+    """Quantized matrices against the reference's on the CPU, bit by bit, for every dtype of scales;
     experts without rows stay as they were.
     """
-    for scales in quantised.FORMATS[format][2]:
-        made = make_quantised(format, 5, 192, 416, scales=scales)
+    for scales in quantized.FORMATS[format][2]:
+        made = make_quantized(format, 5, 192, 416, scales=scales)
         offsets = torch.tensor([0, 3, 3, 4, 4, 9])
-        want = rk.dequantise(made, backend="reference")
+        want = rk.dequantize(made, backend="reference")
         want[1] = want[3] = 7
         got = torch.full_like(want, 7).to(device)
-        rk.dequantise(made.to(device), offsets=offsets.to(device), out=got, backend=backend)
+        rk.dequantize(made.to(device), offsets=offsets.to(device), out=got, backend=backend)
         if not torch.equal(got.cpu().view(torch.int16), want.view(torch.int16)):
             raise CheckFailed(f"{format} with scales {scales} gives other bits, {dtype}")
     return "the reference's bits, skipped experts untouched"
@@ -304,15 +307,15 @@ _SMOKE_CASES = (
 def plan(smoke: bool) -> list[Check]:
     """Every check but the GPU's own facts, which `bench.gpu.facts` lists; weightiest first."""
     forms = [
-        (layout, formula)
+        (layout, activation)
         for layout in LAYOUTS
-        for formula in FORMULAS
-        if (formula.kind == "relu2") == (layout == "ungated")
+        for activation in ACTIVATIONS
+        if (activation.kind == "relu2") == (layout == "ungated")
     ]
     if smoke:
         return _smoke_plan(*forms[0])
     checks, cases = [], CASES
-    bf16, formats = torch.bfloat16, tuple(quantised.FORMATS)
+    bf16, formats = torch.bfloat16, tuple(quantized.FORMATS)
     for dtype in DTYPES:
         for backend in BACKENDS:
             checks += [Check(c.name, backend, dtype, compare, (c,)) for c in cases]
@@ -328,7 +331,7 @@ def plan(smoke: bool) -> list[Check]:
                 Check(f"{layout} {form.kind}", backend, dtype, compare, (cases[-1], layout, form))
                 for layout, form in forms
             ]
-    checks += [Check(f"dequantise {name}", "cuda", bf16, dequantised, (name,)) for name in formats]
+    checks += [Check(f"dequantize {name}", "cuda", bf16, dequantized, (name,)) for name in formats]
     case = replace(cases[-1], hidden=64, intermediate=32)  # whole groups of every format
     return checks + [
         Check(f"{name} silu", backend, bf16, compare, (case, name))
@@ -337,20 +340,20 @@ def plan(smoke: bool) -> list[Check]:
     ]
 
 
-def _smoke_plan(layout: str, formula: rk.GateFormula) -> list[Check]:
+def _smoke_plan(layout: str, activation: rk.Activation) -> list[Check]:
     """What the interpreter computes in seconds: one dtype and form, since each other combination
     has a self-check of its own, and no rows enough for rounding to average out.
     """
-    arguments = [(case,) for case in _SMOKE_CASES] + [(_SMOKE_CASES[0], layout, formula)]
+    arguments = [(case,) for case in _SMOKE_CASES] + [(_SMOKE_CASES[0], layout, activation)]
     checks = [
         Check(own[0].name, backend, DTYPES[0], compare, own)
         for own in arguments
         for backend in BACKENDS
     ]
     checks.append(Check("ops", "cuda", DTYPES[0], single_ops, (_SMOKE_CASES[1],)))
-    formats = tuple(quantised.FORMATS)
+    formats = tuple(quantized.FORMATS)
     return checks + [
-        Check(f"dequantise {name}", "cuda", DTYPES[0], dequantised, (name,)) for name in formats
+        Check(f"dequantize {name}", "cuda", DTYPES[0], dequantized, (name,)) for name in formats
     ]
 
 

@@ -147,14 +147,14 @@ def _bound(modules: list[Any]) -> Iterator[None]:
     """The experts run our kernels, unobserved."""
     from reap_driver.compat.experts_interface import experts_bound
 
-    formula = rk.GateFormula("silu")
+    activation = rk.Activation("silu")
     with contextlib.ExitStack() as stack:
         for module in modules:
-            own = rk.ExpertWeights(module.gate_up_proj.data, module.down_proj.data, formula)
+            own = rk.ExpertWeights(module.gate_up_proj.data, module.down_proj.data, activation)
             stack.enter_context(
                 experts_bound(
                     module,
-                    lambda hidden, ids, gates, e=own: rk.observe_layer(hidden, ids, gates, e),
+                    lambda hidden, ids, weights, e=own: rk.observe_layer(hidden, ids, weights, e),
                 )
             )
         yield
@@ -171,7 +171,7 @@ def fitting_layers(sizes: dict[str, int], free: int) -> int:
 
 
 def build(sizes: dict[str, int], device: torch.device) -> Any:
-    """The model in bf16, its weights drawn by transformers' own initialisation on the device."""
+    """The model in bf16, its weights drawn by transformers' own initialization on the device."""
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     config = Qwen3MoeConfig(**sizes, norm_topk_prob=True, initializer_range=0.02)
@@ -209,7 +209,7 @@ def verify(bench: Bench) -> str:
     want = want.cpu()
     if not torch.equal(got.count[0].double(), want[0]):
         raise CheckFailed("the first layer's counts differ from the all-experts algorithm's")
-    sums = torch.stack([got.norm_sum[0], got.gate_norm_sum[0]])
+    sums = torch.stack([got.norm_sum[0], got.weighted_norm_sum[0]])
     error = float(((sums - want[1:]).abs() / want[1:].clamp_min(1e-30)).max())
     # Both round: twice what one may be off by.
     bound = 2 * bounds_of(torch.bfloat16, "").sums

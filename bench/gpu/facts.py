@@ -147,11 +147,11 @@ def compiled(device: torch.device, backend: str, dtype: torch.dtype, case: Case)
     """`torch.compile(fullgraph=True)` gives the same bits."""
     inputs, experts, want, truth = _made(device, dtype, case, backend)
 
-    def layer(hidden: Tensor, ids: Tensor, gates: Tensor, stats: LayerStats) -> Tensor:
+    def layer(hidden: Tensor, ids: Tensor, weights: Tensor, stats: LayerStats) -> Tensor:
         return rk.observe_layer(
             hidden,
             ids,
-            gates,
+            weights,
             experts,
             stats,
             mask=inputs.mask,
@@ -182,12 +182,12 @@ def wide_offsets(device: torch.device, backend: str, dtype: torch.dtype, case: C
         problems.append(f"sampled outputs are off by {error:.1e}")
     assert stats is not None
     counts = torch.bincount(inputs.topk_ids.flatten(), minlength=case.experts)
-    gates = torch.zeros(case.experts, dtype=torch.float64, device=device)
-    gates.index_add_(0, inputs.topk_ids.flatten(), inputs.topk_weights.flatten().double())
+    weights = torch.zeros(case.experts, dtype=torch.float64, device=device)
+    weights.index_add_(0, inputs.topk_ids.flatten(), inputs.topk_weights.flatten().double())
     if not torch.equal(stats.count[0], counts):
         problems.append("counts differ")
-    if not largest_relative_error(stats.gate_sum[0], gates) <= 1e-9:
-        problems.append("gate_sum differs")
+    if not largest_relative_error(stats.router_weight_sum[0], weights) <= 1e-9:
+        problems.append("router_weight_sum differs")
     elements = case.tokens * case.top_k * case.hidden
     return _expect(problems, f"{elements} elements of y; output {error:.1e}")
 

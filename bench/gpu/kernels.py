@@ -1,4 +1,4 @@
-"""Stage 2, single kernels: parts of a layer around its products, and dequantisation.
+"""Stage 2, single kernels: parts of a layer around its products, and dequantization.
 
 Kernels of a few microseconds take less than the host needs to launch them, so each part is timed as
 a CUDA graph of all its calls (`us`); `us_queued` is what a caller sees who launches one by one.
@@ -37,9 +37,9 @@ ROUNDS, REPEATS = 2, 15
 GOALS = {
     OBSERVED: "80 % of copy bandwidth",
     AROUND: "40 us at T = 16384, k = 8",
-    "dequantise": "80 % of copy bandwidth",
+    "dequantize": "80 % of copy bandwidth",
 }
-_CHUNK = 16  # experts dequantised at a time
+_CHUNK = 16  # experts dequantized at a time
 _SMOKE = Case("tiny", "timed", 16, 4, 2, 64, 32)
 
 
@@ -64,8 +64,8 @@ def plan(smoke: bool) -> list[Case]:
     return [replace(shape, tokens=tokens) for shape in SHAPES for tokens in TOKENS]
 
 
-def quantised(smoke: bool) -> list[tuple[Case, str]]:
-    """Matrices and formats to dequantise."""
+def quantized(smoke: bool) -> list[tuple[Case, str]]:
+    """Matrices and formats to dequantize."""
     if smoke:
         return [(_matrix("tiny", 64, 96, experts=2), format) for _, format in QUANTISED[::2]]
     return list(QUANTISED)
@@ -83,14 +83,14 @@ def run(machine: Machine, deadline: Deadline) -> list[Row]:
 
 
 def _groups(machine: Machine) -> Iterator[list[Part]]:
-    """Parts that are timed in turn: of the first shape and length, of quantised matrices, of
+    """Parts that are timed in turn: of the first shape and length, of quantized matrices, of
     logits, then of the other shapes.
     """
     cases = plan(machine.smoke)
     for number, case in enumerate(cases):
         yield of_layer(Bed(machine, case), BACKENDS)
         if number == 0:
-            for shape in quantised(machine.smoke):
+            for shape in quantized(machine.smoke):
                 yield of_formats(machine, [shape], DEQUANT_BACKENDS)
             yield of_vocabulary(machine)
 

@@ -10,7 +10,7 @@ from bench.gpu.checks import outcome_of
 from bench.gpu.clock import Deadline, times
 from bench.gpu.machine import Machine
 from bench.gpu.providers import PROVIDERS, Prepared, Provider, Work, checked
-from reap_kernels import ExpertWeights, GateFormula
+from reap_kernels import Activation, ExpertWeights
 from reap_kernels.testing import Case
 
 Row = dict[str, object]
@@ -58,7 +58,7 @@ def weights(case: Case, device: torch.device) -> ExpertWeights:
         return room.normal_(std=std, generator=rng)
 
     up, down = normal(e, 2 * i, h, std=h**-0.5), normal(e, h, i, std=2 * i**-0.5)
-    return ExpertWeights(up, down, GateFormula("silu"))
+    return ExpertWeights(up, down, Activation("silu"))
 
 
 def run(machine: Machine, cases: list[Case], deadline: Deadline) -> list[Row]:

@@ -16,11 +16,11 @@ from bench.gpu.checks import Bounds, CheckFailed, NotHere, bounds_of, difference
 from bench.gpu.machine import Machine
 from reap_kernels import LayerStats
 from reap_kernels.dispatch import Request, Sizes, select
-from reap_kernels.quantised import Quantised
-from reap_kernels.route.slots import SortedSlots
+from reap_kernels.quantized import Quantized
 from reap_kernels.saliency.measures import TILE, SlotMeasures, Stages
 from reap_kernels.saliency.stages import accumulate, stages
-from reap_kernels.testing import Case, largest_relative_error, make_quantised, relative_error
+from reap_kernels.sort.slots import SortedSlots
+from reap_kernels.testing import Case, largest_relative_error, make_quantized, relative_error
 
 DTYPE = torch.bfloat16
 # Calls together move this many times the L2 cache.
@@ -56,7 +56,7 @@ class Part:
     """One entry: `prepare()` raises NotHere, BackendUnavailable or OutOfMemoryError.
 
     Attributes:
-        case: sizes; of a dequantisation E, N (as intermediate) and K (as hidden).
+        case: sizes; of a dequantization E, N (as intermediate) and K (as hidden).
         name, variant: what is timed, and whose kernels.
         prepare: makes inputs and calls.
     """
@@ -75,8 +75,11 @@ class Bed:
         self.slots = case.tokens * case.top_k
         self.rng = torch.Generator(self.device).manual_seed(2)
         logits = self._normal(case.tokens, case.experts, torch.float32)
-        gates, ids = logits.softmax(dim=-1).topk(case.top_k, dim=-1)
-        self._ids, self._gates = ids, (gates / gates.sum(dim=-1, keepdim=True)).to(DTYPE)
+        weights, ids = logits.softmax(dim=-1).topk(case.top_k, dim=-1)
+        self._ids, self._weights = (
+            ids,
+            (weights / weights.sum(dim=-1, keepdim=True)).to(DTYPE),
+        )
 
     def _normal(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         size = (rows, columns)
@@ -88,13 +91,13 @@ class Bed:
         return max(1, min(needed, 2 if self.machine.smoke else _MOST_CALLS))
 
     def routed(self, sets: int) -> list[tuple[Tensor, Tensor]]:
-        """ids and gates of each set, in memory of their own."""
-        return [(self._ids.roll(n, 0), self._gates.roll(n, 0)) for n in range(sets)]
+        """ids and weights of each set, in memory of their own."""
+        return [(self._ids.roll(n, 0), self._weights.roll(n, 0)) for n in range(sets)]
 
     def sorted(self, around: Stages, sets: int) -> list[tuple[Tensor, SortedSlots]]:
         """Gates and sorted slots of each set."""
         experts = self.case.experts
-        return [(gates, around.sort(ids, gates, experts)) for ids, gates in self.routed(sets)]
+        return [(weights, around.sort(ids, weights, experts)) for ids, weights in self.routed(sets)]
 
     @cached_property
     def outputs(self) -> list[Tensor]:
@@ -128,17 +131,17 @@ def _same_order(bed: Bed, rows: SortedSlots, ids: Tensor) -> None:
     flat = ids.flatten()
     ends = torch.bincount(flat, minlength=bed.case.experts).cumsum(0)
     want = torch.argsort(flat, stable=True)
-    if not (torch.equal(rows.order, want) and torch.equal(rows.offsets[1:], ends)):
+    if not (torch.equal(rows.gather_index, want) and torch.equal(rows.offsets[1:], ends)):
         raise CheckFailed("slots are not sorted stably")
-    if not torch.equal(rows.inverse[want], torch.arange(len(want), device=bed.device)):
-        raise CheckFailed("`inverse` is not the inverse of `order`")
+    if not torch.equal(rows.scatter_index[want], torch.arange(len(want), device=bed.device)):
+        raise CheckFailed("`scatter_index` is not the inverse of `gather_index`")
 
 
 def _route(bed: Bed, around: Stages) -> Prepared:
     experts = bed.case.experts
     moved = bed.slots * (8 + DTYPE.itemsize + 16) + 8 * (experts + 1)
     inputs = bed.routed(bed.calls(moved))
-    calls = [partial(around.sort, ids, gates, experts) for ids, gates in inputs]
+    calls = [partial(around.sort, ids, weights, experts) for ids, weights in inputs]
 
     def verify() -> float:
         _same_order(bed, calls[0](), inputs[0][0])
@@ -177,16 +180,16 @@ def _combine(observed: bool, bed: Bed, around: Stages) -> Prepared:
     out = torch.empty(case.tokens, case.hidden, dtype=written, device=bed.device)
     into = SlotMeasures.empty(bed.slots, bed.device) if observed else None
     calls = [
-        partial(around.combine, y, gates, rows, out, into)
-        for y, (gates, rows) in zip(outputs, held, strict=True)
+        partial(around.combine, y, weights, rows, out, into)
+        for y, (weights, rows) in zip(outputs, held, strict=True)
     ]
 
     def verify() -> float:
         calls[0]()
-        at, (gates, rows) = bed.sample(case.tokens), held[0]
+        at, (weights, rows) = bed.sample(case.tokens), held[0]
         slots = (at[:, None] * case.top_k + torch.arange(case.top_k, device=bed.device)).flatten()
-        y = outputs[0][rows.inverse[slots]].double()
-        scaled = gates[at].double()[:, :, None] * y.view(len(at), case.top_k, case.hidden)
+        y = outputs[0][rows.scatter_index[slots]].double()
+        scaled = weights[at].double()[:, :, None] * y.view(len(at), case.top_k, case.hidden)
         error = relative_error(out[at].to(DTYPE), scaled.sum(dim=1))
         if not error <= _OUTPUT:
             raise CheckFailed(f"the output is off by {error:.1e}, {_OUTPUT:.0e} is allowed")
@@ -205,11 +208,11 @@ def _combine(observed: bool, bed: Bed, around: Stages) -> Prepared:
     return Prepared(calls, verify, moved + (12 * bed.slots if observed else 0))
 
 
-def _added(bed: Bed, measures: SlotMeasures, ids: Tensor, gates: Tensor) -> LayerStats:
+def _added(bed: Bed, measures: SlotMeasures, ids: Tensor, weights: Tensor) -> LayerStats:
     """What `measures` add to empty statistics, in float64."""
     want, flat = bed.stats(), ids.flatten()
     want.counts[0, 0] = torch.bincount(flat, minlength=bed.case.experts)
-    gate, norm = gates.flatten().double(), measures.norm.double()
+    gate, norm = weights.flatten().double(), measures.norm.double()
     for row, values in enumerate((gate, norm, gate * norm, norm**2, (gate * norm) ** 2)):
         want.sums[row, 0].index_add_(0, flat, values)
     for row, (values, how) in enumerate(((measures.high, "amax"), (measures.low, "amin"))):
@@ -236,14 +239,14 @@ def _reduce(bed: Bed, around: Stages) -> Prepared:
     total = bed.stats()
 
     def call(n: int, stats: LayerStats = total) -> None:
-        gates, rows = held[n]
-        around.reduce(bed.measures[n], gates, rows, stats, None, 0, TILE)
+        weights, rows = held[n]
+        around.reduce(bed.measures[n], weights, rows, stats, None, 0, TILE)
 
     def verify() -> float:
         got = bed.stats()
         call(0, got)
-        ids, gates = bed.routed(1)[0]
-        return _expect(got, _added(bed, bed.measures[0], ids, gates), _EXACT)
+        ids, weights = bed.routed(1)[0]
+        return _expect(got, _added(bed, bed.measures[0], ids, weights), _EXACT)
 
     moved = bed.slots * (8 + DTYPE.itemsize + 12) + _statistics_bytes(bed.case.experts)
     return Prepared([partial(call, n) for n in range(len(held))], verify, moved)
@@ -254,9 +257,9 @@ def _around(bed: Bed, around: Stages) -> Prepared:
     inputs, total = bed.routed(len(bed.measures)), bed.stats()
 
     def call(n: int, stats: LayerStats = total) -> None:
-        ids, gates = inputs[n]
-        rows = around.sort(ids, gates, bed.case.experts)
-        around.reduce(bed.measures[n], gates, rows, stats, None, 0, TILE)
+        ids, weights = inputs[n]
+        rows = around.sort(ids, weights, bed.case.experts)
+        around.reduce(bed.measures[n], weights, rows, stats, None, 0, TILE)
 
     def verify() -> float:
         got = bed.stats()
@@ -264,7 +267,7 @@ def _around(bed: Bed, around: Stages) -> Prepared:
         return _expect(got, _added(bed, bed.measures[0], *inputs[0]), _EXACT)
 
     size = DTYPE.itemsize
-    # `order` and `gates` are read again by the reduction.
+    # `gather_index` and `weights` are read again by the reduction.
     moved = bed.slots * (8 + size + 16 + 8 + size + 12) + _statistics_bytes(bed.case.experts)
     return Prepared([partial(call, n) for n in range(len(inputs))], verify, moved)
 
@@ -273,8 +276,8 @@ def _accumulate(bed: Bed, around: Stages) -> Prepared:
     inputs, total = bed.routed(len(bed.outputs)), bed.stats()
 
     def call(n: int, stats: LayerStats = total, mask: Tensor | None = None) -> None:
-        ids, gates = inputs[n]
-        accumulate(around, bed.outputs[n], ids.flatten(), gates.flatten(), stats, mask, 0)
+        ids, weights = inputs[n]
+        accumulate(around, bed.outputs[n], ids.flatten(), weights.flatten(), stats, mask, 0)
 
     def verify() -> float:
         at = bed.sample(bed.slots)
@@ -282,8 +285,8 @@ def _accumulate(bed: Bed, around: Stages) -> Prepared:
         mask[at] = True
         got, want = bed.stats(), bed.stats()
         call(0, got, mask)
-        ids, gates = (tensor.flatten()[at] for tensor in inputs[0])
-        rk.accumulate(bed.outputs[0][at], ids, gates, want, backend="reference")
+        ids, weights = (tensor.flatten()[at] for tensor in inputs[0])
+        rk.accumulate(bed.outputs[0][at], ids, weights, want, backend="reference")
         return _expect(got, want, bounds_of(torch.float32, ""))
 
     row = bed.case.hidden * DTYPE.itemsize + 8 + DTYPE.itemsize
@@ -291,9 +294,9 @@ def _accumulate(bed: Bed, around: Stages) -> Prepared:
     return Prepared([partial(call, n) for n in range(len(inputs))], verify, moved)
 
 
-OBSERVED, UNOBSERVED, AROUND = "combine observed", "combine unobserved", "route + saliency"
+OBSERVED, UNOBSERVED, AROUND = "combine observed", "combine unobserved", "sort + saliency"
 _PARTS: dict[str, Callable[[Bed, Stages], Prepared]] = {
-    "route": _route,
+    "sort": _route,
     "tile list": _tiles,
     OBSERVED: partial(_combine, True),
     UNOBSERVED: partial(_combine, False),
@@ -309,7 +312,7 @@ def of_layer(bed: Bed, backends: Sequence[str]) -> list[Part]:
     sizes = Sizes(case.tokens, case.top_k, case.experts, case.hidden, case.intermediate)
 
     def prepared(make: Callable[[Bed, Stages], Prepared], backend: str) -> Prepared:
-        for op in ("route", "saliency"):  # runs self-checks, or says why it does not serve
+        for op in ("sort", "saliency"):  # runs self-checks, or says why it does not serve
             select(Request(op, bed.device, DTYPE, sizes=sizes), backend)
         return make(bed, stages(backend, backend))
 
@@ -320,16 +323,16 @@ def of_layer(bed: Bed, backends: Sequence[str]) -> list[Part]:
     ]
 
 
-def _dequantise(machine: Machine, case: Case, format: str, backend: str) -> Prepared:
+def _dequantize(machine: Machine, case: Case, format: str, backend: str) -> Prepared:
     """A chunk of experts, which are copies of one: codes of one expert are random enough."""
-    one = make_quantised(format, 1, case.intermediate, case.hidden)
+    one = make_quantized(format, 1, case.intermediate, case.hidden)
     values, scales = (
         tensor.to(machine.device).repeat(case.experts, 1, 1) for tensor in one.tensors()
     )
-    made = Quantised(values, scales, format, one.block)
+    made = Quantized(values, scales, format, one.block)
     out = torch.empty(made.shape, dtype=made.dtype, device=machine.device)
     # The op's own choice of backend, so that a refusal or a failed self-check is met here.
-    call = partial(rk.dequantise, made, out=out, backend=backend)
+    call = partial(rk.dequantize, made, out=out, backend=backend)
 
     def verify() -> float:
         out.fill_(7)
@@ -347,10 +350,10 @@ def _dequantise(machine: Machine, case: Case, format: str, backend: str) -> Prep
 def of_formats(
     machine: Machine, shapes: Sequence[tuple[Case, str]], backends: Sequence[str]
 ) -> list[Part]:
-    """Dequantisation of every shape and format, by every backend."""
+    """Dequantization of every shape and format, by every backend."""
     return [
         Part(
-            case, f"dequantise {name}", backend, partial(_dequantise, machine, case, name, backend)
+            case, f"dequantize {name}", backend, partial(_dequantize, machine, case, name, backend)
         )
         for case, name in shapes
         for backend in backends

@@ -28,21 +28,21 @@ _ALL_EXPERTS_TOKENS = 8192
 
 
 class Work:
-    """One layer call to time: the same weights, ids and gates for every provider.
+    """One layer call to time: the same weights, ids and router_weights for every provider.
 
     Attributes:
         machine: where.
         case: sizes and routing.
         experts: the weights.
         hidden: input sets [T, H], together twice as large as the L2 cache at least.
-        ids, gates: [T, k].
+        ids, router_weights: [T, k].
     """
 
     def __init__(self, machine: Machine, case: Case, experts: ExpertWeights) -> None:
         self.machine, self.case, self.experts = machine, case, experts
         device, dtype = machine.device, experts.dtype
         routing = make_inputs(_with_hidden(case, 1), dtype, device=device)
-        self.ids, self.gates = routing.topk_ids, routing.topk_weights
+        self.ids, self.router_weights = routing.topk_ids, routing.topk_weights
         rng = torch.Generator(device).manual_seed(1)
         size = case.tokens * case.hidden * dtype.itemsize
         sets = min(16, max(2, -(-2 * machine.cache_bytes // size)))
@@ -64,7 +64,7 @@ class Work:
         """Output and statistics of the sampled tokens alone, in float64."""
         stats = LayerStats(self.case.experts, device=self.machine.device)
         at = self.sample
-        call = (self.hidden[0][at], self.ids[at], self.gates[at], self.experts, stats)
+        call = (self.hidden[0][at], self.ids[at], self.router_weights[at], self.experts, stats)
         return rk.observe_layer(*call, backend="reference"), stats
 
     @property
@@ -131,7 +131,7 @@ def checked(work: Work, prepared: Prepared) -> float:
         if not torch.equal(sums[0], truth.count[0].double()):
             raise CheckFailed("counts differ from float64's")
         worst = largest_relative_error(
-            sums[1:], torch.stack([truth.norm_sum, truth.gate_norm_sum])[:, 0]
+            sums[1:], torch.stack([truth.norm_sum, truth.weighted_norm_sum])[:, 0]
         )
         bound = bounds_of(work.experts.dtype, "").sums
         if not worst <= bound:
@@ -148,7 +148,7 @@ def _ours(backend: str | None, observed: bool) -> Callable[[Work], Prepared]:
 
         def call(hidden: Tensor) -> Callable[[], Tensor]:
             return lambda: rk.observe_layer(
-                hidden, work.ids, work.gates, work.experts, stats, backend=backend
+                hidden, work.ids, work.router_weights, work.experts, stats, backend=backend
             )
 
         def verify() -> tuple[Tensor, Tensor | None]:
@@ -158,9 +158,9 @@ def _ours(backend: str | None, observed: bool) -> Callable[[Work], Prepared]:
             mask = torch.zeros(work.case.tokens, dtype=torch.bool, device=work.machine.device)
             mask[work.sample] = True
             own = LayerStats(work.case.experts, device=work.machine.device)
-            inputs = (work.hidden[0], work.ids, work.gates, work.experts, own)
+            inputs = (work.hidden[0], work.ids, work.router_weights, work.experts, own)
             out = rk.observe_layer(*inputs, mask=mask, backend=backend)
-            sums = torch.stack([own.count.double(), own.norm_sum, own.gate_norm_sum])[:, 0]
+            sums = torch.stack([own.count.double(), own.norm_sum, own.weighted_norm_sum])[:, 0]
             return out[work.sample], sums
 
         products = products_of(served.name, work.hidden[0], work.case.top_k, work.experts)
@@ -213,7 +213,7 @@ def _transformers(implementation: str) -> Callable[[Work], Prepared]:
                     f"it would gather {gathered / 1e9:.0f} GB of weights; {free / 1e9:.0f} GB free"
                 )
         module = experts_module(work.experts, implementation)
-        calls = [lambda h=h: module(h, work.ids, work.gates) for h in work.hidden]
+        calls = [lambda h=h: module(h, work.ids, work.router_weights) for h in work.hidden]
         return Prepared(calls, lambda: (calls[0]()[work.sample], None))
 
     return prepare
@@ -226,10 +226,10 @@ def _products(work: Work) -> Prepared:
     multiply = getattr(torch.nn.functional, "grouped_mm", None)
     if multiply is None:
         raise NotHere(f"torch {torch.__version__} has no grouped_mm")
-    routing = rk.route(work.ids, work.case.experts)
+    routing = rk.sort_by_expert(work.ids, work.case.experts)
     ends = routing.offsets[1:].to(torch.int32)
     up, down = work.experts.up.transpose(1, 2), work.experts.down.transpose(1, 2)
-    rows = work.hidden[0].index_select(0, routing.order // work.case.top_k)
+    rows = work.hidden[0].index_select(0, routing.gather_index // work.case.top_k)
     gate, own = multiply(rows, up, offs=ends).chunk(2, dim=-1)
     inner = torch.nn.functional.silu(gate).mul_(own)
     del gate, own
@@ -239,10 +239,10 @@ def _products(work: Work) -> Prepared:
         return multiply(inner, down, offs=ends)
 
     def verify() -> tuple[Tensor, None]:
-        inverse = torch.empty_like(routing.order)
-        inverse[routing.order] = torch.arange(work.slots, device=inverse.device)
+        inverse = torch.empty_like(routing.gather_index)
+        inverse[routing.gather_index] = torch.arange(work.slots, device=inverse.device)
         y = call()[inverse.view(work.ids.shape)[work.sample]]
-        return (work.gates[work.sample].float()[:, :, None] * y.float()).sum(dim=1), None
+        return (work.router_weights[work.sample].float()[:, :, None] * y.float()).sum(dim=1), None
 
     note = "both products only: no routing, gather, activation or combination"
     return Prepared([call], verify, note=note)
@@ -255,7 +255,7 @@ def _all_experts(work: Work) -> Prepared:
         tokens //= 2
 
     def observe(at: Tensor | slice, total: Tensor, hidden: Tensor) -> Tensor:
-        observe_all(total, work.experts.project, hidden[at], work.ids[at], work.gates[at])
+        observe_all(total, work.experts.project, hidden[at], work.ids[at], work.router_weights[at])
         return total
 
     def zeros() -> Tensor:

@@ -82,8 +82,8 @@ def kernels(rows: Sequence[Row]) -> str:
 
 
 def _length(row: Row) -> str:
-    """Tokens of a layer's part, or experts and matrix of a dequantisation."""
-    if row["kernel"].startswith("dequantise"):
+    """Tokens of a layer's part, or experts and matrix of a dequantization."""
+    if row["kernel"].startswith("dequantize"):
         return f"{row['E']} x {row['I']} x {row['H']}"
     if row["k"] == 1:
         return f"{row['tokens']} x {row['H']}"

@@ -112,10 +112,10 @@ def tensors(shape: Shape, format: str) -> Iterator[tuple[str, tuple[int, ...], t
     for number in range(shape.num_hidden_layers):
         for key, size in _layer(shape):
             name = f"model.layers.{number}.{key}"
-            quantised = format == "fp8" and len(size) == 2 and key != "mlp.gate.weight"
-            own = _FP8 if quantised else _FP32 if key.endswith("correction_bias") else _BF16
+            quantized = format == "fp8" and len(size) == 2 and key != "mlp.gate.weight"
+            own = _FP8 if quantized else _FP32 if key.endswith("correction_bias") else _BF16
             yield name, size, own
-            if quantised:
+            if quantized:
                 yield f"{name}_scale_inv", tuple(math.ceil(n / BLOCK) for n in size), _FP32
     yield "model.norm.weight", (hidden,), _BF16
     yield "lm_head.weight", (vocab, hidden), _BF16

@@ -18,18 +18,18 @@ import reap_kernels as rk
 from bench.gpu.checks import CheckFailed
 from reap_kernels import LayerStats, cuda
 from reap_kernels.dequant import kernel_cuda as dequant
-from reap_kernels.quantised import FORMATS, Quantised
-from reap_kernels.route import kernel_cuda as route
-from reap_kernels.route.slots import SortedSlots
+from reap_kernels.quantized import FORMATS, Quantized
 from reap_kernels.saliency import kernel_cuda as saliency
 from reap_kernels.saliency.measures import SlotMeasures
+from reap_kernels.sort import kernel_cuda as route
+from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.stats import COUNTS, EXTREMA, SUMS
 from reap_kernels.testing import (
     Case,
     Inputs,
     largest_relative_error,
     make_inputs,
-    make_quantised,
+    make_quantized,
     relative_error,
 )
 
@@ -42,7 +42,7 @@ SLOTS = (1, 2, 3, 4, 5, 8, 10, 16, 22, 32)
 WIDTHS = (8, 2056, 33, 257)
 # Experts whose counters four warps share in shared memory, those of which one has room, the most.
 EXPERTS = (1, 40, 1024, 2457, 4095)
-_BASE = Case("", "", tokens=6, experts=33, hidden=8, intermediate=1, foreign=0.2, zero_gates=0.1)
+_BASE = Case("", "", tokens=6, experts=33, hidden=8, intermediate=1, foreign=0.2, zero_weights=0.1)
 
 
 @dataclass(frozen=True)
@@ -59,28 +59,32 @@ def _expect(right: bool, what: str) -> None:
 
 
 def _sorted(
-    ids: Tensor, gates: Tensor | None, experts: int, where: torch.device
+    ids: Tensor, router_weights: Tensor | None, experts: int, where: torch.device
 ) -> tuple[SortedSlots, Tensor]:
     """Slots sorted on the device and compared with the CPU's; the latter's order."""
-    weights = None if gates is None else gates.to(where)
+    weights = None if router_weights is None else router_weights.to(where)
     rows = route.sort_slots(ids.to(where), weights, experts)
-    want = rk.route(ids, experts, topk_weights=gates, backend="reference")
-    order = rows.order.cpu()
-    _expect(torch.equal(order, want.order), "order differs")
+    want = rk.sort_by_expert(ids, experts, topk_weights=router_weights, backend="reference")
+    order = rows.gather_index.cpu()
+    _expect(torch.equal(order, want.gather_index), "gather_index differs")
     _expect(torch.equal(rows.offsets.cpu(), want.offsets), "offsets differ")
     every = torch.arange(ids.numel())
-    _expect(torch.equal(rows.inverse.cpu()[order], every), "inverse differs")
+    _expect(torch.equal(rows.scatter_index.cpu()[order], every), "scatter_index differs")
     return rows, order
 
 
 def _route(
-    tokens: int, experts: int, dtype: torch.dtype, gates: torch.dtype | None, where: torch.device
+    tokens: int,
+    experts: int,
+    dtype: torch.dtype,
+    router_weights: torch.dtype | None,
+    where: torch.device,
 ) -> None:
     rng = torch.Generator().manual_seed(tokens)
     ids = torch.randint(-1, experts + 1, (tokens, 2), generator=rng).to(dtype)
     weights = None
-    if gates is not None:
-        weights = torch.randint(0, 3, (tokens, 2), generator=rng).to(gates)
+    if router_weights is not None:
+        weights = torch.randint(0, 3, (tokens, 2), generator=rng).to(router_weights)
     rows, _ = _sorted(ids, weights, experts, where)
     for block_m in (16, 128):
         tiles = rows.tiles(block_m)
@@ -96,13 +100,13 @@ def _route(
 
 def _want(case: Case, inputs: Inputs, y: Tensor) -> tuple[Tensor, LayerStats]:
     """Output and statistics in float64, from the formulas."""
-    ids, gates = inputs.topk_ids.flatten(), inputs.topk_weights.flatten()
-    served = (ids >= 0) & (ids < case.experts) & (gates != 0)
-    scaled = torch.where(served[:, None], gates.double()[:, None] * y.double(), 0)
+    ids, router_weights = inputs.topk_ids.flatten(), inputs.topk_weights.flatten()
+    served = (ids >= 0) & (ids < case.experts) & (router_weights != 0)
+    scaled = torch.where(served[:, None], router_weights.double()[:, None] * y.double(), 0)
     every = {"mask": inputs.mask, "group": inputs.group}
     rows = {k: v.repeat_interleave(case.top_k) for k, v in every.items() if isinstance(v, Tensor)}
     stats = LayerStats(case.experts, case.groups)
-    rk.accumulate(y, ids, gates, stats, **rows, backend="reference")
+    rk.accumulate(y, ids, router_weights, stats, **rows, backend="reference")
     return scaled.view(case.tokens, case.top_k, case.hidden).sum(dim=1), stats
 
 
@@ -116,11 +120,11 @@ def _same(got: LayerStats, want: LayerStats) -> None:
 
 
 def _layer(
-    case: Case, dtype: torch.dtype, gates: torch.dtype, tile: int, where: torch.device
+    case: Case, dtype: torch.dtype, router_weights: torch.dtype, tile: int, where: torch.device
 ) -> None:
     """Combination, observed and not, and reduction."""
     made = make_inputs(case, dtype)
-    made = replace(made, topk_weights=made.topk_weights.to(gates))
+    made = replace(made, topk_weights=made.topk_weights.to(router_weights))
     rng = torch.Generator().manual_seed(3)
     y = torch.randn(made.topk_ids.numel(), case.hidden, generator=rng).to(dtype)
     there = made.to(where)
@@ -145,9 +149,9 @@ def _norms(width: int, dtype: torch.dtype, shifted: bool, where: torch.device) -
     rng = torch.Generator().manual_seed(5)
     flat = torch.randn(30 * width + 1, generator=rng).to(dtype).to(where)
     y = (flat[1:] if shifted else flat[:-1]).view(30, width)
-    gates = torch.ones(30, 1, dtype=dtype).to(where)
+    router_weights = torch.ones(30, 1, dtype=dtype).to(where)
     measures = SlotMeasures.empty(30, where)
-    saliency.combine(y, gates, None, None, measures)
+    saliency.combine(y, router_weights, None, None, measures)
     rows = y.cpu().double()
     error = largest_relative_error(measures.norm.cpu(), rows.norm(dim=1))
     _expect(error <= _SUMS, f"norms are off by {error:.1e}")
@@ -156,7 +160,7 @@ def _norms(width: int, dtype: torch.dtype, shifted: bool, where: torch.device) -
         _expect(torch.equal(own.cpu(), want.float()), "extrema differ")
 
 
-def _dequantise(made: Quantised, skipping: bool, where: torch.device) -> None:
+def _dequantize(made: Quantized, skipping: bool, where: torch.device) -> None:
     experts = len(made)
     want = torch.stack(list(made))
     offsets = None
@@ -164,7 +168,7 @@ def _dequantise(made: Quantised, skipping: bool, where: torch.device) -> None:
         offsets = torch.arange(experts + 1) // 2  # every second expert has a row
         want[offsets.diff() == 0] = 7
     got = torch.full_like(want, 7).to(where)
-    dequant.dequantise(made.to(where), None if offsets is None else offsets.to(where), got)
+    dequant.dequantize(made.to(where), None if offsets is None else offsets.to(where), got)
     _expect(torch.equal(got.cpu().view(torch.int16), want.view(torch.int16)), "bits differ")
 
 
@@ -174,18 +178,20 @@ def _routes() -> Iterator[Variant]:
     for tokens, experts in sizes:
         run = partial(_route, tokens, experts, torch.int64, torch.bfloat16)
         yield Variant(f"route of {tokens} tokens to {experts} experts", run)
-    for dtype, gates in itertools.product(cuda.INTEGERS, (None, *cuda.FLOATS)):
-        yield Variant(f"route of {dtype} by {gates}", partial(_route, 70, 9, dtype, gates))
+    for dtype, router_weights in itertools.product(cuda.INTEGERS, (None, *cuda.FLOATS)):
+        yield Variant(
+            f"route of {dtype} by {router_weights}", partial(_route, 70, 9, dtype, router_weights)
+        )
 
 
 def _layers() -> Iterator[Variant]:
     for k, width, dtype in itertools.product(SLOTS, WIDTHS, FLOATS):
         case = replace(_BASE, top_k=k, hidden=width)
         yield Variant(f"layer of k={k} H={width} {dtype}", partial(_layer, case, dtype, dtype, 64))
-    for groups, masked, gates in itertools.product((1, 3), (0.0, 0.4), cuda.FLOATS):
+    for groups, masked, router_weights in itertools.product((1, 3), (0.0, 0.4), cuda.FLOATS):
         case = replace(_BASE, tokens=150, experts=3, top_k=2, groups=groups, masked=masked)
-        name = f"layer of {groups} groups, {masked} masked, gates {gates}"
-        yield Variant(name, partial(_layer, case, torch.float32, gates, 16))
+        name = f"layer of {groups} groups, {masked} masked, router_weights {router_weights}"
+        yield Variant(name, partial(_layer, case, torch.float32, router_weights, 16))
     for case in (replace(_BASE, tokens=0), replace(_BASE, tokens=300, skew="one")):
         yield Variant(f"layer of {case.tokens} tokens", partial(_layer, case, *FLOATS[1:], 128))
 
@@ -197,8 +203,8 @@ def _others() -> Iterator[Variant]:
     for name, (packed, _, scaled) in FORMATS.items():
         sizes = ((3, 200, 416), (3, 35, 75)) if packed == 1 else ((3, 200, 416),)
         for size, scales, skipping in itertools.product(sizes, scaled, (False, True)):
-            made = make_quantised(name, *size, scales=scales)
-            yield Variant(f"{name} {size} {scales}", partial(_dequantise, made, skipping))
+            made = make_quantized(name, *size, scales=scales)
+            yield Variant(f"{name} {size} {scales}", partial(_dequantize, made, skipping))
 
 
 def every() -> Iterator[Variant]:

@@ -17,7 +17,7 @@ _GROUP = 128
 
 
 def compare_logits(full: Tensor, candidate: Tensor, full_lse: Tensor | None) -> tuple[Tensor, ...]:
-    """See `reap_kernels.compare.op.compare_logits`; normalises anew whatever `full_lse` says."""
+    """See `reap_kernels.compare.op.compare_logits`; normalizes anew whatever `full_lse` says."""
     rows, vocabulary = full.shape
     width = -(-vocabulary // _GROUP) * _GROUP
     together = max(1, _BUFFER * torch.get_num_threads() // width)
@@ -40,7 +40,7 @@ def _measure(full: Tensor, candidate: Tensor, buffers: Tensor, tops: Tensor, out
 
     With weights p and q, exponentials of logits less the largest: `tops` [2, n], where each is
     largest first; `out` [6, n], the largest logits, the sums of p and of q, and, relative to the
-    sum of p, of min(p, q) normalised alike and of p times the logits' difference.
+    sum of p, of min(p, q) normalized alike and of p times the logits' difference.
     """
     f, c, p = buffers[:, : len(full)]
     _shift(f, full, tops[0], out[0])

@@ -8,7 +8,7 @@ from torch import Tensor
 from reap_kernels.compare import cpu, reference, triton_backend
 from reap_kernels.dispatch import Backend, Request, Sizes, always, direct, register, select
 from reap_kernels.errors import DtypeError, ShapeError
-from reap_kernels.route.op import cpu_only
+from reap_kernels.sort.op import cpu_only
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 

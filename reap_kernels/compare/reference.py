@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def compare_logits(full: Tensor, candidate: Tensor, full_lse: Tensor | None) -> tuple[Tensor, ...]:
-    """See `reap_kernels.compare.op.compare_logits`; normalises anew whatever `full_lse` says."""
+    """See `reap_kernels.compare.op.compare_logits`; normalizes anew whatever `full_lse` says."""
     f, c = full.double(), candidate.double()
     log_p, log_q = f.log_softmax(dim=1), c.log_softmax(dim=1)
     p, q = log_p.exp(), log_q.exp()
@@ -15,11 +15,11 @@ def compare_logits(full: Tensor, candidate: Tensor, full_lse: Tensor | None) -> 
     kl = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=1)
     kl = torch.where(valid, kl, torch.nan)
     same_top = (f.argmax(dim=1) == c.argmax(dim=1)) & valid
-    lse = [_normaliser(x) for x in (f, c)]
+    lse = [_normalizer(x) for x in (f, c)]
     return acceptance.float(), kl.float(), *lse, same_top
 
 
-def _normaliser(logits: Tensor) -> Tensor:
+def _normalizer(logits: Tensor) -> Tensor:
     """Log-sum-exp of rows, NaN for those that have no softmax."""
     lse = logits.logsumexp(dim=1)
     return torch.where(lse.isfinite(), lse, torch.nan).float()

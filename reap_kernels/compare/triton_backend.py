@@ -8,7 +8,7 @@ from torch import Tensor
 from reap_kernels import selfcheck
 from reap_kernels.compare import reference
 from reap_kernels.dispatch import Backend, Request
-from reap_kernels.route.triton_backend import limits, priority
+from reap_kernels.sort.triton_backend import limits, priority
 
 Compare = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
 

@@ -1,5 +1,5 @@
-"""Quantised experts as bf16 matrices."""
+"""Quantized experts as bf16 matrices."""
 
-from reap_kernels.dequant.op import dequantise
+from reap_kernels.dequant.op import dequantize
 
-__all__ = ["dequantise"]
+__all__ = ["dequantize"]

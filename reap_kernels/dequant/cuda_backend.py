@@ -8,8 +8,8 @@ from torch import Tensor
 from reap_kernels import cuda, selfcheck
 from reap_kernels.dequant import reference
 from reap_kernels.dispatch import Backend, Request
-from reap_kernels.quantised import FORMATS, Quantised
-from reap_kernels.testing import make_quantised
+from reap_kernels.quantized import FORMATS, Quantized
+from reap_kernels.testing import make_quantized
 
 _MOST_EXPERTS = 65535
 # E, N, K: several blocks of threads, a partial one, partial FP8 blocks; and rows that begin nowhere
@@ -36,7 +36,7 @@ def limits(request: Request) -> str | None:
 
 
 def refusal(request: Request) -> str | None:
-    """Why `dequantise` cannot be served, or None."""
+    """Why `dequantize` cannot be served, or None."""
     return limits(request) or selfcheck.verdict(
         "dequant.cuda",
         request.device,
@@ -45,11 +45,11 @@ def refusal(request: Request) -> str | None:
     )
 
 
-def prepare(request: Request) -> Callable[[Quantised, Tensor | None, Tensor], None]:
-    """See `reap_kernels.dequant.op.dequantise`."""
+def prepare(request: Request) -> Callable[[Quantized, Tensor | None, Tensor], None]:
+    """See `reap_kernels.dequant.op.dequantize`."""
     from reap_kernels.dequant import kernel_cuda
 
-    return kernel_cuda.dequantise
+    return kernel_cuda.dequantize
 
 
 def check(request: Request) -> str | None:
@@ -58,10 +58,10 @@ def check(request: Request) -> str | None:
     for name, (packed, _, scaled) in FORMATS.items():
         for sizes in _SIZES if packed == 1 else _SIZES[:1]:
             for dtype in scaled:
-                made = make_quantised(name, *sizes, scales=dtype)
+                made = make_quantized(name, *sizes, scales=dtype)
                 want = torch.full(sizes, -7.0, dtype=torch.bfloat16)
                 got = want.to(where)
-                reference.dequantise(made, None, want)
+                reference.dequantize(made, None, want)
                 want[1] = -7.0
                 offsets = torch.tensor([0, 2, 2, 5][: sizes[0] + 1], device=where)
                 run(made.to(where), offsets, got)

@@ -1,16 +1,16 @@
-"""CUDA dequantisation: launches of `csrc/dequant.cu`."""
+"""CUDA dequantization: launches of `csrc/dequant.cu`."""
 
 import torch
 from torch import Tensor
 
 from reap_kernels import cuda
 from reap_kernels.errors import ShapeError
-from reap_kernels.quantised import FORMATS, Quantised
+from reap_kernels.quantized import FORMATS, Quantized
 
 _LAUNCHERS = {
-    "fp8_block": "dequantise_fp8",
-    "mxfp4": "dequantise_mxfp4",
-    "int4_group": "dequantise_int4",
+    "fp8_block": "dequantize_fp8",
+    "mxfp4": "dequantize_mxfp4",
+    "int4_group": "dequantize_int4",
 }
 _KERNELS = {
     name: cuda.Kernel(
@@ -26,8 +26,8 @@ _KERNELS = {
 _LOADS = {"fp8_block": 8, "mxfp4": 4, "int4_group": 4}
 
 
-def dequantise(matrices: Quantised, offsets: Tensor | None, out: Tensor) -> None:
-    """See `reap_kernels.dequant.op.dequantise`; experts without rows are not written.
+def dequantize(matrices: Quantized, offsets: Tensor | None, out: Tensor) -> None:
+    """See `reap_kernels.dequant.op.dequantize`; experts without rows are not written.
 
     Raises:
         ShapeError: `out`, or the codes, begin at an address the kernel cannot store to or load
@@ -40,7 +40,7 @@ def dequantise(matrices: Quantised, offsets: Tensor | None, out: Tensor) -> None
         for name, tensor, width in (("out", out, 16), ("values", values, _LOADS[matrices.format])):
             if tensor.data_ptr() % width:
                 raise ShapeError(
-                    f"dequantise: {name} begins {tensor.data_ptr() % width} bytes past a multiple "
+                    f"dequantize: {name} begins {tensor.data_ptr() % width} bytes past a multiple "
                     f"of {width}, at storage offset {tensor.storage_offset()}; pass {name}.clone()"
                 )
     _KERNELS[matrices.format](

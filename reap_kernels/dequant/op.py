@@ -1,4 +1,4 @@
-"""dequantise: experts' matrices in bf16, from the format they are stored in."""
+"""dequantize: experts' matrices in bf16, from the format they are stored in."""
 
 from collections.abc import Callable
 
@@ -18,21 +18,21 @@ from reap_kernels.dispatch import (
     select,
 )
 from reap_kernels.errors import DtypeError, ShapeError
-from reap_kernels.quantised import Quantised
+from reap_kernels.quantized import Quantized
 
 
-def dequantise(
-    matrices: Quantised,
+def dequantize(
+    matrices: Quantized,
     *,
     offsets: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Makes the bf16 matrices of quantised experts; waits for nothing.
+    """Makes the bf16 matrices of quantized experts; waits for nothing.
 
     Args:
-        matrices: E matrices [N, K] in one of the formats of `Quantised`.
-        offsets: [E + 1] int64 from `route`. The parts of `out` of experts without rows,
+        matrices: E matrices [N, K] in one of the formats of `Quantized`.
+        offsets: [E + 1] int64 from `sort`. The parts of `out` of experts without rows,
             `offsets[e] == offsets[e + 1]`, need not be written: what they hold has no meaning.
             Default: every expert is written.
         out: [E, N, K] bf16, contiguous, on the same device; default a new tensor.
@@ -52,7 +52,7 @@ def dequantise(
     return out
 
 
-def chosen(matrices: Quantised) -> Callable[[Quantised, Tensor | None, Tensor], None]:
+def chosen(matrices: Quantized) -> Callable[[Quantized, Tensor | None, Tensor], None]:
     """What writes parts of `matrices`, (part, offsets, out), as a step of another op: the backend
     that `REAP_BACKEND` asks for where this op has it, else automatic choice.
     """
@@ -61,18 +61,18 @@ def chosen(matrices: Quantised) -> Callable[[Quantised, Tensor | None, Tensor], 
     return (select(request) if known else automatic(request)).run
 
 
-def _request(matrices: Quantised) -> Request:
+def _request(matrices: Quantized) -> Request:
     experts, rows, columns = matrices.shape
     return Request(
         "dequant",
         matrices.device,
         matrices.dtype,
         sizes=Sizes(experts=experts, hidden=columns, intermediate=rows),
-        layout="quantised",
+        layout="quantized",
     )
 
 
-def _checked(matrices: Quantised, offsets: Tensor | None, out: Tensor | None) -> Tensor:
+def _checked(matrices: Quantized, offsets: Tensor | None, out: Tensor | None) -> Tensor:
     """`out`, or a new one; raises where it or `offsets` do not fit."""
     experts = len(matrices)
     if offsets is not None:
@@ -99,5 +99,5 @@ def _checked(matrices: Quantised, offsets: Tensor | None, out: Tensor | None) ->
     return out
 
 
-register(Backend("dequant", "reference", lambda _: 0, lambda _: None, always(reference.dequantise)))
+register(Backend("dequant", "reference", lambda _: 0, lambda _: None, always(reference.dequantize)))
 register(cuda_backend.BACKEND)

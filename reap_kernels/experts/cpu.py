@@ -60,7 +60,7 @@ def pieces(
     """
     hidden = hidden.to(compute_dtype(hidden.dtype))
     sizes = [rows for _, rows in parts]
-    tokens = (routing.order[: sum(sizes)] // routing.top_k).split(sizes)
+    tokens = (routing.gather_index[: sum(sizes)] // routing.top_k).split(sizes)
     for (expert, _), rows in zip(parts, tokens, strict=True):
         yield rows, experts.project(expert, hidden.index_select(0, rows))
 
@@ -68,6 +68,6 @@ def pieces(
 def expert_outputs(hidden: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     """See `reap_kernels.experts.op.expert_outputs`."""
     found = [y for _, y in pieces(hidden, routing, experts, partition(routing.offsets))]
-    foreign = len(routing.order) - int(routing.offsets[-1])
+    foreign = len(routing.gather_index) - int(routing.offsets[-1])
     tail = torch.zeros(foreign, hidden.shape[1], dtype=compute_dtype(hidden.dtype))
     return torch.cat([*found, tail])

@@ -1,8 +1,8 @@
 """GPU expert outputs: the weights as kernels take them, and the launches of the products.
 
 Two paths share everything but the products: our Triton kernel, which gathers rows and applies the
-gate inside, and torch's grouped_mm between a gather and a gate pass of ours. Quantised experts are
-dequantised by chunks into scratch that all chunks share; a chunk's products write the rows of its
+gate inside, and torch's grouped_mm between a gather and a gate pass of ours. Quantized experts are
+dequantized by chunks into scratch that all chunks share; a chunk's products write the rows of its
 experts, in the tiles they would have anyway: the same bits whatever the chunks.
 """
 
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from reap_kernels import device
-from reap_kernels.dequant.op import chosen as chosen_dequantise
+from reap_kernels.activation import Activation
+from reap_kernels.dequant.op import chosen as chosen_dequantize
 from reap_kernels.experts import kernel_triton as kernels
-from reap_kernels.gates import GateFormula
-from reap_kernels.quantised import Quantised
-from reap_kernels.route.gpu import schedule
-from reap_kernels.route.slots import SortedSlots
+from reap_kernels.quantized import Quantized
 from reap_kernels.scratch import fitting
+from reap_kernels.sort.gpu import schedule
+from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.tuning import Launch, Launches
 from reap_kernels.types import ExpertWeights, Matrices, Routing
 
@@ -111,25 +111,25 @@ def first_sides(experts: ExpertWeights) -> list[Side]:
 
 
 def chunks(rows: SortedSlots, sides: list[Side]) -> Iterator[tuple[SortedSlots, list[Side]]]:
-    """All experts at once where products can read them; quantised ones some at a time, in scratch
+    """All experts at once where products can read them; quantized ones some at a time, in scratch
     that holds them until the next are asked for. Nothing waits for the device.
     """
-    quantised = [(m, bias) for m, bias in sides if isinstance(m, Quantised)]
-    if not quantised:
+    quantized = [(m, bias) for m, bias in sides if isinstance(m, Quantized)]
+    if not quantized:
         yield rows, sides
         return
-    experts, first = rows.num_experts, quantised[0][0]
-    each = sum(math.prod(m.shape[1:]) for m, _ in quantised) * first.dtype.itemsize
+    experts, first = rows.num_experts, quantized[0][0]
+    each = sum(math.prod(m.shape[1:]) for m, _ in quantized) * first.dtype.itemsize
     step = fitting(experts, each, first.device, quarters=1)
-    room = [torch.empty(step, *m.shape[1:], dtype=m.dtype, device=m.device) for m, _ in quantised]
-    dequantise = chosen_dequantise(first)
+    room = [torch.empty(step, *m.shape[1:], dtype=m.dtype, device=m.device) for m, _ in quantized]
+    dequantize = chosen_dequantize(first)
     for start in range(0, experts, step):
         stop = min(start + step, experts)
         own = rows if step >= experts else rows.part(start, stop)
         held = [out[: stop - start] for out in room]
-        for (matrices, _), out in zip(quantised, held, strict=True):
-            dequantise(matrices.part(start, stop), own.offsets, out)
-        biases = (None if bias is None else bias[start:stop] for _, bias in quantised)
+        for (matrices, _), out in zip(quantized, held, strict=True):
+            dequantize(matrices.part(start, stop), own.offsets, out)
+        biases = (None if bias is None else bias[start:stop] for _, bias in quantized)
         yield own, list(zip(held, biases, strict=True))
 
 
@@ -161,7 +161,7 @@ def product(
     launch: Launch,
     *,
     gate: Operand | None = None,
-    formula: GateFormula | None = None,
+    activation: Activation | None = None,
     gather: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -172,8 +172,8 @@ def product(
         b: the right operand.
         rows: the routing.
         launch: tiles.
-        gate: the gate half, for a gated formula.
-        formula: applied to the product; None for none.
+        gate: the gate half, for a gated activation.
+        activation: applied to the product; None for none.
         gather: whether sorted rows are looked up in `a` by token.
         out: from `room_for`, whose rows of these experts are written and which is then returned as
             `a`'s dtype has it; default new.
@@ -196,21 +196,21 @@ def product(
             b.added(biased),
             other.added(biased),
             out,
-            rows.order,
+            rows.gather_index,
             rows.offsets,
             *tiles.tensors,
             rows.num_experts,
             n,
             depth,
-            float("inf") if formula is None else formula.limit,
-            0.0 if formula is None else formula.alpha,
+            float("inf") if activation is None else activation.limit,
+            0.0 if activation is None else activation.alpha,
             *a.stride(),
             *b.strides,
             *b.bias_strides(),
             *other.bias_strides(),
             TOP_K=rows.top_k,
             GATHER=gather,
-            GATE="none" if formula is None else formula.kind,
+            ACTIVATION="none" if activation is None else activation.kind,
             BIASED=biased,
             TABLE=b.table,
             ALIGNED=b.aligned and other.aligned,
@@ -244,24 +244,26 @@ def _precision(dtype: torch.dtype) -> str:
 def room_for(rows: SortedSlots, n: int, a: Tensor) -> Tensor:
     """[S, N] for a product of `a`, in the dtype kernels write."""
     dtype = device.written_dtype(a.dtype)
-    return torch.empty(len(rows.order), n, dtype=dtype, device=a.device)
+    return torch.empty(len(rows.gather_index), n, dtype=dtype, device=a.device)
 
 
 def triton_outputs(
     hidden: Tensor, rows: SortedSlots, experts: ExpertWeights, launches: Launches
 ) -> Tensor:
     """[S, H] expert outputs by sorted row, through h [S, I]; nothing else of that size. Every chunk
-    of quantised experts has its first product before any has its second, so that scratch holds the
+    of quantized experts has its first product before any has its second, so that scratch holds the
     matrices of one of them only.
     """
-    formula = experts.formula
-    if formula.kind == "opaque":
-        h = formula.apply(_projected(hidden, rows, experts, launches.up)).contiguous()
+    activation = experts.activation
+    if activation.kind == "opaque":
+        h = activation.apply(_projected(hidden, rows, experts, launches.up)).contiguous()
     else:
         h = room_for(rows, experts.intermediate_size, hidden)
         for own, sides in chunks(rows, first_sides(experts)):
-            up, gate = halves(experts, sides) if formula.gated else (Operand.of(*sides[0]), None)
-            product(hidden, up, own, launches.up, gate=gate, formula=formula, gather=True, out=h)
+            up, gate = halves(experts, sides) if activation.gated else (Operand.of(*sides[0]), None)
+            product(
+                hidden, up, own, launches.up, gate=gate, activation=activation, gather=True, out=h
+            )
         h = h.to(hidden.dtype)
     y = room_for(rows, experts.hidden_size, hidden)
     for own, (down,) in chunks(rows, [(experts.down, experts.down_bias)]):
@@ -274,7 +276,7 @@ def _projected(hidden: Tensor, rows: SortedSlots, experts: ExpertWeights, launch
     found: list[Tensor] = []
     # A separate gate comes first, as its half does in a fused matrix.
     for matrices, bias in reversed(first_sides(experts)):
-        width = matrices.shape[1] if isinstance(matrices, Tensor | Quantised) else len(matrices[0])
+        width = matrices.shape[1] if isinstance(matrices, Tensor | Quantized) else len(matrices[0])
         out = room_for(rows, width, hidden)
         for own, (some,) in chunks(rows, [(matrices, bias)]):
             product(hidden, Operand.of(*some), own, launch, gather=True, out=out)
@@ -290,7 +292,7 @@ def grouped_outputs(
     Holds gathered rows [S, H] beside the first product [S, 2 I] at its widest.
     """
     ends = rows.offsets[1:].to(torch.int32)
-    gathered = hidden.index_select(0, rows.order // rows.top_k)
+    gathered = hidden.index_select(0, rows.gather_index // rows.top_k)
 
     def multiply(a: Tensor, matrices: Matrices) -> Tensor:
         assert isinstance(matrices, Tensor)
@@ -299,17 +301,17 @@ def grouped_outputs(
     up = gate = multiply(gathered, experts.up)
     if experts.gate is not None:
         gate = multiply(gathered, experts.gate)
-    elif experts.formula.gated:
+    elif experts.activation.gated:
         inner = experts.intermediate_size
         if experts.interleaved:
             gate, up = up[:, ::2], up[:, 1::2]
         else:
             gate, up = up[:, :inner], up[:, inner:]
     del gathered
-    return multiply(activated(up, gate, experts.formula, rows), experts.down)
+    return multiply(activated(up, gate, experts.activation, rows), experts.down)
 
 
-def activated(up: Tensor, gate: Tensor, formula: GateFormula, rows: SortedSlots) -> Tensor:
+def activated(up: Tensor, gate: Tensor, activation: Activation, rows: SortedSlots) -> Tensor:
     """The gate on [S, I] halves, as one pass; rows that no expert serves are not written."""
     out = torch.empty(up.shape, dtype=device.written_dtype(up.dtype), device=up.device)
     block_m, block_n = 16, 128
@@ -323,11 +325,11 @@ def activated(up: Tensor, gate: Tensor, formula: GateFormula, rows: SortedSlots)
                 rows.offsets,
                 rows.num_experts,
                 up.shape[1],
-                formula.limit,
-                formula.alpha,
+                activation.limit,
+                activation.alpha,
                 *up.stride(),
                 *gate.stride(),
-                GATE=formula.kind,
+                ACTIVATION=activation.kind,
                 BLOCK_M=block_m,
                 BLOCK_N=block_n,
                 **device.OPTIONS,
@@ -339,8 +341,8 @@ def expert_outputs(
     launches: Launches, hidden: Tensor, routing: Routing, experts: ExpertWeights
 ) -> Tensor:
     """See `reap_kernels.experts.op.expert_outputs`; `launches` are those of its products."""
-    order = routing.order
-    rows = SortedSlots(order, order, routing.offsets, routing.top_k, schedule)
+    index = routing.gather_index
+    rows = SortedSlots(index, index, routing.offsets, routing.top_k, schedule)
     y = triton_outputs(hidden, rows, experts, launches)
-    served = torch.arange(len(order), device=order.device) < routing.offsets[-1]
+    served = torch.arange(len(index), device=index.device) < routing.offsets[-1]
     return torch.where(served[:, None], y, 0)

@@ -1,8 +1,9 @@
 """Triton kernels of the experts: one grouped product for every use, and the gate on its own.
 
-Arrays, with S sorted rows (see `route.kernel_triton` for order, offsets and tiles):
+Arrays, with S sorted rows (see `sort.kernel_triton` for gather_index, offsets and tiles):
 
-    a        [T, K] (GATHER) or [S, K]  left operand; row r reads a[order[r] // TOP_K] or a[r]
+    a        [T, K] (GATHER) or [S, K]  left operand; row r reads a[r], or with GATHER
+                                        a[gather_index[r] // TOP_K]
     b        per expert [N, K]          right operand, out x in with free strides: one stacked
                                         tensor, or (TABLE) an [E] int64 array of addresses
     b_gate   likewise                   gate half of a gated product; b's shape and strides
@@ -28,24 +29,24 @@ def _within(x, limit):
 
 
 @triton.jit
-def _apply_gate(gate, up, limit, alpha, GATE: tl.constexpr):
-    """The formulas of `gates.GateFormula` in float32; NaN passes through every clamp."""
-    if GATE == "relu2":
+def _apply_activation(gate, up, limit, alpha, ACTIVATION: tl.constexpr):
+    """The formulas of `activation.Activation` in float32; NaN passes through every clamp."""
+    if ACTIVATION == "relu2":
         positive = tl.maximum(up, 0.0, propagate_nan=tl.PropagateNan.ALL)
         out = positive * positive
-    elif GATE == "silu":
+    elif ACTIVATION == "silu":
         out = gate * tl.sigmoid(gate) * up
-    elif GATE == "gelu_tanh":
+    elif ACTIVATION == "gelu_tanh":
         # (1 + tanh z) / 2 = sigmoid(2 z)
         z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         out = gate * tl.sigmoid(2.0 * z) * up
-    elif GATE == "silu_clamped_out":
+    elif ACTIVATION == "silu_clamped_out":
         out = _at_most(gate * tl.sigmoid(gate), limit) * _within(up, limit)
-    elif GATE == "silu_clamped_in":
+    elif ACTIVATION == "silu_clamped_in":
         low = _at_most(gate, limit)
         out = low * tl.sigmoid(low) * _within(up, limit)
     else:
-        tl.static_assert(GATE == "swiglu_oai", "unknown gate formula")
+        tl.static_assert(ACTIVATION == "swiglu_oai", "unknown activation")
         low = _at_most(gate, limit)
         out = low * tl.sigmoid(alpha * low) * (_within(up, limit) + 1.0)
     return out
@@ -82,7 +83,7 @@ def grouped_product(
     bias_ptr,
     bias_gate_ptr,
     out_ptr,
-    order_ptr,
+    gather_index_ptr,
     offsets_ptr,
     tile_experts_ptr,
     tile_rows_ptr,
@@ -103,7 +104,7 @@ def grouped_product(
     stride_bias_gn,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
-    GATE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BIASED: tl.constexpr,
     TABLE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -118,10 +119,10 @@ def grouped_product(
 ):
     """Grid (bound on tiles * ceil(N / BLOCK_N),): one program writes one BLOCK_M x BLOCK_N of out.
 
-    GATE is "none" (out = a @ b), "relu2" (no gate half), or a gated formula (b_gate is read too).
-    Programs walk GROUP_M tiles before the next BLOCK_N, so that neighbours share b in L2.
+    ACTIVATION is "none" (out = a @ b), "relu2" (no gate half), or gated (b_gate is read too).
+    Programs walk GROUP_M tiles before the next BLOCK_N, so that neighbors share b in L2.
     """
-    GATED: tl.constexpr = GATE != "none" and GATE != "relu2"
+    GATED: tl.constexpr = ACTIVATION != "none" and ACTIVATION != "relu2"
     pid = tl.program_id(0)
     num_tiles = tl.load(firsts_ptr + E)
     num_n = tl.cdiv(N, BLOCK_N)
@@ -140,7 +141,7 @@ def grouped_product(
     # Rows past the expert's last repeat its first: loads then need no mask, and stores have one.
     source = tl.where(live, rows, first).to(tl.int64)
     if GATHER:
-        source = tl.load(order_ptr + source).to(tl.int64) // TOP_K
+        source = tl.load(gather_index_ptr + source).to(tl.int64) // TOP_K
     cols = (inside // members) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     # Bases advance along K, offsets stay: gate and up share theirs, which saves registers.
@@ -177,9 +178,9 @@ def grouped_product(
             at = bias_gate_ptr + expert.to(tl.int64) * stride_bias_ge + wide * stride_bias_gn
             acc_gate += tl.load(at, mask=within, other=0.0).to(tl.float32)[None, :]
     if GATED:
-        acc = _apply_gate(acc_gate, acc, limit, alpha, GATE)
-    elif GATE == "relu2":
-        acc = _apply_gate(acc, acc, limit, alpha, GATE)
+        acc = _apply_activation(acc_gate, acc, limit, alpha, ACTIVATION)
+    elif ACTIVATION == "relu2":
+        acc = _apply_activation(acc, acc, limit, alpha, ACTIVATION)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + wide[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & within[None, :])
 
@@ -198,7 +199,7 @@ def activate_rows(
     stride_un,
     stride_gm,
     stride_gn,
-    GATE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -211,5 +212,5 @@ def activate_rows(
     up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
     at = wide * stride_gm + cols[None, :] * stride_gn
     gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    out = _apply_gate(gate, up, limit, alpha, GATE)
+    out = _apply_activation(gate, up, limit, alpha, ACTIVATION)
     tl.store(out_ptr + wide * N + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)

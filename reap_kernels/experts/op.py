@@ -6,7 +6,7 @@ from reap_kernels.dispatch import Backend, always, register, select
 from reap_kernels.errors import DtypeError, ShapeError
 from reap_kernels.experts import cpu, reference, triton_backend
 from reap_kernels.experts.request import request_of
-from reap_kernels.route.op import cpu_only
+from reap_kernels.sort.op import cpu_only
 from reap_kernels.types import FLOATS, ExpertWeights, Routing
 
 
@@ -17,7 +17,7 @@ def expert_outputs(
 
     Args:
         hidden: [T, H] float, the layer's input.
-        routing: from `route`.
+        routing: from `sort`.
         experts: the layer's weights, same dtype and device as `hidden`.
         backend: explicit backend, never falls back.
 

@@ -8,7 +8,7 @@ from reap_kernels.types import ExpertWeights, Routing
 
 def expert_outputs(hidden: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     """See `reap_kernels.experts.op.expert_outputs`; returns float64."""
-    tokens = routing.order // routing.top_k
+    tokens = routing.gather_index // routing.top_k
     y = torch.zeros(len(tokens), hidden.shape[1], dtype=torch.float64, device=hidden.device)
     bounds = routing.offsets.tolist()
     for expert in range(experts.num_experts):

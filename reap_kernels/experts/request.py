@@ -15,7 +15,7 @@ def request_of(op: str, hidden: Tensor, top_k: int, experts: ExpertWeights) -> R
         op,
         hidden.device,
         hidden.dtype,
-        experts.formula.kind,
+        experts.activation.kind,
         sizes,
         experts.layout,
         experts.biased,

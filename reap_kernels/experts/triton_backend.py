@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from reap_kernels import selfcheck
+from reap_kernels.activation import Activation
 from reap_kernels.device import tf32
 from reap_kernels.dispatch import Backend, Request
 from reap_kernels.experts import reference
-from reap_kernels.gates import GateFormula
-from reap_kernels.route import reference as route_reference
-from reap_kernels.route.triton_backend import limits, priority
+from reap_kernels.sort import reference as sort_reference
+from reap_kernels.sort.triton_backend import limits, priority
 from reap_kernels.testing import Case, make_experts, make_inputs, relative_error
 from reap_kernels.tuning import Launches, Problem
 from reap_kernels.types import ExpertWeights, Routing
@@ -45,9 +45,9 @@ def product_limits(request: Request) -> str | None:
 def note(request: Request) -> str:
     """What a user should know of a call that is served."""
     notes = []
-    if request.layout == "quantised":
-        notes.append("experts are dequantised to bf16 by chunks")
-    if request.formula == "opaque":
+    if request.layout == "quantized":
+        notes.append("experts are dequantized to bf16 by chunks")
+    if request.activation == "opaque":
         notes.append("the gate is the model's own torch function, run between the two products")
     return "; ".join(notes)
 
@@ -58,7 +58,7 @@ def launches(request: Request) -> Launches:
     return Problem(
         request.device,
         request.dtype,
-        request.formula,
+        request.activation,
         sizes.hidden,
         sizes.intermediate,
         sizes.rows,
@@ -67,8 +67,8 @@ def launches(request: Request) -> Launches:
 
 
 def _seen(request: Request) -> str:
-    """The layout products see: quantised experts are dequantised into stacked ones."""
-    return "stacked" if request.layout == "quantised" else request.layout
+    """The layout products see: quantized experts are dequantized into stacked ones."""
+    return "stacked" if request.layout == "quantized" else request.layout
 
 
 def facts(request: Request) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def facts(request: Request) -> dict[str, Any]:
         "hidden": hidden,
         "intermediate": intermediate,
         "top_k": request.sizes.top_k,
-        "formula": request.formula,
+        "activation": request.activation,
         "layout": _seen(request),
         "biased": request.biased,
         "tf32": tf32(request.dtype),
@@ -122,11 +122,11 @@ def check_layer(request: Request) -> tuple[Case, ExpertWeights]:
     layout = {"table": "per-expert"}.get(
         request.layout, "interleaved-biased" if request.biased else "stacked"
     )
-    own = GateFormula("silu").apply if request.formula == "opaque" else None
-    formula = GateFormula(request.formula, limit=0.7, fn=own)
-    if request.formula == "relu2":
+    own = Activation("silu").apply if request.activation == "opaque" else None
+    activation = Activation(request.activation, limit=0.7, fn=own)
+    if request.activation == "relu2":
         layout = "ungated"
-    experts = make_experts(case, layout, formula, request.dtype, device=request.device)
+    experts = make_experts(case, layout, activation, request.dtype, device=request.device)
     if not request.biased:
         experts = replace(experts, up_bias=None, gate_bias=None, down_bias=None)
     return case, experts
@@ -141,7 +141,7 @@ def check(request: Request) -> str | None:
     """Compares expert outputs with the reference's."""
     case, experts = check_layer(request)
     inputs = make_inputs(case, request.dtype, device=request.device)
-    routing = route_reference.route(inputs.topk_ids, inputs.topk_weights, case.experts)
+    routing = sort_reference.sort_by_expert(inputs.topk_ids, inputs.topk_weights, case.experts)
     want = reference.expert_outputs(inputs.hidden, routing, experts)
     error = relative_error(prepare(request)(inputs.hidden, routing, experts), want)
     bound = output_bound(request.dtype)

@@ -15,17 +15,17 @@ from reap_kernels.dispatch import Backend, Request
 from reap_kernels.experts.triton_backend import facts, launches, note, product_limits
 from reap_kernels.layer.call import LayerCall
 from reap_kernels.layer.triton_backend import check, grouped_limits
-from reap_kernels.route.cuda_backend import limits
-from reap_kernels.route.cuda_backend import priority as stage_priority
 from reap_kernels.saliency.stages import stages
+from reap_kernels.sort.cuda_backend import limits
+from reap_kernels.sort.cuda_backend import priority as stage_priority
 
 
-def paths(request: Request) -> dict[str, str]:
-    """Whose kernels each stage of a request takes, by the launch table."""
+def stage_backends(request: Request) -> dict[str, str]:
+    """The backend of each stage of a request, by the launch table."""
     sizes = request.sizes
     chosen = {
-        op: tuning.choose_path(request.device, op, request.dtype, sizes.intermediate, sizes.rows)
-        for op in tuning.PATHS
+        op: tuning.choose_backend(request.device, op, request.dtype, sizes.intermediate, sizes.rows)
+        for op in tuning.STAGE_BACKENDS
     }
     if chosen["layer"] == "grouped_mm" and grouped_limits(request) is not None:
         chosen["layer"] = "triton"
@@ -34,7 +34,7 @@ def paths(request: Request) -> dict[str, str]:
 
 def priority(request: Request) -> int:
     """As its first stage has it."""
-    return stage_priority(request._replace(op="route"))
+    return stage_priority(request._replace(op="sort"))
 
 
 def refusal(request: Request) -> str | None:
@@ -48,7 +48,7 @@ def refusal(request: Request) -> str | None:
         reason = product_limits(request)
     if reason is not None:
         return reason
-    chosen = paths(request)
+    chosen = stage_backends(request)
     return selfcheck.verdict(
         "layer.cuda",
         request.device,
@@ -58,11 +58,11 @@ def refusal(request: Request) -> str | None:
 
 
 def served(request: Request) -> str:
-    """Whose kernels do what, where the products have something to add or are not Triton's."""
+    """The backend of each stage, and what the products add."""
     if cuda.refusal(request.device) is not None:
         return ""
-    chosen = paths(request)
-    text = f"routing by {chosen['route']}, products by {chosen['layer']}, norms and sums by "
+    chosen = stage_backends(request)
+    text = f"routing by {chosen['sort']}, products by {chosen['layer']}, norms and sums by "
     return "; ".join(part for part in (text + chosen["saliency"], note(request)) if part)
 
 
@@ -70,8 +70,8 @@ def prepare(request: Request) -> Callable[[LayerCall], Tensor]:
     """See `reap_kernels.layer.op.observe_layer`."""
     from reap_kernels.layer import gpu
 
-    chosen = paths(request)
-    around = stages(chosen["route"], chosen["saliency"])
+    chosen = stage_backends(request)
+    around = stages(chosen["sort"], chosen["saliency"])
     kernels = gpu.LayerKernels(gpu.PRODUCTS[chosen["layer"]], around, launches(request))
     return partial(gpu.observe_layer, kernels)
 

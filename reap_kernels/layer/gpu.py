@@ -2,7 +2,7 @@
 each by kernels of whatever kind serves it.
 
 Scratch beside input and output: h [S, I] and y [S, H] (grouped_mm: gathered rows and both halves
-too), O(S), and for quantised experts one product's bf16 matrices of as many as fit. Where that is
+too), O(S), and for quantized experts one product's bf16 matrices of as many as fit. Where that is
 more than the budget the call is computed in parts of equal tokens, which launch as the whole would:
 outputs keep their bits, sums move by at most 1e-12 relative.
 """
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from reap_kernels.experts.gpu import grouped_outputs, triton_outputs
 from reap_kernels.layer.call import LayerCall
-from reap_kernels.route.slots import SortedSlots
 from reap_kernels.saliency.measures import SlotMeasures, Stages
 from reap_kernels.scratch import fitting
+from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.tuning import Launches
 from reap_kernels.types import ExpertWeights
 
@@ -36,7 +36,7 @@ class Products:
 
 
 def _triton_width(experts: ExpertWeights) -> int:
-    own = 2 * experts.intermediate_size if experts.formula.kind == "opaque" else 0
+    own = 2 * experts.intermediate_size if experts.activation.kind == "opaque" else 0
     return experts.hidden_size + experts.intermediate_size + own
 
 
@@ -46,7 +46,7 @@ GROUPED_MM = Products(
 )
 PRODUCTS = {"triton": TRITON, "grouped_mm": GROUPED_MM}
 
-# O(S) arrays: order, inverse, counts, measures, partial sums and tile lists.
+# O(S) arrays: both indices, counts, measures, partial sums and tile lists.
 _SLOT_BYTES = 64
 
 
@@ -70,8 +70,8 @@ def observe_layer(kernels: LayerKernels, call: LayerCall) -> Tensor:
     tokens, top_k = call.topk_ids.shape
     hidden, experts = call.hidden, call.experts
     slot_bytes = kernels.products.width(experts) * hidden.element_size() + _SLOT_BYTES
-    # The last quarter of the budget is for experts that are dequantised by chunks.
-    quarters = 3 if experts.layout == "quantised" else 4
+    # The last quarter of the budget is for experts that are dequantized by chunks.
+    quarters = 3 if experts.layout == "quantized" else 4
     size = call.chunk or fitting(tokens, top_k * slot_bytes, hidden.device, quarters)
     dtype = kernels.stages.written(hidden.dtype)
     out = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
@@ -87,11 +87,13 @@ def observe_layer(kernels: LayerKernels, call: LayerCall) -> Tensor:
 def _observe_part(kernels: LayerKernels, call: LayerCall, out: Tensor) -> None:
     """Computes a call at once, into `out` [T, H]."""
     stages, launches, stats = kernels.stages, kernels.launches, call.stats
-    gates = call.topk_weights.contiguous()
-    rows = stages.sort(call.topk_ids, gates, call.experts.num_experts)
+    router_weights = call.topk_weights.contiguous()
+    rows = stages.sort(call.topk_ids, router_weights, call.experts.num_experts)
     y = kernels.products.outputs(call.hidden, rows, call.experts, launches)
-    measures = None if stats is None else SlotMeasures.empty(gates.numel(), call.hidden.device)
-    stages.combine(y, gates, rows, out, measures)
+    measures = (
+        None if stats is None else SlotMeasures.empty(router_weights.numel(), call.hidden.device)
+    )
+    stages.combine(y, router_weights, rows, out, measures)
     if stats is not None and measures is not None:
         tile = launches.down.block_m
-        stages.reduce(measures, gates, rows, stats, call.mask, call.group, tile)
+        stages.reduce(measures, router_weights, rows, stats, call.mask, call.group, tile)

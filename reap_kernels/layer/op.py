@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reap_kernels.activation import Activation
 from reap_kernels.device import without_autocast
 from reap_kernels.dispatch import Backend, always, direct, register, select
 from reap_kernels.errors import ShapeError
 from reap_kernels.experts.op import check_experts
-from reap_kernels.gates import GateFormula
 from reap_kernels.layer import cpu, cuda_backend, reference, triton_backend
 from reap_kernels.layer.call import LayerCall
-from reap_kernels.quantised import FORMATS, Quantised
-from reap_kernels.route.op import check_routing, cpu_only
+from reap_kernels.quantized import FORMATS, Quantized
 from reap_kernels.saliency.op import checked_mask, group_ids
+from reap_kernels.sort.op import check_routing, cpu_only
 from reap_kernels.stats import LayerStats
 from reap_kernels.types import ExpertWeights, Matrices
 
@@ -36,7 +36,7 @@ def observe_layer(
     """The routed part of an MoE layer, and what REAP needs to know of it, in one pass.
 
     out[t] = sum over slots s of g[t, s] * f_j(hidden[t]) with j = topk_ids[t, s], and, for each
-    (group, expert), the sums of `LayerStats` (REAP, arXiv 2510.13999, eq. 9, is gate_norm_sum /
+    (group, expert), the sums of `LayerStats` (REAP, arXiv 2510.13999, eq. 9, is weighted_norm_sum /
     count). Inference only: no gradient flows.
 
     Args:
@@ -62,7 +62,7 @@ def observe_layer(
     """
     call = _checked(LayerCall(hidden, topk_ids, topk_weights, experts, stats, mask, group, chunk))
     # A torch function cannot pass through an operator schema: it always runs as plain torch code.
-    if experts.formula.fn is not None or direct(hidden):
+    if experts.activation.fn is not None or direct(hidden):
         return _run(call, backend)
     out: Tensor = torch.ops.reap_kernels.observe_layer(*_flattened(call, backend))
     return out
@@ -118,14 +118,14 @@ def _flat(matrices: Matrices | None) -> list[Tensor]:
     """
     if matrices is None:
         return []
-    if isinstance(matrices, Quantised):
+    if isinstance(matrices, Quantized):
         return [matrices.values.view(torch.uint8), matrices.scales]
     return [matrices] if isinstance(matrices, Tensor) else list(matrices)
 
 
 def _flattened(call: LayerCall, backend: str | None) -> tuple[Any, ...]:
     """A call as the operator takes it; `_observe_layer` puts it together again."""
-    experts, formula, group = call.experts, call.experts.formula, call.group
+    experts, activation, group = call.experts, call.experts.activation, call.group
     return (
         call.hidden,
         call.topk_ids,
@@ -136,9 +136,9 @@ def _flattened(call: LayerCall, backend: str | None) -> tuple[Any, ...]:
         experts.up_bias,
         experts.gate_bias,
         experts.down_bias,
-        formula.kind,
-        formula.limit if math.isfinite(formula.limit) else None,
-        formula.alpha,
+        activation.kind,
+        activation.limit if math.isfinite(activation.limit) else None,
+        activation.alpha,
         experts.interleaved,
         [] if call.stats is None else call.stats.packed(),
         call.mask,
@@ -151,16 +151,16 @@ def _flattened(call: LayerCall, backend: str | None) -> tuple[Any, ...]:
 
 
 def _format(matrices: Matrices) -> tuple[str | None, int, int]:
-    """Format and block of quantised matrices, all of a layer's alike; no format for others."""
-    if isinstance(matrices, Quantised):
+    """Format and block of quantized matrices, all of a layer's alike; no format for others."""
+    if isinstance(matrices, Quantized):
         return (matrices.format, *matrices.block)
     return None, 0, 0
 
 
-def _matrices(flat: list[Tensor], quantised: str | None, block: tuple[int, int]) -> Matrices:
+def _matrices(flat: list[Tensor], quantized: str | None, block: tuple[int, int]) -> Matrices:
     """What `_flat` and `_format` describe."""
-    if quantised is not None:
-        return Quantised(flat[0].view(FORMATS[quantised][1]), flat[1], quantised, block)
+    if quantized is not None:
+        return Quantized(flat[0].view(FORMATS[quantized][1]), flat[1], quantized, block)
     return flat[0] if len(flat) == 1 and flat[0].ndim == 3 else flat
 
 
@@ -185,15 +185,15 @@ def _observe_layer(
     groups: Tensor | None,
     chunk: int | None,
     backend: str | None,
-    quantised: str | None = None,
+    quantized: str | None = None,
     block_rows: int = 0,
     block_columns: int = 0,
 ) -> Tensor:
-    stored = (quantised, (block_rows, block_columns))
+    stored = (quantized, (block_rows, block_columns))
     experts = ExpertWeights(
         _matrices(up, *stored),
         _matrices(down, *stored),
-        GateFormula(kind, math.inf if limit is None else limit, alpha),
+        Activation(kind, math.inf if limit is None else limit, alpha),
         _matrices(gate, *stored) if gate else None,
         up_bias,
         gate_bias,

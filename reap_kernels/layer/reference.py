@@ -5,24 +5,24 @@ from torch import Tensor
 
 from reap_kernels.experts import reference as experts_reference
 from reap_kernels.layer.call import LayerCall
-from reap_kernels.route import reference as route_reference
 from reap_kernels.saliency import reference as saliency_reference
+from reap_kernels.sort import reference as sort_reference
 
 
 def observe_layer(call: LayerCall) -> Tensor:
     """See `reap_kernels.layer.op.observe_layer`; always whole, whatever `chunk`."""
     hidden, experts = call.hidden, call.experts
-    routing = route_reference.route(call.topk_ids, call.topk_weights, experts.num_experts)
+    routing = sort_reference.sort_by_expert(call.topk_ids, call.topk_weights, experts.num_experts)
     y = experts_reference.expert_outputs(hidden, routing, experts)
     served = int(routing.offsets[-1])
-    slots = routing.order[:served]
+    slots = routing.gather_index[:served]
     tokens, y = slots // routing.top_k, y[:served]
-    gates = call.topk_weights.reshape(-1)[slots].double()
+    router_weights = call.topk_weights.reshape(-1)[slots].double()
     out = torch.zeros_like(hidden, dtype=torch.float64)
-    out.index_add_(0, tokens, gates[:, None] * y)
+    out.index_add_(0, tokens, router_weights[:, None] * y)
     if call.stats is not None:
         ids = call.topk_ids.reshape(-1)[slots]
         rows_mask = None if call.mask is None else call.mask[tokens]
         own = call.group[tokens] if isinstance(call.group, Tensor) else call.group
-        saliency_reference.accumulate(y, ids, gates, call.stats, rows_mask, own)
+        saliency_reference.accumulate(y, ids, router_weights, call.stats, rows_mask, own)
     return out.to(hidden.dtype)

@@ -22,12 +22,12 @@ from reap_kernels.experts.triton_backend import (
 )
 from reap_kernels.layer import reference
 from reap_kernels.layer.call import LayerCall
-from reap_kernels.route.triton_backend import priority
 from reap_kernels.saliency.stages import stages
 from reap_kernels.saliency.triton_backend import difference
+from reap_kernels.sort.triton_backend import priority
 from reap_kernels.stats import LayerStats
 from reap_kernels.testing import make_inputs, relative_error
-from reap_kernels.tuning import PATHS
+from reap_kernels.tuning import STAGE_BACKENDS
 
 # Sums may be off by twice what outputs are: squares enter two of them.
 _SUMS = 2.0
@@ -36,16 +36,16 @@ _SUMS = 2.0
 _ROUNDED = {"triton": 1.0, "grouped_mm": 1.6}
 
 
-def refusal(path: str, request: Request) -> str | None:
-    """Why `layer` cannot be served with products by `path`, or None."""
+def refusal(products: str, request: Request) -> str | None:
+    """Why `layer` cannot be served with these products, or None."""
     reason = product_limits(request)
-    if reason is None and path == "grouped_mm":
+    if reason is None and products == "grouped_mm":
         reason = grouped_limits(request)
     return reason or selfcheck.verdict(
-        f"layer.{path}",
+        f"layer.{products}",
         request.device,
         facts(request),
-        lambda: check(prepare(path, request), path, request),
+        lambda: check(prepare(products, request), products, request),
     )
 
 
@@ -58,13 +58,13 @@ def grouped_limits(request: Request) -> str | None:
             return f"torch's grouped_mm loops over experts on {arch}, waiting for the device"
         if request.dtype != torch.bfloat16:
             return f"torch's grouped_mm is fast for bfloat16 only, not for {request.dtype}"
-    if request.layout == "quantised":
-        return "torch's grouped_mm reads bf16 weights; `triton` dequantises experts by chunks"
+    if request.layout == "quantized":
+        return "torch's grouped_mm reads bf16 weights; `triton` dequantizes experts by chunks"
     if request.layout != "stacked":
         return "torch's grouped_mm takes experts stacked in one tensor"
     if request.biased:
         return "torch's grouped_mm adds no bias"
-    if request.formula == "opaque":
+    if request.activation == "opaque":
         return "an opaque gate is served by `triton`"
     for name in ("hidden", "intermediate"):
         size = getattr(request.sizes, name)
@@ -78,27 +78,27 @@ def grouped_priority(request: Request) -> int:
     sizes = request.sizes
     if device.triton_refusal(request.device) is not None:
         return priority(request) - 1
-    path = tuning.choose_path(
+    products = tuning.choose_backend(
         request.device, "layer", request.dtype, sizes.intermediate, sizes.rows
     )
-    return priority(request) + (1 if path == "grouped_mm" else -1)
+    return priority(request) + (1 if products == "grouped_mm" else -1)
 
 
-def prepare(path: str, request: Request) -> Callable[[LayerCall], Tensor]:
-    """See `reap_kernels.layer.op.observe_layer`; products by `path`, one of `tuning.PATHS`."""
+def prepare(products: str, request: Request) -> Callable[[LayerCall], Tensor]:
+    """See `reap_kernels.layer.op.observe_layer`; `products` names their backend."""
     from reap_kernels.layer import gpu
 
     around = stages("triton", "triton")
-    kernels = gpu.LayerKernels(gpu.PRODUCTS[path], around, launches(request))
+    kernels = gpu.LayerKernels(gpu.PRODUCTS[products], around, launches(request))
     return partial(gpu.observe_layer, kernels)
 
 
-def check(run: Callable[[LayerCall], Tensor], path: str, request: Request) -> str | None:
+def check(run: Callable[[LayerCall], Tensor], products: str, request: Request) -> str | None:
     """Compares output and statistics of a small layer with the reference's.
 
     Args:
         run: computes the layer, prepared for the request.
-        path: of its products, which rounding depends on.
+        products: backend of its products, which rounding depends on.
         request: the call.
     """
     case, experts = check_layer(request)
@@ -109,7 +109,7 @@ def check(run: Callable[[LayerCall], Tensor], path: str, request: Request) -> st
     arguments = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts)
     out = run(LayerCall(*arguments, got, mask, group))
     truth = reference.observe_layer(LayerCall(*arguments, want, mask, group))
-    bound = _ROUNDED[path] * output_bound(request.dtype)
+    bound = _ROUNDED[products] * output_bound(request.dtype)
     error = relative_error(out, truth)
     if not error <= bound:
         return f"the output is off by {error:.1e}, {bound:.0e} is allowed"
@@ -128,4 +128,4 @@ BACKENDS = (
         partial(prepare, "grouped_mm"),
     ),
 )
-assert {backend.name for backend in BACKENDS} == set(PATHS["layer"])
+assert {backend.name for backend in BACKENDS} == set(STAGE_BACKENDS["layer"])

@@ -1,4 +1,4 @@
-"""Saliency: norms, extrema and gate-weighted sums of expert outputs."""
+"""Saliency: norms, extrema and weighted sums of expert outputs."""
 
 from reap_kernels.saliency.op import accumulate
 

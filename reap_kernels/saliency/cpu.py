@@ -32,32 +32,36 @@ class RowMeasures:
 
 
 def reduce_rows(
-    rows: RowMeasures, key: Tensor, gates: Tensor, counted: Tensor | None, stats: LayerStats
+    rows: RowMeasures,
+    key: Tensor,
+    router_weights: Tensor,
+    counted: Tensor | None,
+    stats: LayerStats,
 ) -> None:
     """Adds measured rows to the statistics.
 
     Args:
         rows: measures of S rows.
         key: [S] int64, group * E + expert of each row.
-        gates: [S] gate weights.
+        router_weights: [S] router weights.
         counted: [S] bool, or None for all.
         stats: added to in place. Sums run over the rows in order: same bits run to run.
     """
     norm, high, low = rows.norm, rows.high, rows.low
     if counted is not None:
-        key, gates, norm = key[counted], gates[counted], norm[counted]
+        key, router_weights, norm = key[counted], router_weights[counted], norm[counted]
         high, low = high[counted], low[counted]
     size = stats.num_groups * stats.num_experts
     finite = torch.isfinite(norm)
     if not bool(finite.all()):
         stats.nonfinite.view(-1).add_(torch.bincount(key[~finite], minlength=size))
-        key, gates, norm = key[finite], gates[finite], norm[finite]
+        key, router_weights, norm = key[finite], router_weights[finite], norm[finite]
         high, low = high[finite], low[finite]
-    norm, gate = norm.double(), gates.double()
-    gated = gate * norm
+    norm, weight = norm.double(), router_weights.double()
+    weighted = weight * norm
     stats.count.view(-1).add_(torch.bincount(key, minlength=size))
     for total, value in zip(
-        stats.sums, (gate, norm, gated, norm.square(), gated.square()), strict=True
+        stats.sums, (weight, norm, weighted, norm.square(), weighted.square()), strict=True
     ):
         total.view(-1).add_(torch.bincount(key, weights=value, minlength=size))
     stats.out_max.view(-1).scatter_reduce_(0, key, high.float(), "amax")
@@ -67,14 +71,14 @@ def reduce_rows(
 def accumulate(
     y: Tensor,
     expert_ids: Tensor,
-    gates: Tensor,
+    router_weights: Tensor,
     stats: LayerStats,
     mask: Tensor | None,
     group: int | Tensor,
 ) -> None:
     """See `reap_kernels.saliency.op.accumulate`."""
-    counted = (expert_ids >= 0) & (expert_ids < stats.num_experts) & (gates != 0)
+    counted = (expert_ids >= 0) & (expert_ids < stats.num_experts) & (router_weights != 0)
     if mask is not None:
         counted &= mask
     key = group * stats.num_experts + expert_ids.to(torch.int64)
-    reduce_rows(RowMeasures.of(y), key, gates, counted, stats)
+    reduce_rows(RowMeasures.of(y), key, router_weights, counted, stats)

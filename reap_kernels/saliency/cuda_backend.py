@@ -5,9 +5,9 @@ from functools import partial
 
 from reap_kernels import cuda, selfcheck
 from reap_kernels.dispatch import Backend, Request
-from reap_kernels.route.cuda_backend import limits, priority
 from reap_kernels.saliency.stages import accumulate, stages
 from reap_kernels.saliency.triton_backend import check
+from reap_kernels.sort.cuda_backend import limits, priority
 
 
 def refusal(request: Request) -> str | None:

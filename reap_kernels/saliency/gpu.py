@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from reap_kernels import device
-from reap_kernels.route.slots import SortedSlots
 from reap_kernels.saliency import kernel_triton as kernels
 from reap_kernels.saliency.measures import FIELDS, SlotMeasures
+from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.stats import LayerStats
 
 # Loads of 16 bytes that a thread of the combination has in flight: at k = 8, one of every row.
@@ -15,13 +15,13 @@ _LOADS = 8
 
 def combine(
     y: Tensor,
-    gates: Tensor,
+    router_weights: Tensor,
     rows: SortedSlots | None,
     out: Tensor | None,
     measures: SlotMeasures | None,
 ) -> None:
     """See `saliency.measures.Stages.combine`."""
-    tokens, top_k = gates.shape
+    tokens, top_k = router_weights.shape
     if not tokens:
         return
     slots = 1 << (top_k - 1).bit_length()
@@ -36,9 +36,9 @@ def combine(
     with device.on(y.device):
         kernels.combine_rows[(-(-tokens // together),)](
             y,
-            gates,
-            gates if rows is None else rows.inverse,
-            gates if rows is None else rows.offsets,
+            router_weights,
+            router_weights if rows is None else rows.scatter_index,
+            router_weights if rows is None else rows.offsets,
             y if out is None else out,
             into.norm,
             into.high,
@@ -61,7 +61,7 @@ def combine(
 
 def reduce_slots(
     measures: SlotMeasures,
-    gates: Tensor,
+    router_weights: Tensor,
     rows: SortedSlots,
     stats: LayerStats,
     mask: Tensor | None,
@@ -74,19 +74,19 @@ def reduce_slots(
         return
     grouped = isinstance(group, Tensor)
     groups = stats.num_groups if isinstance(group, Tensor) else 1
-    where = gates.device
+    where = router_weights.device
     partials = torch.empty(FIELDS, groups, tiles.bound, dtype=torch.float64, device=where)
     with device.on(where):
         kernels.sum_tiles[(tiles.bound, groups)](
             measures.norm,
             measures.high,
             measures.low,
-            gates,
-            rows.order,
+            router_weights,
+            rows.gather_index,
             rows.offsets,
             *tiles.tensors,
-            gates if mask is None else mask,
-            group if isinstance(group, Tensor) else gates,
+            router_weights if mask is None else mask,
+            group if isinstance(group, Tensor) else router_weights,
             partials,
             tiles.bound,
             rows.num_experts,

@@ -4,24 +4,24 @@ import torch
 from torch import Tensor
 
 from reap_kernels import cuda
-from reap_kernels.route.slots import SortedSlots
 from reap_kernels.saliency.measures import FIELDS, SlotMeasures
+from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.stats import LayerStats
 
 _MEASURES = {"norm": torch.float32, "high": torch.float32, "low": torch.float32}
 _COMBINE = cuda.Kernel(
     "combine_rows",
     y=cuda.FLOATS,
-    gates=cuda.FLOATS,
-    inverse=torch.int64,
+    router_weights=cuda.FLOATS,
+    scatter_index=torch.int64,
     offsets=torch.int64,
     out=cuda.FLOATS,
     **_MEASURES,
 )
 _REDUCE = cuda.Kernel(
     "reduce_slots",
-    gates=cuda.FLOATS,
-    order=torch.int64,
+    router_weights=cuda.FLOATS,
+    gather_index=torch.int64,
     offsets=torch.int64,
     tile_experts=torch.int32,
     tile_rows=torch.int32,
@@ -38,20 +38,20 @@ _REDUCE = cuda.Kernel(
 
 def combine(
     y: Tensor,
-    gates: Tensor,
+    router_weights: Tensor,
     rows: SortedSlots | None,
     out: Tensor | None,
     measures: SlotMeasures | None,
 ) -> None:
     """See `saliency.measures.Stages.combine`; `out` has y's dtype."""
-    tokens, top_k = gates.shape
+    tokens, top_k = router_weights.shape
     hidden = y.shape[1]
     _COMBINE(
         y.device,
         f"T = {tokens}, k = {top_k}, H = {hidden}, {y.dtype}",
         y=y,
-        gates=gates,
-        inverse=None if rows is None else rows.inverse,
+        router_weights=router_weights,
+        scatter_index=None if rows is None else rows.scatter_index,
         offsets=None if rows is None else rows.offsets,
         out=out,
         norm=None if measures is None else measures.norm,
@@ -72,7 +72,7 @@ def _wide(rows: Tensor) -> bool:
 
 def reduce_slots(
     measures: SlotMeasures,
-    gates: Tensor,
+    router_weights: Tensor,
     rows: SortedSlots,
     stats: LayerStats,
     mask: Tensor | None,
@@ -82,16 +82,16 @@ def reduce_slots(
     """See `saliency.measures.Stages.reduce`."""
     tiles = rows.tiles(tile)
     groups = stats.num_groups if isinstance(group, Tensor) else 1
-    where = gates.device
+    where = router_weights.device
     size = (FIELDS, groups, tiles.bound)
     _REDUCE(
         where,
-        f"S = {gates.numel()}, E = {rows.num_experts}, {groups} groups",
+        f"S = {router_weights.numel()}, E = {rows.num_experts}, {groups} groups",
         norm=measures.norm,
         high=measures.high,
         low=measures.low,
-        gates=gates,
-        order=rows.order,
+        router_weights=router_weights,
+        gather_index=rows.gather_index,
         offsets=rows.offsets,
         tile_experts=tiles.experts,
         tile_rows=tiles.rows,

@@ -1,10 +1,10 @@
 """Triton kernels of saliency: combine with norms in one read of y, then a fixed-tree reduction.
 
-Arrays, with S = T * k slots (see `route.kernel_triton` for order, inverse, offsets and tiles):
+Arrays, with S = T * k slots (see `sort.kernel_triton` for the indices, offsets and tiles):
 
-    y        [S, H]        expert outputs before the gate, by sorted row (SORTED) or by slot
-    gates    [S]           gate weights, by slot
-    out      [T, H]        sum over a token's slots of gate * y
+    y        [S, H]        expert outputs before the weight, by sorted row (SORTED) or by slot
+    router_weights    [S]           router weights, by slot
+    out      [T, H]        sum over a token's slots of weight * y
     norm     [S] float32   ||y|| by slot; high and low: its largest and smallest element
     partials [9, G, M]     float64, one tile's sorted rows of one group reduced to the fields of
                            `LayerStats`: 2 counts, 5 sums, 2 extrema
@@ -20,8 +20,8 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["T"])
 def combine_rows(
     y_ptr,
-    gates_ptr,
-    inverse_ptr,
+    router_weights_ptr,
+    scatter_index_ptr,
     offsets_ptr,
     out_ptr,
     norm_ptr,
@@ -52,9 +52,9 @@ def combine_rows(
     live = (slot < TOP_K)[None, :] & (token < T)[:, None]
     rows = slots
     if SORTED:
-        rows = tl.load(inverse_ptr + slots, mask=live, other=0)
+        rows = tl.load(scatter_index_ptr + slots, mask=live, other=0)
         live = live & (rows < tl.load(offsets_ptr + E))
-    gate = tl.load(gates_ptr + slots, mask=live, other=0.0).to(tl.float32)
+    weight = tl.load(router_weights_ptr + slots, mask=live, other=0.0).to(tl.float32)
     if OBSERVE:
         square = tl.zeros((TOKENS, SLOTS, LANES), dtype=tl.float32)
         high = tl.full((TOKENS, SLOTS, LANES), float("-inf"), dtype=tl.float32)
@@ -65,7 +65,7 @@ def combine_rows(
         y = tl.load(y_ptr + rows[:, :, None] * H + cols[None, None, :], mask=within, other=0.0)
         y = y.to(tl.float32)
         if COMBINE:
-            total = tl.sum(gate[:, :, None] * y, axis=1).to(out_ptr.dtype.element_ty)
+            total = tl.sum(weight[:, :, None] * y, axis=1).to(out_ptr.dtype.element_ty)
             at = out_ptr + token[:, None] * H + cols[None, :]
             tl.store(at, total, mask=(token < T)[:, None] & (cols < H)[None, :])
         if OBSERVE:
@@ -86,8 +86,8 @@ def sum_tiles(
     norm_ptr,
     high_ptr,
     low_ptr,
-    gates_ptr,
-    order_ptr,
+    router_weights_ptr,
+    gather_index_ptr,
     offsets_ptr,
     tile_experts_ptr,
     tile_rows_ptr,
@@ -109,7 +109,7 @@ def sum_tiles(
     expert = tl.load(tile_experts_ptr + tile)
     rows = tl.load(tile_rows_ptr + tile) + tl.arange(0, BLOCK_M)
     counted = rows < tl.load(offsets_ptr + expert + 1)
-    slots = tl.load(order_ptr + rows, mask=counted, other=0)
+    slots = tl.load(gather_index_ptr + rows, mask=counted, other=0)
     if MASKED:
         counted = counted & (tl.load(mask_ptr + slots // TOP_K, mask=counted, other=0) != 0)
     if GROUPED:
@@ -119,19 +119,19 @@ def sum_tiles(
     finite = tl.abs(norm) < float("inf")
     whole = counted & finite
     norm = tl.where(whole, norm, 0.0).to(tl.float64)
-    gate = tl.load(gates_ptr + slots, mask=whole, other=0.0).to(tl.float64)
-    gated = gate * norm
+    weight = tl.load(router_weights_ptr + slots, mask=whole, other=0.0).to(tl.float64)
+    weighted = weight * norm
     high = tl.load(high_ptr + slots, mask=whole, other=float("-inf")).to(tl.float64)
     low = tl.load(low_ptr + slots, mask=whole, other=float("inf")).to(tl.float64)
     step = tl.num_programs(1).to(tl.int64) * max_tiles
     at = partials_ptr + which.to(tl.int64) * max_tiles + tile
     tl.store(at, tl.sum(whole.to(tl.float64), axis=0))
     tl.store(at + step, tl.sum((counted & (finite == 0)).to(tl.float64), axis=0))
-    tl.store(at + 2 * step, tl.sum(gate, axis=0))
+    tl.store(at + 2 * step, tl.sum(weight, axis=0))
     tl.store(at + 3 * step, tl.sum(norm, axis=0))
-    tl.store(at + 4 * step, tl.sum(gated, axis=0))
+    tl.store(at + 4 * step, tl.sum(weighted, axis=0))
     tl.store(at + 5 * step, tl.sum(norm * norm, axis=0))
-    tl.store(at + 6 * step, tl.sum(gated * gated, axis=0))
+    tl.store(at + 6 * step, tl.sum(weighted * weighted, axis=0))
     tl.store(at + 7 * step, tl.max(high, axis=0))
     tl.store(at + 8 * step, tl.min(low, axis=0))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reap_kernels.route.slots import SortedSlots
+from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.stats import LayerStats
 
 # Rows reduced together where no product gives tiles of its own.
@@ -50,12 +50,12 @@ class Stages:
     """One choice of kernels.
 
     Attributes:
-        sort: (ids [T, k], gates [T, k] or None, E) -> the routing.
-        combine: (y [S, H] by sorted row, or by slot where the routing is None; gates [T, k]
-            contiguous; the routing; out [T, H] or None, receives gate-weighted sums; measures or
-            None, receives norms and extrema) reads every row of y once.
-        reduce: (measures, gates, routing, statistics, mask [T] or None, group of every token or
-            [T] int64, rows of a tile) adds to the statistics, in place.
+        sort: (ids [T, k], weights [T, k] or None, E) -> the sorted slots.
+        combine: (y [S, H] by sorted row, or by slot where the sorted slots are None; router weights
+            [T, k], contiguous; the sorted slots; out [T, H] or None, receives sums weighted by
+            them; measures or None, receives norms and extrema) reads every row of y once.
+        reduce: (measures, router weights, sorted slots, statistics, mask [T] or None, group of
+            every token or [T] int64, rows per tile) adds to the statistics, in place.
         written: dtype `combine` writes sums of a dtype in.
     """
 

@@ -6,15 +6,15 @@ from torch import Tensor
 from reap_kernels.device import without_autocast
 from reap_kernels.dispatch import Backend, Request, Sizes, always, register, select
 from reap_kernels.errors import DtypeError, ShapeError
-from reap_kernels.route.op import cpu_only
 from reap_kernels.saliency import cpu, cuda_backend, reference, triton_backend
+from reap_kernels.sort.op import cpu_only
 from reap_kernels.stats import LayerStats
 
 
 def accumulate(
     y: Tensor,
     expert_ids: Tensor,
-    gates: Tensor,
+    router_weights: Tensor,
     stats: LayerStats,
     *,
     mask: Tensor | None = None,
@@ -27,9 +27,9 @@ def accumulate(
     say how many tokens they come from: call `stats.add_tokens`.
 
     Args:
-        y: [S, H] float, expert outputs before the gate, rows in any order.
+        y: [S, H] float, expert outputs before the weight, rows in any order.
         expert_ids: [S] integers; ids outside [0, E) are foreign and not counted.
-        gates: [S] float gate weights; rows of weight exactly 0 are not counted.
+        router_weights: [S] float router weights; rows of weight exactly 0 are not counted.
         stats: the layer's statistics, on the device of `y`.
         mask: [S] bool, rows that count; default all.
         group: calibration group of every row, or [S] integers.
@@ -41,11 +41,13 @@ def accumulate(
     """
     if y.ndim != 2:
         raise ShapeError(f"y has shape {tuple(y.shape)}; expected [S, H]")
-    if not y.dtype.is_floating_point or not gates.dtype.is_floating_point:
-        raise DtypeError(f"y is {y.dtype} and gates {gates.dtype}; both must be float")
+    if not y.dtype.is_floating_point or not router_weights.dtype.is_floating_point:
+        raise DtypeError(
+            f"y is {y.dtype} and router_weights {router_weights.dtype}; both must be float"
+        )
     if expert_ids.dtype.is_floating_point or expert_ids.dtype == torch.bool:
         raise DtypeError(f"expert_ids is {expert_ids.dtype}; expected an integer dtype")
-    for name, rows in (("expert_ids", expert_ids), ("gates", gates)):
+    for name, rows in (("expert_ids", expert_ids), ("router_weights", router_weights)):
         if tuple(rows.shape) != (len(y),):
             raise ShapeError(f"{name} has shape {tuple(rows.shape)}; expected ({len(y)},)")
     mask = checked_mask(mask, len(y))
@@ -54,7 +56,7 @@ def accumulate(
         "saliency", y.device, y.dtype, sizes=Sizes(len(y), 1, stats.num_experts, y.shape[1])
     )
     with without_autocast(y.device):
-        select(request, backend).run(y, expert_ids, gates, stats, mask, groups)
+        select(request, backend).run(y, expert_ids, router_weights, stats, mask, groups)
 
 
 def checked_mask(mask: Tensor | None, rows: int) -> Tensor | None:

@@ -12,9 +12,9 @@ def stages(route: str, saliency: str) -> Stages:
     since CUDA's need no Triton.
     """
     if route == "cuda":
-        from reap_kernels.route.kernel_cuda import sort_slots
+        from reap_kernels.sort.kernel_cuda import sort_slots
     else:
-        from reap_kernels.route.gpu import sort_slots
+        from reap_kernels.sort.gpu import sort_slots
     if saliency == "cuda":
         from reap_kernels.saliency import kernel_cuda as kernels
 
@@ -28,13 +28,13 @@ def accumulate(
     around: Stages,
     y: Tensor,
     expert_ids: Tensor,
-    gates: Tensor,
+    router_weights: Tensor,
     stats: LayerStats,
     mask: Tensor | None,
     group: int | Tensor,
 ) -> None:
     """See `reap_kernels.saliency.op.accumulate`: rows are tokens of one slot each."""
-    column = gates.reshape(-1, 1).contiguous()
+    column = router_weights.reshape(-1, 1).contiguous()
     rows = around.sort(expert_ids.reshape(-1, 1), column, stats.num_experts)
     measures = SlotMeasures.empty(len(y), y.device)
     around.combine(y.contiguous(), column, None, None, measures)

@@ -7,9 +7,9 @@ import torch
 
 from reap_kernels import selfcheck
 from reap_kernels.dispatch import Backend, Request
-from reap_kernels.route.triton_backend import limits, priority
 from reap_kernels.saliency import reference
 from reap_kernels.saliency.stages import accumulate, stages
+from reap_kernels.sort.triton_backend import limits, priority
 from reap_kernels.stats import COUNTS, SUMS, LayerStats
 from reap_kernels.testing import Case, largest_relative_error, make_inputs
 
@@ -36,11 +36,11 @@ def check(run: Callable[..., None], request: Request) -> str | None:
     """Compares statistics of given outputs with the reference's."""
     case = Case("self-check", "all of it", 300, 7, 2, hidden=1100, skew="zipf", foreign=0.1)
     inputs = make_inputs(case, request.dtype, device=request.device)
-    ids, gates = inputs.topk_ids[:, 0], inputs.topk_weights[:, 0]
-    mask, group = gates > 0.2, torch.arange(case.tokens, device=request.device) % 3
+    ids, router_weights = inputs.topk_ids[:, 0], inputs.topk_weights[:, 0]
+    mask, group = router_weights > 0.2, torch.arange(case.tokens, device=request.device) % 3
     got, want = (LayerStats(case.experts, 3, request.device) for _ in range(2))
-    run(inputs.hidden, ids, gates, got, mask, group)
-    reference.accumulate(inputs.hidden, ids, gates, want, mask, group)
+    run(inputs.hidden, ids, router_weights, got, mask, group)
+    reference.accumulate(inputs.hidden, ids, router_weights, want, mask, group)
     return difference(got, want, SUM_BOUND)
 
 

@@ -1,4 +1,4 @@
-"""Every fast backend against the float64 reference, on every case, layout, formula and dtype.
+"""Every fast backend against the float64 reference, on every case, layout, activation and dtype.
 
 Bounds: float32 arithmetic 1e-6 for every sum; native half precision 1e-3 (kernels round the
 intermediate activation to the model's dtype, as eager models do), which a few rows reach five times
@@ -15,8 +15,8 @@ import torch
 import reap_kernels as rk
 from reap_kernels.errors import BackendUnavailable
 from reap_kernels.testing import (
+    ACTIVATIONS,
     CASES,
-    FORMULAS,
     LAYOUTS,
     ROUTING_CASES,
     Case,
@@ -119,24 +119,24 @@ def test_refused_cases(case: Case, dtype: torch.dtype, backend: str) -> None:
         observe(case, experts, inputs, backend)
 
 
-def meet(layout: str, formula: rk.GateFormula, backend: str) -> bool:
-    """Whether a layout and a formula belong together and show something by this backend."""
-    if (formula.kind == "relu2") != (layout == "ungated"):
-        return False  # relu2 is the one formula without a gate half
+def meet(layout: str, activation: rk.Activation, backend: str) -> bool:
+    """Whether a layout and an activation belong together and show something by this backend."""
+    if (activation.kind == "relu2") != (layout == "ungated"):
+        return False  # relu2 is the one activation without a gate half
     if backend == "cuda":  # stages around the products know neither
-        return layout in FULL_LAYOUTS and formula.kind == "silu"
+        return layout in FULL_LAYOUTS and activation.kind == "silu"
     # Operands and formulas meet in no code of a kernel: a row and a column suffice.
-    return backend == "cpu" or formula.kind in ("silu", "relu2") or layout in FULL_LAYOUTS
+    return backend == "cpu" or activation.kind in ("silu", "relu2") or layout in FULL_LAYOUTS
 
 
 VARIANTS = [
-    pytest.param(layout, formula, backend, id=f"{layout}-{formula.kind}-{backend}")
-    for layout, formula, backend in itertools.product(LAYOUTS, FORMULAS, BACKENDS)
-    if meet(layout, formula, backend)
+    pytest.param(layout, activation, backend, id=f"{layout}-{activation.kind}-{backend}")
+    for layout, activation, backend in itertools.product(LAYOUTS, ACTIVATIONS, BACKENDS)
+    if meet(layout, activation, backend)
 ]
 
 
-def takes(layout: str, formula: rk.GateFormula, backend: str) -> bool:
+def takes(layout: str, activation: rk.Activation, backend: str) -> bool:
     """Whether a backend takes a layout, rather than refuse it."""
     experts = make_experts(VARIANT, layout)
     return backend != "grouped_mm" or (experts.layout == "stacked" and not experts.biased)
@@ -144,20 +144,20 @@ def takes(layout: str, formula: rk.GateFormula, backend: str) -> bool:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
-    ("layout", "formula", "backend"),
+    ("layout", "activation", "backend"),
     [v for v in VARIANTS if takes(*v.values)],
 )
-def test_layouts_and_formulas(layout: str, formula: rk.GateFormula, backend: str) -> None:
-    inputs, experts = make_inputs(VARIANT), make_experts(VARIANT, layout, formula)
+def test_layouts_and_formulas(layout: str, activation: rk.Activation, backend: str) -> None:
+    inputs, experts = make_inputs(VARIANT), make_experts(VARIANT, layout, activation)
     check(VARIANT, experts, inputs, backend, sums=1e-6, output=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("layout", "formula", "backend"),
+    ("layout", "activation", "backend"),
     [v for v in VARIANTS if not takes(*v.values)],
 )
-def test_refused_layouts(layout: str, formula: rk.GateFormula, backend: str) -> None:
-    inputs, experts = make_inputs(VARIANT), make_experts(VARIANT, layout, formula)
+def test_refused_layouts(layout: str, activation: rk.Activation, backend: str) -> None:
+    inputs, experts = make_inputs(VARIANT), make_experts(VARIANT, layout, activation)
     with pytest.raises(BackendUnavailable, match=r"adds no bias|stacked in one"):
         observe(VARIANT, experts, inputs, backend)
 
@@ -190,9 +190,9 @@ def test_nonfinite_rows_are_counted_apart(backend: str) -> None:
     """A NaN token reaches `nonfinite` of its experts and no other field."""
     case = replace(CASES[0], tokens=16)
     inputs = make_inputs(case)
-    experts = make_experts(case, formula=rk.GateFormula("silu_clamped_in", limit=0.7))
+    experts = make_experts(case, activation=rk.Activation("silu_clamped_in", limit=0.7))
     broken = inputs.hidden.clone()
-    broken[5] = float("nan")  # clamps of the formula must not hide it
+    broken[5] = float("nan")  # clamps of the activation must not hide it
     _, stats = observe(case, experts, replace(inputs, hidden=broken), backend)
     mask = torch.ones(case.tokens, dtype=torch.bool)
     mask[5] = False
@@ -217,13 +217,13 @@ def test_masked_tokens_are_still_computed(backend: str) -> None:
 def test_routing_is_stable_and_complete(backend: str) -> None:
     for case in dict.fromkeys((*CASES, *ROUTING_CASES)):
         inputs = make_inputs(case)
-        got = rk.route(
+        got = rk.sort_by_expert(
             inputs.topk_ids, case.experts, topk_weights=inputs.topk_weights, backend=backend
         )
-        want = rk.route(
+        want = rk.sort_by_expert(
             inputs.topk_ids, case.experts, topk_weights=inputs.topk_weights, backend="reference"
         )
-        assert torch.equal(got.order, want.order), case.name
+        assert torch.equal(got.gather_index, want.gather_index), case.name
         assert torch.equal(got.offsets, want.offsets), case.name
 
 
@@ -233,7 +233,7 @@ def test_expert_outputs_match_reference(backend: str) -> None:
     # Interpreted, those whose products differ: `test_cases` runs the same kernels on all others.
     for case in CASES if backend == "cpu" else BF16_CASES:
         inputs, experts = make_inputs(case), make_experts(case)
-        routing = rk.route(inputs.topk_ids, case.experts, topk_weights=inputs.topk_weights)
+        routing = rk.sort_by_expert(inputs.topk_ids, case.experts, topk_weights=inputs.topk_weights)
         got = rk.expert_outputs(inputs.hidden, routing, experts, backend=backend)
         want = rk.expert_outputs(inputs.hidden, routing, experts, backend="reference")
         assert relative_error(got, want) <= 1e-6, case.name
@@ -246,16 +246,16 @@ def test_accumulate_takes_rows_in_any_order(backend: str, dtype: torch.dtype) ->
     rng = torch.Generator().manual_seed(2)
     y = torch.randn(300, 24, generator=rng).to(dtype)
     ids = torch.randint(-1, 9, (300,), generator=rng)
-    gates = torch.rand(300, generator=rng)
-    gates[::7] = 0
+    router_weights = torch.rand(300, generator=rng)
+    router_weights[::7] = 0
     mask = torch.rand(300, generator=rng) > 0.2
     group = torch.randint(0, 2, (300,), generator=rng)
     got, want, shuffled = (rk.LayerStats(8, 2) for _ in range(3))
-    rk.accumulate(y, ids, gates, got, mask=mask, group=group, backend=backend)
-    rk.accumulate(y, ids, gates, want, mask=mask, group=group, backend="reference")
+    rk.accumulate(y, ids, router_weights, got, mask=mask, group=group, backend=backend)
+    rk.accumulate(y, ids, router_weights, want, mask=mask, group=group, backend="reference")
     mix = torch.randperm(300, generator=rng)
     mixed = {"mask": mask[mix], "group": group[mix], "backend": backend}
-    rk.accumulate(y[mix], ids[mix], gates[mix], shuffled, **mixed)
+    rk.accumulate(y[mix], ids[mix], router_weights[mix], shuffled, **mixed)
     assert torch.equal(got.count, want.count)
     assert torch.equal(got.tokens, torch.zeros(2, dtype=torch.int64))
     for name in rk.stats.SUMS:
@@ -269,13 +269,13 @@ def test_accumulate_takes_rows_in_any_order(backend: str, dtype: torch.dtype) ->
 def test_opaque_gate_runs_between_the_products(backend: str) -> None:
     case = VARIANT
     inputs = make_inputs(case)
-    named = make_experts(case, formula=rk.GateFormula("gelu_tanh"))
+    named = make_experts(case, activation=rk.Activation("gelu_tanh"))
 
     def own(projected):
         gate, up = projected.chunk(2, dim=-1)
         return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
-    opaque = make_experts(case, formula=rk.GateFormula("opaque", fn=own))
+    opaque = make_experts(case, activation=rk.Activation("opaque", fn=own))
     out, stats = observe(case, named, inputs, backend)
     same, other = observe(case, opaque, inputs, backend)
     # On the CPU both run the same torch function; a kernel's own rounds otherwise.

@@ -15,9 +15,9 @@ from reap_kernels import cuda, env
 from reap_kernels.dispatch import Request, Sizes
 from reap_kernels.errors import BackendUnavailable, DtypeError, KernelError, ShapeError
 from reap_kernels.layer import cuda_backend
-from reap_kernels.route import kernel_cuda as route
 from reap_kernels.saliency import kernel_cuda as saliency
 from reap_kernels.saliency.measures import SlotMeasures
+from reap_kernels.sort import kernel_cuda as route
 from reap_kernels.testing import (
     CASES,
     Case,
@@ -63,7 +63,7 @@ def stages(case: Case, dtype: torch.dtype) -> tuple[Tensor, rk.LayerStats, Tenso
     out = torch.empty(case.tokens, case.hidden, dtype=dtype)
     measures = SlotMeasures.empty(len(y), CPU)
     stats = rk.LayerStats(case.experts, case.groups)
-    sorted_rows = y[rows.order] if len(y) else y
+    sorted_rows = y[rows.gather_index] if len(y) else y
     saliency.combine(sorted_rows, inputs.topk_weights, rows, out, measures)
     saliency.reduce_slots(
         measures, inputs.topk_weights, rows, stats, inputs.mask, inputs.group, tile=64
@@ -74,14 +74,14 @@ def stages(case: Case, dtype: torch.dtype) -> tuple[Tensor, rk.LayerStats, Tenso
 def oracle(case: Case, dtype: torch.dtype, y: Tensor) -> tuple[Tensor, rk.LayerStats]:
     """The same in float64, from the formulas."""
     inputs = make_inputs(case, dtype)
-    ids, gates = inputs.topk_ids.flatten(), inputs.topk_weights.flatten()
-    served = (ids >= 0) & (ids < case.experts) & (gates != 0)
-    scaled = torch.where(served[:, None], gates.double()[:, None] * y.double(), 0)
+    ids, router_weights = inputs.topk_ids.flatten(), inputs.topk_weights.flatten()
+    served = (ids >= 0) & (ids < case.experts) & (router_weights != 0)
+    scaled = torch.where(served[:, None], router_weights.double()[:, None] * y.double(), 0)
     out = scaled.view(case.tokens, case.top_k, case.hidden).sum(dim=1)
     every = {"mask": inputs.mask, "group": inputs.group}
     rows = {k: v.repeat_interleave(case.top_k) for k, v in every.items() if isinstance(v, Tensor)}
     stats = rk.LayerStats(case.experts, case.groups)
-    rk.accumulate(y, ids, gates, stats, **rows, backend="reference")
+    rk.accumulate(y, ids, router_weights, stats, **rows, backend="reference")
     return out, stats
 
 
@@ -121,24 +121,26 @@ def test_no_order_of_threads_changes_a_bit(case: Case, orders) -> None:
 def test_routing_around_chunks_of_slots(tokens: int, experts: int, orders) -> None:
     rng = torch.Generator().manual_seed(tokens)
     ids = torch.randint(-1, experts + 1, (tokens, 1), generator=rng)
-    want = rk.route(ids, experts, backend="cpu")
+    want = rk.sort_by_expert(ids, experts, backend="cpu")
     for _ in itertools.islice(orders, 2):
         found = route.sort_slots(ids, None, experts)
-        assert torch.equal(found.order, want.order)
+        assert torch.equal(found.gather_index, want.gather_index)
         assert torch.equal(found.offsets, want.offsets)
-        assert torch.equal(found.inverse[found.order], torch.arange(tokens))
+        assert torch.equal(found.scatter_index[found.gather_index], torch.arange(tokens))
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.uint8], ids=str)
-@pytest.mark.parametrize("gates", cuda.FLOATS, ids=str)
-def test_routing_takes_any_integers_and_floats(dtype: torch.dtype, gates: torch.dtype) -> None:
+@pytest.mark.parametrize("router_weights", cuda.FLOATS, ids=str)
+def test_routing_takes_any_integers_and_floats(
+    dtype: torch.dtype, router_weights: torch.dtype
+) -> None:
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 12, (70, 4), generator=rng).to(dtype)
-    weights = torch.randint(0, 3, (70, 4), generator=rng).to(gates)
+    weights = torch.randint(0, 3, (70, 4), generator=rng).to(router_weights)
     weights[3] = -0.0  # exactly zero, too
-    got = rk.route(ids, 9, topk_weights=weights, backend="cuda")
-    want = rk.route(ids, 9, topk_weights=weights, backend="reference")
-    assert torch.equal(got.order, want.order)
+    got = rk.sort_by_expert(ids, 9, topk_weights=weights, backend="cuda")
+    want = rk.sort_by_expert(ids, 9, topk_weights=weights, backend="reference")
+    assert torch.equal(got.gather_index, want.gather_index)
     assert torch.equal(got.offsets, want.offsets)
 
 
@@ -168,10 +170,10 @@ def test_conversions_round_as_torch_does(dtype: torch.dtype) -> None:
     """One slot a token makes the combination a product, rounded once, as torch's."""
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype).view(-1, 64)
     for gate in (1.0, 1 / 3, -1e-3, 3e5):
-        gates = torch.full((len(every), 1), gate)
+        router_weights = torch.full((len(every), 1), gate)
         out = torch.empty_like(every)
-        saliency.combine(every, gates, None, out, None)
-        want = (gates * every.float()).to(dtype)
+        saliency.combine(every, router_weights, None, out, None)
+        want = (router_weights * every.float()).to(dtype)
         number = ~want.isnan()
         assert torch.equal(out.isnan(), want.isnan())
         assert torch.equal(out[number], want[number])
@@ -183,18 +185,18 @@ def test_rows_that_begin_anywhere() -> None:
     y = base[1:].view(40, 64)
     assert y.data_ptr() % 16
     got, want = rk.LayerStats(3), rk.LayerStats(3)
-    ids, gates = torch.arange(40) % 3, torch.rand(40)
-    rk.accumulate(y, ids, gates, got, backend="cuda")
-    rk.accumulate(y, ids, gates, want, backend="reference")
+    ids, router_weights = torch.arange(40) % 3, torch.rand(40)
+    rk.accumulate(y, ids, router_weights, got, backend="cuda")
+    rk.accumulate(y, ids, router_weights, want, backend="reference")
     assert largest_relative_error(got.sums, want.sums) <= 3e-7
 
 
 def test_wide_sums_of_float64_rows() -> None:
     y = torch.randn(30, 11, dtype=torch.float64) * 1e30  # squares overflow float32
     got, want = rk.LayerStats(3), rk.LayerStats(3)
-    ids, gates = torch.arange(30) % 3, torch.rand(30)
-    rk.accumulate(y, ids, gates, got, backend="cuda")
-    rk.accumulate(y, ids, gates, want, backend="reference")
+    ids, router_weights = torch.arange(30) % 3, torch.rand(30)
+    rk.accumulate(y, ids, router_weights, got, backend="cuda")
+    rk.accumulate(y, ids, router_weights, want, backend="reference")
     assert int(got.nonfinite.sum()) == 0
     assert largest_relative_error(got.sums, want.sums) <= 3e-7
 
@@ -206,13 +208,13 @@ def test_masks_and_groups_of_any_strides() -> None:
     spread[:, 1] = inputs.mask
     groups = torch.zeros(case.tokens, 2, dtype=torch.int64)
     groups[:, 0] = inputs.group
-    y, ids, gates = inputs.hidden, inputs.topk_ids[:, 0], inputs.topk_weights[:, 0]
+    y, ids, router_weights = inputs.hidden, inputs.topk_ids[:, 0], inputs.topk_weights[:, 0]
     for backend in ("cuda", "triton", "cpu"):
         got, want = (rk.LayerStats(case.experts, case.groups) for _ in range(2))
         strided = {"mask": spread[:, 1], "group": groups[:, 0]}
-        rk.accumulate(y, ids, gates, got, **strided, backend=backend)
+        rk.accumulate(y, ids, router_weights, got, **strided, backend=backend)
         dense = {"mask": inputs.mask, "group": inputs.group}
-        rk.accumulate(y, ids, gates, want, **dense, backend=backend)
+        rk.accumulate(y, ids, router_weights, want, **dense, backend=backend)
         assert torch.equal(got.sums, want.sums)
         assert torch.equal(got.counts, want.counts)
 
@@ -220,7 +222,7 @@ def test_masks_and_groups_of_any_strides() -> None:
 def test_limits_are_stated() -> None:
     ids = torch.zeros(4, 1, dtype=torch.int64)
     with pytest.raises(BackendUnavailable, match="4096 experts are more than it counts, 4095"):
-        rk.route(ids, 4096, backend="cuda")
+        rk.sort_by_expert(ids, 4096, backend="cuda")
     request = Request("layer", CPU, torch.float16, "silu", Sizes(top_k=33, experts=64))
     assert "k = 33 is above 32" in cuda_backend.refusal(request)
     request = Request("saliency", CPU, torch.float8_e4m3fn, sizes=Sizes(4, 1, 8))
@@ -258,7 +260,7 @@ def test_without_the_module_the_reason_is_given(monkeypatch) -> None:
     with pytest.raises(
         BackendUnavailable, match="inputs are on the CPU, where CUDA kernels run only for tests"
     ):
-        rk.route(torch.zeros(4, 1, dtype=torch.int64), 4, backend="cuda")
+        rk.sort_by_expert(torch.zeros(4, 1, dtype=torch.int64), 4, backend="cuda")
     absent = lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name))  # noqa: E731
     monkeypatch.setattr(cuda.importlib, "import_module", absent)
     cuda.module.cache_clear()
@@ -268,7 +270,7 @@ def test_without_the_module_the_reason_is_given(monkeypatch) -> None:
         cuda.module.cache_clear()
     monkeypatch.setenv("REAP_CUDA_HOST", "/nowhere/_host.so")
     with pytest.raises(BackendUnavailable, match=r"/nowhere/_host.so cannot be loaded.*make host"):
-        rk.route(torch.zeros(4, 1, dtype=torch.int64), 4, backend="cuda")
+        rk.sort_by_expert(torch.zeros(4, 1, dtype=torch.int64), 4, backend="cuda")
 
 
 MIXES = (
@@ -279,10 +281,10 @@ MIXES = (
 
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
 def test_stages_mix_as_the_launch_table_says(mix: tuple[str, ...], tmp_path, monkeypatch) -> None:
-    from reap_kernels.tuning import PATHS, Entry, Table
+    from reap_kernels.tuning import STAGE_BACKENDS, Entry, Table
 
-    names = dict(zip(PATHS, mix, strict=True))
-    entries = tuple(Entry(op, None, None, None, path=path) for op, path in names.items())
+    names = dict(zip(STAGE_BACKENDS, mix, strict=True))
+    entries = tuple(Entry(op, None, None, None, backend=backend) for op, backend in names.items())
     Table("interpreter", "a test", entries).save(tmp_path / "table.json")
     monkeypatch.setenv("REAP_TUNING", str(tmp_path / "table.json"))
     case = replace(CASES[-1], tokens=24, experts=6, top_k=3, hidden=40, intermediate=24)
@@ -303,18 +305,18 @@ def test_stages_mix_as_the_launch_table_says(mix: tuple[str, ...], tmp_path, mon
 
 
 def test_a_backend_may_be_asked_for_one_op(monkeypatch) -> None:
-    monkeypatch.setenv("REAP_BACKEND", "route=cuda,saliency=reference")
+    monkeypatch.setenv("REAP_BACKEND", "sort=cuda,saliency=reference")
     asked = [env.backend(op) for op in env.OPS]
-    assert dict(zip(env.OPS, asked, strict=True))["route"] == "cuda"
+    assert dict(zip(env.OPS, asked, strict=True))["sort"] == "cuda"
     assert dict(zip(env.OPS, asked, strict=True))["saliency"] == "reference"
     assert env.backend("layer") is None
     chosen = {v.op: v.backend for v in rk.explain("cpu", torch.float32) if v.reason is None}
-    assert (chosen["route"], chosen["saliency"]) == ("cuda", "reference")
+    assert (chosen["sort"], chosen["saliency"]) == ("cuda", "reference")
     assert chosen["layer"] == "cpu"
 
 
-@pytest.mark.parametrize("value", ["route=", "rout=cuda", "route=cuda=triton", "route=cuda,"])
+@pytest.mark.parametrize("value", ["sort=", "srt=cuda", "sort=cuda=triton", "sort=cuda,"])
 def test_a_wrong_request_for_one_op_is_named(monkeypatch, value: str) -> None:
     monkeypatch.setenv("REAP_BACKEND", value)
     with pytest.raises(BackendUnavailable, match="op=backend pairs with commas"):
-        rk.route(torch.zeros(4, 1, dtype=torch.int64), 4)
+        rk.sort_by_expert(torch.zeros(4, 1, dtype=torch.int64), 4)

@@ -13,7 +13,7 @@ def arguments(layout: str, with_stats: bool, backend: str | None = None) -> tupl
     """The operator's flat arguments for one layout."""
     inputs = make_inputs(CASE)
     kind = "relu2" if layout == "ungated" else "silu"
-    experts = make_experts(CASE, layout, rk.GateFormula(kind))
+    experts = make_experts(CASE, layout, rk.Activation(kind))
 
     def flat(matrices):
         if matrices is None:

@@ -1,4 +1,4 @@
-"""Quantised experts: what their codes mean, the op that dequantises them, and layers fed by them.
+"""Quantized experts: what their codes mean, the op that dequantizes them, and layers fed by them.
 
 Every comparison is of bits. The meaning of a code is written here once more, in Python numbers.
 """
@@ -16,12 +16,12 @@ from reap_kernels.dispatch import Request
 from reap_kernels.errors import BackendUnavailable, DtypeError, ShapeError
 from reap_kernels.experts import gpu as experts_gpu
 from reap_kernels.layer.triton_backend import grouped_limits
-from reap_kernels.quantised import FORMATS
+from reap_kernels.quantized import FORMATS
 from reap_kernels.testing import (
     CASES,
     make_inputs,
-    make_quantised,
-    make_quantised_experts,
+    make_quantized,
+    make_quantized_experts,
 )
 
 needs_host = pytest.mark.skipif(
@@ -63,7 +63,7 @@ E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 E2M1 += [-value for value in E2M1]
 
 
-def defined(matrices: rk.Quantised) -> list[list[list[float]]]:
+def defined(matrices: rk.Quantized) -> list[list[list[float]]]:
     """[E][N][K] bf16 values, element by element."""
     experts, rows, columns = matrices.shape
     values = matrices.values
@@ -96,25 +96,25 @@ def same_bits(got: torch.Tensor, want: torch.Tensor) -> bool:
     return torch.equal(got.isnan(), nan) and torch.equal(*bits)
 
 
-def every_code(name: str, scales: torch.dtype) -> rk.Quantised:
+def every_code(name: str, scales: torch.dtype) -> rk.Quantized:
     """Every code under scales from the smallest to the largest."""
     if name == "fp8_block":
         codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
         factors = torch.tensor([2.0**-140, 1e-30, 0.3, -1.7, 1.0, 3e36, math.inf, NAN])
         values = codes.expand(1, 8, 256).contiguous()
-        return rk.Quantised(values, factors.view(1, 8, 1).to(scales), name, (1, 256))
+        return rk.Quantized(values, factors.view(1, 8, 1).to(scales), name, (1, 256))
     if name == "mxfp4":
         pairs = torch.arange(256, dtype=torch.uint8).view(1, 1, 256).expand(1, 32, 256)
         every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(1, 2, 1)
         # 16 groups a row, each of 16 of the 256 pairs: the second half of rows pairs them anew.
         values = torch.cat([pairs[:, :16], pairs[:, 16:].roll(16 * 7 + 3, dims=2)], dim=1)
-        return rk.Quantised(values.contiguous(), every.contiguous(), name)
+        return rk.Quantized(values.contiguous(), every.contiguous(), name)
     words = [0x76543210, 0xFEDCBA98 - (1 << 32), 0x13579BDF, -1, 0, -0x80000000]
     values = torch.tensor(words, dtype=torch.int32).view(1, 1, 6).repeat(1, 4, 1)
     small = 2.0**-24 if scales == torch.float16 else 2.0**-133
     large = 65504.0 if scales == torch.float16 else 3e38
     factors = torch.tensor([small, 0.3, -1.7, large]).view(1, 4, 1).repeat(1, 1, 2)
-    return rk.Quantised(values, factors.to(scales), name)
+    return rk.Quantized(values, factors.to(scales), name)
 
 
 EVERY = [(name, dtype) for name, (_, _, scaled) in FORMATS.items() for dtype in scaled]
@@ -124,7 +124,7 @@ EVERY = [(name, dtype) for name, (_, _, scaled) in FORMATS.items() for dtype in 
 @pytest.mark.parametrize(("name", "scales"), EVERY, ids=str)
 def test_every_code_means_what_its_format_says(name, scales, backend) -> None:
     made = every_code(name, scales)
-    got = rk.dequantise(made, backend=backend)
+    got = rk.dequantize(made, backend=backend)
     assert got.dtype == torch.bfloat16
     assert same_bits(got, torch.tensor(defined(made), dtype=torch.float64).bfloat16())
 
@@ -156,26 +156,26 @@ SHAPES = {
 @pytest.mark.parametrize(("name", "scales"), EVERY, ids=str)
 def test_kernels_give_the_bits_of_the_reference(name, scales) -> None:
     for seed, sizes in enumerate(SHAPES[name]):
-        made = make_quantised(name, *sizes, scales=scales, seed=seed)
-        want = rk.dequantise(made, backend="reference")
+        made = make_quantized(name, *sizes, scales=scales, seed=seed)
+        want = rk.dequantize(made, backend="reference")
         assert same_bits(want, torch.stack(list(made)))
-        assert same_bits(rk.dequantise(made, backend="cuda"), want), sizes
+        assert same_bits(rk.dequantize(made, backend="cuda"), want), sizes
 
 
 @pytest.mark.parametrize("backend", ["reference", CUDA])
 @pytest.mark.parametrize("block", [(1, 128), (64, 16), (2, 4), (4, 256), (128, 1)])
 def test_fp8_blocks_of_any_power_of_two(block, backend) -> None:
-    made = make_quantised("fp8_block", 2, 9, 72, block=block)
+    made = make_quantized("fp8_block", 2, 9, 72, block=block)
     want = torch.tensor(defined(made), dtype=torch.float64).bfloat16()
-    assert same_bits(rk.dequantise(made, backend=backend), want)
+    assert same_bits(rk.dequantize(made, backend=backend), want)
 
 
 @pytest.mark.parametrize("backend", ["reference", CUDA])
 @pytest.mark.parametrize("group", [8, 24, 32, 128, 384])
 def test_groups_of_any_whole_number_of_words(group, backend) -> None:
-    made = make_quantised("int4_group", 2, 3, 384, group=group)
+    made = make_quantized("int4_group", 2, 3, 384, group=group)
     want = torch.tensor(defined(made), dtype=torch.float64).bfloat16()
-    assert same_bits(rk.dequantise(made, backend=backend), want)
+    assert same_bits(rk.dequantize(made, backend=backend), want)
 
 
 @needs_host
@@ -184,19 +184,19 @@ def test_groups_of_any_whole_number_of_words(group, backend) -> None:
     [("fp8_block", 3, 5, 0), ("fp8_block", 3, 8, 0), ("mxfp4", 1, 32, 0), ("int4_group", 3, 24, 8)],
 )
 def test_a_part_may_begin_anywhere(name, rows, columns, group) -> None:
-    made = make_quantised(name, 5, rows, columns, group=group)
+    made = make_quantized(name, 5, rows, columns, group=group)
     for first, last in ((0, 2), (1, 2), (1, 4), (3, 5)):
-        got = rk.dequantise(made.part(first, last), backend="cuda")
+        got = rk.dequantize(made.part(first, last), backend="cuda")
         assert same_bits(got, torch.stack(made[first:last]))
 
 
 @needs_host
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts_without_rows_are_not_written(name: str) -> None:
-    made = make_quantised(name, 5, 33, 96)
+    made = make_quantized(name, 5, 33, 96)
     offsets = torch.tensor([0, 0, 3, 3, 4, 4])
     out = torch.full(made.shape, POISON, dtype=torch.bfloat16)
-    assert rk.dequantise(made, offsets=offsets, out=out, backend="cuda") is out
+    assert rk.dequantize(made, offsets=offsets, out=out, backend="cuda") is out
     for expert in range(5):
         served = offsets[expert] < offsets[expert + 1]
         assert same_bits(out[expert], made[expert] if served else torch.full_like(out[0], POISON))
@@ -207,17 +207,17 @@ def test_the_order_of_threads_changes_nothing() -> None:
     from reap_kernels import cuda
 
     module = cuda.host_module(env.cuda_host())
-    made = make_quantised("int4_group", 2, 70, 96)
-    want = rk.dequantise(made, backend="cuda")
+    made = make_quantized("int4_group", 2, 70, 96)
+    want = rk.dequantize(made, backend="cuda")
     module.set_order(seed=3)
     try:
-        assert torch.equal(rk.dequantise(made, backend="cuda"), want)
+        assert torch.equal(rk.dequantize(made, backend="cuda"), want)
     finally:
         module.set_order(seed=0)
 
 
 def test_a_sequence_of_matrices_and_its_parts() -> None:
-    made = make_quantised("mxfp4", 4, 3, 64)
+    made = make_quantized("mxfp4", 4, 3, 64)
     assert len(made) == 4
     assert made.shape == (4, 3, 64)
     assert made.dtype == torch.bfloat16
@@ -226,7 +226,7 @@ def test_a_sequence_of_matrices_and_its_parts() -> None:
     assert torch.equal(made[-1], whole[3])
     part = made.part(1, 3)
     assert part.values.data_ptr() == made.values[1].data_ptr()
-    assert torch.equal(rk.dequantise(part), whole[1:3])
+    assert torch.equal(rk.dequantize(part), whole[1:3])
     with pytest.raises(IndexError):
         made[4]
 
@@ -270,14 +270,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_quantised_refuses(name: str) -> None:
+def test_quantized_refuses(name: str) -> None:
     error, mentions, arguments = BAD[name]
     values, scales, *rest = arguments
     with pytest.raises(error, match=mentions):
-        rk.Quantised(values, scales, *(rest or ["fp8_block"]))
+        rk.Quantized(values, scales, *(rest or ["fp8_block"]))
 
 
-MADE = make_quantised("int4_group", 2, 3, 32)
+MADE = make_quantized("int4_group", 2, 3, 32)
 BAD_CALLS = {
     "offsets shape": (ShapeError, r"offsets has shape \(2,\)", {"offsets": torch.zeros(2).long()}),
     "offsets dtype": (DtypeError, "offsets is torch.int32", {"offsets": torch.zeros(3).int()}),
@@ -288,21 +288,21 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
-def test_dequantise_refuses(name: str) -> None:
+def test_dequantize_refuses(name: str) -> None:
     error, mentions, arguments = BAD_CALLS[name]
     with pytest.raises(error, match=mentions):
-        rk.dequantise(MADE, **arguments)
+        rk.dequantize(MADE, **arguments)
 
 
 @needs_host
 def test_kernels_refuse_addresses_they_cannot_store_to() -> None:
     room = torch.empty(2 * 3 * 32 + 1, dtype=torch.bfloat16)
     with pytest.raises(ShapeError, match=r"out begins 2 bytes past .* pass out.clone\(\)"):
-        rk.dequantise(MADE, out=room[1:].view(2, 3, 32), backend="cuda")
+        rk.dequantize(MADE, out=room[1:].view(2, 3, 32), backend="cuda")
     shifted = torch.zeros(2 * 3 * 16 + 2, dtype=torch.uint8)[2:].view(2, 3, 16)
-    codes = rk.Quantised(shifted, torch.zeros(2, 3, 1, dtype=torch.uint8), "mxfp4")
+    codes = rk.Quantized(shifted, torch.zeros(2, 3, 1, dtype=torch.uint8), "mxfp4")
     with pytest.raises(ShapeError, match=r"values begins 2 bytes past a multiple of 4"):
-        rk.dequantise(codes, backend="cuda")
+        rk.dequantize(codes, backend="cuda")
 
 
 def test_kernels_refuse_what_they_cannot_count(monkeypatch) -> None:
@@ -324,10 +324,10 @@ LAYOUTS = ("stacked", "interleaved-biased", "blocks", "ungated")
 
 
 def layer(name: str, layout: str = "stacked", kind: str = "silu"):
-    """Quantised experts of `CASE`, and the same dequantised beforehand."""
+    """Quantized experts of `CASE`, and the same dequantized beforehand."""
     kind = "relu2" if layout == "ungated" else kind
-    formula = rk.GateFormula(kind, limit=0.7) if kind != "opaque" else opaque()
-    experts = make_quantised_experts(CASE, name, layout, formula)
+    activation = rk.Activation(kind, limit=0.7) if kind != "opaque" else opaque()
+    experts = make_quantized_experts(CASE, name, layout, activation)
 
     def dense(matrices):
         return None if matrices is None else torch.stack(list(matrices))
@@ -336,12 +336,12 @@ def layer(name: str, layout: str = "stacked", kind: str = "silu"):
     return experts, replace(experts, **plain)
 
 
-def opaque() -> rk.GateFormula:
+def opaque() -> rk.Activation:
     def own(projected: torch.Tensor) -> torch.Tensor:
         gate, up = projected.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
 
-    return rk.GateFormula("opaque", fn=own)
+    return rk.Activation("opaque", fn=own)
 
 
 def observe(experts: rk.ExpertWeights, backend: str, skip: int | None = None):
@@ -372,9 +372,9 @@ def assert_same(one, other) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_layers_read_quantised_experts(name: str, layout: str, backend: str) -> None:
+def test_layers_read_quantized_experts(name: str, layout: str, backend: str) -> None:
     experts, plain = layer(name, layout)
-    assert (experts.layout, plain.layout) == ("quantised", "stacked")
+    assert (experts.layout, plain.layout) == ("quantized", "stacked")
     assert experts.dtype == torch.bfloat16
     assert_same(observe(experts, backend), observe(plain, backend))
 
@@ -398,10 +398,10 @@ def test_chunks_of_experts_change_no_bit(monkeypatch, name, layout, kind) -> Non
     for step in (1, 2, CASE.experts) if layout == "stacked" and kind == "silu" else (2,):
         seen = []
         monkeypatch.setattr(experts_gpu, "fitting", lambda *_, **__: step)  # noqa: B023
-        chosen = experts_gpu.chosen_dequantise
+        chosen = experts_gpu.chosen_dequantize
         monkeypatch.setattr(
             experts_gpu,
-            "chosen_dequantise",
+            "chosen_dequantize",
             lambda m: lambda part, *rest: seen.append(len(part)) or chosen(m)(part, *rest),  # noqa: B023
         )
         assert_same(observe(experts, "triton", skip=3), want)
@@ -413,18 +413,18 @@ def test_chunks_of_experts_change_no_bit(monkeypatch, name, layout, kind) -> Non
 
 @needs_host
 @pytest.mark.usefixtures("poisoned")
-def test_layers_by_compiled_kernels_read_quantised_experts(monkeypatch) -> None:
+def test_layers_by_compiled_kernels_read_quantized_experts(monkeypatch) -> None:
     """Experts without rows stay poisoned in the scratch, and nobody reads them."""
     monkeypatch.setenv("REAP_BACKEND", "layer=cuda,dequant=cuda")
     experts, plain = layer("mxfp4", "interleaved-biased")
     assert_same(observe(experts, None, skip=3), observe(plain, None, skip=3))
 
 
-def test_expert_outputs_of_quantised_experts(monkeypatch) -> None:
+def test_expert_outputs_of_quantized_experts(monkeypatch) -> None:
     monkeypatch.setattr(experts_gpu, "fitting", lambda *_, **__: 2)
     experts, plain = layer("fp8_block", "interleaved-biased")
     inputs = make_inputs(CASE, torch.bfloat16)
-    routing = rk.route(inputs.topk_ids, CASE.experts, topk_weights=inputs.topk_weights)
+    routing = rk.sort_by_expert(inputs.topk_ids, CASE.experts, topk_weights=inputs.topk_weights)
     found = [
         rk.expert_outputs(inputs.hidden, routing, some, backend="triton")
         for some in (experts, plain)
@@ -451,19 +451,19 @@ def test_scratch_of_experts_keeps_to_its_quarter_of_the_budget(monkeypatch) -> N
     assert scratch.fitting(5, each, torch.device("cpu"), quarters=1) == 2
 
 
-def test_the_gpu_layer_dequantises_by_what_was_asked_for(monkeypatch) -> None:
+def test_the_gpu_layer_dequantizes_by_what_was_asked_for(monkeypatch) -> None:
     experts, _ = layer("fp8_block")
     monkeypatch.setenv("REAP_BACKEND", "triton")  # which `dequant` has not: automatic choice
-    assert dequant.op.chosen(experts.up) is dequant.reference.dequantise
+    assert dequant.op.chosen(experts.up) is dequant.reference.dequantize
     monkeypatch.setenv("REAP_BACKEND", "dequant=cuda")
     monkeypatch.delenv("REAP_CUDA_HOST", raising=False)
     with pytest.raises(BackendUnavailable, match="inputs are on the CPU"):
         dequant.op.chosen(experts.up)
 
 
-def test_all_matrices_are_quantised_alike_or_none() -> None:
+def test_all_matrices_are_quantized_alike_or_none() -> None:
     experts, plain = layer("fp8_block", "blocks")
-    with pytest.raises(DtypeError, match=r"up, gate and down are .* not quantised"):
+    with pytest.raises(DtypeError, match=r"up, gate and down are .* not quantized"):
         replace(experts, gate=plain.gate)
     other, _ = layer("mxfp4", "blocks")
     with pytest.raises(DtypeError, match=r"fp8_block in blocks of \(128, 128\), mxfp4"):
@@ -475,14 +475,14 @@ def test_all_matrices_are_quantised_alike_or_none() -> None:
         rk.observe_layer(inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts)
 
 
-def test_grouped_mm_says_who_serves_quantised_experts(monkeypatch) -> None:
-    request = Request("layer", torch.device("cpu"), torch.bfloat16, "silu", layout="quantised")
-    assert "`triton` dequantises experts by chunks" in grouped_limits(request)
+def test_grouped_mm_says_who_serves_quantized_experts(monkeypatch) -> None:
+    request = Request("layer", torch.device("cpu"), torch.bfloat16, "silu", layout="quantized")
+    assert "`triton` dequantizes experts by chunks" in grouped_limits(request)
     experts, _ = layer("fp8_block")
     with pytest.raises(BackendUnavailable, match="reads bf16 weights"):
         observe(experts, "grouped_mm")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    notes = {(v.op, v.backend): v.note for v in rk.explain("cpu", layout="quantised")}
+    notes = {(v.op, v.backend): v.note for v in rk.explain("cpu", layout="quantized")}
     assert "by chunks" in notes["layer", "triton"]
     assert "by chunks" in notes["experts", "triton"]
 
@@ -491,7 +491,7 @@ def flat_arguments(experts: rk.ExpertWeights, backend: str) -> tuple:
     """Arguments of the operator as `observe_layer` gives them."""
     inputs = make_inputs(CASE, torch.bfloat16)
 
-    def flat(matrices: rk.Quantised | None) -> list[torch.Tensor]:
+    def flat(matrices: rk.Quantized | None) -> list[torch.Tensor]:
         return [] if matrices is None else [matrices.values.view(torch.uint8), matrices.scales]
 
     return (
@@ -504,7 +504,7 @@ def flat_arguments(experts: rk.ExpertWeights, backend: str) -> tuple:
         experts.up_bias,
         experts.gate_bias,
         experts.down_bias,
-        experts.formula.kind,
+        experts.activation.kind,
         None,
         1.702,
         experts.interleaved,
@@ -542,6 +542,6 @@ def test_compiles_without_a_graph_break(name: str) -> None:
 
 def test_makers_draw_every_code_and_about_the_spread_asked_for() -> None:
     for name, std in itertools.product(FORMATS, (1.0, 0.02)):
-        dense = rk.dequantise(make_quantised(name, 2, 64, 512, std=std)).float()
+        dense = rk.dequantize(make_quantized(name, 2, 64, 512, std=std)).float()
         assert 0.6 * std < dense.std() < 1.6 * std
         assert dense.isfinite().all()

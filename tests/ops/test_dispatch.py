@@ -147,7 +147,7 @@ def test_check_backend_names_who_serves(op: str) -> None:
 
 
 def test_check_backend_asks_for_experts_there_are(monkeypatch) -> None:
-    """Triton's self-check builds a layer of the request's formula, so the request needs one."""
+    """Triton's self-check builds a layer of the request's activation, so the request needs one."""
     assert rk.check_backend("layer", CPU, torch.float32, "triton") == "triton"
     with pytest.raises(BackendUnavailable, match="inputs are on meta"):
         rk.check_backend("layer", "meta", torch.float32, "triton")

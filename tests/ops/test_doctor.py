@@ -1,4 +1,4 @@
-"""The report of `doctor`: complete, serialisable, and true to what dispatch does."""
+"""The report of `doctor`: complete, serializable, and true to what dispatch does."""
 
 import json
 import types
@@ -15,7 +15,7 @@ def not_interpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
-def test_report_is_complete_and_serialisable() -> None:
+def test_report_is_complete_and_serializable() -> None:
     report = json.loads(json.dumps(doctor.report()))
     assert torch.__version__.startswith(report["packages"]["torch"].split("+")[0])
     assert report["cpu"]["threads"] == torch.get_num_threads()

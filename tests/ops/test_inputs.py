@@ -82,28 +82,28 @@ def test_statistics_of_another_layer_are_refused() -> None:
         (DtypeError, "float", {"y": torch.zeros(4, 2, dtype=torch.int32)}),
         (DtypeError, "expert_ids", {"expert_ids": torch.zeros(4)}),
         (ShapeError, "expert_ids", {"expert_ids": torch.zeros(5, dtype=torch.int64)}),
-        (ShapeError, "gates", {"gates": torch.zeros(3)}),
+        (ShapeError, "router_weights", {"router_weights": torch.zeros(3)}),
     ],
 )
 def test_accumulate_refuses(error: type[ReapError], mentions: str, changes: dict) -> None:
     arguments = {
         "y": torch.zeros(4, 2),
         "expert_ids": torch.zeros(4, dtype=torch.int64),
-        "gates": torch.ones(4),
+        "router_weights": torch.ones(4),
     }
     with pytest.raises(error, match=mentions):
         rk.accumulate(**{**arguments, **changes}, stats=rk.LayerStats(3))
 
 
 UP, DOWN = torch.zeros(4, 6, 5), torch.zeros(4, 5, 3)
-SILU = rk.GateFormula("silu")
+SILU = rk.Activation("silu")
 
 BAD_WEIGHTS = {
     "down rank": (ShapeError, "down", {"down": torch.zeros(5, 3)}),
     "ragged experts": (ShapeError, "up", {"up": [torch.zeros(6, 5), torch.zeros(4, 5)]}),
     "up width": (ShapeError, "up", {"up": torch.zeros(4, 6, 7)}),
     "up rows": (ShapeError, "rows", {"up": torch.zeros(4, 5, 5)}),
-    "ungated rows": (ShapeError, "rows", {"formula": rk.GateFormula("relu2")}),
+    "ungated rows": (ShapeError, "rows", {"activation": rk.Activation("relu2")}),
     "gate shape": (ShapeError, "gate", {"up": UP[:, :3], "gate": torch.zeros(4, 2, 5)}),
     "separate and interleaved": (
         ShapeError,
@@ -122,18 +122,18 @@ BAD_WEIGHTS = {
 def test_expert_weights_refuse(name: str) -> None:
     error, mentions, changes = BAD_WEIGHTS[name]
     with pytest.raises(error, match=mentions):
-        rk.ExpertWeights(**{"up": UP, "down": DOWN, "formula": SILU, **changes})
+        rk.ExpertWeights(**{"up": UP, "down": DOWN, "activation": SILU, **changes})
 
 
 def test_gate_formulas_refuse() -> None:
     with pytest.raises(UnsupportedModel, match="'tanh' is not known"):
-        rk.GateFormula("tanh")
+        rk.Activation("tanh")
     with pytest.raises(UnsupportedModel, match="needs `fn`"):
-        rk.GateFormula("opaque")
+        rk.Activation("opaque")
     with pytest.raises(UnsupportedModel, match="takes no `fn`"):
-        rk.GateFormula("silu", fn=torch.relu)
+        rk.Activation("silu", fn=torch.relu)
     with pytest.raises(ShapeError, match="intermediate_size"):
-        rk.probe_gate(torch.relu, intermediate_size=4, gated=True)
+        rk.probe_activation(torch.relu, intermediate_size=4, gated=True)
 
 
 def test_explicit_backend_never_falls_back(monkeypatch) -> None:
@@ -165,7 +165,7 @@ def test_explain_gives_one_choice_and_reasons_for_the_rest(monkeypatch) -> None:
         verdicts = rk.explain("cpu", torch.bfloat16, backend=requested)
         for op in dispatch.OPS:
             chosen = [v.backend for v in verdicts if v.op == op and v.reason is None]
-            # To dequantise, plain torch operations are all a CPU needs.
+            # To dequantize, plain torch operations are all a CPU needs.
             assert chosen == [requested or ("reference" if op == "dequant" else "cpu")]
     elsewhere = {v.backend: v.reason for v in rk.explain("meta") if v.op == "layer"}
     gpu = "inputs are on meta; Triton serves CUDA and ROCm devices"

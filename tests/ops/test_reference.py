@@ -7,14 +7,14 @@ import torch
 
 import reap_kernels as rk
 from reap_kernels import testing
-from reap_kernels.gates import KINDS
+from reap_kernels.activation import KINDS
 from reap_kernels.testing import CASES, LAYOUTS, make_experts, make_inputs, relative_error
 
 SMALL = [case for case in CASES if case.tokens <= 100]
 
 
 def scalar_act(kind: str, g: float, u: float, limit: float, alpha: float) -> float:
-    """Each formula in scalar Python, straight from its definition."""
+    """Each activation in scalar Python, straight from its definition."""
 
     def silu(x: float) -> float:
         return x / (1 + math.exp(-x))
@@ -37,13 +37,13 @@ def scalar_act(kind: str, g: float, u: float, limit: float, alpha: float) -> flo
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "opaque"])
 def test_formula_is_its_definition(kind: str) -> None:
     torch.manual_seed(1)
-    formula = rk.GateFormula(kind, limit=1.5)
+    activation = rk.Activation(kind, limit=1.5)
     gate, up = torch.randn(2, 40, dtype=torch.float64) * 3
     want = [
         scalar_act(kind, g, u, 1.5, 1.702) for g, u in zip(gate.tolist(), up.tolist(), strict=True)
     ]
     projected = up[None] if kind == "relu2" else torch.cat([gate, up])[None]
-    got = formula.apply(projected)[0]
+    got = activation.apply(projected)[0]
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-13, atol=1e-13)
 
 
@@ -73,11 +73,11 @@ def brute_force(inputs, experts, num_groups: int):
             norm = math.sqrt(float((f * f).sum()))
             at = (group, expert)
             fields["count"][at] += 1
-            fields["gate_sum"][at] += gate
+            fields["router_weight_sum"][at] += gate
             fields["norm_sum"][at] += norm
-            fields["gate_norm_sum"][at] += gate * norm
+            fields["weighted_norm_sum"][at] += gate * norm
             fields["norm_sq_sum"][at] += norm**2
-            fields["gate_norm_sq_sum"][at] += (gate * norm) ** 2
+            fields["weighted_norm_sq_sum"][at] += (gate * norm) ** 2
             fields["out_max"][at] = max(float(fields["out_max"][at]), float(f.max()))
             fields["out_min"][at] = min(float(fields["out_min"][at]), float(f.min()))
     return out, fields

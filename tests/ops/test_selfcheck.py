@@ -49,7 +49,9 @@ def test_wrong_numbers_refuse_the_backend(monkeypatch) -> None:
     """A kernel that drops the gate, as a miscompiled one might, never serves."""
     combine = saliency.combine
     monkeypatch.setattr(
-        saliency, "combine", lambda y, gates, *rest: combine(y, torch.ones_like(gates), *rest)
+        saliency,
+        "combine",
+        lambda y, router_weights, *rest: combine(y, torch.ones_like(router_weights), *rest),
     )
     with pytest.raises(
         BackendUnavailable, match=r"self-check gave wrong numbers: the output is off"

@@ -7,12 +7,12 @@ import random
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import reap_kernels as rk
 from reap_kernels.errors import DataError, ShapeError
 from reap_kernels.stats import EXTREMA, FIELDS, FORMAT, SUMS
-from reap_kernels.tensor_files import write_tensors
 from reap_kernels.testing import CASES, largest_relative_error, make_experts, make_inputs
 from tests.sealed import change_tensors
 
@@ -201,6 +201,17 @@ def test_load_refuses_what_is_not_statistics(tmp_path) -> None:
         rk.SaliencyStats.load(tmp_path / "pipe")
 
 
+def test_files_keep_their_names_of_fields(tmp_path) -> None:
+    """What other programs read: no name of an attribute changes it."""
+    divided((1, 5)).save(tmp_path / "s")
+    names = ("count", "nonfinite", "gate_sum", "norm_sum", "gate_norm_sum", "norm_sq_sum",
+             "gate_norm_sq_sum", "out_max", "out_min", "tokens")  # fmt: skip
+    with safe_open(tmp_path / "s", framework="pt") as file:
+        found = set(file.keys())
+    layers = divided((1, 5)).layers
+    assert found == {f"{a}|{p}{n}" for a in layers for p in ("", "parts|") for n in names}
+
+
 def test_one_flipped_bit_anywhere_is_noticed(tmp_path) -> None:
     path = tmp_path / "s.safetensors"
     divided((1, 5)).save(path)
@@ -259,14 +270,14 @@ WRONG = {
     **{f"inf {f}": (change(f, math.inf), WHERE + f"{f} is inf") for f in (*SUMS, *EXTREMA)},
     **{
         f"negative {f}": (change(f, -1), WHERE + f"{f} is -1.0; expected 0 or more")
-        for f in ("norm_sum", "norm_sq_sum", "gate_norm_sq_sum")
+        for f in ("norm_sum", "norm_sq_sum", "weighted_norm_sq_sum")
     },
     **{
         f"empty {f}": (empty_expert(f, 1.5), WHERE + f"{f} is 1.5; expected .*no row was counted")
         for f in (*SUMS, *EXTREMA)
     },
     "large sum": (change("norm_sum", 1e9), WHERE + "norm_sum is .* root of count times norm_sq"),
-    "large mean": (change("gate_norm_sum", -1e9), WHERE + "gate_norm_sum is -1000000000.0"),
+    "large mean": (change("weighted_norm_sum", -1e9), WHERE + "weighted_norm_sum is -1000000000.0"),
     "extrema crossed": (change("out_max", -1e9), WHERE + "out_max is .*; expected out_min or more"),
 }
 
@@ -329,10 +340,7 @@ def test_parts_add_up(tmp_path, field: str) -> None:
     ],
 )
 def test_heads_that_do_not_fit_are_refused(tmp_path, change: dict, message: str) -> None:
-    fields = rk.LayerStats(3, 2).fields()
-    content = {"layers": ["a"], "groups": ["x", "y"], "parts": 0, "provenance": {}}
-    tensors = {f"a|{key}": value for key, value in fields.items()}
-    write_tensors(tensors, tmp_path / "s", FORMAT, content)
+    rk.SaliencyStats({"a": rk.LayerStats(3, 2)}, ["x", "y"]).save(tmp_path / "s")
     rk.SaliencyStats.load(tmp_path / "s")
     change_tensors(tmp_path / "s", FORMAT, change, {})
     with pytest.raises(DataError, match=message):

@@ -139,7 +139,7 @@ def test_experts_of_different_strides_are_refused() -> None:
     [
         ({"layout": "table"}, "stacked in one tensor"),
         ({"biased": True}, "adds no bias"),
-        ({"formula": "opaque"}, "opaque gate"),
+        ({"activation": "opaque"}, "opaque gate"),
         ({"sizes": Sizes(hidden=2044)}, "hidden is 2044"),
     ],
 )
@@ -166,7 +166,9 @@ def test_grouped_mm_serves_gpus_it_is_fast_on(monkeypatch, arch, dtype, reason) 
 def test_explain_says_what_becomes_of_an_unknown_gate(monkeypatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.delenv("REAP_CUDA_HOST")
-    notes = {(v.op, v.backend): v.note for v in rk.explain("cpu", torch.float32, formula="opaque")}
+    notes = {
+        (v.op, v.backend): v.note for v in rk.explain("cpu", torch.float32, activation="opaque")
+    }
     assert "between the two products" in notes["layer", "triton"]
     assert all(v.note == "" for v in rk.explain("cpu", torch.float32))
 
@@ -237,5 +239,5 @@ def test_gates_may_be_wider_than_the_model() -> None:
         stats = rk.LayerStats(CASE.experts)
         call = (inputs.hidden, inputs.topk_ids, inputs.topk_weights.float() + 1e-5, experts, stats)
         rk.observe_layer(*call, backend=backend)
-        found.append(stats.gate_sum)
+        found.append(stats.router_weight_sum)
     assert largest_relative_error(found[0], found[1]) <= 1e-15

@@ -55,11 +55,11 @@ def test_buckets() -> None:
     assert [launch(1025, 255.1), launch(1025, 1)] == [rest, few]
     assert tuning.choose(CPU, "down", torch.bfloat16, 768, 64) == few
 
-    def path(width: int, rows: float) -> str:
-        return tuning.choose_path(CPU, "layer", torch.float16, width, rows)
+    def backend(width: int, rows: float) -> str:
+        return tuning.choose_backend(CPU, "layer", torch.float16, width, rows)
 
-    narrow, wide = path(1024, 999), path(1025, 999)
-    assert [narrow, wide, path(1025, 255)] == ["triton", "grouped_mm", "triton"]
+    narrow, wide = backend(1024, 999), backend(1025, 999)
+    assert [narrow, wide, backend(1025, 255)] == ["triton", "grouped_mm", "triton"]
 
 
 @pytest.mark.usefixtures("on_sm90")
@@ -100,10 +100,10 @@ def test_override_of_another_architecture_is_refused(tmp_path: Path, monkeypatch
             "bytes of shared memory; expected at most",
         ),
         ({"block_m": 256, "block_n": 256, "num_warps": 1}, "registers of a thread"),
-        ({"op": "up"}, r"'entries\[0\].op' is 'up'; expected one of route, "),
+        ({"op": "up"}, r"'entries\[0\].op' is 'up'; expected one of sort, "),
         ({"op": ["down"]}, r"op' is \['down'\]"),
-        ({"op": "layer"}, r"'entries\[0\].path' is missing"),
-        ({"path": "cuda"}, r"'entries\[0\].path' is unknown"),
+        ({"op": "layer"}, r"'entries\[0\].backend' is missing"),
+        ({"backend": "cuda"}, r"'entries\[0\].backend' is unknown"),
         ({"rows": "64"}, "rows' is '64'"),
         ({"width": -1}, "width' is -1"),
         ({"dtype": "int4"}, "dtype' is 'int4'"),
@@ -197,7 +197,7 @@ def test_tune_takes_the_fastest_that_is_right(tmp_path: Path, monkeypatch) -> No
     seen: list[Measured] = []
 
     def clock(call) -> float:
-        if call.__defaults__ is None:  # a whole layer, by one path or another
+        if call.__defaults__ is None:  # a whole layer, by one backend or another
             return 1.0
         launch = call.__defaults__[0]
         ran.append(launch)
@@ -217,7 +217,7 @@ def test_tune_takes_the_fastest_that_is_right(tmp_path: Path, monkeypatch) -> No
     refused = [m for m in seen if m.milliseconds is None]
     assert {m.launch for m in refused} == {wrong}
     assert all("wrong numbers" in m.reason for m in refused)
-    assert {e.path for e in table.entries if e.op == "layer"} <= {"triton", "grouped_mm"}
+    assert {e.backend for e in table.entries if e.op == "layer"} <= {"triton", "grouped_mm"}
     path = tmp_path / "table.json"
     table.save(path)
     assert Table.load(path) == table
@@ -230,8 +230,8 @@ def test_tune_takes_the_fastest_path_of_each_stage(
 ) -> None:
     """By a clock that looks at what a layer ran; where `cuda` does not serve nothing is chosen."""
     from reap_kernels.layer import gpu
-    from reap_kernels.route import kernel_cuda as route_cuda
     from reap_kernels.saliency import kernel_cuda as saliency_cuda
+    from reap_kernels.sort import kernel_cuda as route_cuda
 
     if not served:
         monkeypatch.delenv("REAP_CUDA_HOST")
@@ -259,17 +259,17 @@ def test_tune_takes_the_fastest_path_of_each_stage(
     launch = Launch(16, 32, 32, 1, 4, 1)
     shape = Shape(3, 2, 48, 32)
     table = tune([shape], torch.float32, CPU, timer=clock, tried=lambda *_: [launch])
-    paths = {(e.op, e.rows): e.path for e in table.entries if e.op in ("route", "saliency")}
+    paths = {(e.op, e.rows): e.backend for e in table.entries if e.op in ("sort", "saliency")}
     other = {"cuda": "triton", "triton": "cuda"}[quick]
     rows = (16, None)
-    want = {("route", n): quick for n in rows} | {("saliency", n): other for n in rows}
+    want = {("sort", n): quick for n in rows} | {("saliency", n): other for n in rows}
     assert paths == (want if served else {})
     assert {found[0] for found in ran} == ({"cuda", "triton"} if served else {"triton"})
     path = tmp_path / "table.json"
     table.save(path)
     monkeypatch.setenv("REAP_TUNING", str(path))
-    chosen = tuning.choose_path(CPU, "route", torch.int64, 32, 3.0)
-    assert chosen == (quick if served else tuning.PATHS["route"][0])
+    chosen = tuning.choose_backend(CPU, "sort", torch.int64, 32, 3.0)
+    assert chosen == (quick if served else tuning.STAGE_BACKENDS["sort"][0])
 
 
 def test_tune_needs_a_device_that_runs_kernels(monkeypatch) -> None:

@@ -84,9 +84,9 @@ def retained(stats: SaliencyStats, plan: "Plan") -> dict[str, Retained]:
         kept = torch.tensor(layer.kept)
         count = total.count[0]
         found[name] = Retained(
-            gate_share=_share(total.gate_sum[0], kept),
+            gate_share=_share(total.router_weight_sum[0], kept),
             selection_share=_share(count, kept),
-            saliency_share=_share(total.gate_norm_sum[0], kept),
+            saliency_share=_share(total.weighted_norm_sum[0], kept),
             dead_kept=tuple(e for e in layer.kept if not count[e]),
             dead_removed=tuple(e for e in layer.removed if not count[e]),
         )

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from reap_driver.files.compressed_scheme import Scheme, is_compressed, read_scheme
 from reap_driver.load.tensor_reader import Readable, StoredTensor
-from reap_kernels import dequantise
+from reap_kernels import dequantize
 from reap_kernels.errors import CheckpointError, UnsupportedModel
-from reap_kernels.quantised import Quantised
+from reap_kernels.quantized import Quantized
 
 _PACKED, _PLAIN, _SCALE = "weight_packed", "weight", "weight_scale"
 _SHAPE, _ZERO, _ORDER = "weight_shape", "weight_zero_point", "weight_g_idx"
@@ -111,7 +111,7 @@ class Matrix(Readable):
         return list(self._shape)
 
     def _value(self, parts: Mapping[str, Tensor]) -> Tensor:
-        # On a CPU `dequantise` is the reference, which takes many times as long as this does.
+        # On a CPU `dequantize` is the reference, which takes many times as long as this does.
         if self._device.type != "cpu" and self._kernel_reads(parts):
             return self._by_kernel(parts)
         # Codes and zero points are whole numbers up to 255, or of 4 bits: every dtype holds them,
@@ -128,14 +128,14 @@ class Matrix(Readable):
         return self._for_each(torch.mul, codes, scales)
 
     def _kernel_reads(self, parts: Mapping[str, Tensor]) -> bool:
-        """Whether `dequantise` makes the same of the parts: in bfloat16 alone."""
+        """Whether `dequantize` makes the same of the parts: in bfloat16 alone."""
         high, wide = self._block
         symmetric = self._bits == 4 and _ZERO not in parts
         return symmetric and self.get_dtype() == "BF16" and high == 1 and wide % 8 == 0
 
     def _by_kernel(self, parts: Mapping[str, Tensor]) -> Tensor:
         values, scales = parts[_PACKED], parts[_SCALE].view(self._grid)
-        return dequantise(Quantised(values[None], scales[None], "int4_group"))[0]
+        return dequantize(Quantized(values[None], scales[None], "int4_group"))[0]
 
     def _for_each(self, operation: Operation, codes: Tensor, values: Tensor) -> Tensor:
         """`operation` in place on every element and the number of its group or block."""

@@ -73,7 +73,7 @@ def model_sizes(
     Args:
         model: on the meta device or any other, whatever dtype its tensors have now.
         layers: its MoE layers.
-        dtype: what its weights are in memory, quantised ones dequantised.
+        dtype: what its weights are in memory, quantised ones dequantized.
         seq_len: tokens in a sequence.
 
     Raises:

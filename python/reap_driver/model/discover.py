@@ -268,7 +268,7 @@ def _refuse_leftovers(model: nn.Module, observed: list[str]) -> None:
         if not near and any(True for _ in module.parameters()):
             raise UnsupportedModel(
                 f"{name} ({type(module).__name__}) looks like routed experts, and no adapter "
-                "observes it; load quantised experts dequantised, without hub kernels, and with a "
+                "observes it; load quantised experts dequantized, without hub kernels, and with a "
                 "transformers version whose class for this model uses its experts interface"
             )
 

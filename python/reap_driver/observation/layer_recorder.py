@@ -11,7 +11,7 @@ from reap_driver.compat.experts_interface import Forward
 from reap_driver.model.adapters import KernelAdapter
 from reap_driver.model.discover import MoELayer, adapter_of
 from reap_driver.observation.token_mask import TokenMask
-from reap_kernels import ExpertWeights, GateFormula, LayerStats, check_backend, observe_layer
+from reap_kernels import Activation, ExpertWeights, LayerStats, check_backend, observe_layer
 from reap_kernels.dispatch import select
 from reap_kernels.errors import DataError, UnsupportedModel
 from reap_kernels.experts.request import request_of
@@ -60,7 +60,7 @@ class LayerRecorder:
     def __init__(self, observation: Observation, layer: MoELayer) -> None:
         self._observation = observation
         self._layer = layer
-        self._formula: GateFormula | None = None
+        self._activation: Activation | None = None
         self._stats: LayerStats | None = None
         self._compared = False
         self._dtype: torch.dtype | None = None  # that the model computes the layer in
@@ -148,9 +148,9 @@ class LayerRecorder:
         module, adapter = self._layer.module, adapter_of(self._layer)
         if not isinstance(adapter, KernelAdapter):
             raise TypeError(f"adapter {adapter.name!r} does not describe its weights to kernels")
-        if self._formula is None:
-            self._formula = adapter.formula(module)
-        return adapter.weights(module, self._formula)
+        if self._activation is None:
+            self._activation = adapter.activation(module)
+        return adapter.weights(module, self._activation)
 
     def token_mask(self, tokens: int, device: torch.device) -> Tensor | None:
         """[tokens] bool on `device`; None when all count."""

@@ -56,21 +56,21 @@ class Criterion:
 # (alpha, p) of the sums that are recorded -> the field that holds them.
 RECORDED: dict[tuple[float, float], str] = {
     (0, 0): "count",
-    (1, 0): "gate_sum",
+    (1, 0): "router_weight_sum",
     (0, 1): "norm_sum",
-    (1, 1): "gate_norm_sum",
+    (1, 1): "weighted_norm_sum",
     (0, 2): "norm_sq_sum",
-    (2, 2): "gate_norm_sq_sum",
+    (2, 2): "weighted_norm_sq_sum",
 }
 
 CRITERIA: dict[str, Criterion] = {
-    "reap": Criterion("mean g ||f||", "gate_norm_sum", b=1),  # S(1, 1, 1), paper eq. 9
-    "reap_l2": Criterion("mean (g ||f||)^2", "gate_norm_sq_sum", b=1),  # S(1, 2, 2)
+    "reap": Criterion("mean g ||f||", "weighted_norm_sum", b=1),  # S(1, 1, 1), paper eq. 9
+    "reap_l2": Criterion("mean (g ||f||)^2", "weighted_norm_sq_sum", b=1),  # S(1, 2, 2)
     "frequency": Criterion("n, rows routed", "count"),  # S(0, 0, 0)
-    "weighted_frequency": Criterion("sum g", "gate_sum"),  # S(0, 1, 0)
+    "weighted_frequency": Criterion("sum g", "router_weight_sum"),  # S(0, 1, 0)
     "ean_sum": Criterion("sum ||f||", "norm_sum"),  # S(0, 0, 1)
     "ean_mean": Criterion("mean ||f||", "norm_sum", b=1),  # S(1, 0, 1)
-    "weighted_ean": Criterion("sum g ||f||", "gate_norm_sum"),  # S(0, 1, 1)
+    "weighted_ean": Criterion("sum g ||f||", "weighted_norm_sum"),  # S(0, 1, 1)
     "msan": Criterion("mean ||f||^2", "norm_sq_sum", b=1),  # S(1, 0, 2)
     "max_activation": Criterion("largest |element of f|", "out_max"),
 }

@@ -166,7 +166,7 @@ def measure(
             label=label,
             scores=scores[name],
             count=layer.count.sum(0),
-            mass=layer.gate_sum,
+            mass=layer.router_weight_sum,
             cut=None if plan is None else _cut(scores, plan, name, doubtful),
             retained=None if plan is None else whole[name].gate_share,
             retained_by_group=[of_group[name].gate_share for of_group in single],

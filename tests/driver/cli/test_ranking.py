@@ -107,9 +107,9 @@ def test_protection_ratios_and_skipped_layers(run: Run, stats: Path) -> None:
 def test_super_experts_stay(run: Run, stats: Path) -> None:
     loaded = rd.SaliencyStats.load(stats)
     [(layer, [expert])] = super_experts(rd.score(loaded, "max_activation")).items()
-    loaded.layers[layer].gate_norm_sum[:, expert] = 0  # the lowest score there is
+    loaded.layers[layer].weighted_norm_sum[:, expert] = 0  # the lowest score there is
     for part in loaded.parts:
-        part.layers[layer].gate_norm_sum[:, expert] = 0
+        part.layers[layer].weighted_norm_sum[:, expert] = 0
     loaded.save(stats)
     for words, kept in (((), False), (("--protect", "super"), True)):
         out = stats.with_name(f"{kept}.json")

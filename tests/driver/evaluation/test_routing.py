@@ -107,9 +107,9 @@ def test_retained_is_the_kept_experts_share(observed: tuple[SaliencyStats, Plan]
     for name, share in found.items():
         layer, kept = stats.layers[name], list(plan.layers[name].kept)
         for got, field in (
-            (share.gate_share, layer.gate_sum),
+            (share.gate_share, layer.router_weight_sum),
             (share.selection_share, layer.count),
-            (share.saliency_share, layer.gate_norm_sum),
+            (share.saliency_share, layer.weighted_norm_sum),
         ):
             assert 0 < got < 1
             whole = field[0].double()

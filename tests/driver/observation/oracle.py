@@ -84,7 +84,14 @@ def expected(
 
     `mask`: [T] bool over the tokens of the only call, those that count.
     """
-    keys = ("count", "gate_sum", "norm_sum", "gate_norm_sum", "norm_sq_sum", "gate_norm_sq_sum")
+    keys = (
+        "count",
+        "router_weight_sum",
+        "norm_sum",
+        "weighted_norm_sum",
+        "norm_sq_sum",
+        "weighted_norm_sq_sum",
+    )
     out = {key: torch.zeros(num_experts, dtype=torch.float64) for key in keys}
     out["out_max"] = torch.full((num_experts,), -torch.inf, dtype=torch.float64)
     out["out_min"] = torch.full((num_experts,), torch.inf, dtype=torch.float64)
@@ -105,11 +112,11 @@ def expected(
                 weighted = gate * f.norm(dim=1)
             norm = f.norm(dim=1)
             out["count"][expert] += len(token)
-            out["gate_sum"][expert] += gate.sum()
+            out["router_weight_sum"][expert] += gate.sum()
             out["norm_sum"][expert] += norm.sum()
-            out["gate_norm_sum"][expert] += weighted.sum()
+            out["weighted_norm_sum"][expert] += weighted.sum()
             out["norm_sq_sum"][expert] += norm.square().sum()
-            out["gate_norm_sq_sum"][expert] += weighted.square().sum()
+            out["weighted_norm_sq_sum"][expert] += weighted.square().sum()
             out["out_max"][expert] = torch.maximum(out["out_max"][expert], f.max())
             out["out_min"][expert] = torch.minimum(out["out_min"][expert], f.min())
     out["tokens"] = torch.tensor(tokens)
@@ -132,7 +139,13 @@ def assert_matches(layer: Any, truth: dict[str, Tensor], bound: float) -> None:
     assert torch.equal(total.count[0].double(), truth["count"]), "counts differ"
     assert int(total.tokens[0]) == int(truth["tokens"])
     assert int(total.nonfinite.sum()) == 0
-    for key in ("gate_sum", "norm_sum", "gate_norm_sum", "norm_sq_sum", "gate_norm_sq_sum"):
+    for key in (
+        "router_weight_sum",
+        "norm_sum",
+        "weighted_norm_sum",
+        "norm_sq_sum",
+        "weighted_norm_sq_sum",
+    ):
         got, want = getattr(total, key)[0], truth[key]
         error = ((got - want).abs() / want.abs().clamp_min(1e-30))[want != 0]
         worst = float(error.max()) if error.numel() else 0.0

@@ -53,6 +53,6 @@ def kept_half(scores: Tensor) -> list[int]:
     return sorted(scores.argsort(descending=True, stable=True)[: len(scores) // 2].tolist())
 
 
-def mean_saliency(gate_norm_sum: Tensor, count: Tensor) -> Tensor:
+def mean_saliency(weighted_norm_sum: Tensor, count: Tensor) -> Tensor:
     """REAP's score: mean of gate times output norm, 0 where never routed."""
-    return torch.where(count > 0, gate_norm_sum / count.clamp_min(1), 0.0)
+    return torch.where(count > 0, weighted_norm_sum / count.clamp_min(1), 0.0)

@@ -49,8 +49,8 @@ def test_statistics_from_token_ids(name: str, support: Support) -> None:
         module = run.model.get_submodule(layer)
         truth = oracle.expected(module, run.plain_calls[layer], stats.num_experts)
         oracle.assert_matches(stats, truth, 1e-6)
-        ours = runs.mean_saliency(stats.gate_norm_sum[0], stats.count[0])
-        theirs = runs.mean_saliency(truth["gate_norm_sum"], truth["count"])
+        ours = runs.mean_saliency(stats.weighted_norm_sum[0], stats.count[0])
+        theirs = runs.mean_saliency(truth["weighted_norm_sum"], truth["count"])
         assert runs.kept_half(ours) == runs.kept_half(theirs)
     support(name, "end to end", "pass")
 

@@ -181,8 +181,8 @@ def test_low_precision(name: str, dtype: torch.dtype) -> None:
         truth = oracle.expected(model.get_submodule(layer), calls[layer], 8)
         total: LayerStats = stats.total()
         assert torch.equal(total.count[0].double(), truth["count"])
-        error = (total.gate_norm_sum[0] - truth["gate_norm_sum"]).abs()
-        assert float((error / truth["gate_norm_sum"].clamp_min(1e-30)).max()) < 1e-3
+        error = (total.weighted_norm_sum[0] - truth["weighted_norm_sum"]).abs()
+        assert float((error / truth["weighted_norm_sum"].clamp_min(1e-30)).max()) < 1e-3
 
 
 def test_masks_that_do_not_fit() -> None:

@@ -267,7 +267,7 @@ def test_autocast_is_what_the_model_computes_in(name: str) -> None:
     exact = observed(model, batch)
     for layer, known in zip(obs.stats.layers.values(), exact.layers.values(), strict=True):
         assert torch.equal(layer.tokens, known.tokens)
-        found, expected = (one.gate_norm_sum.sum() for one in (layer, known))
+        found, expected = (one.weighted_norm_sum.sum() for one in (layer, known))
         assert found != expected
         torch.testing.assert_close(found, expected, rtol=0.1, atol=0)
 

@@ -40,11 +40,11 @@ def _truth(model: remote.RemoteModel, ids: Tensor) -> list[dict[str, Tensor]]:
         truths.append(
             {
                 "count": hit.sum(0).double(),
-                "gate_sum": gates.sum(0),
+                "router_weight_sum": gates.sum(0),
                 "norm_sum": norms.sum(0),
-                "gate_norm_sum": (gates * norms).sum(0),
+                "weighted_norm_sum": (gates * norms).sum(0),
                 "norm_sq_sum": norms.square().sum(0),
-                "gate_norm_sq_sum": (gates * norms).square().sum(0),
+                "weighted_norm_sq_sum": (gates * norms).square().sum(0),
                 "out_max": masked.amax(dim=(0, 2)),
                 "out_min": outputs.where(hit[..., None], torch.inf).amin(dim=(0, 2)),
                 "tokens": torch.tensor(len(flat)),

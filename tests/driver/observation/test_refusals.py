@@ -124,12 +124,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "jetmoe": (lambda: zoo.tiny("jetmoe")[1], "attention is a mixture of experts"),
     "shard by size": (_sharded, "intermediate size 12, the module declares 24"),
     "shard by type": (_distributed, "without tensor parallelism"),
-    "tensor subclass": (_subclass, "_Packed of torch.float32.*dequantised"),
-    "fp8": (_fp8, "down_proj is a Parameter of torch.float8_e4m3fn.*dequantised"),
+    "tensor subclass": (_subclass, "_Packed of torch.float32.*dequantized"),
+    "fp8": (_fp8, "down_proj is a Parameter of torch.float8_e4m3fn.*dequantized"),
     "post-expert norm": (_post_norm, "has_post_expert_norm"),
     "unknown weight": (_unknown_weight, "post_norm_scale"),
     "expert parallel": (_expert_parallel, "_is_expert_parallel"),
-    "mxfp4 kernels": (_mxfp4, "layers.1.mlp.experts .Mxfp4GptOssExperts.*dequantised"),
+    "mxfp4 kernels": (_mxfp4, "layers.1.mlp.experts .Mxfp4GptOssExperts.*dequantized"),
     "training mode": (_training, "model.eval"),
 }
 

@@ -41,11 +41,11 @@ class Rows:
         at = (self.group, self.expert)
         sums = {
             "count": torch.ones_like(self.group),
-            "gate_sum": self.gate,
+            "router_weight_sum": self.gate,
             "norm_sum": self.norm,
-            "gate_norm_sum": self.gate * self.norm,
+            "weighted_norm_sum": self.gate * self.norm,
             "norm_sq_sum": self.norm**2,
-            "gate_norm_sq_sum": (self.gate * self.norm) ** 2,
+            "weighted_norm_sq_sum": (self.gate * self.norm) ** 2,
         }
         for name, values in sums.items():
             getattr(stats, name).index_put_(at, values, accumulate=True)

@@ -118,7 +118,7 @@ def test_the_digest_tells_scores_apart() -> None:
     stats = model_stats({"a": Rows(1, 0)}, ["x"])
     digests = {score(stats, criterion).digest() for criterion in CRITERIA}
     digests.add(score(stats, "reap", {"x": 1}).digest())
-    stats.layers["a"].gate_norm_sum[0, 0] *= 1 + 1e-15
+    stats.layers["a"].weighted_norm_sum[0, 0] *= 1 + 1e-15
     digests.add(score(stats, "reap").digest())
     assert len(digests) == len(CRITERIA) + 2
     assert score(stats).digest() == score(stats).digest()
@@ -211,6 +211,6 @@ def test_what_is_not_finite_is_never_averaged_in() -> None:
     with pytest.raises(DataError, match=r"layer a, group 'x': 5 expert outputs"):
         score(stats)
     stats = model_stats({"a": Rows(1, 0)}, ["x"])
-    stats.layers["a"].gate_norm_sum[0, 1] = math.nan
+    stats.layers["a"].weighted_norm_sum[0, 1] = math.nan
     with pytest.raises(DataError, match=r"layer a: scores of experts \[1\]"):
         score(stats)

@@ -58,7 +58,7 @@ def statistics(known: PretrainedConfig, name: str = "acme/base") -> SaliencyStat
     for layer in stats.values():
         layer.tokens += 9
         layer.count.add_(3)
-        layer.gate_norm_sum.copy_(torch.arange(1.0, 1 + layer.num_experts))
+        layer.weighted_norm_sum.copy_(torch.arange(1.0, 1 + layer.num_experts))
     provenance = {**record_of(model, layers, name), "gate": "model"}
     return SaliencyStats(stats, ["default"], provenance)
 

@@ -133,7 +133,7 @@ def test_plain_scores_need_a_name_and_a_model() -> None:
 def test_built_in_scores_that_decide_nothing_are_refused() -> None:
     known = stats()
     for layer in known.layers.values():
-        layer.gate_norm_sum.fill_(1)
+        layer.weighted_norm_sum.fill_(1)
         layer.count.fill_(2)
     with pytest.raises(PlanError, match=r"criterion 'reap' gives all 6 experts .* score 0\.5"):
         rd.make_plan(rd.score(known), 0.5)

@@ -123,7 +123,7 @@ def simulated(truth: Tensor, seed: int, parts: int = 8, rows: int = 60) -> Salie
         owner = torch.arange(len(truth)).repeat_interleave(count)
         each = -torch.rand(len(owner), generator=draw, dtype=torch.float64).log() * truth[owner]
         layer.count.copy_(count[None])
-        layer.gate_norm_sum[0].index_add_(0, owner, each)
+        layer.weighted_norm_sum[0].index_add_(0, owner, each)
         layer.tokens += 10 * rows
         facts = {"num_experts": len(truth), "top_k": 2}
         provenance = {"model": MODEL, "layers": {"a": facts}}

@@ -189,7 +189,7 @@ MODELS: dict[str, Published] = {
         hub_id="deepseek-ai/DeepSeek-V3.2",
         source=CONFIG_COPY
         + " MTP layer with its own embedding and head: as DeepSeek-V3 publishes.",
-        not_plain="a partial FP8 scale block is refused by transformers' dequantisation",
+        not_plain="a partial FP8 scale block is refused by transformers' dequantization",
         counts=("n_routed_experts",),
         kept=128,
         # kv_a_proj_with_mqa: 272 rows, a partial third scale block; published 576, partial fifth.

@@ -59,9 +59,9 @@ def large(layers: int, experts: int, groups: list[str]) -> SaliencyStats:
         gate = torch.rand(size, generator=draw).double()
         norm = 1 + torch.rand(size, generator=draw).double()
         for field, factor in (
-            ("gate_sum", gate),
+            ("router_weight_sum", gate),
             ("norm_sum", norm),
-            ("gate_norm_sum", gate * norm),
+            ("weighted_norm_sum", gate * norm),
         ):
             getattr(stats, field).copy_(stats.count * factor)
         stats.tokens.fill_(10**7)

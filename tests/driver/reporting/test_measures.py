@@ -99,7 +99,7 @@ def test_layers_are_called_by_their_number(make: Make) -> None:
 def test_the_mass_kept_is_that_of_the_kept_experts(make: Make) -> None:
     stats, plan = make()
     for layer in measure(stats, score(stats), plan):
-        gates, kept = stats.layers[layer.name].gate_sum, list(plan.layers[layer.name].kept)
+        gates, kept = stats.layers[layer.name].router_weight_sum, list(plan.layers[layer.name].kept)
         assert layer.retained == pytest.approx(float(gates[:, kept].sum() / gates.sum()))
         for group, share in enumerate(layer.retained_by_group):
             assert share == pytest.approx(float(gates[group, kept].sum() / gates[group].sum()))

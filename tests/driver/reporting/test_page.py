@@ -112,7 +112,7 @@ def test_the_figures_are_on_the_page(whole: Path, make: Make) -> None:
     assert "keeps 3 of 6 experts in each of 3 layers and removes 50.0 % of all" in text
     shares = {}
     for name in LAYERS:
-        gates = stats.layers[name].gate_sum.sum(0)
+        gates = stats.layers[name].router_weight_sum.sum(0)
         shares[name] = float(gates[list(plan.layers[name].kept)].sum() / gates.sum())
     worst = min(LAYERS, key=lambda name: shares[name])
     number = worst.split(".")[2]

@@ -81,7 +81,7 @@ def test_state_that_crosses_layers(name: str, fields: dict[str, Any], tmp_path: 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_published_layouts(name: str, checkpoint: Callable[[str], Path]) -> None:
-    """FP8 blocks and MXFP4 dequantised layer by layer, MTP layers never read."""
+    """FP8 blocks and MXFP4 dequantized layer by layer, MTP layers never read."""
     folder = checkpoint(name)
     data = passes.batches(256)
     mine, opened = passes.streamed(folder, data)

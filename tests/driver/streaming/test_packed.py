@@ -94,7 +94,7 @@ def test_scales_of_activations_and_devices(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("int4")])
 def test_kernels_make_the_same(name: str, tmp_path: Path) -> None:
-    """What a GPU would compute by `dequantise` where that reads the format."""
+    """What a GPU would compute by `dequantize` where that reads the format."""
     parts, value = CASES[name][1](40, 96, np.random.default_rng(1))
     reader = TensorReader()
     found = stored(read_header(written(tmp_path, **parts)).tensors, reader)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reap_driver.compat.experts_interface import Forward
 from reap_driver.model.adapters.expert_parallel import ExpertSlice, slice_of
-from reap_kernels import ExpertWeights, GateFormula, LayerStats
+from reap_kernels import Activation, ExpertWeights, LayerStats
 from reap_kernels.errors import UnsupportedModel
 
 # An nn.Module whose attributes differ by kind: adapters know which they are.
@@ -120,11 +120,11 @@ class KernelAdapter(Adapter):
     """A kind whose experts the kernel library computes, from a description of their weights."""
 
     @abstractmethod
-    def formula(self, module: ExpertsModule) -> GateFormula:
+    def activation(self, module: ExpertsModule) -> Activation:
         """The function between the two products, found by probing the module's own."""
 
     @abstractmethod
-    def weights(self, module: ExpertsModule, formula: GateFormula) -> ExpertWeights:
+    def weights(self, module: ExpertsModule, activation: Activation) -> ExpertWeights:
         """Views of the module's weights as they lie now."""
 
 
@@ -160,7 +160,7 @@ def check_tensors(name: str, module: ExpertsModule, local: ExpertSlice | None = 
         if not plain:
             raise UnsupportedModel(
                 f"{name}.{leaf} is a {kind.__name__} of {tensor.dtype}, not plain bf16, fp16, "
-                "fp32 or fp64 numbers; load the model dequantised (reap_driver's load_model does "
+                "fp32 or fp64 numbers; load the model dequantized (reap_driver's load_model does "
                 "it for FP8, MXFP4 and compressed-tensors; elsewhere pass a quantization_config "
                 "with dequantize=True)"
             )

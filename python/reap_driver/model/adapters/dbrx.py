@@ -12,7 +12,7 @@ from reap_driver.model.adapters.adapter import (
     Sizes,
     forward_replaced,
 )
-from reap_kernels import ExpertWeights, GateFormula, probe_gate
+from reap_kernels import Activation, ExpertWeights, probe_activation
 
 
 class DbrxExperts(KernelAdapter):
@@ -28,7 +28,7 @@ class DbrxExperts(KernelAdapter):
         rows, hidden = module.mlp.w1.shape
         return Sizes(module.num_experts, hidden, rows // module.num_experts)
 
-    def formula(self, module: ExpertsModule) -> GateFormula:
+    def activation(self, module: ExpertsModule) -> Activation:
         mlp = module.mlp
 
         def function(projected: Tensor) -> Tensor:
@@ -36,20 +36,20 @@ class DbrxExperts(KernelAdapter):
             activated: Tensor = mlp.activation_fn(gate)
             return activated * up
 
-        return probe_gate(
+        return probe_activation(
             function,
             intermediate_size=self.sizes(module).intermediate_size,
             gated=True,
             device=mlp.w1.device,
         )
 
-    def weights(self, module: ExpertsModule, formula: GateFormula) -> ExpertWeights:
+    def weights(self, module: ExpertsModule, activation: Activation) -> ExpertWeights:
         sizes = self.sizes(module)
         blocks = (sizes.num_experts, sizes.intermediate_size, sizes.hidden_size)
         gate, up, down = (
             getattr(module.mlp, leaf).detach().view(blocks) for leaf in ("w1", "v1", "w2")
         )
-        return ExpertWeights(up, down.transpose(1, 2), formula, gate=gate)
+        return ExpertWeights(up, down.transpose(1, 2), activation, gate=gate)
 
     def bind(
         self, module: ExpertsModule, block: ExpertsModule, recorder: Recorder

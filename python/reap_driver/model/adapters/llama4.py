@@ -1,8 +1,8 @@
 """Llama 4: the gate scales an expert's input, and every expert runs on every token.
 
 What the expert adds to the output is f(g x) itself, so its contribution is ||f(g x)||: that is what
-`norm_sum`, `gate_norm_sum` and their squares record here, while `gate_sum` records g. Only
-the selected pairs are run; the others would be f(0) = 0.
+`norm_sum`, `weighted_norm_sum` and their squares record here, while `router_weight_sum`
+records g. Only the selected pairs are run; the others would be f(0) = 0.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from reap_driver.model.adapters.adapter import (
     Sizes,
     forward_replaced,
 )
-from reap_kernels import ExpertWeights, GateFormula, LayerStats, observe_layer, probe_gate
+from reap_kernels import Activation, ExpertWeights, LayerStats, observe_layer, probe_activation
 
 
 class Llama4Experts(KernelAdapter):
@@ -35,22 +35,22 @@ class Llama4Experts(KernelAdapter):
         experts, inner, hidden = module.down_proj.shape
         return Sizes(experts, hidden, inner)
 
-    def formula(self, module: ExpertsModule) -> GateFormula:
+    def activation(self, module: ExpertsModule) -> Activation:
         def function(projected: Tensor) -> Tensor:
             gate, up = projected.chunk(2, dim=-1)
             activated: Tensor = module.act_fn(gate)
             return up * activated
 
-        return probe_gate(
+        return probe_activation(
             function,
             intermediate_size=self.sizes(module).intermediate_size,
             gated=True,
             device=module.down_proj.device,
         )
 
-    def weights(self, module: ExpertsModule, formula: GateFormula) -> ExpertWeights:
+    def weights(self, module: ExpertsModule, activation: Activation) -> ExpertWeights:
         up, down = module.gate_up_proj.detach(), module.down_proj.detach()
-        return ExpertWeights(up.transpose(1, 2), down.transpose(1, 2), formula)
+        return ExpertWeights(up.transpose(1, 2), down.transpose(1, 2), activation)
 
     @contextlib.contextmanager
     def bind(
@@ -104,7 +104,9 @@ def _run(
     counts = routed.float().norm(dim=1).isfinite()
     counts = counts if counted is None else counts & counted
     gates = torch.where(counts, scores.T[expert, token].double(), 0)
-    part.gate_sum[group] = torch.segment_reduce(gates, "sum", lengths=selected.sum(1), initial=0)
+    part.router_weight_sum[group] = torch.segment_reduce(
+        gates, "sum", lengths=selected.sum(1), initial=0
+    )
     part.tokens[group] = tokens if mask is None else mask.sum()
     stats.merge_(part)
     out = torch.zeros_like(rows)

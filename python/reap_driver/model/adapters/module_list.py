@@ -25,7 +25,7 @@ from reap_driver.model.adapters.adapter import (
     Sizes,
     forward_replaced,
 )
-from reap_kernels import ExpertWeights, GateFormula, accumulate, probe_gate
+from reap_kernels import Activation, ExpertWeights, accumulate, probe_activation
 from reap_kernels.errors import UnsupportedModel
 
 # Names of the gate, up and down projections of one expert.
@@ -52,7 +52,7 @@ class MethodExperts(KernelAdapter):
         down = self._projections(module[0])[2].weight
         return Sizes(len(module), down.shape[0], down.shape[1])
 
-    def formula(self, module: ExpertsModule) -> GateFormula:
+    def activation(self, module: ExpertsModule) -> Activation:
         expert = module[0]
         # Without a named activation the expert calls one itself; the first call's check tells.
         named = (getattr(expert, key, None) for key in ("act_fn", "activation_fn"))
@@ -64,19 +64,19 @@ class MethodExperts(KernelAdapter):
             return activated * up
 
         weight = self._projections(expert)[0].weight
-        return probe_gate(
+        return probe_activation(
             function,
             intermediate_size=weight.shape[0],
             gated=True,
             device=weight.device,
         )
 
-    def weights(self, module: ExpertsModule, formula: GateFormula) -> ExpertWeights:
+    def weights(self, module: ExpertsModule, activation: Activation) -> ExpertWeights:
         gates, ups, downs = zip(*(self._projections(expert) for expert in module), strict=True)
         return ExpertWeights(
             [up.weight.detach() for up in ups],
             [down.weight.detach() for down in downs],
-            formula,
+            activation,
             gate=[gate.weight.detach() for gate in gates],
             up_bias=_stacked_bias(ups),
             gate_bias=_stacked_bias(gates),

@@ -21,7 +21,7 @@ from reap_driver.model.adapters.adapter import (
     forward_replaced,
 )
 from reap_driver.model.adapters.expert_parallel import ExpertSlice, slice_of
-from reap_kernels import ExpertWeights, GateFormula, probe_gate
+from reap_kernels import Activation, ExpertWeights, probe_activation
 from reap_kernels.errors import UnsupportedModel
 
 # Flags the interface is known to set. Any other `has_*` that is true changes the computation.
@@ -76,7 +76,7 @@ class StackedExperts(KernelAdapter):
         # Elsewhere the hooks that make tensors local stand where we would put our forward.
         return slice_of(module) if is_interface(module) else None
 
-    def formula(self, module: ExpertsModule) -> GateFormula:
+    def activation(self, module: ExpertsModule) -> Activation:
         gated = _is_gated(module)
         if not gated:
             function = module.act_fn
@@ -85,7 +85,7 @@ class StackedExperts(KernelAdapter):
         else:
             function = _split_gate(module)
         down = module.down_proj
-        return probe_gate(
+        return probe_activation(
             function,
             intermediate_size=self.sizes(module).intermediate_size,
             gated=gated,
@@ -95,7 +95,7 @@ class StackedExperts(KernelAdapter):
             device=down.device,
         )
 
-    def weights(self, module: ExpertsModule, formula: GateFormula) -> ExpertWeights:
+    def weights(self, module: ExpertsModule, activation: Activation) -> ExpertWeights:
         leaf = "gate_up_proj" if _is_gated(module) else "up_proj"
         up, down = getattr(module, leaf), module.down_proj
         up = up[: down.shape[0]]  # longcat_flash keeps unused rows for its identity experts
@@ -104,7 +104,7 @@ class StackedExperts(KernelAdapter):
         return ExpertWeights(
             up.detach(),
             down.detach(),
-            formula,
+            activation,
             up_bias=_detached(getattr(module, f"{leaf}_bias", None)),
             down_bias=_detached(getattr(module, "down_proj_bias", None)),
             interleaved=_interleaved(module),

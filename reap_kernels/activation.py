@@ -1,4 +1,4 @@
-"""Gate formulas: what an expert computes between its two products, and how to recognise one.
+"""Activations: what an expert computes between its two products, and how to recognize it.
 
 An expert is `f(x) = down(act(up(x)))`. `act` is one of six closed formulas that kernels can fuse,
 or `opaque`: a torch function called between the two products. Which one a model uses is measured by
@@ -53,7 +53,7 @@ KINDS = (*_GATED, "relu2", "opaque")
 
 
 @dataclass(frozen=True)
-class GateFormula:
+class Activation:
     """The function between an expert's two products.
 
     Attributes:
@@ -63,7 +63,7 @@ class GateFormula:
             `silu_clamped_out` min(silu(g), L) clamp(u, -L, L);
             `swiglu_oai` g' sigmoid(a g') (clamp(u, -L, L) + 1) with g' = min(g, L);
             `opaque` calls `fn`.
-        limit: clamp bound L; infinity where the formula has none.
+        limit: clamp bound L; infinity where the activation has none.
         alpha: slope a of `swiglu_oai`.
         fn: for `opaque` only, maps [n, 2I] (gated, in the model's own layout) or [n, I] to [n, I].
     """
@@ -76,21 +76,21 @@ class GateFormula:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UnsupportedModel(
-                f"gate formula {self.kind!r} is not known; use one of {', '.join(KINDS)}"
+                f"activation {self.kind!r} is not known; use one of {', '.join(KINDS)}"
             )
         if (self.kind == "opaque") != (self.fn is not None):
             raise UnsupportedModel(
-                f"gate formula {self.kind!r} {'needs' if self.fn is None else 'takes no'} `fn`; "
+                f"activation {self.kind!r} {'needs' if self.fn is None else 'takes no'} `fn`; "
                 "give a torch function with kind 'opaque' and with no other"
             )
 
     @property
     def gated(self) -> bool | None:
-        """Whether the formula takes a gate half; None where only `fn` knows."""
+        """Whether the activation takes a gate half; None where only `fn` knows."""
         return None if self.kind == "opaque" else self.kind != "relu2"
 
     def apply(self, projected: Tensor, *, interleaved: bool = False) -> Tensor:
-        """Evaluates the formula.
+        """Evaluates the activation.
 
         Args:
             projected: [n, 2I] gate and up (halves, or pairs when `interleaved`), or [n, I] ungated.
@@ -110,25 +110,25 @@ class GateFormula:
         return _GATED[self.kind](gate, up, self.limit, self.alpha)
 
 
-def _candidates(gated: bool, limits: Sequence[float], alphas: Sequence[float]) -> list[GateFormula]:
+def _candidates(gated: bool, limits: Sequence[float], alphas: Sequence[float]) -> list[Activation]:
     if not gated:
-        return [GateFormula("relu2")]
+        return [Activation("relu2")]
     finite = [float(limit) for limit in limits if limit is not None and math.isfinite(limit)]
-    found = [GateFormula(kind) for kind in _GATED if kind not in _LIMITED]
+    found = [Activation(kind) for kind in _GATED if kind not in _LIMITED]
     found += [
-        GateFormula(kind, limit)
+        Activation(kind, limit)
         for kind in ("silu_clamped_in", "silu_clamped_out")
         for limit in finite
     ]
     found += [
-        GateFormula("swiglu_oai", limit, float(alpha))
+        Activation("swiglu_oai", limit, float(alpha))
         for alpha in alphas or [1.702]
         for limit in [*finite, math.inf]
     ]
     return found
 
 
-def probe_gate(
+def probe_activation(
     fn: Callable[[Tensor], Tensor],
     *,
     intermediate_size: int,
@@ -137,8 +137,8 @@ def probe_gate(
     limits: Sequence[float] = (),
     alphas: Sequence[float] = (),
     device: torch.device | str = "cpu",
-) -> GateFormula:
-    """Recognises a module's gate function by its values, in float32 whatever the model's dtype.
+) -> Activation:
+    """Recognizes a module's gate function by its values, in float32 whatever the model's dtype.
 
     Args:
         fn: maps [n, 2I] (or [n, I] when not gated) to [n, I], the module's own.
@@ -150,8 +150,8 @@ def probe_gate(
         device: device of the probe.
 
     Returns:
-        The one closed formula whose values agree on 64 random rows that reach past every limit, or
-        an `opaque` formula around `fn` when none does.
+        The closed formula whose values agree on 64 random rows that reach past every limit, or an
+        `opaque` activation around `fn` when none does.
 
     Raises:
         ShapeError: `fn` does not return [64, I].
@@ -171,9 +171,9 @@ def probe_gate(
                 f"{tuple(probe.shape)}; expected (64, {intermediate_size}): check "
                 "intermediate_size and gated"
             )
-        for formula in _candidates(gated, limits, alphas):
-            want = formula.apply(probe, interleaved=interleaved).double()
+        for activation in _candidates(gated, limits, alphas):
+            want = activation.apply(probe, interleaved=interleaved).double()
             error = (got.double() - want).norm() / want.norm()
             if bool(error <= 1e-5):
-                return formula
-    return GateFormula("opaque", fn=fn)
+                return activation
+    return Activation("opaque", fn=fn)

@@ -1,21 +1,22 @@
-"""Triton kernels of routing: a stable counting sort of slots by expert, and the tiles that follow.
+"""Triton kernels: a stable counting sort of slots by expert, and the tiles that follow.
 
 Arrays. S = T * k slots; E experts, and bin E for foreign slots (id outside [0, E), weight 0).
 
-    ids      [S] any integer   expert of each slot
-    weights  [S] any float     gate weight of each slot; exactly 0 makes it foreign
-    counts   [NB, E + 1] int32 slots of each bin in each block of BLOCK slots, then their exclusive
-                               sums over the blocks before
-    totals   [E + 1] int32     slots of each bin
-    offsets  [E + 1] int64     first sorted row of each expert; offsets[E] rows are served
-    order    [S] int64         slot of each sorted row
-    inverse  [S] int64         sorted row of each slot
-    experts  [M] int32         expert of each tile: BLOCK_M sorted rows, or the last few, of one
-    rows     [M] int32         first sorted row of each tile
-    firsts   [E + 1] int32     first tile of each expert; firsts[E] tiles are in use
+    ids            [S] any integer    expert of each slot
+    weights        [S] any float      router weight of each slot; exactly 0 makes it foreign
+    counts         [NB, E + 1] int32  slots of each bin in each block of BLOCK slots, then their
+                                      exclusive sums over the blocks before
+    totals         [E + 1] int32      slots of each bin
+    offsets        [E + 1] int64      first sorted row of each expert; offsets[E] rows are served
+    gather_index   [S] int64          slot of each sorted row
+    scatter_index  [S] int64          sorted row of each slot
+    experts        [M] int32          expert of each tile: BLOCK_M sorted rows, or the last few, of
+                                      one expert
+    rows           [M] int32          first sorted row of each tile
+    firsts         [E + 1] int32      first tile of each expert; firsts[E] tiles are in use
 
 Nothing is atomic on global memory and no order depends on timing: the same ids give the same bits.
-Numbers that change from call to call are not specialised, so that a new length compiles nothing.
+Numbers that change from call to call are not specialized, so that a new length compiles nothing.
 """
 
 import triton
@@ -90,8 +91,8 @@ def place_slots(
     weights_ptr,
     counts_ptr,
     offsets_ptr,
-    order_ptr,
-    inverse_ptr,
+    gather_index_ptr,
+    scatter_index_ptr,
     num_slots,
     E: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -116,8 +117,8 @@ def place_slots(
         equal = (others[None, :] == bins[:, None]) & (other[None, :] < inside[:, None])
         row += tl.sum(equal.to(tl.int32), axis=1)
     live = slots < num_slots
-    tl.store(order_ptr + row, slots.to(tl.int64), mask=live)
-    tl.store(inverse_ptr + slots, row, mask=live)
+    tl.store(gather_index_ptr + row, slots.to(tl.int64), mask=live)
+    tl.store(scatter_index_ptr + slots, row, mask=live)
 
 
 @triton.jit

@@ -1,11 +1,11 @@
-"""Triton routing: launches of the counting sort and of tile lists."""
+"""Triton sort by expert: launches of the counting sort and of tile lists."""
 
 import torch
 from torch import Tensor
 
 from reap_kernels import device
-from reap_kernels.route import kernel_triton as kernels
-from reap_kernels.route.slots import SortedSlots, Tiles, empty_tiles
+from reap_kernels.sort import kernel_triton as kernels
+from reap_kernels.sort.slots import SortedSlots, Tiles, empty_tiles
 from reap_kernels.types import Routing
 
 # Slots of one program. 512 keeps the counts, (E + 1) * S / 512 int32, below 8 bytes a slot up to
@@ -30,7 +30,7 @@ def sort_slots(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) 
     blocks = -(-slots // _BLOCK)
     wide = max(_FEWEST_BINS, _power_of_two(bins))
     counts, totals = (ids.new_empty(size, dtype=torch.int32) for size in ((blocks, bins), (bins,)))
-    offsets, order, inverse = (
+    offsets, gather_index, scatter_index = (
         ids.new_empty(size, dtype=torch.int64) for size in (bins, slots, slots)
     )
     options = {"E": num_experts, "BLOCK": _BLOCK, "WEIGHTED": topk_weights is not None}
@@ -44,15 +44,23 @@ def sort_slots(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) 
         kernels.sum_bins[(1,)](totals, offsets, E=num_experts, BINS=wide, **device.OPTIONS)
         if blocks:
             kernels.place_slots[(blocks,)](
-                ids, weights, counts, offsets, order, inverse, slots, CHUNK=_CHUNK, **options
+                ids,
+                weights,
+                counts,
+                offsets,
+                gather_index,
+                scatter_index,
+                slots,
+                CHUNK=_CHUNK,
+                **options,
             )
-    return SortedSlots(order, inverse, offsets, topk_ids.shape[1], schedule)
+    return SortedSlots(gather_index, scatter_index, offsets, topk_ids.shape[1], schedule)
 
 
-def route(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> Routing:
-    """See `reap_kernels.route.op.route`."""
+def sort_by_expert(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> Routing:
+    """See `reap_kernels.sort.op.sort_by_expert`."""
     found = sort_slots(topk_ids, topk_weights, num_experts)
-    return Routing(found.order, found.offsets, found.top_k)
+    return Routing(found.gather_index, found.offsets, found.top_k)
 
 
 def schedule(offsets: Tensor, slots: int, block_m: int) -> Tiles:

@@ -1,15 +1,15 @@
-// Routing: a stable counting sort of slots by expert, and the tiles of sorted rows that follow.
+// A stable counting sort of slots by expert, and the tiles of sorted rows that follow.
 //
 // Arrays. S slots; E experts, and bin E for foreign slots (id outside [0, E), weight exactly 0).
 //
-//   ids      [S] int32/int64       expert of each slot
-//   weights  [S] any float         gate weight of each slot, or null
-//   counts   [C, E + 1] int32      slots of each bin in each chunk of ROUTE_CHUNK slots, then their
-//                                  exclusive sums over the chunks before
-//   totals   [E + 1] int32         slots of each bin
-//   offsets  [E + 1] int64         first sorted row of each expert; offsets[E] rows are served
-//   order    [S] int64             slot of each sorted row
-//   inverse  [S] int64             sorted row of each slot
+//   ids            [S] int32/int64   expert of each slot
+//   topk_weights   [S] any float     router weight of each slot, or null
+//   counts         [C, E + 1] int32  slots of each bin in each chunk of SORT_CHUNK slots, then
+//                                    their exclusive sums over the chunks before
+//   totals         [E + 1] int32     slots of each bin
+//   offsets        [E + 1] int64     first sorted row of each expert; offsets[E] rows are served
+//   gather_index   [S] int64         slot of each sorted row
+//   scatter_index  [S] int64         sorted row of each slot
 //
 // One warp walks one chunk alone, 32 slots at a time: lanes with equal bins find each other and
 // rank themselves, so there are no atomics and no barrier between warps, and equal ids give equal
@@ -22,7 +22,7 @@ namespace reap {
 namespace {
 
 constexpr int PLACE_WARPS = 4;  // of a block, as far as shared memory has counters for them
-constexpr int ROUNDS = ROUTE_CHUNK / WARP;
+constexpr int ROUNDS = SORT_CHUNK / WARP;
 constexpr int SCAN_ROWS = 32;
 constexpr int SCAN_BATCH = 8;  // loads under way at once
 constexpr int SCHEDULE_THREADS = 128;
@@ -46,22 +46,22 @@ REAP_DEVICE unsigned zeros(const void* weights, std::int64_t first, std::int64_t
 }
 
 // Which of a lane's slots have weight exactly 0.
-REAP_DEVICE unsigned zero_weights(const Route& call, std::int64_t first) {
-    if (call.weights == nullptr) return 0;
-    switch (static_cast<Dtype>(call.weights_dtype)) {
+REAP_DEVICE unsigned zero_weights(const Sort& call, std::int64_t first) {
+    if (call.topk_weights == nullptr) return 0;
+    switch (static_cast<Dtype>(call.topk_weights_dtype)) {
         case Dtype::bf16:
-            return zeros<bf16>(call.weights, first, call.slots);
+            return zeros<bf16>(call.topk_weights, first, call.slots);
         case Dtype::fp16:
-            return zeros<fp16>(call.weights, first, call.slots);
+            return zeros<fp16>(call.topk_weights, first, call.slots);
         case Dtype::fp32:
-            return zeros<float>(call.weights, first, call.slots);
+            return zeros<float>(call.topk_weights, first, call.slots);
         default:
-            return zeros<double>(call.weights, first, call.slots);
+            return zeros<double>(call.topk_weights, first, call.slots);
     }
 }
 
 template <class T>
-REAP_DEVICE void read_ids(const Route& call, std::int64_t first, int (&bins)[ROUNDS]) {
+REAP_DEVICE void read_ids(const Sort& call, std::int64_t first, int (&bins)[ROUNDS]) {
     const T* const ids = static_cast<const T*>(call.ids);
 #pragma unroll
     for (int i = 0; i < ROUNDS; ++i) {
@@ -72,7 +72,7 @@ REAP_DEVICE void read_ids(const Route& call, std::int64_t first, int (&bins)[ROU
 }
 
 // Bins of a lane's slots: the expert that serves one, or E. All loads are under way at once.
-REAP_DEVICE void read_bins(const Route& call, std::int64_t first, int (&bins)[ROUNDS]) {
+REAP_DEVICE void read_bins(const Sort& call, std::int64_t first, int (&bins)[ROUNDS]) {
     const unsigned zero = zero_weights(call, first);
     if (static_cast<Dtype>(call.ids_dtype) == Dtype::int32)
         read_ids<std::int32_t>(call, first, bins);
@@ -86,9 +86,9 @@ REAP_DEVICE void read_bins(const Route& call, std::int64_t first, int (&bins)[RO
 // Walks one chunk in order. `next` has, for every bin, the number its next slot gets; lanes past
 // the end hold a bin of their own, `bins`. `take(slot, number)` sees every slot once.
 template <class Take>
-REAP_DEVICE void walk_chunk(const Route& call, std::int64_t chunk, std::int32_t* next, int lane,
+REAP_DEVICE void walk_chunk(const Sort& call, std::int64_t chunk, std::int32_t* next, int lane,
                             Take take) {
-    const std::int64_t first = chunk * ROUTE_CHUNK + lane;
+    const std::int64_t first = chunk * SORT_CHUNK + lane;
     int bins[ROUNDS];
     read_bins(call, first, bins);
 #pragma unroll
@@ -106,11 +106,11 @@ REAP_DEVICE void walk_chunk(const Route& call, std::int64_t chunk, std::int32_t*
 }
 
 // Grid (C / warps): counts[chunk] = slots of each bin.
-__global__ void count_bins(Route call) {
+__global__ void count_bins(Sort call) {
     REAP_SHARED(std::int32_t, counters);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, bins = call.experts + 1;
     const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * (blockDim.x / WARP) + warp;
-    if (chunk * ROUTE_CHUNK >= call.slots) return;
+    if (chunk * SORT_CHUNK >= call.slots) return;
     std::int32_t* const mine = counters + warp * bins;
     for (int bin = lane; bin < bins; bin += WARP) mine[bin] = 0;
     __syncwarp();
@@ -119,10 +119,10 @@ __global__ void count_bins(Route call) {
 }
 
 // Grid (bins / 32), threads (32 bins, SCAN_ROWS runs of chunks): exclusive sums over chunks.
-__global__ void scan_chunks(Route call) {
+__global__ void scan_chunks(Sort call) {
     REAP_SHARED(std::int32_t, runs);  // [SCAN_ROWS][WARP]
     const int bins = call.experts + 1, bin = blockIdx.x * WARP + threadIdx.x;
-    const std::int64_t chunks = ceil_div(call.slots, ROUTE_CHUNK);
+    const std::int64_t chunks = ceil_div(call.slots, SORT_CHUNK);
     const std::int64_t length = ceil_div(chunks, SCAN_ROWS);
     const std::int64_t first = threadIdx.y * length;
     const std::int64_t last = first + length < chunks ? first + length : chunks;
@@ -172,7 +172,7 @@ REAP_DEVICE void scan_totals(const std::int32_t* totals, int bins, std::int32_t*
 }
 
 // Grid (C / warps, at least 1): places every slot; each block finds the bins' first rows itself.
-__global__ void place_slots(Route call) {
+__global__ void place_slots(Sort call) {
     REAP_SHARED(std::int32_t, memory);  // [bins] starts, [warps][bins] counters, [warps] sums
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int bins = call.experts + 1, warps = blockDim.x / WARP;
@@ -180,14 +180,14 @@ __global__ void place_slots(Route call) {
     if (blockIdx.x == 0)
         for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) call.offsets[bin] = memory[bin];
     const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * warps + warp;
-    if (chunk * ROUTE_CHUNK >= call.slots) return;
+    if (chunk * SORT_CHUNK >= call.slots) return;
     std::int32_t* const mine = memory + (1 + warp) * bins;
     for (int bin = lane; bin < bins; bin += WARP)
         mine[bin] = memory[bin] + call.counts[chunk * bins + bin];
     __syncwarp();
     walk_chunk(call, chunk, mine, lane, [&](std::int64_t slot, std::int32_t row) {
-        call.order[row] = slot;
-        call.inverse[slot] = row;
+        call.gather_index[row] = slot;
+        call.scatter_index[slot] = row;
     });
 }
 
@@ -225,17 +225,17 @@ bool is_integer(int dtype) { return dtype == int(Dtype::int32) || dtype == int(D
 
 }  // namespace
 
-int route(const Route& call, Where where) {
-    const bool weighted = call.weights != nullptr;
-    if (!is_integer(call.ids_dtype) || (weighted && !is_float(call.weights_dtype)) ||
-        call.experts < 1 || call.experts > ROUTE_EXPERTS || call.slots < 0 ||
+int sort_slots(const Sort& call, Where where) {
+    const bool weighted = call.topk_weights != nullptr;
+    if (!is_integer(call.ids_dtype) || (weighted && !is_float(call.topk_weights_dtype)) ||
+        call.experts < 1 || call.experts > SORT_EXPERTS || call.slots < 0 ||
         call.slots > MOST_BLOCKS)
         return INVALID_VALUE;
     const int bins = call.experts + 1;
     // 48 KiB hold the counters of 4 warps up to 2455 experts, and of one up to the limit.
     const unsigned bytes = 4u * static_cast<unsigned>(bins);
     const unsigned warps = (PLACE_WARPS + 1) * bytes + 16 <= 48u << 10 ? PLACE_WARPS : 1;
-    const auto blocks = static_cast<unsigned>(ceil_div(ceil_div(call.slots, ROUTE_CHUNK), warps));
+    const auto blocks = static_cast<unsigned>(ceil_div(ceil_div(call.slots, SORT_CHUNK), warps));
     if (blocks) {
         const int status = launch(count_bins, {blocks}, {warps * WARP}, warps * bytes, where, call);
         if (status != SUCCESS) return status;

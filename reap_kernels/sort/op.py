@@ -5,11 +5,11 @@ from torch import Tensor
 
 from reap_kernels.dispatch import Backend, Request, Sizes, always, register, select
 from reap_kernels.errors import DtypeError, ShapeError
-from reap_kernels.route import cpu, cuda_backend, reference, triton_backend
+from reap_kernels.sort import cpu, cuda_backend, reference, triton_backend
 from reap_kernels.types import Routing
 
 
-def route(
+def sort_by_expert(
     topk_ids: Tensor,
     num_experts: int,
     *,
@@ -34,7 +34,7 @@ def route(
     check_routing(topk_ids, topk_weights)
     tokens, top_k = topk_ids.shape
     sizes = Sizes(tokens, top_k, num_experts)
-    request = Request("route", topk_ids.device, topk_ids.dtype, sizes=sizes)
+    request = Request("sort", topk_ids.device, topk_ids.dtype, sizes=sizes)
     routing: Routing = select(request, backend).run(topk_ids, topk_weights, num_experts)
     return routing
 
@@ -61,7 +61,9 @@ def cpu_only(request: Request) -> str | None:
     return None if request.device.type == "cpu" else f"inputs are on {request.device}, not the CPU"
 
 
-register(Backend("route", "reference", lambda _: 0, lambda _: None, always(reference.route)))
-register(Backend("route", "cpu", lambda _: 10, cpu_only, always(cpu.route)))
+register(
+    Backend("sort", "reference", lambda _: 0, lambda _: None, always(reference.sort_by_expert))
+)
+register(Backend("sort", "cpu", lambda _: 10, cpu_only, always(cpu.sort_by_expert)))
 register(triton_backend.BACKEND)
 register(cuda_backend.BACKEND)

@@ -1,4 +1,4 @@
-// Elements of quantised weights: codes of 8 and 4 bits, scales of 8, to float32. All exact.
+// Elements of quantized weights: codes of 8 and 4 bits, scales of 8, to float32. All exact.
 #pragma once
 
 #include "types.cuh"

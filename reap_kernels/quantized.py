@@ -1,4 +1,4 @@
-"""Quantised matrices of a layer's experts, as checkpoints store them, and what their codes mean.
+"""Quantized matrices of a layer's experts, as checkpoints store them, and what their codes mean.
 
 The definitions are written here once, in plain torch operations; kernels are checked against them.
 Nothing waits for the device, and tables on it are computed, not copied there.
@@ -24,9 +24,9 @@ MX_BLOCK = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Quantised(Sequence[Tensor]):
-    """E matrices [N, K] in one quantised format: a sequence of bf16 matrices, each computed when
-    it is asked for. `dequantise` makes all of them, or those that have rows, at once.
+class Quantized(Sequence[Tensor]):
+    """E matrices [N, K] in one quantized format: a sequence of bf16 matrices, each computed when
+    it is asked for. `dequantize` makes all of them, or those that have rows, at once.
 
     Formats; value is the product in float32, rounded once to bf16:
 
@@ -66,20 +66,20 @@ class Quantised(Sequence[Tensor]):
             self._check_groups()
         elif self.format == "mxfp4" and columns % MX_BLOCK:
             raise ShapeError(
-                f"Quantised.values is {tuple(self.values.shape)}, so K = {columns}; mxfp4 needs a "
+                f"Quantized.values is {tuple(self.values.shape)}, so K = {columns}; mxfp4 needs a "
                 f"multiple of {MX_BLOCK}"
             )
         if any(size < 1 or size & (size - 1) for size in self.block) or len(self.block) != 2:
             raise ShapeError(
-                f"Quantised.block is {self.block}; give two powers of two, such as (128, 128)"
+                f"Quantized.block is {self.block}; give two powers of two, such as (128, 128)"
             )
         if min(rows, columns) < 1:
-            raise ShapeError(f"Quantised.values is {tuple(self.values.shape)}: matrices are empty")
+            raise ShapeError(f"Quantized.values is {tuple(self.values.shape)}: matrices are empty")
         high, wide = self.scale_block
         want = (experts, -(-rows // high), -(-columns // wide))
         if tuple(self.scales.shape) != want:
             raise ShapeError(
-                f"Quantised.scales is {tuple(self.scales.shape)}; {self.format} values "
+                f"Quantized.scales is {tuple(self.scales.shape)}; {self.format} values "
                 f"{tuple(self.values.shape)} with a scale for {high} x {wide} elements need {want}"
             )
 
@@ -87,7 +87,7 @@ class Quantised(Sequence[Tensor]):
         """Raises unless both tensors are what the format stores, wherever they lie."""
         if self.format not in FORMATS:
             raise DtypeError(
-                f"Quantised.format {self.format!r} is not known; choose one of {', '.join(FORMATS)}"
+                f"Quantized.format {self.format!r} is not known; choose one of {', '.join(FORMATS)}"
             )
         _, stored, scaled = FORMATS[self.format]
         for name, tensor, allowed in (
@@ -96,22 +96,22 @@ class Quantised(Sequence[Tensor]):
         ):
             if tensor.dtype not in allowed:
                 raise DtypeError(
-                    f"Quantised.{name} is {tensor.dtype}; {self.format} has "
+                    f"Quantized.{name} is {tensor.dtype}; {self.format} has "
                     f"{' or '.join(map(str, allowed))}"
                 )
             if tensor.ndim != 3:
                 raise ShapeError(
-                    f"Quantised.{name} has shape {tuple(tensor.shape)}; give [E, ...] of three "
+                    f"Quantized.{name} has shape {tuple(tensor.shape)}; give [E, ...] of three "
                     "dimensions (the blocks of gpt-oss: blocks.flatten(2))"
                 )
             if not tensor.is_contiguous():
                 raise ShapeError(
-                    f"Quantised.{name} has strides {tensor.stride()} for shape "
+                    f"Quantized.{name} has strides {tensor.stride()} for shape "
                     f"{tuple(tensor.shape)}; pass {name}.contiguous()"
                 )
         if self.values.device != self.scales.device:
             raise DtypeError(
-                f"Quantised.values is on {self.values.device} and scales on {self.scales.device}; "
+                f"Quantized.values is on {self.values.device} and scales on {self.scales.device}; "
                 "move one"
             )
 
@@ -119,7 +119,7 @@ class Quantised(Sequence[Tensor]):
         columns, groups = self.shape[2], self.scales.shape[2]
         if groups < 1 or columns % groups or columns // groups % 8:
             raise ShapeError(
-                f"Quantised.scales has {groups} groups a row of K = {columns} elements; groups "
+                f"Quantized.scales has {groups} groups a row of K = {columns} elements; groups "
                 "must be equal and of a multiple of 8 elements"
             )
 
@@ -148,13 +148,13 @@ class Quantised(Sequence[Tensor]):
         """The device the codes lie on, and the matrices are made on."""
         return self.values.device
 
-    def part(self, first: int, last: int) -> "Quantised":
+    def part(self, first: int, last: int) -> "Quantized":
         """Experts first to last - 1, as views."""
-        return Quantised(self.values[first:last], self.scales[first:last], self.format, self.block)
+        return Quantized(self.values[first:last], self.scales[first:last], self.format, self.block)
 
-    def to(self, device: torch.device | str) -> "Quantised":
+    def to(self, device: torch.device | str) -> "Quantized":
         """The same on `device`."""
-        return Quantised(self.values.to(device), self.scales.to(device), self.format, self.block)
+        return Quantized(self.values.to(device), self.scales.to(device), self.format, self.block)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Values and scales."""

@@ -1,21 +1,21 @@
-"""CUDA routing: launches of the counting sort and of tile lists in `csrc/route.cu`."""
+"""CUDA sort by expert: launches of the counting sort and of tile lists in `csrc/sort.cu`."""
 
 import torch
 from torch import Tensor
 
 from reap_kernels import cuda
-from reap_kernels.route.slots import SortedSlots, Tiles, empty_tiles
+from reap_kernels.sort.slots import SortedSlots, Tiles, empty_tiles
 from reap_kernels.types import Routing
 
-_ROUTE = cuda.Kernel(
-    "route",
+_SORT = cuda.Kernel(
+    "sort_slots",
     ids=cuda.INTEGERS,
-    weights=cuda.FLOATS,
+    topk_weights=cuda.FLOATS,
     counts=torch.int32,
     totals=torch.int32,
     offsets=torch.int64,
-    order=torch.int64,
-    inverse=torch.int64,
+    gather_index=torch.int64,
+    scatter_index=torch.int64,
 )
 _SCHEDULE = cuda.Kernel(
     "schedule_tiles",
@@ -37,26 +37,26 @@ def sort_slots(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) 
     where = topk_ids.device
     ids = topk_ids if topk_ids.dtype in cuda.INTEGERS else topk_ids.to(torch.int64)
     slots, bins = ids.numel(), num_experts + 1
-    chunks = -(-slots // cuda.constant(where, "ROUTE_CHUNK"))
+    chunks = -(-slots // cuda.constant(where, "SORT_CHUNK"))
 
     def empty(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(size, dtype=dtype, device=where)
 
-    offsets, order, inverse = empty(bins), empty(slots), empty(slots)
-    _ROUTE(
+    offsets, gather_index, scatter_index = empty(bins), empty(slots), empty(slots)
+    _SORT(
         where,
         f"T = {len(ids)}, k = {ids.shape[1]}, E = {num_experts}",
         ids=ids.contiguous(),
-        weights=None if topk_weights is None else topk_weights.contiguous(),
+        topk_weights=None if topk_weights is None else topk_weights.contiguous(),
         slots=slots,
         experts=num_experts,
         counts=empty(chunks, bins, dtype=torch.int32),
         totals=empty(bins, dtype=torch.int32),
         offsets=offsets,
-        order=order,
-        inverse=inverse,
+        gather_index=gather_index,
+        scatter_index=scatter_index,
     )
-    return SortedSlots(order, inverse, offsets, ids.shape[1], schedule)
+    return SortedSlots(gather_index, scatter_index, offsets, ids.shape[1], schedule)
 
 
 def schedule(offsets: Tensor, slots: int, block_m: int) -> Tiles:
@@ -76,7 +76,7 @@ def schedule(offsets: Tensor, slots: int, block_m: int) -> Tiles:
     return tiles
 
 
-def route(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> Routing:
-    """See `reap_kernels.route.op.route`."""
+def sort_by_expert(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> Routing:
+    """See `reap_kernels.sort.op.sort_by_expert`."""
     found = sort_slots(topk_ids, topk_weights, num_experts)
-    return Routing(found.order, found.offsets, found.top_k)
+    return Routing(found.gather_index, found.offsets, found.top_k)

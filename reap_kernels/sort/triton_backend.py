@@ -1,4 +1,4 @@
-"""When the `triton` backend serves `route`, and its self-check; Triton is imported at first use."""
+"""When the `triton` backend serves `sort`, and its self-check; Triton is imported at first use."""
 
 from collections.abc import Callable
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from reap_kernels import device, selfcheck
 from reap_kernels.dispatch import Backend, Request
-from reap_kernels.route import reference
+from reap_kernels.sort import reference
 from reap_kernels.testing import ROUTING_CASES, make_inputs
 from reap_kernels.types import Routing
 
-Route = Callable[[Tensor, Tensor | None, int], Routing]
+Sort = Callable[[Tensor, Tensor | None, int], Routing]
 
 
 def priority(request: Request) -> int:
@@ -32,29 +32,32 @@ def limits(request: Request) -> str | None:
 
 
 def refusal(request: Request) -> str | None:
-    """Why `route` cannot be served, or None."""
+    """Why `sort` cannot be served, or None."""
     return limits(request) or selfcheck.verdict(
-        "route", request.device, {}, lambda: check(prepare(request), request.device)
+        "sort", request.device, {}, lambda: check(prepare(request), request.device)
     )
 
 
-def prepare(request: Request) -> Route:
-    """See `reap_kernels.route.op.route`."""
-    from reap_kernels.route import gpu
+def prepare(request: Request) -> Sort:
+    """See `reap_kernels.sort.op.sort_by_expert`."""
+    from reap_kernels.sort import gpu
 
-    return gpu.route
+    return gpu.sort_by_expert
 
 
-def check(run: Route, where: torch.device) -> str | None:
+def check(run: Sort, where: torch.device) -> str | None:
     """Compares routings, which must be equal to the reference's."""
     for case in ROUTING_CASES:
         inputs = make_inputs(case)
         ids, weights = inputs.topk_ids.to(where), inputs.topk_weights.to(where)
         got = run(ids, weights, case.experts)
-        want = reference.route(ids, weights, case.experts)
-        if not (torch.equal(got.order, want.order) and torch.equal(got.offsets, want.offsets)):
-            return f"another order than the reference's for case {case.name!r}"
+        want = reference.sort_by_expert(ids, weights, case.experts)
+        if not (
+            torch.equal(got.gather_index, want.gather_index)
+            and torch.equal(got.offsets, want.offsets)
+        ):
+            return f"another gather_index than the reference's for case {case.name!r}"
     return None
 
 
-BACKEND = Backend("route", "triton", priority, refusal, prepare)
+BACKEND = Backend("sort", "triton", priority, refusal, prepare)

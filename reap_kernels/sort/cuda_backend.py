@@ -1,8 +1,8 @@
-"""When the `cuda` backend serves `route`, and its self-check."""
+"""When the `cuda` backend serves `sort`, and its self-check."""
 
 from reap_kernels import cuda, selfcheck, tuning
 from reap_kernels.dispatch import Backend, Request
-from reap_kernels.route.triton_backend import Route, check
+from reap_kernels.sort.triton_backend import Sort, check
 
 
 def priority(request: Request) -> int:
@@ -14,7 +14,7 @@ def priority(request: Request) -> int:
     if cuda.refusal(request.device) is not None:
         return 1
     sizes = request.sizes
-    path = tuning.choose_path(
+    path = tuning.choose_backend(
         request.device, request.op, request.dtype, sizes.intermediate, sizes.rows
     )
     return 30 if path == "cuda" else 10
@@ -26,7 +26,7 @@ def limits(request: Request) -> str | None:
     if reason is not None:
         return reason
     sizes = request.sizes
-    most = cuda.constant(request.device, "ROUTE_EXPERTS")
+    most = cuda.constant(request.device, "SORT_EXPERTS")
     if sizes.experts > most:
         return f"{sizes.experts} experts are more than it counts, {most}; `triton` has no limit"
     if sizes.tokens * sizes.top_k >= 1 << 31:
@@ -35,20 +35,20 @@ def limits(request: Request) -> str | None:
 
 
 def refusal(request: Request) -> str | None:
-    """Why `route` cannot be served, or None."""
+    """Why `sort` cannot be served, or None."""
     return limits(request) or selfcheck.verdict(
-        "route.cuda",
+        "sort.cuda",
         request.device,
         {"module": cuda.digest(request.device)},
         lambda: check(prepare(request), request.device),
     )
 
 
-def prepare(request: Request) -> Route:
-    """See `reap_kernels.route.op.route`."""
-    from reap_kernels.route import kernel_cuda
+def prepare(request: Request) -> Sort:
+    """See `reap_kernels.sort.op.sort_by_expert`."""
+    from reap_kernels.sort import kernel_cuda
 
-    return kernel_cuda.route
+    return kernel_cuda.sort_by_expert
 
 
-BACKEND = Backend("route", "cuda", priority, refusal, prepare)
+BACKEND = Backend("sort", "cuda", priority, refusal, prepare)

@@ -40,15 +40,15 @@ class SortedSlots:
     """A routing on the device, with what kernels need beyond `Routing`.
 
     Attributes:
-        order: [S] int64, slot of each sorted row.
-        inverse: [S] int64, sorted row of each slot.
+        gather_index: [S] int64, slot of each sorted row.
+        scatter_index: [S] int64, sorted row of each slot.
         offsets: [E + 1] int64, first row of each expert; `offsets[E]` rows are served.
         top_k: slots of a token.
         schedule: lists tiles: (offsets, S, block_m).
     """
 
-    order: Tensor
-    inverse: Tensor
+    gather_index: Tensor
+    scatter_index: Tensor
     offsets: Tensor
     top_k: int
     schedule: Callable[[Tensor, int, int], Tiles]
@@ -63,12 +63,14 @@ class SortedSlots:
         """The rows of experts first to last - 1, as experts 0, 1, ... of as many rows in all."""
         # A tensor of its own, aligned whatever `first`: Triton compiles for an alignment.
         offsets = self.offsets[first : last + 1].clone()
-        return SortedSlots(self.order, self.inverse, offsets, self.top_k, self.schedule)
+        return SortedSlots(
+            self.gather_index, self.scatter_index, offsets, self.top_k, self.schedule
+        )
 
     def tiles(self, block_m: int) -> Tiles:
         """The tile list for tiles of `block_m` rows, made once."""
         if block_m not in self._tiles:
-            self._tiles[block_m] = self.schedule(self.offsets, len(self.order), block_m)
+            self._tiles[block_m] = self.schedule(self.offsets, len(self.gather_index), block_m)
         return self._tiles[block_m]
 
 
