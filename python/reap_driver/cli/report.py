@@ -60,6 +60,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     plan = None if args.plan is None else Plan.load(args.plan)
     comparison = None if args.compare is None else read_comparison(args.compare)
     args.out.mkdir(exist_ok=True)
-    files = write_report(stats, args.out, plan, criterion=args.criterion, comparison=comparison)
-    console.say(f"wrote {files[0]} and {len(files) - 1} pictures beside it")
-    return {"out": str(args.out), "files": [str(path) for path in files]}
+    written = write_report(stats, args.out, plan, criterion=args.criterion, comparison=comparison)
+    console.say(f"wrote {written.page} and {len(written.pictures)} pictures beside it")
+    return {"out": str(args.out), "files": [str(path) for path in written]}

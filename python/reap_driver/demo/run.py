@@ -29,7 +29,6 @@ from transformers.utils import logging as transformers_logging
 from reap_driver.cli.console import emit
 from reap_driver.demo.corpus import load_corpus
 from reap_driver.demo.evaluate import Evaluation, evaluate, token_windows
-from reap_driver.demo.picture import draw_scores
 from reap_driver.demo.table import format_report
 from reap_driver.load.resident import load_model
 from reap_driver.observation.observer import observe
@@ -208,6 +207,8 @@ def _prune(
 
 
 def _draw(scores: dict[str, Scores], plans: list[tuple[Plan, int | None]], path: Path) -> None:
+    from reap_driver.demo.picture import draw_scores  # imports matplotlib
+
     kept = {(plan.criterion, plan.ratio): plan.kept for plan, _ in plans}
     light, heavy = RATIOS
     panels = {_TITLES[c]: (scores[c], kept[c, light], kept[c, heavy]) for c in CRITERIA}

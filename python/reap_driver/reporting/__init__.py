@@ -1,1 +1,1 @@
-"""The report: one HTML page, and its pictures as PNG files, of statistics and perhaps a plan."""
+"""The report: statistics, and optionally a plan, as one HTML page and PNG pictures."""

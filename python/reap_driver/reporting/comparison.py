@@ -1,4 +1,4 @@
-"""What `reap-kernels compare --json` printed, as a table of the report."""
+"""What `reap-kernels compare --json` printed, as tables of the report."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from reap_driver.evaluation.comparison_file import FORMAT
 from reap_driver.plan.published import public_name
-from reap_driver.reporting import html
-from reap_driver.reporting.html import Share
+from reap_driver.reporting.elements import Cell, Fact, Facts, Part, Share, Table
 
 # Key of a figure -> its name, in the order of the table.
 _FIGURES = {
@@ -23,7 +22,7 @@ _FIGURES = {
 _RATES = {
     "orphan_rate": "Tokens that lose their first expert",
     "stranded_rate": "Tokens that lose all their experts",
-    "retained_gate_share": "Gate weight of a token that stays",
+    "retained_gate_share": "Share of a token's router weight that is kept",
 }
 
 
@@ -31,16 +30,16 @@ def read_comparison(path: Path) -> dict[str, Any]:
     """Reads what `compare --json` printed.
 
     Raises:
-        DataError: the file cannot be read, or is something else; names the field.
+        DataError: the file cannot be read or is not a comparison; names the field.
     """
     return FORMAT.read(path)
 
 
-def comparison_table(found: Mapping[str, Any]) -> str:
-    """Figures by group with their intervals, and what the plan did to the routing."""
+def comparison_parts(found: Mapping[str, Any]) -> list[Part]:
+    """Figures per group with their intervals, and what the plan did to the routing."""
     groups = found["groups"] if len(found["groups"]) > 1 else {}
     columns = {**groups, "all": found["overall"]}
-    rows: list[list[html.Cell]] = [
+    rows: list[list[Cell]] = [
         [name, *(_interval(figures[key]) for figures in columns.values())]
         for key, name in _FIGURES.items()
     ]
@@ -50,13 +49,13 @@ def comparison_table(found: Mapping[str, Any]) -> str:
         f"{' and '.join(names)} on the same text, with {100 * found['confidence']:g} % intervals"
     )
     rates = found.get("integrity") or {}
-    known = [(name, str(Share(rates[key]))) for key, name in _RATES.items() if key in rates]
-    table = html.table(caption, ["", *columns], rows)
-    return table + (html.facts(known) if known else "")
+    known = [Fact(name, str(Share(rates[key]))) for key, name in _RATES.items() if key in rates]
+    table = Table(caption, ["", *columns], rows)
+    return [table, Facts(known)] if known else [table]
 
 
 def _interval(figure: Mapping[str, Any]) -> str | None:
-    """`10.55 [10.2, 10.9]`; None where the figure is infinite, which JSON has as null."""
+    """`10.55 [10.2, 10.9]`; None for an infinite figure, which JSON stores as null."""
     value, low, high = figure["value"], figure["low"], figure["high"]
     if value is None:
         return None

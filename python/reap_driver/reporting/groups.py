@@ -1,81 +1,222 @@
-"""The picture of the calibration groups: who has specialists where, and what each one loses."""
+"""Compares calibration groups: their specialists, and what other group weights would keep."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-from matplotlib.figure import Figure
+from torch import Tensor
 
+from reap_driver.plan.criteria import Scores
+from reap_driver.plan.scoring import score
+from reap_driver.plan.stability import rank_correlation
+from reap_driver.reporting.elements import Cell, Paragraph, Part, Share, Table
+from reap_driver.reporting.inputs import Inputs
 from reap_driver.reporting.measures import LayerMeasures
-from reap_driver.reporting.specialists import specialised
-from reap_driver.reporting.style import COLOURS, MUTED, colour_bar, layer_ticks, new_figure
 
-_FEW_LAYERS = {False: 24, True: 6}  # narrow -> up to here cells have their number written in
-
-
-def draw_groups(layers: Sequence[LayerMeasures], groups: Sequence[str], *, narrow: bool) -> Figure:
-    """Groups x layers: specialists; with a plan also how many of them go, and the mass it keeps."""
-    strips = group_strips(layers)
-    figure = new_figure(
-        len(strips) * (0.55 + 0.27 * len(groups) + (0.62 if narrow else 0)) + 0.4, narrow=narrow
-    )
-    axes = figure.subplots(len(strips), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (title, (values, unit)) in zip(axes, strips.items(), strict=True):
-        low, high = _range(values, unit)
-        image = axis.imshow(
-            values, cmap=COLOURS, vmin=low, vmax=high, aspect="auto", interpolation="none"
-        )
-        none = np.argwhere(~np.isfinite(values))
-        axis.plot(none[:, 1], none[:, 0], ".", color=MUTED, markersize=2.5)
-        axis.spines[:].set_visible(False)
-        axis.set_yticks(range(len(groups)), [_short(group) for group in groups])
-        axis.tick_params(left=False)
-        axis.set_title(title)
-        colour_bar(figure, image, axis, unit, narrow=narrow)
-        if len(layers) <= _FEW_LAYERS[narrow]:
-            _write_values(axis, values, (low + high) / 2)
-    layer_ticks(axes[-1], [layer.label for layer in layers], narrow=narrow)
-    axes[-1].set_xlabel("MoE layer")
-    return figure
+# With fewer rows, an expert's distribution over groups is too uncertain to call it a specialist.
+_ENOUGH = 100
+_EACH = 3  # specialists shown of each group
 
 
-def group_strips(layers: Sequence[LayerMeasures]) -> dict[str, tuple[np.ndarray, str]]:
-    """Title -> values [groups, layers] and unit, for each strip of the picture."""
-    masks = [specialised(layer).numpy() for layer in layers]
-    number = np.array([mask.sum(1) for mask in masks], dtype=float).T
-    strips = {}
-    if layers[0].cut is not None:
-        kept = np.array([layer.retained_by_group for layer in layers]).T
-        strips["Routing mass kept of each group"] = (100 * kept, "%")
-        gone = [
-            (mask & ~layer.cut.kept.numpy()).sum(1)
-            for mask, layer in zip(masks, layers, strict=True)
-            if layer.cut is not None
+@dataclass(frozen=True)
+class Specialist:
+    """An expert whose routing mass comes mostly from one group.
+
+    Attributes:
+        layer: label of its layer.
+        expert: its id.
+        group: the group it serves.
+        part: the group's share of the expert's routing mass, groups weighted equally; in [0, 1].
+        share: the expert's share of the group's routing mass in that layer; in [0, 1].
+        rows: rows (token, slot) routed to it, all groups together.
+        kept: whether the plan keeps it; None without a plan.
+    """
+
+    layer: str
+    expert: int
+    group: str
+    part: float
+    share: float
+    rows: int
+    kept: bool | None
+
+
+@dataclass(frozen=True)
+class Reweighted:
+    """How a plan of the same size would differ if groups had other weights.
+
+    Attributes:
+        name: name of the weighting.
+        changed: kept experts that would be replaced by others, over all layers.
+        kept: experts kept, over all layers.
+        worst: label of the layer where the largest share of kept experts would be replaced.
+        worst_share: that share.
+    """
+
+    name: str
+    changed: int
+    kept: int
+    worst: str
+    worst_share: float
+
+
+def parts(layer: LayerMeasures) -> Tensor:
+    """Each group's share of every expert's routing mass, groups weighted equally: float64 [G, E].
+
+    p_g(e) / sum_g p_g(e), where p_g(e) is the expert's share of group g's mass. Columns sum to 1,
+    or to 0 where no row was routed to the expert.
+    """
+    return layer.shares / layer.shares.sum(0).clamp(min=1e-300)
+
+
+def threshold(num_groups: int) -> float:
+    """The part from which on an expert is a group's specialist: 0.75 with two groups, 0.5 with
+    more.
+    """
+    return 0.75 if num_groups == 2 else 0.5
+
+
+def specialized(layer: LayerMeasures) -> Tensor:
+    """bool [G, E]: which experts are specialists of which group; experts with few rows are not."""
+    enough = layer.count >= _ENOUGH
+    return (parts(layer) >= threshold(len(layer.mass))) & enough
+
+
+def most_specialized(
+    layers: Sequence[LayerMeasures], groups: Sequence[str], each: int
+) -> list[Specialist]:
+    """Of each group, the `each` specialists with the largest share of its mass, in group order."""
+    found = []
+    for number, group in enumerate(groups):
+        of_group = [
+            Specialist(
+                layer=layer.label,
+                expert=expert,
+                group=group,
+                part=float(parts(layer)[number, expert]),
+                share=float(layer.shares[number, expert]),
+                rows=int(layer.count[expert]),
+                kept=None if layer.cut is None else bool(layer.cut.kept[expert]),
+            )
+            for layer in layers
+            for expert in specialized(layer)[number].nonzero().flatten().tolist()
         ]
-        with np.errstate(invalid="ignore"):  # NaN, drawn as a dot, where a group has none
-            strips["Specialists of the group that go"] = (100 * np.array(gone).T / number, "%")
-    strips["Specialists of the group, all experts"] = (number, "experts")
-    return strips
+        found += sorted(of_group, key=lambda one: -one.share)[:each]
+    return found
 
 
-def _range(values: np.ndarray, unit: str) -> tuple[float, float]:
-    """Ends of the colour scale, in round numbers."""
-    known = values[np.isfinite(values)]
-    if not len(known):
-        return 0.0, 1.0
-    step = 10.0 if unit == "%" else 1.0
-    low, high = step * np.floor(known.min() / step), step * np.ceil(known.max() / step)
-    return float(low), float(max(high, low + step))
+def reweighted(layers: Sequence[LayerMeasures], scores: Mapping[str, Scores]) -> list[Reweighted]:
+    """How the kept experts would change under other scores, with as many kept in every layer.
+
+    Args:
+        layers: measures with the plan's cut.
+        scores: name of a weighting -> its scores.
+    """
+    rows = []
+    for name, other in scores.items():
+        changes = []
+        for layer in layers:
+            assert layer.cut is not None
+            number = int(layer.cut.kept.sum())
+            best = best_as_many(other[layer.name], layer.cut.kept, layer.n_group)
+            changes.append((number - int(layer.cut.kept[best].sum()), number, layer.label))
+        lost, number, label = max(changes, key=lambda change: change[0] / change[1])
+        rows.append(
+            Reweighted(
+                name=name,
+                changed=sum(change[0] for change in changes),
+                kept=sum(change[1] for change in changes),
+                worst=label,
+                worst_share=lost / number,
+            )
+        )
+    return rows
 
 
-def _write_values(axis: Any, values: np.ndarray, middle: float) -> None:
-    for row, column in np.argwhere(np.isfinite(values)):
-        value = values[row, column]
-        axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7.5,
-                  color="white" if value < middle else "black")  # fmt: skip
+def best_as_many(scores: Tensor, kept: Tensor, n_group: int) -> list[int]:
+    """Ids with the best scores, as many in each routing group as `kept` has.
+
+    Args:
+        scores: float64 [E].
+        kept: bool [E].
+        n_group: routing groups, consecutive runs of E / n_group ids.
+    """
+    size = len(scores) // n_group
+    found = []
+    for start in range(0, size * n_group, size):
+        ranked = scores[start : start + size].sort(descending=True, stable=True).indices
+        number = int(kept[start : start + size].sum())
+        found += [start + index for index in ranked[:number].tolist()]
+    return found
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 16 else name[:15] + "…"
+def group_parts(inputs: Inputs) -> list[Part]:
+    """Specialists, correlation of scores between groups, and what other weights would keep."""
+    groups = inputs.stats.groups
+    if len(groups) < 2:
+        return [
+            Paragraph(
+                f"All data are in one group ({groups[0]}). To see which experts serve which group, "
+                "name the groups when observing (--data GROUP=SOURCE)."
+            )
+        ]
+    return [_specialist_table(inputs), _correlation_table(inputs), *_reweighted_table(inputs)]
+
+
+def _specialist_table(inputs: Inputs) -> Part:
+    found = most_specialized(inputs.layers, inputs.stats.groups, _EACH)
+    if not found:
+        return Paragraph("No expert is a specialist of one group.")
+    headings = ["group", "layer", "expert", "part of its mass", "share of the group's mass", "rows"]
+    rows: list[list[Cell]] = [
+        [one.group, one.layer, one.expert, Share(one.part), Share(one.share), one.rows]
+        for one in found
+    ]
+    if inputs.plan is not None:
+        headings.append("plan")
+        for row, one in zip(rows, found, strict=True):
+            row.append("kept" if one.kept else "removed")
+    caption = f"Specialists with the largest share of their group's mass, up to {_EACH} per group"
+    return Table(caption, headings, rows)
+
+
+def _correlation_table(inputs: Inputs) -> Part:
+    scores = inputs.single_groups
+    if not scores:
+        return Paragraph(
+            "Not every group reached every layer, so groups cannot be scored by themselves; "
+            "observe more data of each group to compare them."
+        )
+    means: dict[frozenset[str], float] = {}
+    for one, other in itertools.combinations(scores, 2):
+        by_layer = rank_correlation(scores[one], scores[other])
+        means[frozenset((one, other))] = sum(by_layer.values()) / len(by_layer)
+    rows: list[list[Cell]] = [
+        [one, *(1.0 if one == other else means[frozenset((one, other))] for other in scores)]
+        for one in scores
+    ]
+    caption = "Rank correlation of scores between groups, mean over layers (1: the same order)"
+    return Table(caption, ["group", *scores], rows)
+
+
+def _reweighted_table(inputs: Inputs) -> list[Part]:
+    if inputs.plan is None or not inputs.single_groups:
+        return []
+    weightings = {f"{group} alone": scores for group, scores in inputs.single_groups.items()}
+    equal = dict.fromkeys(inputs.stats.groups, 1.0)
+    weightings["all groups equal"] = score(inputs.stats, inputs.scores.criterion, equal)
+    rows: list[list[Cell]] = [
+        [
+            one.name,
+            one.changed,
+            Share(one.changed / one.kept),
+            one.worst,
+            Share(one.worst_share),
+        ]
+        for one in reweighted(inputs.layers, weightings)
+    ]
+    caption = "Experts that other group weights would keep instead, with as many kept per layer"
+    headings = ["weights", "experts replaced", "share of those kept", "most in layer", "its share"]
+    return [Table(caption, headings, rows)]

@@ -1,4 +1,4 @@
-"""What a report is made of, checked: statistics, and perhaps a plan and a comparison."""
+"""What a report shows, checked: statistics, their scores, and optionally a plan."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ DEFAULT_CRITERION = "reap"
 
 @dataclass(frozen=True)
 class Inputs:
-    """Statistics with their scores and, if there is one, a plan of the same model.
+    """Statistics, their scores and optionally a plan, all of the same model.
 
     Attributes:
         stats: observed statistics.
-        plan: which experts stay; None for none.
-        scores: what the pictures show.
+        plan: which experts are kept; None shows the statistics alone.
+        scores: the scores that the pictures show.
     """
 
     stats: SaliencyStats
@@ -40,13 +40,13 @@ class Inputs:
 
     @classmethod
     def checked(cls, stats: SaliencyStats, plan: Plan | None, criterion: str | None) -> Inputs:
-        """Scores the statistics by the plan's criterion and weights, or by `criterion`. Where the
-        plan's was brought from elsewhere and cannot be computed here, by the default one.
+        """Scores the statistics by `criterion`, or else by the plan's criterion and weights. A plan
+        whose criterion is not built in is shown with scores of the default criterion.
 
         Raises:
-            PlanError: the plan is of another model, or counts other experts in a layer; the
-                criterion is unknown, or the weights do not fit.
-            DataError: see `reap_driver.score`.
+            PlanError: the plan was made for another model, or has another number of experts in a
+                layer; the criterion is unknown; the plan's weights do not fit the groups.
+            DataError: the statistics cannot be scored; see `reap_driver.score`.
         """
         if plan is not None:
             plan = plan.covering({name: la.num_experts for name, la in stats.layers.items()})
@@ -58,7 +58,7 @@ class Inputs:
 
     @property
     def model(self) -> str:
-        """Name of the model."""
+        """Name of the model, without a path."""
         known = self.stats.provenance.get("model") or {}
         return public_name(str(known.get("id") or "a model"))
 
@@ -72,34 +72,37 @@ class Inputs:
 
     @cached_property
     def doubt(self) -> str | None:
-        """Why it is not known which experts are inside the decision margin; None where it is."""
+        """Why the decision margin is not known; None where it is."""
         if len(self.stats.parts) < 2:
             return (
-                "The statistics were not kept in parts, so which decisions another sample of the "
+                "The statistics were not kept in folds, so which decisions another sample of the "
                 "data would change is not known; observe with --folds 8 to see it here."
             )
         if self.plan is not None and self.plan.criterion != self.scores.criterion:
-            return "Scores are by another criterion than the plan's, so its margin is not shown."
+            return (
+                "The scores shown are by another criterion than the plan's, so the plan's margin "
+                "is not shown."
+            )
         found = known_criterion(self.scores.criterion)
         if found is None or not found.is_sum:
             return (
-                f"{self.scores.criterion} is no function of sums, so parts of the data say nothing "
-                "about its margin."
+                f"Scores by {self.scores.criterion} are not a function of sums, so their margin "
+                "cannot be estimated from folds of the data."
             )
         try:
             _ = self._uncertainty
         except DataError as error:  # one short sequence has tokens in one part only
-            return f"How sure the decisions are cannot be told: {error}."
+            return f"The decision margin cannot be estimated: {error}."
         return None
 
     @property
     def near(self) -> str:
-        """What experts close to the cut are, in words."""
+        """How experts near the cut are described on the page."""
         return f"within {100 * NEAR:g} % of the cut" if self.doubt else "inside the margin"
 
     @cached_property
     def uncertainty(self) -> dict[str, Uncertainty]:
-        """Of the scores; empty where it is not known."""
+        """Layer -> uncertainty of its scores; empty where it is not known."""
         return {} if self.doubt is not None else self._uncertainty
 
     @cached_property
@@ -108,18 +111,18 @@ class Inputs:
 
     @cached_property
     def single_groups(self) -> dict[str, Scores]:
-        """Scores by each group alone; empty where one of them did not reach every layer."""
+        """Scores by each group alone; empty if some group did not reach every layer."""
         reached = all(bool(layer.tokens.all()) for layer in self.stats.layers.values())
         return group_scores(self.stats, self.scores.criterion) if reached else {}
 
     @property
     def protected(self) -> int:
-        """Experts the plan was told to keep whatever they score."""
+        """Number of experts that the plan was told to keep whatever their score."""
         named = {} if self.plan is None else self.plan.settings.get("protected", {})
         return sum(len(experts) for experts in named.values())
 
     def notes(self) -> list[str]:
-        """What a reader must know before the pictures."""
+        """What a reader must know before looking at the pictures."""
         found = []
         plan, unobserved = self.plan, self.scores.unobserved
         if plan is not None:
@@ -127,8 +130,8 @@ class Inputs:
             other = differences(plan.record, self.stats.provenance).text
             if other:
                 found.append(
-                    "The plan was made for a model (there) whose configuration differs from that "
-                    f"of the model observed (here): {other}."
+                    "The configuration of the model the plan was made for (there) differs from "
+                    f"that of the model observed (here): {other}."
                 )
             if plan.criterion != self.scores.criterion:
                 found.append(
@@ -137,25 +140,25 @@ class Inputs:
                 )
             elif plan.scores_digest != self.scores.digest():
                 found.append(
-                    "The plan was made from other scores than these statistics give (digests "
-                    "differ): the cut is the plan's, the scores are these statistics'."
+                    "The plan was made from other scores than these statistics give (their digests "
+                    "differ): the cut shown is the plan's, the scores are those of the statistics."
                 )
         if unobserved:
             found.append(
-                f"{len(unobserved)} MoE layers were reached by no token and are not shown: "
+                f"No token reached {len(unobserved)} of the MoE layers, which are not shown: "
                 f"{', '.join(unobserved[:4])}{', ...' if len(unobserved) > 4 else ''}."
             )
         return found
 
 
 def _check_plan(stats: SaliencyStats, plan: Plan) -> None:
-    """The plan is one of the model that was observed."""
+    """Raises PlanError unless the plan was made for the model that was observed."""
     for name, layer in stats.layers.items():
         planned = plan.layers[name]
         if planned.num_experts != layer.num_experts:
             raise PlanError(
-                f"plan: layer {name} was observed with {layer.num_experts} experts, the plan says "
-                f"{planned.num_experts} experts; give a plan made from these statistics"
+                f"plan: layer {name} has {planned.num_experts} experts in the plan, but "
+                f"{layer.num_experts} in the statistics; give a plan made from these statistics"
             )
     found = differences(plan.record, stats.provenance)
     if found.deciding or found.unnamed:

@@ -1,4 +1,4 @@
-"""What a report shows of each layer: load, cut, margin, routing mass. Numbers only, no pictures."""
+"""Measures each layer for the report: load, cut, margin and routing mass, as numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reap_driver.plan.criteria import Scores
 from reap_driver.plan.plan import Plan
 from reap_kernels import SaliencyStats
 
-# Experts whose score is within this share of the cut could change sides by little.
+# Experts whose score differs from the cut by less than this share are near it.
 NEAR = 0.05
 
 
@@ -24,18 +24,18 @@ class Cut:
     """Where a plan cuts one layer.
 
     Attributes:
-        kept: bool [E], experts that stay.
-        score: the score between those that stay and those that go: the mean of the K-th and the
-            next best score, with K experts kept; the lowest score where all stay.
-        gap: (K-th best - next best) / K-th best; None where all stay or the K-th best scored 0.
-        lowest_kept: id of the worst expert that stays.
-        highest_removed: id of the best expert that goes; None where all stay.
-        order: ids [E], kept experts first, by descending score on either side.
-        near_kept: kept experts whose place is in doubt: inside the decision margin where that is
-            known, else those that score less than `NEAR` above the cut.
-        near_removed: removed experts in doubt, or less than `NEAR` below the cut.
-        exceptions: removed experts that score above the cut; a plan may have reasons for some
-            (routing groups, protected experts, an edit by hand).
+        kept: bool [E], experts that are kept.
+        score: the score at the cut: with K experts kept, the mean of the K-th and the next best
+            score; the lowest score where all are kept.
+        gap: (K-th best - next best) / K-th best; None where all are kept or the K-th best is 0.
+        lowest_kept: id of the kept expert with the lowest score.
+        highest_removed: id of the removed expert with the highest score; None where all are kept.
+        order: int64 [E], ids, kept experts first, each side by descending score.
+        near_kept: number of kept experts near the cut: inside the decision margin where that is
+            known, else with a score less than `NEAR` above the cut.
+        near_removed: number of removed experts near the cut, likewise.
+        exceptions: number of removed experts that score above the cut; possible where a plan
+            respects routing groups, protects experts, or was edited by hand.
     """
 
     kept: Tensor
@@ -50,13 +50,17 @@ class Cut:
 
     @classmethod
     def of(cls, scores: Tensor, kept: Sequence[int], doubtful: Sequence[int] | None) -> Cut:
-        """Of the scores [E] of a layer, the ids it keeps, and those inside the decision margin;
-        None where that is not known.
+        """The cut of one layer.
+
+        Args:
+            scores: float64 [E].
+            kept: ids of the kept experts.
+            doubtful: ids inside the decision margin; None where the margin is not known.
         """
         mask = torch.zeros(len(scores), dtype=torch.bool)
         mask[list(kept)] = True
         best = scores.sort(descending=True, stable=True)
-        # Stable: of equal scores the lower index comes first, as plans have it.
+        # Stable, so that of equal scores the lower id comes first, as in plans.
         order = best.indices[(~mask[best.indices]).sort(stable=True).indices]
         last = float(best.values[len(kept) - 1])
         after = float(best.values[len(kept)]) if len(kept) < len(scores) else last
@@ -80,7 +84,7 @@ class Cut:
 
     @property
     def near(self) -> int:
-        """Experts in doubt, or close to the cut, on either side."""
+        """Number of experts near the cut, on both sides."""
         return self.near_kept + self.near_removed
 
 
@@ -90,14 +94,14 @@ class LayerMeasures:
 
     Attributes:
         name: qualified name of its experts module.
-        label: short name: its number in the model.
+        label: its number in the model, shown on the page.
         scores: float64 [E].
         count: int64 [E], rows routed to each expert.
-        mass: float64 [G, E], sum of the gate weights each expert got from each calibration group.
-        cut: of the plan; None without one.
-        retained: share of the routing mass that the plan's experts have; None without a plan.
-        retained_by_group: the same of each calibration group's mass; empty without a plan.
-        n_group: routing groups, consecutive runs of as many ids; 1 for none.
+        mass: float64 [G, E], sum of the router weights of each expert in each calibration group.
+        cut: the plan's cut; None without a plan.
+        retained: share of the routing mass on kept experts; None without a plan.
+        retained_by_group: the same for each calibration group; empty without a plan.
+        n_group: routing groups, consecutive runs of E / n_group ids; 1 without routing groups.
     """
 
     name: str
@@ -117,12 +121,12 @@ class LayerMeasures:
 
     @cached_property
     def load(self) -> Tensor:
-        """Rows of each expert over the mean of the layer, float64 [E]: 1 is an even load."""
+        """Rows of each expert over the layer's mean, float64 [E]; 1 is an even load."""
         return self.count.double() / self.count.double().mean().clamp(min=1e-300)
 
     @property
     def dead(self) -> int:
-        """Experts that no row was routed to."""
+        """Number of experts that no row was routed to."""
         return int((self.count == 0).sum())
 
     @property
@@ -132,14 +136,14 @@ class LayerMeasures:
 
     @cached_property
     def gini(self) -> float:
-        """Gini coefficient of the load: 0 for an even one, (E - 1) / E when one expert has all."""
+        """Gini coefficient of the load: 0 if it is even, (E - 1) / E if one expert has it all."""
         ascending = self.load.sort().values
         ranks = torch.arange(1, len(ascending) + 1, dtype=torch.float64)
         return float((2 * ranks - len(ascending) - 1) @ ascending / len(ascending) ** 2)
 
     @cached_property
     def shares(self) -> Tensor:
-        """Share of each group's routing mass that each expert has, float64 [G, E]."""
+        """Each expert's share of each group's routing mass, float64 [G, E]; rows sum to 1."""
         return self.mass / self.mass.sum(1, keepdim=True).clamp(min=1e-300)
 
 
@@ -153,9 +157,9 @@ def measure(
 
     Args:
         stats: observed statistics.
-        scores: of the same layers.
-        plan: which experts stay, of the same layers and numbers of experts; None for none.
-        doubtful: layer -> experts inside the decision margin; None where that is not known.
+        scores: scores of the same layers.
+        plan: which experts are kept, with the same layers and numbers of experts; or None.
+        doubtful: layer -> experts inside the decision margin; None where it is not known.
     """
     whole = {} if plan is None else retained(stats, plan)
     single = [] if plan is None else [retained(one, plan) for one in _single_groups(stats)]
@@ -194,8 +198,8 @@ def _single_groups(stats: SaliencyStats) -> list[SaliencyStats]:
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """The number in each name (`3` of model.layers.3.mlp.experts), or the position where numbers
-    are missing or repeat.
+    """The number in each name (`3` of model.layers.3.mlp.experts); the positions instead, if a
+    number is missing or repeats.
     """
     found = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in names]
     numbers = [match[1] for match in found if match]

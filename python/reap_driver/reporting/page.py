@@ -1,30 +1,45 @@
-"""The report as files: the page and its pictures, each complete or not there."""
+"""Writes a report: the page and its pictures, each file complete or not there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap_driver.plan.plan import Plan
-from reap_driver.reporting import html
-from reap_driver.reporting.comparison import comparison_table
-from reap_driver.reporting.gallery import (
-    cut_pictures,
-    group_pictures,
-    load_pictures,
-    margin_pictures,
-)
+from reap_driver.reporting.comparison import comparison_parts
+from reap_driver.reporting.elements import Figure, Folded, Page, Part, Section, render
+from reap_driver.reporting.groups import group_parts
 from reap_driver.reporting.inputs import Inputs
-from reap_driver.reporting.record import calibration, group_tables, record
-from reap_driver.reporting.style import Picture
-from reap_driver.reporting.verdict import layer_table, verdict
+from reap_driver.reporting.record import calibration, method
+from reap_driver.reporting.summary import layer_table, summary
 from reap_kernels import SaliencyStats
 from reap_kernels.files import replaced
+
+if TYPE_CHECKING:
+    from reap_driver.reporting.style import Picture
 
 PAGE = "report.html"
 PICTURES = ("cut", "map", "budget", "margin", "groups", "load")  # names a report can have
 FILES = (PAGE, *(f"{name}.png" for name in PICTURES))
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    """A report on disk. Iterating gives its files, the page first.
+
+    Attributes:
+        page: the HTML file.
+        pictures: PNG files beside it, in the order of the page.
+    """
+
+    page: Path
+    pictures: tuple[Path, ...]
+
+    def __iter__(self) -> Iterator[Path]:
+        yield self.page
+        yield from self.pictures
 
 
 def write_report(
@@ -34,62 +49,85 @@ def write_report(
     *,
     criterion: str | None = None,
     comparison: Mapping[str, Any] | None = None,
-) -> list[Path]:
-    """Writes `report.html`, which needs no other file, and a PNG of every picture in it.
+) -> WrittenReport:
+    """Writes `report.html`, which needs no other file, and a PNG file of every picture in it.
 
     Equal arguments give equal bytes.
 
     Args:
         stats: observed statistics.
-        out: an existing folder; files of an earlier report in it are replaced or removed.
-        plan: which experts stay, of the same model.
-        criterion: what the scores shown are; default the plan's, or `reap`.
-        comparison: from `read_comparison`, to be shown too.
+        out: an existing folder; the files of an earlier report in it are replaced or removed.
+        plan: which experts are kept, of the same model; None shows the statistics alone.
+        criterion: criterion of the scores shown; None takes the plan's, or `reap` without a plan.
+        comparison: a comparison to show as well, from `read_comparison`.
 
     Returns:
-        The files, the page first.
+        The files written.
 
     Raises:
-        PlanError: the plan does not belong to the statistics, or the criterion is unknown.
-        DataError: see `reap_driver.score`.
+        PlanError: the plan was not made for the model observed, or the criterion is unknown.
+        DataError: the statistics cannot be scored; see `reap_driver.score`.
     """
+    from reap_driver.reporting import pictures  # imports matplotlib, which takes a while
+
     inputs = Inputs.checked(stats, plan, criterion)
-    sections: list[tuple[str, str, list[Picture], str]] = [
-        ("cut", "The cut", cut_pictures(inputs), ""),
-        ("margin", "How clear the decision is", margin_pictures(inputs), ""),
-        ("groups", "Whom the experts serve", group_pictures(inputs), group_tables(inputs)),
-        ("load", "How the router used the experts", load_pictures(inputs), ""),
-    ]
-    if comparison is not None:
-        measured = comparison_table(comparison)
-        sections.append(("comparison", "Measured beside the original", [], measured))
-    pictures = [picture for _, _, drawn, _ in sections for picture in drawn]
-    files = []
-    for picture in pictures:
+    drawn = pictures.of_sections(inputs)
+    page = _page(inputs, drawn, comparison)
+    every = [picture for of_section in drawn.values() for picture in of_section]
+    for picture in every:
         with replaced(out / f"{picture.name}.png") as temporary:
             picture.save_png(temporary, inputs.model)
-        files.append(out / f"{picture.name}.png")
-    for name in set(PICTURES) - {picture.name for picture in pictures}:
+    for name in set(PICTURES) - {picture.name for picture in every}:
         (out / f"{name}.png").unlink(missing_ok=True)
     with replaced(out / PAGE) as temporary:
-        temporary.write_text(_page(inputs, sections), encoding="utf-8")
-    return [out / PAGE, *files]
+        temporary.write_text(render(page), encoding="utf-8")
+    return WrittenReport(out / PAGE, tuple(out / f"{picture.name}.png" for picture in every))
 
 
-def _figures(pictures: list[Picture]) -> list[str]:
-    return [html.figure(picture, titled=len(pictures) > 1) for picture in pictures]
+def _page(
+    inputs: Inputs, drawn: Mapping[str, Sequence[Picture]], comparison: Mapping[str, Any] | None
+) -> Page:
+    """The page, from the top; sections without content are left out."""
+    sections = [
+        Section("cut", "The cut", "Cut", _figures(drawn["cut"])),
+        Section("margin", "How clear the decision is", "Margin", _figures(drawn["margin"])),
+        Section(
+            "groups",
+            "Which groups the experts serve",
+            "Groups",
+            [*_figures(drawn["groups"]), *group_parts(inputs)],
+        ),
+        Section("load", "How the router used the experts", "Load", _figures(drawn["load"])),
+        Section(
+            "comparison",
+            "Compared with the original",
+            "Comparison",
+            [] if comparison is None else comparison_parts(comparison),
+        ),
+        Section(
+            "layers",
+            "All layers",
+            "All layers",
+            [Folded("Show the table", layer_table("All layers", inputs.layers, inputs))],
+        ),
+        Section(
+            "record", "Data and method", "Data and method", [calibration(inputs), method(inputs)]
+        ),
+    ]
+    shown = [section for section in sections if section.parts]
+    return Page(f"Expert report: {inputs.model}", summary(inputs), shown)
 
 
-def _page(inputs: Inputs, sections: Iterable[tuple[str, str, list[Picture], str]]) -> str:
-    title = f"Expert report: {inputs.model}"
-    shown = [(name, text, drawn, more) for name, text, drawn, more in sections if drawn or more]
-    body = "".join(
-        html.section(name, text, *_figures(drawn), more) for name, text, drawn, more in shown
-    )
-    layers = layer_table("All layers", inputs.layers, inputs)
-    body += html.section("layers", "All layers", html.details("Show the table", layers))
-    body += html.section("record", "Data and method", calibration(inputs), record(inputs))
-    links = [(name, name.capitalize()) for name, *_ in shown]
-    links += [("layers", "All layers"), ("record", "Data and method")]
-    top = f"<h1>{html.escape(title)}</h1>\n{html.navigation(links)}{verdict(inputs)}"
-    return html.page(title, top + body)
+def _figures(pictures: Sequence[Picture]) -> list[Part]:
+    """Pictures of one section; a single one has the section's title."""
+    return [
+        Figure(
+            name=picture.name,
+            title=picture.title if len(pictures) > 1 else "",
+            text=picture.text,
+            caption=picture.caption,
+            wide=picture.svg(narrow=False),
+            narrow=picture.svg(narrow=True),
+        )
+        for picture in pictures
+    ]

@@ -1,7 +1,7 @@
 """How pictures look: one palette for light and dark pages, and figures as SVG or PNG.
 
-Figures are drawn without pyplot, so no display is needed and no global state is touched. The page
-embeds them as SVG whose text and lines take the page's colours; PNG files have a white ground.
+Figures are drawn without pyplot, so they need no display and change no global state. The page
+embeds them as SVG whose text and lines take the page's colors; PNG files have a white background.
 Equal figures give equal bytes.
 """
 
@@ -18,21 +18,22 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-# What pages replace by a colour of their own, light or dark: {drawn: CSS}.
+# Colors that are drawn; the page replaces them by its own, for its light and its dark theme.
 INK, MUTED, GRID = "#1f2430", "#5b6372", "#d3d8e0"
-# After Okabe and Ito: told apart by colour-blind readers; lines differ in their dashes as well.
+# The palette of Okabe and Ito, which color-blind readers can tell apart; lines differ in their
+# dashes as well.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#b05b8f", "#8a6d00", "#3d8fbf")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 3)))
 _ON_PAGE = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
     GRID: "var(--grid)",
-    **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)},
+    **{color: f"var(--series-{number})" for number, color in enumerate(SERIES)},
 }
-# One ordering of lightness, equal for colour-blind readers and in grey print.
-COLOURS = "cividis"
+# Its lightness increases steadily, also for color-blind readers and in gray print.
+COLORS = "cividis"
 
-WIDE, NARROW = 9.6, 3.75  # inches; 72 points each, of which a browser makes 96 pixels
+WIDE, NARROW = 9.6, 3.75  # inches
 _STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -59,7 +60,7 @@ _STYLE = {
     "legend.frameon": False,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
-    "text.parse_math": False,  # names of groups may hold dollars
+    "text.parse_math": False,  # names of groups may contain dollar signs
     "svg.fonttype": "none",
     "svg.hashsalt": "reap",
     "svg.image_inline": True,
@@ -71,11 +72,11 @@ class Picture:
     """A figure of the report.
 
     Attributes:
-        name: of its file, without the ending.
-        title: above it.
+        name: name of its file, without the extension.
+        title: title above it.
         text: what it shows, for readers who do not see it.
         caption: how to read it.
-        draw: makes the figure; `narrow=True` for a phone's page.
+        draw: makes the figure; `narrow=True` for a phone.
     """
 
     name: str
@@ -85,7 +86,7 @@ class Picture:
     draw: Callable[..., Figure]
 
     def svg(self, *, narrow: bool) -> str:
-        """An `<svg>` element for the page; its ids do not meet those of other pictures."""
+        """An `<svg>` element for the page, with ids that no other picture uses."""
         with _drawing():
             buffer = io.StringIO()
             figure = self.draw(narrow=narrow)
@@ -105,7 +106,7 @@ class Picture:
         return re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
 
     def save_png(self, path: Path, model: str) -> None:
-        """A PNG file, white ground, 150 dots an inch, that says which model it is of."""
+        """Writes a PNG file with a white background, 150 dots per inch, titled with the model."""
         with _drawing():
             figure = self.draw(narrow=False)
             figure.suptitle(f"{model}: {self.title}", x=0.01, ha="left", fontsize=11)
@@ -126,7 +127,7 @@ def new_figure(height: float, *, narrow: bool) -> Figure:
 
 
 def layer_ticks(axis: Any, labels: list[str], *, narrow: bool) -> None:
-    """Marks the layers along x, as many as there is room for."""
+    """Labels layers along x, as many as there is room for."""
     room = 8 if narrow else 24
     step = next(
         s for s in (1, 2, 3, 4, 5, 6, 8, 10, 12, 20, 50, 100, 1000) if len(labels) / s <= room
@@ -136,8 +137,8 @@ def layer_ticks(axis: Any, labels: list[str], *, narrow: bool) -> None:
     axis.set_xlim(-0.5, len(labels) - 0.5)
 
 
-def colour_bar(figure: Figure, image: Any, axes: Any, label: str, *, narrow: bool) -> Any:
-    """A colour bar: beside the axes on wide pages, below them on narrow ones."""
+def color_bar(figure: Figure, image: Any, axes: Any, label: str, *, narrow: bool) -> Any:
+    """A color bar: beside the axes on wide pages, below them on narrow ones."""
     bar = figure.colorbar(
         image,
         ax=axes,
@@ -147,6 +148,6 @@ def colour_bar(figure: Figure, image: Any, axes: Any, label: str, *, narrow: boo
         pad=0.01,
     )
     cells: Any = bar.solids
-    cells.set_rasterized(True)  # 256 paths otherwise
+    cells.set_rasterized(True)  # as an image; otherwise it is 256 paths
     bar.outline.set_visible(False)
     return bar

@@ -1,17 +1,22 @@
 """`reap-kernels report`: files, JSON, refusals."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from reap_driver.cli.console import Console
 from reap_driver.cli.main import main
 from reap_driver.plan.plan import Plan
 from reap_driver.reporting.comparison import read_comparison
+from reap_driver.reporting.page import write_report
 from reap_kernels.errors import DataError
-from tests.driver.cli.conftest import Run, run  # noqa: F401
+from tests.driver.cli.conftest import Run, run, write_model  # noqa: F401
 from tests.driver.reporting.conftest import Make
 
 
@@ -33,6 +38,50 @@ def test_writes_a_page_and_pictures(run: Run, files: tuple[Path, Path], tmp_path
     assert (out / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     for picture in out.glob("*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_written_is_returned(make: Make, tmp_path: Path) -> None:
+    stats, _ = make()
+    written = write_report(stats, tmp_path)
+    assert written.page == tmp_path / "report.html"
+    assert [path.name for path in written.pictures] == [
+        "cut.png",
+        "map.png",
+        "groups.png",
+        "load.png",
+    ]
+    assert list(written) == [written.page, *written.pictures]
+    assert set(written) == set(tmp_path.iterdir())
+
+
+def test_matplotlib_is_imported_only_to_draw(tmp_path: Path) -> None:
+    """It takes longer than all else that `plan` and `apply` import beside torch."""
+    import reap_driver as rd
+
+    root = Path(__file__).parents[3]
+    folder = write_model(tmp_path / "model", "qwen3_moe")
+    with rd.observe(rd.load_model(folder)) as obs:
+        obs(input_ids=torch.arange(3, 67).reshape(2, 32))
+    obs.stats.save(tmp_path / "stats.safetensors")
+    script = """
+import sys
+from reap_driver.cli.main import main
+import reap_driver.demo.run, reap_driver.reporting.page
+assert main(["plan", "stats.safetensors", "--ratio", "0.25", "--out", "plan.json"]) == 0
+assert main(["apply", "model", "plan.json", "--out", "pruned"]) == 0
+assert "matplotlib" not in sys.modules
+assert main(["report", "stats.safetensors", "--out", "report"]) == 0
+assert "matplotlib" in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'python'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_replaces_only_when_told(run: Run, files: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811

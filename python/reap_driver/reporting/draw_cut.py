@@ -1,4 +1,4 @@
-"""The pictures of the cut: scores beside it, by rank and by id; margins; budgets."""
+"""Draws the cut: scores by rank with the cut, scores by expert id, experts kept per layer."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from matplotlib.patheffects import withStroke
 
 from reap_driver.reporting.measures import LayerMeasures
 from reap_driver.reporting.style import (
-    COLOURS,
+    COLORS,
     DASHES,
     GRID,
     INK,
     SERIES,
-    colour_bar,
+    color_bar,
     layer_ticks,
     new_figure,
 )
 
 Layers = Sequence[LayerMeasures]
 
-# Up to here every expert gets a mark or its number: experts in a layer, and layers.
+# Up to so many experts per layer, and layers, every expert has a mark or its number.
 _FEW_EXPERTS, _FEW_LAYERS = 64, 16
 
 
 def ratios(layers: Layers) -> np.ndarray:
-    """log2 of score over the layer's cut (its median where there is no plan), [experts, layers];
-    NaN below the last expert of layers with fewer, -inf for a score of 0.
+    """log2 of score over the layer's cut (over its median without a plan): float64
+    [experts, layers]. Rows behind a layer's last expert are NaN; a score of 0 gives -inf.
     """
     grid = np.full((max(layer.experts for layer in layers), len(layers)), np.nan)
     for column, layer in enumerate(layers):
@@ -42,7 +42,7 @@ def ratios(layers: Layers) -> np.ndarray:
 
 
 def ranked(layers: Layers) -> np.ndarray:
-    """`ratios` with each layer's experts in order: kept ones first, then by score."""
+    """`ratios` with each layer's experts sorted: kept experts first, each side by score."""
     grid = ratios(layers)
     for column, order in enumerate(_orders(layers)):
         grid[: len(order), column] = grid[order, column]
@@ -58,7 +58,7 @@ def _orders(layers: Layers) -> list[np.ndarray]:
 
 
 def _reach(grid: np.ndarray) -> float:
-    """Half of the colour scale, in powers of two: all but the most extreme twentieth."""
+    """Half the color scale, in powers of two, so that it holds 95 % of the values."""
     finite = np.abs(grid[np.isfinite(grid)])
     reach = float(np.quantile(finite, 0.95)) if len(finite) else 1.0
     return min(max(round(2 * reach) / 2, 0.5), 4.0)
@@ -68,7 +68,7 @@ def _draw_grid(axis: Any, grid: np.ndarray, reach: float) -> Any:
     shown = np.clip(grid, -reach, reach)  # NaN stays
     image = axis.imshow(
         shown,
-        cmap=COLOURS,
+        cmap=COLORS,
         norm=TwoSlopeNorm(0, -reach, reach),
         aspect="auto",
         interpolation="none",
@@ -81,15 +81,15 @@ def _ratio_bar(
     figure: Figure, image: Any, axis: Any, layers: Layers, reach: float, *, narrow: bool
 ) -> None:
     base = "cut" if layers[0].cut is not None else "layer's median"
-    bar = colour_bar(figure, image, axis, f"score ÷ {base}", narrow=narrow)
+    bar = color_bar(figure, image, axis, f"score ÷ {base}", narrow=narrow)
     powers = [p for p in (-4, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 4) if abs(p) <= reach]
     powers = [p for p in powers if p == int(p) or reach < 1.5]
     bar.set_ticks(powers, labels=[f"{2.0**p:.2g}" for p in powers])
 
 
 def draw_cut(layers: Layers, near: str, *, narrow: bool) -> Figure:
-    """Experts by rank; with a plan also its cut, the mass it keeps, and the experts in doubt, which
-    `near` describes.
+    """Scores by rank; with a plan also its cut, the routing mass kept, and the experts near the
+    cut, which `near` describes in words.
     """
     planned = layers[0].cut is not None
     most = max(layer.experts for layer in layers)
@@ -123,7 +123,9 @@ def _rank_ticks(axis: Any, most: int) -> None:
 
 
 def _draw_cut_line(axis: Any, layers: Layers, *, named: bool) -> None:
-    """The cut as a line, white on black so that it shows on every colour, and what is near it."""
+    """The cut as a line, white on black so that it shows on every color; thin lines enclose the
+    experts near it.
+    """
     edges = np.arange(len(layers) + 1) - 0.5
     cuts = [layer.cut for layer in layers if layer.cut is not None]
     kept = np.array([float(cut.kept.sum()) for cut in cuts]) - 0.5
@@ -195,7 +197,7 @@ def _draw_near(axis: Any, layers: Layers, near: str) -> None:
 
 
 def draw_budget(layers: Layers, *, narrow: bool) -> Figure:
-    """Experts kept and removed in each layer, for plans that do not keep as many everywhere."""
+    """Experts kept and removed per layer, for plans that do not keep the same number everywhere."""
     figure = new_figure(2.4, narrow=narrow)
     axis = figure.subplots()
     edges = np.arange(len(layers) + 1) - 0.5
@@ -213,7 +215,7 @@ def draw_budget(layers: Layers, *, narrow: bool) -> Figure:
 
 
 def draw_map(layers: Layers, *, narrow: bool) -> Figure:
-    """Experts by id: which ones stay, and patterns across layers."""
+    """Scores by expert id, which show patterns across layers; crosses mark removed experts."""
     most = max(layer.experts for layer in layers)
     figure = new_figure(3.2 if most <= 16 else 5.2, narrow=narrow)
     axis = figure.subplots()
