@@ -1,7 +1,6 @@
 """config.json with values that no model can have: one error that names the file and the field."""
 
 import json
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -98,14 +97,12 @@ def test_values_no_model_can_have(
     architecture: str, field: str, value: Any, tmp_path: Path
 ) -> None:
     folder = write(tmp_path, architecture, field, value)
-    began = time.monotonic()
     with pytest.raises((CheckpointError, UnsupportedModel)) as caught:
         find_moe_layers(read_model(folder)[1])
     text = str(caught.value)
     assert "\n" not in text
     assert len(text) < 900
     assert "config" in text
-    assert time.monotonic() - began < 20
 
 
 # What only building the model finds is traced to its field.

@@ -2,21 +2,21 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import reap_driver as rd
+from reap_driver.budget_search import search
 from reap_driver.budget_search.search_state import SearchState, read
 from reap_driver.cli import running
 from reap_driver.memory.decision import decide
 from reap_driver.memory.host import Free
 from reap_driver.memory.machine import Machine
 from tests.driver.cli.conftest import Run, write_model
+from tests.driver.cli.forks import forked
 
 COMMON = ("--seq-len", 16, "--population", 8, "--elites", 2, "--ratio", 0.25, "--batch-size", 4)
 
@@ -74,38 +74,46 @@ def test_without_validation_everything_is_searched_on(run: Run, words: Any, tmp_
     assert f"wrote {out}; next: reap-kernels apply MODEL {out} --non-uniform --out DIR" in said.out
 
 
+def signalled_behind(writes: int, number: int) -> Callable[[], None]:
+    """What has a fork write its state behind every candidate, and sends it a signal after so many
+    of them.
+    """
+    write = SearchState.write
+
+    def counted(self: SearchState, *arguments: Any) -> None:
+        nonlocal writes
+        write(self, *arguments)
+        writes -= 1
+        if not writes:
+            os.kill(os.getpid(), number)
+
+    def prepare() -> None:
+        search._WRITE_AFTER = -1
+        SearchState.write = counted
+
+    return prepare
+
+
 def test_killed_and_interrupted_searches_go_on_to_the_same_bits(
     run: Run, words: Any, tmp_path: Path
 ) -> None:
-    whole, out = tmp_path / "whole.json", tmp_path / "plan.json"
-    assert run(*words, "--evaluations", 200, "--out", whole).code == 0
-    command = [sys.executable, "-m", "reap_driver", *map(str, words), "--evaluations", "200"]
+    whole, out, err = tmp_path / "whole.json", tmp_path / "plan.json", tmp_path / "err"
+    assert run(*words, "--evaluations", 40, "--out", whole).code == 0
     state = tmp_path / "plan.json.search"
-    known = 0
+    known = [0]
     for number in (signal.SIGKILL, signal.SIGINT):
-        resume = ["--resume"] if known else []
-        process = subprocess.Popen(
-            [*command, "--out", str(out), *resume],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-        while process.poll() is None and (
-            not state.exists() or len(read(state).evaluated) <= known
-        ):
-            time.sleep(0.01)
-        process.send_signal(number)
-        _, err = process.communicate()
-        if process.returncode == 0:  # it was faster
-            break
-        assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[number], err
+        resume = ["--resume"] if state.exists() else []
+        command = [*map(str, words), "--evaluations", "40", "--out", str(out), *resume]
+        code = forked(command, err, signalled_behind(5, number))
+        assert code == {signal.SIGKILL: -9, signal.SIGINT: 130}[number], err.read_text()
         assert not out.exists()
-        known = len(read(state).evaluated)
-        if number == signal.SIGINT:
-            assert f"interrupted after {known} candidates; they are in {state}: give the" in err
-    if known:
-        outcome = run(*words, "--evaluations", 200, "--out", out, "--resume")
-        assert outcome.code == 0, outcome.err
+        known.append(len(read(state).evaluated))
+    assert known == sorted(set(known)), "each went on from where the last one was"
+    assert f"interrupted after {known[-1]} candidates; they are in {state}: give the" in (
+        err.read_text()
+    )
+    outcome = run(*words, "--evaluations", 40, "--out", out, "--resume")
+    assert outcome.code == 0, outcome.err
     assert out.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.search*"))
 

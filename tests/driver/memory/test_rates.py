@@ -45,9 +45,10 @@ def test_matmul() -> None:
     cpu = torch.device("cpu")
     began = time.perf_counter()
     found = rates.measure(cpu, torch.float32, None)
-    assert time.perf_counter() - began < 5
+    took = time.perf_counter() - began
     assert (found.disk, found.copy) == (None, None)
-    assert 1e9 < found.matmul.per_second < 1e14
+    # Of one product of several, which therefore took less than all this.
+    assert 2 * 1024**3 / took < found.matmul.per_second < 1e14
     assert "float32 product of 1024 x 1024 on cpu" in found.matmul.how
 
 
