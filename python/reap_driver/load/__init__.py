@@ -1,1 +1,3 @@
-"""Loads a checkpoint for observation: resident, or one decoder layer at a time."""
+"""Loads checkpoints for observation: whole (resident), or one decoder layer at a time
+(streamed).
+"""

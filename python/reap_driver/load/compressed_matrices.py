@@ -1,10 +1,10 @@
-"""Weights stored by compressed-tensors, presented as the plain matrices they stand for.
+"""Dequantizes the weights of compressed-tensors, one matrix at a time.
 
-Several tensors on disk make one matrix: `weight_packed` (integers of 4 or 8 bits in words of 32),
-or `weight` (8-bit integers or floats), with `weight_scale` and perhaps `weight_shape` and
-`weight_zero_point`. An element is (code - zero point) x scale, the product in float32, rounded once
-to the scales' dtype, as the library of that name computes it; loading then converts it to the run's
-dtype. How activations are quantised when the model is served plays no part.
+Several tensors on disk make one matrix: `weight_packed` (4- or 8-bit integers in 32-bit words) or
+`weight` (8-bit integers or floats), `weight_scale`, and optionally `weight_shape` and
+`weight_zero_point`. An element is (code - zero point) x scale, computed in float32 and rounded once
+to the scales' dtype, as the compressed-tensors library does; loading then converts it to the dtype
+of the run. The quantization of activations does not matter here.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from reap_kernels.quantized import Quantized
 _PACKED, _PLAIN, _SCALE = "weight_packed", "weight", "weight_scale"
 _SHAPE, _ZERO, _ORDER = "weight_shape", "weight_zero_point", "weight_g_idx"
 _PARTS = (_PACKED, _SCALE, _SHAPE, _ZERO, _ORDER)
-# Of a layer's inputs and outputs, which its weights do not need.
+# Parameters of a layer's inputs and outputs, which are not needed for its weights.
 _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 
 _WORD = 32  # bits
@@ -40,18 +40,21 @@ def plain_weights(
     where: object,
     device: torch.device,
 ) -> dict[str, Readable]:
-    """The tensors of a checkpoint, each matrix quantised by compressed-tensors as one `weight`.
+    """The tensors of a checkpoint, with every matrix of compressed-tensors dequantized.
 
     Args:
-        tensors: as stored.
-        quantization: the `quantization_config`; where there is none, or it is another method's,
-            all tensors stay as they are.
-        where: the checkpoint, for messages.
+        tensors: the tensors as stored.
+        quantization: the `quantization_config`. If there is none, or it is another method's, all
+            tensors stay as they are.
+        where: the checkpoint, for error messages.
         device: where matrices are computed.
 
+    Returns:
+        Key -> tensor. A dequantized matrix has the key of its `weight`.
+
     Raises:
-        UnsupportedModel: a format that cannot be read.
-        CheckpointError: tensors that do not fit each other or the configuration.
+        UnsupportedModel: a format cannot be read.
+        CheckpointError: tensors do not match each other or the configuration.
     """
     if quantization is None or not is_compressed(quantization):
         return dict(tensors)
@@ -73,7 +76,7 @@ def plain_weights(
 
 
 class Matrix(Readable):
-    """A matrix made of its stored parts when it is asked for."""
+    """A matrix that is computed from its stored parts when it is indexed."""
 
     def __init__(
         self, name: str, parts: Mapping[str, StoredTensor], scheme: Scheme, device: torch.device
@@ -84,22 +87,22 @@ class Matrix(Readable):
         rows, columns = parts[_PLAIN if self._bits is None else _PACKED].get_shape()
         self._shape = rows, columns if self._bits is None else columns * (_WORD // self._bits)
         self._grid, self._block = self._layout(parts[_SCALE].get_shape(), scheme)
-        # What a chunk holds in memory: the matrices it makes, for a while with what they are of.
+        # A chunk holds in memory the matrices that it makes, and for a while their parts.
         size = rows * self._shape[1] * _SCALES[self.get_dtype()].itemsize
         self.nbytes = max(size, sum(part.nbytes for part in parts.values()))
 
     def start(self) -> None:
-        """Begins to read."""
+        """Starts to read."""
         for part in self._parts.values():
             part.start()
 
     def __getitem__(self, index: Any) -> Tensor:
         parts = {leaf: part[...].to(self._device) for leaf, part in self._parts.items()}
-        said = parts.get(_SHAPE)
-        if said is not None and said.tolist() != list(self._shape):
+        shape = parts.get(_SHAPE)
+        if shape is not None and shape.tolist() != list(self._shape):
             raise CheckpointError(
-                f"{self._name}.{_SHAPE} is {said.tolist()}, but {_PACKED} holds "
-                f"{list(self._shape)}; download the checkpoint again, or quantise matrices whose "
+                f"{self._name}.{_SHAPE} is {shape.tolist()}, but {_PACKED} holds "
+                f"{list(self._shape)}; download the checkpoint again, or quantize matrices whose "
                 "rows fill whole words"
             )
         return self._value(parts)[index]
@@ -114,8 +117,8 @@ class Matrix(Readable):
         # On a CPU `dequantize` is the reference, which takes many times as long as this does.
         if self._device.type != "cpu" and self._kernel_reads(parts):
             return self._by_kernel(parts)
-        # Codes and zero points are whole numbers up to 255, or of 4 bits: every dtype holds them,
-        # so that the product is the only thing that is rounded.
+        # Codes and zero points are integers of at most 8 bits, which every dtype represents
+        # exactly, so only the product is rounded.
         scales = parts[_SCALE].view(self._grid)
         codes = parts[_PLAIN] if self._bits is None else _ints(parts[_PACKED], self._bits)
         codes = codes.to(scales.dtype)
@@ -138,7 +141,7 @@ class Matrix(Readable):
         return dequantize(Quantized(values[None], scales[None], "int4_group"))[0]
 
     def _for_each(self, operation: Operation, codes: Tensor, values: Tensor) -> Tensor:
-        """`operation` in place on every element and the number of its group or block."""
+        """Applies `operation`, in place, to every element and the value of its group or block."""
         (rows, columns), (tall, across), (high, wide) = self._shape, self._grid, self._block
         if (rows, columns) != (tall * high, across * wide):  # the last blocks are partial
             values = values.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)
@@ -148,15 +151,15 @@ class Matrix(Readable):
         return codes
 
     def _check_parts(self, scheme: Scheme) -> None:
-        """The parts are those of one format, in dtypes it has."""
+        """Checks that the parts belong to one format and have its dtypes."""
         if _ORDER in self._parts:
             raise UnsupportedModel(
                 f"{self._name} has a {_ORDER}: its columns are not in their order; observe the "
-                "checkpoint that it was quantised from, and apply the plan to this one"
+                "checkpoint that it was quantized from, and apply the plan to this one"
             )
         if _SCALE not in self._parts or (_PACKED in self._parts) == (_PLAIN in self._parts):
             raise CheckpointError(
-                f"{self._name} has {', '.join(sorted(self._parts))} as quantised parts; a matrix "
+                f"{self._name} has {', '.join(sorted(self._parts))} as quantized parts; a matrix "
                 f"needs a {_SCALE} and either {_PACKED} or an 8-bit {_PLAIN}: download the "
                 "checkpoint again"
             )
@@ -185,7 +188,7 @@ class Matrix(Readable):
             )
 
     def _layout(self, scales: list[int], scheme: Scheme) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Rows and columns of the scales, and of the elements that share one."""
+        """(rows, columns) of the scales, and (rows, columns) of the elements that share one."""
         rows, columns = self._shape
         tall, across = [*scales, 1, 1][:2] if len(scales) < 3 else (0, 0)
         block = scheme.block
@@ -206,8 +209,10 @@ class Matrix(Readable):
 
 
 def _ints(words: Tensor, bits: int) -> Tensor:
-    """int8 integers of rows of words: the lowest bits first, half their range added."""
-    codes = words.view(torch.uint8)  # safetensors and the machine: little-endian
+    """Unpacks rows of words into int8: the lowest bits come first, and are stored with half
+    their range added.
+    """
+    codes = words.view(torch.uint8)  # both safetensors and the machine are little-endian
     if bits == 4:
         codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
     return codes.view(torch.int8) - (1 << (bits - 1))  # wraps for 8 bits: 0 becomes -128

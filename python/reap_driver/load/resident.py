@@ -37,25 +37,31 @@ def load_model(
     offload_folder: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint for observation, in eval mode, quantised weights as plain floats: FP8,
-    MXFP4, and what compressed-tensors stores in 4 or 8 bits.
+    """Load a model for observation, in eval mode, with quantized weights dequantized.
+
+    FP8, MXFP4 and the 4- and 8-bit formats of compressed-tensors can be read (docs/formats.md).
 
     Args:
-        path_or_id: folder of a checkpoint in safetensors, or a hub id.
-        dtype: of the weights in memory; `auto` is the checkpoint's.
-        device: where the model goes; nothing of it is held elsewhere on the way.
-        device_map: several devices instead, as accelerate takes them ("auto", or module to device,
-            "cpu" and "disk" included); such a model is observed in place. Not "disk" where
-            compressed-tensors stored the weights.
-        offload_folder: where "disk" of a device map keeps its weights.
+        path_or_id: folder of a checkpoint in safetensors format, or hub id.
+        dtype: dtype of the weights in memory; "auto" for the checkpoint's.
+        device: where the model goes. Weights are moved there as they are read, so no other device
+            holds the whole model.
+        device_map: several devices instead, as accelerate accepts them: "auto", or module name ->
+            device, "cpu" and "disk" included. "disk" is not possible for compressed-tensors.
+        offload_folder: where modules on "disk" keep their weights.
         trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
-        CheckpointError: a shard is missing or truncated, a shape does not match the config, or the
-            checkpoint lacks tensors the model needs, or brings experts it does not know; or a file
-            was replaced while it was loaded.
-        UnsupportedModel: see `load_config` and `model_class`; or the weights are stored in a format
-            that is not read (docs/formats.md).
+        UsageError: there is no such device.
+        CheckpointError: a shard is missing or damaged, the tensors do not match config.json, or a
+            file was changed while it was read.
+        UnsupportedModel: transformers has no class for the model (see `load_config`), or the
+            weights are stored in a format that cannot be read.
+
+    Example:
+        >>> model = load_model("Qwen/Qwen3-30B-A3B", dtype="bfloat16", device="cuda")
+        >>> len(find_moe_layers(model))
+        48
     """
     if device_map is not None:
         config, source = checked_files(path_or_id, trust_remote_code)
@@ -83,7 +89,9 @@ def load_model(
 def _read_by_library(
     path_or_id: str | Path, config: PretrainedConfig, source: Checkpoint
 ) -> Iterator[None]:
-    """While active, the library's loading finds plain weights where compressed-tensors has none."""
+    """Inside, the library's loading gets dequantized weights in place of those of
+    compressed-tensors.
+    """
     if not is_compressed(quantization_settings(config)):
         yield
         return
@@ -95,17 +103,19 @@ def _read_by_library(
         with load_in_parts(tensors, lambda model: []) as parts:
             yield
         if "disk" in getattr(parts.model, "hf_device_map", {}).values():
-            # It would read weights from the checkpoint's files again, as they are stored.
+            # accelerate would read the quantized weights from the checkpoint's files again.
             raise UnsupportedModel(
-                f"{path_or_id}: device_map puts modules on disk, which what compressed-tensors "
-                "stores cannot be read from; stream the model (open_streamed, --stream always)"
+                f"{path_or_id}: device_map puts modules on disk, from where weights of "
+                "compressed-tensors cannot be read; stream the model (--stream always)"
             )
         parts.restore()
 
 
 def _layers_if_any(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Layers to load one by one, so that little is held twice; none: all at once."""
+    """Decoder layers, which are loaded one by one so that little is in memory twice; none
+    if the model has no list of them.
+    """
     try:
         return text_layers_first(model)
-    except UnsupportedModel:  # whoever observes the model says so; it may be loaded
+    except UnsupportedModel:  # such a model can be loaded; observing it raises this error
         return []

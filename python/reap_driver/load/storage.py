@@ -1,10 +1,10 @@
-"""In which format a checkpoint's weights are stored, and whether it can be observed.
+"""Checks, before anything is loaded, whether a checkpoint's weights can be read for observation.
 
-Decided before anything is loaded, from config.json's quantization_config and the names and dtypes
-in the headers: every command and every call that runs a model asks `check_storage`. Pruning by
-files needs none of this: it moves what is stored, whatever it means.
+The check uses quantization_config of config.json and the names, dtypes and shapes in the headers.
+Every command and function that runs a model calls `check_storage`. Applying a plan does not need
+it, because it copies tensors without interpreting them.
 
-Nothing is observed through another library: weights are read as plain floats, or not at all.
+Models are observed with floating-point weights only, never through a quantization library.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from reap_kernels.errors import CheckpointError, UnsupportedModel
 
 _CORRECT = "restore the file from where the checkpoint was published"
 _ONE = "use the config.json and weights of one and the same checkpoint"
-_LAYER = re.compile(r"(.*?\.\d+)\.")  # up to the first number
+_LAYER = re.compile(r"(.*?\.\d+)\.")  # the name up to the first number
 PLAIN = frozenset({"BF16", "F16", "F32", "F64"})
 
-# What the methods of quantization_config that are not read call themselves.
+# Methods of quantization_config that cannot be read -> their names for messages.
 _NAMES = {
     "auto-round": "AutoRound",
     "awq": "AWQ",
@@ -52,24 +52,25 @@ def check_storage(
     tensors: Mapping[str, TensorEntry] | None,
     model: PreTrainedModel | None = None,
 ) -> None:
-    """Raises where the weights cannot be read as plain floats, or are another model's.
+    """Raises an error if the weights cannot be read as floats or do not belong to the model.
 
     Args:
-        where: folder or hub id, for messages.
-        config: the model's.
-        tensors: of the files' headers; None where there are no files, and config.json decides.
-        model: on the meta device; built where it is not given.
+        where: folder or hub id, for error messages.
+        config: the model's configuration.
+        tensors: key -> tensor, from the headers of the files; None if there are no files, so that
+            only the configuration is checked.
+        model: the model on the meta device; it is built if not given.
 
     Raises:
-        UnsupportedModel: a format or layout that is not read; says which, and what to do.
-        CheckpointError: parts of compressed-tensors that do not fit each other, or weights that do
-            not fit config.json.
+        UnsupportedModel: the weights are in a format or layout that cannot be read.
+        CheckpointError: the tensors of compressed-tensors do not match each other, or the weights
+            do not match config.json.
 
     Example:
         >>> check_storage("model", config, open_checkpoint(Path("model")).tensors)
     """
-    said = quantization_settings(config)
-    method = None if said is None else method_of(said, "unnamed")
+    settings = quantization_settings(config)
+    method = None if settings is None else method_of(settings, "unnamed")
     if method is not None and method not in (*DEQUANTIZED_ON_LOAD, METHOD):
         name = _NAMES.get(method, f"the method {method!r}")
         raise UnsupportedModel(
@@ -77,15 +78,15 @@ def check_storage(
             f"which is not read; {REMEDY}"
         )
     if method == METHOD:
-        assert said is not None
-        read_scheme(said, f"{where}: quantization_config")
-    elif said is not None:
+        assert settings is not None
+        read_scheme(settings, f"{where}: quantization_config")
+    elif settings is not None:
         with wrap_errors(f"{where}: quantization_config of config.json cannot be used", _CORRECT):
-            AutoQuantizationConfig.from_dict(dict(said))
+            AutoQuantizationConfig.from_dict(dict(settings))
     if tensors is None:
         return
     with contextlib.closing(TensorReader()) as reader:
-        found = plain_weights(stored(tensors, reader), said, where, torch.device("cpu"))
+        found = plain_weights(stored(tensors, reader), settings, where, torch.device("cpu"))
         dtypes = {key: tensor.get_dtype() for key, tensor in found.items()}
         shapes = {key: tuple(tensor.get_shape()) for key, tensor in found.items()}
     model = meta_model(config) if model is None else model
@@ -106,15 +107,15 @@ def _check_layout(
     dtypes: Mapping[str, str],
     method: str | None,
 ) -> None:
-    """Raises for a module whose tensors are there, but not as the model's class reads them.
+    """Raises UnsupportedModel for tensors in a layout that the model's class cannot load.
 
     Args:
-        where: for messages.
-        keys: the model's.
+        where: folder or hub id, for error messages.
+        keys: key map of the model.
         state: the model's tensors on the meta device.
-        targets: where every tensor of the files goes.
-        dtypes: of these, compressed-tensors' made plain.
-        method: by which the rest is made plain; None for none.
+        targets: where each tensor of the files goes.
+        dtypes: their dtypes, after dequantizing matrices of compressed-tensors.
+        method: quantization method that the library dequantizes; None for none.
     """
     found: set[str] = set()
     others: list[tuple[str, str]] = []
@@ -125,7 +126,7 @@ def _check_layout(
             continue
         found.update(target.names)
         floats = state[target.name].is_floating_point()
-        if floats and dtype not in PLAIN and not _is_made_plain(key, dtypes, method):
+        if floats and dtype not in PLAIN and not _is_dequantized(key, dtypes, method):
             beside = ", ".join(sorted(_beside(key, dtypes))) or "no scales"
             raise UnsupportedModel(
                 f"{where}: {key} is stored as {dtype} with {beside}, a layout that is not read"
@@ -147,13 +148,15 @@ def _check_sizes(
     targets: Mapping[str, Target],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Raises where config.json promises another shape, or a layer of which nothing is there.
+    """Raises CheckpointError if a shape differs from the model's, or all tensors of a layer are
+    missing.
 
     Args:
-        where: for messages.
-        model: on the meta device.
-        targets: where every tensor of the files goes.
-        shapes: of those that are stored as they are; what is made of several is not judged.
+        where: folder or hub id, for error messages.
+        model: the model on the meta device.
+        targets: where each tensor of the files goes.
+        shapes: shapes of the tensors that are loaded as they are; tensors that a conversion
+            combines are not checked.
     """
     state = model.state_dict()
     other = []
@@ -188,7 +191,7 @@ def _by(method: str | None) -> str:
 
 
 def _weight_of(key: str, method: str | None) -> str:
-    """The weight that a part of it goes with."""
+    """The key of the weight to which a tensor of scales or blocks belongs."""
     if method == "mxfp4":
         return key.removesuffix("_blocks").removesuffix("_scales")
     if method == "fp8" and key.endswith(".scale"):
@@ -196,9 +199,9 @@ def _weight_of(key: str, method: str | None) -> str:
     return key.removesuffix("_scale_inv") if method == "fp8" else key
 
 
-def _is_made_plain(key: str, dtypes: Mapping[str, str], method: str | None) -> bool:
-    """Whether the library makes floats of a tensor, with the scales that stand beside it, or
-    whether it is such a scale.
+def _is_dequantized(key: str, dtypes: Mapping[str, str], method: str | None) -> bool:
+    """Whether the library dequantizes a tensor by scales that the checkpoint has, or whether the
+    tensor holds such scales.
     """
     if method == "mxfp4":
         parts = {key.removesuffix(end) + other for end, other in _PAIRS if key.endswith(end)}
@@ -216,7 +219,7 @@ _PAIRS = (("_blocks", "_scales"), ("_scales", "_blocks"))
 
 
 def _beside(key: str, dtypes: Mapping[str, str]) -> Iterator[str]:
-    """Names of the tensors that go with one: of its module, or of the same stack of experts."""
+    """Names of the other tensors of the same module or stack of experts."""
     stem = key.removesuffix("weight")
     for other in dtypes:
         if other != key and other.startswith(stem):
@@ -224,7 +227,7 @@ def _beside(key: str, dtypes: Mapping[str, str]) -> Iterator[str]:
 
 
 def _parents(name: str) -> Iterator[str]:
-    """Modules around a tensor, the innermost first."""
+    """Names of the modules that contain a tensor, the innermost first."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name

@@ -1,8 +1,8 @@
-"""Loading a checkpoint for observation: whole, or opened for streaming; one way to read both.
+"""Models whose decoder layers are loaded one by one, for streaming or to load the whole model.
 
-Tensors are read into memory of the process, aligned as torch aligns its own. Mapped files, as the
-library would use them, lie at whatever address their header's length leaves them, and some CPU
-products round differently there: the same weights in other shards would give other bits.
+Tensors are read into memory with torch's own alignment. The library would map the files, where the
+address of a tensor depends on the length of the header; some matrix products on the CPU round
+differently at other alignments, so the same weights in other shards would give other results.
 """
 
 import contextlib
@@ -39,12 +39,15 @@ def open_streamed(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> Iterator["StreamedModel"]:
-    """A checkpoint's model as `load_model` makes it, its decoder layers on the meta device.
+    """Opens a checkpoint for streaming: its model, with the decoder layers on the meta device.
+
+    The arguments are those of `load_model`.
 
     Raises:
-        CheckpointError: see `load_model`; what concerns the values of one decoder layer is found
-            when that layer is loaded, and that a file was replaced meanwhile when the block ends.
-        UnsupportedModel: see `load_model`; or a layer cannot be loaded alone.
+        CheckpointError: see `load_model`. Errors in the values of a decoder layer are found when
+            the layer is loaded; a changed file is found at the latest when the context ends.
+        UnsupportedModel: see `load_model`; or a layer shares a tensor with another module and so
+            cannot be loaded by itself.
     """
     where = device_named(device)
     with opened_model(path_or_id, dtype, where, trust_remote_code, text_layers_first) as streamed:
@@ -58,13 +61,13 @@ def open_streamed(
 
 
 class StreamedModel:
-    """A model whose decoder layers are on the meta device but while they are asked for.
+    """A model whose decoder layers are on the meta device except while they are loaded.
 
     Attributes:
-        model: the model, everything but its decoder layers loaded.
-        layers: qualified name and module of every decoder layer, in the model's order; first those
-            of the part that reads text.
-        device: where it computes.
+        model: the model; everything but its decoder layers is loaded.
+        layers: qualified names and modules of the decoder layers, those of the part that takes text
+            first, otherwise in the model's order.
+        device: where the model is.
     """
 
     def __init__(
@@ -85,8 +88,8 @@ class StreamedModel:
 
     @property
     def text_layers(self) -> list[tuple[str, nn.Module]]:
-        """Those of `layers` that a forward runs, which are the first: the others are of parts that
-        no text goes to (a talker), and need not be loaded for it.
+        """The `layers` that a forward runs, which come first. The others are of parts that take no
+        text (a talker) and need not be loaded.
         """
         prefix = text_prefix(self.model)
         return [layer for layer in self.layers if layer[0].startswith(prefix)]
@@ -97,7 +100,7 @@ class StreamedModel:
         return self._reader.bytes_read
 
     def load(self, layer: int) -> None:
-        """Loads a layer in this thread, which has nothing else to do: with all of torch's threads.
+        """Loads a layer in the calling thread, with all of torch's threads.
 
         Raises:
             CheckpointError: it could not be read or converted.
@@ -105,13 +108,15 @@ class StreamedModel:
         self._load(layer)
 
     def prefetch(self, layer: int) -> None:
-        """Begins to load a layer in the background; does nothing past the last."""
+        """Starts to load a layer in the background; does nothing for an index past the last
+        layer.
+        """
         if layer >= len(self.layers) or layer in self._coming:
             return
         self._coming[layer] = self._pool.submit(self._load, layer)
 
     def ready(self, layer: int, timeout: float | None = None) -> bool:
-        """Waits for a layer's weights; whether they are there within `timeout` seconds.
+        """Waits up to `timeout` seconds for a layer's weights; returns whether they are loaded.
 
         Raises:
             CheckpointError: they could not be read or converted.
@@ -126,24 +131,24 @@ class StreamedModel:
     def release(self, layer: int) -> None:
         """Frees a layer's weights."""
         if self._stream is not None:
-            # Its memory goes to the layer that is being loaded; what reads it may still be queued.
+            # The next layer to load reuses its memory, which queued kernels may still have to read.
             done = torch.cuda.current_stream(self.device).record_event()
             self._stream.wait_event(done)
         self._parts.release(layer)
         del self._coming[layer]
 
     def tied(self) -> str | None:
-        """A tensor of a decoder layer that is another module's too, if there is one."""
+        """Name of a tensor of a decoder layer that another module shares; None if there is none."""
         return self._parts.tied()
 
     def tie(self) -> None:
-        """Ties again what loading decoder layers one by one took apart."""
+        """Ties shared tensors again, which loading layers one by one separated."""
         if self.tied() is not None:
             away = {name for name, tensor in self.model.state_dict().items() if tensor.is_meta}
             self.model.tie_weights(missing_keys=away, recompute_mapping=False)
 
     def close(self) -> None:
-        """Stops loading."""
+        """Stops loading and ends the threads."""
         self._stopped.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
@@ -157,7 +162,7 @@ class StreamedModel:
         self._stream.synchronize()
 
     def _read_ahead(self, layer: int) -> Iterator[Chunk]:
-        """The chunks of a layer, the next being read while one is converted."""
+        """The chunks of a layer; the next one is being read while one is converted."""
         chunks = self._parts.chunks(layer)
         for number, chunk in enumerate(chunks):
             if self._stopped.is_set():
@@ -168,10 +173,10 @@ class StreamedModel:
 
 
 def device_named(device: str | torch.device) -> torch.device:
-    """A device by its name.
+    """The device of this name.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: there is no such device.
     """
     try:
         return torch.device(device)
@@ -187,7 +192,7 @@ def opened_model(
     trust: bool,
     split: Any,
 ) -> Iterator[StreamedModel]:
-    """The model with everything loaded but the layers `split` finds."""
+    """The model with everything loaded except the layers that `split` returns."""
     config, source = checked_files(path_or_id, trust)
     reader = TensorReader(source.fingerprints)
     with contextlib.closing(reader):
@@ -202,7 +207,8 @@ def opened_model(
         check_loading(path_or_id, info, model)
         if device.type != "cpu":
             model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
-        # Not before: page-locked memory stays taken, and what is outside layers is read but once.
+        # Only now: page-locked memory is never freed, and tensors outside layers are read only
+        # once.
         reader.pinned = device.type == "cuda"
         streamed = StreamedModel(parts, tensors, reader, device)
         try:
@@ -213,7 +219,7 @@ def opened_model(
 
 
 def checked_files(path_or_id: str | Path, trust: bool) -> tuple[PretrainedConfig, Checkpoint]:
-    """A checkpoint's configuration and its files, both checked."""
+    """The configuration and the files of a checkpoint, both checked."""
     config = load_config(path_or_id, trust_remote_code=trust)
     source = open_checkpoint(resolve_folder(path_or_id))
     check_storage(path_or_id, config, source.tensors)
@@ -221,6 +227,9 @@ def checked_files(path_or_id: str | Path, trust: bool) -> tuple[PretrainedConfig
 
 
 def text_layers_first(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Qualified names and modules of the decoder layers, those of the part that takes text
+    first.
+    """
     layers = decoder_layers(model, [layer.name for layer in find_moe_layers(model)])
     prefix = text_prefix(model)
     return sorted(layers, key=lambda layer: not layer[0].startswith(prefix))

@@ -1,4 +1,4 @@
-"""Reading tensors of a checkpoint ahead of their use, several at a time, and counting the bytes."""
+"""Reads tensors of a checkpoint in background threads, ahead of their use."""
 
 import os
 import threading
@@ -17,7 +17,7 @@ from reap_driver.files.fingerprints import Fingerprints, unreadable
 from reap_driver.files.safetensors_file import TensorEntry
 from reap_kernels.errors import CheckpointError
 
-# Reads under way at once, and bytes of each: what keeps a fast disk busy.
+# Concurrent reads, and bytes per read: enough for the throughput of a fast disk.
 THREADS = 4
 _PIECE = 32 << 20
 
@@ -48,10 +48,10 @@ class TensorReader:
     """Reads byte ranges of files into memory, in a few threads.
 
     Args:
-        fingerprints: of the files when they were inspected; a file is compared when it is opened.
+        fingerprints: of the files when they were inspected; a file is checked when it is opened.
 
     Attributes:
-        bytes_read: how many so far.
+        bytes_read: bytes read so far.
         pinned: whether to read into page-locked memory, from which a GPU copies fastest.
     """
 
@@ -64,7 +64,7 @@ class TensorReader:
         self._lock = threading.Lock()
 
     def start(self, entry: TensorEntry, dtype: torch.dtype) -> "PendingTensor":
-        """Begins to read a tensor."""
+        """Starts to read a tensor."""
         memory = torch.empty(entry.nbytes, dtype=torch.uint8, pin_memory=self.pinned)
         view = memory.numpy().data
         pieces = [
@@ -74,7 +74,7 @@ class TensorReader:
         return PendingTensor(memory.view(dtype).view(entry.shape), pieces)
 
     def close(self) -> None:
-        """Ends the threads, without waiting for reads nobody will ask for."""
+        """Ends the threads; reads that have not started are canceled."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         for descriptor in self._files.values():
             os.close(descriptor)
@@ -114,22 +114,22 @@ class PendingTensor:
         self._tensor, self._pieces = tensor, pieces
 
     def wait(self) -> Tensor:
-        """The tensor, complete."""
+        """Waits until the tensor is complete, and returns it."""
         for piece in self._pieces:
             piece.result()
         return self._tensor
 
 
 class Readable(LazyTensor):
-    """A tensor that is read from disk when it is asked for, or before, by `start`."""
+    """A tensor that is read when it is indexed, or earlier if `start` is called."""
 
     @abstractmethod
     def start(self) -> None:
-        """Begins to read."""
+        """Starts to read."""
 
 
 class StoredTensor(Readable):
-    """A tensor as it is on disk."""
+    """A tensor in the form in which it is stored."""
 
     def __init__(self, key: str, entry: TensorEntry, reader: TensorReader) -> None:
         self._key, self._entry, self._reader = key, entry, reader
@@ -137,7 +137,7 @@ class StoredTensor(Readable):
         self.nbytes = entry.nbytes
 
     def start(self) -> None:
-        """Begins to read."""
+        """Starts to read."""
         if self._entry.dtype not in _DTYPES:
             raise CheckpointError(
                 f"{self._entry.file}: tensor {self._key!r} has dtype {self._entry.dtype}, which "
@@ -149,7 +149,7 @@ class StoredTensor(Readable):
         if self._reading is None:
             self.start()
         assert self._reading is not None
-        reading, self._reading = self._reading, None  # its memory is the caller's
+        reading, self._reading = self._reading, None  # the caller owns its memory
         return reading.wait()[index]
 
     def get_dtype(self) -> str:
@@ -160,11 +160,11 @@ class StoredTensor(Readable):
 
 
 def stored(tensors: Mapping[str, TensorEntry], reader: TensorReader) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint, to be read by `reader`."""
+    """Key -> tensor of a checkpoint, to be read by `reader`."""
     return {key: StoredTensor(key, entry, reader) for key, entry in tensors.items()}
 
 
 def start(tensors: Mapping[str, Readable], keys: Iterable[str]) -> None:
-    """Begins to read several."""
+    """Starts to read several tensors."""
     for key in keys:
         tensors[key].start()

@@ -1,4 +1,6 @@
-"""Find the MoE layers of a model, say what each is, and refuse what could not be observed right."""
+"""Finds and describes the MoE layers of a model, and refuses those that cannot be observed
+exactly.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,14 +17,14 @@ from reap_driver.model.adapters.expert_parallel import ExpertSlice
 from reap_driver.model.unwrap import unwrap_model
 from reap_kernels.errors import UnsupportedModel
 
-# Models whose experts are recognisable but must not be ranked or removed, and why.
+# Models that have experts which must not be ranked or removed, and why.
 _REFUSED = {
     "jetmoe": "its attention is a mixture of experts that shares the feed-forward layers' count",
     "switch_transformers": "it is an encoder-decoder with expert capacity",
     "nllb-moe": "it is an encoder-decoder with expert capacity",
     "doge": "its experts are retrieved by product keys, not routed to",
-    "vitpose": "its experts are one head a data set",
-    "vitpose_backbone": "its experts are one head a data set",
+    "vitpose": "it has one expert per data set, which is not routed to",
+    "vitpose_backbone": "it has one expert per data set, which is not routed to",
 }
 _TOP_K_NAMES = (
     "top_k",
@@ -38,22 +40,28 @@ _GROUP_NAMES = ("num_group", "n_group", "num_expert_group")
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One MoE layer.
+    """One MoE layer of a model, as `find_moe_layers` describes it.
 
     Attributes:
         name: qualified name of the experts module.
         module: the experts module.
-        num_experts: E, routed experts with weights (identity experts are not counted).
-        top_k: experts selected a token.
-        n_group: routing groups the router chooses among; 1 for none.
-        topk_group: groups kept a token.
+        num_experts: number E of routed experts; identity experts, which have no weights, are not
+            counted.
+        top_k: number of experts that a token is routed to.
+        n_group: number of groups that the router chooses among; 1 without group-limited routing.
+        topk_group: number of groups that are chosen for a token.
         hidden_size: width H of the experts' inputs and outputs.
-        intermediate_size: I.
-        adapter: name of the adapter that observes it.
-        scale: constant factor the block applies to the routed sum after the experts; it matters
+        intermediate_size: width I between the products of an expert.
+        adapter: name of the adapter that observes the layer.
+        scale: constant by which the block multiplies the sum of the experts' outputs; it matters
             only for comparing layers.
-        norm_space: "output", or "latent" when experts work in a space narrower than the model's.
-        local: which experts are in this process, if they are spread over ranks; None for all.
+        norm_space: "output", or "latent" if the experts' width is not the model's hidden size.
+        local: the experts in this process, if they are spread over ranks; None for all.
+
+    Example:
+        >>> layer = find_moe_layers(load_model("Qwen/Qwen3-30B-A3B"))[0]
+        >>> layer.name, layer.num_experts, layer.top_k
+        ('model.layers.0.mlp.experts', 128, 8)
     """
 
     name: str
@@ -71,11 +79,11 @@ class MoELayer:
 
     @property
     def local_experts(self) -> int:
-        """Experts in this process, whose statistics it accumulates."""
+        """Number of experts in this process, which accumulates their statistics."""
         return self.num_experts if self.local is None else self.local.count
 
     def provenance(self) -> dict[str, Any]:
-        """The facts a plan needs, JSON-serialisable."""
+        """What a plan records of the layer, as JSON values."""
         keys = ("num_experts", "top_k", "n_group", "topk_group", "hidden_size", "intermediate_size")
         facts: dict[str, Any] = {key: getattr(self, key) for key in keys}
         return {**facts, "scale": self.scale, "norm_space": self.norm_space}
@@ -83,11 +91,20 @@ class MoELayer:
 
 @typed
 def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
-    """Every MoE layer of `model`, in its own order. Reads no weights, so meta models will do.
+    """Find the MoE layers of a model, in the model's order.
+
+    Args:
+        model: a loaded model, or one on the meta device, since no weights are read; or a wrapper of
+            it by torch.compile, DataParallel or DistributedDataParallel.
 
     Raises:
-        UnsupportedModel: the model has no MoE layer, is one that must not be pruned, holds weights
-            that are not plain whole floats, or has experts that no adapter observes.
+        UnsupportedModel: the model has no MoE layer or must not be pruned; its experts' weights are
+            quantized or sharded; or no adapter can observe its experts.
+
+    Example:
+        >>> layers = find_moe_layers(load_model("Qwen/Qwen3-30B-A3B"))
+        >>> len(layers), layers[0].hidden_size, layers[0].intermediate_size
+        (48, 2048, 768)
     """
     model = unwrap_model(model)
     config = model.config
@@ -113,16 +130,25 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
 def record_of(
     model: PreTrainedModel, layers: Sequence[MoELayer] | None = None, name: str | None = None
 ) -> dict[str, Any]:
-    """What identifies a model in the provenance of statistics and plans, JSON-serialisable.
+    """Describe a model for the provenance of statistics and plans, as JSON values.
 
     Args:
-        model: the model, which may be on the meta device.
-        layers: those of `find_moe_layers` to describe; default all.
-        name: path or hub id of the model; by default what its configuration says.
+        model: a loaded model, or one on the meta device.
+        layers: which layers of `find_moe_layers` to describe; all by default.
+        name: path or hub id of the model; by default the one in its configuration.
 
     Returns:
-        `model` (id, digest and fields of the configuration, ...) and `layers` {name: facts}, as
-        `reap_kernels.model_match.differences` compares them.
+        `{"model": {...}, "layers": {name: {...}}}`: id, architecture, digest and identifying fields
+        of the configuration; for each layer its sizes. `reap_kernels.model_match.differences`
+        compares two such records.
+
+    Raises:
+        UnsupportedModel: see `find_moe_layers`.
+
+    Example:
+        >>> record = record_of(load_model("Qwen/Qwen3-30B-A3B"))
+        >>> record["model"]["architecture"], len(record["layers"])
+        ('Qwen3MoeForCausalLM', 48)
     """
     model = unwrap_model(model)
     config = model.config
@@ -140,7 +166,7 @@ def record_of(
 
 
 def _as_json(value: Any) -> Any:
-    """A value of a configuration as JSON has it; what JSON has no word for, as text."""
+    """A value of a configuration as a JSON value; what JSON cannot express becomes text."""
     if isinstance(value, dict):
         return {str(key): _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -162,7 +188,7 @@ def block_of(model: nn.Module, layer: MoELayer) -> nn.Module:
 
 
 def _found(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, Adapter]]:
-    """(name, experts module, block, adapter) of everything an adapter serves."""
+    """(name, experts module, block, adapter) of every module that an adapter serves."""
     for name, module in model.named_modules():
         parent, _, leaf = name.rpartition(".")
         listed = isinstance(module, nn.ModuleList)
@@ -203,15 +229,17 @@ def _describe(
         norm_space="output" if sizes.hidden_size == width else "latent",
         local=adapter.local(module),
     )
-    # Experts without weights (LongCat's identity experts) can be chosen too.
+    # The router also chooses among experts without weights (LongCat's identity experts).
     _check_routing(layer, layer.num_experts + (_first_int([config], ("zero_expert_num",)) or 0))
     return layer
 
 
 def _check_routing(layer: MoELayer, choices: int) -> None:
-    """Raises for experts without numbers, and for routing that no router can do.
+    """Raises UnsupportedModel for experts of width 0 and for impossible routing.
 
-    `choices` are the experts it chooses among.
+    Args:
+        layer: the layer.
+        choices: number of experts that the router chooses among.
     """
     groups = layer.n_group
     reason = None
@@ -231,7 +259,9 @@ def _check_routing(layer: MoELayer, choices: int) -> None:
 
 
 def _first_int(sources: list[Any], names: tuple[str, ...]) -> int | None:
-    """The first integer under one of `names`, source by source."""
+    """The first attribute among `names` that is an integer, source by source; None if there
+    is none.
+    """
     for source in sources:
         for name in names:
             value = getattr(source, name, None)
@@ -241,10 +271,11 @@ def _first_int(sources: list[Any], names: tuple[str, ...]) -> int | None:
 
 
 def _post_scale(block: Any) -> float:
-    """The constant a block multiplies the routed sum by. Read from what each block's forward does.
+    """The constant by which a block multiplies the sum of its experts' outputs.
 
-    laguna, minimax_m3_vl and step3p7 scale in the block what other models scale in the router;
-    cohere2_moe averages with the shared expert; openai_privacy_filter undoes a division by top-k.
+    Taken from the blocks' forwards: laguna, minimax_m3_vl and step3p7 scale in the block what other
+    models scale in the router; cohere2_moe averages with the shared expert; openai_privacy_filter
+    reverses a division by top-k.
     """
     kind = type(block).__name__
     if kind == "OpenAIPrivacyFilterMLP":
@@ -256,7 +287,9 @@ def _post_scale(block: Any) -> float:
 
 
 def _refuse_leftovers(model: nn.Module, observed: list[str]) -> None:
-    """Raise for a module that holds routed experts, by its name, outside every observed layer."""
+    """Raises UnsupportedModel for a module outside all layers whose name says that it holds
+    experts.
+    """
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
         named = leaf == "experts" or type(module).__name__.endswith("Experts")
@@ -268,7 +301,7 @@ def _refuse_leftovers(model: nn.Module, observed: list[str]) -> None:
         if not near and any(True for _ in module.parameters()):
             raise UnsupportedModel(
                 f"{name} ({type(module).__name__}) looks like routed experts, and no adapter "
-                "observes it; load quantised experts dequantized, without hub kernels, and with a "
+                "observes it; load quantized experts dequantized, without hub kernels, and with a "
                 "transformers version whose class for this model uses its experts interface"
             )
 
