@@ -1,1 +1,1 @@
-"""Calibration data: from files and data sets to batches of token ids."""
+"""Calibration data: reads records from files and hub data sets, and makes batches of token ids."""

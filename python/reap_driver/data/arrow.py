@@ -1,4 +1,4 @@
-"""Rows of Arrow tables as records: of Parquet files, and of data sets from the hub."""
+"""Converts rows of Arrow tables, from Parquet files or hub data sets, to records."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -12,8 +12,9 @@ from reap_kernels.errors import DataError
 
 
 def known_columns(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(those that records are made of, or all where there is none of them; others that might
-    matter)."""
+    """Divides column names: (known fields of records, or all columns if there are none of these;
+    other columns that may hold content).
+    """
     known = [name for name in names if name in FIELDS] or list(names)
     return known, [name for name in names if name not in IRRELEVANT.union(known)]
 
@@ -21,15 +22,16 @@ def known_columns(names: Sequence[str]) -> tuple[list[str], list[str]]:
 def row_records(
     rows: Any, places: Mapping[int, str], others: Sequence[str], bad: BadRecords | None
 ) -> Iterator[tuple[int, Record]]:
-    """(number, record) of rows.
+    """(number, record) of each row.
 
-    Objects lose keys without a value: a column of objects has every key that any of them has.
+    Keys whose value is null are removed from objects: in a column of objects, every object has all
+    keys that any of them has.
 
     Args:
-        rows: Arrow's batch or table, or a `datasets.Dataset`.
-        places: for each row its number, and where it stands.
-        others: columns that are not read, and are not used then.
-        bad: takes rows whose values Python does not have; None raises that.
+        rows: an Arrow batch or table, or a `datasets.Dataset`.
+        places: number of each row -> its place, for error messages.
+        others: columns that are not read; they are recorded as unused.
+        bad: collects the errors of bad rows, which are skipped; if None, errors are raised.
     """
     numbers = list(places)
     columns = None
@@ -59,18 +61,18 @@ def _one_by_one(
 
 
 def text_leaves(schema: Any) -> list[str]:
-    """The leaves of a Parquet file's columns that hold texts.
+    """Paths of the columns of a Parquet file that hold text, nested ones included.
 
-    They are read as dictionaries, as they are stored: a text that a small file has once and a
-    thousand rows name would take a thousand times its size.
+    They are read dictionary-encoded, as they are stored. Otherwise a text that is stored once and
+    referenced by a thousand rows would take a thousand times its size in memory.
     """
     leaves = [schema.column(number) for number in range(len(schema))]
     return [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
 
 
 def _expanded(rows: Any, at: int | None = None) -> int:
-    """Bytes of rows, or of one, with each text where it is named; 0 of a `datasets.Dataset`, whose
-    texts are in memory once for each row anyway.
+    """Bytes that rows, or one of them, take without dictionary encoding; 0 for a
+    `datasets.Dataset`, whose texts are not dictionary-encoded.
     """
     if hasattr(rows, "features"):
         return 0
@@ -94,7 +96,7 @@ def _bytes_of(array: Any) -> int:
 
 
 def _columns(rows: Any, start: int, count: int) -> dict[str, list[Any]]:
-    """Name to values of some rows."""
+    """Column name -> values of `count` rows from `start`."""
     import pyarrow
 
     if hasattr(rows, "features"):
@@ -110,7 +112,7 @@ def _columns(rows: Any, start: int, count: int) -> dict[str, list[Any]]:
 
 
 def _holds_objects(pyarrow: Any, kind: Any) -> bool:
-    """Whether values of the type are objects, or lists of them."""
+    """Whether values of an Arrow type are objects, or lists of objects."""
     if pyarrow.types.is_struct(kind):
         return True
     nested = (

@@ -1,7 +1,7 @@
-"""Batches of packed sources, each of one source and one fold of it.
+"""Batches of sequences. All sequences of a batch are from one source and one fold.
 
-The sequences of a source are dealt to folds in turn, so that every fold is like a random share of
-it. A batch takes sequences of one fold, longest first, as many as have the tokens it may hold.
+Sequence i of a source is in fold i mod F, so every fold is a random sample of the source. A batch
+takes sequences of one fold, longest first, up to a maximum number of tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from reap_driver.data.packing import PackedSource
 
 @dataclass(frozen=True)
 class _Batch:
-    """One batch: which sequences of which source."""
+    """One batch: the indices of its sequences in their source."""
 
     source: PackedSource
     fold: int
@@ -26,12 +26,12 @@ class PackedBatches:
     """The batches of packed sources, one source after the other.
 
     Args:
-        sources: what they hold.
-        sizes: for each source, how many sequences of its `seq_len` tokens a batch has at most; of
-            shorter ones it has as many as take no more tokens, padding included.
-        folds: into how many folds the sequences of each source are dealt.
-        pad: whether sequences of `none` packing that differ in length may share a batch, padded on
-            the right, with an attention mask. Those of the other packings never do.
+        sources: the packed sources.
+        sizes: for each source, the maximum number of sequences of `seq_len` tokens per batch. Of
+            shorter sequences a batch takes more, up to the same number of tokens with padding.
+        folds: number of folds of each source.
+        pad: whether sequences of different lengths may share a batch if packing is `none`; they are
+            padded on the right, with an attention mask. With other packings they never do.
     """
 
     def __init__(
@@ -55,18 +55,22 @@ class PackedBatches:
         return len(self._batches)
 
     def group(self, number: int) -> str:
-        """The group of the source a batch is from."""
+        """The group of the batch's source."""
         return self._batches[number].source.source.group
 
     def fold(self, number: int) -> int:
-        """The fold a batch is from, from 0 on."""
+        """The fold of the batch, counted from 0."""
         return self._batches[number].fold
 
     def inputs(self, number: int) -> dict[str, Tensor]:
-        """`input_ids` [batch, seq] int64, and of the same shape, each where it says something:
-        `attention_mask` int64, 0 on padding; `position_ids` int64, 0 where an isolated document
-        begins; `token_mask` bool, the tokens that count. Of a sequence with images, which is alone
-        in its batch, what the model's processor makes."""
+        """The tensors of a batch, each [batch, seq].
+
+        Returns:
+            `input_ids` int64 and, if needed, `attention_mask` int64, 0 on padding; `position_ids`
+            int64, 0 where an isolated document begins; `token_mask` bool, True for tokens whose
+            experts are counted. For a sequence with images, which is the only one of its batch, the
+            outputs of the model's processor.
+        """
         source, rows = self._batches[number].source, self._batches[number].rows
         image_inputs = source.image_inputs.get(source.bounds[rows[0]])
         if image_inputs is not None:
@@ -88,7 +92,9 @@ class PackedBatches:
 def _divided(
     source: PackedSource, fold: int, folds: int, size: int, pad: bool
 ) -> Iterator[list[int]]:
-    """The sequences of one fold in batches, longest first: what fits, fits from the first on."""
+    """The sequences of one fold in batches, longest first, so that the first batch shows
+    whether memory suffices.
+    """
 
     def length(row: int) -> int:
         return source.bounds[row + 1] - source.bounds[row]
@@ -113,5 +119,5 @@ def _divided(
 
 
 def _stacked(rows: Sequence[Tensor]) -> Tensor:
-    """[rows, longest], zeros behind shorter ones."""
+    """[rows, longest], shorter rows padded with zeros on the right."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)

@@ -1,4 +1,4 @@
-"""Conversations as a model's chat template writes them, and where in them its answers stand."""
+"""Renders conversations with a model's chat template, and locates the assistant's turns in them."""
 
 import json
 import re
@@ -20,28 +20,29 @@ from reap_kernels.errors import DataError
 
 Span = tuple[int, int]
 
-# How templates want turns that call tools: arguments as an object or as JSON text, content that is
-# empty as a text or null. The first is what transformers documents; DeepSeek-V3's take the others.
+# Forms of messages with tool calls: the type of arguments (object or JSON text) and the content if
+# it is empty (a text or null). transformers documents the first; DeepSeek-V3's templates take
+# others.
 _FORMS = ((dict, ""), (str, ""), (str, None))
-# Records with a field after which one that the template has not written counts as never written.
+# After this many records with a field, a field that the template never wrote counts as unused.
 _TRIALS = 64
 
-# Lines of a template run for one conversation. Real ones run some ten for a message.
+# Lines of a template that may run for one conversation. Real templates run about ten per message.
 STEP_LIMIT = 10_000_000
-_TEMPLATE_FILE = "<template>"  # Jinja's name for the code of a template that comes from no file
+_TEMPLATE_FILE = "<template>"  # file name that Jinja gives to the code of a template
 
 
 class ChatTemplate:
-    """The template of one tokenizer.
+    """The chat template of one tokenizer.
 
     Args:
-        tokenizer: of the model.
-        model: its name, for messages.
-        enable_thinking: passed to the template; None leaves the template's own default.
+        tokenizer: the tokenizer of the model.
+        model: name of the model, for error messages.
+        enable_thinking: passed to the template; None for the template's own default.
 
     Attributes:
-        written: names of fields beside role, content and calls that it was seen to write, as
-            `unwritten` has them.
+        written: names of the fields other than role, content and tool calls that the template has
+            written, as `unwritten` names them.
     """
 
     def __init__(self, tokenizer: Any, model: str, enable_thinking: bool | None) -> None:
@@ -55,20 +56,20 @@ class ChatTemplate:
         """The conversation as text, special tokens included.
 
         Args:
-            place: of the record, for the message.
-            chat: what it says.
+            place: place of the record, for error messages.
+            chat: the conversation.
 
         Raises:
-            DataError: the template refuses it.
+            DataError: the template refuses the conversation.
         """
         return str(self._apply(place, chat, self._formed(place, chat), tokenize=False))
 
     def unwritten(self, place: str, chat: Chat) -> set[str]:
-        """Names of what a conversation has and the template does not write.
+        """Names of the parts of a conversation that the template does not write.
 
-        That are its `tools`, its `messages of role tool` say, and fields of messages, such as
-        `messages[].reasoning_content`. Each is written where the text is another without it; this
-        is tried with the first records that have it.
+        Parts are `tools`, all messages of a role, named for example `messages of role tool`, and
+        fields of messages, named for example `messages[].reasoning_content`. A part is written if
+        the text changes without it; this is tested on the first records that have the part.
         """
         found = {"tools": replace(chat, tools=None)} if chat.tools else {}
         for message in chat.messages:
@@ -84,17 +85,17 @@ class ChatTemplate:
             self._trials[name] += 1
             try:
                 same = self.render(place, chat) == self.render(place, less)
-            except DataError:  # it does not do without
+            except DataError:  # the template needs it
                 same = False
             if not same:
                 self.written.add(name)
         return name in self.written
 
     def marks_answers(self, place: str, chat: Chat) -> bool:
-        """Whether the template itself says what the model generates, by `{% generation %}`.
+        """Whether the template marks what the model generates, by `{% generation %}`.
 
         Raises:
-            DataError: there are several templates, and none of them is the default.
+            DataError: the tokenizer has several templates, none of which is the default.
         """
         try:
             template = self._tokenizer.get_chat_template(None, chat.tools)
@@ -103,7 +104,7 @@ class ChatTemplate:
         return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
     def marked(self, place: str, chat: Chat) -> tuple[list[int], bytes]:
-        """Token ids, and a byte for each: 1 where the template marks what the model generates.
+        """Token ids, and one byte per token: 1 if the template marks it as generated.
 
         Raises:
             DataError: the template refuses the conversation.
@@ -119,16 +120,17 @@ class ChatTemplate:
         return found["input_ids"], bytes(found["assistant_masks"])
 
     def answers(self, place: str, chat: Chat) -> tuple[str, list[Span]]:
-        """The conversation as text, and [from, to) of each assistant's turn in it.
+        """The conversation as text, and the span [start, end) of each turn of the assistant.
 
-        A turn begins where the text of the messages before it, with the prompt to go on, stops
-        being that of the whole. It ends where the text of the messages up to it ends; or, where the
-        template writes a turn in another way when it is the last (without its reasoning, say), as
-        many characters before the end of the next message as that message adds elsewhere.
+        A turn starts where the rendering of the messages before it, with the generation prompt,
+        ends, or differs from the whole text. It ends where the rendering of the messages up to and
+        including it ends. Some templates render the last turn differently (for example with its
+        reasoning); then the end is computed from the next message: that message's length in another
+        rendering is subtracted from where it ends.
 
         Raises:
-            DataError: the template refuses the conversation, or writes messages in another way
-                before others, so that turns cannot be told apart.
+            DataError: the template refuses the conversation, or renders messages differently when
+                others follow, so that the turns cannot be located.
         """
         chat = replace(chat, messages=self._formed(place, chat))
         whole = str(self._apply(place, chat, chat.messages, tokenize=False))
@@ -143,7 +145,7 @@ class ChatTemplate:
 
     def _start(self, place: str, chat: Chat, number: int, whole: str) -> int:
         before = chat.messages[:number]
-        if not before:  # templates take no empty conversation
+        if not before:  # templates refuse an empty conversation
             raise self._inseparable(place)
         prompt = self._apply(place, chat, before, tokenize=False, add_generation_prompt=True)
         if whole.startswith(prompt):
@@ -158,7 +160,7 @@ class ChatTemplate:
         if number == len(messages) - 1:
             return len(whole)
         text = self._apply(place, chat, messages[: number + 1], tokenize=False)
-        # Phi-3's end every text with the token that ends a sequence, not every turn.
+        # Phi-3's template ends the text, not every turn, with the end-of-sequence token.
         for ended in (text, text.removesuffix(self._tokenizer.eos_token or "")):
             if whole.startswith(ended):
                 return len(ended)
@@ -176,13 +178,13 @@ class ChatTemplate:
         return len(end) - len(added)
 
     def _formed(self, place: str, chat: Chat) -> list[dict[str, Any]]:
-        """The messages, with calls of tools in the form that the template writes."""
+        """The messages, with tool calls in the form that the template supports."""
         if not any(message.get("tool_calls") for message in chat.messages):
             return chat.messages
         if self._form is None:
             raise DataError(
-                f"{place}: the chat template of {self._model} leaves out or refuses the calls of "
-                "tools that the messages have; use a template that writes them, or other data"
+                f"{place}: the chat template of {self._model} leaves out or refuses the tool "
+                "calls of the messages; use a template that writes them, or other data"
             )
         try:
             return [_with_calls_as(message, *self._form) for message in chat.messages]
@@ -191,7 +193,9 @@ class ChatTemplate:
 
     @cached_property
     def _form(self) -> tuple[type, str | None] | None:
-        """The first form of calls that the template neither refuses nor leaves out."""
+        """The first form of tool calls that the template writes; None if it refuses or
+        omits all.
+        """
         call = {"name": "probe", "arguments": {"argument": "probed"}}
         calls = [{"id": "call00000", "type": "function", "function": call}]
         messages: list[dict[str, Any]] = [
@@ -229,7 +233,7 @@ class ChatTemplate:
                 return self._tokenizer.apply_chat_template(
                     messages, tools=chat.tools, **options, **self._options
                 )
-        except BaseException as error:  # whatever a template does: 1 / 0, endless recursion
+        except BaseException as error:  # a template can raise anything: 1 / 0, endless recursion
             if not is_fault(error):
                 raise
             raise self._refused(place, error) from error
@@ -240,19 +244,21 @@ def _without_role(chat: Chat, role: str) -> Chat:
 
 
 def _without(chat: Chat, name: str) -> Chat:
-    """The conversation without a field of its messages."""
+    """The conversation without one field of its messages."""
     messages = [{k: v for k, v in message.items() if k != name} for message in chat.messages]
     return replace(chat, messages=messages)
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
+    """Length of the common prefix of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _with_calls_as(message: dict[str, Any], kind: type, empty: str | None) -> dict[str, Any]:
-    """The message with its calls' arguments as objects or JSON text, and empty content as given."""
+    """The message with the arguments of its tool calls as objects or as JSON text, and with
+    `empty` for empty content.
+    """
     if not message.get("tool_calls"):
         return message
     calls = []
@@ -266,14 +272,14 @@ def _with_calls_as(message: dict[str, Any], kind: type, empty: str | None) -> di
 
 @contextmanager
 def limited_steps() -> Iterator[None]:
-    """Inside it, a template that runs more than STEP_LIMIT of its lines ends with an error.
+    """Inside, a template that runs more than STEP_LIMIT of its lines ends with an error.
 
-    Jinja's sandbox, in which transformers renders, limits a single `range` to 100,000 items, but
-    neither loops in loops nor macros that call themselves twice. Lines are counted by Python's
-    trace function, which leaves the environment as transformers made it. Memory is not limited.
+    Templates come from untrusted sources. Jinja's sandbox, which transformers uses, limits a single
+    `range` to 100,000 items, but neither nested loops nor recursive macros. Python's trace function
+    counts lines, so the environment of transformers is unchanged. Memory is not limited.
 
     Raises:
-        TemplateRuntimeError: a template took too many.
+        TemplateRuntimeError: a template ran too many lines.
     """
     previous, left = sys.gettrace(), STEP_LIMIT
 
@@ -281,7 +287,7 @@ def limited_steps() -> Iterator[None]:
         nonlocal left
         left -= 1
         if left < 0:
-            sys.settrace(previous)  # what Jinja does with the error is not counted
+            sys.settrace(previous)  # Jinja's handling of the error is not counted
             raise TemplateRuntimeError(f"it takes more than {STEP_LIMIT:,} steps")
         return count
 

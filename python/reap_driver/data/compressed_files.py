@@ -1,8 +1,7 @@
-"""Compressed files as streams of the bytes in them: .gz, .bz2 and .xz by Python, .zst by Arrow.
+"""Reads plain and compressed files: .gz, .bz2 and .xz by Python, .zst by Arrow.
 
-What is read of any file is bounded, as a few bytes may decompress to more than memory holds: a
-record has at most `LARGEST` bytes, and between two lines that hold something at most `BLANK` bytes
-hold nothing.
+A few bytes may decompress to more than memory holds. So a record has at most `LARGEST` bytes, and
+there are at most `BLANK` bytes of empty lines between two other lines.
 """
 
 import bz2
@@ -22,16 +21,17 @@ BLANK = 2**20
 
 
 def inner_suffix(file: Path) -> str:
-    """`.jsonl` for a.jsonl and for a.jsonl.gz."""
+    """The suffix of a name without that of the compression: `.jsonl` for a.jsonl and a.jsonl.gz."""
     return Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, decompressed as its name says.
+    """Opens a file for reading, decompressed according to its suffix.
 
     Raises:
-        DataError: it cannot be read, its compression is damaged, or needs a missing package.
+        DataError: it cannot be read or decompressed, or its compression needs a package that is not
+            installed.
     """
     open_file = COMPRESSIONS.get(file.suffix, _plain)
     try:
@@ -39,17 +39,18 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
             yield stream
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise _damaged(file, error) from error
-    except OSError as error:  # bz2 and Arrow report damage as one without a number
+    except OSError as error:  # bz2 and Arrow report damage as an OSError without errno
         if error.errno is None and file.suffix in COMPRESSIONS:
             raise _damaged(file, error) from error
         raise DataError(f"data {file} cannot be read: {error.strerror or error}") from error
 
 
 def lines(file: Path) -> Iterator[tuple[int, bytes | None]]:
-    """(number from 1, content) of the lines that hold something; None where that is too large.
+    """(line number from 1, content) of the lines that are not empty; content is None if the line is
+    larger than `LARGEST`.
 
     Raises:
-        DataError: see `opened`; or too many empty lines follow each other.
+        DataError: see `opened`; or there are too many empty lines in a row.
     """
     number = blank = 0
     with opened(file) as stream:
@@ -71,7 +72,7 @@ def lines(file: Path) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _skip(stream: IO[bytes], piece: bytes) -> None:
-    """Reads on to the end of a line."""
+    """Reads up to the end of the line of which `piece` is the beginning."""
     while piece and not piece.endswith(b"\n"):
         piece = stream.readline(BLANK)
 

@@ -1,4 +1,4 @@
-"""Records to token ids: ids as they are, texts tokenised, conversations by chat template."""
+"""Converts records to token ids, with the model's tokenizer, chat template and image processor."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -21,19 +21,19 @@ from reap_kernels.errors import DataError
 from reap_kernels.schema import short
 
 _INT32 = 2**31  # ids are kept in 32 bits
-_NO_LABEL = -100  # what trainers write where a token is none to learn
+_NO_LABEL = -100  # label of tokens that do not count in a training loss
 
 
 @dataclass(frozen=True)
 class Document:
-    """A record as a model reads it.
+    """A record as token ids.
 
     Attributes:
         ids: token ids.
-        counted: one byte a token, 1 where an answer stands; None where every token counts.
-        given: whether these ids stay as they are, in a sequence without others' tokens added: the
-            record had them, or a processor made them.
-        image_inputs: with its images, what a model is given instead of the ids alone.
+        counted: one byte per token, 1 if it belongs to an answer; None if every token counts.
+        given: whether the ids come from the record or from an image processor, so that no separator
+            may be added to them.
+        image_inputs: for a record with images, makes the model's inputs.
     """
 
     ids: list[int]
@@ -44,25 +44,25 @@ class Document:
 
 @dataclass
 class _Texts:
-    """Texts to be tokenised together, by number of record; where in them answers stand."""
+    """Texts to tokenize at once, and the spans of answers in them, by index of the record."""
 
     texts: dict[int, str] = field(default_factory=dict)
     answers: dict[int, list[Span]] = field(default_factory=dict)
 
 
 class Encoder:
-    """Turns records into token ids of one model, checked against its vocabulary.
+    """Converts records to token ids of one model, checked against its vocabulary.
 
     Args:
-        model: folder or hub id, for the tokenizer; it is loaded when a record first needs it.
-        config: of the model.
-        trust_remote_code: allow a tokenizer's own code.
-        enable_thinking: for chat templates that know it; None leaves their own default.
-        answers_only: say which tokens are answers: what the assistant says in conversations, or the
-            answer to an instruction or prompt. Of records without any, an error.
+        model: folder or hub id of the tokenizer, which is loaded when a record first needs it.
+        config: configuration of the model.
+        trust_remote_code: run code that comes with a tokenizer.
+        enable_thinking: passed to the chat template; None for the template's own default.
+        answers_only: mark the tokens of answers: the assistant's turns in conversations, and the
+            answers to instructions and prompts. Records without an answer are an error.
 
     Attributes:
-        vocab_size: ids must be below it; None where the config does not say.
+        vocab_size: ids must be below it; None if the configuration does not have it.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Encoder:
         self._enable_thinking = enable_thinking
         self._answers_only = answers_only
         self._tokenizer: Any = None
-        self._fits = False  # whether all ids of the tokenizer are in the vocabulary
+        self._fits = False  # whether the model has an embedding for every id of the tokenizer
         self._template: ChatTemplate | None = None
         self._image_encoder = ImageEncoder(model, config, trust_remote_code=trust_remote_code)
         text = config.get_text_config()
@@ -94,10 +94,10 @@ class Encoder:
 
     @property
     def separator(self) -> int | None:
-        """Id put between documents; config.json's end-of-sequence id, else the tokenizer's.
+        """Token id between documents: the end-of-sequence id of config.json, else the tokenizer's.
 
         Raises:
-            DataError: it is outside the vocabulary.
+            DataError: the id is outside the vocabulary.
         """
         if self._eos is None and self._tokenizer is not None:
             self._eos = self._tokenizer.eos_token_id
@@ -110,45 +110,45 @@ class Encoder:
 
     @property
     def written(self) -> frozenset[str]:
-        """Names of fields of records that the chat template was seen to write."""
+        """Names of fields of records that the chat template has written."""
         return frozenset() if self._template is None else frozenset(self._template.written)
 
     def encode(
         self, records: Sequence[Record], bad: BadRecords | None = None
     ) -> Iterator[Document]:
-        """Token ids of each record, in order. Texts are tokenised together, which is faster.
+        """Token ids of each record, in order.
 
         Args:
-            records: read together; some hundreds keep a tokenizer's threads busy.
-            bad: takes what is wrong with records, which are left out; None raises it.
+            records: tokenized in one call; a few hundred keep a tokenizer's threads busy.
+            bad: collects the errors of bad records, which are skipped; if None, errors are raised.
 
         Raises:
-            DataError: a record of no known shape, with a field of the wrong type, an id outside the
-                vocabulary, or a conversation its chat template refuses, by place; or the model has
-                no tokenizer or chat template for it.
+            DataError: a record has no known format, a field of the wrong type or an id outside the
+                vocabulary, or the chat template refuses it, with the record's place; or the model
+                has no tokenizer or chat template.
         """
         done: dict[int, Document] = {}
-        plain, rendered = _Texts(), _Texts()  # the latter have their special tokens already
+        plain, rendered = _Texts(), _Texts()  # rendered texts include their special tokens
         left_out = guard(bad)
         for index, record in enumerate(records):
-            shape = None
+            content = None
             with left_out:
-                shape = content_of(record)
-            if isinstance(shape, Chat) and not self._has_template(record, shape):
-                record.unused.update(["tools"] if shape.tools else [])
-                shape = shape.plain
-            elif isinstance(shape, Text):
+                content = content_of(record)
+            if isinstance(content, Chat) and not self._has_template(record, content):
+                record.unused.update(["tools"] if content.tools else [])
+                content = content.plain
+            elif isinstance(content, Text):
                 self._load_tokenizer(record)
             with left_out:
-                if isinstance(shape, Tokens):
-                    self._check_vocabulary(record, shape.ids)
-                    done[index] = Document(shape.ids, self._labelled(record, shape), given=True)
-                elif isinstance(shape, Text):
-                    self._add_text(plain, index, record, shape)
-                elif isinstance(shape, Chat):
-                    self._add_chat(rendered, done, index, record, shape)
+                if isinstance(content, Tokens):
+                    self._check_vocabulary(record, content.ids)
+                    done[index] = Document(content.ids, self._labeled(record, content), given=True)
+                elif isinstance(content, Text):
+                    self._add_text(plain, index, record, content)
+                elif isinstance(content, Chat):
+                    self._add_chat(rendered, done, index, record, content)
         for special, group in ((True, plain), (False, rendered)):
-            done |= self._tokenised(records, group, special, left_out)
+            done |= self._tokenized(records, group, special, left_out)
         kept = []
         for index in sorted(done):
             with left_out:
@@ -157,53 +157,55 @@ class Encoder:
                 kept.append(done[index])
         yield from kept
 
-    def _add_text(self, group: _Texts, index: int, record: Record, shape: Text) -> None:
-        if self._answers_only and shape.answer is None:
+    def _add_text(self, group: _Texts, index: int, record: Record, content: Text) -> None:
+        if self._answers_only and content.answer is None:
             raise _no_answer(record, "is a text")
-        _check_text(record, shape.text)
-        group.texts[index] = shape.text
-        group.answers[index] = [(shape.answer or 0, len(shape.text))]
+        _check_text(record, content.text)
+        group.texts[index] = content.text
+        group.answers[index] = [(content.answer or 0, len(content.text))]
 
     def _add_chat(
-        self, group: _Texts, done: dict[int, Document], index: int, record: Record, shape: Chat
+        self, group: _Texts, done: dict[int, Document], index: int, record: Record, content: Chat
     ) -> None:
         template, place = self._template, record.place
         assert template is not None
-        if shape.images:
-            done[index] = self._with_images(template, record, shape)
+        if content.images:
+            done[index] = self._with_images(template, record, content)
         elif not self._answers_only:
-            group.texts[index] = template.render(place, shape)
-        elif not any(message["role"] == "assistant" for message in shape.messages):
+            group.texts[index] = template.render(place, content)
+        elif not any(message["role"] == "assistant" for message in content.messages):
             raise _no_answer(record, "is a conversation in which no assistant speaks")
-        elif template.marks_answers(place, shape):
-            done[index] = Document(*template.marked(place, shape))
+        elif template.marks_answers(place, content):
+            done[index] = Document(*template.marked(place, content))
         else:
-            group.texts[index], group.answers[index] = template.answers(place, shape)
+            group.texts[index], group.answers[index] = template.answers(place, content)
         if index in group.texts:
             _check_text(record, group.texts[index])
-        record.unused.update(template.unwritten(place, shape))
+        record.unused.update(template.unwritten(place, content))
 
-    def _with_images(self, template: ChatTemplate, record: Record, shape: Chat) -> Document:
-        """A conversation as the model's processor makes it."""
+    def _with_images(self, template: ChatTemplate, record: Record, content: Chat) -> Document:
+        """A conversation with images, tokenized by the model's processor."""
         if self._answers_only:
             raise DataError(
                 f"{record.place}: has images, whose tokens the processor puts in, so that answers "
                 "cannot be told apart; leave out --answers-only, or such records"
             )
-        text = template.render(record.place, shape)
+        text = template.render(record.place, content)
         _check_text(record, text)
-        images = read_images(record, shape.images)
+        images = read_images(record, content.images)
         image_inputs, ids = self._image_encoder.of(record.place, text, images, self._tokenizer)
         return Document(ids, given=True, image_inputs=image_inputs)
 
-    def _tokenised(
+    def _tokenized(
         self,
         records: Sequence[Record],
         group: _Texts,
         special: bool,
         left_out: AbstractContextManager[None],
     ) -> dict[int, Document]:
-        """The documents of a group, by number of record; one by one where a tokenizer fails."""
+        """The documents of a group, by index of the record; one by one if tokenizing all at
+        once fails.
+        """
         indices = list(group.texts)
         with suppress(DataError), wrap_errors("texts", "see below", error=DataError):
             return dict(zip(indices, self._documents(group, indices, special), strict=True))
@@ -231,18 +233,20 @@ class Encoder:
             found = backend.encode_batch(texts, add_special_tokens=special)
             pairs = zip(found, (group.answers[index] for index in indices), strict=True)
             return [Document(one.ids, _mask(one.offsets, answers)) for one, answers in pairs]
-        # Without offsets, which are a fifth of the time of the tokenizer's own call.
+        # Computes no offsets, which would take a fifth of the time of the call.
         found = backend.encode_batch_fast(texts, add_special_tokens=special)
         return [Document(one.ids) for one in found]
 
-    def _has_template(self, record: Record, shape: Chat) -> bool:
-        """Loads the tokenizer; whether it has a chat template, which most conversations need."""
+    def _has_template(self, record: Record, content: Chat) -> bool:
+        """Loads the tokenizer; returns whether it has a chat template, which most
+        conversations need.
+        """
         tokenizer = self._load_tokenizer(record)
         if getattr(tokenizer, "chat_template", None):
             if self._template is None:
                 self._template = ChatTemplate(tokenizer, str(self._model), self._enable_thinking)
             return True
-        if shape.plain is None:
+        if content.plain is None:
             raise DataError(
                 f"{record.place}: is a conversation, but the tokenizer of {self._model} has no "
                 "chat template; add chat_template.jinja to the model's folder, or give records "
@@ -258,27 +262,27 @@ class Encoder:
             )
             if self._answers_only and not self._tokenizer.is_fast:
                 raise DataError(
-                    f"the tokenizer of {self._model} does not say which characters its tokens "
-                    "stand for, which answers are found by; add a tokenizer.json, or count all "
+                    f"the tokenizer of {self._model} does not give the character offsets of "
+                    "tokens, which are needed to find answers; add a tokenizer.json, or count all "
                     "tokens"
                 )
             self._fits = max(self._tokenizer.get_vocab().values(), default=0) < self._size
         return self._tokenizer
 
-    def _labelled(self, record: Record, shape: Tokens) -> bytes | None:
-        """A byte a token, 1 where it has a label; None where all tokens count."""
+    def _labeled(self, record: Record, content: Tokens) -> bytes | None:
+        """One byte per token, 1 if it has a label; None if all tokens count."""
         if not self._answers_only:
             return None
-        if shape.labels is None:
+        if content.labels is None:
             raise _no_answer(record, "has token ids without labels")
-        for at, (token, label) in enumerate(zip(shape.ids, shape.labels, strict=True)):
+        for at, (token, label) in enumerate(zip(content.ids, content.labels, strict=True)):
             if label not in (token, _NO_LABEL):
                 raise DataError(
                     f"{record.place}: its token {at} is {short(token)} and has the label "
                     f"{short(label)}; give labels that are not shifted: the token itself, or "
                     f"{_NO_LABEL}"
                 )
-        return bytes(label != _NO_LABEL for label in shape.labels)
+        return bytes(label != _NO_LABEL for label in content.labels)
 
     def _check_vocabulary(self, record: Record, ids: list[int]) -> None:
         if not ids:
@@ -287,13 +291,13 @@ class Encoder:
         if low < 0 or high >= self._size:
             raise DataError(
                 f"{record.place}: token id {short(low if low < 0 else high)} is outside the "
-                f"vocabulary of {self._model} ({self._size} tokens); tokenise with this model's "
+                f"vocabulary of {self._model} ({self._size} tokens); tokenize with this model's "
                 "tokenizer"
             )
 
 
 def _mask(offsets: list[Span], answers: list[Span]) -> bytes:
-    """A byte a token: 1 where any of its characters stands in an answer."""
+    """One byte per token: 1 if any of its characters is in an answer."""
     first, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     counted = np.zeros(len(offsets), dtype=bool)
     for begin, stop in answers:

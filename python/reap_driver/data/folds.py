@@ -1,8 +1,8 @@
-"""Folds of calibration data: counted apart while a model is observed, kept as parts of the whole.
+"""Folds of calibration data: statistics of each fold, beside those of all data.
 
-The observer knows groups only. So while it runs every fold of a group is a group of its own, and
-what it then has is put together once: journals, ranks and streamed layers need not know of folds,
-and the kernels count under one group a batch as ever.
+The observer has groups but no folds. During a run each fold of a group is a group of its own, and
+the statistics are merged afterwards. So journals, ranks, streaming and kernels need no support for
+folds.
 """
 
 from dataclasses import dataclass
@@ -15,28 +15,28 @@ from reap_kernels import SaliencyStats
 
 @dataclass(frozen=True)
 class FoldedBatches:
-    """Batches whose group names their fold."""
+    """Batches whose group includes their fold."""
 
     batches: PackedBatches
 
     def group(self, number: int) -> str:
-        """The group a batch is counted under for now."""
+        """The group, with fold, under which a batch is counted during the run."""
         return self._name(self.batches.group(number), self.batches.fold(number))
 
     def inputs(self, number: int) -> dict[str, Tensor]:
-        """As the batches have them."""
+        """The tensors of a batch, see `PackedBatches.inputs`."""
         return self.batches.inputs(number)
 
     @property
     def groups(self) -> list[str]:
-        """All of these groups, whether a batch is of them or not, in one order everywhere."""
+        """All groups with folds, also those without a batch, in the same order on every rank."""
         folds = range(self.batches.folds)
         return [self._name(group, fold) for group in self.batches.groups for fold in folds]
 
     def merged(self, stats: SaliencyStats) -> SaliencyStats:
-        """Statistics of groups, with a part for every fold, of statistics of `groups`.
+        """Statistics by group, with one part per fold, from statistics by group and fold.
 
-        Without folds, the statistics as they are.
+        Returned unchanged if there is one fold.
         """
         names, folds = self.batches.groups, self.batches.folds
         if folds == 1:

@@ -1,7 +1,7 @@
-"""Rows of a data set of the Hugging Face hub, through the `datasets` library.
+"""Reads rows of a data set of the Hugging Face hub with the `datasets` library.
 
-It downloads a data set once, into its own cache, and maps the files into memory: only the rows that
-are asked for are read. `HF_HUB_OFFLINE=1` keeps to the cache.
+The library downloads a data set once, into its own cache, and maps the files into memory, so only
+the selected rows are read. With `HF_HUB_OFFLINE=1` it uses only the cache.
 """
 
 import os
@@ -15,25 +15,25 @@ from reap_driver.data.records import BadRecords, Record
 from reap_driver.data.source import SPLIT, HubDataset
 from reap_kernels.errors import DataError
 
-_ROWS = 1024  # read at a time
+_ROWS = 1024  # rows read at a time
 
 
 class HubRows:
-    """The rows of one split, as records."""
+    """The rows of one split of a data set, as records."""
 
     def __init__(self, location: HubDataset) -> None:
         self._location = location
 
     @cached_property
     def _loaded(self) -> tuple[Any, list[str]]:
-        """(the split, with the columns records are made of; others that might matter)."""
+        """(the split, with the columns that are read; other columns that may hold content)."""
         rows = _load(self._location)
         columns, others = known_columns(rows.column_names)
-        # Its own formats are not left on: they would make tensors of token ids.
+        # No output format: it could convert token ids to tensors.
         return _undecoded(rows.select_columns(columns)).with_format(None), others
 
     def count(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return len(self._loaded[0])
 
     def read(self, bad: BadRecords | None) -> Iterator[Record]:
@@ -45,7 +45,7 @@ class HubRows:
         return (record for _, record in self.pick(range(self.count()), bad))
 
     def pick(self, chosen: Sequence[int], bad: BadRecords | None) -> Iterator[tuple[int, Record]]:
-        """(number, record) of the rows with those numbers, ascending from 0.
+        """(number, record) of the chosen rows, by ascending number from 0.
 
         Raises:
             DataError: the data set cannot be loaded.
@@ -58,11 +58,11 @@ class HubRows:
 
 
 def _undecoded(rows: Any) -> Any:
-    """The rows with images as bytes and paths, not as pixels."""
+    """The rows, with images as bytes and paths rather than as pixels."""
     import datasets
 
     for name, kind in rows.features.items():
-        inner = getattr(kind, "feature", kind)  # of a list
+        inner = getattr(kind, "feature", kind)  # the type of a list's items
         if isinstance(inner, datasets.Image):
             encoded = datasets.Image(mode=inner.mode, decode=False)
             rows = rows.cast_column(name, encoded if inner is kind else datasets.List(encoded))
@@ -87,7 +87,7 @@ def _load(location: HubDataset) -> Any:
             split=location.split or SPLIT,
             revision=location.revision,
         )
-    except Exception as error:  # of the network's and Arrow's libraries, and its own
+    except Exception as error:  # of datasets, or of the network and Arrow libraries
         raise DataError(
             f"data {location}: no file or folder has that name, and the hub's data set cannot be "
             f"loaded ({type(error).__name__}: {one_line(error)}); {_remedy(error)}"

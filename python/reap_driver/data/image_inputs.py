@@ -1,4 +1,4 @@
-"""Conversations with images, as a model's own processor makes them inputs of the model."""
+"""Makes the inputs of a model from conversations with images, by the model's processor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,14 +17,15 @@ from reap_kernels.errors import DataError
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """A text with its images. What the model is given is made anew for each batch: pixels are
-    hundreds of times larger than the files.
+    """A conversation with its images, from which the model's inputs are made for each batch.
+
+    They are not kept, because pixels take hundreds of times the memory of the encoded images.
 
     Attributes:
-        text: as the chat template writes it, with a place for each image.
-        images: encoded.
-        place: of the record, for messages.
-        processor: of the model.
+        text: the conversation as the chat template renders it, with placeholders for the images.
+        images: the encoded images.
+        place: place of the record, for error messages.
+        processor: the processor of the model.
     """
 
     text: str
@@ -33,10 +34,10 @@ class ImageInputs:
     processor: Any = field(compare=False, repr=False)
 
     def inputs(self) -> dict[str, Tensor]:
-        """Arguments of the model: `input_ids` [1, seq] int64, pixels and what goes with them.
+        """Arguments of the model: `input_ids` [1, seq] int64, and the processor's other tensors.
 
         Raises:
-            DataError: the processor cannot make them.
+            DataError: the processor fails.
         """
         images = [decode(image, self.place) for image in self.images]
         fails = f"{self.place}: the processor of the model fails on its text and images"
@@ -53,12 +54,12 @@ class ImageInputs:
 
 
 class ImageEncoder:
-    """Makes conversations with images inputs of one model; loads its processor when first needed.
+    """Tokenizes conversations with images; loads the model's processor when it is first needed.
 
     Args:
         model: folder or hub id.
-        config: of the model.
-        trust_remote_code: allow a processor's own code.
+        config: configuration of the model.
+        trust_remote_code: run code that comes with a processor.
     """
 
     def __init__(
@@ -71,10 +72,10 @@ class ImageEncoder:
     def of(
         self, place: str, text: str, images: Sequence[bytes], tokenizer: Any
     ) -> tuple[ImageInputs, list[int]]:
-        """The conversation, and its token ids, those in place of images included.
+        """The conversation's inputs, and its token ids, those of images included.
 
         Raises:
-            DataError: the model has no processor for images, or it fails.
+            DataError: the model has no processor for images, or the processor fails.
         """
         if not self._loaded:
             remedy = "add its files (preprocessor_config.json, ...), or leave out images"

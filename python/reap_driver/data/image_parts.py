@@ -1,12 +1,12 @@
-"""Images in messages: found in their parts or in a column beside them, left as places in the text.
+"""Finds the images of messages, in parts of their content or in a column of the record.
 
-| given | an image is |
+| given | the image is |
 |---|---|
-| a part `{"type": "image", "image" or "path" or "url" or "base64": ...}` | what that says |
-| a part `{"type": "image_url", "image_url": {"url": ...}}` | what the URL says |
-| a part `{"type": "image"}`, or `<image>` in a text, beside `images` or `image` | the next one |
+| a part `{"type": "image", "image" or "path" or "url" or "base64": ...}` | the value of that key |
+| a part `{"type": "image_url", "image_url": {"url": ...}}` | at the URL |
+| a part `{"type": "image"}`, or `<image>` in a text | the next one in column `images` or `image` |
 
-Templates get `{"type": "image"}` in its place, which is what those of transformers know.
+In the messages, each image becomes a placeholder `{"type": "image"}`, which chat templates expect.
 """
 
 import re
@@ -19,14 +19,14 @@ PLACE = "<image>"
 COLUMNS = ("images", "image")
 _KINDS = ("image", "image_url")
 _SOURCES = ("image", "path", "url", "base64", "image_url")
-_GIVEN = "given"  # where a part carries its image until `take_images`
+_GIVEN = "given"  # key of a part that holds its image until `take_images` removes it
 
 
 def image_part(record: Record, what: str, part: dict[str, Any]) -> dict[str, Any] | None:
-    """A part of a message that is an image, with what says which; None for any other part.
+    """A part of a message in its checked form, if it is an image; None for other parts.
 
     Raises:
-        DataError: it says that in several ways.
+        DataError: it gives the image in several ways.
     """
     if part.get("type") not in _KINDS:
         return None
@@ -45,21 +45,21 @@ def image_part(record: Record, what: str, part: dict[str, Any]) -> dict[str, Any
 
 
 def take_images(record: Record, messages: list[dict[str, Any]]) -> tuple[Any, ...]:
-    """What the images of messages are, in order; their parts become mere places, in place.
+    """Removes the images from messages, in place, leaving placeholders; returns them in order.
 
     Args:
-        record: which has the messages, and perhaps a column of images.
-        messages: checked ones.
+        record: the record of the messages, which may have a column of images.
+        messages: messages from `checked_messages`.
 
     Raises:
-        DataError: there are not as many images in the column as places for them.
+        DataError: the column and the messages have different numbers of images and placeholders.
     """
     column, name = _column(record)
     parts = [part for message in messages for part in _images_of(message)]
     if column and not parts:
         parts = [part for message in messages for part in _split(message)]
     bare = [part for part in parts if _GIVEN not in part]
-    if name == "image" and not bare:  # of a container, say: nothing in the text is for it
+    if name == "image" and not bare:  # another meaning of the name: the text has no placeholder
         record.unused.add(name)
         column = []
     if len(bare) != len(column):
@@ -73,7 +73,7 @@ def take_images(record: Record, messages: list[dict[str, Any]]) -> tuple[Any, ..
 
 
 def _column(record: Record) -> tuple[list[Any], str | None]:
-    """The images beside the messages of a record, and the name of their column."""
+    """The images in a column of the record, and the name of the column."""
     for name in COLUMNS:
         value = record.fields.get(name)
         if value not in (None, "", []):
@@ -88,7 +88,7 @@ def _images_of(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _split(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """Divides a text at its placeholders, in place; returns the parts that stand there now."""
+    """Splits a text at its placeholders, in place; returns the image parts."""
     content = message.get("content")
     if not isinstance(content, str) or PLACE not in content:
         return []

@@ -1,8 +1,8 @@
-"""Images of records: their bytes, from where the record says, and what they show.
+"""Reads and decodes the images of records.
 
-An image is a file beside the data (a path relative to the data file's folder, and inside it), a
-data URL, base64 text, or bytes, alone or as data sets of the hub have them: `{"bytes": ..., "path":
-...}`. Nothing is downloaded. Bytes are kept as they are and decoded when a batch needs them.
+An image is given as a path relative to the folder of the data file and inside it, a data URL,
+base64 text, or bytes, by themselves or as `{"bytes": ..., "path": ...}` in data sets of the hub.
+Nothing is downloaded. Images stay encoded until a batch needs them.
 """
 
 import base64
@@ -23,23 +23,23 @@ from reap_kernels.errors import DataError
 from reap_kernels.files import is_file
 from reap_kernels.schema import short
 
-# What is decoded: common formats of photographs and screens, no documents or vector drawings.
+# Formats that are decoded: common ones of photographs and screenshots, no vector graphics.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 _ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 def read_images(record: Record, given: Sequence[Any]) -> list[bytes]:
-    """The encoded images that a record names or holds.
+    """The encoded images of a record.
 
     Args:
-        record: which has them; relative paths are relative to its folder.
-        given: of each image: path, data URL, `{"base64": ...}`, bytes, or `{"bytes": ..., "path":
-            ...}`.
+        record: the record; paths are relative to its folder.
+        given: for each image a path, a data URL, `{"base64": ...}`, bytes, or `{"bytes": ...,
+            "path": ...}`.
 
     Raises:
-        DataError: there is no such file, or it would have to be downloaded; one is no image that
-            can be decoded, or all together are too large. By the place of the record.
+        DataError: a file does not exist, an image would have to be downloaded or cannot be decoded,
+            or all images together are too large. Names the record's place.
     """
     images: list[bytes] = []
     pixels, largest = 0, _most_pixels()
@@ -48,7 +48,7 @@ def read_images(record: Record, given: Sequence[Any]) -> list[bytes]:
         nbytes = sum(map(len, images))
         if nbytes > LARGEST:
             raise _bad(record, f"brings them to {nbytes} bytes, above {LARGEST}", "give less")
-        image = decode(images[-1], record.place)  # while it is known which record is to blame
+        image = decode(images[-1], record.place)  # here, because the record is known
         pixels += image.width * image.height
         if pixels > largest:
             raise _bad(record, f"brings them to {pixels} pixels, above {largest}", "give less")
@@ -56,7 +56,7 @@ def read_images(record: Record, given: Sequence[Any]) -> list[bytes]:
 
 
 def decode(content: bytes, place: str) -> "Image":
-    """The image, in RGB.
+    """Decodes an image to RGB.
 
     Raises:
         DataError: it cannot be decoded, or has too many pixels.
@@ -69,10 +69,10 @@ def decode(content: bytes, place: str) -> "Image":
         wrap_errors(f"{place}: an image cannot be decoded", remedy, error=DataError),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # of half-broken metadata; sizes are checked here
+        warnings.simplefilter("ignore")  # about damaged metadata; sizes are checked below
         try:
             opened = Image.open(io.BytesIO(content), formats=_FORMATS)
-        except UnidentifiedImageError:  # its text is the address of an object
+        except UnidentifiedImageError:  # its message is only the address of an object
             raise ValueError("it has no known format") from None
         with opened as image:
             width, height = image.size
@@ -85,7 +85,7 @@ def decode(content: bytes, place: str) -> "Image":
 
 
 def _most_pixels() -> int:
-    """Pixels above which Pillow suspects a small file that is to fill the memory."""
+    """Pixels above which Pillow warns of a decompression bomb."""
     from PIL import Image
 
     return Image.MAX_IMAGE_PIXELS or 2**27
@@ -124,10 +124,10 @@ def _decoded(record: Record, text: str) -> bytes:
 
 
 def _file(record: Record, name: str) -> bytes:
-    """A file in the folder of the data: what others wrote must not name any file of the machine."""
+    """The content of a file in the data's folder. Untrusted data must not reach other files."""
     if record.folder is None:
         raise _bad(
-            record, f"is the path {short(name)}", "give bytes: no files lie beside this data"
+            record, f"is the path {short(name)}", "give bytes: this data has no folder of files"
         )
     folder = record.folder.resolve()
     try:

@@ -1,14 +1,14 @@
-"""Records of local files, each with the place it stands at.
+"""Reads records from local files.
 
-| ending | a record is |
+| suffix | a record is |
 |---|---|
-| .jsonl, .ndjson | a line: one JSON object; empty lines do not count |
+| .jsonl, .ndjson | a line with a JSON object; empty lines are skipped |
 | .parquet | a row |
-| .txt | the whole file: one document |
+| .txt | the whole file, as one document |
 
-JSON lines and text may be compressed: .gz, .bz2, .xz or .zst follows the ending. A folder stands
-for all such files in it, at any depth, in the order of their names; files with another ending and
-hidden ones are passed over. A record of more than `compressed.LARGEST` bytes is refused.
+JSON lines and text may be compressed, with a second suffix .gz, .bz2, .xz or .zst. A folder stands
+for all such files in it, at any depth, in the order of their names; hidden files and files with
+other suffixes are skipped. A record may have at most `compressed_files.LARGEST` bytes.
 """
 
 from bisect import bisect_left
@@ -27,19 +27,19 @@ from reap_kernels.documents import parse_json
 from reap_kernels.errors import DataError
 from reap_kernels.files import is_file
 
-_PARQUET_ROWS = 1024  # read at a time
+_PARQUET_ROWS = 1024  # rows read at a time
 _Chosen = frozenset[int] | None  # numbers of records in a file, from 0; None for all
 _Numbered = Iterator[tuple[int, Record]]
 
 
 class Files:
-    """The records of a file, or of the files in a folder.
+    """The records of a file, or of all files in a folder.
 
     Args:
-        path: of either.
+        path: path of the file or folder.
 
     Raises:
-        DataError: an ending nobody reads, or a folder without such files.
+        DataError: the suffix is not known, or the folder has no file with a known one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,28 +50,31 @@ class Files:
         return [_kind(file).count(file) for file in self._files]
 
     def count(self) -> int:
-        """How many records there are. Lines are counted without being parsed."""
+        """Number of records. Lines are counted without being parsed."""
         return sum(self._counts)
 
     def read(self, bad: BadRecords | None) -> Iterator[Record]:
-        """All records, in order; what is wrong with one goes to `bad`, or is raised without it.
+        """All records, in order.
+
+        Args:
+            bad: collects the errors of bad records, which are skipped; if None, errors are raised.
 
         Raises:
-            DataError: a file cannot be read, or a record is malformed, by file and line.
+            DataError: a file cannot be read, or a record is malformed; names file and line.
         """
         for file in self._files:
             for _, record in _kind(file).read(file, None, bad):
                 yield record
 
     def pick(self, chosen: Sequence[int], bad: BadRecords | None) -> _Numbered:
-        """(number, record) of those chosen by number, in order; no other is parsed.
+        """(number, record) of the chosen records, in order. No other record is parsed.
 
         Args:
-            chosen: ascending, from 0.
-            bad: as `read` has it.
+            chosen: numbers of records, ascending, counted from 0.
+            bad: see `read`.
 
         Raises:
-            DataError: as `read` does.
+            DataError: see `read`.
         """
         start = 0
         for file, count in zip(self._files, self._counts, strict=True):
@@ -146,7 +149,7 @@ def _parse_line(place: str, line: bytes | None, folder: Path) -> Record:
 
 @contextmanager
 def _parquet(file: Path) -> Iterator[Any]:
-    """The open file; whatever Arrow finds wrong with it becomes a DataError."""
+    """Opens a Parquet file; errors of Arrow become a DataError."""
     try:
         from pyarrow import parquet
     except ImportError as error:

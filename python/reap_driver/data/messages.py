@@ -1,11 +1,11 @@
-"""Messages and tools of records, in the one form that chat templates of transformers take.
+"""Converts messages and tools of records to the form that chat templates of transformers take.
 
-Content is text; parts of it are joined, but where images stand between them (`image_parts`). A tool
-is an object `{"type": "function", "function": ...}` with a JSON schema of its parameters, a tool
-call `{"type": "function", "function": {"name", "arguments"}}` with an id of nine characters and
-arguments as an object; the message that has it has content, if only an empty one. Everything else a
-message has stays, such as `reasoning_content`; what else a call, a tool or a part of content has is
-noted in the record as not used.
+Content is text: its parts are joined unless there are images among them (`image_parts`). A tool is
+an object `{"type": "function", "function": ...}` with a JSON schema of its parameters. A tool call
+is `{"type": "function", "function": {"name", "arguments"}}` with an id of nine characters and
+arguments as an object; a message with tool calls has content, which may be empty. Other fields of
+messages are kept, such as `reasoning_content`; other fields of tool calls, tools and parts of
+content are recorded as unused.
 """
 
 import re
@@ -17,7 +17,7 @@ from reap_kernels.documents import parse_json
 from reap_kernels.errors import DataError
 from reap_kernels.schema import short
 
-# Names of roles in `from`, as ShareGPT and its descendants write them.
+# Values of `from` in ShareGPT and formats derived from it -> roles.
 _ROLES = {
     "system": "system",
     "human": "user",
@@ -30,9 +30,9 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-# What is taken of a call and of its function.
+# Fields of a tool call and of its function that are used.
 _CALL = ("id", "type", "function", "name", "arguments")
-# JSON schema's names of the types in Python signatures.
+# Types of Python signatures -> types of JSON schema.
 _TYPES = {
     "str": "string",
     "int": "integer",
@@ -48,16 +48,16 @@ _TYPES = {
 def list_of_objects(
     record: Record, name: str, value: Any = None, *, least: int = 1
 ) -> list[dict[str, Any]]:
-    """A field that is a list of objects, or JSON text of one.
+    """A field that is a list of objects, or JSON text of such a list.
 
     Args:
-        record: which has it.
-        name: of the field.
-        value: instead of the field's.
-        least: how many there must be.
+        record: the record.
+        name: name of the field.
+        value: used instead of the field's value.
+        least: minimum length of the list.
 
     Raises:
-        DataError: it is anything else.
+        DataError: the value is anything else.
     """
     value = _parsed(record, name, record.fields[name] if value is None else value)
     if (
@@ -75,8 +75,8 @@ def checked_messages(record: Record, name: str, value: Any = None) -> list[dict[
     """The messages in a field.
 
     Raises:
-        DataError: it is no list of messages, or a message has no role, or parts other than text and
-            images.
+        DataError: it is not a list of messages, a message has no role, or it has parts other than
+            text and images.
     """
     messages, calls = [], 0
     for number, given in enumerate(list_of_objects(record, name, value)):
@@ -97,10 +97,10 @@ def checked_messages(record: Record, name: str, value: Any = None) -> list[dict[
 
 
 def checked_tools(record: Record) -> list[dict[str, Any]] | None:
-    """The tools of a record, wrapped as OpenAI's interface has them; None where it has none.
+    """The tools of a record in the format of OpenAI's API; None if it has none.
 
     Raises:
-        DataError: the field is no list of tools.
+        DataError: the field is not a list of tools.
     """
     if not record.fields.get("tools"):
         return None
@@ -120,19 +120,20 @@ def checked_tools(record: Record) -> list[dict[str, Any]] | None:
 
 
 def tool_call(record: Record, name: str, call: dict[str, Any], number: int) -> dict[str, Any]:
-    """A call, bare or wrapped, with its arguments as an object.
+    """A tool call, given with or without the object `function`, with its arguments as an object.
 
-    Arguments that are no JSON text of an object stay as they are: models write such ones too.
+    Arguments that are not an object or the JSON text of one stay as they are: models write invalid
+    arguments too.
 
     Args:
-        record: which has it.
-        name: of the field.
-        call: as it is there.
-        number: in the record; makes an id where the call has none (Mistral's templates refuse
-            others than of nine characters).
+        record: the record.
+        name: name of the field.
+        call: the call as given.
+        number: number of the call in the record, from which an id is made if the call has none.
+            (Mistral's templates require nine characters.)
 
     Raises:
-        DataError: it names no function.
+        DataError: it has no function name.
     """
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -153,10 +154,10 @@ def tool_call(record: Record, name: str, call: dict[str, Any], number: int) -> d
 
 
 def turn(record: Record, given: dict[str, Any]) -> dict[str, Any]:
-    """A message of `from` and `value`; what else is given stays.
+    """A message from an object with `from` and `value`; its other fields are kept.
 
     Raises:
-        DataError: the role is not known, or a call of tools is no JSON.
+        DataError: the role is not known, or a tool call is not valid JSON.
     """
     message = dict(given)
     role, value = message.pop("from"), message.pop("value", None)
@@ -183,8 +184,8 @@ def _parsed(record: Record, name: str, value: Any) -> Any:
 
 
 def _content(record: Record, what: str, content: Any) -> str | list[dict[str, Any]]:
-    """A text, or the one that parts `{"type": "text", "text": ...}` and strings make; with images
-    among them, all parts.
+    """The content of a message: a text, also from parts `{"type": "text", "text": ...}` and
+    strings; a list of parts if there are images among them.
     """
     if isinstance(content, str):
         return content
@@ -203,7 +204,7 @@ def _content(record: Record, what: str, content: Any) -> str | list[dict[str, An
 
 
 def _text_of(record: Record, what: str, part: Any) -> str:
-    """Of a part of a content; the one place where parts of other types are refused."""
+    """The text of a part of content. Raises DataError for parts of other types."""
     text = part.get("text") if isinstance(part, dict) else part
     kind = part.get("type", "text") if isinstance(part, dict) else "text"
     if kind != "text" or not isinstance(text, str):
@@ -217,10 +218,10 @@ def _text_of(record: Record, what: str, part: Any) -> str:
 
 
 def _with_schema(function: dict[str, Any]) -> dict[str, Any]:
-    """The function with JSON schema for parameters given as `{name: {type, description}}`.
+    """The function with a JSON schema, if its parameters are `{name: {type, description}}`.
 
-    That is how xlam-function-calling-60k gives them; its types are Python's ("List[int],
-    optional"), and a parameter is optional where the type says so or there is a default.
+    xlam-function-calling-60k has this form. Its types are Python's ("List[int], optional"); a
+    parameter is optional if its type says so or it has a default.
     """
     parameters = function.get("parameters")
     if (

@@ -1,19 +1,18 @@
-"""Packing: the documents of a source as sequences, in one of three ways.
+"""Packs the documents of a source into sequences, in one of three ways.
 
 | packing | a sequence is | attention |
 |---|---|---|
-| `concat` | `seq_len` tokens of all documents, end to end | crosses documents |
-| `isolated` | the same tokens | ends where a document does; positions begin anew |
-| `none` | one document, cut to `seq_len` tokens | its own |
+| `concat` | `seq_len` tokens of the concatenated documents | across documents |
+| `isolated` | the same tokens | within each document; positions restart there |
+| `none` | one document, truncated to `seq_len` tokens | within the document |
 
-`concat` is what the reference implementation of REAP does. The model's end-of-sequence token ends a
-document that another one follows. Nothing is padded here, and nothing lost but what `none` cuts
-off: the last sequence of a source is shorter when its tokens do not fill it.
+`concat` is what the reference implementation of REAP does. The model's end-of-sequence token
+separates consecutive documents. Packing adds no padding and drops no tokens, except those that
+`none` truncates; the last sequence of a source may be shorter.
 
-Documents that were token ids in their records stay as they were made elsewhere: no token is added
-to them, and one of exactly `seq_len` tokens is a sequence of its own, before which the sequence
-that was begun ends. A document with images is a sequence of its own, whatever its length, and never
-cut.
+Documents that are token ids in their records stay as they are: no token is added to them, and a
+document of exactly `seq_len` tokens is a sequence of its own. A document with images is always a
+sequence of its own and never truncated.
 """
 
 import hashlib
@@ -37,8 +36,8 @@ from reap_kernels.errors import DataError
 Packing = Literal["concat", "isolated", "none"]
 
 _CHUNK = 256  # records tokenized together
-_CHUNK_SIZE = 2**24  # characters that end a chunk of fewer
-_NAMED = 40  # fields not used that are named
+_CHUNK_SIZE = 2**24  # characters after which a chunk of fewer records ends
+_NAMED = 40  # unused fields that are listed by name
 
 
 @dataclass(frozen=True)
@@ -46,20 +45,21 @@ class PackedSource:
     """All tokens of one source.
 
     Attributes:
-        source: where they came from.
+        source: the data source.
         ids: [tokens] int32, separators included.
-        starts: [documents] int64, where in `ids` the documents that hold tokens begin.
-        counted: [tokens] bool, those whose experts are counted; None where all are.
-        records: how many were read.
-        seq_len: length of a sequence, of `none` the largest.
-        seed: of the sample.
-        separator: id between documents, None where there is none.
-        packing: how documents make sequences.
-        truncated: documents that were longer than `seq_len` and cut.
-        skipped: records left out because something is wrong with them; None: none may be.
-        given: [documents] bool, those that were token ids; None where none was.
-        unused: names of fields of the records that nothing was made of.
-        image_inputs: documents with images, by where in `ids` they begin.
+        starts: [documents] int64, index in `ids` of the first token of each document that has any.
+        counted: [tokens] bool, True for tokens whose experts are counted; None if all are.
+        records: number of records read.
+        seq_len: tokens per sequence; with packing `none`, the maximum.
+        seed: seed of the random sample.
+        separator: token id between documents; None if there is none.
+        packing: how documents are packed into sequences.
+        truncated: number of documents that were longer than `seq_len` and truncated.
+        skipped: bad records that were skipped; None if they were not to be skipped.
+        given: [documents] bool, True for documents that are token ids in their records; None if
+            there are none.
+        unused: names of fields of the records that were not used.
+        image_inputs: documents with images, by the index in `ids` of their first token.
     """
 
     source: DataSource
@@ -79,7 +79,7 @@ class PackedSource:
 
     @cached_property
     def bounds(self) -> list[int]:
-        """Where in `ids` each sequence begins, and where the last one ends."""
+        """Index in `ids` of the first token of each sequence, and the end of the last one."""
         if self.packing == "none":
             return [*self.starts.tolist(), self.tokens]
         ends = [*sorted({*self._whole, *self._whole.values()}), self.tokens]
@@ -92,8 +92,8 @@ class PackedSource:
 
     @cached_property
     def _whole(self) -> dict[int, int]:
-        """Where documents begin and end that are sequences: those that were token ids, as many as a
-        sequence has, and those with images.
+        """First token -> end, of the documents that are sequences of their own: token ids of length
+        `seq_len`, and documents with images.
         """
         if self.given is None:
             return {}
@@ -107,37 +107,40 @@ class PackedSource:
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """Number of tokens."""
         return len(self.ids)
 
     @property
     def sequences(self) -> int:
-        """How many there are."""
+        """Number of sequences."""
         return len(self.bounds) - 1
 
     @property
     def full_sequences(self) -> int:
-        """Sequences of `seq_len` tokens that the tokens would make: at least 1."""
+        """Number of sequences of `seq_len` tokens that hold all tokens, at least 1."""
         return -(-self.tokens // self.seq_len)
 
     @cached_property
     def counted_tokens(self) -> int:
-        """Tokens whose experts are counted."""
+        """Number of tokens whose experts are counted."""
         return self.tokens if self.counted is None else int(self.counted.sum())
 
     def positions(self, begin: int, end: int) -> Tensor:
-        """[end - begin] int64: of each token of a sequence, its place in its document.
+        """[end - begin] int64: the position of each token of a sequence in its document.
 
-        A document that began in another sequence begins anew in this one.
+        Positions of a document that started in an earlier sequence start at 0 in this one.
         """
         at = torch.arange(begin, end)
         document = torch.searchsorted(self.starts, at, right=True) - 1
         return at - self.starts[document].clamp(min=begin)
 
     def provenance(self) -> dict[str, Any]:
-        """The record statistics keep. The digest is over the ids as int32, then, where they matter,
-        the documents' starts as int64 and a byte a token that says whether it counts; and the
-        sequences' bounds as int64 where documents are sequences of their own; and the images."""
+        """What statistics record of the source.
+
+        The digest is over the ids as int32 and, if they apply, the starts of documents as int64,
+        one byte per token that says whether it counts, the bounds of sequences as int64 (if
+        documents are sequences of their own), and the encoded images.
+        """
         asked = {"samples": self.source.samples, "tokens": self.source.tokens}
         facts = {
             "group": self.source.group,
@@ -175,12 +178,14 @@ class PackedSource:
         return digest.hexdigest()
 
     def notes(self) -> list[str]:
-        """What differs from what was asked for."""
+        """What the user should know: fewer records or tokens than requested, truncation,
+        bad records, unused fields.
+        """
         name, asked, notes = self.source.name, self.source, []
         if asked.samples is not None and self.records < asked.samples:
-            notes.append(f"{name} has {self.records} records, {asked.samples} were asked for")
+            notes.append(f"{name} has {self.records} records, {asked.samples} were requested")
         if asked.tokens is not None and self.tokens < asked.tokens:
-            notes.append(f"{name} has {self.tokens} tokens, {asked.tokens} were asked for")
+            notes.append(f"{name} has {self.tokens} tokens, {asked.tokens} were requested")
         if self.separator is None and self._has_gaps:
             notes.append(
                 f"{name}: the model has no end-of-sequence token, so documents follow each other "
@@ -204,7 +209,9 @@ class PackedSource:
 
     @property
     def _common_length(self) -> int | None:
-        """Of the documents, where all were token ids and there are several of one length."""
+        """The common length of all documents, if they are token ids and more than one; else
+        None.
+        """
         if self.given is None or not self.given.all() or len(self.given) < 2:
             return None
         lengths = torch.diff(self.starts, append=torch.tensor([self.tokens])).unique()
@@ -212,7 +219,9 @@ class PackedSource:
 
     @property
     def _has_gaps(self) -> bool:
-        """Whether separators have a place: another document follows one that was tokenized here."""
+        """Whether there are boundaries for a separator: after a document that was tokenized
+        here.
+        """
         if self.packing == "none" or len(self.starts) < 2:
             return False
         return self.given is None or not bool(self.given[:-1].all())
@@ -228,19 +237,19 @@ def pack(
     skip_bad: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> PackedSource:
-    """Reads, tokenises and packs a source; equal arguments give equal tokens.
+    """Reads, tokenizes and packs a source. Equal arguments give equal tokens.
 
     Args:
-        source: what to read; where it asks for a number of tokens, it is cut to exactly as many.
-        encoder: of the model.
-        seq_len: tokens in a sequence; with `none`, at most.
-        seed: for the sample of records, where the source asks for one.
-        packing: how documents make sequences.
-        skip_bad: leave bad records out, and count them.
-        progress: called with the number of tokens each chunk of records added.
+        source: the source to read. If it has a budget of tokens, exactly that many are kept.
+        encoder: the encoder of the model.
+        seq_len: tokens per sequence; with packing `none`, the maximum.
+        seed: seed of the random sample of records, if the source has a budget.
+        packing: how documents are packed into sequences.
+        skip_bad: skip and count bad records instead of raising an error.
+        progress: called with the number of tokens that each chunk of records added.
 
     Raises:
-        DataError: the data cannot be read or tokenised, or holds no token that counts.
+        DataError: the data cannot be read or tokenized, or has no token that counts.
     """
     bad, unused = BadRecords() if skip_bad else None, set[str]()
     stream = _Stream(source.tokens, seq_len if packing == "none" else None)
@@ -287,18 +296,20 @@ def _check_length(document: Document, seq_len: int) -> None:
 
 
 def _named(names: set[str]) -> list[str]:
-    """Names of fields as they can be kept and shown, in order, and how many more there are."""
+    """The first names of fields, sorted, shortened to one line each, and how many more
+    there are.
+    """
     shown = [one_line(name, 60) for name in sorted(names)[:_NAMED]]
     return [*shown, f"{len(names) - _NAMED} more"] if len(names) > _NAMED else shown
 
 
 class _Stream:
-    """Documents one behind the other, as they come.
+    """Concatenates documents.
 
     Args:
-        budget: tokens after which it is full; None: never.
-        longest: tokens a document is cut to, documents then being apart; None: they are not cut
-            and have a separator between them.
+        budget: maximum number of tokens; None for no limit.
+        longest: truncate documents to this many tokens and add no separators; None to keep them
+            whole, with separators between them.
 
     Attributes:
         ids, starts, counted, given, records, truncated, image_inputs: as in `PackedSource`, but in
@@ -313,7 +324,7 @@ class _Stream:
         self.image_inputs: dict[int, ImageInputs] = {}
         self.counted: bytearray | None = None
         self.records = self.truncated = 0
-        self._all_counted = True  # in the document before
+        self._all_counted = True  # whether all tokens of the previous document count
 
     @property
     def full(self) -> bool:
@@ -321,10 +332,10 @@ class _Stream:
         return self._budget is not None and len(self.ids) >= self._budget
 
     def add(self, document: Document, separator: int | None) -> None:
-        """Appends a document; one without tokens is counted and leaves no trace."""
+        """Appends a document. One without tokens only adds to `records`."""
         self.records += 1
         ids = document.ids
-        if document.image_inputs is not None and self._over(len(ids)):  # it cannot be cut
+        if document.image_inputs is not None and self._over(len(ids)):  # images cannot be truncated
             self.records, self._budget = self.records - 1, len(self.ids)
             return
         if not ids:
@@ -344,11 +355,13 @@ class _Stream:
             self._cut()
 
     def _over(self, tokens: int) -> bool:
-        """Whether so many more tokens are more than the budget."""
+        """Whether this many more tokens would exceed the budget."""
         return self._budget is not None and len(self.ids) + tokens > self._budget
 
     def _count(self, counted: bytes | None) -> None:
-        """Brings `counted` up to `ids`; a separator counts where all of its document does."""
+        """Extends `counted` to the length of `ids`. A separator counts if the whole
+        document before it does.
+        """
         begin = self.starts[-1]
         if counted is not None and self.counted is None:
             self.counted = bytearray(b"\1" * begin)
@@ -359,7 +372,7 @@ class _Stream:
         self._all_counted = counted is None
 
     def _cut(self) -> None:
-        """To the budget; a document that then has no token goes."""
+        """Truncates to the budget; removes documents that then have no tokens."""
         del self.ids[self._budget :]
         while self.starts and self.starts[-1] >= len(self.ids):
             self.starts.pop()
@@ -368,7 +381,7 @@ class _Stream:
             del self.counted[self._budget :]
 
     def check(self, source: DataSource) -> None:
-        """Raises DataError where nothing is left to count."""
+        """Raises DataError if no token counts."""
         if not self.ids:
             raise DataError(
                 f"data {source.name}: its {self.records} records hold no token; give some text"
@@ -381,7 +394,7 @@ class _Stream:
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Records to be tokenized together: `_CHUNK` of them, or fewer that are long."""
+    """Groups of records to tokenize at once: `_CHUNK` records, or fewer long ones."""
     chunk: list[Record] = []
     size = 0
     for record in records:
@@ -395,7 +408,7 @@ def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def _size(value: Any) -> int:
-    """Characters, bytes and numbers in a value, about."""
+    """Approximate number of characters, bytes and numbers in a value."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):

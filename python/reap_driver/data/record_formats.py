@@ -1,21 +1,20 @@
-"""What a record says: token ids, a text, or a conversation with tools.
+"""Formats of records: which fields make token ids, a text, or a conversation with tools.
 
-| fields | becomes |
+| fields | content |
 |---|---|
-| `input_ids` (+ `attention_mask`, `labels`) | token ids, but those of mask 0 |
+| `input_ids` (+ `attention_mask`, `labels`) | token ids, without those of mask 0 |
 | `text` | a text |
 | `messages` (+ `tools`, `images`) | a conversation |
 | `conversations` of `from` and `value` (+ `system`, `tools`, `images`) | a conversation |
-| `query`, `answers` (+ `tools`) | a question and the calls of tools that answer it |
+| `query`, `answers` (+ `tools`) | a question and the tool calls that answer it |
 | `instruction`, `output` (+ `input`, `system`) | a question and its answer |
 | `prompt`, `completion` (+ `tools`) | the same, or two lists of messages |
 | `content` | a text |
 
-Of several shapes in one record the first in this order counts; a field that is null is absent.
-Fields beside the shape that may say something are noted in the record as not used.
-Lists and objects may be given as JSON text. A question and answer become a conversation where the
-tokenizer has a chat template, else a text: the parts of an instruction with an empty line between
-them, prompt and completion without.
+If a record matches several formats, the first in this order is used; a field that is null counts as
+absent. Other fields with content are recorded as unused. Lists and objects may be given as JSON
+text. A question with its answer becomes a conversation if the tokenizer has a chat template, else a
+text: the parts of an instruction separated by empty lines, prompt and completion concatenated.
 """
 
 from collections.abc import Callable
@@ -41,8 +40,8 @@ class Tokens:
     """Token ids.
 
     Attributes:
-        ids: [n], without those that `attention_mask` leaves out.
-        labels: [n], of the same positions; None where the record has none.
+        ids: [n], without those whose `attention_mask` is 0.
+        labels: [n], for the same positions; None if the record has none.
     """
 
     ids: list[int]
@@ -51,7 +50,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Text:
-    """A text; `answer` is where in it the answer begins, None where nothing is one."""
+    """A text; `answer` is the index at which its answer begins, None if it has no answer."""
 
     text: str
     answer: int | None = None
@@ -59,13 +58,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation as chat templates take it.
+    """A conversation in the form that chat templates take.
 
     Attributes:
-        messages: of `role`, `content` and whatever else the record has.
-        tools: as JSON schemas, None where there are none.
-        plain: the same without a chat template, None where that would lose its meaning.
-        images: what says which image stands in each place for one, in order.
+        messages: objects with `role`, `content` and other fields of the record's messages.
+        tools: tools with JSON schemas; None if there are none.
+        plain: the conversation as a text, for models without a chat template; None if it has no
+            such form.
+        images: the images as given, one per placeholder, in order.
     """
 
     messages: list[dict[str, Any]]
@@ -78,20 +78,20 @@ Content = Tokens | Text | Chat
 
 
 def content_of(record: Record) -> Content:
-    """What a record says.
+    """The content of a record, by the first format that it matches.
 
     Raises:
-        DataError: it has no known shape, or a field of the wrong type. Names the place.
+        DataError: it matches no format, or a field has the wrong type. Names the record's place.
     """
     fields = record.fields
-    for needed, more, make in _SHAPES:
+    for needed, more, make in _FORMATS:
         if all(fields.get(name) is not None for name in needed):
             record.unused.update(unused(fields, (*needed, *more)))
             return make(record)
-    known = ", ".join(" + ".join(needed) for needed, _, _ in _SHAPES)
+    known = ", ".join(" + ".join(needed) for needed, _, _ in _FORMATS)
     has = ", ".join(sorted(name for name, value in fields.items() if value is not None))
     raise DataError(
-        f"{record.place}: has the fields of no known shape, which are {known} (it has "
+        f"{record.place}: has the fields of no known format, which are {known} (it has "
         f"{one_line(has) if has else 'none at all'}); rename its fields"
     )
 
@@ -122,7 +122,7 @@ def _integers(record: Record, name: str) -> list[int]:
 
 
 def _beside(record: Record, name: str, ids: list[int]) -> list[int]:
-    """A field with a number for each token id."""
+    """A field with one number per token id."""
     value = _integers(record, name)
     if len(value) != len(ids):
         raise DataError(
@@ -152,8 +152,8 @@ def _conversations(record: Record) -> Chat:
 def _query(record: Record) -> Chat:
     given = list_of_objects(record, "answers", least=0)
     calls = [tool_call(record, "answers", call, n) for n, call in enumerate(given)]
-    answer = _says("assistant", "") | ({"tool_calls": calls} if calls else {})
-    return Chat([_says("user", _string(record, "query")), answer], checked_tools(record))
+    answer = _message("assistant", "") | ({"tool_calls": calls} if calls else {})
+    return Chat([_message("user", _string(record, "query")), answer], checked_tools(record))
 
 
 def _instruction(record: Record) -> Chat:
@@ -162,7 +162,7 @@ def _instruction(record: Record) -> Chat:
     system = _system(record)
     before = "\n\n".join([*(message["content"] for message in system), question, ""])
     return Chat(
-        [*system, _says("user", question), _says("assistant", answer)],
+        [*system, _message("user", question), _message("assistant", answer)],
         plain=Text(before + answer, len(before)),
     )
 
@@ -171,7 +171,7 @@ def _prompt(record: Record) -> Chat:
     prompt, completion = record.fields["prompt"], record.fields["completion"]
     if isinstance(prompt, list) or isinstance(completion, list):
         both = [
-            _says(role, value) if isinstance(value, str) else checked_messages(record, name)
+            _message(role, value) if isinstance(value, str) else checked_messages(record, name)
             for role, name, value in (
                 ("user", "prompt", prompt),
                 ("assistant", "completion", completion),
@@ -181,17 +181,17 @@ def _prompt(record: Record) -> Chat:
         return Chat(messages, checked_tools(record), images=take_images(record, messages))
     prompt, completion = _string(record, "prompt"), _string(record, "completion")
     return Chat(
-        [_says("user", prompt), _says("assistant", completion)],
+        [_message("user", prompt), _message("assistant", completion)],
         checked_tools(record),
         Text(prompt + completion, len(prompt)),
     )
 
 
 def _system(record: Record) -> list[dict[str, Any]]:
-    return [_says("system", _string(record, "system"))] if record.fields.get("system") else []
+    return [_message("system", _string(record, "system"))] if record.fields.get("system") else []
 
 
-def _says(role: str, content: str) -> dict[str, Any]:
+def _message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
@@ -202,8 +202,8 @@ def _string(record: Record, name: str) -> str:
     return value
 
 
-# What must be there, what else is taken, what makes a shape of it.
-_SHAPES: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Record], Content]], ...] = (
+# Required fields, optional fields, and the function that makes the content.
+_FORMATS: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Record], Content]], ...] = (
     (("input_ids",), ("attention_mask", "labels", "token_type_ids"), _ids),
     (("text",), (), _text("text")),
     (("messages",), ("tools", *COLUMNS), _messages),
@@ -213,4 +213,4 @@ _SHAPES: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Record], Conten
     (("prompt", "completion"), ("tools", *COLUMNS), _prompt),
     (("content",), (), _text("content")),
 )
-FIELDS = frozenset(name for needed, more, _ in _SHAPES for name in (*needed, *more))
+FIELDS = frozenset(name for needed, more, _ in _FORMATS for name in (*needed, *more))

@@ -1,4 +1,4 @@
-"""A record of calibration data, its readers, and what becomes of bad ones."""
+"""Records of calibration data, their readers, and how bad records are skipped and counted."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from reap_driver.compat.library_errors import one_line
 from reap_kernels.errors import DataError
 
-# They say where a record is from or how it was counted, not what a model reads.
+# Fields about a record's origin or size, which hold no content for a model.
 IRRELEVANT = frozenset(
     {"_id", "id", "idx", "index", "uid", "uuid", "instance_id", "__index_level_0__"}
     | {"dataset", "source", "path", "url", "date", "timestamp", "license", "licenses"}
@@ -21,14 +21,14 @@ IRRELEVANT = frozenset(
 
 @dataclass(frozen=True)
 class Record:
-    """One record.
+    """One record of calibration data.
 
     Attributes:
-        place: where it stands, as an error message names it.
-        fields: what it has.
-        folder: where files lie that it names; None where there are none.
-        unused: names of fields that nothing is made of, added by whoever passes them over: the
-            reader of a table, whoever tells shapes apart, the chat template.
+        place: file and line or row, for error messages.
+        fields: name -> value.
+        unused: names of fields with content that are not used; the readers, the parser of formats
+            and the chat template add to it.
+        folder: folder that relative paths in the record refer to; None if it cannot name files.
     """
 
     place: str
@@ -38,13 +38,13 @@ class Record:
 
 
 class BadRecords:
-    """Counts records that are left out because something is wrong with them.
+    """Counts bad records, which are skipped.
 
-    As a context manager it takes a DataError raised inside, which then ends there.
+    As a context manager, it catches and counts a DataError raised inside.
 
     Attributes:
-        count: how many.
-        first: what is wrong with the first few, each by its place.
+        count: number of bad records.
+        first: error messages of the first few, which name their places.
     """
 
     SHOWN = 5
@@ -54,7 +54,7 @@ class BadRecords:
         self.first: list[str] = []
 
     def add(self, error: DataError) -> None:
-        """One more."""
+        """Counts one more bad record."""
         self.count += 1
         if len(self.first) < self.SHOWN:
             self.first.append(one_line(str(error), 1000))
@@ -75,30 +75,31 @@ class BadRecords:
 
 
 def guard(bad: BadRecords | None) -> AbstractContextManager[None]:
-    """Inside it, an error of a record is counted by `bad`, or raised where that is None."""
+    """Inside, a DataError is counted by `bad`, or raised if that is None."""
     return nullcontext() if bad is None else bad
 
 
 class RecordReader(Protocol):
-    """What has records: files, or a data set of the hub."""
+    """A source of records: local files, or a data set of the hub."""
 
     def count(self) -> int:
-        """How many there are."""
+        """Number of records."""
 
     def read(self, bad: BadRecords | None) -> Iterator[Record]:
-        """All of them, in order."""
+        """All records, in order."""
 
     def pick(self, chosen: Sequence[int], bad: BadRecords | None) -> Iterator[tuple[int, Record]]:
-        """(number, record) of those with the numbers `chosen`, ascending from 0."""
+        """(number, record) of the records with the ascending numbers `chosen`, counted from 0."""
 
 
 def unused(fields: dict[str, Any], used: Iterable[str], inside: str = "") -> set[str]:
-    """The names of fields that say something and are not used.
+    """Names of fields that have content and are not used.
 
     Args:
-        fields: of a record, or of an object in it; those that are null or empty say nothing.
-        used: names of those that are.
-        inside: where in the record they are, such as `messages[].`; begins the names.
+        fields: fields of a record or of an object in it; null and empty ones have no content.
+        used: names of the fields that are used.
+        inside: prefix of the returned names: where in the record the fields are, for example
+            `messages[].`.
 
     Example:
         >>> unused({"text": "a", "id": 1, "summary": "b", "tools": []}, ["text"])

@@ -1,4 +1,4 @@
-"""The records of a source, one after another, or the sample of them that its budget asks for."""
+"""Reads the records of a source, or a random sample of them if it has a budget."""
 
 import random
 from collections.abc import Iterator
@@ -8,26 +8,27 @@ from reap_driver.data.records import BadRecords, Record, RecordReader
 from reap_driver.data.source import DataSource
 from reap_kernels.errors import DataError
 
-# Records held at once where they come in random order: the first pass, and at most. Each pass reads
-# the source once more.
+# Records in memory at once when they are read in random order: in the first pass, and at most. Each
+# pass reads the source again.
 _FIRST_PASS, _LARGEST_PASS = 256, 4096
 
 
 def read_records(source: DataSource, seed: int, bad: BadRecords | None = None) -> Iterator[Record]:
-    """The records of a source, or the sample of them that its budget asks for.
+    """The records of a source, or a random sample of them if it has a budget.
 
-    For a number of records: a random sample, in the order of the source. For a number of tokens:
-    all (or that many) in random order, so that whoever stops at the budget has a random sample; a
-    pass over the source brings up to 4096 of them. Either counts the records first, and parses only
-    those drawn.
+    With a budget of records: a random sample, in the order of the source. With a budget of tokens:
+    the records in random order, so that the caller gets a random sample by stopping at the budget;
+    each pass over the source reads up to 4096 of them. In both cases the records are counted first
+    and only those that are drawn are parsed.
 
     Args:
-        source: what to read.
+        source: the source to read.
         seed: equal seeds draw equal samples.
-        bad: takes malformed records, which are left out; None raises their error.
+        bad: collects the errors of bad records, which are skipped; if None, errors are raised.
 
     Raises:
-        DataError: no data, a source nobody reads, or a malformed record, by file and line.
+        DataError: there are no records, the source cannot be read, or a record is malformed; names
+            file and line.
     """
     reader, found = _reader(source), False
     for record in _sampled(reader, source, seed, bad):

@@ -1,13 +1,13 @@
-"""What `--data [group=]SOURCE[:BUDGET]` means.
+"""Parses data sources: `--data [group=]SOURCE[:BUDGET]`.
 
-SOURCE is a file (JSON lines, Parquet, text; compressed or not), a folder of such files, or a data
-set of the Hugging Face hub, `owner/name[subset](split)@revision`, of which only the name must be
-given. BUDGET takes a random sample of the records, drawn with the seed: `:700` is 700 records,
-`:2Mtok` as many records as hold 2 million tokens. The group is the name statistics are kept under;
-by default that of the file, folder or data set, without owner and ending.
+SOURCE is a file (JSON lines, Parquet or text, compressed or not), a folder of such files, or a data
+set of the Hugging Face hub, `owner/name[subset](split)@revision`, of which only the name is
+required. BUDGET draws a random sample of the records with the seed: `:700` draws 700 records,
+`:2Mtok` records with 2 million tokens in total. The group is the name under which statistics are
+kept; the default is the name of the file, folder or data set, without owner and suffix.
 
-A name that exists as written is taken as written, so `a=b.jsonl` and `part:7` can be read too, and
-a folder `owner/name` comes before the data set of that name.
+If a file or folder has exactly the given name, it is used: so `a=b.jsonl` and `part:7` can be read,
+and a folder `owner/name` takes precedence over the data set of that name.
 """
 
 import re
@@ -22,7 +22,7 @@ from reap_kernels.schema import short
 
 SPLIT = "train"
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
-_LONGEST_NAME, _LONGEST = 96, 500  # characters: of a name on the hub, and with all behind it
+_LONGEST_NAME, _LONGEST = 96, 500  # characters: of a name on the hub, and of the whole SOURCE
 _NAME = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 _HUB = re.compile(
     rf"(?P<name>{_NAME}(?:/{_NAME})?)"
@@ -40,11 +40,11 @@ class HubDataset:
     """A data set of the hub: `name[subset](split)@revision`.
 
     Attributes:
-        name: `owner/name`, or `name` alone for the few without an owner.
-        subset: its configuration; None for the default one.
-        split: None for `train`; anything `datasets.load_dataset` takes, such as `train[:10%]`.
-        revision: commit, tag or branch; None for the newest.
-        files: only these of its files, such as `en/c4-train.00000-of-01024.json.gz`; from recipes.
+        name: `owner/name`, or `name` for the few data sets without an owner.
+        subset: its configuration; None for the default.
+        split: anything that `datasets.load_dataset` takes, such as `train[:10%]`; None for `train`.
+        revision: commit, tag or branch; None for the newest commit.
+        files: read only these files, such as `en/c4-train.00000-of-01024.json.gz`; set by recipes.
     """
 
     name: str
@@ -55,7 +55,7 @@ class HubDataset:
 
     @classmethod
     def parse(cls, text: str) -> "HubDataset | None":
-        """The data set that `text` names, or None where it has not the form of one."""
+        """The data set that `text` names; None if it does not have the form of a data set."""
         found = _HUB.fullmatch(text)
         if found is None or len(found["name"]) > _LONGEST_NAME or len(text) > _LONGEST:
             return None
@@ -74,11 +74,11 @@ class DataSource:
     """One `--data` argument or entry of a recipe.
 
     Attributes:
-        location: where records are.
-        group: name their statistics are kept under.
-        samples: how many records to draw; None for no limit.
-        tokens: tokens to draw records for, None for no limit; `pack` stops when it has them.
-        tools: JSON text of a list, for records that have none; from recipes.
+        location: file, folder or data set.
+        group: name under which its statistics are kept.
+        samples: number of records to draw; None for no limit.
+        tokens: number of tokens to draw records for; None for no limit.
+        tools: JSON text of a list of tools, for records that have none; set by recipes.
     """
 
     location: Path | HubDataset
@@ -89,16 +89,18 @@ class DataSource:
 
     @property
     def name(self) -> str:
-        """As people write it, for messages and provenance; bytes that are no text are escaped."""
+        """The location as text, for messages and provenance; bytes that are not text are
+        escaped.
+        """
         return _escaped(str(self.location))
 
     @classmethod
     def parse(cls, text: str) -> "DataSource":
-        """Reads `[group=]SOURCE[:BUDGET]`.
+        """Parses `[group=]SOURCE[:BUDGET]`.
 
         Raises:
-            DataError: nothing local has that name and it is none of a hub data set, or the budget
-                is 0.
+            DataError: SOURCE is neither an existing file or folder nor the name of a hub data set,
+                or the budget is invalid.
         """
         if not text.strip():
             raise DataError(f"data {short(text)}: is no name; {_FORM}")
@@ -116,15 +118,15 @@ class DataSource:
 
 
 def locate(text: str, folder: Path, what: str) -> Path | HubDataset:
-    """The file or folder of that name, else the hub data set that has the form of it.
+    """The file or folder of this name; if there is none, the hub data set of this name.
 
     Args:
         text: SOURCE.
-        folder: what relative paths are relative to.
-        what: begins the error message.
+        folder: folder of relative paths.
+        what: beginning of error messages.
 
     Raises:
-        DataError: neither.
+        DataError: there is no such file or folder, and the text is not the name of a data set.
     """
     try:
         path = folder / Path(text).expanduser()
@@ -141,7 +143,9 @@ def locate(text: str, folder: Path, what: str) -> Path | HubDataset:
 
 
 def _readable(path: Path, what: str) -> Path:
-    """The path, where it is of a file or folder: a pipe cannot be read twice, or never ends."""
+    """The path. Raises DataError unless it is a file or folder: a pipe cannot be read twice
+    and may never end.
+    """
     if not path.is_dir() and not path.is_file():
         raise DataError(f"{what}: is neither file nor folder; write what comes from it to a file")
     return path
@@ -156,18 +160,22 @@ def default_group(location: Path | HubDataset) -> str:
 
 
 def _escaped(name: str) -> str:
-    """A name that can be encoded: bytes that are no text are halves of surrogate pairs in it."""
+    """The name with surrogates escaped, which stand for bytes that are not text and cannot
+    be encoded.
+    """
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def token_count(text: str) -> int | None:
-    """Tokens that `2Mtok`, `500ktok`, `1.5Mtok` or `4096tok` stands for; None for anything else."""
+    """The number of tokens in `2Mtok`, `500ktok`, `1.5Mtok` or `4096tok`; None for anything
+    else.
+    """
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)([kmg]?)tok", text, re.IGNORECASE)
     return None if found is None else round(float(found[1]) * _SUFFIXES[found[2].lower()])
 
 
 def _budget(text: str, written: str) -> tuple[int | None, int | None]:
-    """(samples, tokens); one of them is None."""
+    """(number of records, number of tokens), one of which is None."""
     samples = int(written) if re.fullmatch(r"[0-9]{1,18}", written) else None
     tokens = token_count(written) if samples is None else None
     if samples is None and tokens is None:

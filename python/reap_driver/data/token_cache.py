@@ -1,13 +1,13 @@
-"""Tokenised sources kept on disk, for the next run on the same data.
+"""Caches tokenized sources on disk, for later runs on the same data.
 
-An entry is found by what its tokens depend on: the content of the data and of the tokenizer's
-files, the options, the versions of the libraries and of this code. It is one safetensors file with
-a keyed digest of what it holds and of its name. One that is damaged, or that this user's runs have
-not made, is made again, and it is said.
+The key of an entry is a digest of everything that its tokens depend on: the content of the data and
+of the tokenizer's files, the options, the versions of the libraries and of this code. An entry is
+one safetensors file, with an HMAC of its content and name. A damaged entry, or one that this user's
+runs did not write, is replaced, and the user is told.
 
-The key is a file beside the entries that only this user may read: an entry that somebody else put
-into a shared folder, or that was copied from one place to another, has another digest. Whoever can
-write as this user is not kept out, and could change the program too.
+The HMAC's key is in a file beside the entries that only this user may read. So entries that another
+user put into a shared folder, or that were copied from elsewhere, are rejected. An attacker who can
+write as this user is not excluded; they could change the program too.
 """
 
 import contextlib
@@ -45,11 +45,12 @@ from reap_kernels.files import is_file, replaced, save_tensors
 
 FORMAT = "reap-tokens-2"
 
-# Seconds of work that are worth a file, and bytes that all files may take: the oldest go.
+# Seconds of work above which a result is cached, and the maximum bytes of all entries, beyond which
+# the least recently used ones are deleted.
 _WORTH = 1.0
 _LIMIT = 4 * 2**30
 
-# Files of a model's folder that a tokenizer may read; config.json has the end of a sequence.
+# Files that a tokenizer may read; config.json has the end-of-sequence id.
 _TOKENIZER = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 _KEY_BYTES = 32
 _TENSORS = ("ids", "starts", "counted", "given")
@@ -57,12 +58,12 @@ _TENSORS = ("ids", "starts", "counted", "given")
 
 @dataclass(frozen=True)
 class Cache:
-    """The tokens of one model's tokenizer.
+    """A cache of sources tokenized for one model.
 
     Args:
-        model: its folder; a hub id's, where its files are.
-        options: of the encoder, JSON-serialisable.
-        note: told what a user should know.
+        model: folder of the model's files.
+        options: options of the encoder, as JSON values.
+        note: called with messages for the user.
     """
 
     model: Path
@@ -80,10 +81,10 @@ class Cache:
         skip_bad: bool,
         progress: Callable[[int], None] | None = None,
     ) -> PackedSource:
-        """What `pack` makes of these arguments, from the cache where it is there.
+        """The result of `pack` for these arguments, from the cache if it has an entry.
 
         Raises:
-            DataError: of `pack`.
+            DataError: see `pack`.
         """
         longest = seq_len if packing == "none" else None
         path = self._path(source, seed=seed, longest=longest, skip_bad=skip_bad)
@@ -103,13 +104,13 @@ class Cache:
             skip_bad=skip_bad,
             progress=progress,
         )
-        # Files of images are no part of what an entry is found by.
+        # Sources with images are not cached: image files are not part of the key.
         if path is not None and not made.image_inputs and time.monotonic() - began >= _WORTH:
             self._save(path, made)
         return made
 
     def _path(self, source: DataSource, **options: Any) -> Path | None:
-        """The file of an entry; None where what it depends on cannot be known beforehand."""
+        """The file of an entry; None if the data can change without a change of the key."""
         data = _data_digest(source)
         if data is None:
             return None
@@ -125,22 +126,22 @@ class Cache:
         return env.cache_dir() / "tokens" / f"{digest}.safetensors"
 
     def _load(self, path: Path) -> dict[str, Any] | None:
-        """The fields of a packed source; None where there is no entry, or a damaged one."""
+        """The fields of a packed source; None if there is no entry or it is damaged."""
         if not is_file(path):
             return None
         try:
             key = _key(path.parent)
             if path.stat().st_size > _LIMIT:
-                raise ValueError("it is larger than all may be")
+                raise ValueError("it is larger than the limit of all entries")
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             written = _digest(key, path.stem, metadata[FORMAT], tensors)
             if not hmac.compare_digest(written, metadata["digest"]):
-                raise ValueError("its digest is not of this user's key and these tokens")
-            os.utime(path)  # it is of use: let it not be the oldest
-        except Exception as error:  # noqa: BLE001  whatever a foreign file makes a library raise
-            self.note(f"{path}: damaged ({one_line(error)}), so the data are tokenised again")
+                raise ValueError("its digest does not match this user's key and its content")
+            os.utime(path)  # marks it as recently used
+        except Exception as error:  # noqa: BLE001  libraries raise anything on a damaged file
+            self.note(f"{path}: damaged ({one_line(error)}), so the data is tokenized again")
             return None
         facts = json.loads(metadata[FORMAT])
         bad = None
@@ -154,7 +155,7 @@ class Cache:
         }
 
     def _save(self, path: Path, made: PackedSource) -> None:
-        """Adds an entry; that it cannot be kept is said, and is no error."""
+        """Writes an entry. If that fails, the user is told and the run continues."""
         tensors = {
             name: tensor for name in _TENSORS if isinstance(tensor := getattr(made, name), Tensor)
         }
@@ -175,13 +176,15 @@ class Cache:
                 save_tensors(tensors, temporary, {FORMAT: text, "digest": digest})
         except OSError as error:
             self.note(
-                f"{path}: the tokens cannot be kept ({error.strerror or error}); set "
+                f"{path}: the tokens cannot be cached ({error.strerror or error}); set "
                 "REAP_CACHE_DIR to a folder that can be written, or pass --no-cache"
             )
 
 
 def _data_digest(source: DataSource) -> str | None:
-    """Of the content of local files, or the name of a commit on the hub; None for a branch."""
+    """Digest of the content of local files, or name and commit of a hub data set; None if
+    the data set has no fixed commit.
+    """
     location = source.location
     if isinstance(location, Path):
         return _files_digest(_visible(location) if location.is_dir() else [location], "data")
@@ -190,7 +193,7 @@ def _data_digest(source: DataSource) -> str | None:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """All files in a folder that are not hidden."""
+    """All files in a folder, at any depth, that are not hidden."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if not hidden and is_file(path):
@@ -198,7 +201,9 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 
 def _tokenizer_files(model: Path) -> list[Path]:
-    """Those of a model's folder; that of another name may be one too, and costs another entry."""
+    """Files in a model's folder that a tokenizer may read. A file too many only costs
+    another entry.
+    """
     folders = [model, model / "additional_chat_templates"]
     found = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
     return [
@@ -209,7 +214,7 @@ def _tokenizer_files(model: Path) -> list[Path]:
 
 
 def _files_digest(paths: Iterator[Path] | list[Path], what: str) -> str:
-    """Of names and contents.
+    """Digest of the names and contents of files.
 
     Raises:
         DataError: one cannot be read.
@@ -228,7 +233,7 @@ def _files_digest(paths: Iterator[Path] | list[Path], what: str) -> str:
 
 
 def _digest(key: bytes, name: str, facts: str, tensors: Mapping[str, Tensor]) -> str:
-    """Keyed, over an entry's name, its facts, and the bytes of tensors with names and lengths."""
+    """HMAC over an entry's name, its facts, and the names, lengths and bytes of its tensors."""
     digest = hmac.new(key, f"{name};{len(facts)}:{facts};".encode(), "sha256")
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{len(name)}:{name}:{tensor.dtype}:{len(tensor)};".encode())
@@ -237,10 +242,10 @@ def _digest(key: bytes, name: str, facts: str, tensors: Mapping[str, Tensor]) ->
 
 
 def _key(folder: Path) -> bytes:
-    """The key of a folder, made where there is none.
+    """The HMAC key of a folder, created if there is none.
 
     Raises:
-        OSError: it cannot be read or made, or others than this user may know it.
+        OSError: it cannot be read or created, or other users can read it.
     """
     path = folder / "key"
     if not path.exists():
@@ -260,7 +265,7 @@ def _key(folder: Path) -> bytes:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """Of everything that has a part in making tokens; of this package, its code."""
+    """Versions of everything that affects tokens; for this package, a digest of its code."""
     return {
         "reap_kernels": reap_kernels.__version__,
         "code": _files_digest(sorted(Path(__file__).parent.glob("*.py")), "module"),
@@ -270,7 +275,7 @@ def _versions() -> dict[str, str]:
 
 
 def _make_room(folder: Path, needed: int) -> None:
-    """Deletes the entries longest unused, until `needed` more bytes are within the limit."""
+    """Deletes the least recently used entries until `needed` more bytes are within the limit."""
     entries = []
     for path in folder.glob("*.safetensors"):
         with contextlib.suppress(FileNotFoundError):  # another process makes room too

@@ -1,4 +1,4 @@
-"""Loading a model's tokenizer, whose files may come from anybody."""
+"""Loads a model's tokenizer, whose files are untrusted."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from reap_kernels.errors import DataError
 from reap_kernels.files import is_file
 from reap_kernels.schema import short
 
-# The tokenizers library walks all numbers up to the largest id of a vocabulary.
+# Upper bound of token ids: the tokenizers library iterates up to the largest id of a vocabulary.
 _IDS = 2**24
 _LARGE = re.compile(rb":\s*[1-9][0-9]{7}")
 
@@ -20,16 +20,16 @@ _LARGE = re.compile(rb":\s*[1-9][0-9]{7}")
 def load_tokenizer(
     model: str | Path, config: PretrainedConfig, what: str, *, trust_remote_code: bool
 ) -> Any:
-    """The tokenizer of a model, which neither cuts nor pads.
+    """The tokenizer of a model, without truncation or padding.
 
     Args:
         model: folder or hub id.
-        config: of the model.
-        what: begins the message of an error, and says who needs the tokenizer.
-        trust_remote_code: allow a tokenizer's own code.
+        config: configuration of the model.
+        what: beginning of error messages, which says what needs the tokenizer.
+        trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
-        DataError: its files are missing or damaged, or need code that is not there.
+        DataError: its files are missing or damaged, or need code that is not available.
     """
     remedy = (
         "add its files (tokenizer.json, ...), allow its code with --trust-remote-code, or "
@@ -41,18 +41,18 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             str(model), config=config, trust_remote_code=trust_remote_code
         )
-        if tokenizer.is_fast:  # what is set in tokenizer.json is for other uses
+        if tokenizer.is_fast:  # settings in tokenizer.json are for other uses
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
 def _check_ids(file: Path) -> None:
-    """Raises ValueError where a vocabulary has ids that would take minutes."""
+    """Raises ValueError if a vocabulary has ids so large that loading it would take minutes."""
     if not is_file(file):
         return
     content = read_bytes(file)
-    if _LARGE.search(content) is None:  # most have none, and parsing takes a second
+    if _LARGE.search(content) is None:  # as in most files, of which parsing takes a second
         return
     facts = parse_json(content, plain=False)
     model = facts.get("model") if isinstance(facts, dict) else None

@@ -159,11 +159,11 @@ DATA = {
     "malformed": ('{"text": "a"}\n{"text"', r"code.jsonl:2: is not JSON .*; correct the line"),
     "no known field": (
         '{"text": "a"}\n{"body": "b"}\n',
-        r"code.jsonl:2: has the fields of no known shape, .*messages.* \(it has body\); rename its",
+        r"code.jsonl:2: has the fields of no known format, .*messages.* \(it has body\); rename its",
     ),
     "token id": (
         '{"input_ids": [1, 2]}\n\n{"input_ids": [3, 300]}\n',
-        r"code.jsonl:3: token id 300 is outside the vocabulary of .*model \(259 tokens\); tokenise",
+        r"code.jsonl:3: token id 300 is outside the vocabulary of .*model \(259 tokens\); tokenize",
     ),
     "no chat template": (
         '{"messages": [{"role": "user", "content": "a"}]}\n',

@@ -359,7 +359,7 @@ def test_tokens_are_kept_for_the_next_run(
     assert len(list((tmp_path / "cache/tokens").glob("*.safetensors"))) == 1
 
     def never(*_: Any, **__: Any) -> Any:
-        raise AssertionError("tokenised again")
+        raise AssertionError("tokenized again")
 
     monkeypatch.setattr("reap_driver.data.token_cache.pack", never)
     again = observed(run, tmp_path / "again", *words)

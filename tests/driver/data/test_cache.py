@@ -25,7 +25,7 @@ from tests.driver.data.conftest import TEMPLATE
 
 @dataclass
 class Kept:
-    """A cache, and how often it had to tokenise."""
+    """A cache, and how often it had to tokenize."""
 
     cache: Cache
     folder: Path
@@ -77,7 +77,7 @@ def assert_equal(mine: PackedSource, theirs: PackedSource) -> None:
 
 
 @pytest.mark.parametrize("packing", ["concat", "isolated", "none"])
-def test_the_second_time_nothing_is_tokenised(kept: Kept, packing: str) -> None:
+def test_the_second_time_nothing_is_tokenized(kept: Kept, packing: str) -> None:
     first, again = (kept.pack(packing=packing) for _ in range(2))
     assert len(kept.made) == len(kept.entries) == 1
     assert_equal(again, first)
@@ -164,7 +164,7 @@ def test_a_damaged_entry_is_made_again(kept: Kept, spoil: Callable[[Path], None]
     assert len(kept.made) == 2
     [note] = kept.notes
     assert f"{kept.entries[0]}: damaged (" in note
-    assert note.endswith("so the data are tokenised again")
+    assert note.endswith("so the data is tokenized again")
     assert_equal(kept.pack(), first)
     assert len(kept.made) == 2
 
@@ -237,7 +237,7 @@ def test_what_this_user_has_not_made_is_not_read(
     made = len(kept.made)
     assert_equal(kept.pack(), first)
     assert len(kept.made) == made + 1
-    assert "so the data are tokenised again" in " ".join(kept.notes)
+    assert "so the data is tokenized again" in " ".join(kept.notes)
 
 
 def test_another_users_key_is_not_taken(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_another_users_key_is_not_taken(kept: Kept, monkeypatch: pytest.MonkeyPa
     assert_equal(kept.pack(), first)
     assert len(kept.made) == 2
     assert "key is not private to this user" in kept.notes[0]
-    assert "the tokens cannot be kept" in kept.notes[1]
+    assert "the tokens cannot be cached" in kept.notes[1]
 
 
 def test_the_key_is_private(kept: Kept) -> None:
@@ -259,7 +259,7 @@ def test_what_cannot_be_kept_is_said(kept: Kept) -> None:
     kept.folder.write_text("in the way")
     kept.pack()
     [note] = kept.notes
-    assert "the tokens cannot be kept (Not a directory); set REAP_CACHE_DIR" in note
+    assert "the tokens cannot be cached (Not a directory); set REAP_CACHE_DIR" in note
 
 
 def test_little_work_is_not_kept(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,7 @@ def test_answers_need_a_tokenizer_that_knows_its_characters(
 ) -> None:
     kind = type(AutoTokenizer.from_pretrained(folder))
     monkeypatch.setattr(kind, "is_fast", False)
-    with pytest.raises(DataError, match=r"the tokenizer of .* does not say which characters"):
+    with pytest.raises(DataError, match=r"the tokenizer of .* does not give the character offsets"):
         encoded(encoder(folder, config, PLAIN, answers_only=True), messages=TALK)
     assert encoded(encoder(folder, config, PLAIN), messages=TALK).counted is None
 

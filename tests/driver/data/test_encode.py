@@ -65,10 +65,10 @@ def test_tools_reach_the_template(encoder: Encoder, folder: Path) -> None:
     [
         (
             {"body": "a", "id": 1},
-            r"no known shape, which are input_ids, text, messages, .*\(it has body, id\); rename",
+            r"no known format, which are input_ids, text, messages, .*\(it has body, id\); rename",
         ),
         ({}, "it has none at all"),
-        ({"text": None}, "no known shape"),
+        ({"text": None}, "no known format"),
         ({"text": 5}, "text is a int; it must be a string"),
         ({"input_ids": "1 2"}, "input_ids must be a flat list of integers"),
         ({"input_ids": [[1, 2]]}, "input_ids must be a flat list of integers"),

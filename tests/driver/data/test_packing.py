@@ -115,7 +115,7 @@ def test_a_budget_of_tokens_is_kept_exactly(
     kept = min(budget, whole.tokens)  # `none` cuts a document: 9 tokens
     assert source.ids.tolist() == whole.ids[:kept].tolist()
     assert source.starts.tolist() == [at for at in whole.starts.tolist() if at < kept]
-    asked = f"{path} has {whole.tokens} tokens, {budget} were asked for"
+    asked = f"{path} has {whole.tokens} tokens, {budget} were requested"
     assert (asked in source.notes()) == (budget > whole.tokens)
     assert source.provenance()["asked"] == {"tokens": budget}
 
@@ -235,7 +235,7 @@ def test_equal_seeds_give_equal_tokens(tmp_path: Path, encoder: Encoder) -> None
 
 def test_fewer_records_than_asked_is_said(tmp_path: Path, encoder: Encoder) -> None:
     path = write(tmp_path / "a.jsonl", [[5], [6]])
-    assert packed(path, encoder, 8, 5).notes() == [f"{path} has 2 records, 5 were asked for"]
+    assert packed(path, encoder, 8, 5).notes() == [f"{path} has 2 records, 5 were requested"]
     assert packed(path, encoder, 8, 2).notes() == packed(path, encoder, 8).notes() == []
 
 

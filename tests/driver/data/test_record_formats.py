@@ -174,7 +174,7 @@ def test_conversations() -> None:
     [
         (
             {"instruction": "a"},
-            r"no known shape, .*instruction \+ output, .*\(it has instruction\)",
+            r"no known format, .*instruction \+ output, .*\(it has instruction\)",
         ),
         ({"prompt": "a", "completion": None}, r"\(it has prompt\); rename its fields"),
         ({"instruction": 1, "output": "b"}, "instruction is a int; it must be a string"),

@@ -118,8 +118,8 @@ def adding(leaf: str, value: Tensor) -> Callable[[Parts], Parts]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lacking("weight_scale"), "has weight_packed, weight_shape as quantised parts"),
-        (lacking("weight_packed"), "has weight_scale, weight_shape as quantised parts"),
+        (lacking("weight_scale"), "has weight_packed, weight_shape as quantized parts"),
+        (lacking("weight_packed"), "has weight_scale, weight_shape as quantized parts"),
         (adding("weight", torch.zeros(8, 64).char()), "has weight, weight_packed, weight_scale"),
         (adding("weight_g_idx", torch.zeros(64)), "has a weight_g_idx: .* apply the plan to this"),
         (adding("weight_zero_point", torch.zeros(1, 2).int()), "has a weight_zero_point, but .* s"),
