@@ -159,7 +159,7 @@ DATA = {
     "malformed": ('{"text": "a"}\n{"text"', r"code.jsonl:2: is not JSON .*; correct the line"),
     "no known field": (
         '{"text": "a"}\n{"body": "b"}\n',
-        r"code.jsonl:2: has the fields of no known format, .*messages.* \(it has body\); rename its",
+        r"code.jsonl:2: has the fields of no known format, .*messages.* \(it has body\); rename",
     ),
     "token id": (
         '{"input_ids": [1, 2]}\n\n{"input_ids": [3, 300]}\n',
