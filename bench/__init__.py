@@ -1,5 +1,5 @@
-"""Benchmarks: claims are ratios measured side by side in one run, written as rows of bench/results.
+"""Benchmarks: ratios measured in one run and appended as rows to bench/results.
 
 `python -m bench` lists them; `python -m bench NAME` runs one and appends its rows.
-`pytest bench --benchmark-only` times the single ops.
+`pytest bench --benchmark-only` times single ops.
 """

@@ -1,7 +1,8 @@
-"""Accuracy on the CPU: every statistic against a float64 oracle, given the layer's own inputs.
+"""Accuracy on the CPU: every statistic compared with a float64 oracle for the same layer inputs.
 
-The oracle hooks nothing of ours: a plain forward hook records what each experts module received
-(hidden states, expert ids, gate weights), and the sums are computed in float64 from the activation.
+The oracle is independent of the library: a plain forward hook records the inputs of each experts
+module (hidden states, expert ids, router weights), and the sums are computed in float64 from the
+formula.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def _oracle(module: Any, calls: list[tuple[Tensor, ...]]) -> tuple[Tensor, dict[
 
 
 def main(arguments: list[str]) -> None:
-    """Measures float32 and bfloat16 and appends a row each."""
+    """Measures float32 and bfloat16 and appends one row per dtype."""
     parser = argparse.ArgumentParser(prog="python -m bench accuracy_cpu", description=__doc__)
     parser.add_argument("--sequences", type=int, default=4, help="sequences of 512 tokens")
     options = parser.parse_args(arguments)

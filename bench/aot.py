@@ -1,9 +1,10 @@
-"""Compiles every launch of the tables without a GPU, and looks at the machine code.
+"""Compiles every launch of the launch tables without a GPU, and inspects the machine code.
 
-The launches are those of the real host code: it runs on CPU tensors with every kernel launch
-recorded instead of run, so arguments and specializations are what a GPU would get, and host code
-that read a result would read garbage. Each recorded kernel is compiled for an architecture and its
-code inspected: no spills, no local memory, tensor-core instructions where operands have 16 bits.
+The launches are those of the real host code, which runs on CPU tensors while every kernel launch is
+recorded instead of executed. So arguments and specializations are those a GPU would get, and host
+code that reads a kernel's result would read garbage. Each recorded kernel is compiled for an
+architecture and its code is inspected: no spills, no local memory, and tensor-core instructions for
+16-bit operands.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from reap_kernels.tuning import Launch, Launches
 
 @dataclass(frozen=True)
 class Arch:
-    """An architecture: how to target it, what its code must show, shared memory of a program."""
+    """An architecture: its compile target, the required instructions, shared memory per program."""
 
     name: str
     target: GPUTarget
@@ -63,7 +64,7 @@ ARCHS = {
         Arch("gfx942", GPUTarget("hip", "gfx942", 64), r"\bv_mfma_", 64 * 1024),
     )
 }
-# Those with a launch table, which a run without --arch compiles.
+# Architectures with a launch table, which are compiled by default.
 TABLED = tuple(name for name in ARCHS if name.startswith("sm"))
 
 _TYPES = {
@@ -79,11 +80,11 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launched:
-    """One recorded launch, reduced to what its code depends on.
+    """One recorded launch, reduced to what its machine code depends on.
 
     Attributes:
         kernel: module and function.
-        why: which use of the library launched it.
+        why: the use of the library that launched it.
         signature: (name, type) of every parameter; "constexpr" for constants.
         constants: (name, value) of every constant.
         divisible: indices of parameters that are multiples of 16.
@@ -99,12 +100,12 @@ class Launched:
 
     @property
     def code(self) -> tuple[Any, ...]:
-        """What makes two launches the same code."""
+        """The key under which launches have the same code."""
         return (self.kernel, self.signature, self.constants, self.divisible, self.options)
 
 
 def _described(function: JITFunction, why: str, args: tuple[Any, ...], kwargs: Any) -> Launched:
-    """A launch as Triton specializes it: 1 is a constant, multiples of 16 are known as such."""
+    """A launch as Triton specializes it, for arguments equal to 1 or divisible by 16."""
     names = function.arg_names
     options = tuple(sorted((k, v) for k, v in kwargs.items() if k not in names))
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
@@ -140,7 +141,7 @@ def _described(function: JITFunction, why: str, args: tuple[Any, ...], kwargs: A
 
 @contextlib.contextmanager
 def recording(why: str, into: list[Launched]) -> Iterator[None]:
-    """Inside the context kernels are not run; each launch is added to `into` once."""
+    """Inside the context, kernels do not run; each distinct launch is added to `into`."""
     before = JITFunction.run
     known = {launch.code for launch in into}
 
@@ -157,7 +158,7 @@ def recording(why: str, into: list[Launched]) -> Iterator[None]:
         JITFunction.run = before
 
 
-# Sizes that every block divides; sizes of whole 16 bytes that none divides; and odd ones.
+# Sizes divisible by every block size; multiples of 16 bytes divisible by none; and odd sizes.
 EVEN = Case("even", "sizes of models", 256, 8, 8, hidden=1024, intermediate=512)
 UNEVEN = Case("uneven", "H and I of 1040 and 528", 256, 8, 8, hidden=1040, intermediate=528)
 ODD = Case("odd", "no size is a multiple of a block", 37, 6, 3, hidden=135, intermediate=77)
@@ -171,7 +172,7 @@ def _observe(
     observed: bool = True,
     launches: Launches | None = None,
 ) -> None:
-    """One call of the layer, through the host code; it chooses its launches unless given."""
+    """One call of the layer through the host code, which chooses the launches unless given."""
     inputs = make_inputs(case, dtype)
     experts = make_experts(case, layout, activation, dtype)
     stats = rk.LayerStats(case.experts, case.groups) if observed else None
@@ -182,7 +183,7 @@ def _observe(
 
 
 def _compare(vocabulary: int, dtype: torch.dtype) -> None:
-    """Comparisons of logits: as a search makes them, and of columns that are far apart."""
+    """Comparisons of logits: contiguous, as in a search, and with large column strides."""
     logits = torch.zeros(2, vocabulary, dtype=dtype)
     for known in (None, torch.zeros(2)):
         compare.compare_logits(logits, logits, known)
@@ -192,7 +193,7 @@ def _compare(vocabulary: int, dtype: torch.dtype) -> None:
 
 
 def _pairs(arch: Arch, dtype: torch.dtype) -> list[Launches]:
-    """Every launch of the architecture's table, and of the arithmetic fallback."""
+    """Every launch of the architecture's table, and the computed fallback launches."""
     found: dict[str, list[Launch]] = {op: [] for op in tuning.PRODUCTS}
     for table in tuning.tables(arch.name):
         for entry in table.entries:
@@ -207,12 +208,12 @@ def _pairs(arch: Arch, dtype: torch.dtype) -> list[Launches]:
 
 
 def launches_of(arch: Arch) -> list[Launched]:
-    """Every kernel the library launches on an architecture, once each."""
+    """Every distinct kernel launch of the library on an architecture."""
     found: list[Launched] = []
     with _pretending(arch):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             short = str(dtype).removeprefix("torch.")
-            # fp16 differs from bf16 in the type of an instruction; one launch shows that.
+            # fp16 differs from bf16 only in the type of an instruction, so one launch is enough.
             for pair in _pairs(arch, dtype)[: 1 if dtype == torch.float16 else None]:
                 with recording(f"table, {short}", found):
                     _observe(EVEN, dtype, launches=pair)
@@ -244,7 +245,7 @@ def launches_of(arch: Arch) -> list[Launched]:
 
 @contextlib.contextmanager
 def _pretending(arch: Arch) -> Iterator[None]:
-    """Inside the context host code chooses launches as on `arch`."""
+    """Inside the context, host code chooses launches as on `arch`."""
     before = device.architecture, device.shared_memory
     device.architecture, device.shared_memory = lambda _: arch.name, lambda _: arch.shared
     try:
@@ -254,7 +255,7 @@ def _pretending(arch: Arch) -> Iterator[None]:
 
 
 def _variants(found: list[Launched]) -> None:
-    """What tables do not vary: formulas, layouts, groups, grouped_mm's glue; in bf16."""
+    """Launches that tables do not vary, in bf16: formulas, layouts, groups, around grouped_mm."""
     half = torch.bfloat16
     for activation in ACTIVATIONS:
         with recording(f"activation {activation.kind}", found):
@@ -283,16 +284,16 @@ def _variants(found: list[Launched]) -> None:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the machine code of one launch shows.
+    """Facts about the machine code of one launch.
 
     Attributes:
         launch: the launch.
-        registers: a thread's.
-        shared: bytes a program's.
-        local: bytes of stack and local memory a thread's: spills, or arrays that are indexed.
-        spills: loads and stores of local memory in the code.
-        tensor_cores: instructions that multiply on tensor cores.
-        seconds: to compile.
+        registers: registers per thread.
+        shared: bytes of shared memory per program.
+        local: bytes of stack and local memory per thread, from spills or indexed arrays.
+        spills: number of loads and stores of local memory.
+        tensor_cores: number of tensor-core instructions.
+        seconds: compile time.
     """
 
     launch: Launched
@@ -347,7 +348,7 @@ def _inspect_nvidia(arch: Arch, launch: Launched, compiled: Any) -> tuple[int, i
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage = dump("--dump-resource-usage")
-        # Disassembling takes as long as compiling, so only where the usage does not say enough.
+        # Disassembly takes as long as compilation, so it is skipped where the usage is enough.
         clean = "STACK:0 " in usage and "LOCAL:0 " in usage
         code = "" if clean and not _uses_tensor_cores(launch) else dump("-sass")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
@@ -362,7 +363,7 @@ def _inspect_nvidia(arch: Arch, launch: Launched, compiled: Any) -> tuple[int, i
 
 
 def problems(arch: Arch, compiled: Compiled) -> list[str]:
-    """What the code of one launch should not show."""
+    """The problems in the code of one launch."""
     found = []
     if compiled.spills or compiled.local:
         found.append(f"{compiled.spills} local loads and stores, {compiled.local} bytes")
@@ -374,13 +375,13 @@ def problems(arch: Arch, compiled: Compiled) -> list[str]:
 
 
 def _uses_tensor_cores(launch: Launched) -> bool:
-    """Whether tensor cores should multiply: products of 16-bit operands."""
+    """Whether the code should use tensor cores: it has products of 16-bit operands."""
     operand = dict(launch.signature).get("a_ptr")  # of products only
     return operand in ("*bf16", "*fp16")
 
 
 def row(arch: Arch, compiled: Compiled, run: str) -> dict[str, object]:
-    """One line of bench/results/aot.csv; `run` tells one run's lines from another's."""
+    """One row of bench/results/aot.csv; `run` identifies the run."""
     launch = compiled.launch
     constants = dict(launch.constants)
     blocks = [str(constants[key]) for key in constants if key.startswith("BLOCK")]
@@ -407,7 +408,7 @@ def row(arch: Arch, compiled: Compiled, run: str) -> dict[str, object]:
 
 
 def main(arguments: list[str]) -> None:
-    """Compiles, prints a line a kernel, and fails if any has a problem."""
+    """Compiles, prints one line per kernel, and fails if any has a problem."""
     parser = argparse.ArgumentParser(prog="python -m bench aot", description=__doc__)
     parser.add_argument(
         "--arch", choices=ARCHS, action="append", help="default: those with a table"

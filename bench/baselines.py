@@ -1,8 +1,8 @@
-"""The all-experts algorithm: what observing costs when every expert runs on every token.
+"""The all-experts algorithm, a baseline: every expert runs on every token to be observed.
 
-For every MoE layer, after the layer's own forward, every expert runs on every token and its outputs
-are kept as [E, T, H] float32; then, per expert, a mask of its tokens, norms and sums. Written from
-that description to be timed beside ours, with the same statistics.
+For every MoE layer, after the layer's own forward, every expert runs on every token, and the
+outputs are kept as [E, T, H] float32; then norms and sums of each expert's own tokens are computed.
+The statistics are the same as ours.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ def all_experts(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Observes a Qwen3-MoE model by the all-experts algorithm while the context is open.
 
     Yields:
-        Layer name -> [3, E] float64: count, sum ||f||, sum g ||f||; filled as the model runs.
+        {layer name: float64 [3, E]: count, sum ||f||, sum g ||f||}, filled as the model runs.
     """
     sums: dict[str, Tensor] = {}
     hooks = []
@@ -44,7 +44,7 @@ def _hook(total: Tensor) -> Any:
 def observe_module(
     total: Tensor, module: Any, hidden: Tensor, ids: Tensor, weights: Tensor
 ) -> None:
-    """Adds one call of a Qwen3-MoE experts module to `total`, by its own weights and gate."""
+    """Adds one call of a Qwen3-MoE experts module to `total`, with its weights and activation."""
 
     def run(expert: int, x: Tensor) -> Tensor:
         gate_up = nn.functional.linear(x, module.gate_up_proj[expert])
@@ -60,11 +60,11 @@ def observe_all(
     ids: Tensor,
     weights: Tensor,
 ) -> None:
-    """Every expert on every token, then its own tokens' norms and sums.
+    """Runs every expert on every token, then adds the norms and sums of its own tokens.
 
     Args:
-        total: [3, E] float64: count, sum ||f||, sum g ||f||; added to.
-        run: (expert, [n, H]) -> [n, H], an expert's output before the gate.
+        total: float64 [3, E]: count, sum ||f||, sum g ||f||; updated in place.
+        run: (expert, [n, H]) -> [n, H], the expert's output, not multiplied by router weights.
         hidden: [T, H].
         ids: [T, k].
         weights: [T, k].

@@ -1,13 +1,13 @@
-"""Checkpoint writer beside `cp`, and its threads beside one: bytes written a second, and memory.
+"""The checkpoint writer, with one thread and with its default, compared with `cp`: rate and memory.
 
-The checkpoint is synthetic, in the layout of a Qwen3-MoE in FP8 with scales: two big tensors
-(embedding and head), thousands of expert matrices of 1.5 MB, thousands of scales of 384 bytes, in
-shards of 2 GB; random bytes, so that no file system compresses them. `cp -r` of the whole source
-and the writer at a ratio of one half, with one thread and with its default, take turns; each begins
-with the source dropped from the page cache and ends when every byte is flushed to disk. The writer
-runs in a process of its own, timed from the call of `apply_plan` to its return (reading headers,
-deriving the layout and verifying included, importing not); its memory is the peak beyond the
-interpreter with torch imported.
+The checkpoint is synthetic, in the layout of a Qwen3-MoE in FP8 with scales: two large tensors
+(embedding and head), thousands of expert matrices of 1.5 MB, and thousands of scales of 384 bytes,
+in shards of 2 GB of incompressible random bytes. `cp -r` of the whole source and the writer at a
+ratio of 0.5, with one thread and with its default, alternate. Each starts with the source dropped
+from the page cache and ends when every byte is flushed to disk. The writer runs in its own process
+and is timed from the call of `apply_plan` to its return (including reading headers, deriving the
+layout and verifying, but not importing). Its memory is the peak above that of the interpreter with
+torch imported.
 """
 
 import argparse
@@ -60,7 +60,7 @@ print(json.dumps({"seconds": seconds, **found}))
 
 
 def main(arguments: list[str]) -> None:
-    """Makes the checkpoint, takes turns, appends rows of medians, removes everything."""
+    """Makes the checkpoint, measures in turns, appends rows of medians, removes all files."""
     parser = argparse.ArgumentParser(prog="python -m bench bench_writer", description=__doc__)
     parser.add_argument("--dir", help="folder on the disk to measure (default: the system's)")
     parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the checkpoint")
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> None:
 def summary(
     size: int, layers: int, copies: list[float], writes: list[dict[str, float]]
 ) -> dict[str, object]:
-    """The row: medians of both, and the ratio of the medians."""
+    """The row of `cp` and the writer: medians and their ratio."""
     copied = statistics.median(copies)
     written = statistics.median(run["bytes"] / run["seconds"] for run in writes)
     return {
@@ -105,7 +105,7 @@ def summary(
 def threads_summary(
     size: int, single: list[dict[str, float]], writes: list[dict[str, float]]
 ) -> dict[str, object]:
-    """The row about threads: medians with one and with the default, and their ratio."""
+    """The row of one thread and the default number: medians and their ratio."""
     speeds = [[run["bytes"] / run["seconds"] / 1e6 for run in runs] for runs in (single, writes)]
     one, several = (statistics.median(found) for found in speeds)
     return {
@@ -151,7 +151,7 @@ def shapes(layers: int) -> Shapes:
 
 
 def make_checkpoint(folder: Path, layers: int) -> int:
-    """Write the checkpoint; returns the bytes of its files."""
+    """Writes the checkpoint; returns the bytes of its files."""
     folder.mkdir()
     Qwen3MoeConfig(
         vocab_size=VOCAB,
@@ -189,7 +189,7 @@ def make_checkpoint(folder: Path, layers: int) -> int:
 
 
 def make_plan(folder: Path, layers: int) -> Plan:
-    """Keep every other expert, none next to another: the most and the shortest ranges to copy."""
+    """A plan that keeps every other expert, which needs the most and the shortest copies."""
     model = {"id": "bench/synthetic", "config_digest": config_digest(load_config(folder))}
     kept = LayerPlan.keeping(EXPERTS, tuple(range(0, EXPERTS, 2)))
     entries = {f"model.layers.{number}.mlp.experts": kept for number in range(layers)}
@@ -208,7 +208,7 @@ def copy_seconds(work: Path) -> float:
 
 
 def write_once(work: Path, threads: int | None) -> dict[str, float]:
-    """One run of the writer in a process of its own."""
+    """One run of the writer in its own process."""
     forget(work / "full")
     command = [
         sys.executable,
@@ -227,7 +227,7 @@ def write_once(work: Path, threads: int | None) -> dict[str, float]:
 
 
 def forget(folder: Path) -> None:
-    """Drop a folder's files from the page cache, where the system can."""
+    """Drops a folder's files from the page cache, if the system supports that."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             if hasattr(os, "posix_fadvise"):
@@ -235,7 +235,7 @@ def forget(folder: Path) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Flush a folder's files to disk, as the writer does with its own."""
+    """Flushes a folder's files to disk, as the writer does with its own."""
     for path in folder.iterdir():
         with path.open("rb+") as file:
             os.fsync(file.fileno())

@@ -1,11 +1,11 @@
-"""Records read, tokenised and packed beside the tokenizer alone on the same texts, CPU.
+"""Reading, tokenizing and packing records, compared with the tokenizer alone, on the CPU.
 
-Three variants run in turn, several rounds, in one process, so with the same threads: ours, from
-JSON lines to packed sequences; the tokenizer called on lists of 1,000 texts that are in memory
-already; and the same asked for token ids only, as ours asks it. A figure is the median over rounds
-of the ratio to ours in the same round, of seconds that passed and of seconds of processors, which
-other work on the machine moves less. Texts are words of this project's sources; messages are
-rendered beforehand for the tokenizer alone, and by our part in its time.
+Three variants alternate over several rounds in one process with the same threads: ours, from JSON
+lines to packed sequences; the tokenizer called on lists of 1,000 texts in memory; and the same
+returning token ids only, as ours requests. A figure is the median over rounds of the ratio to ours
+in the same round, for elapsed seconds and for processor seconds, which other work on the machine
+affects less. Texts are words of this project's sources. Messages are rendered in advance for the
+tokenizer alone, and within the measured time for ours.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MODEL = rows.ROOT / "python/reap_driver/demo/model"
 SHAPES = ("text", "messages")
 _BATCH = 1000
 
-Times = tuple[float, float]  # seconds that passed, of processors
+Times = tuple[float, float]  # elapsed seconds, processor seconds
 
 
 def _words() -> list[str]:
@@ -40,7 +40,7 @@ def _words() -> list[str]:
 
 
 def _records(shape: str, count: int) -> list[dict[str, Any]]:
-    """Records of 10 to 190 words, or conversations of four turns that have as many together."""
+    """Records of 10 to 190 words, as one text or as conversations of four turns."""
     rng, words = random.Random(0), _words()
     made = []
     for _ in range(count):
@@ -73,7 +73,7 @@ def _alone(tokenizer: Any, texts: list[str], **options: bool) -> None:
 
 
 def _verify(tokenizer: Any, texts: list[str], packed: PackedSource, special: bool) -> None:
-    """No figure before the packed ids are the tokenizer's, with separators between documents."""
+    """Fails unless the packed ids are the tokenizer's, with separators between documents."""
     ids = array("i")
     for document in tokenizer(texts, add_special_tokens=special)["input_ids"]:
         if ids and ids[-1] != packed.separator:
@@ -84,7 +84,7 @@ def _verify(tokenizer: Any, texts: list[str], packed: PackedSource, special: boo
 
 
 def measure(shape: str, count: int, rounds: int) -> dict[str, object]:
-    """One row: seconds of each variant, and speed of ours over that of the tokenizer alone."""
+    """One row: seconds of each variant, and our speed relative to the tokenizer alone."""
     tokenizer, config = AutoTokenizer.from_pretrained(MODEL), load_config(MODEL)
     records = _records(shape, count)
     texts = _texts(tokenizer, records)

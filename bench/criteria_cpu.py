@@ -1,10 +1,10 @@
-"""Which criterion and which allocation keep the bundled model's predictions best; on held-out text.
+"""Criteria and allocations compared by the bundled model's predictions on held-out text.
 
 For each of several seeds, calibration windows are drawn from the calibration split and observed.
-Every criterion makes a plan of each ratio, uniform and across layers; budgets are searched, on the
-same windows, for the order of `reap`. Plans are evaluated by masking routers, on windows of the
-held-out split that are the same for all. Rows have means over seeds and 95 % intervals of Student's
-t: what varies is the calibration text, and for `random` the draw.
+Every criterion makes a plan for each ratio, with uniform and global allocation; a budget search on
+the same windows uses the scores of `reap`. Plans are evaluated by masking routers, on the same
+windows of the held-out split. Rows contain means over seeds and 95 % intervals by Student's t, over
+draws of the calibration text and, for `random`, of the experts.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from reap_driver.plan.plan import Plan
 from reap_driver.plan.student_t import t_quantile
 
 RATIOS = (0.25, 0.5)
-# Windows of each domain that budgets are searched on; the first of those observed.
+# Number of windows per domain for the budget search: the first of those observed.
 SEARCH_WINDOWS = 8
 BATCH = 16
 FIGURES = ("perplexity", "acceptance", "same_top")
@@ -48,7 +48,7 @@ Row = dict[str, object]
 
 
 def drawn_windows(documents: Sequence[Document], tokenizer: Any, seed: int) -> dict[str, Tensor]:
-    """Calibration windows [n, WINDOW] of each domain, at places drawn with a seed."""
+    """Calibration windows [n, WINDOW] of each domain, at random positions."""
     windows = {}
     for domain in DOMAINS:
         texts = [d.text + tokenizer.eos_token for d in documents if d.domain == domain]
@@ -60,7 +60,7 @@ def drawn_windows(documents: Sequence[Document], tokenizer: Any, seed: int) -> d
 
 
 class HeldOut:
-    """The full model's predictions of the held-out windows, kept to compare plans with."""
+    """The full model's predictions on the held-out windows, cached for the comparison of plans."""
 
     def __init__(self, model: Any, windows: dict[str, Tensor]) -> None:
         self.model, self.masks = model, RouterMasks(model)
@@ -84,7 +84,7 @@ class HeldOut:
 def plans(
     stats: rd.SaliencyStats, model: Any, windows: dict[str, Tensor], seed: int, evaluations: int
 ) -> Iterator[tuple[str, str, float, Plan]]:
-    """(criterion, allocation, ratio, plan) of all that is compared."""
+    """(criterion, allocation, ratio, plan) of every plan to compare."""
     batches = [{"input_ids": ids[:SEARCH_WINDOWS]} for ids in windows.values()]
     for ratio in RATIOS:
         for criterion in CRITERIA:

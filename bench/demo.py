@@ -1,4 +1,4 @@
-"""The demo's figures as rows: perplexity and agreement of every pruned bundled model."""
+"""The figures of the demo as rows: perplexity and agreement of every pruned bundled model."""
 
 import argparse
 import tempfile

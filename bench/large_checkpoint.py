@@ -1,10 +1,10 @@
-"""A checkpoint larger than memory: observed in 8 GB, killed, resumed, and pruned in 2 GB.
+"""A checkpoint larger than memory: observed within 8 GB, killed, resumed, and pruned within 2 GB.
 
-Qwen3-30B-A3B's true layer shape, 24 layers, random bf16 weights (29 GB), written layer by layer.
-The command line observes 8 x 512 tokens inside a control group of 8 GB, is killed (-9) behind a
-layer, and resumes; `plan` and `apply` then run inside one of 2 GB. Page cache counts against the
-limits, as it does in any container. Memory is the peak of anonymous pages, sampled, and the group's
-own count.
+The checkpoint has the layer shape of Qwen3-30B-A3B, 24 layers, and random bf16 weights (29 GB), and
+is written layer by layer. The command line observes 8 x 512 tokens in a control group limited to
+8 GB, is killed (SIGKILL) after a layer, and resumes; `plan` and `apply` then run in one limited to
+2 GB. The page cache counts against the limits, as in any container. Memory is the sampled peak of
+anonymous pages, and the peak that the group reports.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _ROOT = Path("/sys/fs/cgroup")
 
 
 def config(layers: int, scale: int) -> Qwen3MoeConfig:
-    """Qwen3-30B-A3B, or with every width divided by `scale`, for trying this script out."""
+    """The configuration of Qwen3-30B-A3B; `scale` divides every width, to test this script."""
     return Qwen3MoeConfig(
         architectures=["Qwen3MoeForCausalLM"],
         vocab_size=151936 // scale,
@@ -53,7 +53,7 @@ def config(layers: int, scale: int) -> Qwen3MoeConfig:
 
 
 def make(folder: Path, layers: int, scale: int) -> None:
-    """Writes the checkpoint, one shard a layer, in the published key names."""
+    """Writes the checkpoint, one shard per layer, with the published key names."""
     folder.mkdir(parents=True)
     made = config(layers, scale)
     (folder / "config.json").write_text(json.dumps(made.to_diff_dict(), indent=2) + "\n")
@@ -101,7 +101,7 @@ def _layer(made: Qwen3MoeConfig, number: int) -> dict[str, tuple[int, ...]]:
 
 
 def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """About unit gain; norms around one."""
+    """Random weights of about unit gain; norm weights are about one."""
     if len(shape) == 1:
         return (1 + 0.1 * torch.rand(shape, generator=generator)).bfloat16()
     return torch.empty(shape).uniform_(-1, 1, generator=generator).mul_(shape[1] ** -0.5).bfloat16()
@@ -109,7 +109,7 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 @dataclass
 class Watched:
-    """A command in a control group, and what it took."""
+    """A command that ran in a control group: its time and memory."""
 
     seconds: float = 0.0
     anonymous: int = 0
@@ -123,7 +123,7 @@ def capped(limit: int) -> Iterator[Path]:
     """A control group of `limit` bytes, version 1 or 2.
 
     Raises:
-        SystemExit: none can be made here; the figure would not be what it says.
+        SystemExit: no control group can be created here.
     """
     old = (_ROOT / "memory").is_dir()
     folder = (_ROOT / "memory" if old else _ROOT) / f"reap-bench-{os.getpid()}"
@@ -140,7 +140,7 @@ def capped(limit: int) -> Iterator[Path]:
 
 
 def _remove(group: Path) -> None:
-    """Removes a control group, which takes a moment to notice that its processes have ended."""
+    """Removes a control group; waits until the system has noticed that its processes ended."""
     for _ in range(100):
         with contextlib.suppress(OSError):
             group.rmdir()
@@ -149,7 +149,7 @@ def _remove(group: Path) -> None:
 
 
 def run(words: list[str], limit: int, kill_behind: tuple[Path, int] | None = None) -> Watched:
-    """Runs the command line inside a group; killed behind a journal's position where asked."""
+    """Runs the command line in a group; kills it once its journal reaches a position, if given."""
     found, began = Watched(), time.perf_counter()
     with capped(limit) as group:
         process = subprocess.Popen(
@@ -231,7 +231,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
 
 
 def main(arguments: list[str]) -> None:
-    """Makes the checkpoint where it is not there yet, runs, and appends one row."""
+    """Makes the checkpoint if it does not exist, runs, and appends one row."""
     parser = argparse.ArgumentParser(prog="python -m bench large_checkpoint", description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="46 GB are free there")
     parser.add_argument("--layers", type=int, default=LAYERS)

@@ -1,7 +1,7 @@
-"""Observed forward on the CPU beside transformers' own unobserved forward and all-experts.
+"""The observed forward on the CPU, compared with transformers' unobserved forward and all-experts.
 
-Every variant runs the same batches in turn, several rounds; a figure is the median over rounds of
-the ratio to our observed forward in the same round.
+All variants run the same batches in turn, over several rounds. A figure is the median over rounds
+of the ratio to our observed forward in the same round.
 """
 
 import argparse
@@ -54,10 +54,10 @@ def _baseline(model: torch.nn.Module, batches: list[Tensor]) -> dict[str, Tensor
 
 
 def _verify(model: torch.nn.Module, batches: list[Tensor]) -> None:
-    """No figure before the statistics of both observers agree.
+    """Fails unless the statistics of both observers agree.
 
-    In half precision only the first MoE layer sees the same inputs from both: rounding there moves
-    the hidden states, and the random routers after it choose other experts.
+    In half precision, only the first MoE layer has the same inputs in both: its rounding errors
+    change the hidden states, and the random routers of later layers choose other experts.
     """
     ours, theirs = _observed(model, batches[:1]), _baseline(model, batches[:1])
     exact = model.dtype == torch.float32
@@ -73,7 +73,7 @@ def measure(dtype: torch.dtype, batch: int, sequences: int, rounds: int) -> dict
     model = cpu_model.build(dtype)
     batches = cpu_model.tokens(sequences, 512, batch)
     _verify(model, batches)
-    # One short sequence finds implementations that are out of the race (batched_mm on CPUs).
+    # One short sequence is enough to exclude very slow implementations (batched_mm on CPUs).
     probe = [batches[0][:1, :64]]
     trial = {
         name: _seconds(lambda n=name: _unobserved(model, n, probe)) for name in IMPLEMENTATIONS

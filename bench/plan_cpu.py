@@ -1,9 +1,9 @@
-"""Deciding which experts go: `reap-kernels plan` on statistics of 92 layers of 512 experts.
+"""The time of `reap-kernels plan` on statistics of 92 layers of 512 experts.
 
-The statistics are random, in five groups and eight parts, which is a file of 136 MB; of the steps
-of the command each is timed in a process of its own, that has imported torch, and the whole command
-beside `import torch` alone. All figures are processor seconds, of one thread, so other work on the
-machine moves them little; medians of the rounds.
+The statistics are random, with five groups and eight folds, in a file of 136 MB. Each step of the
+command is timed in its own process after importing torch; the whole command is compared with
+`import torch` alone. All figures are processor seconds of one thread, which other work on the
+machine affects little, and medians over the rounds.
 """
 
 import argparse
@@ -51,7 +51,7 @@ print(json.dumps(taken))
 
 
 def main(arguments: list[str]) -> None:
-    """Makes the statistics, takes turns, appends one row of medians."""
+    """Makes the statistics, measures in turns, appends one row of medians."""
     parser = argparse.ArgumentParser(prog="python -m bench plan_cpu", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> None:
 
 
 def used(command: list[object]) -> float:
-    """Processor seconds of a command, user's and system's."""
+    """Processor seconds of a command, user and system."""
 
     def so_far() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -96,7 +96,7 @@ def used(command: list[object]) -> float:
 
 
 def made(draw: torch.Generator) -> SaliencyStats:
-    """Statistics of experts that differ by more than their parts do."""
+    """Statistics in which experts differ by more than the folds of one expert."""
     names = [f"model.layers.{n}.mlp.experts" for n in range(LAYERS)]
     facts = {"num_experts": EXPERTS, "top_k": 8, "n_group": 1, "topk_group": 1}
     provenance = {"model": {"id": "bench"}, "layers": dict.fromkeys(names, facts)}
@@ -111,7 +111,7 @@ def made(draw: torch.Generator) -> SaliencyStats:
 
 
 def _layer(worth: torch.Tensor, draw: torch.Generator) -> LayerStats:
-    """One layer of one part: about 500 rows an expert and group, scores scattered by 3 %."""
+    """One layer of one fold: about 500 rows per expert and group, scores that vary by 3 %."""
     layer = LayerStats(EXPERTS, GROUPS)
     count = torch.poisson(torch.full((GROUPS, EXPERTS), 500.0), generator=draw)
     noise = torch.randn(count.shape, generator=draw, dtype=torch.float64)

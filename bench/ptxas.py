@@ -1,8 +1,8 @@
-"""Builds reap_kernels._C for every architecture without a GPU, and looks at what ptxas made of it.
+"""Builds reap_kernels._C for every architecture without a GPU, and inspects the reports of ptxas.
 
-No kernel may spill or keep a stack, every `__global__` function of csrc/ must be there for every
-architecture, wide combinations must load 16 bytes at once, the whole must build within two minutes
-of two cores, and the module must import where there is no driver.
+No kernel may spill or use a stack frame, every `__global__` function of csrc/ must exist for every
+architecture, wide combine kernels must use 16-byte loads, the build must take less than two minutes
+on two cores, and the module must import on a machine without a driver.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from bench import rows
 
 BUILD = rows.ROOT / "out/cuda"
 SOURCES = rows.ROOT / "csrc"
-# Of processors, all together: those of the clock depend on who else is there.
+# Processor seconds of all processes, because elapsed time depends on other work on the machine.
 MOST_SECONDS = 240
-# What the combination reads at once, in elements, fills this many bytes in its wide variants.
+# Bytes that the wide variants of the combine kernel load at once.
 WIDE = 16
 SIZES = {"double": 8, "float": 4, "fp16": 2, "bf16": 2}
 
@@ -52,7 +52,7 @@ print(module.CUDA_VERSION)
 
 @dataclass(frozen=True)
 class Took:
-    """Seconds of a build from nothing: by the clock, and of all processors together."""
+    """Duration of a clean build: elapsed seconds, and processor seconds of all processes."""
 
     clock: float
     processors: float
@@ -66,11 +66,11 @@ class Built:
         arch: such as sm_90a.
         symbol: its mangled name.
         kernel: the function's name.
-        arguments: of its template.
-        registers: a thread's.
-        shared: bytes of shared memory a block's, without what a launch asks for.
-        stack, stores, loads: bytes a thread's, of the stack frame and of spills.
-        wide_loads: 128-bit loads in its code, None where nobody looked.
+        arguments: its template arguments.
+        registers: registers per thread.
+        shared: bytes of static shared memory per block.
+        stack, stores, loads: bytes per thread, of the stack frame and of spills.
+        wide_loads: number of 128-bit loads in its code; None if it was not disassembled.
     """
 
     arch: str
@@ -86,7 +86,7 @@ class Built:
 
     @property
     def wide(self) -> bool:
-        """Whether it is a combination that should load 16 bytes at once."""
+        """Whether it is a combine kernel that should use 16-byte loads."""
         if self.kernel != "combine_tokens":
             return False
         element, _, vector = self.arguments
@@ -94,7 +94,7 @@ class Built:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler, as setup.py finds it, else that of PyPI's wheels (extra `nvcc`)."""
+    """The CUDA compiler that setup.py finds, else that of the PyPI wheels (extra `nvcc`)."""
     home = os.environ.get("CUDA_HOME")
     named = os.environ.get("CUDACXX") or (f"{home}/bin/nvcc" if home else "nvcc")
     wheels = Path(sysconfig.get_path("purelib")) / "nvidia/cu13/bin/nvcc"
@@ -102,7 +102,7 @@ def nvcc() -> str | None:
 
 
 def nvcc_version(compiler: str) -> str:
-    """Such as 13.0.88."""
+    """The compiler's version, such as 13.0.88."""
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
     found = re.search(r"\bV(\d+\.\d+\.\d+)", said.stdout)
     return found[1] if found else "unknown"
@@ -121,7 +121,7 @@ def kernels_of_sources() -> set[str]:
 
 
 def _processors() -> float:
-    """Seconds that processes this one has waited for have used."""
+    """Processor seconds of all finished child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -130,12 +130,12 @@ def build(compiler: str, afresh: bool) -> Took | None:
     """Brings the module and the reports of its kernels up to date.
 
     Returns:
-        What it took from nothing, or None where some of it was there.
+        The duration of a clean build; None if the build was incremental.
     """
     path = os.pathsep.join((os.environ["PATH"], sysconfig.get_path("scripts")))
     variables = {**os.environ, "CUDACXX": compiler, "PATH": path}
     configure = [f"-DPython_EXECUTABLE={sys.executable}", "-UREAP_ARCHS", "--log-level=WARNING"]
-    # A cache of another compiler would be used in spite of CUDACXX.
+    # CMake would use the compiler in its cache instead of CUDACXX.
     cache = BUILD / "CMakeCache.txt"
     if not cache.exists() or f"CUDA_COMPILER:FILEPATH={compiler}\n" not in cache.read_text():
         configure.append("--fresh")
@@ -162,13 +162,13 @@ def _cmake(variables: dict[str, str], *arguments: str) -> str:
 
 
 def _outputs(said: str) -> list[tuple[str, str]]:
-    """Ninja's steps, each with what it printed."""
+    """The steps of a Ninja build, each with its output."""
     parts = _EDGE.split(said)
     return list(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def _reported() -> bool:
-    """Whether every object has a report, made when it was: a build by hand leaves none."""
+    """Whether every object file has a report of the same build; a manual build writes none."""
     for source in SOURCES.glob("*.cu"):
         made = BUILD / "CMakeFiles/_C.dir/csrc" / f"{source.name}.o"
         report = BUILD / f"{source.name}.txt"
@@ -180,7 +180,7 @@ def _reported() -> bool:
 
 
 def architectures() -> list[str]:
-    """Those with machine code, as CMakeLists.txt lists them."""
+    """The architectures with machine code, from CMakeLists.txt."""
     found = re.search(
         r"^REAP_ARCHS:\w+=(.*)$", (BUILD / "CMakeCache.txt").read_text(), re.MULTILINE
     )
@@ -200,7 +200,7 @@ def reported() -> tuple[list[Built], list[str]]:
         stacks, used = _STACK.findall(said), _USED.search(said)
         if not stacks or not used:
             raise SystemExit(f"ptxas' report of {symbol} could not be read:\n{said}")
-        # Functions a kernel calls report theirs after it.
+        # Reports of the functions that a kernel calls follow its own.
         stack, stores, loads = (sum(map(int, column)) for column in zip(*stacks, strict=True))
         usage = (int(used[1]), int(used[2] or 0), stack, stores, loads)
         found.append(Built(arch, symbol, *names[symbol], *usage))
@@ -219,7 +219,7 @@ def _readable(symbols: list[str]) -> list[tuple[str, tuple[str, ...]]]:
         match = re.fullmatch(r"(\w+)(?:<(.*)>)?\(.*\)", plain)
         if not match:
             raise SystemExit(f"{line} could not be read as a kernel")
-        # Commas within an argument's own template do not separate.
+        # A comma inside nested template arguments is no separator.
         arguments = re.split(r", (?![^<]*>)", match[2]) if match[2] else []
         found.append((match[1], tuple(arguments)))
     return found
@@ -232,12 +232,12 @@ def module_path() -> Path:
 
 
 def with_wide_loads(found: list[Built]) -> list[Built]:
-    """The same, wide combinations with their 128-bit loads counted in the disassembly."""
+    """The kernels, with the 128-bit loads of wide combine kernels counted in the disassembly."""
     wanted: dict[str, list[str]] = {}
     for built in found:
         if built.wide:
             wanted.setdefault(built.arch, []).append(built.symbol)
-    # A disassembler takes seconds and one processor.
+    # The disassembler takes seconds, on one processor.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         codes = list(pool.map(_disassembled, wanted, wanted.values()))
     counts = {
@@ -252,7 +252,7 @@ def with_wide_loads(found: list[Built]) -> list[Built]:
 
 
 def _disassembled(arch: str, symbols: list[str]) -> list[tuple[str, str]]:
-    """Machine code of some kernels, by the disassembler that Triton brings."""
+    """Machine code of some kernels, by the disassembler that comes with Triton."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         raise SystemExit("cuobjdump comes with Triton, which is absent; run: pip install triton")
@@ -264,7 +264,7 @@ def _disassembled(arch: str, symbols: list[str]) -> list[tuple[str, str]]:
 
 
 def imported() -> str | None:
-    """What is wrong with importing the module where no GPU is, or None."""
+    """The error of importing the module without a GPU; None if there is none."""
     command = [sys.executable, "-c", IMPORT, str(module_path())]
     variables = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
@@ -272,7 +272,7 @@ def imported() -> str | None:
 
 
 def problems(built: Built) -> list[str]:
-    """What the report of one kernel should not show."""
+    """The problems in the report of one kernel."""
     found = []
     if built.stack or built.stores or built.loads:
         found.append(
@@ -284,7 +284,7 @@ def problems(built: Built) -> list[str]:
 
 
 def missing(found: list[Built], archs: list[str]) -> list[str]:
-    """Kernels, or variants of one, that an architecture lacks; kernels nobody compiled."""
+    """Kernels or variants that an architecture lacks, and kernels that were not compiled."""
     there = {(built.arch, built.kernel) for built in found}
     lacking = [
         f"{arch} {kernel}: absent from ptxas' report"
@@ -304,7 +304,7 @@ def missing(found: list[Built], archs: list[str]) -> list[str]:
 
 
 def row(built: Built, version: str, took: Took | None, run: str) -> dict[str, object]:
-    """One line of bench/results/ptxas.csv; `run` tells one run's lines from another's."""
+    """One row of bench/results/ptxas.csv; `run` identifies the run."""
     return {
         "run": run,
         "nvcc": version,
@@ -325,10 +325,10 @@ def row(built: Built, version: str, took: Took | None, run: str) -> dict[str, ob
 
 
 def main(arguments: list[str]) -> None:
-    """Builds, prints a line a kernel, and fails if anything is wrong."""
+    """Builds, prints one line per kernel, and fails if there is any problem."""
     parser = argparse.ArgumentParser(prog="python -m bench ptxas", description=__doc__)
     parser.add_argument(
-        "--record", action="store_true", help="build from nothing, append rows to bench/results"
+        "--record", action="store_true", help="clean build, append rows to bench/results"
     )
     options = parser.parse_args(arguments)
     compiler = nvcc()

@@ -1,8 +1,8 @@
-"""Data parallel on the CPU: one to three processes under torchrun observe the same data.
+"""Data parallelism on the CPU: one to three processes under torchrun observe the same data.
 
-The CPU bench model as a checkpoint, one OpenMP thread a process, so that processes compete for
-cores and nothing else. Seconds are the first rank's, from the loaded model to its last batch; no
-figure unless counts are those of one process and sums within 1e-12 of its.
+The model is the CPU bench model as a checkpoint, with one OpenMP thread per process, so that the
+processes compete only for cores. Seconds are those of rank 0, from the loaded model to its last
+batch. The benchmark fails unless counts equal those of one process and sums agree within 1e-12.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def _check(mine: Path, theirs: Path) -> None:
 
 
 def measure(root: Path, sequences: int, most: int) -> list[dict[str, object]]:
-    """One row a number of ranks."""
+    """One row per number of ranks."""
     cpu_model.build(torch.float32).save_pretrained(root / "model")
     ids = torch.cat(cpu_model.tokens(sequences, LENGTH, sequences)).flatten().tolist()
     (root / "data.jsonl").write_text(json.dumps({"input_ids": ids}) + "\n")
@@ -69,7 +69,7 @@ def measure(root: Path, sequences: int, most: int) -> list[dict[str, object]]:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs, and appends the rows."""
+    """Runs the benchmark and appends its rows."""
     parser = argparse.ArgumentParser(prog="python -m bench ranks_cpu", description=__doc__)
     parser.add_argument("--sequences", type=int, default=48, help="of 512 tokens")
     parser.add_argument("--ranks", type=int, default=3)

@@ -1,4 +1,4 @@
-"""Result rows: what was measured, where and with which software, in bench/results/*.csv."""
+"""Result rows in bench/results/*.csv: figures, machine, and versions of the software."""
 
 import csv
 import datetime
@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints, or None where it fails: no git, or a copy without its history."""
+    """The output of git; None if it fails, because of no git or no repository."""
     command = ["git", "-C", str(ROOT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -32,7 +32,7 @@ def version(package: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's own name, as the system reports it."""
+    """The name of the processor, as the system reports it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -42,7 +42,7 @@ def cpu_name() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Commit, date, machine and versions: the columns every row begins with."""
+    """Commit, date, machine and versions: the first columns of every row."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     dirty = "unknown" if status is None else "yes" if status else "no"
     return {
@@ -66,14 +66,13 @@ def write(
 ) -> Path:
     """Appends `rows` to NAME.csv in `folder` and prints them.
 
-    The file's header is fixed by its first row: a run with other columns is refused, so that one
-    file stays one table.
+    The first row determines the file's columns; rows with other columns are refused.
 
     Args:
-        name: of the file, without its ending.
-        rows: all with the same columns.
-        folder: made where it does not exist.
-        facts: columns every row begins with; default `environment()`.
+        name: name of the file, without its suffix.
+        rows: rows with the same columns.
+        folder: created if it does not exist.
+        facts: the first columns of every row; default `environment()`.
         echo: whether to print the rows.
     """
     path = folder / f"{name}.csv"

@@ -1,9 +1,8 @@
-"""Searched budgets on the bundled model: what a search costs, and whether its plans hold on text
-that nobody searched on.
+"""The budget search on the bundled model: its cost, and its gain on held-out text.
 
-For each seed, some of the calibration windows are drawn to search on; statistics are of the others.
-Held-out text is of another split of the corpus; the interval is of searched - uniform there, 95 %,
-by a bootstrap over windows.
+For each seed, some of the calibration windows are drawn for the search; the statistics are of the
+others. Held-out text is from another split of the corpus. The interval is that of
+searched - uniform on it, 95 %, by a bootstrap over windows.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from reap_driver.plan.criteria import Scores
 from reap_driver.plan.planner import make_plan
 from reap_driver.plan.scoring import score
 
-_BATCH = 16  # windows at a time
+_BATCH = 16  # windows per batch
 Batches = list[dict[str, Tensor]]
 
 
@@ -38,7 +37,7 @@ def _batches(windows: list[Tensor]) -> Batches:
 def _divided(
     calibration: dict[str, Tensor], windows: int, seed: int
 ) -> tuple[Batches, dict[str, Tensor]]:
-    """Windows of each domain to search on, and the others."""
+    """Windows of each domain for the search, and the other ones."""
     draw, chosen, others = random.Random(seed), [], {}
     for domain, ids in calibration.items():
         order = sorted(range(len(ids)), key=lambda _: draw.random())
@@ -50,7 +49,7 @@ def _divided(
 def _row(
     model: Any, scores: Scores, text: Batches, other: Batches, ratio: float, settings: Settings
 ) -> dict[str, object]:
-    """One search, its cost and what it is worth."""
+    """The row of one search: its cost and its gain."""
     task, masks = Task(scores, make_plan(scores, ratio)), RouterMasks(model)
     began, worked = time.perf_counter(), time.process_time()
     fitness = Fitness(model, text, masks)

@@ -1,4 +1,4 @@
-"""Start-up time: `import reap_kernels` and `reap-kernels --help` beside `import torch`."""
+"""Start-up time of `import reap_kernels` and `reap-kernels --help`, relative to `import torch`."""
 
 import argparse
 import statistics

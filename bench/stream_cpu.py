@@ -1,9 +1,9 @@
-"""A checkpoint observed layer by layer beside resident, from the page cache: time, bytes, memory.
+"""A checkpoint observed streamed and resident, from the page cache: time, bytes read, memory.
 
-The CPU bench model made 24 layers deep, saved as per-expert matrices. Each run is a process of its
-own and timed from opening the checkpoint to its statistics; runs take turns. Memory is the peak
-beyond the interpreter with torch and transformers loaded; bytes are those the process asked the
-system for, by its own count (/proc/self/io).
+The checkpoint is the CPU bench model with 24 layers, saved with separate matrices per expert. Each
+run is its own process and is timed from opening the checkpoint to its statistics; runs alternate.
+Memory is the peak above that of the interpreter with torch and transformers loaded. Bytes are those
+that the process read, from /proc/self/io.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def _status(field: str) -> int:
 
 
 def _asked() -> int:
-    """Bytes this process has read from files or the page cache."""
+    """Bytes that this process has read from files or the page cache."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
@@ -104,7 +104,7 @@ def _same(left: Path, right: Path) -> bool:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """One row; no figure unless both give the same bits."""
+    """One row; fails unless both give bitwise identical statistics."""
     dtype = getattr(torch, options.dtype)
     cpu_model.build(dtype, layers=options.layers).save_pretrained(folder, max_shard_size="500MB")
     source = open_checkpoint(folder)
@@ -147,7 +147,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs, and appends one row."""
+    """Runs the benchmark and appends one row."""
     parser = argparse.ArgumentParser(prog="python -m bench stream_cpu", description=__doc__)
     parser.add_argument("--sequences", type=int, default=16, help="of 512 tokens")
     parser.add_argument("--batch", type=int, default=8)

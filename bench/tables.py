@@ -1,7 +1,7 @@
-"""Tables of the pages from result rows: `python -m bench.tables` rewrites them in place.
+"""Generates the tables of README and docs from result rows; `python -m bench.tables` updates them.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`. `tests/test_readme.py` fails when a
-table differs from what its newest rows say.
+A table is between `<!-- table NAME -->` and `<!-- end -->`. `tests/test_readme.py` fails if a table
+differs from the one that its newest rows give.
 """
 
 import csv
@@ -32,7 +32,7 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
 
 
 def observe_cpu() -> str:
-    """Observed forward beside transformers' and the all-experts algorithm."""
+    """The observed forward, compared with transformers and the all-experts algorithm."""
     rows = _rows("observe_cpu", "dtype", "batch")
     body = [
         [
@@ -83,7 +83,7 @@ def accuracy_cpu() -> str:
 
 
 def writer() -> str:
-    """The checkpoint writer beside cp."""
+    """The checkpoint writer, compared with cp."""
     row = _rows("writer", "cpu")[-1]
     return (
         f"Writing {row['written_gb']} GB out of {row['source_gb']} GB ({row['tensors']} tensors) "
@@ -94,7 +94,7 @@ def writer() -> str:
 
 
 def stream_cpu() -> str:
-    """Layer by layer beside resident."""
+    """Streamed observation, compared with resident."""
     rows = _rows("stream_cpu", "dtype", "threads")
     body = [
         [
@@ -120,7 +120,7 @@ def stream_cpu() -> str:
 
 
 def ranks_cpu() -> str:
-    """Data parallel beside one process."""
+    """Data parallelism, compared with one process."""
     rows = _rows("ranks_cpu", "ranks", "cores")
     alone, *more = rows
     said = "; ".join(
@@ -172,7 +172,7 @@ def demo() -> str:
 
 
 def criteria_cpu() -> str:
-    """Criteria and allocations on the bundled model, by how closely its predictions are kept."""
+    """Criteria and allocations on the bundled model, by expected acceptance."""
     rows = _rows("criteria_cpu", "criterion", "allocation", "ratio")
 
     def interval(row: Row, name: str, scale: float, digits: int) -> str:
@@ -199,7 +199,7 @@ def criteria_cpu() -> str:
 
 
 def aot() -> str:
-    """What compilers make of the GPU kernels, by architecture: the newest run of each."""
+    """Resource usage of the compiled Triton kernels, by architecture: the newest run of each."""
     found = _rows("aot", "arch", "kernel", "use", "operand", "activation", "blocks")
     body = []
     for arch in dict.fromkeys(row["arch"] for row in found):
@@ -225,7 +225,7 @@ def aot() -> str:
 
 
 def ptxas() -> str:
-    """What ptxas makes of the CUDA kernels, by architecture: the newest run."""
+    """Resource usage of the CUDA kernels by ptxas, by architecture: the newest run."""
     found = _rows("ptxas", "arch", "kernel", "arguments")
     newest = max(row["run"] for row in found)
     found = [row for row in found if row["run"] == newest]
@@ -254,7 +254,7 @@ def ptxas() -> str:
 
 
 def _measured_on(rows: list[Row]) -> str:
-    """Which GPU and software rows of `bench.gpu` come from."""
+    """GPU and software of the rows of `bench.gpu`."""
     first = rows[0]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     gpus = ", ".join(dict.fromkeys(row["gpu"] for row in rows))
@@ -264,7 +264,7 @@ def _measured_on(rows: list[Row]) -> str:
 
 
 def gpu_layer() -> str:
-    """One observed layer on a GPU, beside transformers and the all-experts algorithm."""
+    """One observed layer on a GPU, compared with transformers and the all-experts algorithm."""
     keys = ("shape", "tokens", "routing", "provider", "variant", "observed")
     rows = [row for row in _rows("gpu_layer", *keys) if row["status"] == "timed"]
     body = []
@@ -292,7 +292,7 @@ def gpu_layer() -> str:
 
 
 def gpu_kernels() -> str:
-    """Kernels around the products on a GPU, at one size each."""
+    """Kernels around the matrix products on a GPU, one size each."""
     rows = _rows("gpu_kernels", "shape", "tokens", "kernel", "variant")
     body = []
     for row in rows:
@@ -329,7 +329,7 @@ def gpu_end_to_end() -> str:
 
 
 def headline() -> str:
-    """The figures of the README: one line for each thing that somebody would ask first."""
+    """The main figures, for the README."""
     head = ["what", "reap-kernels", "compared with", "ratio"]
     return markdown(head, [_on_gpu(), _on_cpu(), *_on_disk(), _quality()])
 
@@ -388,7 +388,7 @@ def _quality() -> list[str]:
 
 
 def versions() -> str:
-    """Which versions the tests have run with, and how they ended: the newest run of each row."""
+    """Versions that the tests ran with, and the results: the newest run of each."""
     body = [
         [
             row["row"],
@@ -428,12 +428,12 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def rewritten(text: str) -> str:
-    """`text` with every table as the newest rows have it."""
+    """`text` with every table generated from the newest rows."""
     return BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 
 def main() -> None:
-    """Rewrites the pages, or with `--check` only says whether they are current."""
+    """Updates the pages; with `--check`, only reports whether they are current."""
     for name in PAGES:
         page = ROOT / name
         text = page.read_text()

@@ -1,6 +1,6 @@
-"""pytest-benchmark entry: the single ops at small and medium sizes, checked, then timed.
+"""Single ops at small and medium sizes, checked, then timed, by pytest-benchmark.
 
-`pytest bench --benchmark-only`; each on the CPU and, where there is one, on a GPU.
+`pytest bench --benchmark-only` runs each on the CPU and, if there is one, on a GPU.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ pytestmark = [
 
 
 def finished(call: Callable[[], object], device: str) -> Callable[[], None]:
-    """The call, until the device has done its work."""
+    """Runs the call and waits for the device."""
 
     def run() -> None:
         call()

@@ -395,7 +395,7 @@ def test_streaming_times_every_layer_and_leaves_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (range(1), "fp8, states parked on the device: .* has other bits than in a resident run"),
+        (range(1), "fp8, hidden states on the device: .* has other bits than in a resident run"),
         (range(4, 5), "has other bits when layers load while others compute"),
     ],
 )

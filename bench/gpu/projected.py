@@ -145,7 +145,7 @@ def total(target: Target, measured: Measured, device: torch.device) -> dict[str,
 
     layers x factor x max(load, compute), and the load of the first layer, which nothing hides.
     """
-    from reap_driver.memory.stored import estimated
+    from reap_driver.memory.checkpoint_size import estimated
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -184,4 +184,4 @@ def _where(folder: Path, device: torch.device) -> str:
         _, plan = planned(folder, device, folder, SEQUENCES * LENGTH, LENGTH)
     except ResourceError as error:
         return f"on this machine it would be refused: {error}"
-    return f"states would wait here: {plan.park}"
+    return f"states would wait here: {plan.offload}"

@@ -38,7 +38,7 @@ GOAL = 1.2  # overlapped over the longer of loading and computing
 _MOST_ROUNDS = 21
 # Bytes that must stay free on the disk.
 _MARGIN = 1 << 30
-_FIGURES = ("sequences", "length", "batch", "park", "gb", "load_s", "compute_s", "rounds")
+_FIGURES = ("sequences", "length", "batch", "offload", "gb", "load_s", "compute_s", "rounds")
 _FIGURES += ("overlapped_s", "overlapped/longer", "read_gb_s", "disk_gb_s", "device_gb", "host_gb")
 _FIGURES += ("pinned_gb", "layers", "total_gb", "total_s", "goal_s")
 
@@ -181,15 +181,15 @@ def verify(device: torch.device, format: str, folder: Path) -> str:
     resident = observe(load_model(folder, device=device))
     run_resident(Run(resident, data, numbers, Stop()))
     want = resident.stats
-    for park in ("device", "host", "file"):
-        with _observed(folder, device, data, numbers, park) as (observer, _):
+    for offload in ("device", "host", "file"):
+        with _observed(folder, device, data, numbers, offload) as (observer, _):
             got = observer.stats
         for name, layer in want.layers.items():
             for field_name, value in layer.fields().items():
                 if not torch.equal(value, got.layers[name].fields()[field_name]):
                     raise CheckFailed(
-                        f"{format}, states parked on the {park}: {field_name} of {name} has other "
-                        "bits than in a resident run"
+                        f"{format}, hidden states on the {offload}: {field_name} of {name} has "
+                        "other bits than in a resident run"
                     )
     return "the bits of a resident run at a small size"
 
@@ -200,7 +200,7 @@ def _observed(
     device: torch.device,
     data: Data,
     numbers: Sequence[int],
-    park: Any,
+    offload: Any,
     watch: Stopwatch | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """The observer and the states behind the last layer, after one streamed pass."""
@@ -211,7 +211,7 @@ def _observed(
     from reap_driver.observation.state_store import StateStore
 
     states = folder / "states"
-    store = StateStore(park, device, states)
+    store = StateStore(offload, device, states)
     try:
         with open_streamed(folder, device=device) as streamed:
             observer = observe(streamed.model)
@@ -302,7 +302,7 @@ class Bench:
         alone = Stopwatch(self.machine.device, self.deadline, warm=True)
         # One batch more: the first of a layer compiles kernels and is compared with eager ones.
         numbers = range(len(data.ids) + 1)
-        with self._pass(data, numbers, plan.park, alone) as store:
+        with self._pass(data, numbers, plan.offload, alone) as store:
             before = [
                 [tensor.cpu() for tensor in _state(store, number)]
                 for number in range(len(data.ids))
@@ -312,7 +312,7 @@ class Bench:
         _, plan = self._plan(rounds, plan.batch_size)
         both = Stopwatch(self.machine.device, self.deadline, ahead=True)
         numbers = range(len(data.ids) * rounds)
-        with self._pass(data, numbers, plan.park, both) as store:
+        with self._pass(data, numbers, plan.offload, both) as store:
             for number in numbers:
                 self._compare(before, store, number)
         note = f"{checked}; overlapped, the bits of loading and computing in turn; states of "
@@ -351,7 +351,7 @@ class Bench:
 
     @contextmanager
     def _pass(
-        self, data: Data, numbers: Sequence[int], park: str, watch: Stopwatch
+        self, data: Data, numbers: Sequence[int], offload: str, watch: Stopwatch
     ) -> Iterator[Any]:
         """The states behind the last layer of one pass that read from the disk."""
         self._forget()
@@ -359,7 +359,7 @@ class Bench:
         if self.machine.device.type == "cuda":
             torch.cuda.empty_cache()
         device = self.machine.device
-        with _observed(self.folder, device, data, numbers, park, watch) as (observer, store):
+        with _observed(self.folder, device, data, numbers, offload, watch) as (observer, store):
             observer.stats  # noqa: B018  raises where an expert gave NaN or Inf
             yield store
 
@@ -377,7 +377,7 @@ class Bench:
         self, layer: int, alone: Stopwatch, both: Stopwatch, rounds: int, plan: Any, note: str
     ) -> Row:
         """The row of one layer; behind the last one nothing loads, so nothing overlaps."""
-        figures: Row = {"batch": plan.batch_size, "park": plan.park, "rounds": rounds}
+        figures: Row = {"batch": plan.batch_size, "offload": plan.offload, "rounds": rounds}
         figures["gb"] = f"{alone.nbytes[layer] / 1e9:.4g}"
         figures["load_s"] = f"{alone.loads[layer]:.4g}"
         figures["compute_s"] = f"{alone.computes[layer]:.4g}"

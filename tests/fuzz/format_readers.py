@@ -11,10 +11,10 @@ import torch
 
 from reap_driver.budget_search.search_state import SearchState
 from reap_driver.budget_search.search_state import read as read_search
+from reap_driver.observation.batch_state import BatchState
 from reap_driver.observation.journal import Journal
 from reap_driver.observation.journal import read as read_journal
 from reap_driver.observation.state_store import read_state, write_state
-from reap_driver.observation.states import State
 from reap_driver.reporting.comparison import comparison_table, read_comparison
 from reap_kernels import SaliencyStats
 from reap_kernels.tuning import CONFIGS, Launch, Table
@@ -151,7 +151,7 @@ def containers(world: World) -> Iterable[Reader]:
     )
     new.mkdir(parents=True, exist_ok=True)
     write_state(
-        new / "state.safetensors", State.of(0, (torch.ones(2, 3), [torch.ones(4)]), {"/0": {}})
+        new / "state.safetensors", BatchState.of(0, (torch.ones(2, 3), [torch.ones(4)]), {"/0": {}})
     )
     yield Reader(
         "state between layers",
@@ -184,7 +184,7 @@ def _use_masks(world: World, path: Path) -> None:
             raise Nonsense("masks keep no expert, or one that no layer has")
 
 
-def _use_state(state: State) -> None:
+def _use_state(state: BatchState) -> None:
     state.output()
     state.changes()
     if sum(tensor.untyped_storage().nbytes() for tensor in state.tensors) > 10**6:

@@ -1,1 +1,1 @@
-"""Searched budgets: how many experts each layer loses, found by evolution on the model itself."""
+"""Budget search: an evolutionary search for how many experts each layer loses."""

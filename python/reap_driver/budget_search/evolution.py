@@ -1,9 +1,9 @@
-"""The evolution of budgets: which candidates are evaluated next, given what is known of others.
+"""The evolutionary algorithm: chooses which candidates to evaluate next.
 
-Elites stay, everything else in a generation is a mutation of one of them. Because fitness is
-remembered, elites are simply the best of all that was evaluated; and because each generation draws
-from a seed of its own, the whole course follows from seed and fitness values. A search goes on
-where another stopped by running it again over what is known.
+The elites are the best candidates evaluated so far; each new candidate is a mutation of one of
+them. Every generation has its own random seed, so the seed and the fitness values determine the
+whole search. To resume a search, run it again: candidates whose fitness is known are not evaluated
+again.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,18 +13,19 @@ from random import Random
 from reap_driver.budget_search.space import Removals, Space
 from reap_kernels.errors import PlanError
 
-_DRAWS = 50  # children drawn for each that is wanted, before a neighbourhood counts as known
+_DRAWS = 50  # mutations tried per new candidate before the search counts as exhausted
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a search does, beside its space and its fitness.
+    """Settings of the evolutionary search.
 
     Attributes:
-        evaluations: candidates evaluated, the first ones included; fewer where the space has fewer.
-        population: candidates in a generation, elites included.
-        elites: the best, from which the next generation is made.
-        seed: of the random first plans and of the mutations.
+        evaluations: number of candidates to evaluate, the first generation included; fewer if the
+            space has fewer.
+        population: number of candidates in a generation, elites included.
+        elites: number of best candidates that are mutated to make the next generation.
+        seed: random seed of the first generation and of the mutations.
     """
 
     evaluations: int = 500
@@ -36,11 +37,11 @@ class Settings:
         if not 1 <= self.elites < self.population:
             raise PlanError(
                 f"{self.elites} elites in a population of {self.population} leave no room for new "
-                "candidates; give at least one elite and a larger population"
+                "candidates; use at least one elite and a larger population"
             )
         if self.evaluations < 1:
             raise PlanError(
-                f"{self.evaluations} evaluations find nothing; give 1 or more, such as 500"
+                f"evaluations={self.evaluations} is below 1; use 1 or more, such as 500"
             )
 
 
@@ -51,16 +52,16 @@ def evolve(
     *,
     generation_done: Callable[[], None] = lambda: None,
 ) -> dict[Removals, float]:
-    """Searches a space for the removals of highest fitness.
+    """Searches a space for the candidate with the highest fitness.
 
     Args:
-        space: of the candidates.
-        fitness: the higher the better; called once for each candidate.
-        settings: of the search.
+        space: the space of candidates.
+        fitness: returns a candidate's fitness (higher is better); called once per candidate.
+        settings: settings of the search.
         generation_done: called after each generation.
 
     Returns:
-        Every candidate that was evaluated, in order, with its fitness.
+        Every evaluated candidate with its fitness, in the order of evaluation.
     """
     evaluated: dict[Removals, float] = {}
     generation = 0
@@ -75,14 +76,14 @@ def evolve(
 
 
 def best_of(evaluated: Mapping[Removals, float], number: int) -> list[Removals]:
-    """The fittest candidates; of equals the one that was evaluated first."""
+    """The `number` candidates with the highest fitness; of equal ones, the first evaluated."""
     return sorted(evaluated, key=lambda removals: -evaluated[removals])[:number]
 
 
 def _generation(
     space: Space, settings: Settings, generation: int, evaluated: Mapping[Removals, float]
 ) -> list[Removals]:
-    """The candidates that a generation adds; none where all children of the elites are known."""
+    """The new candidates of a generation; none if no mutation of the elites is new."""
     draw = Random(f"reap-search {settings.seed} {generation}")
     if not evaluated:
         return space.first(settings.population, draw)

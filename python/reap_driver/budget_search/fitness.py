@@ -1,10 +1,10 @@
-"""How closely candidates follow the full model: expected acceptance, on given text.
+"""The fitness of a candidate: its expected acceptance by the full model, on given text.
 
-The fitness of a candidate is the mean over counted next-token predictions of sum over v of
-min(p_v, q_v), with p the full model's distribution and q the candidate's, both having read the text
-itself: the share of the candidate's tokens that speculative sampling by the full model would
-accept (ESAP, arXiv 2603.06003). No checkpoint is written: removed experts are masked in the
-routers of the one model in memory.
+Expected acceptance is the mean, over the counted next-token predictions, of sum over v of
+min(p_v, q_v), where p is the full model's distribution and q the candidate's, with teacher forcing:
+the share of the candidate's tokens that speculative sampling with the full model as the target
+would accept (ESAP, arXiv 2603.06003). No checkpoint is written: the removed experts are masked in
+the routers of the model in memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ from reap_driver.base.units import in_bytes, short
 from reap_driver.data.prefetch import ready_for
 from reap_driver.evaluation.predictions import Predictions, counted_targets, predict
 from reap_driver.evaluation.router_masks import RouterMasks
-from reap_driver.memory.host import free_host_memory
+from reap_driver.memory.host_memory import free_host_memory
 from reap_driver.memory.machine import free_device_memory
 from reap_kernels import compare_logits
 from reap_kernels.errors import DataError, ResourceError
 
-# What a cache of logits may take of the memory that is free.
+# Largest share of the free memory that the cached logits may use.
 _SHARE = 0.5
 
 Kept = Mapping[str, Sequence[int]]
@@ -32,7 +32,7 @@ Inputs = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class _Known:
-    """One batch and what the full model predicts for it: logits [n, V], log-sum-exp [n] float32."""
+    """A batch with the full model's logits [n, V] and their log-sum-exp [n] float32."""
 
     inputs: dict[str, Tensor]
     logits: Tensor
@@ -40,24 +40,24 @@ class _Known:
 
 
 class Fitness:
-    """Expected acceptance of candidates on the same batches; the full model runs on them once.
+    """Expected acceptance of candidates on fixed batches; the full model runs on each batch once.
 
-    Its logits are kept as the model gives them, for counted predictions only, with their
-    log-sum-exp: on the device where they take at most half of its free memory, else in main memory.
+    The full model's logits of the counted predictions are cached in the model's dtype, with their
+    log-sum-exp: on the device if they take at most half of its free memory, else in main memory.
 
     Args:
         model: the full model, in memory.
         batches: arguments of its forward, as `evaluation.predictions.predict` takes them.
-        masks: of this model, where there are any already.
-        backend: of `compare_logits`, never falling back.
+        masks: router masks of the model, if they exist already.
+        backend: backend of `compare_logits`, without fallback; None for the best one.
 
     Attributes:
-        predictions: how many are counted.
-        nbytes: what the cache takes.
+        predictions: number of counted predictions.
+        nbytes: bytes of the cached logits.
 
     Raises:
-        DataError: nothing is counted; or the model's own logits are not finite.
-        ResourceError: the cache would take more than half of the memory that is free.
+        DataError: no prediction is counted, or the full model's logits are not finite.
+        ResourceError: the logits would take more than half of the free memory.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class Fitness:
         self.predictions = sum(int(counted_targets(inputs).sum()) for inputs in batches)
         if not self.predictions:
             raise DataError(
-                f"none of the tokens in {len(batches)} batches is a prediction that counts; give "
-                "text of two tokens or more"
+                f"the {len(batches)} batches contain no prediction that counts; give text of at "
+                "least two tokens"
             )
         self._known: list[_Known] = []
         self.nbytes = 0
@@ -89,12 +89,12 @@ class Fitness:
             self.nbytes += sum(t.nbytes for t in (self._known[-1].logits, self._known[-1].lse))
 
     def __call__(self, kept: Kept) -> float:
-        """The fitness of a candidate, in [0, 1]; 1 where it keeps every expert.
+        """The fitness of a candidate, in [0, 1]; 1 if it keeps every expert.
 
-        The device is read once, at the end.
+        Synchronizes with the device once, at the end.
 
         Args:
-            kept: layer -> ids that stay.
+            kept: {layer: ids of the experts that it keeps}.
 
         Raises:
             DataError: the candidate's logits are not finite.
@@ -111,7 +111,7 @@ class Fitness:
         return value
 
     def _accepted(self, known: _Known) -> Tensor:
-        """Sum of the acceptance in a batch, float64 []."""
+        """Sum of the acceptance over a batch, float64 []."""
         found = predict(self._model, known.inputs).logits
         full = known.logits.to(found.device, non_blocking=True)
         lse = known.lse.to(found.device, non_blocking=True)
@@ -127,18 +127,18 @@ def acceptance_by_sequence(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Acceptance of candidates, sequence by sequence, without a cache: the full model runs too.
+    """Acceptance of candidates per sequence. Caches nothing: the full model runs on every batch.
 
     Args:
         model: the full model, in memory.
         batches: arguments of its forward.
-        candidates: layer -> ids that stay, of each.
-        masks: of this model, where there are any already.
-        backend: of `compare_logits`, never falling back.
+        candidates: {layer: ids of the experts that it keeps} of each candidate.
+        masks: router masks of the model, if they exist already.
+        backend: backend of `compare_logits`, without fallback; None for the best one.
 
     Returns:
-        Sums of the acceptance, float64 [candidates, sequences], and how many predictions each sums
-        up, int64 [sequences]; sequences of which no prediction counts are left out.
+        The summed acceptance, float64 [candidates, sequences], and the number of counted
+        predictions, int64 [sequences]; sequences without any are left out.
     """
     masks = RouterMasks(model) if masks is None else masks
     sums, counts = [], []
@@ -160,7 +160,7 @@ def _sums(
     kept: Kept,
     backend: str | None,
 ) -> Tensor:
-    """Sums of a candidate's acceptance in each row of a batch, float64 [rows] on the CPU."""
+    """A candidate's summed acceptance per sequence of a batch, float64 [sequences], on the CPU."""
     with masks.keeping(kept):
         found = predict(model, inputs).logits
     compared = compare_logits(full.logits, found, backend=backend)
@@ -171,33 +171,33 @@ def _sums(
 
 
 def _place(nbytes: int, logits: Tensor) -> torch.device:
-    """Where the full model's logits are kept.
+    """The device that caches the full model's logits.
 
     Raises:
-        ResourceError: they fit nowhere.
+        ResourceError: neither the model's device nor main memory has enough free memory.
     """
     for device in dict.fromkeys([logits.device, torch.device("cpu")]):
         free = free_device_memory(device)
         if free is None or nbytes <= _SHARE * free.nbytes:
             return device
     host = free_host_memory()
-    assert host is not None  # or it would have been the place
+    assert host is not None  # else the loop would have returned the CPU
     raise ResourceError(
         f"the full model's logits take {in_bytes(nbytes)} ({short(nbytes // _row(logits))} "
         f"predictions, {in_bytes(_row(logits))} each), more than half of the "
-        f"{in_bytes(host.nbytes)} that are free ({host.bound}); give less data, as SOURCE:N"
+        f"{in_bytes(host.nbytes)} that are free ({host.bound}); use less data (--data SOURCE:N)"
     )
 
 
 def _row(logits: Tensor) -> int:
-    """Bytes of a prediction in the cache."""
+    """Bytes per prediction in the cache."""
     return logits.shape[1] * logits.element_size() + 4
 
 
 def _known(
     inputs: dict[str, Tensor], logits: Tensor, place: torch.device, backend: str | None
 ) -> _Known:
-    """What is kept of a batch."""
+    """A batch with the full model's logits, on the device `place`."""
     lse = compare_logits(logits, logits, backend=backend).full_lse
     if not bool(lse.isfinite().all()):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Whether a searched plan is better than the uniform one on text that the search never saw."""
+"""Compares a searched plan with the uniform plan on held-out text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from reap_kernels.errors import DataError
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Expected acceptance of two plans on the same sequences.
+    """Expected acceptance of the uniform and the searched plan on the same sequences.
 
     Attributes:
-        sequences: how many.
-        predictions: counted in them.
-        uniform: acceptance of the uniform plan, the mean over predictions.
-        searched: that of the searched plan.
-        low, high: 95 % interval of searched - uniform, by a bootstrap over sequences; None where
-            there is but one.
+        sequences: number of sequences.
+        predictions: number of counted predictions in them.
+        uniform: expected acceptance of the uniform plan, the mean over predictions.
+        searched: expected acceptance of the searched plan.
+        low, high: 95 % interval of searched - uniform, by a bootstrap over sequences; None if
+            there is only one sequence.
     """
 
     sequences: int
@@ -50,24 +50,24 @@ def held_out(
     seed: int = 0,
     backend: str | None = None,
 ) -> HeldOut:
-    """Compares two plans on sequences they were not searched on.
+    """Compares two plans on sequences that the search did not use.
 
     Args:
         model: the full model, in memory.
         batches: arguments of its forward.
         uniform, searched: the plans.
-        masks: of this model, where there are any already.
-        seed: of the bootstrap.
-        backend: of `compare_logits`, never falling back.
+        masks: router masks of the model, if they exist already.
+        seed: random seed of the bootstrap.
+        backend: backend of `compare_logits`, without fallback; None for the best one.
 
     Raises:
-        DataError: nothing in the batches counts; or logits are not finite.
+        DataError: the batches contain no prediction that counts, or logits are not finite.
     """
     plans = [uniform.kept, searched.kept]
     sums, counts = acceptance_by_sequence(model, batches, plans, masks, backend=backend)
     if not counts.sum():
         raise DataError(
-            "none of the tokens that are held out is a prediction that counts; give more data, or "
+            "the held-out sequences contain no prediction that counts; use more data, or "
             "--validation 0"
         )
     total = int(counts.sum())
@@ -77,12 +77,12 @@ def held_out(
 
 
 def _interval(gains: Tensor, counts: Tensor, seed: int) -> tuple[float | None, float | None]:
-    """Where the mean gain a prediction lies, were other sequences of this kind drawn.
+    """95 % bootstrap interval of the mean gain per prediction.
 
     Args:
-        gains: float64 [S], sums over a sequence's predictions.
-        counts: int64 [S], its predictions.
-        seed: of the bootstrap.
+        gains: float64 [S], the gain of each sequence, summed over its predictions.
+        counts: int64 [S], the number of predictions of each sequence.
+        seed: random seed of the bootstrap.
     """
     data, one = torch.stack([gains, counts.double()], dim=1), torch.zeros_like(counts)
     found = intervals(lambda totals: totals[:, :1] / totals[:, 1:], data, one, DRAWS, seed)

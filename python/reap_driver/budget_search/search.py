@@ -1,4 +1,4 @@
-"""Searches budgets: scores and text in, the plan of highest fitness out."""
+"""The budget search: finds the plan with the highest fitness, given scores and text."""
 
 import dataclasses
 import time
@@ -27,20 +27,20 @@ _WRITE_AFTER = 30.0  # seconds between two writes of the state within a generati
 
 
 class Task:
-    """What is searched: plans that remove as many experts as a uniform one, lowest scores first.
+    """The plans to search: they remove as many experts as a uniform plan, lowest scores first.
 
     Args:
-        scores: of every MoE layer; they rank the experts within a layer.
-        uniform: the uniform plan made from them. Its protected experts stay, and layers that were
-            given a ratio of their own lose what they lose in it.
+        scores: scores of every MoE layer; they rank the experts within a layer.
+        uniform: the uniform plan made from them. Its protected experts are kept, and layers with
+            a ratio of their own lose as many experts as in this plan.
 
     Attributes:
-        uniform: that plan.
-        notes: for the reader of every plan.
-        space: of removals per layer.
+        uniform: the uniform plan.
+        notes: notes added to every plan.
+        space: the space of removals per layer.
 
     Raises:
-        PlanError: there is no other plan.
+        PlanError: there is no plan but the uniform one.
     """
 
     def __init__(self, scores: Scores, uniform: Plan) -> None:
@@ -58,7 +58,7 @@ class Task:
         )
 
     def plan(self, removals: Removals) -> Plan:
-        """The plan of a candidate."""
+        """The plan that removes these numbers of experts."""
         plan = plan_of_removals(
             self._scores,
             {**dict(zip(self.space.names, removals, strict=True)), **self._whole},
@@ -72,16 +72,16 @@ class Task:
 
 @dataclass
 class Recorder:
-    """Remembers what a search evaluates, writes it down now and then, and ends it on request.
+    """Evaluates candidates, saves their fitness periodically, and ends the search on request.
 
     Attributes:
-        fitness: of the experts that stay.
-        task: what is searched.
-        state: the file; None where none is kept.
-        stop: whether somebody has asked the search to end.
-        done: called after each candidate that was evaluated.
-        known: what was evaluated, here and before.
-        seconds: it took, before this.
+        fitness: maps {layer: ids of the kept experts} to a candidate's fitness.
+        task: the plans to search.
+        state: the state file; None to save nothing.
+        stop: the request to end the search.
+        done: called after each evaluated candidate.
+        known: fitness of every evaluated candidate, earlier runs included.
+        seconds: duration of the earlier runs.
     """
 
     fitness: Callable[[Kept], float]
@@ -97,14 +97,14 @@ class Recorder:
         self._written = len(self.known)
 
     def clock(self) -> float:
-        """Seconds the search took, in all its runs."""
+        """Seconds that the search has taken, earlier runs included."""
         return self.seconds + time.monotonic() - self._began
 
     def __call__(self, removals: Removals) -> float:
         """The fitness of a candidate.
 
         Raises:
-            Interrupted: on request, with the state written.
+            Interrupted: the search was asked to end; the state is saved.
         """
         if removals in self.known:
             return self.known[removals]
@@ -118,16 +118,16 @@ class Recorder:
         return value
 
     def _remedy(self) -> str:
-        """How to go on, where that is possible."""
+        """How to resume, if a state file is kept."""
         if self.state is None:
             return ""
         return (
-            f"; they are in {self.state.path}: give the same command with --resume to go on from "
-            "there"
+            f"; they are saved in {self.state.path}: run the same command with --resume to "
+            "continue from there"
         )
 
     def write(self) -> None:
-        """Writes the state, where there is anything new."""
+        """Saves the state if it has changed."""
         if self.state is not None and len(self.known) > self._written:
             self.state.write(self.known, self.clock())
             self._written, self._wrote = len(self.known), time.monotonic()
@@ -135,14 +135,15 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to.
+    """The result of a search.
 
     Attributes:
-        plan: the fittest, with notes of what it is worth.
-        evaluated: every candidate with its fitness, in order; the first is the uniform plan.
-        fitness: of the plan, on the text it was searched on.
-        uniform: of the uniform plan, on the same.
-        check: both on text that was held out; None where none was.
+        plan: the plan with the highest fitness, with notes on it.
+        evaluated: every candidate with its fitness, in the order of evaluation; the first is the
+            uniform plan.
+        fitness: fitness of the plan, on the text of the search.
+        uniform: fitness of the uniform plan, on the same text.
+        check: both plans compared on held-out text; None without held-out text.
     """
 
     plan: Plan
@@ -152,7 +153,7 @@ class Found:
     check: HeldOut | None = None
 
     def checked(self, check: HeldOut) -> "Found":
-        """The same with what held-out text says; the plan stays what it is."""
+        """This result with the comparison on held-out text; the plan only gets its notes."""
         notes = [*self.plan.notes, *_check_notes(check)]
         return dataclasses.replace(
             self, plan=dataclasses.replace(self.plan, notes=notes), check=check
@@ -163,11 +164,11 @@ def search(recorder: Recorder, settings: Settings) -> Found:
     """Runs a search to its end.
 
     Args:
-        recorder: of the task; what it knows is not evaluated again.
-        settings: of the search.
+        recorder: evaluates the candidates; those it knows are not evaluated again.
+        settings: settings of the search.
 
     Raises:
-        Interrupted: on request.
+        Interrupted: the search was asked to end.
     """
     task = recorder.task
     evaluated = evolve(task.space, recorder, settings, generation_done=recorder.write)
@@ -176,14 +177,14 @@ def search(recorder: Recorder, settings: Settings) -> Found:
     notes = [
         *task.uniform.notes,
         *plan.notes,
-        f"the fittest of {len(evaluated)} budgets: expected acceptance {value:.4f} on the text it "
-        f"was searched on, where the uniform plan has {uniform:.4f}",
+        f"the fittest of {len(evaluated)} budgets: expected acceptance {value:.4f} on the text of "
+        f"the search, where the uniform plan has {uniform:.4f}",
     ]
     return Found(dataclasses.replace(plan, notes=notes), evaluated, value, uniform)
 
 
 def _check_notes(check: HeldOut) -> list[str]:
-    """What held-out text says."""
+    """Notes on the comparison on held-out text."""
     said = (
         f"expected acceptance on {check.sequences} held-out sequences {check.searched:.4f}, of the "
         f"uniform plan {check.uniform:.4f} (difference {check.searched - check.uniform:+.4f}"
@@ -213,30 +214,41 @@ def search_plan(
     layer_ratios: Mapping[str, float] | None = None,
     force_model: bool = False,
 ) -> Plan:
-    """Searches how many experts each layer should lose (EvoESAP, arXiv 2603.06003).
+    """Searches for the number of experts that each layer should lose (EvoESAP, arXiv 2603.06003).
+
+    Every candidate removes as many experts in total as the uniform plan, and within each layer
+    those with the lowest scores. Its fitness is its expected acceptance: the share of its tokens
+    that speculative sampling with the full model as the target would accept.
 
     Args:
-        model: the full model, in memory; it is what it was afterwards.
-        scores: of every MoE layer; which experts of a layer go is decided by them.
-        batches: text to search on, as arguments of the model: `input_ids` [batch, seq] int64 and
-            what goes with them. The full model's logits for it are kept in memory.
-        ratio: share of experts to remove; as many go as in the uniform plan.
-        validation: other text, on which the result is compared with the uniform plan.
-        settings: number of candidates, population, seed; default 500 candidates.
-        protected: {layer: ids} that stay.
-        layer_ratios: {layer: ratio} of layers that lose just that.
-        force_model: take scores of a model that routes otherwise or has other sizes, where its
-            layers and their numbers of experts are the same.
+        model: the full model, in memory and in evaluation mode; it is unchanged afterwards.
+        scores: scores of every MoE layer.
+        batches: text to search on, as keyword arguments of the model's forward: `input_ids`
+            [batch, seq] int64, and if needed `attention_mask` [batch, seq]. The full model's logits
+            on this text are kept in memory.
+        ratio: fraction of the experts to remove, in (0, 1).
+        validation: held-out batches, on which the result is compared with the uniform plan.
+        settings: number of evaluations, population, seed; 500 evaluations by default.
+        protected: {layer: ids of experts that are kept}.
+        layer_ratios: {layer: fraction to remove} of layers that the search leaves alone.
+        force_model: accept scores of a model with other routing settings or sizes, if its layers
+            and their numbers of experts are the same.
 
     Returns:
-        The plan of highest expected acceptance, with notes of what it is worth.
+        The plan with the highest expected acceptance; its notes give the acceptance of both plans.
 
     Raises:
-        PlanError: the scores are of another model, the ratio is not possible, or there is nothing
-            to search.
-        DataError: no token of the text counts, or logits are not finite.
+        PlanError: the scores are of another model, the ratio is not possible, or there is no
+            budget but the uniform one.
+        DataError: the text has no prediction that counts, or logits are not finite.
         ResourceError: the full model's logits do not fit in memory.
-        UnsupportedModel: routers cannot be masked.
+        UnsupportedModel: the model's routers cannot be masked.
+
+    Example:
+        >>> scores = rd.score(stats)
+        >>> settings = Settings(evaluations=200)  # from reap_driver.budget_search.evolution
+        >>> plan = rd.search_plan(model, scores, batches, 0.5, settings=settings)
+        >>> plan.save("plan.json")
     """
     settings = Settings() if settings is None else settings
     uniform = make_plan(scores, ratio, protected=protected, layer_ratios=layer_ratios)

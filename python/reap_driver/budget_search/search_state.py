@@ -1,6 +1,6 @@
-"""The file a search keeps: every candidate evaluated so far, so that it can be resumed.
+"""The state file of a search: every candidate evaluated so far, so that it can be resumed.
 
-Nothing else is needed, for the course of a search follows from its seed and from what it found.
+Nothing else is needed, because the seed and the fitness values determine the search.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ FORMAT = Format(
 
 @dataclass(frozen=True)
 class Saved:
-    """What a state file holds.
+    """The content of a state file.
 
     Attributes:
-        run: what identifies the search.
-        evaluated: every candidate with its fitness, in order.
-        seconds: the search took up to there.
+        run: identity of the search.
+        evaluated: every candidate with its fitness, in the order of evaluation.
+        seconds: duration of the search so far.
     """
 
     run: dict[str, Any]
@@ -51,9 +51,9 @@ class SearchState:
     """The state file of one search.
 
     Args:
-        path: of the file.
-        run: what identifies the search, JSON-serialisable: it can go on where all of it is the
-            same. The number of evaluations is no part of it.
+        path: path of the file.
+        run: identity of the search, JSON-serializable: only a search with the same one can resume
+            from the file. The number of evaluations is not part of it.
     """
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
@@ -64,24 +64,24 @@ class SearchState:
         """Replaces the file.
 
         Args:
-            evaluated: every candidate with its fitness, in order.
-            seconds: the search took up to there.
+            evaluated: every candidate with its fitness, in the order of evaluation.
+            seconds: duration of the search so far.
         """
         rows = [{"fitness": value, "removed": removals} for removals, value in evaluated.items()]
         _file(self.path).write(self._run, seconds, evaluated=rows)
 
     def resume(self) -> Saved:
-        """What is there, if it is of this search.
+        """The saved state.
 
         Raises:
-            DataError: see `read`; or it is of another search (the field that differs is named).
+            DataError: see `read`; or the file is of another search (names the field that differs).
         """
         saved = read(self.path)
         _file(self.path).check_same(saved.run, self._run)
         return saved
 
     def remove(self) -> None:
-        """Deletes the file, when the plan is written."""
+        """Deletes the file, after the plan was written."""
         self.path.unlink(missing_ok=True)
 
 
@@ -94,13 +94,13 @@ def read(path: Path) -> Saved:
     """The content of a state file.
 
     Raises:
-        DataError: there is no such file, or it is damaged.
+        DataError: the file does not exist or is damaged.
     """
     content = _file(path).read()
     rows = content["evaluated"]
     evaluated = {tuple(row["removed"]): row["fitness"] for row in rows}
     if len({len(removals) for removals in evaluated}) > 1 or len(evaluated) < len(rows):
-        why = "has candidates of unlike numbers of layers, or one twice"
+        why = "has candidates with different numbers of layers, or the same one twice"
         raise FORMAT.refusal(path, why)
     return Saved(content["run"], evaluated, content["seconds"])
 

@@ -1,8 +1,8 @@
-"""The space of budgets: how many experts each layer may lose when the sum is fixed, the plans a
-search begins with, and the moves it makes.
+"""The space of budgets: removals per layer with a fixed sum, the first candidates, and mutations.
 
-The shapes of the first plans and the size of a move are those of EvoESAP (arXiv 2603.06003). All
-random numbers come from `Random.random`, whose sequence Python keeps for a seed in every version.
+The shapes of the first candidates and the size of a move are those of EvoESAP (arXiv 2603.06003).
+All random numbers come from `Random.random`, because Python guarantees its sequence for a seed in
+every version.
 """
 
 import heapq
@@ -17,23 +17,23 @@ from reap_kernels.errors import PlanError
 # Experts removed from each layer, in the order of the space's layers.
 Removals = tuple[int, ...]
 
-MOST_MOVES = 3  # in a mutation
-MOST_MOVED = 4  # experts in a move, where routing groups let so few go
+MOST_MOVES = 3  # moves per mutation
+MOST_MOVED = 4  # experts per move, unless routing groups are larger
 
-_RAMP = 3.0  # the heavy end of a ramp loses this many times what the light end does
-_DECAY = 0.7  # of a front-heavy plan from layer to layer; the last layers lose hardly anything
-_BLOCK = 2.0  # what a block loses beside the rest
+_RAMP = 3.0  # removals at the heavy end of a ramp, relative to the light end
+_DECAY = 0.7  # removals of a layer in a front-heavy plan, relative to the layer before
+_BLOCK = 2.0  # removals of a layer in a block, relative to the other layers
 
 
 @dataclass(frozen=True)
 class Space:
-    """Removals per layer that add up to what the uniform plan removes.
+    """All removals per layer whose sum is that of the uniform plan.
 
     Attributes:
-        names: of the layers.
-        uniform: what the uniform plan removes from each.
+        names: names of the layers.
+        uniform: number of experts that the uniform plan removes from each layer.
         least, most: bounds of each layer's removals.
-        step: removals change by multiples of it, for routing groups must stay equal in size.
+        step: removals change by multiples of it, because routing groups must keep equal sizes.
     """
 
     names: tuple[str, ...]
@@ -53,13 +53,13 @@ class Space:
         """The space around the uniform plan.
 
         Args:
-            uniform: layer -> experts that plan removes.
-            most: layer -> the most that may go.
-            steps: layer -> what its removals are multiples of.
-            fixed: layers that lose what they lose in the uniform plan.
+            uniform: {layer: number of experts that the plan removes}.
+            most: {layer: largest number of experts that may be removed}.
+            steps: {layer: number that its removals are a multiple of}.
+            fixed: layers whose removals are those of the uniform plan.
 
         Raises:
-            PlanError: nothing can be moved from any layer to another.
+            PlanError: no removal can be moved from one layer to another.
         """
         step = math.lcm(*steps.values())
         least = [count if name in fixed else count % step for name, count in uniform.items()]
@@ -80,7 +80,7 @@ class Space:
         return sum(self.uniform)
 
     def contains(self, removals: Sequence[int]) -> bool:
-        """Whether these removals keep every limit and add up."""
+        """Whether these removals are in the space."""
         return (
             len(removals) == len(self.names)
             and sum(removals) == self.total
@@ -91,15 +91,15 @@ class Space:
         )
 
     def moves(self, removals: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Pairs of layers (source, target): the source may lose fewer, the target more experts."""
+        """Pairs of layers (source, target) that a move may take removals from and give them to."""
         sources = [i for i, count in enumerate(removals) if count - self.step >= self.least[i]]
         targets = [i for i, count in enumerate(removals) if count + self.step <= self.most[i]]
         return ((s, t) for s, t in itertools.product(sources, targets) if s != t)
 
     def mutated(self, removals: Removals, draw: Random) -> Removals:
-        """Removals after 1 to 3 moves of 1 to 4 experts between two layers, fewer moves likelier.
+        """Removals after 1 to 3 moves of 1 to 4 experts between two layers; fewer are more likely.
 
-        A move of routing groups takes at least one expert of each group.
+        With routing groups, a move takes the same number of experts, at least one, of each group.
         """
         counts = list(removals)
         for _ in range(1 + min(_below(draw, MOST_MOVES), _below(draw, MOST_MOVES))):
@@ -113,10 +113,10 @@ class Space:
         return tuple(counts)
 
     def shared_out(self, weights: Sequence[float]) -> Removals:
-        """Removals as near as may be to proportional to `weights`, by highest averages.
+        """Removals approximately proportional to `weights`, by the highest-averages method.
 
         Args:
-            weights: one for each layer, above 0.
+            weights: one per layer, above 0.
         """
         counts = list(self.least)
         queue = [(-weight / (low / self.step + 0.5), i) for i, (weight, low) in
@@ -131,10 +131,10 @@ class Space:
         return tuple(counts)
 
     def first(self, number: int, draw: Random) -> list[Removals]:
-        """The plans a search begins with, none twice: uniform, then shapes, then random weights.
+        """The distinct first candidates: uniform, then the shapes, then random weights.
 
         Args:
-            number: at most so many; fewer where the space has few.
+            number: how many at most; fewer if the space is small.
         """
         found = dict.fromkeys([self.uniform, *map(self.shared_out, self._shapes())])
         for _ in range(10 * number):
@@ -144,14 +144,14 @@ class Space:
         return list(found)[:number]
 
     def _shapes(self) -> Iterator[list[float]]:
-        """Weights of ramps, triangles, heavy ends, blocks and stripes, times what is uniform."""
+        """Weights of every shape, multiplied by the uniform plan's removals."""
         for shape in shapes(len(self.names)):
             yield [w * max(1, count) for w, count in zip(shape, self.uniform, strict=True)]
 
 
 def shapes(layers: int) -> list[list[float]]:
-    """Weights of the layers in every shape: up, down, triangle, valley, front and back heavy,
-    early and late block, stripes.
+    """Weights of the layers in every shape: increasing, decreasing, triangle, valley, front-heavy,
+    back-heavy, early block, late block, stripes.
     """
     last = max(1, layers - 1)
     up = [1 + (_RAMP - 1) * i / last for i in range(layers)]
@@ -164,5 +164,5 @@ def shapes(layers: int) -> list[list[float]]:
 
 
 def _below(draw: Random, bound: int) -> int:
-    """A whole number in [0, bound)."""
+    """A random integer in [0, bound)."""
     return int(draw.random() * bound)

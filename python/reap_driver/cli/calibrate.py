@@ -26,7 +26,7 @@ from reap_driver.files.checkpoint import Checkpoint, open_checkpoint, resolve_fo
 from reap_driver.load.storage import check_storage
 from reap_driver.model.discover import MoELayer, adapter_of, find_moe_layers, record_of
 from reap_driver.model.isolation import check_isolation
-from reap_driver.observation.distributed import Ranks
+from reap_driver.observation.data_parallel import Ranks
 from reap_driver.observation.token_mask import takes_padding
 from reap_driver.plan.criteria import Scores
 from reap_driver.plan.scoring import shares

@@ -203,7 +203,7 @@ def _streamed(
     args: argparse.Namespace, pair: Pair, decision: Decision, batches: PackedBatches, done: Any
 ) -> Sums:
     """Both models, one decoder layer at a time."""
-    options, place = running.load_options(args), decision.park or "device"
+    options, place = running.load_options(args), decision.offload or "device"
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reap-states-")))
         models, stores = [], []

@@ -15,12 +15,13 @@ from reap_driver.cli.console import Console, clock
 if TYPE_CHECKING:  # they import torch, and --help must not
     from transformers import PretrainedConfig
 
-    from reap_driver.memory.decision import Decision, Workload
+    from reap_driver.memory.checkpoint_size import CheckpointSize
+    from reap_driver.memory.decision import Decision
     from reap_driver.memory.forecast import Forecast
     from reap_driver.memory.machine import Machine
     from reap_driver.memory.model_sizes import ModelSizes
     from reap_driver.memory.rates import Rates
-    from reap_driver.memory.stored import Stored
+    from reap_driver.memory.workload import Workload
 
 _GIGA = 10**9
 
@@ -52,14 +53,16 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"dry_run": True, **_facts(sizes, stored, machine, work, plan, rates, found)}
 
 
-def _inputs(args: argparse.Namespace, console: Console) -> "tuple[ModelSizes, Stored, Workload]":
+def _inputs(
+    args: argparse.Namespace, console: Console
+) -> "tuple[ModelSizes, CheckpointSize, Workload]":
     """Sizes in memory and on disk, and the work."""
     from reap_driver.cli import calibrate
     from reap_driver.compat.model_config import load_config
     from reap_driver.compat.pretrained import meta_model
     from reap_driver.load.storage import check_storage
+    from reap_driver.memory.checkpoint_size import estimated, run_dtype, stored_files
     from reap_driver.memory.model_sizes import model_sizes
-    from reap_driver.memory.stored import estimated, run_dtype, stored_files
     from reap_driver.memory.workload import workload
     from reap_driver.model.discover import find_moe_layers
     from reap_kernels.errors import UnsupportedModel
@@ -138,7 +141,7 @@ def _need_lines(sizes: "ModelSizes", machine: "Machine", work: "Workload") -> It
     yield from _machine_lines(machine)
 
 
-def _model_lines(sizes: "ModelSizes", stored: "Stored", work: "Workload") -> Iterator[str]:
+def _model_lines(sizes: "ModelSizes", stored: "CheckpointSize", work: "Workload") -> Iterator[str]:
     """The model and the data."""
     largest = in_bytes(sizes.largest_layer)
     origin = {"headers": "exact", "index": "as its index says", "estimated": "estimated"}
@@ -210,7 +213,7 @@ def _time_lines(plan: "Decision", found: "Forecast", rates: "Rates") -> Iterator
 
 def _facts(
     sizes: "ModelSizes",
-    stored: "Stored",
+    stored: "CheckpointSize",
     machine: "Machine",
     work: "Workload",
     plan: "Decision",

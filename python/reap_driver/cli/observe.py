@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
         return dry_run.run(args, console)
     from reap_driver.cli import calibrate, running
     from reap_driver.cli.outputs import check_file, inputs_of
-    from reap_driver.observation.distributed import ranks
+    from reap_driver.observation.data_parallel import ranks
 
     with ranks() as world:
         console.speaks(first=world.rank == 0)

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
         return dry_run.run(args, console)
     from reap_driver.cli import calibrate, running
     from reap_driver.cli.outputs import check_file, check_replaced_folder, inputs_of
-    from reap_driver.observation.distributed import ranks
+    from reap_driver.observation.data_parallel import ranks
 
     with ranks() as world:
         console.speaks(first=world.rank == 0)

@@ -25,17 +25,17 @@ from reap_driver.data.packing import PackedSource
 from reap_driver.files.digest import weights_digest
 from reap_driver.load.resident import load_model
 from reap_driver.load.streamed_model import StreamedModel, open_streamed
-from reap_driver.memory.decision import Decision, Workload, decide
+from reap_driver.memory.checkpoint_size import run_dtype, stored_files
+from reap_driver.memory.decision import Decision, Offload, decide
 from reap_driver.memory.machine import this_machine
 from reap_driver.memory.model_sizes import ModelSizes, model_sizes
-from reap_driver.memory.stored import run_dtype, stored_files
-from reap_driver.memory.workload import workload
+from reap_driver.memory.workload import Workload, workload
 from reap_driver.observation import journal as journals
-from reap_driver.observation.distributed import Ranks
+from reap_driver.observation.data_parallel import Ranks
 from reap_driver.observation.journal import Entry, Journal
 from reap_driver.observation.observer import Observer, observe
 from reap_driver.observation.run import ObserverJournal, Run, run_resident, run_streamed
-from reap_driver.observation.state_store import Place, StateStore
+from reap_driver.observation.state_store import StateStore
 from reap_driver.writer.staging import scratch
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import CheckpointError, ResourceError
@@ -55,12 +55,12 @@ class How:
 
     Attributes:
         stream: whether decoder layers come one at a time.
-        park: where states wait between them.
+        offload: where states wait between them.
         batch_sizes: sequences at a time, for each source.
     """
 
     stream: bool
-    park: Place
+    offload: Offload
     batch_sizes: list[int]
 
 
@@ -137,7 +137,7 @@ def _agreed(
         before = recorded.get("batch sizes", [])
         sizes = before if args.batch_size is None else _sizes(args, sources)
         stream = {"always": True, "never": False}.get(args.stream, recorded.get("streamed", False))
-        return How(stream, recorded.get("parked", "device"), sizes)
+        return How(stream, recorded.get("offload", "device"), sizes)
     if args.device_map is not None:
         return How(False, "device", _sizes(args, sources))
     decision = decided(args, model, sources, ranks)
@@ -145,7 +145,7 @@ def _agreed(
         for reason in decision.reasons:
             console.note(f"streaming: {reason}")
     sizes = [min(decision.batch_size, source.full_sequences) for source in sources]
-    own = How(decision.stream, decision.park or "device", sizes)
+    own = How(decision.stream, decision.offload or "device", sizes)
     return How(**json.loads(ranks.of_first(json.dumps(dataclasses.asdict(own)))))
 
 
@@ -242,7 +242,7 @@ def identity(
         "batch sizes": how.batch_sizes,
         "dtype": args.dtype,
         "streamed": how.stream,
-        "parked": how.park,
+        "offload": how.offload,
         "device": _device_name(args, ranks),
         "backend": args.backend,
         "rank": f"{ranks.rank} of {ranks.size}",
@@ -380,7 +380,7 @@ def _observe(run: Run, how: How, held: Held, entry: Entry | None, folder: Path) 
     if held.streamed is None:
         run_resident(run)
         return
-    store = StateStore(how.park, held.streamed.device, folder)
+    store = StateStore(how.offload, held.streamed.device, folder)
     try:
         if entry is not None and entry.states is not None:
             store.load(entry.states)

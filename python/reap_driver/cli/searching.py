@@ -24,7 +24,7 @@ from reap_driver.cli.console import Console
 from reap_driver.cli.running import How
 from reap_driver.data.packing import PackedSource
 from reap_driver.evaluation.router_masks import RouterMasks
-from reap_driver.observation.distributed import Ranks
+from reap_driver.observation.data_parallel import Ranks
 from reap_driver.plan.scoring import score
 from reap_driver.writer.plan_checks import check_model, check_same_layers
 from reap_kernels import SaliencyStats, check_backend

@@ -23,7 +23,7 @@ from reap_driver.evaluation.sequences import Comparison, Sums
 from reap_driver.load.streamed_model import StreamedModel
 from reap_driver.model.unwrap import unwrap_model
 from reap_driver.observation.layer_runner import LayerRunner
-from reap_driver.observation.run import Batches, Given, Run, run_streamed
+from reap_driver.observation.run import Batches, BatchList, Run, run_streamed
 from reap_driver.observation.state_store import StateStore
 from reap_driver.plan.plan import Plan
 
@@ -77,7 +77,7 @@ def compare_models(
     """
     original = unwrap_model(original)
     pruned = pruned if isinstance(pruned, Plan) else unwrap_model(pruned)
-    given = Given.checked(batches, groups)
+    given = BatchList.checked(batches, groups)
     sums = compare_resident(original, pruned, given, range(len(batches)), backend=backend)
     return sums.comparison(draws, seed)
 

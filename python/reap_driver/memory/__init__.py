@@ -1,1 +1,1 @@
-"""What a run takes and what a machine has: sizes, rates, and whether to stream layers."""
+"""Memory and time of a run: model sizes, free memory, measured rates, and whether to stream."""

@@ -1,4 +1,4 @@
-"""How many sequences to run at a time: enough to keep the processor busy, few enough to fit."""
+"""The batch size: large enough to keep the processor busy, small enough to fit in memory."""
 
 import inspect
 import math
@@ -12,55 +12,56 @@ from transformers import PreTrainedModel
 from reap_driver.compat.text_model import text_model
 from reap_driver.model.discover import MoELayer
 
-# Rows (tokens times top-k) an expert should get on average. With fewer, the grouped products wait
-# for the experts' weights to be read; on an H200, arithmetic takes longer from 200 to 270 rows on.
+# Average number of rows per expert (tokens * top_k / num_experts) to aim for. With fewer, the
+# grouped matrix products are bound by reading the experts' weights; on an H200 they become bound by
+# arithmetic at 200 to 270 rows.
 ROWS_PER_EXPERT = 256
-# On an accelerator also: what everything else (attention, norms, launches) needs to be efficient.
+# Smallest efficient number of tokens on an accelerator, for attention, norms and kernel launches.
 ACCELERATOR_TOKENS = 16384
 
-# Vectors a token has at once in a decoder layer, by their width; peaks of Qwen3-MoE, Qwen3-Next and
-# DeepSeek-V3 layers were measured at 0.3 to 0.95 of what they add up to. As wide as the model:
-# residual, the norm's float32 copies, attention's output, routed and shared sums, temporaries.
+# Number of vectors per token that a decoder layer holds at its peak, by width. The measured peaks
+# of Qwen3-MoE, Qwen3-Next and DeepSeek-V3 layers are 0.3 to 0.95 of these estimates. Of the model's
+# width: residual, float32 copies in norms, attention output, routed and shared sums, temporaries.
 _HIDDEN_VECTORS = 16
-# As wide as the widest projection: queries, keys and values before and after rotation, and their
-# parts; or gate, up and their product in a dense or shared MLP.
+# Of the widest projection's width: queries, keys and values before and after rotary embedding and
+# their slices; or the two halves of a dense or shared MLP and their product.
 _WIDE_VECTORS = 8
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of activations a token takes in a forward.
+    """Bytes of activations per token in a forward.
 
     Attributes:
-        held: for as long as its layer runs.
-        experts: for what lies between the experts' products, which the kernels compute in parts
-            where all of it would take more than a quarter of the free memory.
+        held: bytes that stay allocated while a layer runs.
+        experts: bytes of the intermediate results of the experts. The kernels compute these in
+            chunks if all of them would take more than a quarter of the free memory.
     """
 
     held: int
     experts: int
 
     def tokens_within(self, free: int) -> int:
-        """Tokens whose activations fit in half of `free` bytes."""
-        undivided = free // 2 // (self.held + self.experts)
-        divided = free // 4 // self.held  # the other quarter is the kernels'
-        return max(undivided, divided)
+        """Number of tokens whose activations fit in half of `free` bytes."""
+        whole = free // 2 // (self.held + self.experts)
+        in_chunks = free // 4 // self.held  # the kernels use the other quarter
+        return max(whole, in_chunks)
 
     def nbytes(self, tokens: int, free: int) -> int:
-        """What `tokens` take at most where `free` bytes are free before they run."""
+        """Largest number of bytes that `tokens` take if `free` bytes are free before they run."""
         return self.held * tokens + min(self.experts * tokens, free // 4)
 
 
 def full_batch(
     *, sequences: int, seq_len: int, experts_per_choice: float, accelerator: bool
 ) -> int:
-    """Sequences that keep the processor busy, however much memory they take.
+    """Number of sequences per batch that keeps the processor busy, regardless of memory.
 
     Args:
-        sequences: how many there are; never more are chosen.
-        seq_len: tokens in each.
-        experts_per_choice: num_experts / top_k, the largest of any layer.
-        accelerator: whether the model is on one.
+        sequences: number of sequences in the data, the upper limit.
+        seq_len: tokens per sequence.
+        experts_per_choice: num_experts / top_k, the largest of all layers.
+        accelerator: whether the model runs on an accelerator.
     """
     wanted = math.ceil(ROWS_PER_EXPERT * experts_per_choice)
     if accelerator:
@@ -77,18 +78,18 @@ def token_footprint(
     eager_scores: int,
     expert_values: int,
 ) -> Footprint:
-    """Estimates what a token takes, on the safe side: an estimate, not a bound.
+    """A conservative estimate, not an upper bound, of the activations of a token.
 
     Args:
-        itemsize: bytes of a number.
+        itemsize: bytes per value.
         hidden_size: width H of the model.
-        widest: outputs of the widest linear layer, the logits' apart.
-        logits: logits computed for every token; 0 where only the last token's are.
-        eager_scores: heads * sequence length where attention keeps all scores, else 0.
-        expert_values: the largest top_k * (H + I) of any layer.
+        widest: output size of the widest linear layer, the language-model head excluded.
+        logits: number of logits computed per token; 0 if only those of the last token are.
+        eager_scores: heads * sequence length if attention materializes its scores, else 0.
+        expert_values: top_k * (H + I), the largest of all layers.
     """
     held = itemsize * (_HIDDEN_VECTORS * hidden_size + _WIDE_VECTORS * widest)
-    # Scores and logits are copied to float32, for the softmax.
+    # Scores and logits are also copied to float32, for the softmax.
     held += (itemsize + 4) * (logits + eager_scores)
     return Footprint(held, itemsize * expert_values)
 
@@ -105,12 +106,12 @@ def footprint_of(
     """The footprint of a token in this model.
 
     Args:
-        model: the model; on the meta device, say where it would run and in what.
+        model: the model; if it is on the meta device, `device` and `dtype` are needed.
         layers: its MoE layers.
-        seq_len: tokens in a sequence.
-        device: where it runs, by default where it is.
-        dtype: what it runs in, by default its own.
-        all_logits: whether the logits of every token are wanted, not only the last one's.
+        seq_len: tokens per sequence.
+        device: the device it runs on; by default the one it is on.
+        dtype: the dtype it runs in; by default its own.
+        all_logits: whether the logits of every token are needed, not only those of the last.
     """
     device = model.device if device is None else device
     itemsize = (model.dtype if dtype is None else dtype).itemsize
@@ -120,7 +121,7 @@ def footprint_of(
     hidden = int(getattr(config, "hidden_size", layers[0].hidden_size))
     all_logits = all_logits or computes_all_logits(model)
     eager = config._attn_implementation == "eager"
-    # A checkpoint's own code may call its heads otherwise; they are hardly ever narrower than 64.
+    # Remote code may use another name; heads are hardly ever narrower than 64.
     heads = int(getattr(config, "num_attention_heads", hidden // 64))
     return token_footprint(
         # CPUs without half-precision instructions compute in float32.
@@ -134,5 +135,5 @@ def footprint_of(
 
 
 def computes_all_logits(model: PreTrainedModel) -> bool:
-    """Whether the model can only compute every token's logits, not the last one's alone."""
+    """Whether the model always computes the logits of every token (has no `logits_to_keep`)."""
     return "logits_to_keep" not in inspect.signature(type(text_model(model)).forward).parameters

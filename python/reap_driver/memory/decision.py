@@ -1,7 +1,6 @@
-"""How to hold a model: whole, or one decoder layer at a time, and where states wait meanwhile.
+"""Decides whether a model is resident or streamed by decoder layer, and where its hidden states go.
 
-A pure function of sizes, of what a machine has free and of the work, so that the same arguments
-decide alike, whether they are measured or made up.
+`decide` is a pure function of the model's sizes, the machine's free memory and the workload.
 """
 
 from collections.abc import Iterator
@@ -9,80 +8,44 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from reap_driver.base.units import in_bytes, row
-from reap_driver.memory.batch_size import Footprint
-from reap_driver.memory.host import Free
+from reap_driver.memory.host_memory import Free
 from reap_driver.memory.machine import Machine
 from reap_driver.memory.model_sizes import ModelSizes
+from reap_driver.memory.workload import Workload
 from reap_kernels.errors import ResourceError
 
 Wanted = Literal["auto", "always", "never"]
-Park = Literal["device", "host", "file"]
+Offload = Literal["device", "host", "file"]
 Parts = tuple[tuple[str, int], ...]
 
-# Share of free memory a choice may rely on where there is another: activations are estimates,
-# allocators leave holes, and other programs want memory too.
+# Share of the free memory that a choice may use as long as there is another choice: activations are
+# estimates, allocators fragment, and other programs allocate too.
 SHARE = 0.9
-# What layers are read into: on a GPU's host pinned, and twice, so that copies need not wait.
+# Buffers that layers are read into. With a GPU they are pinned, and there are two, so that reading
+# and copying overlap.
 READING_BYTES = 256 << 20
 PINNED_BYTES = 512 << 20
 
 WEIGHTS, REST, PAIR = "weights", "all but layers", "two layers"
-STATES, ACTIVATIONS, READING = "parked states", "activations", "buffers"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is to run.
-
-    Attributes:
-        tokens: of all data.
-        seq_len: tokens in a sequence.
-        footprint: of a token's activations.
-        full_batch: sequences at a time that keep the processor busy, or those asked for.
-        fixed: whether they were asked for; else fewer are run where memory is short.
-    """
-
-    tokens: int
-    seq_len: int
-    footprint: Footprint
-    full_batch: int
-    fixed: bool = False
-
-    @property
-    def smallest_batch(self) -> int:
-        """Sequences below which there is no way to go."""
-        return self.full_batch if self.fixed else 1
-
-    def batch(self, free: int | None) -> int:
-        """Sequences to run at a time with `free` bytes beside the model."""
-        if self.fixed or free is None:
-            return self.smallest_batch
-        fitting = self.footprint.tokens_within(max(0, free)) // self.seq_len
-        return max(1, min(self.full_batch, fitting))
-
-    def activations(self, batch: int, free: int | None) -> int:
-        """Bytes a batch takes at most where `free` are free beside the model."""
-        tokens = min(batch * self.seq_len, self.tokens)
-        limit = 4 * self.footprint.experts * tokens if free is None else max(0, free)
-        return self.footprint.nbytes(tokens, limit)
+STATES, ACTIVATIONS, READING = "hidden states", "activations", "buffers"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How a model is held, and what that takes. On a CPU all memory is the host's.
+    """How a model runs, and the memory that takes. On a CPU all memory is host memory.
 
     Attributes:
-        stream: whether decoder layers come one at a time.
-        park: where states wait between layers; None where they do not: the model is resident.
-        batch_size: sequences at a time.
-        device: (part, bytes) of the device's memory at the peak.
-        host: (part, bytes) of main memory at the peak.
-        file_bytes: of states in a file.
-        reasons: why, in words.
+        stream: whether decoder layers are loaded one at a time.
+        offload: where hidden states are stored between layers; None for a resident model.
+        batch_size: sequences per batch.
+        device: (part, bytes) of the device memory at the peak.
+        host: (part, bytes) of the host memory at the peak.
+        file_bytes: bytes of the hidden states in files.
+        reasons: the reasons for the decision, in words.
     """
 
     stream: bool
-    park: Park | None
+    offload: Offload | None
     batch_size: int
     device: Parts
     host: Parts
@@ -91,25 +54,25 @@ class Decision:
 
     @property
     def device_bytes(self) -> int:
-        """Peak of the device's memory."""
+        """Peak device memory in bytes."""
         return sum(nbytes for _, nbytes in self.device)
 
     @property
     def host_bytes(self) -> int:
-        """Peak of main memory."""
+        """Peak host memory in bytes."""
         return sum(nbytes for _, nbytes in self.host)
 
     def lines(self) -> list[str]:
-        """What a human reads: the decision, why, and what it takes where."""
-        how = f"stream layers, park states: {self.park}" if self.stream else "resident"
+        """The decision, its reasons and its memory, as lines of text."""
+        how = f"stream layers, offload states to: {self.offload}" if self.stream else "resident"
         return [
-            row("decision", f"{how}; {self.batch_size} sequences at a time"),
+            row("decision", f"{how}; {self.batch_size} sequences per batch"),
             *(row("", reason) for reason in self.reasons),
             *(row(where, text) for where, text in self.needs()),
         ]
 
     def needs(self) -> Iterator[tuple[str, str]]:
-        """(memory, what it holds at the peak) of each, in words."""
+        """(kind of memory, its use at the peak in words) for each kind in use."""
         for where, parts in (("device", self.device), ("host", self.host)):
             if parts:
                 total = sum(nbytes for _, nbytes in parts)
@@ -119,10 +82,10 @@ class Decision:
             yield "file", f"{in_bytes(self.file_bytes)} of {STATES}"
 
     def facts(self) -> dict[str, Any]:
-        """The same for JSON; bytes."""
+        """The decision as JSON values; sizes are in bytes."""
         return {
             "stream": self.stream,
-            "park": self.park,
+            "offload": self.offload,
             "batch_size": self.batch_size,
             "device_bytes": self.device_bytes,
             "device_parts": dict(self.device),
@@ -134,34 +97,34 @@ class Decision:
 
 
 def decide(wanted: Wanted, sizes: ModelSizes, machine: Machine, work: Workload) -> Decision:
-    """Chooses whether to stream, and where states wait.
+    """Decides whether to stream, and where hidden states are stored between layers.
 
-    `auto` keeps the model resident where that takes at most `SHARE` of what is free, and where the
-    system does not say what is free. States wait on the device where a full batch fits beside them,
-    else on the host, else in a file.
+    `auto` keeps the model resident if that takes at most `SHARE` of the free memory, or if the
+    system does not report its free memory. Hidden states stay on the device if a full batch fits
+    beside them, else they are offloaded to the host, else to files.
 
     Args:
-        wanted: "auto", "always" or "never" to stream.
-        sizes: of the model.
-        machine: what is free before it is loaded.
-        work: what is to run.
+        wanted: whether to stream: "auto", "always" or "never".
+        sizes: sizes of the model.
+        machine: memory that is free before the model is loaded.
+        work: the work to be done.
 
     Raises:
-        ResourceError: it does not fit as wanted; names the largest need, what is free, the remedy.
+        ResourceError: the model does not fit; names the largest part, the free memory and a remedy.
     """
     whole = resident(sizes, machine, work, full=False)
     if wanted == "never":
         _refuse(whole, machine, "resident (--stream never)", "try --stream auto")
-        why = "asked for by --stream never"
+        why = "requested with --stream never"
         return replace(resident(sizes, machine, work), reasons=(why,))
     if wanted == "auto" and _fits(whole, machine, SHARE, SHARE):
         return replace(resident(sizes, machine, work), reasons=(_fitting(whole, machine),))
-    why = "asked for by --stream always" if wanted == "always" else _lacking(whole, machine)
-    for park, full, device_share, host_share in _places(machine):
-        plan = streamed(sizes, machine, work, park, full=full)
+    why = "requested with --stream always" if wanted == "always" else _lacking(whole, machine)
+    for offload, full, device_share, host_share in _places(machine):
+        plan = streamed(sizes, machine, work, offload, full=full)
         if _fits(plan, machine, device_share, host_share):
-            chosen = streamed(sizes, machine, work, park)
-            return replace(chosen, reasons=(why, _parked(plan, machine)))
+            chosen = streamed(sizes, machine, work, offload)
+            return replace(chosen, reasons=(why, _offload_reason(plan, machine)))
     least = streamed(sizes, machine, work, "file", full=False)
     remedy = "use a machine with more memory"
     if sizes.dtype == "float32":
@@ -173,9 +136,9 @@ def decide(wanted: Wanted, sizes: ModelSizes, machine: Machine, work: Workload) 
 def resident(
     sizes: ModelSizes, machine: Machine, work: Workload, *, full: bool | None = None
 ) -> Decision:
-    """The whole model in memory, whether or not it fits.
+    """The memory of a resident model, whether or not it fits.
 
-    Loading places layer by layer where the model computes, through the same buffers as streaming.
+    Loading copies layer by layer to the device through the same buffers as streaming.
 
     Args: see `streamed`.
     """
@@ -185,30 +148,37 @@ def resident(
     weights = (WEIGHTS, sizes.weight_bytes)
     if machine.accelerated:
         return Decision(False, None, batch, (weights, active), ((READING, PINNED_BYTES),), 0, ())
-    # Buffers are gone when batches run.
+    # The buffers are freed before the first batch runs.
     peak = max(active, (READING, READING_BYTES), key=lambda part: part[1])
     return Decision(False, None, batch, (), (weights, peak), 0, ())
 
 
 def streamed(
-    sizes: ModelSizes, machine: Machine, work: Workload, park: Park, *, full: bool | None = None
+    sizes: ModelSizes,
+    machine: Machine,
+    work: Workload,
+    offload: Offload,
+    *,
+    full: bool | None = None,
 ) -> Decision:
-    """One decoder layer at a time with the next one coming, whether or not it fits.
+    """The memory of a streamed model, whether or not it fits.
+
+    One decoder layer is in use while the next one is loaded.
 
     Args:
-        sizes: of the model.
-        machine: what is free.
-        work: what is to run.
-        park: where states wait.
-        full: True for a full batch, False for the smallest, None for what memory allows.
+        sizes: sizes of the model.
+        machine: its free memory.
+        work: the work to be done.
+        offload: where hidden states are stored between layers.
+        full: True for a full batch, False for the smallest, None for the largest that fits.
     """
     states = work.tokens * sizes.state_bytes
     waiting = ((STATES, states),)
     core: Parts = ((REST, sizes.rest_bytes), (PAIR, sizes.largest_pair))
     buffers: Parts = ((READING, PINNED_BYTES if machine.accelerated else READING_BYTES),)
-    if park == "device" or (park == "host" and not machine.accelerated):
+    if offload == "device" or (offload == "host" and not machine.accelerated):
         core += waiting
-    elif park == "host":
+    elif offload == "host":
         buffers += waiting
     if not machine.accelerated:
         core, buffers = core + buffers, ()
@@ -216,11 +186,11 @@ def streamed(
     batch = _batch(work, free, full)
     core += ((ACTIVATIONS, work.activations(batch, free)),)
     device, host = (core, buffers) if machine.accelerated else ((), core)
-    return Decision(True, park, batch, device, host, states if park == "file" else 0, ())
+    return Decision(True, offload, batch, device, host, states if offload == "file" else 0, ())
 
 
-def _places(machine: Machine) -> Iterator[tuple[Park, bool, float, float]]:
-    """(park, whether for a full batch, shares of device and host to rely on), best first."""
+def _places(machine: Machine) -> Iterator[tuple[Offload, bool, float, float]]:
+    """(offload, whether a full batch must fit, usable shares of device and host), best first."""
     if machine.accelerated:
         yield "device", True, SHARE, 1.0
     yield "host", False, 1.0, SHARE
@@ -231,30 +201,31 @@ def _places(machine: Machine) -> Iterator[tuple[Park, bool, float, float]]:
 
 
 def _core(machine: Machine) -> Free | None:
-    """The memory the model computes in."""
+    """Free memory of the device that the model runs on."""
     return machine.device_free if machine.accelerated else machine.host_free
 
 
 def _batch(work: Workload, free: int | None, full: bool | None) -> int:
-    """Sequences at a time: all wanted, the fewest, or what memory allows."""
+    """Sequences per batch: full, smallest, or what fits in `free` bytes."""
     if full is None:
         return work.batch(free)
     return work.full_batch if full else work.smallest_batch
 
 
 def _left(free: Free | None, held: int) -> int | None:
+    """Bytes that remain free."""
     return None if free is None else free.nbytes - held
 
 
 def _needs(plan: Decision, machine: Machine) -> Iterator[tuple[str, Parts, Free | None]]:
-    """(memory or disk, what is needed of it, what is free)."""
+    """(kind of memory, (part, bytes) needed, free) for each kind that is needed."""
     if plan.device:
         yield "device memory", plan.device, machine.device_free
     if plan.host:
         yield "host memory", plan.host, machine.host_free
     if plan.file_bytes:
         disk = Free(machine.disk_free, f"on the disk of {machine.disk}")
-        # Those of one layer are read while those of the next are written.
+        # The states of one layer are read while those of the next are written.
         yield "disk", ((STATES, 2 * plan.file_bytes),), disk
 
 
@@ -267,7 +238,7 @@ def _fits(plan: Decision, machine: Machine, device_share: float, host_share: flo
 
 
 def _refuse(plan: Decision, machine: Machine, how: str, remedy: str) -> None:
-    """Raise where a plan does not fit."""
+    """Raises ResourceError if a plan does not fit."""
     for where, parts, free in _needs(plan, machine):
         total = sum(nbytes for _, nbytes in parts)
         share = SHARE if where == "disk" else 1.0
@@ -286,7 +257,7 @@ def _refuse(plan: Decision, machine: Machine, how: str, remedy: str) -> None:
 
 
 def _lacking(plan: Decision, machine: Machine) -> str:
-    """Which memory is too small for a resident model."""
+    """Why a resident model does not fit, in words."""
     for where, parts, free in _needs(plan, machine):
         total = sum(nbytes for _, nbytes in parts)
         if free is not None and total > SHARE * free.nbytes:
@@ -298,7 +269,7 @@ def _lacking(plan: Decision, machine: Machine) -> str:
 
 
 def _fitting(plan: Decision, machine: Machine) -> str:
-    """What a resident model takes of what is free."""
+    """Why a resident model fits, in words."""
     said = []
     for where, parts, free in _needs(plan, machine):
         total = in_bytes(sum(nbytes for _, nbytes in parts))
@@ -307,13 +278,13 @@ def _fitting(plan: Decision, machine: Machine) -> str:
     return "; ".join(said)
 
 
-def _parked(plan: Decision, machine: Machine) -> str:
-    """Where states wait, and why there."""
+def _offload_reason(plan: Decision, machine: Machine) -> str:
+    """Where hidden states are stored and why, in words."""
     states = dict(plan.device + plan.host).get(STATES, plan.file_bytes)
     why = {
         "device": "they fit there beside a full batch" if machine.accelerated else "",
-        "host": "they do not fit the device beside a full batch" if machine.accelerated else "",
-        "file": "they fit no memory",
-    }[plan.park or "file"]
-    where = "in a file" if plan.park == "file" else f"on the {plan.park}"
-    return f"states of {in_bytes(states)} wait {where}" + (f": {why}" if why else "")
+        "host": "they do not fit on the device beside a full batch" if machine.accelerated else "",
+        "file": "they do not fit in memory",
+    }[plan.offload or "file"]
+    where = "in files" if plan.offload == "file" else f"on the {plan.offload}"
+    return f"{in_bytes(states)} of hidden states {where}" + (f": {why}" if why else "")

@@ -1,27 +1,28 @@
-"""How long a run takes: its bytes and operations, divided by measured rates."""
+"""Forecasts the duration of a run: its bytes and operations divided by measured rates."""
 
 from dataclasses import dataclass
 
-from reap_driver.memory.decision import Decision, Workload
+from reap_driver.memory.checkpoint_size import CheckpointSize
+from reap_driver.memory.decision import Decision
 from reap_driver.memory.model_sizes import ModelSizes
 from reap_driver.memory.rates import Rate, Rates
-from reap_driver.memory.stored import Stored
+from reap_driver.memory.workload import Workload
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Work of a run and its seconds at measured rates; None where nothing was measured.
+    """Bytes and operations of a run and its duration; None where no rate was measured.
 
     Attributes:
-        read_bytes: weights read from the disk, each once.
-        copy_bytes: weights and parked states that cross between host and GPU.
-        spill_bytes: states written to a file and read back.
-        flops: floating-point operations.
-        read_seconds: for weights, by the disk's rate.
-        copy_seconds: by the copies' rate; 0 where host and device are one.
-        spill_seconds: by the rate of reading, the only one measured: nothing is written.
-        compute_seconds: by the rate of a large matrix product, so the least it takes.
-        seconds: of all; streamed layers are read and copied while others compute.
+        read_bytes: bytes of weights read from the disk, each weight once.
+        copy_bytes: bytes of weights and hidden states copied between host and GPU.
+        spill_bytes: bytes of hidden states written to files and read back.
+        flops: number of floating-point operations.
+        read_seconds: time to read the weights, at the disk's rate.
+        copy_seconds: time to copy, at the copy rate; 0 on a CPU.
+        spill_seconds: time for the spilled states, at the read rate: writing is not measured.
+        compute_seconds: time to compute at the rate of a large matrix product: a lower bound.
+        seconds: total; a streamed model reads and copies while it computes.
     """
 
     read_bytes: int
@@ -36,14 +37,14 @@ class Forecast:
 
 
 def forecast(
-    plan: Decision, sizes: ModelSizes, stored: Stored, work: Workload, rates: Rates
+    plan: Decision, sizes: ModelSizes, stored: CheckpointSize, work: Workload, rates: Rates
 ) -> Forecast:
-    """What a run comes to: every weight is read once; states move twice between two layers."""
+    """The forecast of a run: each weight is read once; states move twice between two layers."""
     moved = 2 * len(sizes.layer_bytes) * work.tokens * sizes.state_bytes
     accelerated = bool(plan.device)
-    copied = sizes.weight_bytes + (moved if plan.park in ("host", "file") else 0)
+    copied = sizes.weight_bytes + (moved if plan.offload in ("host", "file") else 0)
     copy_bytes = copied if accelerated else 0
-    spill_bytes = moved if plan.park == "file" else 0
+    spill_bytes = moved if plan.offload == "file" else 0
     flops = sizes.flops_per_token * work.tokens
     read = _seconds(stored.nbytes, rates.disk)
     copy, spill = _seconds(copy_bytes, rates.copy), _seconds(spill_bytes, rates.disk)
@@ -58,7 +59,7 @@ def forecast(
 
 
 def _seconds(amount: int, rate: Rate | None) -> float | None:
-    """Nothing takes no time; what was not measured takes nobody knows how long."""
+    """Seconds for an amount at a rate: 0 for nothing, None if the rate was not measured."""
     if amount == 0:
         return 0.0
     return None if rate is None else amount / rate.per_second

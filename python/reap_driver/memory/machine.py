@@ -1,4 +1,4 @@
-"""What a machine has: memory that is free on the device and the host, room on a disk."""
+"""Free memory of a machine: on the device, on the host, and on a disk."""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -6,19 +6,19 @@ from pathlib import Path
 
 import torch
 
-from reap_driver.memory.host import Free, free_host_memory
+from reap_driver.memory.host_memory import Free, free_host_memory
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is free before a model is loaded.
+    """Memory that is free before a model is loaded.
 
     Attributes:
-        device: where the model computes, such as "cpu" or "cuda:0".
-        device_free: memory there; on a CPU that of the host; None where the system does not say.
-        host_free: main memory; None where the system does not say.
-        disk: folder for states that fit no memory.
-        disk_free: bytes this user may still write there.
+        device: the device that the model runs on, such as "cpu" or "cuda:0".
+        device_free: free memory of the device; on a CPU that of the host; None if unknown.
+        host_free: free host memory; None if unknown.
+        disk: folder for hidden states that do not fit in memory.
+        disk_free: free bytes on its disk.
     """
 
     device: str
@@ -29,13 +29,13 @@ class Machine:
 
     @property
     def accelerated(self) -> bool:
-        """Whether the device has a memory of its own."""
+        """Whether the device has its own memory, unlike a CPU."""
         return self.device.partition(":")[0] != "cpu"
 
     def shared(self, processes: int) -> "Machine":
-        """What each of several equal processes of this machine may take, one device for each.
+        """The share of one of several processes on this machine, each with a device of its own.
 
-        On a CPU they share all of it.
+        On a CPU the processes share all memory.
         """
         host = None if self.host_free is None else self.host_free.divided(processes)
         device = self.device_free if self.accelerated else host
@@ -44,11 +44,11 @@ class Machine:
 
 
 def this_machine(device: torch.device, disk: Path) -> Machine:
-    """The machine this runs on.
+    """The machine that this process runs on.
 
     Args:
-        device: where the model is to compute.
-        disk: folder for states that fit no memory; it need not exist yet.
+        device: the device that the model will run on.
+        disk: folder for hidden states that do not fit in memory; it need not exist.
     """
     host = free_host_memory()
     there = disk.absolute()
@@ -64,7 +64,7 @@ def this_machine(device: torch.device, disk: Path) -> Machine:
 
 
 def free_device_memory(device: torch.device) -> Free | None:
-    """Memory a forward on `device` could still allocate; None where the system does not say."""
+    """Memory that a forward on `device` can still allocate; None if unknown."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return Free(torch.cuda.mem_get_info(device)[0] + cached, "by the GPU's driver")

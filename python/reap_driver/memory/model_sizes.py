@@ -1,6 +1,6 @@
-"""What a model takes: bytes of its layers in memory, parameters and operations a token needs.
+"""Sizes of a model: bytes per layer in memory, parameters, and operations per token.
 
-Everything is read off a model on the meta device, so a configuration is enough.
+Everything is derived from a model on the meta device, so a configuration is enough.
 """
 
 import re
@@ -18,7 +18,7 @@ from reap_driver.compat.text_model import text_model, text_prefix
 from reap_driver.memory.batch_size import computes_all_logits
 from reap_driver.model.discover import MoELayer
 
-# Names under which configs count the residual streams of hyper-connections.
+# Config fields for the number of residual streams of hyper-connections.
 _STREAM_COUNTS = ("hc_mult", "hc_count")
 
 
@@ -29,14 +29,14 @@ class ModelSizes:
     Attributes:
         architecture: name of the model's class.
         dtype: its dtype in memory, such as "bfloat16".
-        layer_bytes: of each decoder layer, in the model's order.
-        rest_bytes: of everything else: embeddings, head, final norm, towers without experts.
-        parameters: all of them.
-        active_parameters: those a token's forward depends on: all but the experts it is not routed
-            to; embeddings and head included, as publishers count.
-        seq_len: length of the sequences `flops_per_token` is for.
-        flops_per_token: floating-point operations of a token's forward, on average.
-        state_bytes: of what one token carries from a decoder layer to the next.
+        layer_bytes: bytes of each decoder layer, in the model's order.
+        rest_bytes: bytes of everything else: embeddings, head, final norm, encoders.
+        parameters: number of parameters.
+        active_parameters: parameters used per token: all but those of the experts that the token
+            is not routed to; embeddings and head included, as model cards count them.
+        seq_len: the sequence length that `flops_per_token` assumes.
+        flops_per_token: average number of floating-point operations per token of a forward.
+        state_bytes: bytes of a token's hidden state between two decoder layers.
     """
 
     architecture: str
@@ -51,7 +51,7 @@ class ModelSizes:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the whole model."""
+        """Bytes of the whole model."""
         return sum(self.layer_bytes) + self.rest_bytes
 
     @property
@@ -61,7 +61,7 @@ class ModelSizes:
 
     @property
     def largest_pair(self) -> int:
-        """Bytes of the two consecutive decoder layers that take most together."""
+        """Bytes of the largest two consecutive decoder layers."""
         return max((a + b for a, b in pairwise(self.layer_bytes)), default=self.largest_layer)
 
 
@@ -71,15 +71,15 @@ def model_sizes(
     """Sizes of `model` in `dtype`.
 
     Args:
-        model: on the meta device or any other, whatever dtype its tensors have now.
+        model: the model, on any device, the meta device included, and in any dtype.
         layers: its MoE layers.
-        dtype: what its weights are in memory, quantised ones dequantized.
-        seq_len: tokens in a sequence.
+        dtype: dtype of its weights in memory, after dequantization.
+        seq_len: tokens per sequence.
 
     Raises:
         UnsupportedModel: see `decoder_layers`.
     """
-    model.tie_weights()  # a model built on meta is not yet
+    model.tie_weights()  # a model built on the meta device is not tied yet
     decoders = decoder_layers(model, [layer.name for layer in layers])
     by_layer = dict.fromkeys([name for name, _ in decoders], 0)
     rest = 0
@@ -107,7 +107,7 @@ def model_sizes(
 
 
 def residual_streams(config: PretrainedConfig) -> int:
-    """Residual streams between layers: 1, or as many as the hyper-connections mix."""
+    """Number of residual streams between layers: more than 1 with hyper-connections."""
     counts = (getattr(config, name, None) for name in _STREAM_COUNTS)
     return next((count for count in counts if isinstance(count, int)), 1)
 
@@ -115,16 +115,16 @@ def residual_streams(config: PretrainedConfig) -> int:
 def tensor_bytes(
     model: PreTrainedModel, dtype: torch.dtype, *, stored: bool = False
 ) -> Iterator[tuple[str, int]]:
-    """Name and bytes of every tensor of the model, tied ones once.
+    """Name and bytes of every tensor of the model; tied tensors are counted once.
 
-    Loading casts floating-point tensors to `dtype`, but those the model's class keeps in float32;
-    buffers no checkpoint holds stay as they were made. A few routers' biases that are made in
-    float32 and not named there stay float32 too, which a model on meta does not tell: some kB.
+    Loading casts floating-point tensors to `dtype`, except those that the model's class keeps in
+    float32. Non-persistent buffers keep their dtype. Some router biases are created in float32
+    without being listed by the class; a model on the meta device does not show that (some kB).
 
     Args:
-        model: the model, on whatever device.
-        dtype: the model's.
-        stored: leave out what no checkpoint holds.
+        model: the model, on any device.
+        dtype: dtype of the model.
+        stored: leave out non-persistent buffers, which no checkpoint contains.
     """
     kept = _kept_in_float32(model, dtype)
     held = model.state_dict().keys()
@@ -141,9 +141,9 @@ def tensor_bytes(
 
 
 def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """Names the model's class keeps in float32, by the rules of `from_pretrained`.
+    """Names that the model's class keeps in float32, by the rules of `from_pretrained`.
 
-    One list is for float16 only, the strict one for both half precisions; `*` is any text.
+    One list applies to float16 only, the strict one to bfloat16 too; `*` matches any text.
     """
     names: list[str] = []
     if dtype == torch.float16:
@@ -154,7 +154,7 @@ def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[s
 
 
 def _idle(layer: MoELayer, numbers: int) -> int:
-    """Of `numbers` spread evenly over a layer's experts, those a token does not use."""
+    """Of `numbers` values spread evenly over a layer's experts, those that a token does not use."""
     return numbers - numbers * layer.top_k // layer.num_experts
 
 
@@ -164,12 +164,10 @@ def _flops(
     decoders: Sequence[tuple[str, nn.Module]],
     seq_len: int,
 ) -> int:
-    """Two operations for each number of a matrix that is multiplied, and those of attention, in the
-    part that reads text.
+    """Operations per token of the text model: two per multiplied weight, and those of attention.
 
-    The head counts only where the model computes every token's logits. Norms, activations and
-    recurrent states of linear attention are left out: they are no matrix products, and small
-    beside them.
+    The head counts only if the model computes the logits of every token. Norms, activations and
+    the recurrent states of linear attention are left out: they are small beside matrix products.
     """
     prefix = text_prefix(model)
     decoders = [(name, module) for name, module in decoders if name.startswith(prefix)]
@@ -186,9 +184,9 @@ def _flops(
 
 
 def _multiplied(module: nn.Module) -> int:
-    """Numbers in matrices that each token is multiplied by; looked-up tables are none.
+    """Number of weights in the matrices that a token is multiplied by, embeddings excluded.
 
-    Stacked experts have biases of two dimensions, so biases are told by their names.
+    Biases are recognized by name, because those of stacked experts have two dimensions.
     """
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     return sum(
@@ -199,12 +197,13 @@ def _multiplied(module: nn.Module) -> int:
 
 
 def _attention(module: Any, config: PretrainedConfig, seq_len: int) -> int:
-    """Operations a token spends on scores and on the values they weigh, averaged over a sequence.
+    """Operations per token for attention scores and weighted values, averaged over a sequence.
 
-    2 * heads * (width of keys + width of values) * positions seen; causal, so a token sees
-    (L + 1) / 2 of them on average, or what its window leaves. Softmax attention of transformers is
-    told by its `scaling`; linear attention has none. Sparse attention (an indexer's top k) counts
-    as dense up to k positions; the indexer's own scores are left out.
+    2 * heads * (key width + value width) * attended positions. Attention is causal, so a token
+    attends to (L + 1) / 2 positions on average, or fewer with a sliding window. Softmax attention
+    in transformers is recognized by its `scaling`, which linear attention does not have. Sparse
+    attention (an indexer's top k) counts as dense up to k positions; the indexer's own scores are
+    left out.
     """
     key = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
     if not isinstance(key, int) or not isinstance(getattr(module, "scaling", None), float):
@@ -214,6 +213,6 @@ def _attention(module: Any, config: PretrainedConfig, seq_len: int) -> int:
     value = getattr(module, "v_head_dim", None) or key
     limits = (getattr(module, "sliding_window", None), getattr(config, "index_topk", None))
     window = min([seq_len, *(limit for limit in limits if isinstance(limit, int) and limit > 0)])
-    # The first `window` tokens see 1, 2, ... positions, the others `window` each.
+    # The first `window` tokens attend to 1, 2, ... positions, the others to `window` each.
     seen = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
     return int(2 * heads * (key + value) * seen)

@@ -1,4 +1,4 @@
-"""How fast this machine reads, copies and multiplies: measured, each within about a second."""
+"""Measures how fast this machine reads, copies and multiplies, in about one second each."""
 
 import os
 import time
@@ -13,12 +13,12 @@ from reap_kernels.experts.cpu import compute_dtype
 READ_BYTES = 256 << 20
 _CHUNK = 8 << 20
 _PAGE = 4096
-_SECONDS = 0.7  # of one measurement, so that all of it, preparation included, takes about 1
+_SECONDS = 0.7  # of one measurement, about 1 with its preparation
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Something per second, and how it was measured, in words."""
+    """A rate per second, and how it was measured, in words."""
 
     per_second: float
     how: str
@@ -26,12 +26,12 @@ class Rate:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a forecast of time rests on.
+    """The measured rates of a machine.
 
     Attributes:
-        disk: bytes read; None where there is no file to read.
-        copy: bytes from host to device; None where host and device are one.
-        matmul: floating-point operations in the run's dtype.
+        disk: bytes read per second; None if there is no file to read.
+        copy: bytes copied from host to GPU per second; None on a CPU.
+        matmul: floating-point operations per second in the run's dtype.
     """
 
     disk: Rate | None
@@ -40,12 +40,12 @@ class Rates:
 
 
 def measure(device: torch.device, dtype: torch.dtype, file: Path | None) -> Rates:
-    """All rates of this machine.
+    """Measures all rates of this machine.
 
     Args:
-        device: where the model computes.
-        dtype: in which.
-        file: the largest file of weights, None where there is none.
+        device: the device that the model runs on.
+        dtype: the dtype that it runs in.
+        file: the largest file of weights; None if there is none.
     """
     return Rates(
         disk=None if file is None else disk_rate(file),
@@ -55,10 +55,10 @@ def measure(device: torch.device, dtype: torch.dtype, file: Path | None) -> Rate
 
 
 def disk_rate(file: Path, most: int = READ_BYTES) -> Rate:
-    """Bytes a second one reader gets from the beginning of `file`, in order.
+    """Bytes per second of one sequential reader from the beginning of `file`.
 
-    The system is first asked to forget the file. Whether it did is looked up, not assumed: a read
-    that must not wait for the disk succeeds only where the page is in memory.
+    The system is first asked to drop the file from its page cache. Whether it did is tested with
+    non-blocking reads, which succeed only for cached pages.
     """
     buffer = memoryview(bytearray(_CHUNK))
     with file.open("rb", buffering=0) as stream:
@@ -74,7 +74,7 @@ def disk_rate(file: Path, most: int = READ_BYTES) -> Rate:
             done += count
         seconds = time.perf_counter() - began
     where = {
-        None: "from the disk or its cache: the system does not say which",
+        None: "from the disk or the page cache: the system does not say which",
         True: "from the page cache, not the disk",
         False: "from the disk",
     }[cached]
@@ -82,7 +82,7 @@ def disk_rate(file: Path, most: int = READ_BYTES) -> Rate:
 
 
 def _cached(descriptor: int, size: int) -> bool | None:
-    """Whether most of a file's first `size` bytes are in memory; None where nobody can tell."""
+    """Whether most of a file's first `size` bytes are in the page cache; None if unknown."""
     if not hasattr(os, "RWF_NOWAIT"):
         return None
     found, places = 0, range(0, size, max(_PAGE, size // 16))
@@ -91,13 +91,13 @@ def _cached(descriptor: int, size: int) -> bool | None:
             found += os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
         except BlockingIOError:
             continue
-        except OSError:  # the file system does not know the flag
+        except OSError:  # the file system does not support the flag
             return None
     return 2 * found > len(places)
 
 
 def copy_rate(device: torch.device) -> Rate:
-    """Bytes a second from pinned host memory to a GPU."""
+    """Bytes per second from pinned host memory to a GPU."""
     source = torch.empty(READ_BYTES, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(READ_BYTES, dtype=torch.uint8, device=device)
     seconds = _fastest(lambda: target.copy_(source, non_blocking=True), device)
@@ -105,7 +105,7 @@ def copy_rate(device: torch.device) -> Rate:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> Rate:
-    """Operations a second of a square product, in the dtype the kernels compute in there."""
+    """Operations per second of a square matrix product, in the dtype the kernels compute in."""
     used = compute_dtype(dtype) if device.type == "cpu" else dtype
     side = 1024 if device.type == "cpu" else 8192
     left, right = (torch.randn(side, side, device=device).to(used) for _ in range(2))
@@ -116,7 +116,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> Rate:
 
 
 def _fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of several calls, after one that does not count."""
+    """Seconds of the fastest of several calls, after one warm-up call."""
     best = float("inf")
     began = time.perf_counter()
     _once(work, device)
@@ -126,6 +126,7 @@ def _fastest(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _once(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, with synchronization."""
     began = time.perf_counter()
     work()
     if device.type != "cpu":

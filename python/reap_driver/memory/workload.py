@@ -1,14 +1,51 @@
-"""From a model and its data to what `decide` wants to know."""
+"""The workload of a run: how many tokens, how long the sequences, and how large a batch."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from reap_driver.memory.batch_size import footprint_of, full_batch
-from reap_driver.memory.decision import Workload
+from reap_driver.memory.batch_size import Footprint, footprint_of, full_batch
 from reap_driver.model.discover import MoELayer
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The work to be done.
+
+    Attributes:
+        tokens: number of tokens in all data.
+        seq_len: tokens per sequence.
+        footprint: bytes of activations per token.
+        full_batch: the batch size in sequences that keeps the processor busy, or the one requested.
+        fixed: whether it was requested; if not, a smaller one is used if memory is short.
+    """
+
+    tokens: int
+    seq_len: int
+    footprint: Footprint
+    full_batch: int
+    fixed: bool = False
+
+    @property
+    def smallest_batch(self) -> int:
+        """The smallest batch size allowed, in sequences."""
+        return self.full_batch if self.fixed else 1
+
+    def batch(self, free: int | None) -> int:
+        """The batch size, in sequences, with `free` bytes beside the model; None if unknown."""
+        if self.fixed or free is None:
+            return self.smallest_batch
+        fitting = self.footprint.tokens_within(max(0, free)) // self.seq_len
+        return max(1, min(self.full_batch, fitting))
+
+    def activations(self, batch: int, free: int | None) -> int:
+        """Upper estimate of a batch's bytes with `free` bytes beside the model; None if unknown."""
+        tokens = min(batch * self.seq_len, self.tokens)
+        limit = 4 * self.footprint.experts * tokens if free is None else max(0, free)
+        return self.footprint.nbytes(tokens, limit)
 
 
 def workload(
@@ -22,17 +59,17 @@ def workload(
     batch_size: int | None = None,
     all_logits: bool = False,
 ) -> Workload:
-    """What is to run.
+    """The workload of running a model on some data.
 
     Args:
-        model: on the meta device or any other.
+        model: the model, on any device, the meta device included.
         layers: its MoE layers.
-        tokens: of all data.
-        seq_len: tokens in a sequence.
-        device: where it will run.
-        dtype: in what.
-        batch_size: sequences at a time, None for as many as keep the device busy.
-        all_logits: whether the logits of every token are wanted.
+        tokens: number of tokens in all data.
+        seq_len: tokens per sequence.
+        device: the device that it will run on.
+        dtype: the dtype that it will run in.
+        batch_size: sequences per batch; None for as many as keep the device busy.
+        all_logits: whether the logits of every token are needed.
     """
     sequences = math.ceil(tokens / seq_len)
     wanted = full_batch(

@@ -1,1 +1,1 @@
-"""Observes a model: one run over calibration batches, statistics of every expert."""
+"""Observation: runs a model on calibration data and collects statistics of its experts."""

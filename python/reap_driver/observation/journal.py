@@ -1,8 +1,8 @@
-"""The journal of a long observation: statistics and position, from which it can be resumed.
+"""The journal of a long observation: its statistics and position, from which it can be resumed.
 
-A folder beside the output: `journal.json` says what is observed and how far it is, and names the
-files that belong to that position, with their digests. It is replaced last, so a run killed at any
-moment leaves either the position before or the one after, each with all its files.
+The journal is a folder next to the output. Its `journal.json` contains the identity of the run, the
+position, and the names and digests of the files of that position. It is replaced last and
+atomically, so a run that is killed at any moment leaves a complete earlier or later position.
 """
 
 import contextlib
@@ -38,19 +38,19 @@ FORMAT = Format(
     sealed=True,
 )
 
-# Without an interval given, writing takes at most this share of the time.
+# Largest share of the time for writing, if no interval is given.
 _SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A position in a journal.
+    """The entry of a journal.
 
     Attributes:
-        position: layers done (streamed) or batches done.
-        seconds: the run took up to there.
-        snapshot: statistics up to there.
-        states: folder of the batches' states, where layers are streamed.
+        position: number of finished layers (streamed) or batches (resident).
+        seconds: duration of the run so far.
+        snapshot: statistics so far.
+        states: folder of the batches' hidden states; None for a resident model.
     """
 
     position: int
@@ -63,9 +63,10 @@ class Journal:
     """A journal that is being written.
 
     Args:
-        folder: its folder; made when it is first written.
-        run: what identifies the run, JSON-serialisable: it can go on where all of it is the same.
-        every: layers or batches between two entries; None: as often as costs little time.
+        folder: its folder; created by the first write.
+        run: identity of the run, JSON-serializable: only a run with the same one can resume.
+        every: layers or batches between two entries; None to write as often as takes at most 5 %
+            of the time.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any], every: int | None = None) -> None:
@@ -91,16 +92,17 @@ class Journal:
         *,
         seconds: float = 0.0,
     ) -> None:
-        """Writes an entry and deletes the one before.
+        """Writes an entry and deletes the previous one.
 
         Args:
-            position: layers or batches done.
-            snapshot: statistics up to there.
-            states: writes the batches' states to a folder.
-            seconds: the run took up to there.
+            position: number of finished layers or batches.
+            snapshot: statistics so far.
+            states: writes the batches' hidden states to a folder.
+            seconds: duration of the run so far.
 
         Raises:
-            ResourceError: the disk is full; the entry before stays.
+            ResourceError: the disk is full; the previous entry is kept.
+            CheckpointError: the folder cannot be written.
         """
         began = time.monotonic()
         with self._file.writing():
@@ -125,10 +127,10 @@ class Journal:
         self._took = self._ended - began
 
     def resume(self) -> Entry:
-        """Reads the entry that is there, and goes on from it.
+        """Reads the entry; later entries continue from it.
 
         Raises:
-            DataError: there is none, it is of another run (the field that differs is named), or
+            DataError: there is no entry, it is of another run (names the field that differs), or
                 its files are damaged.
         """
         content = read(self.folder)
@@ -142,7 +144,7 @@ class Journal:
         return Entry(self.position, content["seconds"], snapshot, states)
 
     def remove(self) -> None:
-        """Deletes the journal, when what it was kept for is written."""
+        """Deletes the journal, after the output was written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -158,18 +160,18 @@ def read(folder: Path) -> dict[str, Any]:
         None,
         states_folder(folder, position).name,
     ):
-        why = f"names files that are not those of position {position}"
+        why = f"names files that do not belong to position {position}"
         raise FORMAT.refusal(folder / _NAME, why)
     return content
 
 
 def exists(folder: Path) -> bool:
-    """Whether a journal that can be resumed is there."""
+    """Whether a folder contains a journal."""
     return _file(folder).exists()
 
 
 def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Keeps other processes from a journal, see `ResumeFile.locked`."""
+    """A lock that keeps other processes from a journal; see `ResumeFile.locked`."""
     return _file(folder).locked()
 
 
@@ -182,10 +184,10 @@ def _stats_name(position: int) -> str:
 
 
 def _digests(folder: Path, stats: Path, states: Path | None) -> dict[str, str]:
-    """`sha256:...` of the files of an entry, by their names below the folder.
+    """{name relative to the folder: `sha256:...`} of the files of an entry.
 
     Raises:
-        OSError: one of them cannot be read.
+        OSError: a file cannot be read.
     """
     found = {}
     for path in [stats, *(sorted(states.iterdir()) if states is not None else ())]:
@@ -198,7 +200,7 @@ def _digests(folder: Path, stats: Path, states: Path | None) -> dict[str, str]:
 def _check_files(
     folder: Path, recorded: Mapping[str, str], stats: Path, states: Path | None
 ) -> None:
-    """Raises DataError unless the files of an entry are those that were written."""
+    """Raises DataError unless the files of an entry have the recorded digests."""
     try:
         found = _digests(folder, stats, states)
     except OSError as error:
@@ -211,7 +213,7 @@ def _check_files(
 
 
 def _delete_others(folder: Path, named: Collection[str | None]) -> None:
-    """Deletes entries that `journal.json` does not name."""
+    """Deletes the files of entries that `journal.json` does not name."""
     for path in folder.iterdir():
         if path.name in named or not path.name.startswith(("stats-", "states-", f".{_NAME}.")):
             continue

@@ -1,4 +1,4 @@
-"""Statistics of one layer of a model that is observed, and the check that they are its own."""
+"""Records the statistics of one layer, and checks its output against the module's own forward."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -16,12 +16,12 @@ from reap_kernels.dispatch import select
 from reap_kernels.errors import DataError, UnsupportedModel
 from reap_kernels.experts.request import request_of
 
-# Tokens on which a layer's first call is compared with the module's own forward. Few: the check
-# reads the weights of every expert they reach, which is most of its cost.
+# Number of tokens on which a layer's first call is compared with the module's own forward. Few,
+# because most of the cost is reading the weights of every expert that these tokens reach.
 _SAMPLE = 4
 
-# Largest accepted ||ours - eager|| / ||eager|| on the sample. Rounding explains a tenth of each; a
-# dropped expert or a wrong gate gives more than 0.1.
+# Largest accepted ||ours - eager|| / ||eager|| on the sample. Rounding causes at most a tenth of
+# each; a missing expert or a wrong activation causes more than 0.1.
 _TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 1e-4,
@@ -31,13 +31,13 @@ _TOLERANCE = {
 
 
 class Observation(Protocol):
-    """What a recorder asks of the observation that its layer is part of.
+    """What a recorder needs from the observer that it belongs to.
 
     Attributes:
-        backend: the kernel backend asked for; None for the best of each call.
-        forwards: how many the model has begun.
+        backend: the requested kernel backend; None for the best one for each call.
+        forwards: number of forwards that the model has started.
         groups: names of the calibration groups so far.
-        tokens: which tokens of the forward in hand count.
+        tokens: the token mask of the current forward.
     """
 
     backend: str | None
@@ -46,11 +46,11 @@ class Observation(Protocol):
     tokens: TokenMask
 
     def group_index(self) -> int:
-        """Index of the group that the forward in hand counts under."""
+        """Index of the calibration group of the current forward."""
         ...
 
     def check_finite(self) -> None:
-        """Raises DataError for the first layer whose experts gave NaN or Inf."""
+        """Raises DataError for the first layer whose experts returned NaN or Inf."""
         ...
 
 
@@ -63,12 +63,12 @@ class LayerRecorder:
         self._activation: Activation | None = None
         self._stats: LayerStats | None = None
         self._compared = False
-        self._dtype: torch.dtype | None = None  # that the model computes the layer in
-        self._forward = 0  # the last one that was counted, and what was counted before it
+        self._dtype: torch.dtype | None = None  # in which the model computes the layer
+        self._forward = 0  # the last one recorded; `_before` are the statistics before it
         self._before: LayerStats | None = None
-        self._total: Tensor | None = None  # of the rows; not finite where one is not
+        self._total: Tensor | None = None  # sum of the inputs; not finite if one is not
         self._served: dict[int, str] = {}
-        self._served_before: set[str] = set()  # the restored snapshot
+        self._served_before: set[str] = set()  # of the restored snapshot
 
     @property
     def called(self) -> bool:
@@ -82,11 +82,11 @@ class LayerRecorder:
 
     @property
     def served_by(self) -> set[str]:
-        """The backends that served this layer, which has run; they may differ by a call's size."""
+        """The backends that ran this layer, which was called; they may depend on a call's size."""
         assert self._stats is not None
         if self._served or self._served_before:
             return {*self._served.values(), *self._served_before}
-        # An adapter that brings the experts' outputs: only their statistics are a kernel's.
+        # The adapter computes the experts' outputs; a kernel computes only their statistics.
         dtype = next(self._layer.module.parameters()).dtype
         return {check_backend("saliency", self._stats.device, dtype, self.backend)}
 
@@ -101,10 +101,10 @@ class LayerRecorder:
         return self._layer.top_k
 
     def observe(self, hidden: Tensor, ids: Tensor, weights: Tensor, eager: Forward) -> Tensor:
-        """Routed output [T, H] of one call, recorded; the first is compared with `eager`."""
+        """The routed output [T, H] of one call, recorded; the first is compared with `eager`."""
         self.routed(ids, weights)
         mask = self.token_mask(len(hidden), hidden.device)
-        self.watch(weights, mask)  # few numbers, and not finite where the row is not
+        self.watch(weights, mask)  # smaller than the rows, and not finite if a row is not
         rows, experts = self.operands(hidden)
         stats, group = self.open(hidden.device)
         if len(hidden) not in self._served:
@@ -119,25 +119,25 @@ class LayerRecorder:
                 own = eager(hidden[few], ids[few], weights[few])
             except RuntimeError as error:
                 raise UnsupportedModel(
-                    f"{self.name}: the module's own forward fails, so nothing tells whether it is "
-                    f"observed right ({str(error).splitlines()[0]}); run the model without "
+                    f"{self.name}: the module's own forward fails, so the observed output cannot "
+                    f"be checked ({str(error).splitlines()[0]}); run the model without "
                     "observe(), and without autocast"
                 ) from error
             self.compare(out[few], own)
         return out
 
     def routed(self, ids: Tensor, weights: Tensor) -> None:
-        """Nothing: statistics need no more than the experts' rows. Observers of routing ask."""
+        """Called with the routing of every call. A hook for subclasses that record the routing."""
 
     def _comparable(self, ids: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Counted tokens with an expert of this process: of others it computes nothing."""
+        """Mask of counted tokens that reach an expert of this process; it computes no others."""
         if self._compared or self._layer.local is None:
             return mask
         own = ((ids >= 0) & (ids < self._layer.local_experts)).any(dim=1)
         return own if mask is None else own & mask
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, ExpertWeights]:
-        """The rows and the module's weights as they lie now, in the dtype the model computes in."""
+        """The input and the module's current weights, in the dtype that the model computes in."""
         experts = self._weights()
         dtype = _computed_dtype(experts.dtype, hidden.device)
         if dtype == experts.dtype:
@@ -153,7 +153,7 @@ class LayerRecorder:
         return adapter.weights(module, self._activation)
 
     def token_mask(self, tokens: int, device: torch.device) -> Tensor | None:
-        """[tokens] bool on `device`; None when all count."""
+        """The token mask, bool [tokens] on `device`; None if all tokens count."""
         return self._observation.tokens.for_layer(self._layer.name, tokens, device)
 
     def open(self, device: torch.device) -> tuple[LayerStats, int]:
@@ -173,41 +173,43 @@ class LayerRecorder:
         return self._stats, group
 
     def watch(self, rows: Tensor, mask: Tensor | None) -> None:
-        """Notes whether what comes to the experts is finite in all counted rows.
+        """Records whether the input of the experts is finite for all counted tokens.
 
         Args:
-            rows: [T, n] of the experts' input, or of what the router made of it.
-            mask: [T] bool; None where all rows count.
+            rows: [T, n], the experts' input, or what the router computed from it.
+            mask: bool [T]; None if all tokens count.
         """
         counted = rows if mask is None else torch.where(mask[:, None], rows, 0)
-        total = counted.sum(dtype=torch.float32)  # keeps NaN and Inf, and waits for no device
+        total = counted.sum(
+            dtype=torch.float32
+        )  # propagates NaN and Inf without synchronizing with the device
         self._total = total if self._total is None else self._total.to(total.device) + total
 
     @property
     def input_finite(self) -> bool:
-        """Whether all counted rows so far were finite."""
+        """Whether the input was finite for all counted tokens so far."""
         return self._total is None or bool(self._total.isfinite())
 
     def undo(self, forward: int) -> None:
-        """Takes back what was counted in a forward, if it was the last."""
+        """Removes what was recorded in a forward, if it is the last one recorded."""
         if self._forward == forward:
             self._stats, self._forward = self._before, 0
             self._dtype = None if self._stats is None else self._dtype
 
     def _check_dtype(self, device: torch.device) -> None:
-        """Raises UnsupportedModel where the layer computes in another dtype than before."""
+        """Raises UnsupportedModel if the layer computes in another dtype than before."""
         stored = next(self._layer.module.parameters()).dtype
         dtype = _computed_dtype(stored, device)
         if self._dtype not in (None, dtype):
             raise UnsupportedModel(
                 f"{self.name} was observed in {self._dtype} and computes in {dtype} now, but "
-                "statistics of two precisions do not add; change the model's dtype, or enter "
+                "statistics of two precisions cannot be added; change the model's dtype, or enter "
                 "autocast, before observing"
             )
         self._dtype = dtype
 
     def sample(self, tokens: int, mask: Tensor | None) -> Tensor | None:
-        """Rows for the first call's comparison, spread over the counted tokens."""
+        """Token indices for the first call's comparison, spread over the counted tokens."""
         if self._compared:
             return None
         rows = torch.arange(tokens) if mask is None else mask.cpu().nonzero().flatten()
@@ -217,16 +219,16 @@ class LayerRecorder:
         return rows[torch.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows))).long()]
 
     def compare(self, own: Tensor, eager: Tensor) -> None:
-        """Raise unless our rows are the module's own, within the dtype's tolerance."""
+        """Raises unless our output equals the module's own within the dtype's tolerance."""
         dtype = own.dtype if self._dtype is None else self._dtype
         name, tolerance = self._layer.name, _TOLERANCE[dtype]
         truth = eager.double()
         if not bool(truth.isfinite().all()):
             if self._layer.local is None:
-                self._observation.check_finite()  # a layer before this one may have spread it
+                self._observation.check_finite()  # an earlier layer may be the cause
             bad = int((~truth.isfinite().all(dim=-1)).sum())
             raise DataError(
-                f"{name}: the model's own experts give NaN or Inf for {bad} of {len(truth)} "
+                f"{name}: the model's own experts return NaN or Inf for {bad} of {len(truth)} "
                 f"tokens in {dtype}; check the checkpoint's weights, or load it in a wider "
                 "dtype"
             )
@@ -236,12 +238,11 @@ class LayerRecorder:
             raise UnsupportedModel(
                 f"{name} ({type(self._layer.module).__name__}): our output differs from the "
                 f"module's own by {error:.2e} relative, {tolerance:.0e} is allowed for "
-                f"{dtype}; this model computes something this version does not know, so it is "
-                "refused"
+                f"{dtype}; this version does not support what this model computes"
             )
 
     def collect(self, groups: int) -> LayerStats:
-        """A copy on the CPU with `groups` groups, of all ranks' experts; empty if it never ran."""
+        """A copy on the CPU with `groups` groups, of all ranks' experts; empty if never called."""
         copy, local = self.local(groups), self._layer.local
         return copy if local is None else local.gathered(self.name, copy)
 
@@ -253,13 +254,13 @@ class LayerRecorder:
         return copy
 
     def restore(self, stats: LayerStats, served_by: Iterable[str]) -> None:
-        """Goes on from these statistics, which those backends made."""
+        """Continues from these statistics, which the given backends computed."""
         self._stats = stats.to("cpu")
         self._served_before = set(served_by)
 
 
 def _computed_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """What products of weights of a dtype are computed in: autocast's, inside it."""
+    """The dtype of matrix products with weights of a dtype: that of autocast, inside it."""
     if stored == torch.float64 or not torch.is_autocast_enabled(device.type):
         return stored
     return torch.get_autocast_dtype(device.type)

@@ -1,7 +1,7 @@
-"""Observe a model: run it on calibration batches and collect statistics of every expert.
+"""Observes a model: collects statistics of every expert while the model runs on calibration data.
 
-The model computes what it always computes; the experts' function is swapped for one that yields the
-same output and the statistics in one pass, and swapped back on exit whatever happens.
+The experts' forward is replaced by one that computes the same output and the statistics in one
+pass, and is restored when the context exits. The model's outputs do not change.
 """
 
 import contextlib
@@ -35,12 +35,25 @@ from reap_kernels.schema import check, short
 DEFAULT_GROUP = "default"
 
 
-# Experts modules that an observer counts the tokens of.
+# Expert modules that are being observed.
 _OBSERVED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 class Observer:
-    """The context `observe()` returns. Statistics accumulate over every forward inside it."""
+    """The context that `observe()` returns; statistics accumulate over all forwards inside it.
+
+    Attributes:
+        model: the observed model, without wrappers.
+        backend: the requested kernel backend; None for the best one for each call.
+        layers: its MoE layers, in the model's order.
+        groups: names of the calibration groups so far, in the order of their first use.
+
+    Example:
+        >>> with rd.observe(model) as obs:
+        ...     for ids in calibration:  # int64 [batch, seq]
+        ...         obs(input_ids=ids)
+        >>> obs.stats.save("stats.safetensors")
+    """
 
     def __init__(self, model: PreTrainedModel, backend: str | None = None) -> None:
         self.model = model = unwrap_model(model)
@@ -56,8 +69,8 @@ class Observer:
         self._sources: list[dict[str, Any]] = []
         self._notes: list[str] = []
         self._inside_group = False
-        self._pending: str | None = None  # a group that was named and not entered
-        self._thread: int | None = None  # that entered the context; None outside it
+        self._pending: str | None = None  # a group that was created but not entered
+        self._thread: int | None = None  # the one that entered the context; None outside it
         self._running = False
         self._groups_before = 0
         self.forwards = 0
@@ -97,7 +110,7 @@ class Observer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._running:  # the forward was left by what is no Exception, such as Ctrl-C
+        if self._running:  # a BaseException such as KeyboardInterrupt ended the forward
             self._undo()
         self._thread = None
         self._exit.close()
@@ -105,28 +118,31 @@ class Observer:
             self._notes.append(f"the observation was ended early by {kind.__name__}")
 
     def __call__(self, *args: Any, token_mask: Tensor | None = None, **batch: Any) -> Any:
-        """Run the model on one batch and return its output. A forward that fails counts nothing.
+        """Runs the model on one batch and returns its output.
+
+        A forward that fails leaves the statistics unchanged.
 
         Args:
-            token_mask: [batch, seq] bool, tokens to count (answer tokens only, say); combined with
-                `attention_mask` if both are given. Tokens left out are computed, not counted.
-            **batch: the model's own arguments (`input_ids` [batch, seq] int64, ...), moved to its
-                device. `position_ids` [batch, seq] that begin anew inside a row are those of
-                documents packed into it, which are kept apart.
+            token_mask: bool [batch, seq], tokens to count, such as answer tokens only; combined
+                with `attention_mask` if both are given. Other tokens are computed, not counted.
+            **batch: keyword arguments of the model's forward (`input_ids` [batch, seq] int64,
+                ...), which are moved to its device. If `position_ids` [batch, seq] restart within
+                a row, the row contains packed documents, which do not attend to each other.
+
+        Returns:
+            The model's output.
 
         Raises:
-            UsageError: outside the `with` block, where nothing would be counted; or arguments
-                without names.
-            DataError: empty batch, a token id outside the vocabulary, masks that do not fit, an
-                argument that the model does not have.
-            UnsupportedModel: a layer's output differs from the module's own; or padding in a model
-                whose own output changes with padding, or packed documents in one that cannot keep
-                them apart; or the model is not the one that was entered (modules, dtype, training
-                mode).
+            UsageError: called outside the `with` block, or with positional arguments.
+            DataError: the batch is empty, a token id is outside the vocabulary, a mask does not
+                fit, or the model does not take an argument.
+            UnsupportedModel: a layer's output differs from the module's own; the batch has padding
+                or packed documents and the model cannot handle them exactly; or the model changed
+                inside the context (modules, dtype, training mode).
         """
         if self._thread is None:
             raise UsageError(
-                "this observer is called outside its `with` block, where it counts nothing; write "
+                "this observer is called outside its `with` block, where it records nothing; write "
                 "`with rd.observe(model) as obs: obs(**batch)`"
             )
         if args:
@@ -141,21 +157,21 @@ class Observer:
             self._undo()
             raise
         finally:
-            self._running = False  # what a streamed model ran is counted, though it was left
+            self._running = False  # a streamed model aborts its forward, but it counts
 
     def group(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Forwards inside the context are counted under the calibration group `name`.
+        """A context in which forwards are counted under the calibration group `name`.
 
         Raises:
-            UsageError: the name is no text, or empty; or the context lies in that of another group,
-                for a token is of one.
+            UsageError: the name is empty or not a string; or the context is inside that of another
+                group, because a token counts under one group only.
 
         Example:
             >>> with rd.observe(model) as obs, obs.group("code"):
             ...     obs(**batch)
         """
         if not isinstance(name, str) or not name:
-            raise UsageError(f"group {short(name)} is no name; give a text such as 'code'")
+            raise UsageError(f"group {short(name)}: must be a non-empty string, such as 'code'")
         self._pending = name
         return self._grouped(name)
 
@@ -164,8 +180,8 @@ class Observer:
         self._pending = None
         if self._inside_group and name != self.current:
             raise UsageError(
-                f"group {name!r} is entered inside group {self.current!r}, but a token is counted "
-                "under one group; leave the first before"
+                f"group {name!r} is entered inside group {self.current!r}, but a token counts "
+                "under one group only; exit the first group before"
             )
         before = self.current, self._inside_group
         self.current, self._inside_group = name, True
@@ -175,10 +191,10 @@ class Observer:
             self.current, self._inside_group = before
 
     def add_source(self, source: dict[str, Any]) -> None:
-        """Record where calibration data came from, in the provenance of the statistics.
+        """Records the origin of calibration data in the provenance of the statistics.
 
         Raises:
-            DataError: a field has a value that statistics cannot keep.
+            DataError: a field has a value that a statistics file cannot store.
         """
         try:
             check(as_read(source), SOURCE)
@@ -187,7 +203,7 @@ class Observer:
         self._sources.append(source)
 
     def group_index(self) -> int:
-        """Index of the current group, which exists from its first use."""
+        """Index of the current group, which is created on first use."""
         if self.current not in self.groups:
             self.groups.append(self.current)
         return self.groups.index(self.current)
@@ -196,16 +212,17 @@ class Observer:
     def stats(self) -> SaliencyStats:
         """Statistics of everything observed so far, on the CPU, with their provenance.
 
-        Layers that no token reached while others were reached (vision experts, on text) are left
-        out and named under `provenance["unobserved"]`: they have no scores, good or bad. Which
-        layers share a field that counts their experts is then under `provenance["stacks"]`.
+        Layers that no token reached, although others were reached (such as vision experts, with
+        text), are left out and listed in `provenance["unobserved"]`, because they have no scores.
+        In that case `provenance["stacks"]` lists the layers that share a config field for their
+        number of experts.
 
-        Of an expert-parallel model, all experts, on every rank; so every rank must read it, at the
-        same point. Its ranks see the same tokens, which are not added up.
+        For an expert-parallel model this is a collective operation: every rank must read it, and
+        gets the statistics of all experts. All ranks run the same tokens, which count once.
 
         Raises:
-            DataError: an expert's output was NaN or Inf; names layer, group and count. Or the
-                ranks of an expert-parallel model were given different batches.
+            DataError: an expert's output was NaN or Inf (names layer, group and count); or the
+                ranks of an expert-parallel model ran different batches.
         """
         groups = self.groups or [DEFAULT_GROUP]
         collected = {
@@ -217,7 +234,7 @@ class Observer:
         return SaliencyStats(kept, list(groups), self._provenance(list(kept)))
 
     def snapshot(self) -> SaliencyStats:
-        """A copy on the CPU of what this process observed so far, for `restore` to go on from.
+        """A copy, on the CPU, of the statistics of this process so far, for `restore`.
 
         Raises:
             DataError: an expert's output was NaN or Inf.
@@ -230,26 +247,28 @@ class Observer:
         return SaliencyStats(layers, list(groups), {"served": served})
 
     def restore(self, snapshot: SaliencyStats) -> None:
-        """Goes on from a snapshot of an observation of the same model, as if it had been made here.
+        """Continues from a snapshot of an observation of the same model.
 
         Raises:
-            DataError: the snapshot has a layer that this model has not, or not so.
+            DataError: the snapshot has a layer that the model does not have, or has with another
+                number of experts.
         """
         served = snapshot.provenance.get("served", {})
         experts = {layer.name: layer.local_experts for layer in self.layers}
         for name, stats in snapshot.layers.items():
             if name not in served or experts.get(name) != stats.num_experts:
                 raise DataError(
-                    f"a snapshot has layer {name!r} with {stats.num_experts} experts, which this "
-                    "model has not; start anew"
+                    f"the snapshot has layer {name!r} with {stats.num_experts} experts, which this "
+                    "model does not have; start again without it"
                 )
         self.groups = list(snapshot.groups)
         for name, stats in snapshot.layers.items():
             self._recorders[name].restore(stats, served[name])
 
     def check_finite(self) -> None:
-        """Raises DataError for the first layer, in the model's order, whose experts in this process
-        gave NaN or Inf so far; of the layers behind it the input is not finite.
+        """Raises DataError for the first layer whose experts in this process returned NaN or Inf.
+
+        Later layers are not reported: their inputs are not finite because of it.
         """
         groups = len(self.groups or [DEFAULT_GROUP])
         called = {name: recorder for name, recorder in self._recorders.items() if recorder.called}
@@ -268,7 +287,7 @@ class Observer:
 
     @torch.compiler.disable
     def _before_forward(self, *_: Any) -> None:
-        """Refuses a forward that would be counted wrongly."""
+        """Refuses a forward whose statistics would be wrong."""
         if self._running:
             self._undo()
         if threading.get_ident() != self._thread:
@@ -284,18 +303,18 @@ class Observer:
             )
         if torch.is_grad_enabled():
             raise UsageError(
-                "gradients were enabled inside observe(), which computes none; leave out "
-                "torch.enable_grad(), or train outside it"
+                "gradients are enabled inside observe(), which computes none; remove "
+                "torch.enable_grad(), or train outside of the context"
             )
         self._check_model()
         self._running, self._groups_before = True, len(self.groups)
         self.forwards += 1
 
     def _check_model(self, *, all_modules: bool = False) -> None:
-        """Raises UnsupportedModel unless the model is as it was found, in evaluation mode.
+        """Raises UnsupportedModel unless the modules are unchanged and in evaluation mode.
 
         Args:
-            all_modules: look at the mode of every module, not only of the MoE layers' blocks.
+            all_modules: check the mode of every module, not only of the MoE blocks.
         """
         blocks: list[tuple[str, nn.Module]] = [("", self.model)]
         for layer in self.layers:
@@ -308,14 +327,14 @@ class Observer:
             if found is not layer.module:
                 raise UnsupportedModel(
                     f"{layer.name} is another module than when observe() was called, so its tokens "
-                    "would not be counted; change the model before, and observe it anew"
+                    "would not be counted; change the model first, then call observe() again"
                 )
             blocks.append((block_name, block))
         for name, module in self.model.named_modules() if all_modules else blocks:
             check_mode(name, module)
 
     def _undo(self) -> None:
-        """Takes back what a forward that failed has counted."""
+        """Removes what a failed forward has recorded."""
         if self._running:
             for recorder in self._recorders.values():
                 recorder.undo(self.forwards)
@@ -324,18 +343,18 @@ class Observer:
 
     @torch.compiler.disable
     def _ended(self, _: nn.Module, __: Any, output: Any) -> None:
-        """A forward is over, called by whomever; without output it failed."""
+        """Called after every forward; without an output, it failed."""
         if output is None:
             self._undo()
         self._running = False
 
     @torch.compiler.disable
     def _after_forward(self, *_: Any) -> None:
-        """Refuse a model that runs without calling any of the experts we bound."""
+        """Refuses a model that runs without calling any of the observed experts."""
         if not any(recorder.called for recorder in self._recorders.values()):
             raise UnsupportedModel(
                 f"{type(self.model).__name__} ran, but none of its {len(self.layers)} MoE layers "
-                f"({self.layers[0].name}, ...) was called: something replaced their block; load "
+                f"({self.layers[0].name}, ...) was called: something replaced their blocks; load "
                 "the model without hub kernels (use_kernels) and without torch.compile"
             )
 
@@ -367,23 +386,26 @@ class Observer:
 
 @typed
 def observe(model: PreTrainedModel, *, backend: str | None = None) -> Observer:
-    """Collect expert statistics of every forward of `model` inside the context.
+    """Collects statistics of every expert in all forwards of `model` inside the context.
 
-    No gradients are computed inside it. It may be entered again later: the statistics add up. Under
-    autocast, experts compute in its dtype, as the model's own do.
+    No gradients are computed inside it. The context may be entered again, which adds to the
+    statistics. Under autocast, the experts compute in its dtype, as in the model's own forward.
 
     Args:
-        model: a loaded MoE model in eval mode; of one that `torch.compile`, `DataParallel` or
-            `DistributedDataParallel` has wrapped, the model inside runs.
-        backend: kernel backend, never falling back; default the best one for each call.
+        model: a loaded MoE model in evaluation mode. If `torch.compile`, `DataParallel` or
+            `DistributedDataParallel` wraps it, the wrapped model runs.
+        backend: kernel backend, without fallback; None for the best one for each call.
+
+    Returns:
+        The observer: call it with a batch to run the model, read `stats` for the statistics.
 
     Raises:
-        UsageError: `model` is no model.
+        UsageError: `model` is not a model.
         UnsupportedModel: see `find_moe_layers`.
 
     Example:
         >>> with rd.observe(model) as obs:
-        ...     obs(input_ids=ids)
+        ...     obs(input_ids=ids)  # int64 [batch, seq]
         >>> scores = rd.score(obs.stats)
     """
     return Observer(model, backend)

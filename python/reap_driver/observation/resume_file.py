@@ -1,8 +1,8 @@
 """The file from which a long run is resumed after it was interrupted or killed.
 
-It says which run it is of and how far that is. It is replaced in one step, so a run killed at any
-moment leaves a file that can be read. A journal (journal.py) has other files beside it; the state
-of a search (budget_search/search_state.py) is this file alone.
+It contains the identity of the run and its progress. It is replaced atomically, so a run that is
+killed at any moment leaves a readable file. A journal (journal.py) has further files; the state of
+a search (budget_search/search_state.py) is only this file.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from reap_kernels.errors import CheckpointError, DataError, ResourceError
 from reap_kernels.files import NO_SPACE, is_file, replaced
 from reap_kernels.schema import Flag, Int, Kind, ListOf, Real, Record, Text, short
 
-# Fields of every such file. Of what identifies a run, those that are read before they are compared
-# have a kind.
+# Fields of every such file. Of a run's identity, those that are read before the identities are
+# compared have a kind.
 FIELDS: dict[str, Kind] = {
     "run": Record(
         optional={
             "batch sizes": ListOf(Int(1, 2**31)),
             "streamed": Flag(),
-            "parked": Text(choices=("device", "host", "file")),
+            "offload": Text(choices=("device", "host", "file")),
         },
         open=True,
     ),
@@ -35,13 +35,13 @@ FIELDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class ResumeFile:
-    """The file of one run.
+    """The file from which one run is resumed.
 
     Attributes:
-        path: of the file.
-        format: its fields, `FIELDS` among them. Errors call the file what the format does.
-        place: what errors name, and what the lock is beside: the file, or the folder it is in.
-        otherwise: how to do without it, in words, where that is possible.
+        path: path of the file.
+        format: its fields, `FIELDS` among them, and the name of the file in errors.
+        place: the path that errors name, and that the lock is next to: the file, or its folder.
+        otherwise: how to run without the file, in words; empty if that is not possible.
     """
 
     path: Path
@@ -50,24 +50,24 @@ class ResumeFile:
     otherwise: str = ""
 
     def exists(self) -> bool:
-        """Whether there is a file."""
+        """Whether the file exists."""
         return is_file(self.path)
 
     def read(self) -> dict[str, Any]:
         """The checked content.
 
         Raises:
-            DataError: there is no file, or it cannot be read.
+            DataError: the file does not exist, or cannot be read.
         """
         if not self.exists():
             raise DataError(
-                f"{self.place}: no {self.format.what} there, so there is nothing to resume; run "
-                "without --resume"
+                f"{self.place}: there is no {self.format.what}, so nothing to resume; run without "
+                "--resume"
             )
         return self.format.read(self.path)
 
     def check_same(self, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        """Compares what identifies the run of the file with this run, field by field.
+        """Compares the identity of the file's run with that of this run, field by field.
 
         Raises:
             DataError: a field differs; names it, with both values.
@@ -77,20 +77,20 @@ class ResumeFile:
             if before != after:
                 raise DataError(
                     f"{self.place}: the {self.format.what} is of another run: {field[:300]} was "
-                    f"{short(before, 300)}, now it is {short(after, 300)}; give what was given "
-                    "then, or delete it and start anew"
+                    f"{short(before, 300)}, now it is {short(after, 300)}; use the same "
+                    "arguments as then, or delete it and start again"
                 )
 
     def write(self, run: Mapping[str, Any], seconds: float, **fields: Any) -> None:
         """Replaces the file.
 
         Args:
-            run: what identifies the run.
-            seconds: it took until now, rounded to milliseconds.
-            fields: the others of the format.
+            run: identity of the run.
+            seconds: duration of the run so far; rounded to milliseconds.
+            fields: the other fields of the format.
 
         Raises:
-            CheckpointError, ResourceError: see `writing`; the file before stays.
+            CheckpointError, ResourceError: see `writing`; the previous file is kept.
         """
         content = self.format.complete({"run": run, **fields, "seconds": round(seconds, 3)})
         with self.writing(), replaced(self.path) as temporary:
@@ -98,11 +98,11 @@ class ResumeFile:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turns an error of the disk into one that says what to do.
+        """Turns errors of the file system into errors with a remedy.
 
         Raises:
             ResourceError: the disk is full.
-            CheckpointError: something else cannot be written.
+            CheckpointError: any other error.
         """
         try:
             yield
@@ -118,10 +118,10 @@ class ResumeFile:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from the file, until the block or this process ends.
+        """Keeps other processes from the file until the block or this process ends.
 
         Raises:
-            CheckpointError: another process has the lock, or it cannot be made.
+            CheckpointError: another process has the lock, or the lock cannot be created.
         """
         with contextlib.ExitStack() as stack:
             with self.writing():

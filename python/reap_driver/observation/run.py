@@ -1,7 +1,7 @@
-"""Runs a model over calibration batches while it is observed, resident or streamed.
+"""Runs a model over batches, resident or streamed by decoder layer.
 
-Both ways observe the same batches in the same composition through the same observer, write the
-same journal, and end with the same statistics, bit for bit.
+Both ways run the same batches through the same observer and write the same kind of journal. Their
+statistics are identical, bit for bit.
 """
 
 import contextlib
@@ -24,24 +24,24 @@ from reap_driver.observation.observer import DEFAULT_GROUP, Observer
 from reap_driver.observation.state_store import StateStore
 from reap_kernels.errors import DataError
 
-_LISTEN = 0.1  # seconds between two looks at whether somebody has asked the run to end
+_POLL = 0.1  # seconds between two checks of a request to end the run
 
 
 class Batches(Protocol):
-    """Batches by their number, made when asked for: a streamed model asks once a layer."""
+    """Batches by number, made on demand; a streamed model requests each one once per layer."""
 
     def group(self, number: int) -> str:
-        """The calibration group a batch is counted under."""
+        """The calibration group of a batch."""
         ...
 
     def inputs(self, number: int) -> dict[str, Tensor]:
-        """The observer's arguments: `input_ids` [batch, seq] int64 and what goes with them."""
+        """Keyword arguments of the observer: `input_ids` [batch, seq] int64 and others."""
         ...
 
 
 @dataclass(frozen=True)
-class Given:
-    """Batches and their groups as they were given from Python."""
+class BatchList:
+    """Batches in memory, and their groups."""
 
     batches: Sequence[Mapping[str, Tensor]]
     groups: Sequence[str]
@@ -49,8 +49,12 @@ class Given:
     @classmethod
     def checked(
         cls, batches: Sequence[Mapping[str, Tensor]], groups: Sequence[str] | None
-    ) -> "Given":
-        """Raises DataError unless there is a batch, and a group for each; None: one for all."""
+    ) -> "BatchList":
+        """Batches with one group each; by default all in one.
+
+        Raises:
+            DataError: there is no batch, or the number of groups is not that of the batches.
+        """
         names = [DEFAULT_GROUP] * len(batches) if groups is None else list(groups)
         if not batches or len(names) != len(batches):
             raise DataError(
@@ -68,8 +72,8 @@ class Given:
         return dict(self.batches[number])
 
 
-class Called(Protocol):
-    """A model as a run calls it: inside its context, with batches of one calibration group."""
+class ModelContext(Protocol):
+    """The interface through which a run calls its model: an `Observer` or a predictor."""
 
     model: PreTrainedModel
 
@@ -83,11 +87,11 @@ class Called(Protocol):
     ) -> Any: ...
 
     def group(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Calls inside the context are counted under this calibration group."""
+        """A context in which batches are counted under this calibration group."""
         ...
 
     def __call__(self, **inputs: Any) -> Any:
-        """Runs the model on a batch: `Batches.inputs`."""
+        """Runs the model on a batch, with the arguments of `Batches.inputs`."""
         ...
 
 
@@ -100,12 +104,12 @@ class ObserverJournal:
 
     @property
     def folder(self) -> Path:
-        """Where it is."""
+        """Folder of the journal."""
         return self.journal.folder
 
     @property
     def position(self) -> int:
-        """Layers or batches that it has."""
+        """Number of layers or batches in the journal."""
         return self.journal.position
 
     def due(self, position: int) -> bool:
@@ -124,16 +128,16 @@ class Run:
     """One pass of a model over batches.
 
     Attributes:
-        observer: what calls the model; entered by the run.
-        batches: what it runs on; the numbers are those of the whole calibration set.
-        numbers: which of them are this process's.
-        stop: whether it was asked to end.
-        journal: what it writes, if anything.
-        done: called with the share of the whole work that was just done.
-        seconds: it ran, in the runs it goes on from too.
+        observer: calls the model; the run enters its context.
+        batches: batches of the whole calibration set, by number.
+        numbers: numbers of the batches of this process.
+        stop: the request to end the run.
+        journal: the journal to write; None for none.
+        done: called with the fraction of the work that was just finished.
+        seconds: duration of the run, the earlier runs that it resumes included.
     """
 
-    observer: Called
+    observer: ModelContext
     batches: Batches
     numbers: Sequence[int]
     stop: Stop
@@ -143,36 +147,36 @@ class Run:
     _began: float = field(default_factory=time.monotonic)
 
     def clock(self) -> float:
-        """Seconds it ran so far, kept in `seconds`."""
+        """Updates `seconds` and returns it."""
         now = time.monotonic()
         self.seconds, self._began = self.seconds + now - self._began, now
         return self.seconds
 
     @property
     def start(self) -> int:
-        """Layers or batches that the journal has already."""
+        """Number of layers or batches that the journal already contains."""
         return 0 if self.journal is None else self.journal.position
 
     def feed(self, number: int, inputs: Mapping[str, Tensor]) -> Any:
-        """Runs the model on a batch."""
+        """Runs the model on a batch, counted under the batch's group."""
         with self.observer.group(self.batches.group(number)):
             return self.observer(**inputs)
 
     def interrupt(self, what: str) -> Interrupted:
-        """What is raised to end the run, when the journal is written."""
+        """The exception that ends the run; its text says how to resume."""
         if self.journal is None or not self.journal.position:  # nothing to resume
             return self.stop.interrupted(f"interrupted {what}")
         return self.stop.interrupted(
-            f"interrupted {what}; the journal is in {self.journal.folder}: give the same command "
-            "with --resume to go on from there"
+            f"interrupted {what}; the journal is in {self.journal.folder}: run the same command "
+            "with --resume to continue from there"
         )
 
 
 def run_resident(run: Run) -> None:
-    """Runs a model that is in memory, batch by batch.
+    """Runs a resident model, batch by batch.
 
     Raises:
-        Interrupted: on request, between two batches, with the journal written.
+        Interrupted: the run was asked to end; the journal is written. Raised between two batches.
     """
     total = len(run.numbers)
     left = run.numbers[run.start :]
@@ -192,8 +196,8 @@ def run_streamed(run: Run, streamed: StreamedModel, store: StateStore) -> None:
     """Runs a model layer by layer, each layer on all batches.
 
     Raises:
-        Interrupted: on request, with the journal written: at once where it is current, else when
-            the layer in hand is done.
+        Interrupted: the run was asked to end; the journal is written. Raised as soon as the journal
+            contains every finished layer, else after the current layer.
     """
     layers = streamed.text_layers
     runner, total = LayerRunner(layers), len(layers)
@@ -218,7 +222,7 @@ def run_streamed(run: Run, streamed: StreamedModel, store: StateStore) -> None:
 def _run_batch(
     run: Run, runner: LayerRunner, store: StateStore, layer: int, number: int, following: int | None
 ) -> None:
-    """One layer on one batch; a layer that a batch does not reach leaves its state alone."""
+    """Runs one layer on one batch; if the model skips the layer, the state stays the same."""
     state = store.get(number, following)
     inputs = ready_for(run.batches.inputs(number), store.device)
     new = runner.run(layer, lambda: run.feed(number, inputs), state)
@@ -226,19 +230,19 @@ def _run_batch(
 
 
 def _await(run: Run, streamed: StreamedModel, layer: int, total: int) -> None:
-    """Waits for a layer's weights, and listens."""
-    while not streamed.ready(layer, _LISTEN):
+    """Waits for a layer's weights; a request to end the run is served meanwhile."""
+    while not streamed.ready(layer, _POLL):
         _leave_if_current(run, layer, total)
 
 
 def _leave_if_current(run: Run, layer: int, total: int) -> None:
-    """Ends the run on request where the journal lacks no more than the layer in hand."""
+    """Ends the run if that was requested and the journal contains every finished layer."""
     if run.stop.requested and (run.journal is None or run.journal.position == layer):
         raise run.interrupt(f"after {layer} of {total} layers")
 
 
 def _write(run: Run, store: StateStore, position: int, total: int) -> None:
-    """Writes the journal behind a layer where it is due: always where the states are files."""
+    """Writes the journal after a layer if it is due; always if the states are in files."""
     journal = run.journal
     if journal is None:
         return
@@ -249,19 +253,19 @@ def _write(run: Run, store: StateStore, position: int, total: int) -> None:
 
 
 def _check_end(run: Run, runner: LayerRunner, store: StateStore, total: int) -> None:
-    """Lets one batch run to the end of the model, without its layers: nothing may be left to run.
+    """Runs what follows the last layer on one batch, to check that no layer is called there.
 
     Raises:
-        UnsupportedModel: the model calls layers again, or none of its experts was called.
+        UnsupportedModel: the model calls a layer again, or called none of its experts.
     """
     number = run.numbers[0]
     state = None if store.empty else store.get(number, None)
-    if state is None:  # the run that wrote the journal got past here; or no layer is for the batch
+    if state is None:  # checked by the run that wrote the journal, or the batch reaches no layer
         return
     inputs = ready_for(run.batches.inputs(number), store.device)
     runner.run(total, lambda: run.feed(number, inputs), state)
 
 
 def _followed(numbers: Sequence[int]) -> Iterator[tuple[int, int | None]]:
-    """Every number with the one behind it."""
+    """Each number with the one that follows it."""
     return zip(numbers, [*numbers[1:], None], strict=True)

@@ -1,6 +1,6 @@
-"""Where states of batches lie between two decoder layers: on the device, on the host, in files.
+"""Stores the states of batches between two decoder layers: on the device, on the host, or in files.
 
-A journal needs the same files, so states that lie in files are in its folder already.
+State files have the same format in the journal's folder, so a journal needs no copies of them.
 """
 
 import math
@@ -8,22 +8,21 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reap_driver.base.threads import background
-from reap_driver.observation.states import State, check_skeleton
+from reap_driver.memory.decision import Offload
+from reap_driver.observation.batch_state import BatchState, check_skeleton
 from reap_kernels.documents import Format
 from reap_kernels.errors import DataError
 from reap_kernels.files import sync
 from reap_kernels.schema import Anything, Int, ListOf, Record, short
 from reap_kernels.tensor_files import read_tensors, write_tensors
 
-Place = Literal["device", "host", "file"]
-
-# Not sealed: the journal has the digests of whole files.
+# Not sealed: the journal contains the digests of whole files.
 FORMAT = Format(
     "reap-state",
     1,
@@ -39,14 +38,14 @@ FORMAT = Format(
     "delete the journal's folder and start anew",
 )
 
-# In place of the state of a batch that no layer was for yet.
-_NONE = State(-1, None)
+# Stored for a batch that no layer has run on yet.
+_NONE = BatchState(-1, None)
 
-# Elements of a tensor; one that is expanded may have many more than the memory it lies in.
+# Largest number of elements of a tensor; an expanded one has more elements than memory.
 _MOST = 2**48
 
-# Copies lie as far from a multiple of this as what they are copies of: some products round
-# differently at other addresses.
+# A copy has the same address modulo this (in bytes) as the original, because some matrix products
+# round differently at other alignments.
 _ALIGNMENT = 64
 
 
@@ -54,48 +53,48 @@ class StateStore:
     """The states of the batches of one process.
 
     Args:
-        place: where they lie. On the device they stay as they were made; on the host and in files
-            they are copies with the same values and strides.
-        device: where the model computes.
-        folder: for files: where folders of them are made, one for each layer.
+        place: where the states are stored. On the device they are not copied; on the host and in
+            files they are copies with the same values and strides.
+        device: the device that the model runs on.
+        folder: parent of the folders of state files, one per layer; needed for files only.
     """
 
-    def __init__(self, place: Place, device: torch.device, folder: Path | None = None) -> None:
-        self._place: Place = "device" if place == "host" and device.type == "cpu" else place
+    def __init__(self, place: Offload, device: torch.device, folder: Path | None = None) -> None:
+        self._place: Offload = "device" if place == "host" and device.type == "cpu" else place
         self.device = device
-        self._states: dict[int, State] = {}
+        self._states: dict[int, BatchState] = {}
         self._loaded: Path | None = None
         self._files = _Files(folder) if folder is not None and place == "file" else None
 
     @property
     def in_files(self) -> bool:
-        """Whether states are in files anyway."""
+        """Whether states are stored in files."""
         return self._files is not None
 
     @property
     def empty(self) -> bool:
-        """Whether no states were put or loaded."""
+        """Whether no state has been put or loaded."""
         return not self._states if self._files is None else self._files.empty
 
     def begin(self, position: int) -> None:
-        """States that are put from now on are those behind `position` layers."""
+        """Starts a layer: states that are put from now on are those after `position` layers."""
         if self._files is not None:
             self._files.begin(position)
 
     def turn(self) -> None:
-        """All of them are there: states that are asked for from now on are those."""
+        """Ends a layer: `get` returns the states that were put since `begin`."""
         if self._files is not None:
             self._files.turn()
 
-    def get(self, number: int, following: int | None) -> State | None:
+    def get(self, number: int, following: int | None) -> BatchState | None:
         """The state of a batch, on the device; None before its first layer.
+
+        Args:
+            number: number of the batch.
+            following: number of the batch that will be requested next, to be read ahead.
 
         Raises:
             DataError: its file is missing or damaged.
-
-        Args:
-            number: of the batch.
-            following: the batch that will be asked for next.
         """
         if self._files is not None:
             state = self._files.get(number, following)
@@ -107,8 +106,8 @@ class StateStore:
             return None
         return state if self._place == "device" else state.moved(self._here)
 
-    def put(self, number: int, state: State | None) -> None:
-        """Keeps the state of a batch in place of the one it had; None: no layer was for it yet."""
+    def put(self, number: int, state: BatchState | None) -> None:
+        """Replaces the state of a batch; None if no layer has run on it yet."""
         state = _NONE if state is None else state
         if self._files is not None:
             self._files.put(number, state)
@@ -116,21 +115,21 @@ class StateStore:
             self._states[number] = state.moved(_pinned) if self._place == "host" else state
 
     def save(self, folder: Path) -> None:
-        """Writes all states to a folder, flushed to disk."""
+        """Writes all states to a folder and flushes them to disk."""
         if self._files is not None:
             self._files.flush(folder)
             return
-        if self.device.type == "cuda":  # copies to pinned memory are queued
+        if self.device.type == "cuda":  # wait for asynchronous copies to pinned memory
             torch.cuda.synchronize(self.device)
         folder.mkdir(exist_ok=True)
         for number, state in self._states.items():
             write_state(_file(folder, number), state, flush=True)
 
     def load(self, folder: Path) -> None:
-        """Takes the states that `save` wrote, or that lie in files there.
+        """Loads the states that `save` wrote to a folder.
 
         Raises:
-            DataError: a file is damaged; that one is missing is found when it is asked for.
+            DataError: a file is damaged. A missing file is detected by `get`.
         """
         if self._files is not None:
             self._files.resume(folder)
@@ -138,7 +137,7 @@ class StateStore:
         self._loaded = folder
         for path in sorted(folder.glob("*.safetensors")):
             if not (path.stem.isascii() and path.stem.isdigit()):
-                raise FORMAT.refusal(path, "is no number of a batch")
+                raise FORMAT.refusal(path, "is not named after the number of a batch")
             state = read_state(path)
             self._states[int(path.stem)] = state.moved(
                 self._here if self._place == "device" else _pinned
@@ -151,20 +150,20 @@ class StateStore:
         return _copied(tensor, device=self.device)
 
     def close(self) -> None:
-        """Ends what goes on in the background."""
+        """Ends the background thread."""
         if self._files is not None:
             self._files.close()
 
 
 class _Files:
-    """States in files: one folder is read while the next is written, in one background thread."""
+    """States in files; one background thread reads one folder and writes the next."""
 
     def __init__(self, folder: Path) -> None:
         self._root = folder
         self._source: Path | None = None
         self._target: Path | None = None
         self._pool = background(1, "reap-states")
-        self._coming: tuple[int, Future[State]] | None = None
+        self._coming: tuple[int, Future[BatchState]] | None = None
         self._written: Future[None] | None = None
 
     @property
@@ -173,7 +172,7 @@ class _Files:
 
     def begin(self, position: int) -> None:
         self._target = states_folder(self._root, position)
-        shutil.rmtree(self._target, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(self._target, ignore_errors=True)  # left by a run that was killed
         self._target.mkdir(parents=True)
 
     def turn(self) -> None:
@@ -185,7 +184,7 @@ class _Files:
     def resume(self, folder: Path) -> None:
         self._source = folder
 
-    def get(self, number: int, following: int | None) -> State | None:
+    def get(self, number: int, following: int | None) -> BatchState | None:
         if self._source is None:
             return None
         if self._coming is None or self._coming[0] != number:
@@ -194,9 +193,9 @@ class _Files:
         self._coming = None if following is None else self._read(following)
         return state
 
-    def put(self, number: int, state: State) -> None:
+    def put(self, number: int, state: BatchState) -> None:
         assert self._target is not None
-        self._finish()  # one at a time, so that memory holds few
+        self._finish()  # at most one pending write, to bound memory
         host = state.moved(lambda t: t if t.device.type == "cpu" else _copied(t, device="cpu"))
         self._written = self._pool.submit(write_state, _file(self._target, number), host)
 
@@ -209,7 +208,7 @@ class _Files:
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, number: int) -> tuple[int, Future[State]]:
+    def _read(self, number: int) -> tuple[int, Future[BatchState]]:
         assert self._source is not None
         return number, self._pool.submit(read_state, _file(self._source, number))
 
@@ -220,15 +219,15 @@ class _Files:
 
 
 def states_folder(root: Path, position: int) -> Path:
-    """The folder of the states behind `position` layers."""
+    """The folder of the states after `position` layers."""
     return root / f"states-{position:05}"
 
 
-def write_state(path: Path, state: State, *, flush: bool = False) -> None:
+def write_state(path: Path, state: BatchState, *, flush: bool = False) -> None:
     """Writes a state as one safetensors file.
 
     Raises:
-        OSError: the disk refuses, or is full.
+        OSError: the file cannot be written, or the disk is full.
     """
     tensors = {
         str(number): _memory(tensor).to("cpu", copy=True)
@@ -244,8 +243,8 @@ def write_state(path: Path, state: State, *, flush: bool = False) -> None:
         sync(path)
 
 
-def read_state(path: Path) -> State:
-    """Reads a state, onto the CPU, into memory of its own.
+def read_state(path: Path) -> BatchState:
+    """Reads a state, onto the CPU, into newly allocated memory.
 
     Raises:
         DataError: the file is missing or damaged.
@@ -254,7 +253,7 @@ def read_state(path: Path) -> State:
     places = content["tensors"]
     try:
         if stored.keys() != {str(number) for number in range(len(places))}:
-            raise ValueError(f"has the tensors {short(sorted(stored))}, its head {len(places)}")
+            raise ValueError(f"has the tensors {short(sorted(stored))}, its header {len(places)}")
         if content["layer"] >= 0:
             check_skeleton(content["skeleton"], len(places))
         for number, place in enumerate(places):
@@ -265,11 +264,11 @@ def read_state(path: Path) -> State:
         _laid_out(stored[str(number)], place["shape"], place["strides"], place["offset"])
         for number, place in enumerate(places)
     ]
-    return State(content["layer"], content["skeleton"], tensors)
+    return BatchState(content["layer"], content["skeleton"], tensors)
 
 
 def _check_place(memory: Tensor, number: int, shape: list[int], strides: list[int]) -> None:
-    """What a tensor lies in is as long as its shape and strides say.
+    """Checks that the memory of a tensor is as long as its shape and strides require.
 
     Raises:
         ValueError: it is not.
@@ -283,39 +282,39 @@ def _check_place(memory: Tensor, number: int, shape: list[int], strides: list[in
 
 
 def _memory(tensor: Tensor) -> Tensor:
-    """What a tensor lies in, from its first element to its last, in one dimension."""
+    """The memory of a tensor, from its first element to its last, in one dimension."""
     extent = _extent(tensor.shape, tensor.stride())
     return tensor.as_strided((extent,), (1,), tensor.storage_offset())
 
 
 def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from a tensor's first to its last."""
+    """Number of elements in memory from a tensor's first to its last."""
     sizes = zip(shape, strides, strict=True)
     return 1 + sum((size - 1) * stride for size, stride in sizes) if all(shape) else 0
 
 
 def _offset(tensor: Tensor) -> int:
-    """Elements between it and the aligned address before it."""
+    """Number of elements between a tensor and the aligned address before it."""
     return tensor.data_ptr() % _ALIGNMENT // tensor.element_size()
 
 
 def _laid_out(
     memory: Tensor, shape: list[int], strides: list[int], offset: int, **where: Any
 ) -> Tensor:
-    """A copy of a tensor's memory as such a tensor again."""
+    """A tensor of this shape and strides, in a copy of its memory."""
     copy = torch.empty(offset + len(memory), dtype=memory.dtype, **where)
     copy[offset:].copy_(memory, non_blocking=copy.is_pinned() or memory.is_pinned())
     return copy.as_strided(shape, strides, offset)
 
 
 def _copied(tensor: Tensor, **where: Any) -> Tensor:
-    """A copy elsewhere, with the same strides."""
+    """A copy of a tensor with the same strides; `where` are arguments of `torch.empty`."""
     shape, strides = list(tensor.shape), list(tensor.stride())
     return _laid_out(_memory(tensor), shape, strides, _offset(tensor), **where)
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """A copy in page-locked host memory with the same strides, queued behind what computes it."""
+    """An asynchronous copy in pinned host memory, with the same strides."""
     return _copied(tensor, pin_memory=torch.cuda.is_available())
 
 

@@ -1,4 +1,4 @@
-"""Observing a checkpoint layer by layer from Python: batches in, statistics out."""
+"""Observes a checkpoint that need not fit in memory, one decoder layer at a time."""
 
 import contextlib
 import tempfile
@@ -11,9 +11,10 @@ from torch import Tensor
 from reap_driver.base.arguments import typed
 from reap_driver.base.interrupts import Stop
 from reap_driver.load.streamed_model import open_streamed
+from reap_driver.memory.decision import Offload
 from reap_driver.observation.observer import observe
-from reap_driver.observation.run import Given, Run, run_streamed
-from reap_driver.observation.state_store import Place, StateStore
+from reap_driver.observation.run import BatchList, Run, run_streamed
+from reap_driver.observation.state_store import StateStore
 from reap_kernels import SaliencyStats
 
 
@@ -25,45 +26,57 @@ def observe_streamed(
     groups: Sequence[str] | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
-    park: Place = "device",
-    park_folder: str | Path | None = None,
+    offload: Offload = "device",
+    offload_folder: str | Path | None = None,
     backend: str | None = None,
     trust_remote_code: bool = False,
 ) -> SaliencyStats:
-    """Statistics of a checkpoint that need not fit in memory: one decoder layer at a time.
+    """Collects expert statistics of a checkpoint that need not fit in memory.
 
-    Each layer is read once and run on all batches while the next is read; memory holds two layers,
-    what is not in layers (embeddings, head), and the batches' states between two layers. The
-    statistics are those of `observe` on the loaded model, bit for bit.
+    Each decoder layer is loaded once and run on all batches while the next one is loaded. Memory
+    holds two layers, the weights outside of layers (embeddings, head), and the hidden states of all
+    batches between two layers. The statistics are those of `observe` on the loaded model, bit for
+    bit.
 
     Args:
-        path_or_id: folder of a checkpoint in safetensors, or a hub id.
-        batches: arguments of the model for each batch (`input_ids` [batch, seq] int64, perhaps
-            `attention_mask`, and the observer's `token_mask`); used once a layer.
-        groups: the calibration group of each batch; default all in one.
-        dtype: of the weights in memory; `auto` is the checkpoint's.
-        device: where the model computes.
-        park: where states lie between layers: "device", "host" (pinned memory) or "file".
-        park_folder: where files go; default a temporary folder.
-        backend: kernel backend, never falling back.
-        trust_remote_code: run model code that comes with the checkpoint.
+        path_or_id: folder of a checkpoint in safetensors, or a Hugging Face Hub id.
+        batches: keyword arguments of the model's forward for each batch: `input_ids` [batch, seq]
+            int64, optionally `attention_mask` [batch, seq] and the observer's `token_mask`
+            [batch, seq] bool. Each batch is used once per layer.
+        groups: the calibration group of each batch; by default one group for all.
+        dtype: dtype of the weights in memory; "auto" for the checkpoint's.
+        device: the device that the model runs on.
+        offload: where hidden states are stored between layers: "device", "host" (pinned memory) or
+            "file".
+        offload_folder: folder for the files; by default a temporary one.
+        backend: kernel backend, without fallback; None for the best one.
+        trust_remote_code: whether to run model code that comes with the checkpoint.
+
+    Returns:
+        The statistics, on the CPU.
 
     Raises:
-        DataError: no batch, or not one group for each.
-        CheckpointError, UnsupportedModel: see `load_model`; or the model hands on more between its
-            layers than can be kept.
+        DataError: there is no batch, or the number of groups is not that of the batches; an
+            expert's output was NaN or Inf.
+        CheckpointError, UnsupportedModel: see `load_model`; or the model passes on more between
+            its layers than can be stored.
+
+    Example:
+        >>> batches = [{"input_ids": ids} for ids in tokens.split(8)]  # tokens [n, seq] int64
+        >>> stats = rd.observe_streamed("Qwen/Qwen3-30B-A3B", batches, device="cuda")
+        >>> stats.save("stats.safetensors")
     """
-    given = Given.checked(batches, groups)
+    given = BatchList.checked(batches, groups)
     with contextlib.ExitStack() as stack:
-        folder = park_folder
-        if park == "file" and folder is None:
+        folder = offload_folder
+        if offload == "file" and folder is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="reap-states-"))
         streamed = stack.enter_context(
             open_streamed(
                 path_or_id, dtype=dtype, device=device, trust_remote_code=trust_remote_code
             )
         )
-        store = StateStore(park, streamed.device, None if folder is None else Path(folder))
+        store = StateStore(offload, streamed.device, None if folder is None else Path(folder))
         stack.callback(store.close)
         observer = observe(streamed.model, backend=backend)
         run = Run(observer, given, range(len(batches)), Stop())

@@ -1,4 +1,4 @@
-"""Which tokens count: read from the model's own arguments, applied in every MoE layer."""
+"""The token mask: which tokens count, from the arguments of the model's forward."""
 
 import contextlib
 import inspect
@@ -12,8 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from reap_kernels.errors import DataError, UnsupportedModel
 from reap_kernels.schema import short
 
-# Sparse-attention models whose choice of keys moves with padding (blocks and top-k are taken over
-# padded positions): statistics of a padded batch would not be those of its sequences.
+# Models with sparse attention that selects keys by blocks or top-k over padded positions, so the
+# outputs of a padded sequence differ from those of the sequence alone.
 _PADDING_SENSITIVE = {
     "axk2",
     "deepseek_v32",
@@ -23,22 +23,27 @@ _PADDING_SENSITIVE = {
     "minimax_m3_vl_text",
 }
 
-# Arguments of a forward on text alone: every MoE layer gets all of its tokens.
+# Arguments of a forward on text only, in which every MoE layer receives all tokens.
 _TEXT = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels"}
 
 
 def takes_padding(config: PretrainedConfig) -> bool:
-    """Whether the model gives a padded sequence the outputs that it gives the sequence alone."""
+    """Whether the outputs of a padded sequence are those of the sequence alone."""
     return config.get_text_config().model_type not in _PADDING_SENSITIVE
 
 
 class TokenMask:
-    """The token mask of the forward in flight."""
+    """The token mask of the current forward."""
 
     def __init__(self, model: PreTrainedModel, unmaskable: list[str]) -> None:
-        """`unmaskable`: names of layers from which no token can be left out."""
+        """Prepares the mask.
+
+        Args:
+            model: the model whose forwards are followed.
+            unmaskable: names of layers in which tokens cannot be left out.
+        """
         self._model = model
-        # The class's signature: hooks of offloading wrap the instance's forward.
+        # The signature of the class, because offloading hooks wrap the forward of the instance.
         self._signature = inspect.signature(type(model).forward)
         self._unmaskable = unmaskable
         self._given: Tensor | None = None
@@ -48,7 +53,7 @@ class TokenMask:
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
-        """Follow the model's forwards."""
+        """Follows the model's forwards inside the context."""
         before = self._model.register_forward_pre_hook(self._enter, with_kwargs=True)
         after = self._model.register_forward_hook(self._leave, always_call=True)
         try:
@@ -60,7 +65,7 @@ class TokenMask:
 
     @contextlib.contextmanager
     def restricted_to(self, given: Tensor | None) -> Iterator[None]:
-        """Count only tokens of `given` [batch, seq] bool in the forward inside the context."""
+        """Counts only the tokens in `given`, bool [batch, seq], in a forward inside the context."""
         self._given = given
         try:
             yield
@@ -68,17 +73,22 @@ class TokenMask:
             self._given = None
 
     def for_layer(self, name: str, tokens: int, device: torch.device) -> Tensor | None:
-        """[tokens] bool for a layer that received `tokens` tokens; None when all count."""
+        """The mask, bool [tokens], for a layer that received `tokens` tokens; None if all count.
+
+        Raises:
+            UnsupportedModel: the layer ran outside a forward, or received other tokens than the
+                mask covers.
+        """
         if not self._inside:
             raise UnsupportedModel(
                 f"{name} ran outside a forward of the observed {type(self._model).__name__}; call "
-                "the model itself, not a part of it, so that its attention mask is seen"
+                "the model itself, not a part of it, so that its attention mask is known"
             )
         if self._mask is None:
             if tokens != (self._tokens or tokens):
                 raise UnsupportedModel(
                     f"{name} received {tokens} of the {self._tokens} tokens of a batch: the model "
-                    "leaves out those whose logits nobody asks for; pass logits_to_keep=0"
+                    "leaves out tokens whose logits are not requested; pass logits_to_keep=0"
                 )
             return None
         if self._mask.numel() != tokens:
@@ -97,7 +107,7 @@ class TokenMask:
         inputs = named.get("inputs_embeds") if inputs is None else inputs
         attention = named.get("attention_mask")
         self._mask = self._combine(inputs, attention)
-        # Images and the like bring tokens of their own, which other experts may get.
+        # Images and other modalities add tokens, which may be routed to other experts.
         text = all(key in _TEXT for key, value in named.items() if isinstance(value, Tensor))
         self._tokens = inputs.shape[:2].numel() if inputs is not None and text else None
         self._inside = True
@@ -107,7 +117,7 @@ class TokenMask:
         self._mask, self._tokens, self._inside = None, None, False
 
     def _combine(self, inputs: Tensor | None, attention: Any) -> Tensor | None:
-        """Flattened mask of the tokens of this call; None when every token counts."""
+        """The flattened mask of this forward's tokens; None if every token counts."""
         given = self._given
         masks = [] if given is None else [_as_bool("token_mask", given)]
         if attention is not None and inputs is not None:
@@ -118,14 +128,14 @@ class TokenMask:
                 masks.append(seen[:, -inputs.shape[1] :])
             elif given is None:
                 raise DataError(
-                    "attention_mask is not [batch, seq], so it does not say which tokens count; "
+                    "attention_mask is not [batch, seq], so it does not show which tokens count; "
                     "pass token_mask [batch, seq] to the observer, or a 2-D attention_mask"
                 )
         for mask in masks:
             if inputs is not None and mask.shape != inputs.shape[:2]:
                 raise DataError(
                     f"a token mask of shape {tuple(mask.shape)} does not fit inputs of "
-                    f"{tuple(inputs.shape[:2])}; give one entry a token"
+                    f"{tuple(inputs.shape[:2])}; give one entry per token"
                 )
         masks = [mask for mask in masks if not bool(mask.all())]
         if not masks:
@@ -133,7 +143,7 @@ class TokenMask:
         if self._unmaskable:
             raise UnsupportedModel(
                 f"{self._unmaskable[0]} routes inside its block, so tokens cannot be left out "
-                "there; pass sequences of equal length without padding, one at a time if need be"
+                "there; pass sequences of equal length without padding, or one at a time"
             )
         combined = masks[0].to(masks[-1].device) & masks[-1]
         return combined.reshape(-1)
@@ -143,19 +153,19 @@ class TokenMask:
         kind = config.get_text_config().model_type
         if not takes_padding(config):
             raise UnsupportedModel(
-                f"{kind} gives other outputs for padded sequences than for the same ones alone; "
-                "pass sequences of equal length without padding, one at a time if need be"
+                f"the outputs of {kind} for a padded sequence differ from those for the sequence "
+                "alone; pass sequences of equal length without padding, or one at a time"
             )
 
 
 def _as_bool(name: str, mask: Any) -> Tensor:
-    """A mask whose values are true or false, or 1 or 0 in any dtype, as bool.
+    """A mask as bool. Its values must be boolean, or 1 and 0 in any dtype.
 
     Raises:
-        DataError: it is no tensor, or has other values: added to scores, say, or not a number.
+        DataError: it is not a tensor, or has other values, such as the -inf of an additive mask.
     """
     if not isinstance(mask, Tensor):
-        raise DataError(f"{name} is {short(mask)}; give a tensor of bool [batch, seq]")
+        raise DataError(f"{name} is {short(mask)}; give a bool tensor [batch, seq]")
     if mask.dtype == torch.bool:
         return mask
     ones = mask == 1
@@ -163,6 +173,6 @@ def _as_bool(name: str, mask: Any) -> Tensor:
     if len(other):
         raise DataError(
             f"{name} ({mask.dtype}) holds {other[0].item()}, which is neither 1 (counted) nor 0 "
-            "(left out); give a tensor of bool [batch, seq]"
+            "(left out); give a bool tensor [batch, seq]"
         )
     return ones

@@ -162,7 +162,7 @@ def test_equals_rank_by_age() -> None:
     [
         ({"elites": 32}, "32 elites in a population of 32 leave no room"),
         ({"elites": 0}, "0 elites in a population of 32"),
-        ({"evaluations": 0}, "0 evaluations find nothing; give 1 or more"),
+        ({"evaluations": 0}, "evaluations=0 is below 1; use 1 or more"),
     ],
 )
 def test_settings_that_make_no_search(options: dict[str, int], says: str) -> None:

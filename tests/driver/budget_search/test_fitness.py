@@ -11,7 +11,7 @@ from torch import Tensor
 import reap_driver as rd
 from reap_driver.budget_search import fitness as module
 from reap_driver.budget_search.fitness import Fitness, acceptance_by_sequence
-from reap_driver.memory.host import Free
+from reap_driver.memory.host_memory import Free
 from reap_kernels.errors import BackendUnavailable, DataError, ResourceError
 from tests.driver import zoo
 from tests.driver.writer.test_router_mask import FIRST, SECOND, bits, smaller_router
@@ -121,7 +121,9 @@ def test_the_backend_is_the_one_that_was_asked_for(model: Any) -> None:
 
 
 def test_text_without_predictions_is_refused(model: Any) -> None:
-    with pytest.raises(DataError, match=r"none of the tokens in 1 batches .* give text of two"):
+    with pytest.raises(
+        DataError, match=r"the 1 batches contain no prediction .* give text of at least two"
+    ):
         Fitness(model, [{"input_ids": torch.tensor([[5], [6]])}])
 
 
@@ -130,7 +132,7 @@ def test_logits_that_do_not_fit_are_refused(model: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "free_device_memory", lambda _: free)
     monkeypatch.setattr(module, "free_host_memory", lambda: free)
     says = r"logits take 72.9 kB \(86 predictions, 848 B each\), more than half of the 100 kB"
-    with pytest.raises(ResourceError, match=says + r".*\(by a test\); give less data"):
+    with pytest.raises(ResourceError, match=says + r".*\(by a test\); use less data"):
         Fitness(model, BATCHES)
 
 

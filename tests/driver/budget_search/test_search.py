@@ -227,7 +227,7 @@ def _rows(*rows: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (Path.unlink, "no state of a search there, so there is nothing to resume; run without"),
+        (Path.unlink, "there is no state of a search, so nothing to resume; run without --resume"),
         (_damaged, r"state of a search .* is not JSON .*; delete it and run without --resume"),
         (_version, "has version 9, this reap-kernels reads 2"),
         (_seconds, "is damaged"),
@@ -236,8 +236,8 @@ def _rows(*rows: Any) -> Callable[[Path], None]:
         (_rows((-0.5, [1, 2])), r"field 'evaluated\[0\].fitness' is -0.5"),
         (_rows((0.5, [1, -2])), r"field 'evaluated\[0\].removed\[1\]' is -2"),
         (_rows((0.5, [1, 2.5])), r"field 'evaluated\[0\].removed\[1\]' is 2.5"),
-        (_rows((0.5, [1, 2]), (0.5, [1])), "unlike numbers of layers"),
-        (_rows((0.5, [1, 2]), (0.4, [1, 2])), "or one twice"),
+        (_rows((0.5, [1, 2]), (0.5, [1])), "different numbers of layers"),
+        (_rows((0.5, [1, 2]), (0.4, [1, 2])), "or the same one twice"),
         (_changed(seconds=-1), "field 'seconds' is -1"),
         (_changed(run=[]), r"field 'run' is \[\]"),
         (_changed(run={"batch sizes": [0]}), r"field 'run.batch sizes\[0\]' is 0"),
@@ -255,7 +255,9 @@ def test_states_that_cannot_be_read(spoil: Any, says: str, tmp_path: Path) -> No
 def test_the_state_of_another_search(tmp_path: Path) -> None:
     SearchState(tmp_path / "state", RUN).write({(1, 2): 0.5}, 0)
     other = SearchState(tmp_path / "state", {**RUN, "seed": 3})
-    with pytest.raises(DataError, match="of another run: seed was 2, now it is 3; give what was"):
+    with pytest.raises(
+        DataError, match="of another run: seed was 2, now it is 3; use the same arguments"
+    ):
         other.resume()
 
 
@@ -278,7 +280,8 @@ def test_held_out_text_is_measured_by_sequence(model: Any, scores: rd.Scores) ->
     alone = held_out(model, batches((1, 12)), task.uniform, plan)
     assert (alone.sequences, alone.low, alone.high) == (1, None, None)
     nothing = [{"input_ids": torch.tensor([[5]])}]
-    with pytest.raises(DataError, match=r"held out is a prediction that counts; .*--validation 0"):
+    refused = r"held-out sequences contain no prediction that counts; .*--validation 0"
+    with pytest.raises(DataError, match=refused):
         held_out(model, nothing, task.uniform, plan)
 
 

@@ -44,8 +44,8 @@ def test_lines(run: Run, model: Path) -> None:
     for name in ("model", "on disk", "resident", "streamed", "free", "decision", "read", "compute"):
         assert names.count(name) == 1
     assert "24,000,000 tokens, sequences of 256" in done.out
-    assert "stream layers, park states: host" in done.out
-    assert "asked for by --stream always" in done.out
+    assert "stream layers, offload states to: host" in done.out
+    assert "requested with --stream always" in done.out
     assert "(exact)" in done.out
 
 
@@ -70,7 +70,7 @@ def test_a_configuration_alone(run: Run, tmp_path: Path, shape: str) -> None:
 def test_what_does_not_fit_is_shown_and_refused(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reap_driver.memory.host import Free
+    from reap_driver.memory.host_memory import Free
 
     small = Free(10**9, "by a test")
     monkeypatch.setattr("reap_driver.memory.machine.free_host_memory", lambda: small)

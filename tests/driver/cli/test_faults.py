@@ -233,7 +233,7 @@ def test_an_environment_of_words(
         monkeypatch.setenv(variable, value)
     done = run("observe", "model", "--data", "code.jsonl", "--out", "new")
     assert done.code == 3
-    assert f"{name}='x': is no whole number" in done.error
+    assert f"{name}='x': must be an integer" in done.error
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -83,10 +83,10 @@ def test_killed_at_random_points(words: list[str], mode: list[str], tmp_path: Pa
     assert not journal.exists()
 
 
-@pytest.mark.parametrize("park", ["device", "file"])
+@pytest.mark.parametrize("offload", ["device", "file"])
 @pytest.mark.parametrize("layer", [0, 3, LAYERS - 1])
 def test_every_place_of_states_resumes(
-    words: list[str], layer: int, park: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], layer: int, offload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that fails right behind a layer goes on from it; layers before are not read again."""
     from reap_driver.load.streamed_model import StreamedModel
@@ -96,7 +96,7 @@ def test_every_place_of_states_resumes(
     monkeypatch.setattr(
         decision,
         "_places",
-        lambda machine: [(park, *rest) for _, *rest in places(machine)],
+        lambda machine: [(offload, *rest) for _, *rest in places(machine)],
     )
     mode = ["--stream", "always", "--out", str(tmp_path / "out")]
     want = whole(words, tmp_path / "whole", "--stream", "always")
@@ -157,7 +157,7 @@ def test_a_journal_is_not_overlooked(
     assert not left.exists()
     missing = run(*words, "--out", tmp_path / "out", "--resume", "--overwrite")
     assert missing.code == 3
-    assert "no journal there, so there is nothing to resume; run without --resume" in missing.error
+    assert "there is no journal, so nothing to resume; run without --resume" in missing.error
 
 
 Change = Callable[[list[str], Path], list[str]]

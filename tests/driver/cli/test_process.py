@@ -136,7 +136,7 @@ def test_interrupting_writes_the_journal(
     line = ended(begun(model, tmp_path), number)
     journal = tmp_path / "out.journal"
     assert re.search(rf"interrupted after \d+ of 296 batches; the journal is in {journal}", line)
-    assert line.endswith("with --resume to go on from there")
+    assert line.endswith("with --resume to continue from there")
     done = int(re.findall(r"after (\d+) of", line)[0])
     assert json.loads((journal / "journal.json").read_text())["position"] == done > 0
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from reap_driver.budget_search import search
 from reap_driver.budget_search.search_state import SearchState, read
 from reap_driver.cli import running
 from reap_driver.memory.decision import decide
-from reap_driver.memory.host import Free
+from reap_driver.memory.host_memory import Free
 from reap_driver.memory.machine import Machine
 from tests.driver.cli.conftest import Run, write_model
 from tests.driver.cli.forks import forked
@@ -109,7 +109,7 @@ def test_killed_and_interrupted_searches_go_on_to_the_same_bits(
         assert not out.exists()
         known.append(len(read(state).evaluated))
     assert known == sorted(set(known)), "each went on from where the last one was"
-    assert f"interrupted after {known[-1]} candidates; they are in {state}: give the" in (
+    assert f"interrupted after {known[-1]} candidates; they are saved in {state}: run the" in (
         err.read_text()
     )
     outcome = run(*words, "--evaluations", 40, "--out", out, "--resume")
@@ -121,7 +121,7 @@ def test_killed_and_interrupted_searches_go_on_to_the_same_bits(
 def test_a_state_that_is_there(run: Run, words: Any, tmp_path: Path) -> None:
     out, state = tmp_path / "plan.json", tmp_path / "plan.json.search"
     missing = run(*words, "--out", out, "--resume")
-    assert (missing.code, "no state of a search there" in missing.error) == (3, True)
+    assert (missing.code, "there is no state of a search" in missing.error) == (3, True)
     SearchState(state, {}).write({(1,): 0.5}, 1)
     left = run(*words, "--out", out)
     assert (left.code, f"{state}: the state of a search that was int" in left.error) == (3, True)

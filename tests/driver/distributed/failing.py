@@ -2,7 +2,7 @@
 
 import sys
 
-from reap_driver.observation.distributed import ranks
+from reap_driver.observation.data_parallel import ranks
 from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import DataError, ReapError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from reap_driver.observation.distributed import Ranks, ranks
+from reap_driver.observation.data_parallel import Ranks, ranks
 from reap_driver.observation.observer import observe
 from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import DataError

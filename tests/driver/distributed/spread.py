@@ -9,7 +9,7 @@ from transformers.distributed import DistributedConfig
 
 from reap_driver.evaluation.router_masks import masked_experts
 from reap_driver.model.discover import find_moe_layers
-from reap_driver.observation.distributed import Ranks, ranks
+from reap_driver.observation.data_parallel import Ranks, ranks
 from reap_driver.observation.observer import observe
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import DataError, UnsupportedModel

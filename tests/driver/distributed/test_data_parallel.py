@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reap_driver.observation import distributed
-from reap_driver.observation.distributed import Ranks, ranks
+from reap_driver.observation import data_parallel
+from reap_driver.observation.data_parallel import Ranks, ranks
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import BackendUnavailable, DataError
 from reap_kernels.stats import COUNTS, EXTREMA, SUMS
@@ -109,7 +109,7 @@ def test_a_failing_rank_ends_the_run_with_its_own_error() -> None:
     assert done.returncode == 1
     assert done.stderr.count("error: the batch of rank 1 holds token id 7") == 1
     assert "waits for ranks" not in done.stderr
-    assert "reap_driver/observation/distributed.py" not in done.stderr
+    assert "reap_driver/observation/data_parallel.py" not in done.stderr
     cause = done.stderr.partition("Root Cause (first observed failure)")[2]
     assert "rank      : 1 (local_rank: 1)" in cause
     assert "exitcode  : 3" in cause
@@ -125,7 +125,7 @@ def test_shares_cover_every_batch_once(size: int) -> None:
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An environment torchrun has not touched."""
-    for name in (*distributed._VARIABLES, "LOCAL_WORLD_SIZE"):
+    for name in (*data_parallel._VARIABLES, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -150,7 +150,7 @@ def test_half_an_environment_is_refused(bare: pytest.MonkeyPatch) -> None:
     bare.setenv("RANK", "0")
     bare.setenv("WORLD_SIZE", "2")
     with (
-        pytest.raises(DataError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT not; start all"),
+        pytest.raises(DataError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start all"),
         ranks(),
     ):
         pass
@@ -185,7 +185,9 @@ def test_ranks_that_cannot_meet(bare: pytest.MonkeyPatch) -> None:
 
     _set(bare, MASTER_PORT="1")
     bare.setattr(torch.distributed, "init_process_group", refuse)
-    says = r"^MASTER_ADDR:MASTER_PORT=localhost:1: the ranks cannot meet there \(address already in"
+    says = (
+        r"^MASTER_ADDR:MASTER_PORT=localhost:1: cannot connect the ranks there \(address already in"
+    )
     with pytest.raises(DataError, match=says), ranks():
         pass
 
@@ -193,7 +195,7 @@ def test_ranks_that_cannot_meet(bare: pytest.MonkeyPatch) -> None:
 def test_a_torch_without_gloo_is_refused(bare: pytest.MonkeyPatch) -> None:
     _set(bare, WORLD_SIZE="2")
     bare.setattr(torch.distributed, "is_gloo_available", lambda: False)
-    with pytest.raises(BackendUnavailable, match="cannot serve WORLD_SIZE=2; unset it"), ranks():
+    with pytest.raises(BackendUnavailable, match="cannot run with WORLD_SIZE=2; unset it"), ranks():
         pass
 
 

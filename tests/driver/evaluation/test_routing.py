@@ -12,7 +12,7 @@ from reap_driver.base.interrupts import Stop
 from reap_driver.compat.text_model import text_model
 from reap_driver.evaluation.routing import RoutingObserver, orphans, retained
 from reap_driver.load.streamed_model import open_streamed
-from reap_driver.observation.run import Given, Run, run_streamed
+from reap_driver.observation.run import BatchList, Run, run_streamed
 from reap_driver.observation.state_store import StateStore
 from reap_driver.plan.plan import LayerPlan, Plan
 from reap_kernels import SaliencyStats
@@ -148,6 +148,6 @@ def test_orphans_of_a_streamed_model(tmp_path: Path) -> None:
     with open_streamed(tmp_path) as streamed:
         observer = RoutingObserver(streamed.model, plan)
         store = StateStore("device", streamed.device)
-        given = Given.checked(batches, None)
+        given = BatchList.checked(batches, None)
         run_streamed(Run(observer, given, range(2), Stop()), streamed, store)
     assert observer.orphans == orphans(rd.load_model(tmp_path), batches, plan)

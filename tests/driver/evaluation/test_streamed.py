@@ -9,7 +9,7 @@ import torch
 import reap_driver as rd
 from reap_driver.evaluation.models import compare_streamed
 from reap_driver.load.streamed_model import open_streamed
-from reap_driver.observation.run import Given
+from reap_driver.observation.run import BatchList
 from reap_driver.observation.state_store import StateStore
 from tests.driver import zoo
 from tests.driver.evaluation.test_compare import documents, packed, padded
@@ -22,9 +22,9 @@ def write(folder: Path, name: str, seed: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("park", ["device", "file"])
+@pytest.mark.parametrize("offload", ["device", "file"])
 @pytest.mark.parametrize("name", NAMES)
-def test_streamed_is_as_resident(tmp_path: Path, name: str, park: str) -> None:
+def test_streamed_is_as_resident(tmp_path: Path, name: str, offload: str) -> None:
     folders = [write(tmp_path / str(seed), name, seed) for seed in (0, 1)]
     parts = documents()
     batches = [padded(parts[:2]), packed(parts[2:]), {"input_ids": parts[0][None]}]
@@ -34,13 +34,13 @@ def test_streamed_is_as_resident(tmp_path: Path, name: str, park: str) -> None:
     with contextlib.ExitStack() as stack:
         models = [stack.enter_context(open_streamed(folder)) for folder in folders]
         stores = [
-            StateStore(park, model.device, tmp_path / f"states-{n}")
+            StateStore(offload, model.device, tmp_path / f"states-{n}")
             for n, model in enumerate(models)
         ]
         for store in stores:
             stack.callback(store.close)
         sums = compare_streamed(
-            models, stores, Given.checked(batches, groups), range(3), done=done.append
+            models, stores, BatchList.checked(batches, groups), range(3), done=done.append
         )
     found = sums.comparison(want.draws, want.seed)
     assert torch.equal(found.sums, want.sums)

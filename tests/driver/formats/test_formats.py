@@ -176,7 +176,7 @@ def test_a_pattern_that_is_none(plain: dict[str, Path], run: Run, tmp_path: Path
     (model / "model.safetensors").unlink()
     done = run("observe", model / "config.json", "--dry-run", "--tokens", 4096)
     assert done.code == 3
-    assert "a pattern of modules cannot be read" in done.error
+    assert "invalid regular expression for modules" in done.error
 
 
 OTHERS = [

@@ -8,10 +8,9 @@ import torch
 
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.memory.batch_size import Footprint, footprint_of, full_batch, token_footprint
-from reap_driver.memory.decision import Workload
-from reap_driver.memory.host import Free
+from reap_driver.memory.host_memory import Free
 from reap_driver.memory.machine import free_device_memory
-from reap_driver.memory.workload import workload
+from reap_driver.memory.workload import Workload, workload
 from reap_driver.model.discover import find_moe_layers
 from tests.driver import zoo
 from tests.driver.observation.test_architectures import NAMES

@@ -12,12 +12,12 @@ from reap_driver.memory.decision import (
     READING_BYTES,
     Decision,
     Wanted,
-    Workload,
     decide,
 )
-from reap_driver.memory.host import Free
+from reap_driver.memory.host_memory import Free
 from reap_driver.memory.machine import Machine
 from reap_driver.memory.model_sizes import ModelSizes
+from reap_driver.memory.workload import Workload
 from reap_kernels.errors import ResourceError
 
 GB = 10**9
@@ -81,13 +81,13 @@ CASES = [
 @pytest.mark.parametrize(("machine", "expected"), CASES)
 def test_boundaries(machine: Machine, expected: tuple[bool, str | None]) -> None:
     found = made(machine)
-    assert (found.stream, found.park) == expected
+    assert (found.stream, found.offload) == expected
     for need, free in (
         (found.device_bytes, machine.device_free),
         (found.host_bytes, machine.host_free),
     ):
         assert free is None or need <= free.nbytes
-    assert found.file_bytes == (STATES if found.park == "file" else 0)
+    assert found.file_bytes == (STATES if found.offload == "file" else 0)
     assert found.reasons
 
 
@@ -125,7 +125,7 @@ def test_always_streams_and_never_does_not() -> None:
         (
             cpu(STREAMED + STATES - 1, tenths(2 * STATES) - 1),
             "always",
-            r"needs 6.00 GB of disk, parked states most of it .* 6.67 GB is free \(on the disk of "
+            r"needs 6.00 GB of disk, hidden states most of it .* 6.67 GB is free \(on the disk of "
             r"there\); use less data \(--data SOURCE:N\)",
         ),
         (gpu(LEAST_GPU - 1, 10 * GB), "auto", r"needs 45.0 GB of device memory, two layers most"),
@@ -159,10 +159,10 @@ def test_the_batch_is_what_memory_allows() -> None:
 def test_lines_and_facts_tell_the_same() -> None:
     found = made(cpu(tenths(STREAMED + STATES) - 1))
     text = "\n".join(found.lines())
-    assert "decision    stream layers, park states: file" in text
+    assert "decision    stream layers, offload states to: file" in text
     assert "resident needs 65.3 GB of host memory, more than 90% of the 53.6 GB" in text
     assert "all but layers 5.00 GB + two layers 40.0 GB + buffers 268 MB" in text
-    assert "file        3.00 GB of parked states" in text
+    assert "file        3.00 GB of hidden states" in text
     facts = found.facts()
     assert facts["host_bytes"] == sum(facts["host_parts"].values()) == found.host_bytes
-    assert (facts["stream"], facts["park"], facts["file_bytes"]) == (True, "file", STATES)
+    assert (facts["stream"], facts["offload"], facts["file_bytes"]) == (True, "file", STATES)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reap_driver.memory.host import Free, free_host_memory
+from reap_driver.memory.host_memory import Free, free_host_memory
 from reap_driver.memory.machine import free_device_memory, this_machine
 
 MAX = "9223372036854771712"

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.load.resident import load_model
+from reap_driver.memory.checkpoint_size import estimated, run_dtype, stored_files
 from reap_driver.memory.model_sizes import ModelSizes, model_sizes, residual_streams
-from reap_driver.memory.stored import estimated, run_dtype, stored_files
 from reap_driver.model.discover import find_moe_layers
 from reap_kernels.errors import CheckpointError, DataError
 from tests.driver import zoo
@@ -203,7 +203,9 @@ def test_packed_int4(tmp_path: Path) -> None:
 def test_unknown_quantisation_is_refused(tmp_path: Path) -> None:
     model = published("qwen3-30b-a3b", tmp_path)
     model.config.quantization_config = {"quant_method": "gguf"}
-    with pytest.raises(CheckpointError, match=r"'gguf': how many bytes .* give the folder"):
+    with pytest.raises(
+        CheckpointError, match=r"'gguf': the size of its weights .* give the folder"
+    ):
         estimated(model, model.config, BF16)
 
 

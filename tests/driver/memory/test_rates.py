@@ -10,11 +10,12 @@ import torch
 from reap_driver.base.units import in_bytes, short
 from reap_driver.memory import rates
 from reap_driver.memory.batch_size import Footprint
-from reap_driver.memory.decision import Decision, Workload
+from reap_driver.memory.checkpoint_size import CheckpointSize
+from reap_driver.memory.decision import Decision
 from reap_driver.memory.forecast import forecast
 from reap_driver.memory.model_sizes import ModelSizes
 from reap_driver.memory.rates import Rate, Rates
-from reap_driver.memory.stored import Stored
+from reap_driver.memory.workload import Workload
 
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,24 +58,24 @@ WORK = Workload(100, 8, Footprint(1, 1), 1)
 MEASURED = Rates(Rate(5.0, ""), Rate(10.0, ""), Rate(2.0, ""))
 
 
-def plan(*, stream: bool, park: str | None, device: int) -> Decision:
-    return Decision(stream, park, 1, (("weights", device),) if device else (), (), 0, ())
+def plan(*, stream: bool, offload: str | None, device: int) -> Decision:
+    return Decision(stream, offload, 1, (("weights", device),) if device else (), (), 0, ())
 
 
 @pytest.mark.parametrize(
     ("chosen", "copied", "spilled", "seconds"),
     [
         # 20 B at 5 B/s, 300 operations at 2 a second; states of 200 B cross 2 * 4 times.
-        (plan(stream=False, park=None, device=0), 0, 0, 4 + 150),
-        (plan(stream=True, park="host", device=0), 0, 0, 150),
-        (plan(stream=True, park="file", device=0), 0, 1600, 4 + 320),
-        (plan(stream=True, park="device", device=1), 50, 0, 150),
-        (plan(stream=True, park="host", device=1), 1650, 0, 165),
-        (plan(stream=False, park=None, device=1), 50, 0, 4 + 5 + 150),
+        (plan(stream=False, offload=None, device=0), 0, 0, 4 + 150),
+        (plan(stream=True, offload="host", device=0), 0, 0, 150),
+        (plan(stream=True, offload="file", device=0), 0, 1600, 4 + 320),
+        (plan(stream=True, offload="device", device=1), 50, 0, 150),
+        (plan(stream=True, offload="host", device=1), 1650, 0, 165),
+        (plan(stream=False, offload=None, device=1), 50, 0, 4 + 5 + 150),
     ],
 )
 def test_forecast(chosen: Decision, copied: int, spilled: int, seconds: float) -> None:
-    stored = Stored(20, "headers", "fp8")
+    stored = CheckpointSize(20, "headers", "fp8")
     found = forecast(chosen, SIZES, stored, WORK, MEASURED)
     assert (found.copy_bytes, found.spill_bytes, found.seconds) == (copied, spilled, seconds)
     unmeasured = forecast(chosen, SIZES, stored, WORK, Rates(None, MEASURED.copy, MEASURED.matmul))

@@ -10,10 +10,11 @@ from torch import Tensor
 from reap_driver.base.interrupts import Stop
 from reap_driver.load.resident import load_model
 from reap_driver.load.streamed_model import StreamedModel, open_streamed
+from reap_driver.memory.decision import Offload
 from reap_driver.observation.journal import Journal
 from reap_driver.observation.observer import observe
 from reap_driver.observation.run import ObserverJournal, Run, run_resident, run_streamed
-from reap_driver.observation.state_store import Place, StateStore
+from reap_driver.observation.state_store import StateStore
 from reap_kernels import SaliencyStats
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ def resident(folder: Path, data: Listed, journal: Journal | None = None) -> Sali
 
 
 def streamed(
-    folder: Path, data: Listed, place: Place = "device", files: Path | None = None
+    folder: Path, data: Listed, place: Offload = "device", files: Path | None = None
 ) -> tuple[SaliencyStats, StreamedModel]:
     """Statistics layer by layer, and the model they came from."""
     store = StateStore(place, CPU, files)

@@ -17,11 +17,11 @@ import torch
 
 from reap_driver.base.interrupts import Interrupted, Stop
 from reap_driver.load.streamed_model import open_streamed
+from reap_driver.observation.batch_state import BatchState
 from reap_driver.observation.journal import FORMAT, Journal, exists, locked, read
 from reap_driver.observation.observer import observe
 from reap_driver.observation.run import ObserverJournal, Run, run_streamed
 from reap_driver.observation.state_store import StateStore, write_state
-from reap_driver.observation.states import State
 from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import CheckpointError, DataError, ResourceError
 from tests.driver.streaming import passes
@@ -57,7 +57,7 @@ def states(value: float) -> Callable[[Path], None]:
 
     def write(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        write_state(folder / "000000.safetensors", State.of(0, torch.tensor(value), {}))
+        write_state(folder / "000000.safetensors", BatchState.of(0, torch.tensor(value), {}))
 
     return write
 
@@ -152,7 +152,7 @@ def test_no_journal(there: bool, folder: Path) -> None:
     if there:
         folder.mkdir()
     assert not exists(folder)
-    with pytest.raises(DataError, match=f"{folder}: no journal there.*without --resume"):
+    with pytest.raises(DataError, match=f"{folder}: there is no journal.*without --resume"):
         Journal(folder, RUN).resume()
 
 
@@ -197,7 +197,7 @@ def test_damaged_content(field: str, value: object, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "run", [{"batch sizes": ["2"]}, {"batch sizes": 2}, {"streamed": 1}, {"parked": "moon"}]
+    "run", [{"batch sizes": ["2"]}, {"batch sizes": 2}, {"streamed": 1}, {"offload": "moon"}]
 )
 def test_what_is_read_of_a_run_is_checked(run: dict[str, object], folder: Path) -> None:
     Journal(folder, RUN).write(1, stats(1))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from reap_driver.observation.batch_state import BatchState
 from reap_driver.observation.layer_runner import LayerRunner
 from reap_driver.observation.state_store import read_state, write_state
-from reap_driver.observation.states import State
 from reap_kernels.errors import UnsupportedModel
 
 WIDTH, COUNT = 8, 4
@@ -64,11 +64,11 @@ def data() -> list[Tensor]:
 
 @torch.no_grad()
 def replay(
-    model: Model, batches: Sequence[Tensor], via: Callable[[State], State] = lambda s: s
+    model: Model, batches: Sequence[Tensor], via: Callable[[BatchState], BatchState] = lambda s: s
 ) -> list[Any]:
     """What the model returns when its layers ran one by one, as `run_streamed` does it."""
     runner = LayerRunner([(f"layers.{number}", layer) for number, layer in enumerate(model.layers)])
-    states: dict[int, State | None] = dict.fromkeys(range(len(batches)))
+    states: dict[int, BatchState | None] = dict.fromkeys(range(len(batches)))
     outputs: list[Any] = []
     with runner.bound():
         for index in range(COUNT):
@@ -84,17 +84,17 @@ def replay(
 
 
 @pytest.fixture(params=["kept", "files"])
-def via(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[State], State]:
+def via(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[BatchState], BatchState]:
     """States as they are, and as they come back from files."""
 
-    def written(state: State) -> State:
+    def written(state: BatchState) -> BatchState:
         write_state(tmp_path / "state", state)
         return read_state(tmp_path / "state")
 
     return written if request.param == "files" else lambda state: state
 
 
-def assert_replayed(model: Model, via: Callable[[State], State] = lambda s: s) -> None:
+def assert_replayed(model: Model, via: Callable[[BatchState], BatchState] = lambda s: s) -> None:
     """The bits of plain forwards, for every batch."""
     batches = data()
     with torch.no_grad():
@@ -119,11 +119,11 @@ def refused(model: Model, *words: str) -> None:
 # -- what is replayed ------------------------------------------------------------------------------
 
 
-def test_tensor(via: Callable[[State], State]) -> None:
+def test_tensor(via: Callable[[BatchState], BatchState]) -> None:
     assert_replayed(Model(plain, in_turn), via)
 
 
-def test_tuple_with_none_and_numbers(via: Callable[[State], State]) -> None:
+def test_tuple_with_none_and_numbers(via: Callable[[BatchState], BatchState]) -> None:
     def step(layer: Layer, h: Tensor, *, carried: Tensor | None) -> tuple[Any, ...]:
         h = plain(layer, h if carried is None else h + carried)
         return h, [h.mT.contiguous().mT, {"twice": 2 * h, 3: h > 0}], None, 1.5
@@ -141,7 +141,7 @@ def test_tuple_with_none_and_numbers(via: Callable[[State], State]) -> None:
 
 @pytest.mark.parametrize("kind", [dict, UserDict])
 def test_entries_of_a_dict_added_replaced_and_deleted(
-    kind: type[Any], via: Callable[[State], State]
+    kind: type[Any], via: Callable[[BatchState], BatchState]
 ) -> None:
     """Layer 0 adds one, 1 replaces it and one of the model's, 2 deletes both, 3 looks."""
 
@@ -169,7 +169,7 @@ def test_entries_of_a_dict_added_replaced_and_deleted(
     assert_replayed(Model(step, body), via)
 
 
-def test_list_that_layers_append_to_and_shorten(via: Callable[[State], State]) -> None:
+def test_list_that_layers_append_to_and_shorten(via: Callable[[BatchState], BatchState]) -> None:
     def step(layer: Layer, h: Tensor, shared: list[Tensor]) -> Tensor:
         h = plain(layer, sum(shared, h))
         if layer.index == 2:
@@ -186,7 +186,7 @@ def test_list_that_layers_append_to_and_shorten(via: Callable[[State], State]) -
     assert_replayed(Model(step, body), via)
 
 
-def test_list_that_the_model_appends_outputs_to(via: Callable[[State], State]) -> None:
+def test_list_that_the_model_appends_outputs_to(via: Callable[[BatchState], BatchState]) -> None:
     """Given to every layer, it is part of the state: all earlier outputs may be used."""
 
     def step(layer: Layer, h: Tensor, earlier: list[Tensor]) -> Tensor:
@@ -202,7 +202,7 @@ def test_list_that_the_model_appends_outputs_to(via: Callable[[State], State]) -
     assert_replayed(Model(step, body), via)
 
 
-def test_dict_given_to_some_layers_only(via: Callable[[State], State]) -> None:
+def test_dict_given_to_some_layers_only(via: Callable[[BatchState], BatchState]) -> None:
     """What layer 0 wrote is there for layer 3, though 1 and 2 are not given the dict."""
 
     def step(layer: Layer, h: Tensor, shared: dict[str, Tensor] | None = None) -> Tensor:
@@ -220,7 +220,7 @@ def test_dict_given_to_some_layers_only(via: Callable[[State], State]) -> None:
     assert_replayed(Model(step, body), via)
 
 
-def test_two_dicts_under_one_name(via: Callable[[State], State]) -> None:
+def test_two_dicts_under_one_name(via: Callable[[BatchState], BatchState]) -> None:
     """One for two layers each; what the model puts into them and nobody reads does not matter."""
 
     def step(layer: Layer, h: Tensor, shared: dict[str, Tensor]) -> Tensor:
@@ -237,7 +237,7 @@ def test_two_dicts_under_one_name(via: Callable[[State], State]) -> None:
     assert_replayed(Model(step, body), via)
 
 
-def test_one_batch_skips_a_layer(via: Callable[[State], State]) -> None:
+def test_one_batch_skips_a_layer(via: Callable[[BatchState], BatchState]) -> None:
     def body(model: Model, h: Tensor) -> Tensor:
         for layer in model.layers:
             if len(h) == 1 and layer.index in (0, 2):
@@ -248,7 +248,7 @@ def test_one_batch_skips_a_layer(via: Callable[[State], State]) -> None:
     assert_replayed(Model(plain, body), via)
 
 
-def test_layer_that_writes_to_its_own_input(via: Callable[[State], State]) -> None:
+def test_layer_that_writes_to_its_own_input(via: Callable[[BatchState], BatchState]) -> None:
     """And to what it stored in a dict, which is the same tensor as its output."""
 
     def step(layer: Layer, h: Tensor, shared: dict[str, Tensor]) -> Tensor:
@@ -320,7 +320,7 @@ def test_output_written_into_a_known_tensor() -> None:
             total[:, :1] = h[:, 1:2]
         return h
 
-    refused(Model(plain, body), "the model uses what came out of a layer", "__setitem__")
+    refused(Model(plain, body), "the model uses the output of a layer", "__setitem__")
 
 
 def test_output_looked_at_between_layers() -> None:
@@ -332,7 +332,7 @@ def test_output_looked_at_between_layers() -> None:
             h = h.clamp(-1, 1) if (h > 9).any() else h
         return h
 
-    refused(Model(plain, body), "the model uses what came out of a layer", "__bool__")
+    refused(Model(plain, body), "the model uses the output of a layer", "__bool__")
 
 
 def test_layer_run_twice() -> None:
@@ -355,7 +355,7 @@ def test_layers_out_of_order(order: tuple[int, ...], late: int) -> None:
             h = model.layers[index](h)
         return h
 
-    refused(Model(plain, body), f"layers.{late} runs behind layers that come after it")
+    refused(Model(plain, body), f"layers.{late} runs after layers that follow it")
 
 
 def test_layer_that_one_forward_calls_and_another_does_not() -> None:
@@ -369,7 +369,7 @@ def test_layer_that_one_forward_calls_and_another_does_not() -> None:
                 h = layer(h)
         return h
 
-    refused(Model(plain, body), "layers.1 was left out on a batch")
+    refused(Model(plain, body), "layers.1 was skipped on a batch")
 
 
 def test_stack_run_twice() -> None:
@@ -406,7 +406,7 @@ def test_unknown_object_returned() -> None:
             h = layer(h)[0]
         return h
 
-    refused(Model(step, body), "layers.2 hands on a Cache")
+    refused(Model(step, body), "layers.2 passes on a Cache")
 
 
 @pytest.mark.parametrize("where", range(COUNT))
@@ -424,7 +424,7 @@ def test_shared_tensor_changed_in_place(where: int) -> None:
             h = layer(h, shared)
         return h
 
-    refused(Model(step, body), f"layers.{where} changes a tensor that it shares")
+    refused(Model(step, body), f"layers.{where} changes a tensor that other layers use")
 
 
 def test_changed_input_of_the_first_layer_used_again() -> None:

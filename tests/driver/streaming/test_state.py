@@ -8,19 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from reap_driver.observation.states import State, Unknown, containers, leaves, unknown_like
+from reap_driver.observation.batch_state import BatchState
+from reap_driver.observation.layer_runner import containers
+from reap_driver.observation.placeholder import Placeholder, leaves, placeholder_like
 from reap_kernels.errors import UnsupportedModel
 
 
-def through_json(state: State) -> State:
+def through_json(state: BatchState) -> BatchState:
     """As its skeleton comes back from a file."""
-    return State(state.layer, json.loads(json.dumps(state.skeleton)), state.tensors)
+    return BatchState(state.layer, json.loads(json.dumps(state.skeleton)), state.tensors)
 
 
 def test_nested_output_and_changes_come_back() -> None:
     a, b = torch.ones(2), torch.zeros(3, dtype=torch.bool)
     output = (a, [None, {"b": b, 3: (True, 2, 2.5, "x")}, []], (), {})
-    state = through_json(State.of(5, output, {"0/shared": [{"c": a + 1}, ["gone"]]}))
+    state = through_json(BatchState.of(5, output, {"0/shared": [{"c": a + 1}, ["gone"]]}))
     again = state.output()
     assert again[0] is state.tensors[0]
     assert again[1][1]["b"].tolist() == b.tolist()
@@ -32,7 +34,7 @@ def test_nested_output_and_changes_come_back() -> None:
 def test_a_tensor_that_is_there_twice_stays_one() -> None:
     """So that a layer that writes to one of them changes both, wherever states lie."""
     h = torch.ones(4)
-    state = State.of(0, (h, [h, h + 1]), {"1": [{"h": h}, []]}).moved(Tensor.clone)
+    state = BatchState.of(0, (h, [h, h + 1]), {"1": [{"h": h}, []]}).moved(Tensor.clone)
     assert len(state.tensors) == 2
     state.output()[0].add_(1)
     assert state.changes()["1"][0]["h"].tolist() == [2, 2, 2, 2]
@@ -40,7 +42,7 @@ def test_a_tensor_that_is_there_twice_stays_one() -> None:
 
 def test_tensors_are_cut_from_their_graph() -> None:
     weight = torch.ones(2, requires_grad=True)
-    assert State.of(0, weight * 2, {}).output().grad_fn is None
+    assert BatchState.of(0, weight * 2, {}).output().grad_fn is None
 
 
 class Pair(NamedTuple):
@@ -60,10 +62,10 @@ class Pair(NamedTuple):
     ],
 )
 def test_what_cannot_be_kept_is_refused(value: Any, name: str) -> None:
-    with pytest.raises(UnsupportedModel, match=f"the layer hands on a {name}, .*--stream never"):
-        State.of(0, [(value,)], {}, "the layer")
-    with pytest.raises(UnsupportedModel, match=f"a decoder layer hands on a {name}"):
-        State.of(0, None, {"x": value})
+    with pytest.raises(UnsupportedModel, match=f"the layer passes on a {name}, .*--stream never"):
+        BatchState.of(0, [(value,)], {}, "the layer")
+    with pytest.raises(UnsupportedModel, match=f"a decoder layer passes on a {name}"):
+        BatchState.of(0, None, {"x": value})
 
 
 def test_leaves_and_containers() -> None:
@@ -76,20 +78,18 @@ def test_leaves_and_containers() -> None:
 
 def test_unknown_has_shape_strides_dtype_and_device_but_no_numbers() -> None:
     known = torch.ones(4, 3, dtype=torch.bfloat16).T
-    unknown = unknown_like({"h": (known, 3)})["h"][0]
-    assert isinstance(unknown, Unknown)
-    assert unknown_like({"h": (known, 3)})["h"][1] == 3
+    unknown = placeholder_like({"h": (known, 3)})["h"][0]
+    assert isinstance(unknown, Placeholder)
+    assert placeholder_like({"h": (known, 3)})["h"][1] == 3
     assert (unknown.shape, unknown.stride(), unknown.dtype) == ((3, 4), (1, 3), torch.bfloat16)
     assert unknown.device == known.device
     for look in (Tensor.tolist, lambda u: u.sum().item(), lambda u: bool((u > 0).any())):
-        with pytest.raises(
-            UnsupportedModel, match=r"more than the layer behind it.*--stream never"
-        ):
+        with pytest.raises(UnsupportedModel, match=r"more than the next layer.*--stream never"):
             look(unknown)
 
 
 def test_what_is_computed_from_unknown_is_unknown() -> None:
-    unknown, known = Unknown.like(torch.ones(3, 3)), torch.ones(3, 3)
+    unknown, known = Placeholder.like(torch.ones(3, 3)), torch.ones(3, 3)
     for made in (
         known + unknown,
         torch.where(known > 0, known, unknown),
@@ -106,20 +106,20 @@ def test_what_is_computed_from_unknown_is_unknown() -> None:
         torch.zeros_like(unknown, device="cpu"),
         torch.ops.aten.mul(known, unknown),
     ):
-        assert isinstance(made, Unknown), made
+        assert isinstance(made, Placeholder), made
     assert known.tolist() == [[1.0] * 3] * 3
 
 
 def test_unknown_may_be_written_to() -> None:
-    unknown = Unknown.like(torch.ones(3))
+    unknown = Placeholder.like(torch.ones(3))
     unknown += torch.ones(3)
     unknown[0] = 5
     torch.add(torch.ones(3), torch.ones(3), out=unknown)
-    assert isinstance(unknown, Unknown)
+    assert isinstance(unknown, Placeholder)
 
 
 def test_unknown_may_not_be_written_to_a_known_tensor() -> None:
-    unknown, known = Unknown.like(torch.ones(3)), torch.ones(3)
+    unknown, known = Placeholder.like(torch.ones(3)), torch.ones(3)
     writes: list[Callable[[Tensor], Any]] = [
         known.copy_,
         known.add_,
@@ -134,7 +134,7 @@ def test_unknown_may_not_be_written_to_a_known_tensor() -> None:
 
 def test_known_tensors_may_follow_its_device_and_dtype() -> None:
     """Where they are wanted is no secret; they keep their numbers."""
-    unknown, known = Unknown.like(torch.ones(3)), torch.ones(3)
+    unknown, known = Placeholder.like(torch.ones(3)), torch.ones(3)
     assert type(known.to(unknown.device)) is Tensor
     assert torch.arange(3, device=unknown.device, dtype=unknown.dtype).tolist() == [0, 1, 2]
     assert (unknown * torch.ones(3, 3)).mT.device == torch.device("cpu")

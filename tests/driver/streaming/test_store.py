@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from reap_driver.memory.decision import Offload
 from reap_driver.observation import state_store as stores
+from reap_driver.observation.batch_state import BatchState
 from reap_driver.observation.state_store import (
     FORMAT,
-    Place,
     StateStore,
     read_state,
     states_folder,
     write_state,
 )
-from reap_driver.observation.states import State
 from reap_kernels.errors import DataError
 from tests.sealed import change_tensors
 
@@ -62,7 +62,7 @@ def assert_same(mine: Tensor, theirs: Tensor) -> None:
 @pytest.mark.parametrize("name", odd_tensors())
 def test_file_keeps_values_and_strides(name: str, tmp_path: Path) -> None:
     tensor = odd_tensors()[name]
-    state = State.of(3, (tensor, None), {"1": [{"t": torch.ones(2)}, []]})
+    state = BatchState.of(3, (tensor, None), {"1": [{"t": torch.ones(2)}, []]})
     write_state(tmp_path / "state", state)
     state = read_state(tmp_path / "state")
     assert state.layer == 3
@@ -81,13 +81,13 @@ def test_copy_in_host_memory_keeps_values_and_strides(name: str) -> None:
 def test_file_holds_no_more_than_the_memory_between_first_and_last_element(tmp_path: Path) -> None:
     """Not the whole buffer that a view was taken from, nor copies of what is expanded."""
     large = torch.zeros(1 << 20)
-    write_state(tmp_path / "state", State.of(0, [large[5:9], large[:1].expand(1 << 20)], {}))
+    write_state(tmp_path / "state", BatchState.of(0, [large[5:9], large[:1].expand(1 << 20)], {}))
     assert (tmp_path / "state").stat().st_size < 1000
 
 
 def test_reading_gives_memory_of_its_own(tmp_path: Path) -> None:
     """Layers may write to it, and the file may be deleted."""
-    write_state(tmp_path / "state", State.of(0, torch.ones(3), {}))
+    write_state(tmp_path / "state", BatchState.of(0, torch.ones(3), {}))
     first, second = (read_state(tmp_path / "state").output() for _ in range(2))
     first += 1
     assert second.tolist() == read_state(tmp_path / "state").output().tolist() == [1, 1, 1]
@@ -95,15 +95,15 @@ def test_reading_gives_memory_of_its_own(tmp_path: Path) -> None:
 
 @pytest.fixture(params=["device", "host", "file"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StateStore]:
-    place: Place = request.param
+    place: Offload = request.param
     made = StateStore(place, CPU, tmp_path / "journal")
     yield made
     made.close()
 
 
-def value(layer: int, number: int) -> State:
+def value(layer: int, number: int) -> BatchState:
     """A state that tells layers and batches apart."""
-    return State.of(layer, torch.tensor([layer, number]), {})
+    return BatchState.of(layer, torch.tensor([layer, number]), {})
 
 
 def fill(store: StateStore, layer: int, numbers: tuple[int, ...] = (0, 3, 7)) -> None:
@@ -199,7 +199,7 @@ def test_next_state_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     read: list[str] = []
     ahead = threading.Event()
 
-    def noted(path: Path) -> State:
+    def noted(path: Path) -> BatchState:
         read.append(path.name)
         if len(read) == 2:
             ahead.set()
@@ -227,7 +227,7 @@ def test_unexpected_order_is_read_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["device", "file"])
 @pytest.mark.parametrize("damage", ["gone", "cut", "foreign", "no tensor"])
-def test_missing_and_damaged_files_are_named(place: Place, damage: str, tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_named(place: Offload, damage: str, tmp_path: Path) -> None:
     store = StateStore("device", CPU)
     fill(store, 0)
     folder = states_folder(tmp_path, 1)
@@ -270,7 +270,7 @@ def place(**change: Any) -> dict[str, Any]:
     [
         ({"layer": -2}, "field 'layer' is -2"),
         ({"layer": "0"}, "field 'layer' is '0'"),
-        ({"tensors": []}, r"has the tensors \['0'\], its head 0"),
+        ({"tensors": []}, r"has the tensors \['0'\], its header 0"),
         ({"tensors": [[[2], [1], 0]]}, r"field 'tensors\[0\]' is "),
         (place(shape=[2, 4]), "says that tensor 0 has shape"),
         (place(shape=[6]), "says that tensor 0 has shape"),
@@ -296,7 +296,7 @@ def place(**change: Any) -> dict[str, Any]:
 )
 def test_states_that_make_no_sense(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     path = tmp_path / "state"
-    write_state(path, State.of(0, torch.ones(2, 3), {}))
+    write_state(path, BatchState.of(0, torch.ones(2, 3), {}))
     change_tensors(path, FORMAT, {**place(), **skeleton()}, {})
     assert torch.equal(read_state(path).output(), torch.ones(2, 3))
     change_tensors(path, FORMAT, change, {})
@@ -317,7 +317,7 @@ def test_full_disk_is_an_os_error_of_the_next_call(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        store.put(0, State.of(0, torch.zeros(10000), {}))
+        store.put(0, BatchState.of(0, torch.zeros(10000), {}))
         with pytest.raises(OSError, match="File too large") as caught:
             store.turn()
     finally:

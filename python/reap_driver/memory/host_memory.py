@@ -1,8 +1,9 @@
-"""Main memory this process can still get: what is available, within its control groups and limits.
+"""Host memory that this process can still allocate, within its control groups and limits.
 
-A container sees the whole machine in /proc/meminfo, and is killed at its control group's limit. The
-files are those of the kernel's documentation: cgroup-v2, "Memory Interface Files"; cgroup-v1,
-"Memory Resource Controller"; proc_pid_statm(5).
+In a container, /proc/meminfo shows the whole machine, but the process is killed at the limit of its
+control group, which no library reports for both versions of control groups. The file formats are
+those of the Linux documentation: cgroup-v2, "Memory Interface Files"; cgroup-v1, "Memory Resource
+Controller"; proc_pid_statm(5).
 """
 
 import os
@@ -15,27 +16,27 @@ PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Free:
-    """Memory that is free, in bytes, and who says so: "by MemAvailable", "by RLIMIT_AS"."""
+    """Free memory in bytes, and its source, such as "by MemAvailable" or "by RLIMIT_AS"."""
 
     nbytes: int
     bound: str
 
     def divided(self, shares: int) -> "Free":
-        """One of several equal shares."""
+        """One of `shares` equal parts."""
         bound = self.bound if shares == 1 else f"{self.bound}, a share of {shares}"
         return Free(self.nbytes // shares, bound)
 
 
 @dataclass(frozen=True)
 class _Version:
-    """Names a control group's version gives its files and the counters in memory.stat."""
+    """File names, and counters in memory.stat, of a version of control groups."""
 
     limits: tuple[str, ...]
     usage: str
     cache: tuple[str, ...]
 
 
-# memory.high is no wall, but a group above it is slowed down until it is below.
+# memory.high is not a hard limit, but processes above it are throttled.
 _V2 = _Version(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
 _V1 = _Version(
     ("memory.limit_in_bytes",),
@@ -45,7 +46,7 @@ _V1 = _Version(
 
 
 def free_host_memory(proc: Path = PROC) -> Free | None:
-    """The tightest of all bounds; None where the system tells none.
+    """The smallest of all bounds; None if the system reports none.
 
     Args:
         proc: where procfs is mounted.
@@ -55,7 +56,7 @@ def free_host_memory(proc: Path = PROC) -> Free | None:
 
 
 def _available(meminfo: Path) -> Iterator[Free]:
-    """What the system would give without swapping, its caches included where it says so."""
+    """Memory available without swapping; MemAvailable counts reclaimable caches too."""
     if meminfo.is_file():
         for line in meminfo.read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -66,17 +67,17 @@ def _available(meminfo: Path) -> Iterator[Free]:
 
 
 def _groups(own: Path) -> Iterator[Free]:
-    """Every control group around this process that has a limit: its own and those above."""
+    """Free memory of every control group with a limit: this process's own and its ancestors."""
     for version, mount, root, path in _memberships(own):
         inside = PurePosixPath(path)
-        # A group outside what is mounted here (another namespace) is judged by the mount's top.
+        # For a group outside the mounted tree (another namespace), use the root of the mount.
         parts = inside.relative_to(root).parts if inside.is_relative_to(root) else ()
         for depth in range(len(parts), -1, -1):
             yield from _group(mount.joinpath(*parts[:depth]), version)
 
 
 def _group(folder: Path, version: _Version) -> Iterator[Free]:
-    """One group: its limit less what it uses, where file cache counts as free."""
+    """Free memory of one group: its limit minus its usage; file cache counts as free."""
     usage = _number(folder / version.usage)
     if usage is None:
         return
@@ -89,7 +90,7 @@ def _group(folder: Path, version: _Version) -> Iterator[Free]:
 
 
 def _memberships(own: Path) -> Iterator[tuple[_Version, Path, str, str]]:
-    """(version, mount point, root of the mount, this process's group) of memory controllers."""
+    """(version, mount point, root of the mount, this process's group) of each memory controller."""
     groups = dict(_own_groups(own / "cgroup"))
     for line in _lines(own / "mountinfo"):
         before, _, after = line.partition(" - ")
@@ -105,7 +106,7 @@ def _memberships(own: Path) -> Iterator[tuple[_Version, Path, str, str]]:
 
 
 def _own_groups(file: Path) -> Iterator[tuple[str, str]]:
-    """(controller, path) of each group this process is in; version 2 has no controller: ""."""
+    """(controller, path) of each group of this process; the controller is "" in version 2."""
     for line in _lines(file):
         parts = line.split(":", 2)
         if len(parts) == 3:
@@ -114,10 +115,10 @@ def _own_groups(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def _limits(statm: Path) -> Iterator[Free]:
-    """What `ulimit -v` and `ulimit -d` leave of address space and data."""
+    """Address space and data segment left by `ulimit -v` and `ulimit -d`."""
     try:
         import resource
-    except ImportError:  # no POSIX system
+    except ImportError:  # not a POSIX system
         return
     fields = [int(field) for line in _lines(statm) for field in line.split()]
     if len(fields) < 6:
@@ -130,7 +131,7 @@ def _limits(statm: Path) -> Iterator[Free]:
 
 
 def _lines(file: Path) -> list[str]:
-    """Lines of a file that may not be there, or not be ours to read."""
+    """Lines of a file; none if it is missing or not readable."""
     try:
         return file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -138,19 +139,19 @@ def _lines(file: Path) -> list[str]:
 
 
 def _number(file: Path) -> int | None:
-    """A count; None for `max`, and where there is no such file."""
+    """The number in a file; None for `max`, or if the file is missing."""
     text = "".join(_lines(file)).strip()
     return int(text) if text.isdigit() else None
 
 
 def _counters(file: Path) -> dict[str, int]:
-    """Name and count on each line."""
+    """{name: count} of a file with one name and count per line."""
     pairs = (line.split() for line in _lines(file))
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
 
 def _unescaped(text: str) -> str:
-    """A path of mountinfo, whose blanks and backslashes are octal escapes."""
+    """A path of mountinfo, in which spaces, tabs, newlines and backslashes are octal escapes."""
     for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         text = text.replace(code, character)
     return text

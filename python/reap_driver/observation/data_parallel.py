@@ -1,10 +1,10 @@
-"""Data parallel: several processes, started by torchrun, each observe a share of the batches.
+"""Data parallelism: several processes, started by torchrun, each observe a share of the batches.
 
     torchrun --nproc-per-node 4 -m reap_driver observe ...
 
-torch.distributed does all of it. Statistics are small and live on the CPU when they are read, so
-they travel over gloo whatever device a rank computes on. Nothing else is exchanged: every rank
-holds the whole model (for one that is spread over ranks, see `adapters/expert_parallel.py`).
+Statistics are small and on the CPU when they are merged, so they are exchanged with
+torch.distributed over gloo, whatever device a rank runs on. Nothing else is exchanged: every rank
+holds the whole model (for expert parallelism, see `model/adapters/expert_parallel.py`).
 """
 
 import contextlib
@@ -26,27 +26,27 @@ from torch import Tensor
 from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import BackendUnavailable, DataError
 
-# What torchrun tells a process, and init_process_group reads.
+# Environment variables that torchrun sets and init_process_group reads.
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-# How long a rank waits for the others. They finish a batch apart, but loading may skew them by much
-# more than gloo's own 30 minutes.
-_PATIENCE = datetime.timedelta(hours=2)
+# Timeout of a rank that waits for the others. They finish within a batch of each other, but their
+# loading times may differ by much more than gloo's default of 30 minutes.
+_TIMEOUT = datetime.timedelta(hours=2)
 
-# Seconds a rank that lost another stays silent. torchrun ends it within one; only the rank that
-# failed has something to say, and torchrun takes the first to exit for the cause.
-_SILENCE = 20.0
+# Seconds that a rank which lost another waits before it fails. torchrun reports the first rank that
+# exits as the cause, which should be the one that failed, and ends the others within a second.
+_EXIT_DELAY = 20.0
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that observe together, as one of them sees them; `ranks()` makes it.
+    """The group of processes that observe together, made by `ranks()`.
 
     Attributes:
-        rank: this process, 0 to size - 1; 0 gets what is merged, and writes files.
-        size: how many processes there are; 1 without torchrun.
-        local_rank: this process among those of its machine: the index of its GPU.
-        local_size: how many of them are on its machine.
+        rank: index of this process, 0 to size - 1; rank 0 gets the merged result and writes files.
+        size: number of processes; 1 without torchrun.
+        local_rank: index of this process on its machine, which is the index of its GPU.
+        local_size: number of processes on its machine.
     """
 
     rank: int = 0
@@ -58,25 +58,25 @@ class Ranks:
     def share(self, n: int) -> range:
         """Indices of this rank's batches among `n`: rank, rank + size, ...
 
-        Every batch keeps the composition it has in one process; a rank may have none.
+        Every batch has the same composition as in a single process; a rank may have no batch.
         """
         return range(self.rank, n, self.size)
 
     def merged(self, stats: SaliencyStats) -> SaliencyStats | None:
-        """Statistics of all ranks as one observation: on rank 0; None on the others.
+        """The statistics of all ranks merged, on rank 0; None on the other ranks.
 
-        Every rank must call it, at the same point. Counts are exact; sums are added in the order
-        of ranks, so the same run gives the same bits. Provenance is rank 0's, except for what the
-        ranks know in part: `backend`, `layers`, `stacks` and `unobserved`. Not for one model spread
-        over the ranks, whose statistics are whole on each of them already.
+        A collective operation: every rank must call it. Counts are exact. Sums are added in the
+        order of ranks, so repeated runs are bitwise identical. The provenance is that of rank 0,
+        except for `backend`, `layers`, `stacks` and `unobserved`, which combine all ranks'. Not
+        for expert parallelism, where every rank already has the complete statistics.
 
         Args:
-            stats: what this rank observed, on any device; layers may be missing that no token
-                reached here.
+            stats: statistics of this rank, on any device; layers that no token reached on this
+                rank may be missing.
 
         Raises:
-            DataError: on every rank, the ranks observed different models or have different groups;
-                or another rank ended before it gave its statistics.
+            DataError: on every rank: the ranks observed different models or have different groups;
+                or another rank ended early.
         """
         if self.size == 1:
             return stats
@@ -92,21 +92,21 @@ class Ranks:
         return _whole(layers, headers, stats.provenance)
 
     def of_first(self, text: str) -> str:
-        """The text of rank 0, on every rank; every rank must call it, at the same point."""
+        """The text of rank 0, on every rank. A collective operation."""
         return text if self.size == 1 else self._all(text.encode())[0].decode()
 
     def barrier(self) -> None:
         """Returns when every rank has called it.
 
         Raises:
-            DataError: another rank ended before.
+            DataError: another rank ended early.
         """
         if self.size > 1:
             with self._together():
                 dist.barrier(group=self._group)
 
     def _all(self, data: bytes) -> list[bytes]:
-        """`data` of every rank, on every rank, in their order."""
+        """The `data` of every rank, in their order, on every rank."""
         own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         with self._together():
             sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
@@ -119,7 +119,7 @@ class Ranks:
         ]
 
     def _to_first(self, own: Tensor, lengths: Sequence[int]) -> list[Tensor] | None:
-        """The uint8 tensor of every rank, of `lengths` bytes, on rank 0 in their order."""
+        """The uint8 tensors of every rank, in their order, on rank 0; None on the other ranks."""
         longest, first = max(lengths), self.rank == 0
         parts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths] if first else None
         with self._together():
@@ -130,12 +130,12 @@ class Ranks:
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
-        """Around a collective: what is said, and when, if another rank has gone."""
+        """Around a collective operation: raises DataError if another rank has ended."""
         try:
             yield
         except RuntimeError as error:
             if dist.is_torchelastic_launched():
-                time.sleep(_SILENCE)
+                time.sleep(_EXIT_DELAY)
             raise DataError(
                 f"rank {self.rank} of {self.size} waits for ranks that have ended or cannot be "
                 f"reached ({str(error).splitlines()[0][:120]}); the rank that failed says why: "
@@ -145,17 +145,17 @@ class Ranks:
 
 @contextlib.contextmanager
 def ranks() -> Iterator[Ranks]:
-    """The processes torchrun started, connected inside the context; without torchrun, one.
+    """Connects the processes that torchrun started; without torchrun, one process.
 
-    A process group that exists already is left as it is; ours is made beside it.
+    An existing default process group is left as it is; a separate group is made for gloo.
 
     Raises:
-        DataError: RANK and WORLD_SIZE are set, other variables that torchrun sets are not, or are
-            no such numbers; or the ranks cannot reach each other.
-        BackendUnavailable: this torch is built without torch.distributed or gloo.
+        DataError: RANK and WORLD_SIZE are set, but other variables of torchrun are missing or
+            invalid; or the ranks cannot reach each other.
+        BackendUnavailable: torch was built without torch.distributed or gloo.
     """
     if dist.is_available() and dist.is_initialized():
-        group = dist.new_group(timeout=_PATIENCE, backend="gloo")
+        group = dist.new_group(timeout=_TIMEOUT, backend="gloo")
         local = dist.get_node_local_rank(fallback_rank=dist.get_rank())
         try:
             here = _number("LOCAL_WORLD_SIZE", dist.get_world_size(group))
@@ -176,18 +176,18 @@ def ranks() -> Iterator[Ranks]:
 
 
 def _launch() -> dict[str, int]:
-    """The numbers of a complete environment."""
+    """The checked numbers among torchrun's environment variables."""
     missing = [name for name in _VARIABLES if not os.environ.get(name)]
     if missing:
         raise DataError(
             f"RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']} are set, "
-            f"{', '.join(missing)} not; start all ranks with `torchrun --nproc-per-node N -m "
+            f"but not {', '.join(missing)}; start all ranks with `torchrun --nproc-per-node N -m "
             "reap_driver ...`, or unset them to run in one process"
         )
     if not dist.is_available() or not dist.is_gloo_available():
         raise BackendUnavailable(
-            f"torch {torch.__version__} is built without torch.distributed over gloo, so it cannot "
-            f"serve WORLD_SIZE={os.environ['WORLD_SIZE']}; unset it, or install another torch"
+            f"torch {torch.__version__} was built without torch.distributed or gloo, so it cannot "
+            f"run with WORLD_SIZE={os.environ['WORLD_SIZE']}; unset it, or install another torch"
         )
     known = {name: _number(name) for name in _VARIABLES if name != "MASTER_ADDR"}
     _number("LOCAL_WORLD_SIZE", 1)
@@ -205,13 +205,13 @@ def _launch() -> dict[str, int]:
 
 
 def _number(name: str, default: int | None = None) -> int:
-    """A variable that is a whole number from 0, or from 1 where it counts something."""
+    """The value of a variable: an integer of at least 0, or at least 1 for a size."""
     text = os.environ.get(name, "" if default is None else str(default))
     least = int(name.endswith("SIZE"))
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
         raise DataError(
-            f"{name}={text!r}: is no whole number from {least}; start all ranks with torchrun, "
-            "which sets it, or unset RANK and WORLD_SIZE to run in one process"
+            f"{name}={text!r}: must be an integer of at least {least}; start all ranks with "
+            "torchrun, which sets it, or unset RANK and WORLD_SIZE to run in one process"
         )
     return int(text)
 
@@ -219,18 +219,18 @@ def _number(name: str, default: int | None = None) -> int:
 def _connect() -> None:
     """Joins the other ranks."""
     try:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise DataError(
-            f"MASTER_ADDR:MASTER_PORT={address}: the ranks cannot meet there ({reason}); start all "
-            "of them with torchrun, which chooses both"
+            f"MASTER_ADDR:MASTER_PORT={address}: cannot connect the ranks there ({reason}); start "
+            "all of them with torchrun, which sets both"
         ) from error
 
 
 def _header(stats: SaliencyStats) -> dict[str, Any]:
-    """What the others must know of a rank's statistics."""
+    """The facts about a rank's statistics that the other ranks need."""
     facts = stats.provenance
     return {
         "groups": stats.groups,
@@ -259,7 +259,7 @@ def _check_same(headers: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _bytes_of(stats: SaliencyStats) -> Tensor:
-    """All statistics, layer by layer, as uint8 [bytes] on the CPU."""
+    """All statistics, layer by layer, as one uint8 tensor on the CPU."""
     tensors = [tensor for layer in stats.layers.values() for tensor in layer.packed()]
     flat = [tensor.cpu().contiguous().view(-1).view(torch.uint8) for tensor in tensors]
     return torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)
@@ -277,7 +277,7 @@ def _layers_of(header: Mapping[str, Any], data: Tensor) -> dict[str, LayerStats]
 
 
 def _padded(data: Tensor, length: int) -> Tensor:
-    """`data` followed by zeros: collectives take tensors of one size."""
+    """`data` padded with zeros, because collectives need tensors of equal size."""
     return torch.cat([data, data.new_zeros(length - len(data))])
 
 
@@ -286,10 +286,10 @@ def _whole(
     headers: Sequence[Mapping[str, Any]],
     provenance: Mapping[str, Any],
 ) -> SaliencyStats:
-    """Merged layers in the model's order, with what the ranks know in part put together."""
+    """The merged statistics, layers in the model's order, with the provenance of all ranks."""
     names = _in_order([chain for h in headers for chain in ([*h["experts"]], h["unobserved"])])
     reached = {name for name, layer in layers.items() if int(layer.tokens.sum())}
-    # As for one process: a layer nobody reached has no scores, unless nothing was observed at all.
+    # As in one process: layers that no token reached are left out, unless none was reached.
     kept = [name for name in names if name in (reached or layers)]
     facts = {name: known for header in headers for name, known in header["layers"].items()}
     served = {name for h in headers for name in h["backend"].split("+") if name}
@@ -307,7 +307,7 @@ def _whole(
 
 
 def _in_order(chains: Sequence[Sequence[str]]) -> list[str]:
-    """All names of chains that are each in the model's order, in that order."""
+    """All names of several lists that are each in the model's order, in that order."""
     order: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter()
     for chain in chains:
         for name in chain:
