@@ -90,7 +90,7 @@ setup(
     package_dir={"reap_kernels": "reap_kernels", "reap_driver": "python/reap_driver"},
     package_data={
         "reap_kernels": ["py.typed", "configs/*.json"],
-        "reap_driver": ["py.typed", "demo/model/*", "data/recipes/*.yaml", "reporting/templates/*"],
+        "reap_driver": ["py.typed", "demo/model/*", "data/recipes/*.yaml", "*/templates/*"],
     },
     # None at all makes the wheel a pure one.
     ext_modules=(

@@ -71,6 +71,7 @@ def test_without_cuda_the_wheel_is_pure(fresh, tmp_path, variables) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "reap_kernels/configs/sm90.json" in names
     assert "reap_driver/demo/model/model.safetensors" in names
+    assert "reap_driver/writer/templates/card.md.jinja" in names
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {
         "reap_driver",
         "reap_kernels",

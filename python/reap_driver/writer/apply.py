@@ -21,9 +21,8 @@ from reap_driver.model.discover import find_moe_layers, record_of
 from reap_driver.model.stacks import Stack
 from reap_driver.plan.plan import Plan
 from reap_driver.writer.actions import Drop, Relabel
-from reap_driver.writer.card import model_card
+from reap_driver.writer.card import inherited_fields, model_card
 from reap_driver.writer.expert_names import ExpertNames, numbered_experts, other_modules
-from reap_driver.writer.front_matter import inherited_fields
 from reap_driver.writer.json_files import copied_names, renamed_metadata, rewritten_files
 from reap_driver.writer.keys import KeyActions, KeyDecider
 from reap_driver.writer.mtp import MtpKeys

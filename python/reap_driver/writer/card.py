@@ -1,91 +1,139 @@
 """The model card of a pruned checkpoint: what was done, to what, how to load it. Every number is
 from the run; what the run does not know is not said.
+
+The card's words are in templates/card.md.jinja, and what fills it is collected here.
 """
 
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import transformers
-import yaml  # type: ignore[import-untyped]
+from huggingface_hub import ModelCardData
 
 import reap_kernels
 from reap_driver.base.units import in_bytes, short
+from reap_driver.base.yaml_text import MAX_BYTES, parse_yaml
 from reap_driver.compat.load_pruned import SETTINGS
+from reap_driver.files.checkpoint import Checkpoint, belongs
 from reap_driver.plan.criteria import known_criterion
 from reap_driver.plan.plan import Plan
 from reap_driver.plan.published import calibration_mix, public_name
-from reap_driver.writer.markdown import bullets, code, table, text
+from reap_driver.writer.markdown import Markdown, code, template, text
 from reap_driver.writer.report import ApplyReport
+from reap_kernels.files import is_file
 
-_CITATION = """\
-```bibtex
-@article{lasby2025reap,
-  title   = {{REAP} the Experts: Why Pruning Prevails for One-Shot {MoE} Compression},
-  author  = {Lasby, Mike and others},
-  journal = {arXiv preprint arXiv:2510.13999},
-  year    = {2025}
-}
-```
-"""
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+_CALIBRATION = (
+    *("group", "source", "records", "tokens", "share of tokens", "sequence length"),
+    *("packing", "digest of the tokens"),
+)
 
 
 def model_card(inherited: Mapping[str, Any] | None, plan: "Plan", report: "ApplyReport") -> str:
-    """README.md of the output. Names from elsewhere in it can be read, and do nothing.
+    """README.md of the output. Names from elsewhere in it can be read, and have no effect.
 
     Args:
-        inherited: fields of the source's card, see `inherited_fields`; its licence stays.
+        inherited: fields of the source's card, see `inherited_fields`; its license stays.
         plan: what was applied.
         report: of this run, complete but for its duration.
     """
     source = public_name(str(plan.model.get("id") or report.source.name))
-    front = yaml.safe_dump(_front_matter(inherited, source), sort_keys=False, allow_unicode=True)
-    sections = {
-        "Specification": _specification(report),
-        "Method": _method(plan),
-        "Calibration data": _calibration(plan),
-        "What changed and what did not": bullets(_changes(report)),
-        "Use": _use(report),
-        "Limitations": bullets(_limitations(report)),
-        "Licence": _licence(source, inherited),
-        "Citation": _CITATION,
-    }
-    body = "\n".join(f"## {title}\n\n{part}" for title, part in sections.items())
-    title = f"# {text(report.out_path.name)}\n\n{_statement(source, plan, report)}"
-    return f"---\n{front}---\n\n{title}\n{body}"
-
-
-def _statement(source: str, plan: "Plan", report: "ApplyReport") -> str:
-    """What this is, in a few lines."""
-    before, after = _experts(report)
-    return (
-        f"{_name(source)} with {after} of {before} routed experts in each of its {report.layers} "
-        f"MoE layers: {_shrink(*report.specification.parameters)} fewer parameters. The experts "
-        f"were chosen by {code(plan.criterion)} on calibration data and removed by reap-kernels in "
-        "one shot. Nothing was trained, merged or quantised.\n"
+    known = inherited or {}
+    named = known.get("license_name") or known.get("license")
+    mix = calibration_mix(plan.data)
+    body = template("reap_driver.writer", "card.md.jinja").render(
+        plan=plan,
+        report=report,
+        source=_link(source),
+        experts=_experts(report),
+        fewer=_decrease(*report.specification.parameters),
+        specification=_specification(report),
+        method=_method(plan),
+        known_criterion=known_criterion(plan.criterion) is not None,
+        calibration=_calibration(plan),
+        tokens=_count(sum(entry.tokens or 0 for entry in mix)),
+        edits=_edits(report),
+        loader_settings=SETTINGS,
+        load=_load(report),
+        # Of layers that differ, the section on use says it all.
+        warnings=report.warnings if report.uniform else [],
+        inherited=inherited,
+        license=named if isinstance(named, str) else None,
     )
+    return f"---\n{_front_matter(known, source).to_yaml()}\n---\n\n{body}"
 
 
-def _front_matter(inherited: Mapping[str, Any] | None, source: str) -> dict[str, Any]:
+def inherited_fields(source: Checkpoint) -> tuple[dict[str, Any] | None, str | None]:
+    """What stays true of the metadata of a source's card: fields of the YAML between the first two
+    `---` lines of README.md that are texts or lists of texts.
+
+    Returns:
+        The fields and None; or, where they cannot be read, None and why. A broken card says nothing
+        about the weights.
+
+    Example:
+        `license: mit` and `tags: [chat]` give `{"license": "mit", "tags": ["chat"]}`.
+    """
+    card = source.folder / "README.md"
+    if not is_file(card):
+        return {}, None
+    try:
+        fields = _read_front_matter(source, card)
+    except ValueError as error:
+        return None, (
+            f"{card}: {error}; so the new card repeats no license and no tags: add them by hand"
+        )
+    kept = {name: fields[name] for name in (*_INHERITED, "tags") if _is_text(fields.get(name))}
+    return kept, None
+
+
+def _read_front_matter(source: Checkpoint, card: Path) -> dict[str, Any]:
+    """All fields. `huggingface_hub.ModelCard` reads them without limits; a card may come from
+    anywhere.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    if not belongs(source.folder, card):
+        raise ValueError(f"is a symbolic link to {card.readlink()}, no file of this checkpoint")
+    try:
+        with card.open("rb") as file:
+            content = file.read(MAX_BYTES).decode("utf-8", "replace")
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---", content, re.DOTALL)
+    fields = parse_yaml(found[1]) if found else {}
+    if not isinstance(fields, dict | None):
+        raise ValueError(f"its front matter is a {type(fields).__name__}, not fields with values")
+    return fields or {}
+
+
+def _is_text(value: Any) -> bool:
+    """A text, or a list of texts."""
+    texts = value if isinstance(value, list) else [value]
+    return bool(texts) and all(isinstance(text, str) for text in texts)
+
+
+def _front_matter(inherited: Mapping[str, Any], source: str) -> ModelCardData:
     """Metadata of the card."""
-    front = {name: value for name, value in (inherited or {}).items() if name != "tags"}
-    tags = (inherited or {}).get("tags")
+    tags = inherited.get("tags")
     old = tags if isinstance(tags, list) else []
-    if _is_hub_id(source):
-        front["base_model"] = source
-    front["tags"] = list(dict.fromkeys([*old, "moe", "pruned", "reap"]))
-    return front
+    known = {name: value for name, value in inherited.items() if name != "tags"}
+    base = source if _is_hub_id(source) else None
+    return ModelCardData(**known, base_model=base, tags=[*old, "moe", "pruned", "reap"])
 
 
-def _specification(report: "ApplyReport") -> str:
+def _specification(report: "ApplyReport") -> list[tuple[object, ...]]:
     """The table of both models."""
     spec = report.specification
     top_k = " or ".join(map(str, spec.top_k))
     stored = ", ".join(spec.stored)
-    if spec.quantisation is not None:
-        stored += f" ({text(spec.quantisation)})"
+    if spec.quantization is not None:
+        stored = Markdown(f"{stored} ({text(spec.quantization)})")
     rows = [
         ("parameters", *map(_parameters, spec.parameters)),
         ("parameters used for a token", *map(_parameters, spec.active_parameters)),
@@ -101,54 +149,40 @@ def _specification(report: "ApplyReport") -> str:
         ("tensors", f"{report.source_tensors:,}", f"{report.tensors:,}"),
         ("stored as", stored, stored),
     ]
-    known = [row for row in rows if row[1] is not None]
-    shown = table(("", "original", "pruned"), known)
-    if report.mtp_dropped:
-        shown += "\nParameters are counted without multi-token-prediction layers.\n"
-    return shown
+    return [("", "original", "pruned"), *(row for row in rows if row[1] is not None)]
 
 
-def _method(plan: "Plan") -> str:
-    """How experts were chosen."""
+def _method(plan: "Plan") -> list[tuple[object, ...]]:
+    """The table of how experts were chosen."""
     found = known_criterion(plan.criterion)
-    weights = "as observed"
+    formula = f": {code(found.formula)}" if found else ""
+    weights = Markdown("as observed")
     if plan.weights is not None:
-        weights = ", ".join(f"{text(group)} {weight:g}" for group, weight in plan.weights.items())
+        shares = (f"{text(group)} {weight:g}" for group, weight in plan.weights.items())
+        weights = Markdown(", ".join(shares))
     protected = sum(len(experts) for experts in plan.settings.get("protected", {}).values())
     total = sum(layer.num_experts for layer in plan.layers.values())
     removed = sum(len(layer.removed) for layer in plan.layers.values())
-    rows = [
-        ("criterion", code(plan.criterion) + (f": {code(found.formula)}" if found else "")),
+    versions = f"reap-kernels {reap_kernels.__version__}, transformers {transformers.__version__}"
+    return [
+        ("setting", "value"),
+        ("criterion", Markdown(code(plan.criterion) + formula)),
         ("ratio asked", f"{plan.ratio:g}"),
         ("experts removed", f"{removed:,} of {total:,} ({100 * removed / total:.1f} %)"),
-        ("allocation", text(plan.allocation)),
+        ("allocation", plan.allocation),
         ("weights of calibration groups", weights),
         *([("protected experts", f"{protected:,}")] if protected else []),
         ("digest of the scores", code(plan.scores_digest)),
         ("digest of the model's config", code(plan.model.get("config_digest"))),
-        (
-            "written by",
-            f"reap-kernels {reap_kernels.__version__}, transformers {transformers.__version__}",
-        ),
+        ("written by", Markdown(versions)),
+        *(("note", note) for note in plan.notes),
     ]
-    words = (
-        "Over the tokens routed to an expert: g is the weight its output is combined with, f the "
-        "output, n their number."
-        if found
-        else "Scores by this criterion were brought from elsewhere; reap-kernels does not know it."
-    )
-    words = (
-        f"\n{words} Each layer lost its lowest-scored experts, as many as the allocation says.\n"
-    )
-    rows += [("note", text(note)) for note in plan.notes]
-    return table(("setting", "value"), rows) + words
 
 
-def _calibration(plan: "Plan") -> str:
-    """The mix the scores are from."""
-    mix = calibration_mix(plan.data)
-    if not mix:
-        return "The plan does not record which data its scores are from.\n"
+def _calibration(plan: "Plan") -> list[list[object]]:
+    """The table of the mix the scores are from, without columns of which nothing is known; empty
+    where the plan does not record it.
+    """
     rows = [
         (
             text(entry.group),
@@ -160,100 +194,38 @@ def _calibration(plan: "Plan") -> str:
             text(entry.packing or ""),
             code(entry.digest or ""),
         )
-        for entry in mix
+        for entry in calibration_mix(plan.data)
     ]
-    columns = ["group", "source", "records", "tokens", "share of tokens", "sequence length"]
-    columns += ["packing", "digest of the tokens"]
-    used = [n for n in range(len(columns)) if any(row[n] for row in rows)]
-    shown = table([columns[n] for n in used], [[row[n] for n in used] for row in rows])
-    total = sum(entry.tokens or 0 for entry in mix)
-    return f"{shown}\n{total:,} tokens in all.\n"
+    used = [n for n in range(len(_CALIBRATION)) if any(row[n] for row in rows)]
+    return [[row[n] for n in used] for row in (_CALIBRATION, *rows)] if rows else []
 
 
-def _changes(report: "ApplyReport") -> list[str]:
-    """What the run did, and what it left alone."""
-    edited = ", ".join(
-        f"{code(name)} {code(repr(old))} -> {code(repr(new))}"
+def _edits(report: "ApplyReport") -> list[Markdown]:
+    """Fields of config.json that have other values, without those of the loader that is beside the
+    weights.
+    """
+    return [
+        Markdown(f"{code(name)} {code(repr(old))} -> {code(repr(new))}")
         for name, (old, new) in report.edited_config.items()
         if name.partition(".")[0] != SETTINGS
-    )
-    if not report.uniform:
-        edited += f", and the number of experts of every layer under {code(SETTINGS)}"
-    lines = [
-        "Removed: the weights of the experts that go, and their rows of the router (weight, bias, "
-        "correction bias); the experts that stay are numbered anew in their old order.",
-        f"Edited in config.json: {edited}.",
-        "Unchanged: every tensor, and every row of the router, that stays has the bytes and the "
-        "format it had. So have tokenizer, chat template and generation settings.",
     ]
-    if report.whole:
-        lines.append(
-            f"Left whole: {len(report.whole)} MoE layers ({_listed(report.whole)}), whose experts "
-            "another field of config.json counts."
-        )
-    if report.mtp_dropped:
-        lines.append(
-            f"Left out: {len(report.mtp_dropped)} tensors of multi-token-prediction layers, whose "
-            "experts were not observed. Speculative decoding by MTP needs the original."
-        )
-    if report.tables_rewritten:
-        lines.append(
-            f"Rewritten: {report.tables_rewritten} tables that route tokens to experts by token "
-            "id; in them every removed expert was replaced by a kept one."
-        )
-    if report.left_out:
-        lines.append(
-            f"Not copied, other formats of the weights and hidden files: {_names(report.left_out)}."
-        )
-    return lines
 
 
-def _use(report: "ApplyReport") -> str:
-    """How to load it."""
-    name, spec = json.dumps(report.out_path.name, ensure_ascii=False), report.specification
-    options = 'dtype="auto", device_map="auto"'
-    options += ", trust_remote_code=True" if spec.remote_code else ""
-    if not report.uniform:
-        return (
-            "Layers keep different numbers of experts, and transformers' own `from_pretrained`, "
-            "vLLM and SGLang read one number for all of them: they refuse this checkpoint. The "
-            "loader that comes with it needs transformers alone:\n\n"
-            "```python\nimport sys\n\n"
-            f"sys.path.insert(0, {name})  # load_pruned.py lies beside the weights\n"
-            "from load_pruned import from_pretrained\nfrom transformers import AutoTokenizer\n\n"
-            f"model = from_pretrained({name}, {options})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({name})\n```\n"
-        )
+def _load(report: "ApplyReport") -> dict[str, Markdown]:
+    """Parts of the code that loads the checkpoint; they stand in blocks of code as they are."""
+    spec, name = report.specification, report.out_path.name
     vision = spec.architecture.endswith("ForConditionalGeneration")
-    auto = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
-    reader, word = ("AutoProcessor", "processor") if vision else ("AutoTokenizer", "tokenizer")
+    remote = ", trust_remote_code=True" if spec.remote_code else ""
     trust = " --trust-remote-code" if spec.remote_code else ""
-    return (
-        f"```python\nfrom transformers import {', '.join(sorted((auto, reader)))}\n\n"
-        f"model = {auto}.from_pretrained({name}, {options})\n"
-        f"{word} = {reader}.from_pretrained({name})\n```\n\n"
-        f"```sh\nvllm serve {shlex.quote(report.out_path.name)}{trust}\n```\n"
-    )
-
-
-def _limitations(report: "ApplyReport") -> list[str]:
-    return [
-        "No benchmark is part of this run. Measure the model on your own tasks, beside the "
-        "original (`reap-kernels compare`), before you rely on it.",
-        "Experts were ranked on the calibration data above. What those data lack (other languages, "
-        "domains, styles) can have lost more than what they have.",
-        "Limits and biases of the original remain.",
-        *(report.warnings if report.uniform else []),  # of others, "Use" says it all
-    ]
-
-
-def _licence(source: str, inherited: Mapping[str, Any] | None) -> str:
-    """Whose terms apply."""
-    if inherited is None:
-        return f"That of {_name(source)} applies; the front matter of its card cannot be read.\n"
-    named = inherited.get("license_name") or inherited.get("license")
-    terms = f": {text(named)}" if isinstance(named, str) else "; its card names none"
-    return f"That of {_name(source)} applies{terms}.\n"
+    parts = {
+        "model": "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM",
+        "reader": "AutoProcessor" if vision else "AutoTokenizer",
+        "variable": "processor" if vision else "tokenizer",
+        "folder": json.dumps(name, ensure_ascii=False),
+        "options": f'dtype="auto", device_map="auto"{remote}',
+        "serve": f"vllm serve {shlex.quote(name)}{trust}",
+    }
+    return {part: Markdown(words) for part, words in parts.items()}
 
 
 def _experts(report: "ApplyReport") -> tuple[str, str]:
@@ -271,7 +243,7 @@ def _range(numbers: Sequence[int]) -> str:
     return f"{low} to {high} ({sum(numbers) / len(numbers):.1f} on average)"
 
 
-def _shrink(before: int, after: int) -> str:
+def _decrease(before: int, after: int) -> str:
     return f"{100 * (1 - after / before):.1f} %"
 
 
@@ -283,17 +255,9 @@ def _count(number: int | None) -> str:
     return "" if number is None else f"{number:,}"
 
 
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(map(code, names))
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The first few names."""
-    return _names(names[:2]) + (", ..." if len(names) > 2 else "")
-
-
-def _name(source: str) -> str:
-    hub = f"[{source}](https://huggingface.co/{source})"
+def _link(source: str) -> Markdown:
+    """The model, with a link where it is on the hub."""
+    hub = Markdown(f"[{source}](https://huggingface.co/{source})")
     return hub if _is_hub_id(source) else code(source)
 
 

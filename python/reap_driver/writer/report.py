@@ -30,7 +30,7 @@ class Specification:
         key_value_heads: of them with keys and values of their own.
         context: positions the configuration allows.
         stored: dtypes of the tensors on disk, those with most bytes first.
-        quantisation: the method config.json names.
+        quantization: the method config.json names.
         architecture: class of the model.
         remote_code: whether config.json refers to code that comes with the checkpoint.
     """
@@ -43,7 +43,7 @@ class Specification:
     key_value_heads: int | None
     context: int | None
     stored: tuple[str, ...]
-    quantisation: str | None
+    quantization: str | None
     architecture: str
     remote_code: bool
 
@@ -106,8 +106,8 @@ def specify(
     old = {name: p.numel() for name, p in model.named_parameters()}
     new = {name: math.prod(pruned[name]) for name in old if name in pruned}
     text = model.config.get_text_config()
-    quantisation = raw.get("quantization_config")
-    method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
+    quantization = raw.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
     return Specification(
         parameters=(sum(old.values()), sum(new.values())),
         active_parameters=(
@@ -120,7 +120,7 @@ def specify(
         key_value_heads=_number(text, "num_key_value_heads"),
         context=_number(text, _CONTEXT),
         stored=_dtypes(tensors),
-        quantisation=None if method is None else str(method),
+        quantization=None if method is None else str(method),
         architecture=type(model).__name__,
         remote_code="auto_map" in raw,
     )

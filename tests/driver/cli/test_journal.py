@@ -234,7 +234,7 @@ def test_prune_goes_on_behind_an_observation(
     run: Run, deep: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What fails while the checkpoint is written costs no observation."""
-    import reap_driver.writer as checkpoint
+    import reap_driver.writer.apply as checkpoint
     from reap_driver.observation.observer import Observer
 
     apply_plan = checkpoint.apply_plan

@@ -17,8 +17,7 @@ from reap_driver.memory.model_sizes import model_sizes
 from reap_driver.model.discover import find_moe_layers
 from reap_driver.plan.plan import Plan
 from reap_driver.writer.apply import apply_plan
-from reap_driver.writer.card import model_card
-from reap_driver.writer.front_matter import inherited_fields
+from reap_driver.writer.card import inherited_fields, model_card
 from reap_driver.writer.report import ApplyReport, specify
 from tests.driver import zoo
 from tests.driver.published.checkpoint import write_tokenizer
@@ -170,14 +169,14 @@ def test_layers_that_differ_come_with_their_loader(
     assert row[2].split()[0] == f"{total:,}"
 
 
-def test_the_licence_is_inherited(tmp_path: Path) -> None:
+def test_the_license_is_inherited(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "README.md").write_text("---\nlicense: other\nlicense_name: acme-1\n---\n")
     card, _ = write(tmp_path)
     assert "[acme/tiny](https://huggingface.co/acme/tiny) applies: acme-1." in card
 
 
-def test_a_source_without_a_licence_names_none(tmp_path: Path) -> None:
+def test_a_source_without_a_license_names_none(tmp_path: Path) -> None:
     card, _ = write(tmp_path)
     assert "its card names none" in card
 
