@@ -132,7 +132,7 @@ class UngatedBlock(InlineBlock):
 
 
 class RowGateBlock(InlineBlock):
-    """Multiplies by something that is not a column of gates."""
+    """Multiplies by something that is not a column of router weights."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, WIDTH)

@@ -119,14 +119,14 @@ def test_masks_reach_a_method_and_are_refused_inline() -> None:
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ("gathered", "reached stack before being multiplied by its gate"),
-        ("ungated", "before being multiplied by its gate"),
-        ("row gate", "not by a column of gates"),
-        ("capacity", "gated 48 rows for 24 tokens, expected 72"),
+        ("gathered", "reached stack before being multiplied by its router weight"),
+        ("ungated", "before being multiplied by its router weight"),
+        ("row gate", "not by a column of router weights"),
+        ("capacity", "weighted 48 rows for 24 tokens, expected 72"),
     ],
 )
 def test_blocks_that_cannot_be_followed(block: str, message: str) -> None:
-    """Anything but output times a column of gates, for every selected slot, is refused."""
+    """Anything but output times a column of router weights, for every selected slot, is refused."""
     with observe(remote.remote(block)) as obs, pytest.raises(UnsupportedModel, match=message):
         obs(input_ids=_ids())
 

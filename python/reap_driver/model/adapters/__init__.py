@@ -1,4 +1,4 @@
-"""Adapters: the few things that differ between kinds of experts modules, one file a kind."""
+"""Adapters: what differs between kinds of experts modules, one file per kind."""
 
 from reap_driver.model.adapters.adapter import Adapter, KernelAdapter, Recorder, Sizes
 from reap_driver.model.adapters.dbrx import DbrxExperts
@@ -6,7 +6,7 @@ from reap_driver.model.adapters.llama4 import Llama4Experts
 from reap_driver.model.adapters.module_list import InlineExperts, MethodExperts
 from reap_driver.model.adapters.stacked import StackedExperts
 
-# Asked in this order; the first that serves a module takes it.
+# Tried in this order; the first adapter that serves a module is used.
 ADAPTERS: tuple[Adapter, ...] = (
     Llama4Experts(),
     StackedExperts(),

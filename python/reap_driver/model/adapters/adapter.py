@@ -1,4 +1,4 @@
-"""What an adapter knows about one kind of experts module, and what it may ask of the recorder."""
+"""The interface of adapters for kinds of experts modules, and of the recorder that they use."""
 
 import contextlib
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from reap_driver.model.adapters.expert_parallel import ExpertSlice, slice_of
 from reap_kernels import Activation, ExpertWeights, LayerStats
 from reap_kernels.errors import UnsupportedModel
 
-# An nn.Module whose attributes differ by kind: adapters know which they are.
+# An nn.Module whose attributes depend on its kind; adapters know them.
 ExpertsModule = Any
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -23,7 +23,7 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Sizes:
-    """E, H and I of one experts module, as its weights have them."""
+    """Number of experts E, hidden size H and intermediate size I, from a module's weights."""
 
     num_experts: int
     hidden_size: int
@@ -31,28 +31,34 @@ class Sizes:
 
 
 class Recorder(Protocol):
-    """Statistics of one layer, during one observation; made by `observe.py`, used by adapters."""
+    """Records the statistics of one layer during an observation (`observation.layer_recorder`)."""
 
     def observe(self, hidden: Tensor, ids: Tensor, weights: Tensor, eager: Forward) -> Tensor:
-        """Routed output [T, H] of a call, recorded; the first call is compared with `eager`."""
+        """The routed output [T, H] of a call, which is recorded. Compares the first call
+        with `eager`.
+        """
         ...
 
     def routed(self, ids: Tensor, weights: Tensor) -> None:
-        """Told the routing of every call, ids and weights [T, k], where the block says it."""
+        """Receives the routing of every call, ids and router weights [T, k], if the block
+        has it.
+        """
         ...
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, ExpertWeights]:
-        """The rows [T, H] and the module's weights as they lie now (fetched at every call, since
-        offloading moves them), in the dtype that the model computes in: autocast's inside it.
+        """The rows [T, H] and the module's weights in the dtype that the model computes in, which
+        autocast may change. The weights are read at every call, since offloading moves them.
         """
         ...
 
     def watch(self, hidden: Tensor, mask: Tensor | None) -> None:
-        """Told the rows [T, H] of every call and which of them count, [T] bool or None for all."""
+        """Receives the rows [T, H] of every call and which of them count: [T] bool, or None
+        for all.
+        """
         ...
 
     def token_mask(self, tokens: int, device: torch.device) -> Tensor | None:
-        """[tokens] bool, those that count; None for all."""
+        """[tokens] bool, True for tokens that count; None if all do."""
         ...
 
     def open(self, device: torch.device) -> tuple[LayerStats, int]:
@@ -60,16 +66,18 @@ class Recorder(Protocol):
         ...
 
     def compare(self, own: Tensor, eager: Tensor) -> None:
-        """Refuse unless our rows equal the module's own within the dtype's tolerance."""
+        """Raises UnsupportedModel unless computed rows equal the module's own, to the
+        tolerance of the dtype.
+        """
         ...
 
     def sample(self, tokens: int, mask: Tensor | None) -> Tensor | None:
-        """Rows to compare on the first call with counted tokens; None once compared."""
+        """Indices of the rows to compare in the first call with counted tokens; None afterwards."""
         ...
 
     @property
     def backend(self) -> str | None:
-        """Backend that was asked for."""
+        """The requested backend; None for the default."""
         ...
 
     @property
@@ -79,12 +87,14 @@ class Recorder(Protocol):
 
     @property
     def top_k(self) -> int:
-        """Experts a token is routed to."""
+        """Number of experts that a token is routed to."""
         ...
 
 
 class Adapter(ABC):
-    """One kind of experts module: recognise it, describe its weights, bind a recorder to it."""
+    """Supports one kind of experts module: recognizes it, describes its weights, binds a
+    recorder.
+    """
 
     name: str
 
@@ -94,20 +104,20 @@ class Adapter(ABC):
 
     @abstractmethod
     def sizes(self, module: ExpertsModule) -> Sizes:
-        """E, H, I; works on meta tensors."""
+        """The sizes E, H and I, also for weights on the meta device."""
 
     @abstractmethod
     def bind(
         self, module: ExpertsModule, block: ExpertsModule, recorder: Recorder
     ) -> AbstractContextManager[None]:
-        """Inside the context, calls of the module go through `recorder`; undone on exit."""
+        """Inside, calls of the module go through `recorder`."""
 
     def check(self, name: str, module: ExpertsModule) -> None:
         """Raises UnsupportedModel if the module cannot be observed correctly."""
         check_tensors(name, module)
 
     def local(self, module: ExpertsModule) -> ExpertSlice | None:
-        """Which experts this process holds, of a module spread over several; None for all."""
+        """The experts in this process, if the module is spread over several; None for all."""
         return None
 
     @property
@@ -117,27 +127,29 @@ class Adapter(ABC):
 
 
 class KernelAdapter(Adapter):
-    """A kind whose experts the kernel library computes, from a description of their weights."""
+    """A kind of experts that the kernel library computes, given a description of their weights."""
 
     @abstractmethod
     def activation(self, module: ExpertsModule) -> Activation:
-        """The function between the two products, found by probing the module's own."""
+        """The function between an expert's matrix products, found by probing the module's
+        own function.
+        """
 
     @abstractmethod
     def weights(self, module: ExpertsModule, activation: Activation) -> ExpertWeights:
-        """Views of the module's weights as they lie now."""
+        """Views of the module's weights where they are now."""
 
 
 def check_tensors(name: str, module: ExpertsModule, local: ExpertSlice | None = None) -> None:
-    """Raises UnsupportedModel unless every tensor below `module` is a plain, whole, float tensor.
+    """Raises UnsupportedModel unless all tensors of a module are ordinary float tensors, unsharded.
 
-    Quantised weights would be read as numbers they are not; a shard of an expert gives a part of
-    its output, and a norm of a part is no part of the norm.
+    Quantized weights have other values than those that are stored. From a shard of an expert, the
+    norm of the expert's output cannot be computed.
 
     Args:
-        name: the module's.
-        module: it.
-        local: which of its experts are here, if its kind can be observed so.
+        name: name of the module.
+        module: the module.
+        local: its experts in this process, if its kind supports expert parallelism.
     """
     tensors = [*module.named_parameters(), *module.named_buffers()]
     for leaf, tensor in tensors:
@@ -167,7 +179,7 @@ def check_tensors(name: str, module: ExpertsModule, local: ExpertSlice | None = 
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a torch.distributed DTensor, without importing distributed."""
+    """Whether a tensor is a DTensor, without importing torch.distributed."""
     return any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
 
 
@@ -175,10 +187,10 @@ def _is_sharded(tensor: Tensor) -> bool:
 def forward_replaced(
     module: ExpertsModule, forward: Callable[..., Any], method: str = "forward"
 ) -> Any:
-    """Replaces a method of one module instance, for kinds the experts interface does not cover.
+    """Inside, a method of one module instance is replaced, for kinds without the experts interface.
 
-    accelerate keeps the method it wrapped as `_old_forward` and loads weights around it, so with
-    its hook in place that is the one to replace.
+    accelerate's hook keeps the method that it wraps as `_old_forward` and loads weights before
+    calling it; if the hook is present, `_old_forward` is replaced.
     """
     slot = "_old_forward" if method == "forward" and "_old_forward" in vars(module) else method
     missing = object()

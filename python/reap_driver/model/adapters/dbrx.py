@@ -1,4 +1,4 @@
-"""DBRX: three 2-D tensors hold the experts as blocks of rows."""
+"""DBRX: three 2-D tensors hold the experts, each as a block of rows."""
 
 from contextlib import AbstractContextManager
 

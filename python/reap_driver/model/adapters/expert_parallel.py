@@ -1,8 +1,9 @@
-"""Experts spread over ranks whole: what transformers' expert parallelism leaves in a process.
+"""Expert parallelism of transformers, which puts whole experts on each rank.
 
-Its tensors are DTensors sharded by expert, plain local ones while their module runs; its routers
-give local ids, and for the experts of other ranks the number of local experts, with gate 0. So a
-rank's statistics are exactly those of its experts, and the layer's are the ranks' side by side.
+Its tensors are DTensors sharded by expert, and ordinary local tensors while their module runs. Its
+routers give local ids; a slot of another rank's expert has the number of local experts as its id,
+and router weight 0. So the statistics of a rank are exactly those of its experts, and those of the
+layer are their concatenation.
 """
 
 from dataclasses import dataclass, field
@@ -18,11 +19,11 @@ from reap_kernels.errors import DataError
 
 @dataclass(frozen=True)
 class ExpertSlice:
-    """The experts of one layer that live in this process.
+    """The experts of one layer in this process.
 
     Attributes:
-        first: global id of the first.
-        count: how many; the same on every rank, and rank r has those from r * count.
+        first: global id of the first expert.
+        count: number of experts, the same on every rank; rank r has those from r * count.
         mesh: the one-dimensional DeviceMesh of the ranks that hold the layer.
     """
 
@@ -34,12 +35,12 @@ class ExpertSlice:
         """Statistics of the whole layer, on the CPU, on every rank; every rank must call it.
 
         Args:
-            name: the layer's, for messages.
+            name: name of the layer, for error messages.
             own: this rank's statistics, of `count` experts.
 
         Raises:
-            DataError: on every rank, the ranks counted different tokens or groups, so they were
-                given different batches.
+            DataError: on every rank, if ranks counted different tokens or groups because they got
+                different batches.
         """
         groups = [int(number) for number in self._on_all(torch.tensor([own.num_groups]))]
         seen = [f"{number} groups" for number in groups]
@@ -55,7 +56,7 @@ class ExpertSlice:
         )
 
     def _on_all(self, tensor: Tensor) -> list[Tensor]:
-        """`tensor` of every rank in their order, over whatever connects the ranks."""
+        """The `tensor` of every rank, in the order of ranks, on the CPU."""
         own = tensor.to(self.mesh.device_type).contiguous()
         parts = [torch.empty_like(own) for _ in range(self.mesh.size())]
         dist.all_gather(parts, own, group=self.mesh.get_group())
@@ -63,11 +64,11 @@ class ExpertSlice:
 
 
 def slice_of(module: nn.Module) -> ExpertSlice | None:
-    """Which experts of a module are here, if it is expert parallel; None if it is anything else.
+    """The experts of a module in this process if it is expert parallel; None otherwise.
 
-    Read from the tensors' layout and the module's own count (transformers 5.17 sets no flag): every
-    tensor split along its first dimension, by nothing else, and the module counting its part. Also
-    a model sharded for data parallelism is split so, but counts all its experts.
+    transformers 5.17 sets no flag. A module is expert parallel if every tensor is sharded along its
+    first dimension only, and `num_experts` is the number of local experts. Sharding for data
+    parallelism looks the same, but there `num_experts` is the number of all experts.
     """
     tensors = [*module.parameters(), *module.buffers()]
     if not tensors or not all(_by_expert(tensor) for tensor in tensors):
@@ -81,6 +82,6 @@ def slice_of(module: nn.Module) -> ExpertSlice | None:
 
 
 def _by_expert(tensor: Any) -> bool:
-    """Whether a tensor is split along its first dimension over one dimension of ranks."""
+    """Whether a tensor is sharded along its first dimension, over a one-dimensional mesh."""
     placements: Any = getattr(tensor, "placements", ())
     return len(placements) == 1 and bool(placements[0].is_shard(0))

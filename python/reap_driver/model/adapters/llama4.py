@@ -1,4 +1,4 @@
-"""Llama 4: the gate scales an expert's input, and every expert runs on every token.
+"""Llama 4: the router weight scales an expert's input, and every expert runs on every token.
 
 What the expert adds to the output is f(g x) itself, so its contribution is ||f(g x)||: that is what
 `norm_sum`, `weighted_norm_sum` and their squares record here, while `router_weight_sum`
@@ -56,15 +56,15 @@ class Llama4Experts(KernelAdapter):
     def bind(
         self, module: ExpertsModule, block: ExpertsModule, recorder: Recorder
     ) -> Iterator[None]:
-        gates: list[Tensor] = []
+        scores: list[Tensor] = []
 
         def remember(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
-            gates[:] = [output[0]]
+            scores[:] = [output[0]]
 
         own = inspect.unwrap(type(module).forward)
 
         def run(hidden_states: Tensor) -> Tensor:
-            return _run(recorder, hidden_states, gates.pop(), lambda rows: own(module, rows))
+            return _run(recorder, hidden_states, scores.pop(), lambda rows: own(module, rows))
 
         handle = block.router.register_forward_hook(remember)
         try:
@@ -100,12 +100,13 @@ def _run(
         group=group,
         backend=recorder.backend,
     )
-    # The op saw gates of one, since they are in the input already, and pairs for tokens.
+    # The op was given router weights of 1, since the input is scaled already, and one row per
+    # (token, expert) pair. What it recorded of router weights and tokens is replaced.
     counts = routed.float().norm(dim=1).isfinite()
     counts = counts if counted is None else counts & counted
-    gates = torch.where(counts, scores.T[expert, token].double(), 0)
+    router_weights = torch.where(counts, scores.T[expert, token].double(), 0)
     part.router_weight_sum[group] = torch.segment_reduce(
-        gates, "sum", lengths=selected.sum(1), initial=0
+        router_weights, "sum", lengths=selected.sum(1), initial=0
     )
     part.tokens[group] = tokens if mask is None else mask.sum()
     stats.merge_(part)

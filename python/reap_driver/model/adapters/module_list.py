@@ -1,10 +1,10 @@
-"""One module an expert: blocks of remote code and of transformers 4.x.
+"""Experts as modules of an `nn.ModuleList`, in remote code and transformers 4.x.
 
-Where the block hands (hidden, ids, weights) to a method of its own (`moe_infer`, `moe`), that
-method is replaced and the experts' matrices are read as a table. Where routing is inline in the
-block, the block runs as it is: each expert returns a tensor that knows whose output it is, and the
-multiplication by the gate is where the statistics are taken. That is exact and needs no knowledge
-of the router, at the block's own speed.
+If the block passes (hidden, ids, weights) to a method of its own (`moe_infer`, `moe`), that method
+is replaced and the kernels read the experts' matrices through a table of pointers. If the block
+contains the routing code itself, it runs unchanged: each expert's output is a tensor subclass that
+records statistics when it is multiplied by the router weights. This is exact and independent of the
+router, but as slow as the block.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _METHODS = ("moe_infer", "moe")
 
 
 def is_expert_list(module: ExpertsModule) -> bool:
-    """A list of at least two modules of one class that carry weights."""
+    """Whether a module is a list of at least two modules of one class, with weights."""
     if not isinstance(module, nn.ModuleList) or len(module) < 2:
         return False
     return len({type(child) for child in module}) == 1 and any(True for _ in module[0].parameters())
@@ -54,7 +54,8 @@ class MethodExperts(KernelAdapter):
 
     def activation(self, module: ExpertsModule) -> Activation:
         expert = module[0]
-        # Without a named activation the expert calls one itself; the first call's check tells.
+        # An expert without such an attribute calls its activation directly; SiLU is assumed, and
+        # the comparison of the first call detects another one.
         named = (getattr(expert, key, None) for key in ("act_fn", "activation_fn"))
         act: Any = next((found for found in named if found is not None), functional.silu)
 
@@ -103,7 +104,7 @@ class MethodExperts(KernelAdapter):
 
 
 class InlineExperts(Adapter):
-    """A block that calls its experts itself and multiplies each output by a column of gates."""
+    """A block that calls its experts and multiplies each output by a column of router weights."""
 
     name = "module-list-inline"
 
@@ -139,7 +140,7 @@ class InlineExperts(Adapter):
 
 
 class _InlineCall:
-    """Hooks that follow one call of a block: its tokens, its experts' outputs, its end."""
+    """Hooks for one call of a block: at its start, at each expert's output, and at its end."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -147,7 +148,7 @@ class _InlineCall:
         self._rows = 0
 
     def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Count the block's tokens."""
+        """Counts the block's tokens."""
         hidden = args[0] if args else kwargs["hidden_states"]
         self._tokens = hidden.numel() // hidden.shape[-1]
         self._rows = 0
@@ -157,29 +158,29 @@ class _InlineCall:
         stats.add_tokens(self._tokens, group)
 
     def output_of(self, expert: int) -> Callable[..., Tensor]:
-        """A hook that makes an expert's output tell when it is multiplied by its gates."""
+        """A hook after which the product of an expert's output and router weights is recorded."""
 
-        def record(y: Tensor, gates: Tensor) -> None:
+        def record(y: Tensor, router_weights: Tensor) -> None:
             stats, group = self._recorder.open(y.device)
             ids = torch.full((len(y),), expert, device=y.device)
-            accumulate(y, ids, gates, stats, group=group, backend=self._recorder.backend)
+            accumulate(y, ids, router_weights, stats, group=group, backend=self._recorder.backend)
             self._rows += len(y)
 
         return lambda _, __, output: _Output.of(output, record)
 
     def end(self, *_: Any) -> None:
-        """Refuse a block that did not gate every slot, as capacity limits do."""
+        """Raises UnsupportedModel if a slot was not weighted, as with a limited expert capacity."""
         expected = self._tokens * self._recorder.top_k
         if self._rows != expected:
             raise UnsupportedModel(
-                f"{self._recorder.name} gated {self._rows} rows for {self._tokens} tokens, "
+                f"{self._recorder.name} weighted {self._rows} rows for {self._tokens} tokens, "
                 f"expected {expected}: some reach no expert, or not through a product; use a model "
                 "class that transformers ships"
             )
 
 
 class _Output(Tensor):
-    """An expert's output [n, H] on its way to being multiplied by its gates [n, 1]."""
+    """An expert's output [n, H], until it is multiplied by its router weights [n, 1]."""
 
     _record: Callable[[Tensor, Tensor], None]
 
@@ -198,13 +199,13 @@ class _Output(Tensor):
         if own is not None and name in _PRODUCTS | _CASTS | _QUERIES:
             with torch._C.DisableTorchFunctionSubclass():
                 if name in _PRODUCTS:  # before the product, which may be in place
-                    gates = _column(own, [a for a in args if a is not own])
-                    own._record(own.as_subclass(Tensor), gates)
+                    router_weights = _column(own, [a for a in args if a is not own])
+                    own._record(own.as_subclass(Tensor), router_weights)
                 plain = [a.as_subclass(Tensor) if isinstance(a, cls) else a for a in args]
                 result = func(*plain, **(kwargs or {}))
                 return cls.of(result, own._record) if name in _CASTS else result
         raise UnsupportedModel(
-            f"an expert's output reached {name} before being multiplied by its gate; this "
+            f"an expert's output reached {name} before being multiplied by its router weight; this "
             "block cannot be observed, use a model class that transformers ships"
         )
 
@@ -215,19 +216,21 @@ _QUERIES = {"__get__", "size", "dim", "numel", "__len__", "is_floating_point"}
 
 
 def _column(own: Tensor, others: list[Any]) -> Tensor:
-    """The gates [n] among the factors of a product with `own` [n, H]."""
+    """The router weights [n] among the factors of a product with `own` [n, H]."""
     for other in others:
         if isinstance(other, Tensor) and tuple(other.shape) == (len(own), 1):
             return other.reshape(-1)
     shapes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in others]
     raise UnsupportedModel(
         f"an expert's output {tuple(own.shape)} was multiplied by {shapes}, not by a column of "
-        "gates; this block cannot be observed, use a model class that transformers ships"
+        "router weights; this block cannot be observed, use a model class that transformers ships"
     )
 
 
 def _method(block: ExpertsModule) -> str | None:
-    """The block's method of three arguments that runs the experts, if it has one."""
+    """Name of the block's method with three arguments that runs the experts; None if it has
+    none.
+    """
     for name in _METHODS:
         method = getattr(block, name, None)
         if callable(method) and len(inspect.signature(method).parameters) == 3:
@@ -240,7 +243,7 @@ def _names(experts: ExpertsModule) -> tuple[str, str, str] | None:
 
 
 def _names_of(expert: ExpertsModule) -> tuple[str, str, str] | None:
-    """The names of one expert's three linear projections, if it has exactly these weights."""
+    """Names of an expert's three linear projections; None unless it has exactly these."""
     for names in _PROJECTIONS:
         projections = [getattr(expert, name, None) for name in names]
         if all(isinstance(p, nn.Linear) for p in projections):
@@ -253,7 +256,7 @@ def _linears(expert: ExpertsModule) -> list[nn.Linear]:
 
 
 def _stacked_bias(linears: tuple[nn.Linear, ...]) -> Tensor | None:
-    """[E, out] biases; small enough to copy."""
+    """[E, out], a copy of the biases of E linear layers; None if they have none."""
     if linears[0].bias is None:
         return None
     return torch.stack([linear.bias.detach() for linear in linears])

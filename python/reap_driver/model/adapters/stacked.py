@@ -1,7 +1,7 @@
-"""Experts stacked in 3-D tensors: transformers' experts interface, and classes that look like it.
+"""Experts stacked in 3-D tensors: transformers' experts interface, and classes that resemble it.
 
-Serves every module on the interface, with no knowledge of the model, and the classes that take the
-same three arguments without being decorated (step3p7, longcat_flash).
+Serves every module that uses the interface, for any model, and classes with the same tensors and
+arguments that do not use it (step3p7, longcat_flash).
 """
 
 import inspect
@@ -24,7 +24,7 @@ from reap_driver.model.adapters.expert_parallel import ExpertSlice, slice_of
 from reap_kernels import Activation, ExpertWeights, probe_activation
 from reap_kernels.errors import UnsupportedModel
 
-# Flags the interface is known to set. Any other `has_*` that is true changes the computation.
+# Flags of the interface that are supported. Another `has_*` that is true changes the computation.
 _KNOWN_FLAGS = {"has_gate", "has_bias"}
 _KNOWN_TENSORS = {
     "gate_up_proj",
@@ -73,7 +73,7 @@ class StackedExperts(KernelAdapter):
         self._check_whole(name, module)
 
     def local(self, module: ExpertsModule) -> ExpertSlice | None:
-        # Elsewhere the hooks that make tensors local stand where we would put our forward.
+        # In other classes, replacing forward would bypass the hooks that make tensors local.
         return slice_of(module) if is_interface(module) else None
 
     def activation(self, module: ExpertsModule) -> Activation:
@@ -98,7 +98,7 @@ class StackedExperts(KernelAdapter):
     def weights(self, module: ExpertsModule, activation: Activation) -> ExpertWeights:
         leaf = "gate_up_proj" if _is_gated(module) else "up_proj"
         up, down = getattr(module, leaf), module.down_proj
-        up = up[: down.shape[0]]  # longcat_flash keeps unused rows for its identity experts
+        up = up[: down.shape[0]]  # longcat_flash has unused rows for its identity experts
         if getattr(module, "is_transposed", False):
             up, down = up.transpose(1, 2), down.transpose(1, 2)
         return ExpertWeights(
@@ -116,7 +116,9 @@ class StackedExperts(KernelAdapter):
         eager, local = eager_forward(module), self.local(module)
 
         def here(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            """The module's own forward, with slots of other ranks (gate 0) at an id it has."""
+            """The module's own forward, with a valid id for the slots of other ranks, of
+            weight 0.
+            """
             ids = ids if local is None else torch.where(ids < local.count, ids, 0)
             return eager(hidden, ids, weights)
 
@@ -124,7 +126,7 @@ class StackedExperts(KernelAdapter):
             return recorder.observe(hidden, ids, weights, here)
 
         def run_with_identity(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            # Slots past the routed experts return their input, times the gate.
+            # Slots of identity experts return their input times the router weight.
             passed = torch.where(ids >= module.down_proj.shape[0], weights, 0).sum(1, keepdim=True)
 
             def routed(rows: Tensor, row_ids: Tensor, row_weights: Tensor) -> Tensor:
@@ -140,7 +142,9 @@ class StackedExperts(KernelAdapter):
         return forward_replaced(module, run_with_identity if identity else run)
 
     def _check_whole(self, name: str, module: ExpertsModule) -> None:
-        """Raise if the weights' intermediate size is not the one the module was built with."""
+        """Raises UnsupportedModel if the weights do not have the intermediate size of the
+        module.
+        """
         declared = getattr(module, "intermediate_dim", getattr(module, "intermediate_size", None))
         actual = self.sizes(module).intermediate_size
         if isinstance(declared, int) and declared != actual:
@@ -151,7 +155,7 @@ class StackedExperts(KernelAdapter):
 
 
 def _looks_alike(module: ExpertsModule) -> bool:
-    """An undecorated class with the interface's tensors and its three arguments."""
+    """Whether a class that does not use the interface has its tensors and its three arguments."""
     if not type(module).__name__.endswith("Experts"):
         return False
     if any(
@@ -163,7 +167,7 @@ def _looks_alike(module: ExpertsModule) -> bool:
 
 
 def _out_in(down: Tensor, module: ExpertsModule) -> tuple[int, int, int]:
-    """(E, out, in) of the down projection, whichever way it is stored."""
+    """(E, out, in) of the down projection, transposed or not."""
     experts, rows, cols = down.shape
     return (
         (experts, cols, rows) if getattr(module, "is_transposed", False) else (experts, rows, cols)
@@ -179,7 +183,7 @@ def _interleaved(module: ExpertsModule) -> bool:
 
 
 def _split_gate(module: ExpertsModule) -> Any:
-    """`act(gate) * up` for classes without a gate method of their own."""
+    """`act(gate) * up`, for classes without `_apply_gate`."""
 
     def function(projected: Tensor) -> Tensor:
         gate, up = projected.chunk(2, dim=-1)
@@ -190,7 +194,7 @@ def _split_gate(module: ExpertsModule) -> Any:
 
 
 def _numbers(module: ExpertsModule, word: str) -> list[float]:
-    """Values of the module's own attributes whose name contains `word`."""
+    """Numeric attributes of the module whose name contains `word`."""
     return [
         float(value)
         for key, value in vars(module).items()
