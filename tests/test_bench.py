@@ -150,7 +150,7 @@ def test_single_ops_are_checked() -> None:
 
 
 @pytest.mark.parametrize("format", ["fp8_block", "mxfp4", "int4_group"])
-def test_dequantisation_is_checked(format: str, monkeypatch) -> None:
+def test_dequantization_is_checked(format: str, monkeypatch) -> None:
     assert "reference's bits" in checks.dequantized(CPU, "cuda", torch.bfloat16, format)
     with pytest.raises(checks.CheckFailed, match="other bits"):  # it writes every expert
         checks.dequantized(CPU, "reference", torch.bfloat16, format)
@@ -287,7 +287,7 @@ def test_a_kernel_that_is_wrong_is_not_timed(stage, wrap, message, wrong, monkey
     assert len(failed) < len(found), "what is right is timed"
 
 
-def test_dequantisation_that_is_wrong_is_not_timed(monkeypatch) -> None:
+def test_dequantization_that_is_wrong_is_not_timed(monkeypatch) -> None:
     real = parts.rk.dequantize
 
     def broken(matrices, *, out, backend):

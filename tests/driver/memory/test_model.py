@@ -200,7 +200,7 @@ def test_packed_int4(tmp_path: Path) -> None:
     assert found == pytest.approx(experts * 4.5 / 8 + rest * 2, rel=1e-4)
 
 
-def test_unknown_quantisation_is_refused(tmp_path: Path) -> None:
+def test_unknown_quantization_is_refused(tmp_path: Path) -> None:
     model = published("qwen3-30b-a3b", tmp_path)
     model.config.quantization_config = {"quant_method": "gguf"}
     with pytest.raises(

@@ -75,7 +75,7 @@ def test_meta_model_has_the_same_layers(name: str) -> None:
 
 
 def test_digest_tells_models_apart() -> None:
-    """Another expert count is another model; dtype, cache and quantisation are not."""
+    """Another expert count is another model; dtype, cache and quantization are not."""
     config, _ = zoo.tiny("qwen3_moe")
     other, _ = zoo.tiny("qwen3_moe", num_experts=16)
     assert config_digest(config) != config_digest(other)

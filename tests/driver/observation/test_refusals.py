@@ -64,7 +64,7 @@ def _distributed() -> nn.Module:
 
 
 class _Packed(torch.Tensor):
-    """Stands for a quantised tensor subclass (torchao, say)."""
+    """Stands for a quantized tensor subclass (torchao, say)."""
 
 
 def _subclass() -> nn.Module:

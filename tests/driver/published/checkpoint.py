@@ -1,7 +1,7 @@
 """Random checkpoints in the layout their publishers use: names, FP8 and MXFP4, MTP layers, shards.
 
 The model is built from the small configuration; its tensors get their published names from
-save_pretrained's own conversion or from the model's table, are quantised, and written in shards.
+save_pretrained's own conversion or from the model's table, are quantized, and written in shards.
 """
 
 import json
@@ -42,10 +42,10 @@ def write_checkpoint(name: str, folder: Path, *, seed: int = 0, shards: int = 3)
     if entry.mtp is not None:
         state |= _mtp_state(state, entry, config, generator)
     state = {key: _published_dtype(key, tensor, entry) for key, tensor in state.items()}
-    if entry.quantised == "fp8":
+    if entry.quantized == "fp8":
         power_of_two = config["quantization_config"].get("scale_fmt") == "ue8m0"
         state = _to_fp8(state, power_of_two=power_of_two)
-    elif entry.quantised == "mxfp4":
+    elif entry.quantized == "mxfp4":
         state = _to_mxfp4(state, entry, generator)
     _write_shards(state, folder, shards)
     return folder
@@ -75,7 +75,7 @@ def is_mtp(key: str, entry: Published, config: dict[str, Any]) -> bool:
 
 
 def _build(folder: Path) -> PreTrainedModel:
-    """The model of a checkpoint's configuration in float32, as its class initialises it."""
+    """The model of a checkpoint's configuration in float32, as its class initializes it."""
     config = load_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -158,10 +158,10 @@ def _published_dtype(key: str, tensor: torch.Tensor, entry: Published) -> torch.
 
 def _to_fp8(state: State, *, power_of_two: bool) -> State:
     """Matrices as float8_e4m3fn, one float32 factor a 128 x 128 block in `.weight_scale_inv`."""
-    quantised: State = {}
+    quantized: State = {}
     for key, tensor in state.items():
         if not key.endswith(".weight") or tensor.ndim != 2 or _NOT_FP8.search(key):
-            quantised[key] = tensor
+            quantized[key] = tensor
             continue
         rows, columns = (math.ceil(size / _FP8_BLOCK) for size in tensor.shape)
         scale = torch.empty(rows, columns)
@@ -172,28 +172,28 @@ def _to_fp8(state: State, *, power_of_two: bool) -> State:
                 factor = tensor[block].float().abs().max() / _FP8_MAX
                 scale[row, column] = 2 ** factor.log2().ceil() if power_of_two else factor
                 stored[block] = (tensor[block].float() / scale[row, column]).to(stored.dtype)
-        quantised[key] = stored
-        quantised[key + "_scale_inv"] = scale
-    return quantised
+        quantized[key] = stored
+        quantized[key + "_scale_inv"] = scale
+    return quantized
 
 
 def _to_mxfp4(state: State, entry: Published, generator: torch.Generator) -> State:
     """Expert matrices [E, in, out] as random pairs [E, out, in/32, 16] and their exponents."""
-    quantised: State = {}
+    quantized: State = {}
     stems = {name.removesuffix("_blocks") for name in entry.stacked if name.endswith("_blocks")}
     for key, tensor in state.items():
         if not key.endswith(tuple(stems)):
-            quantised[key] = tensor
+            quantized[key] = tensor
             continue
         experts, width, out = tensor.shape
         grid = (experts, out, width // _MXFP4_BLOCK)
-        quantised[key + "_blocks"] = torch.randint(
+        quantized[key + "_blocks"] = torch.randint(
             0, 256, (*grid, _MXFP4_BLOCK // 2), generator=generator, dtype=torch.uint8
         )
-        quantised[key + "_scales"] = torch.randint(
+        quantized[key + "_scales"] = torch.randint(
             121, 125, grid, generator=generator, dtype=torch.uint8
         )
-    return quantised
+    return quantized
 
 
 def _write_shards(state: State, folder: Path, shards: int) -> None:

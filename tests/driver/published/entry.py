@@ -57,7 +57,7 @@ class Published:
         renames: regular expression -> replacement, applied to every key after that.
         splits: regular expression of a tensor -> replacements for its halves along dim 1.
         float32: regular expression of the tensors published in float32.
-        quantised: "fp8", "mxfp4" or None.
+        quantized: "fp8", "mxfp4" or None.
         ratio: how much of it the end-to-end test removes; `kept` is what must be left.
         not_plain: why transformers' own from_pretrained cannot load it, if it cannot.
     """
@@ -80,6 +80,6 @@ class Published:
     renames: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     float32: str = r"e_score_correction_bias$"
-    quantised: str | None = None
+    quantized: str | None = None
     ratio: float = 0.5
     not_plain: str | None = None

@@ -211,7 +211,7 @@ MODELS: dict[str, Published] = {
             "model.layers.5.mlp.experts.0.down_proj.weight_scale_inv",
             "model.layers.5.embed_tokens.weight",
         ),
-        quantised="fp8",
+        quantized="fp8",
     ),
     "kimi-k2": Published(
         hub_id="moonshotai/Kimi-K2-Instruct",
@@ -223,7 +223,7 @@ MODELS: dict[str, Published] = {
         moe_layers=(1, 2),
         routers=BIASED,
         names=("model.layers.1.mlp.experts.383.gate_proj.weight_scale_inv",),
-        quantised="fp8",
+        quantized="fp8",
     ),
     "kimi-linear-48b-a3b": Published(
         hub_id="moonshotai/Kimi-Linear-48B-A3B-Instruct",
@@ -280,7 +280,7 @@ MODELS: dict[str, Published] = {
             "model.layers.1.block_sparse_moe.experts.255.w2.weight_scale_inv",
             "model.layers.1.block_sparse_moe.e_score_correction_bias",
         ),
-        quantised="fp8",
+        quantized="fp8",
     ),
     "step-3.5-flash": Published(
         hub_id="stepfun-ai/Step-3.5-Flash",
@@ -375,7 +375,7 @@ MODELS: dict[str, Published] = {
             "model.layers.1.mlp.experts.down_proj_bias",
             "model.layers.0.self_attn.sinks",
         ),
-        quantised="mxfp4",
+        quantized="mxfp4",
     ),
     "gemma-4-26b-a4b": Published(
         hub_id="google/gemma-4-26B-A4B",

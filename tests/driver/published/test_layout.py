@@ -80,7 +80,7 @@ def test_published_layout_loads(name: str, checkpoint: Callable[[str], Path]) ->
     entry, config, folder = MODELS[name], small_config(name), checkpoint(name)
     tensors = read_tensors(folder)
     assert set(entry.names) <= tensors.keys()
-    if entry.quantised == "fp8":
+    if entry.quantized == "fp8":
         assert any(tensor.dtype == torch.float8_e4m3fn for tensor in tensors.values())
     cls = getattr(transformers, config["architectures"][0], None)
     if cls is None or entry.not_plain:
@@ -95,7 +95,7 @@ def test_published_layout_loads(name: str, checkpoint: Callable[[str], Path]) ->
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [n for n, entry in MODELS.items() if entry.quantised == "fp8"])
+@pytest.mark.parametrize("name", [n for n, entry in MODELS.items() if entry.quantized == "fp8"])
 def test_fp8_matrices_load_as_stored_times_scale(
     name: str, checkpoint: Callable[[str], Path]
 ) -> None:

@@ -60,8 +60,8 @@ def test_every_other_layer_is_cut(name: str, checkpoint: Checkpoints, tmp_path: 
 
 def test_four_bit_integers(tmp_path: Path) -> None:
     """As compressed-tensors stores Kimi-K2's experts."""
-    quantise = {packing.ROUTED: "int4"}
-    source, _ = packing.checkpoints("deepseek_v3", tmp_path, quantise, packing.KIMI)
+    quantize = {packing.ROUTED: "int4"}
+    source, _ = packing.checkpoints("deepseek_v3", tmp_path, quantize, packing.KIMI)
     plan, out = plan_for(source), tmp_path / "pruned"
     rd.apply_plan(source, plan, out, non_uniform=True)
     assert check_permutation(source, out, plan) == []

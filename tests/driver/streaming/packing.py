@@ -213,11 +213,11 @@ FIELDS = {"hidden_size": 64, "moe_intermediate_size": 32, "vocab_size": VOCAB}
 
 
 def checkpoints(
-    name: str, folder: Path, quantise: dict[str, str], quantisation: dict[str, Any]
+    name: str, folder: Path, quantize: dict[str, str], quantization: dict[str, Any]
 ) -> tuple[Path, Path]:
     """A model's checkpoint in published layout, and one of the plain weights it stands for.
 
-    `quantise`: regular expression of keys -> their case.
+    `quantize`: regular expression of keys -> their case.
     """
     stored_in, plain_in = folder / "stored", folder / "plain"
     rng = np.random.default_rng(3)
@@ -226,7 +226,7 @@ def checkpoints(
     def change(tensors: Parts) -> Parts:
         out: Parts = {}
         for key, tensor in tensors.items():
-            case = next((case for p, case in quantise.items() if re.search(p, key)), None)
+            case = next((case for p, case in quantize.items() if re.search(p, key)), None)
             if case is None:
                 out[key] = values[key] = tensor.to(BF16)
                 continue
@@ -241,7 +241,7 @@ def checkpoints(
     shutil.copytree(stored_in, plain_in)
     saved.change_tensors(stored_in, change)
     saved.change_tensors(plain_in, lambda _: values)
-    said: dict[str, Any] = {"quantization_config": quantisation}
+    said: dict[str, Any] = {"quantization_config": quantization}
     text = json.loads((stored_in / "config.json").read_text()).get("text_config")
     saved.change_config(stored_in, **({"text_config": {**text, **said}} if text else said))
     for path in (stored_in, plain_in):

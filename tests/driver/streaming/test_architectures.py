@@ -37,7 +37,7 @@ def test_streamed_is_resident(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
-    """Every tensor, those that the library's initialisation overwrites (zaya) included."""
+    """Every tensor, those that the library's initialization overwrites (zaya) included."""
     model = saved.save(name, tmp_path / "model")
     loaded = load_model(tmp_path / "model").state_dict()
     assert loaded.keys() == model.state_dict().keys()

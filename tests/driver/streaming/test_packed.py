@@ -56,12 +56,12 @@ def written(folder: Path, **parts: Tensor) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_values(name: str, tmp_path: Path) -> None:
     """Every bit, the shape and the dtype said before, each byte read once."""
-    quantisation, make = CASES[name]
+    quantization, make = CASES[name]
     parts, value = make(40, 96, np.random.default_rng(0))
     plain = {"norm": torch.randn(3)}
     reader = TensorReader()
     found = stored(read_header(written(tmp_path, **parts, **plain)).tensors, reader)
-    tensors = plain_weights(found, quantisation, "here", CPU)
+    tensors = plain_weights(found, quantization, "here", CPU)
     assert sorted(tensors) == ["a.b.norm", "a.b.weight"]
     matrix = tensors["a.b.weight"]
     assert matrix.get_shape() == [40, 96]
@@ -80,12 +80,12 @@ def test_scales_of_activations_and_devices(tmp_path: Path) -> None:
     parts |= {"input_scale": torch.ones(1), "output_scale": torch.ones(1)}
     reader = TensorReader()
     found = stored(read_header(written(tmp_path, **parts)).tensors, reader)
-    quantisation = CASES["fp8 one scale"][0]
-    tensors = plain_weights(found, quantisation, "here", CPU)
+    quantization = CASES["fp8 one scale"][0]
+    tensors = plain_weights(found, quantization, "here", CPU)
     assert torch.equal(tensors["a.b.weight"][...], value)
     assert list(tensors) == ["a.b.weight"]
     # Matrices are computed where they are wanted: codes cross to a GPU, not what they stand for.
-    there = plain_weights(found, quantisation, "here", torch.device("meta"))["a.b.weight"][...]
+    there = plain_weights(found, quantization, "here", torch.device("meta"))["a.b.weight"][...]
     assert (there.device.type, there.shape) == ("meta", value.shape)
     for other in (None, {"quant_method": "fp8"}):
         assert plain_weights(found, other, "here", CPU) == found
@@ -176,9 +176,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     """The message names the field, its value, and what to do."""
-    quantisation, said = REFUSED[name]
+    quantization, said = REFUSED[name]
     with pytest.raises(UnsupportedModel, match=f"here: .*{said}.*apply the plan to this one"):
-        plain_weights({}, quantisation, "here", CPU)
+        plain_weights({}, quantization, "here", CPU)
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ for group, target in zip(
 MODELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {ROUTED: "int4"}, KIMI),
     "deepseek_v3": ("deepseek_v3", {ROUTED: "int4"}, KIMI),
-    "kimi_k25": ("kimi_k25", {ROUTED: "int4"}, KIMI),  # quantisation said in text_config
+    "kimi_k25": ("kimi_k25", {ROUTED: "int4"}, KIMI),  # quantization said in text_config
     "every linear layer": ("qwen3_moe", {LINEAR: "int4"}, {**KIMI, **EVERY}),
     "int4 experts, fp8 attention": (
         "deepseek_v3",
