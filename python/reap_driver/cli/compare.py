@@ -190,7 +190,8 @@ def _integrity(
         found |= {
             "orphan_rate": sum(layer.orphaned for layer in layers) / max(1, tokens),
             "stranded_rate": sum(layer.stranded for layer in layers) / max(1, tokens),
-            "retained_gate_share": sum(la.gate_share * la.tokens for la in layers) / max(1, tokens),
+            "retained_gate_share": sum(la.router_weight_share * la.tokens for la in layers)
+            / max(1, tokens),
             "orphans_by_layer": {name: la.rate for name, la in outcome.orphans.items()},
         }
     if pair.pruned is None or pair.plan is None:
@@ -227,7 +228,7 @@ def _calibration(path: Path, plan: "Plan", console: Console) -> dict[str, Any]:
         console.note(f"what kept experts did on the calibration data is not known: {error}")
         return {}
     return {
-        "calibration_gate_share": sum(layer.gate_share for layer in shares) / len(shares),
+        "calibration_gate_share": sum(layer.router_weight_share for layer in shares) / len(shares),
         "calibration_saliency_share": sum(layer.saliency_share for layer in shares) / len(shares),
         "dead_kept": sum(len(layer.dead_kept) for layer in shares),
         "dead_removed": sum(len(layer.dead_removed) for layer in shares),

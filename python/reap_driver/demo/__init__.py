@@ -1,1 +1,1 @@
-"""The bundled model: its text, its training, its evaluation, and the demo that prunes it."""
+"""The bundled model: its text, its evaluation, and the demo that prunes it."""

@@ -1,15 +1,15 @@
-"""Text for the demo: what every Python installation carries, in three splits that share no text.
+"""Text for the demo: Python's own library, in three splits that share no text.
 
-Four domains, so that experts have something to specialize in:
+Four domains, so that experts can specialize:
 
 - ``code``: library sources without their docstrings,
 - ``docstrings``: the docstrings of the same modules,
 - ``reference``: the language reference that ``help()`` shows (``pydoc_data.topics``),
 - ``tables``: the character tables of the ``encodings`` package.
 
-A document's split follows from a hash of its name alone, so a module that is held out under one
-Python version is held out under all of them. Packages that some installations leave out (tkinter,
-idlelib, ...) are used for training only; the test suite is not used at all.
+A document's split depends only on a hash of its name, so a module that is held out under one Python
+version is held out under all versions. Packages that some installations leave out (tkinter,
+idlelib, ...) are used for training only; Python's test suite is not used at all.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from reap_kernels.errors import DataError
 DOMAINS = ("code", "docstrings", "reference", "tables")
 SPLITS = ("train", "calibration", "held_out")
 
-# Present in some installations only: seen in training, never measured on.
+# Missing in some installations: used for training, never to measure.
 _OPTIONAL = frozenset({"distutils", "idlelib", "lib2to3", "tkinter", "turtle", "turtledemo"})
-# Tests, third-party code, generated data of one machine, vendored wheels.
+# Tests, third-party code, data generated for one machine, bundled wheels.
 _EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages",
                        "ensurepip", "__phello__", "pydoc_data", "__pycache__"})  # fmt: skip
 _EXCLUDED_PREFIXES = ("config-", "_sysconfigdata", "lib-dynload")
-# Shorter paragraphs ("try:", "import sys") repeat everywhere and identify nothing.
+# Shorter paragraphs ("try:", "import sys") occur everywhere, so they count as no shared text.
 _MIN_PARAGRAPH = 40
-_MIN_DOCUMENTS = 20  # a stripped installation has a handful of files at most
+_MIN_DOCUMENTS = 20  # a stripped installation has only a few files
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text of the corpus. ``name`` decides ``split``; ``domain`` is one of ``DOMAINS``."""
+    """One text of the corpus. ``name`` determines ``split``; ``domain`` is one of ``DOMAINS``."""
 
     domain: str
     name: str
@@ -58,23 +58,24 @@ def split_of(name: str) -> str:
 def load_corpus(
     splits: Sequence[str] = SPLITS[1:], *, stdlib: Path | None = None
 ) -> list[Document]:
-    """Read the documents of some splits from the running Python's library, or from ``stdlib``.
+    """Reads the documents of some splits from the running Python's library, or from ``stdlib``.
 
-    A paragraph that occurs in several splits is kept in the first of held-out, calibration, train,
-    whichever splits are asked for. Reading only the default two takes well under a second.
+    A paragraph that occurs in several splits is kept in only one of them: the first of held-out,
+    calibration, train. This does not depend on which splits are read.
 
     Raises:
         DataError: the folder holds no library sources.
     """
     root = Path(stdlib or sysconfig.get_paths()["stdlib"])
-    wanted = SPLITS[min(SPLITS.index(s) for s in splits) :]  # and those they yield paragraphs to
+    # Later splits are read too, because their paragraphs are removed from those asked for.
+    wanted = SPLITS[min(SPLITS.index(s) for s in splits) :]
     documents = [*_modules(root, wanted), *_topics(root, wanted)]
     found = {d.domain for d in documents}
     if len(documents) < _MIN_DOCUMENTS or found != set(DOMAINS):
         raise DataError(
             f"{root}: found {len(documents)} documents in the domains {sorted(found)}, the demo"
             f" needs Python's library sources (.py files) with all of {list(DOMAINS)}; use a Python"
-            " installation that carries them (most do; embeddable and zipped ones do not)"
+            " installation that includes them (most do; embeddable and zipped ones do not)"
         )
     return [d for d in _without_shared_paragraphs(documents) if d.split in splits]
 
@@ -92,7 +93,7 @@ def _modules(root: Path, splits: Sequence[str]) -> Iterator[Document]:
 
 
 def _sources(root: Path) -> Iterator[Path]:
-    """Library files below ``root`` in a fixed order; excluded folders are not even listed."""
+    """Library files below ``root``, in a fixed order; excluded folders are not listed."""
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(f for f in subfolders if not _is_excluded(f))
         for name in sorted(files):
@@ -105,7 +106,7 @@ def _is_excluded(name: str) -> bool:
 
 
 def _stable_name(module: str) -> str:
-    """One name for a module's versions: ``datetime.py`` became ``_pydatetime.py`` in 3.12."""
+    """A module's name in all Python versions: 3.12 moved ``datetime`` to ``_pydatetime``."""
     return re.sub(r"^_(py)?(?=.)", "", module)
 
 
@@ -114,7 +115,7 @@ def _read(path: Path) -> str:
 
 
 def _parse(text: str) -> ast.Module | None:
-    """The syntax tree, or None: some library files are deliberately not valid Python."""
+    """The syntax tree; None for library files that are not valid Python on purpose."""
     try:
         return ast.parse(text)
     except (SyntaxError, ValueError):
@@ -122,14 +123,14 @@ def _parse(text: str) -> ast.Module | None:
 
 
 def _codec_texts(source: str) -> Iterator[tuple[str, str]]:
-    """The part of a charmap codec below its boilerplate: its decoding table, where it has one."""
+    """The decoding table of a charmap codec, if it has one."""
     start = re.search(r"^decoding_(table|map) = ", source, re.MULTILINE)
     if start:
         yield "tables", source[start.start() :]
 
 
 def _module_texts(source: str) -> Iterator[tuple[str, str]]:
-    """A module's code and its docstrings; nothing for the few files that are not valid Python."""
+    """A module's code and its docstrings; nothing for files that are not valid Python."""
     tree = _parse(source)
     if tree:
         code, docs = _separate(source, tree)
@@ -140,7 +141,7 @@ def _module_texts(source: str) -> Iterator[tuple[str, str]]:
 
 
 def _separate(text: str, tree: ast.Module) -> tuple[str, str]:
-    """Split a source into its code without docstrings, and its docstrings."""
+    """Splits a source into its code without docstrings, and its docstrings."""
     drop: set[int] = set()
     docs = []
     scopes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -151,7 +152,7 @@ def _separate(text: str, tree: ast.Module) -> tuple[str, str]:
         if docstring is None:
             continue
         docs.append(docstring)
-        if len(node.body) > 1:  # a body of nothing but its docstring keeps it
+        if len(node.body) > 1:  # a docstring that is the whole body stays in the code
             first = node.body[0]
             drop.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
     lines = text.splitlines()
@@ -172,9 +173,9 @@ def _topics(root: Path, splits: Sequence[str]) -> Iterator[Document]:
 
 
 def _without_shared_paragraphs(documents: list[Document]) -> list[Document]:
-    """Drop from each split the paragraphs that a more protected split has.
+    """Drops from each split the paragraphs that a later split of ``SPLITS`` has.
 
-    Topics quote each other and modules share headers, so names alone do not keep text apart.
+    Topics quote each other and modules share headers, so splitting by name is not enough.
     """
     seen: set[str] = set()
     kept: dict[int, Document] = {}

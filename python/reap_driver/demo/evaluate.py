@@ -1,4 +1,4 @@
-"""How good a model is on held-out text, and how closely a pruned one follows the unpruned one."""
+"""Evaluates a model on held-out text, and how closely a pruned model follows the unpruned one."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from reap_kernels.errors import DataError
 class Evaluation:
     """Figures over ``tokens`` predicted tokens.
 
-    loss: mean negative log-likelihood per token, nats; perplexity is its exponential.
-    domain_loss: the same per domain.
-    agreement: share of positions with the reference's most likely next token (1 without reference).
-    predictions: most likely next tokens [windows, length - 1], the reference of later evaluations.
+    Attributes:
+        loss: mean negative log-likelihood per token in nats, domains weighted equally.
+        domain_loss: mean negative log-likelihood per token of each domain, in nats.
+        agreement: share of positions whose most likely next token is the reference's, in [0, 1];
+            1 without a reference.
+        tokens: number of predicted tokens.
+        predictions: int64 [windows, length - 1], most likely next tokens; later evaluations use
+            them as their reference.
     """
 
     loss: float
@@ -40,13 +44,13 @@ class Evaluation:
 def token_windows(
     documents: list[Document], tokenizer: Any, *, per_domain: int, length: int
 ) -> dict[str, Tensor]:
-    """Fixed windows of token ids [per_domain, length] for each domain, spread over its documents.
+    """Fixed windows of token ids for each domain: int64 [per_domain, length].
 
-    The windows of a domain are equally spaced in its documents' concatenation, so they depend on
-    nothing but the text. They overlap where a Python version brings a little less of it.
+    The windows of a domain are equally spaced in the concatenation of its documents, so they depend
+    only on the text. They overlap where a Python version has a little less text.
 
     Raises:
-        DataError: a domain has less than half the text that windows without overlap need.
+        DataError: a domain has less than half the text that windows without overlap would need.
     """
     windows = {}
     for domain in DOMAINS:
@@ -55,7 +59,7 @@ def token_windows(
         if 2 * len(ids) < per_domain * length:
             raise DataError(
                 f"demo text of the domain {domain!r} has {len(ids)} tokens, {per_domain} windows"
-                f" of {length} need {per_domain * length // 2} at least; use a Python installation"
+                f" of {length} need at least {per_domain * length // 2}; use a Python installation"
                 " with its full library"
             )
         step = (len(ids) - length) / max(1, per_domain - 1)
@@ -72,9 +76,15 @@ def evaluate(
     reference: Evaluation | None = None,
     batch: int = 16,
 ) -> Evaluation:
-    """Evaluate ``model`` on ``windows`` ({domain: token ids [n, length]}).
+    """Evaluates a model on windows of text.
 
-    All domains weigh alike. Every window is its own sequence; its first token is context only.
+    Every window is a sequence of its own; its first token is not predicted.
+
+    Args:
+        model: a language model in eval mode.
+        windows: domain -> token ids, int64 [n, length].
+        reference: an evaluation on the same windows, to measure agreement with.
+        batch: windows per forward.
     """
     losses: dict[str, list[Tensor]] = {domain: [] for domain in windows}
     predictions = []

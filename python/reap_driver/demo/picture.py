@@ -1,4 +1,4 @@
-"""The demo's picture: every expert's score, and which experts each plan keeps."""
+"""Draws the demo's picture: every expert's score, and which experts each plan keeps."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ Kept = Mapping[str, Sequence[int]]
 def draw_scores(
     panels: Mapping[str, tuple[Mapping[str, Tensor], Kept, Kept]], path: Path, title: str
 ) -> None:
-    """Save one picture with a layers x experts heat map per criterion.
+    """Saves one picture with a heat map of layers by experts per criterion.
 
-    panels: {criterion: (scores {layer: [E]}, kept by the lighter plan, kept by the heavier plan)};
-    the heavier plan keeps a subset of the lighter one's experts. Scores are shown relative to the
-    best of their layer, since plans compare experts within a layer only.
+    Scores are shown relative to the best score of their layer, because plans compare experts only
+    within a layer.
+
+    Args:
+        panels: title -> (layer -> scores [E], layer -> ids kept by the lighter plan, layer -> ids
+            kept by the heavier plan). The heavier plan keeps a subset of what the lighter keeps.
+        path: PNG file to write.
+        title: title of the picture.
     """
-    # a figure without pyplot draws to files with Agg: no display needed, no global state touched
+    # Without pyplot, a figure needs no display and changes no global state.
     figure = Figure(figsize=(11, 1.1 + 2.3 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)
     for axis, (name, (scores, light, heavy)) in zip(axes[:, 0], panels.items(), strict=True):
         relative = torch.stack([s / s.max() for s in scores.values()])
-        # cividis: one ordering of lightness, equal for colour-blind readers and in grey print
+        # cividis: its lightness increases steadily, also for color-blind readers and in gray print
         image = axis.imshow(relative.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto")
         _mark(axis, list(scores), light, heavy)
         axis.set(title=name, ylabel="MoE layer", xlabel="expert")
@@ -40,8 +45,8 @@ def draw_scores(
     figure.savefig(path, dpi=130)
 
 
-# Two shapes, filled and hollow, are told apart without colour. What the heavier plan removes scores
-# low, so the hollow mark lies on the dark end of the scale.
+# A filled and a hollow shape can be told apart without color. Experts that only the heavier plan
+# removes score low, so the white hollow mark lies on dark cells.
 _KEPT = {"marker": "o", "s": 42, "facecolor": "white", "edgecolor": "black", "linewidth": 1.2}
 _LIGHT_ONLY = {"marker": "s", "s": 26, "facecolor": "none", "edgecolor": "white", "linewidth": 1.4}
 

@@ -1,8 +1,8 @@
-"""The demo: prune the bundled model by three criteria and measure what each one costs.
+"""The demo: prunes the bundled model by three criteria and measures what each one costs.
 
-Everything goes the way a user's own model would: observe on calibration text, score, plan, write a
-pruned checkpoint, load it again. Nothing is chosen to flatter: the text, windows, seeds and ratios
-are fixed here, and calibration and held-out text come from different modules.
+It takes the same steps as for any model: observe calibration text, score, plan, write a pruned
+checkpoint, load it again. The text, windows, seeds and ratios are fixed in this file, and
+calibration and held-out text come from different modules.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RATIOS = (0.25, 0.5)
 FILES = ("stats.safetensors", "scores.png", *(f"plan-{ratio * 100:.0f}.json" for ratio in RATIOS))
 CRITERIA = ("reap", "frequency")
 _TITLES = {
-    "reap": "REAP: mean of gate x output norm over an expert's tokens",
+    "reap": "REAP: mean of router weight x output norm over an expert's tokens",
     "frequency": "frequency: number of tokens routed to an expert",
 }
 RANDOM_SEEDS = 5
@@ -79,19 +79,22 @@ class Pruned:
 
 
 def run_demo(out: Path, *, seed: int = 0, quiet: bool = False) -> dict[str, Any]:
-    """Run the demo and return all figures.
+    """Runs the demo and returns all figures.
 
     Writes to ``out``: ``reap-25`` and ``reap-50`` (pruned checkpoints), ``plan-*.json``,
-    ``stats.safetensors`` and ``scores.png``; what an earlier run left there is replaced. Prints a
+    ``stats.safetensors`` and ``scores.png``; the files of an earlier run are replaced. Prints a
     table and generated samples on stdout unless ``quiet``; progress goes to stderr.
 
     Args:
         out: folder for the results, created if missing.
-        seed: first of the seeds of the random plans, and seed of the samples.
+        seed: first seed of the random plans, and seed of the samples.
         quiet: print nothing.
 
+    Returns:
+        The figures as plain values, which JSON can hold.
+
     Raises:
-        DataError: this Python installation carries no library sources to calibrate on.
+        DataError: this Python installation has no library sources to calibrate on.
     """
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
@@ -136,7 +139,7 @@ def run_demo(out: Path, *, seed: int = 0, quiet: bool = False) -> dict[str, Any]
 
 
 def observe_windows(model: Any, windows: dict[str, Tensor], batch: int = 16) -> SaliencyStats:
-    """Statistics of ``model`` on ``windows`` ({domain: ids [n, length]}), a group per domain."""
+    """Statistics of a model on windows (domain -> ids int64 [n, length]), one group per domain."""
     with observe(model) as observer:
         for domain, ids in windows.items():
             with observer.group(domain):
@@ -157,7 +160,7 @@ def observe_windows(model: Any, windows: dict[str, Tensor], batch: int = 16) -> 
 
 
 def generate(checkpoint: Path, seed: int) -> str:
-    """Load a checkpoint as any user would, and sample a continuation of ``PROMPT``."""
+    """Loads a checkpoint by transformers alone, and samples a continuation of ``PROMPT``."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     torch.manual_seed(seed)
@@ -168,7 +171,7 @@ def generate(checkpoint: Path, seed: int) -> str:
 
 
 def read_texts(tokenizer: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Calibration and held-out windows, {domain: token ids [n, WINDOW]}."""
+    """Calibration and held-out windows: domain -> token ids, int64 [n, WINDOW]."""
     documents = load_corpus(("calibration", "held_out"))
     calibration, held_out = (
         token_windows(
@@ -180,7 +183,7 @@ def read_texts(tokenizer: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def _plans(scores: dict[str, Scores], seed: int) -> list[tuple[Plan, int | None]]:
-    """All plans to compare, each with its seed if it is a random one."""
+    """All plans to compare, each with its seed if it is random."""
     plans: list[tuple[Plan, int | None]] = []
     for ratio in RATIOS:
         plans += [(make_plan(scores[criterion], ratio), None) for criterion in CRITERIA]
@@ -192,7 +195,7 @@ def _plans(scores: dict[str, Scores], seed: int) -> list[tuple[Plan, int | None]
 def _prune(
     plan: Plan, seed: int | None, out: Path, held_out: dict[str, Tensor], base: Evaluation
 ) -> Pruned:
-    """Write the plan's checkpoint, load it, evaluate it; only REAP's checkpoints stay."""
+    """Writes the plan's checkpoint, loads and evaluates it; only REAP's checkpoints are kept."""
     with tempfile.TemporaryDirectory(dir=out, prefix="compared-") as scratch:
         folder = Path(scratch) / "checkpoint"
         if plan.criterion == "reap":
@@ -202,7 +205,7 @@ def _prune(
         model = load_model(folder, dtype=torch.float32)
         evaluation = evaluate(model, held_out, reference=base)
         experts = model.config.num_experts
-        criterion = plan.criterion.partition(":")[0]  # without the seed of a random one
+        criterion = plan.criterion.partition(":")[0]  # without the seed of a random plan
         return Pruned(criterion, plan.ratio, seed, experts, weight_bytes(folder), evaluation)
 
 
@@ -217,7 +220,7 @@ def _draw(scores: dict[str, Scores], plans: list[tuple[Plan, int | None]], path:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Size of a checkpoint's weight files."""
+    """Size of a checkpoint's weight files, in bytes."""
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
@@ -231,20 +234,20 @@ def _figures(evaluation: Evaluation) -> dict[str, Any]:
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr; the yielded function starts the next of the demo's stages."""
+    """A progress bar on stderr; calling the yielded function starts the next stage."""
     plans = len(RATIOS) * (len(CRITERIA) + RANDOM_SEEDS)
     layout = "{percentage:3.0f}% |{bar:24}| {elapsed} {desc}"
     loading_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # fifteen models load under this one bar
+    transformers_logging.disable_progress_bar()  # fifteen models are loaded while this bar is shown
     try:
         shown = not quiet and sys.stderr.isatty()
         with tqdm(total=plans + 4, disable=not shown, bar_format=layout) as bar:
             begun = itertools.count()
 
             def stage(name: str) -> None:
-                if not quiet and not shown:  # a log file gets lines, not a bar redrawn
+                if not quiet and not shown:  # a log file gets one line per stage instead of a bar
                     print(f"demo: {name}", file=sys.stderr, flush=True)
-                bar.update(min(next(begun), 1))  # the stage before this one is done
+                bar.update(min(next(begun), 1))  # the previous stage is done
                 bar.set_description_str(name)
 
             yield stage

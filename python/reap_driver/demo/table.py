@@ -1,4 +1,4 @@
-"""The demo's table: what each criterion costs, next to the unpruned model."""
+"""Formats the demo's results as a table: each criterion next to the unpruned model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _COLUMNS = "{:<26} {:>7} {:>8} {:>24} {:>24}"
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The table, the samples and where the results are; ``report`` is ``run_demo``'s result."""
+    """The table, the samples and the paths of the results, from what ``run_demo`` returns."""
     base, pruned = report["unpruned"], report["pruned"]
     lines = [
         _COLUMNS.format("", "experts", "size", "held-out perplexity", "next-token agreement"),
@@ -24,7 +24,7 @@ def format_report(report: dict[str, Any]) -> str:
     domains = len(base["domain_perplexity"])
     lines += [
         "",
-        f"{report['held_out_tokens']:,} held-out tokens of {domains} domains, all weighing alike;"
+        f"{report['held_out_tokens']:,} held-out tokens of {domains} domains, weighted equally;"
         f" plans made from {report['calibration_tokens']:,} other tokens.",
         "Several seeds: mean (lowest to highest). Agreement: share of positions where the pruned"
         " model's",
@@ -53,7 +53,7 @@ def _line(name: str, rows: list[dict[str, Any]]) -> str:
 
 
 def _spread(values: Iterable[float], form: str) -> str:
-    """One value as it is; several as their mean and range."""
+    """A single value as it is; several values as their mean and range."""
     numbers = list(values)
     mean = form.format(sum(numbers) / len(numbers))
     if len(numbers) == 1:

@@ -1,7 +1,7 @@
-"""Whether a pruned checkpoint holds what its plan says: every kept expert, in the plan's order.
+"""Checks that a pruned checkpoint holds what its plan says: every kept expert, in the plan's order.
 
-Both checkpoints are loaded as models are, one decoder layer of each at a time, so this checks what
-the pruned model will compute with, by none of the rules it was written by.
+Both checkpoints are loaded as models, one decoder layer of each at a time. So this checks the
+tensors that the pruned model computes with, and shares no code with the writer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,27 +31,35 @@ def check_permutation(
     sample: int | None = None,
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """Compare a pruned checkpoint with its original, bit by bit.
+    """Compares a pruned checkpoint with its original, bit by bit.
 
-    Every row of a router, every entry of its biases and every tensor of an expert must be the
-    original's, in the order of the plan's kept ids; rows behind the experts (identity experts,
-    shared ones) and all other tensors must be the same. Tables of expert ids by token must name
-    kept experts by their new numbers. Quantised weights are compared as the numbers they stand for.
-    Tensors that the models do not load (multi-token-prediction layers) are not looked at.
+    Every row of a router, every entry of its biases and every tensor of an expert must equal the
+    original's, in the order of the plan's kept ids. Rows behind those of the experts (identity or
+    shared experts) and all other tensors must be unchanged. Tables of expert ids per token must
+    name kept experts by their new ids. Quantized weights are compared dequantized. Tensors that the
+    models do not load (multi-token-prediction layers) are not compared.
+
+    Memory holds one decoder layer of each checkpoint at a time.
 
     Args:
-        original: folder or hub id; of it and of the other, memory holds one decoder layer.
-        pruned: folder or hub id.
-        plan: what was applied.
-        sample: how many decoder layers to look at, spread evenly; None for all.
+        original: folder or hub id of the original checkpoint.
+        pruned: folder or hub id of the pruned checkpoint.
+        plan: the plan that was applied.
+        sample: how many decoder layers to compare, spread evenly; None compares all.
         trust_remote_code: run model code that comes with the checkpoints.
 
     Returns:
-        What differs, a sentence each; empty if nothing does.
+        One sentence per difference; empty if there is none.
 
     Raises:
         PlanError: the plan was not made for the original.
-        CheckpointError, UnsupportedModel: a checkpoint cannot be loaded.
+        CheckpointError: a checkpoint cannot be read.
+        UnsupportedModel: a checkpoint cannot be loaded as a model this version knows.
+
+    Example:
+        >>> rd.apply_plan("model", plan, "model-half")
+        >>> rd.check_permutation("model", "model-half", plan)
+        []
     """
     trust = trust_remote_code
     with (
@@ -72,19 +80,19 @@ def check_permutation(
 def _dims(
     old: StreamedModel, counts: Mapping[str, int], plan: Mapping[str, "LayerPlan"]
 ) -> dict[str, ExpertDim]:
-    """Where the original holds experts, once the plan is known to be its own."""
+    """Where the original stores its experts, after a check that the plan fits it."""
     for name, count in counts.items():
         planned = plan[name].num_experts
         if planned != count:
             raise PlanError(
-                f"plan: counts {planned} experts in {name!r}, the original has {count}; use the "
+                f"plan: has {planned} experts in {name!r}, but the original has {count}; use the "
                 "plan that was made for this model"
             )
     return expert_dims(old.model, counts)
 
 
 def _spread(total: int, sample: int | None) -> Sequence[int]:
-    """All of `total` indices, or some, evenly from the first to the last."""
+    """Indices below `total`: all, or `sample` of them, spread evenly from first to last."""
     if sample is None or sample >= total:
         return range(total)
     return sorted({round(i * (total - 1) / max(1, sample - 1)) for i in range(sample)})
@@ -92,7 +100,7 @@ def _spread(total: int, sample: int | None) -> Sequence[int]:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two models, and where the larger one holds experts."""
+    """Both models, and where the original stores its experts."""
 
     old: StreamedModel
     new: StreamedModel
@@ -100,7 +108,7 @@ class _Pair:
     dims: Mapping[str, ExpertDim]
 
     def outside(self) -> Iterator[str]:
-        """Problems of what is in no decoder layer."""
+        """Differences in tensors outside the decoder layers."""
         layers = {name for name, _ in self.old.layers}
         old, new = (
             {n: t for n, t in m.model.state_dict().items() if owner_of(n, layers) is None}
@@ -109,9 +117,9 @@ class _Pair:
         yield from self._problems(old, new)
 
     def decoder_layer(self, index: int) -> list[str]:
-        """Problems of one decoder layer, which is loaded for that."""
+        """Differences in one decoder layer, which is loaded for this and released."""
         tensors = []
-        for streamed in (self.old, self.new):  # one after the other: the library loads one at once
+        for streamed in (self.old, self.new):  # one after the other, to load one at a time
             streamed.ready(index)
             name, module = streamed.layers[index]
             tensors.append({f"{name}.{key}": value for key, value in module.state_dict().items()})
@@ -122,10 +130,10 @@ class _Pair:
         return problems
 
     def _problems(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Iterator[str]:
-        """What differs between the tensors of the same part of both models."""
+        """Differences between the tensors of the same part of both models."""
         expected = {self._renamed(name) for name in old} - {None}
         for name in sorted(expected ^ new.keys(), key=str):
-            yield f"{name}: is {'missing' if name in expected else 'of no tensor of the original'}"
+            yield f"{name}: is {'missing' if name in expected else 'not in the original'}"
         for name, tensor in old.items():
             other = new.get(self._renamed(name) or "")
             if other is None:
@@ -138,45 +146,45 @@ class _Pair:
                 yield f"{name}: differs from the original"
 
     def _renamed(self, name: str) -> str | None:
-        """What a tensor is called in the pruned model; None for a removed expert's."""
+        """Name of a tensor in the pruned model; None for a tensor of a removed expert."""
         layer = owner_of(name, self.plan)
         number, _, leaf = name[len(layer) + 1 :].partition(".") if layer else ("", "", "")
-        if layer is None or not number.isdigit():  # not of one expert in a list
+        if layer is None or not number.isdigit():  # not a tensor of one expert in a list
             return name
         kept = self.plan[layer].kept
         return f"{layer}.{kept.index(int(number))}.{leaf}" if int(number) in kept else None
 
     def _cut(self, name: str, old: Tensor, new: Tensor) -> Iterator[str]:
-        """Problems of a tensor that holds all experts of a layer."""
+        """Differences in a tensor that holds all experts of a layer."""
         where, kept = self.dims[name], self.plan[self.dims[name].layer].kept
         shape = list(old.shape)
         shape[where.dim] = where.length(len(kept))
         if list(new.shape) != shape:
-            yield f"{name}: has shape {list(new.shape)}, the plan leaves {shape}"
+            yield f"{name}: has shape {list(new.shape)}, but by the plan it is {shape}"
             return
         rows = [(old_id * where.block, rank * where.block) for rank, old_id in enumerate(kept)]
         parts = [(*pair, where.block, f"expert {e}") for pair, e in zip(rows, kept, strict=True)]
-        tail = (where.experts * where.block, len(kept) * where.block, where.tail, "what follows")
+        tail = (where.experts * where.block, len(kept) * where.block, where.tail, "the tail")
         for first, other, length, what in (*parts, tail):
             if not _same(
                 old.narrow(where.dim, first, length), new.narrow(where.dim, other, length)
             ):
-                yield f"{name}: {what} (row {first}) is not what row {other} holds now"
+                yield f"{name}: {what} (row {first}) differs from row {other} of the pruned model"
 
     def _relabelled(self, name: str, old: Tensor, new: Tensor) -> Iterator[str]:
-        """Problems of a table [rows, k] of expert ids."""
+        """Differences in a table [rows, k] of expert ids."""
         layer = next(e for e in self.plan if name.startswith(e.rpartition(".")[0] + "."))
         kept = torch.tensor(self.plan[layer].kept)
         if old.shape != new.shape or not bool(((new >= 0) & (new < len(kept))).all()):
-            yield f"{name}: names experts outside [0, {len(kept)}), or has another shape"
+            yield f"{name}: has ids outside [0, {len(kept)}), or another shape than the original"
             return
         stays = torch.isin(old.cpu(), kept)
         if not torch.equal(kept[new.cpu().long()][stays], old.cpu().long()[stays]):
-            yield f"{name}: names other experts than the plan's new numbers"
+            yield f"{name}: does not name the kept experts by their new ids"
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
-    """Equal dtype, shape and bits."""
+    """Whether dtype, shape and bits are equal."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     pair = (side.detach().contiguous().view(-1).view(torch.uint8) for side in (left, right))

@@ -1,4 +1,4 @@
-"""The record of a comparison: what `compare --json` prints, and `report` reads."""
+"""The file format of a comparison: `compare --json` prints it, `report` reads it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ RATES = ("orphan_rate", "stranded_rate", "retained_gate_share")
 
 @dataclass(frozen=True)
 class _Estimate:
-    """A figure with its interval; null is an infinite figure, and an interval that is not known."""
+    """A figure with its interval; null for an infinite figure and for an unknown interval."""
 
     value: Real
 
@@ -24,7 +24,7 @@ class _Estimate:
             raise Mismatch(f"{at}.low", f"is {low}", f"{at}.high or less, which is {high}")
 
 
-# Sums of probabilities and of their logarithms are rounded, so bounds have some room.
+# Sums of probabilities and of their logarithms are rounded, so the bounds allow for that.
 _POSITIVE, _SHARE = _Estimate(Real(low=0)), _Estimate(Real(low=-0.001, high=1.001))
 _COLUMN = Record(
     {

@@ -1,12 +1,12 @@
-"""From sums over sequences to means over predictions, each with the interval it is known to.
+"""Means over predictions, with 95 % intervals, from sums over sequences.
 
-Tokens of one sequence are alike, so what is drawn anew is sequences: a percentile bootstrap, in
-which as many sequences as there are are drawn with replacement from each calibration group, whose
-shares therefore stay what they are. Figures are ratios of sums, and both models are drawn together.
+Tokens of one sequence are not independent, so the percentile bootstrap resamples sequences: within
+each calibration group it draws, with replacement, as many sequences as the group has, so the
+groups' shares stay fixed. Figures are ratios of sums, and both models use the same draws.
 Percentiles are those of the expanded percentile interval (Hesterberg, "What Teachers Should Know
-about the Bootstrap", arXiv 1411.5279): plain ones are too narrow for few sequences.
-In simulation they cover 90 to 96 % from 10 sequences on; of a figure whose values are very skewed
-(lognormal, sigma 0.9), 86 % with 10 sequences, 90 % with 40, 92 % with 100.
+about the Bootstrap", arXiv 1411.5279), because plain ones are too narrow for few sequences.
+In simulations the intervals cover the truth in 90 to 96 % of cases from 10 sequences on; for very
+skewed values (lognormal, sigma 0.9) in 86 % with 10 sequences, 90 % with 40 and 92 % with 100.
 """
 
 import math
@@ -21,12 +21,12 @@ from reap_driver.plan.student_t import t_quantile
 
 DRAWS = 2000
 CONFIDENCE = 0.95
-_TOGETHER = 1 << 22  # sequences drawn at a time, in all draws
+_AT_ONCE = 1 << 22  # sequences drawn at a time, over all draws
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % interval; None where a group has but one sequence to draw from."""
+    """A figure and its 95 % interval; the bounds are None if a group has only one sequence."""
 
     value: float
     low: float | None
@@ -38,14 +38,15 @@ class Figures:
     """How a pruned model compares with its original on some sequences; means over predictions.
 
     Attributes:
-        sequences: that have a prediction that counts.
-        predictions: that count.
-        original_perplexity: exp of the mean negative log-likelihood of the text.
-        pruned_perplexity: the same of the pruned model.
-        perplexity_ratio: pruned over original.
-        kl: KL(original || pruned), nats.
-        acceptance: expected acceptance, sum over v of min(p_v, q_v); see `compare_logits`.
-        same_top: share of predictions with the same most likely token.
+        sequences: number of sequences with at least one prediction that counts.
+        predictions: number of predictions that count.
+        original_perplexity: exp of the original's mean negative log-likelihood of the text.
+        pruned_perplexity: the same for the pruned model.
+        perplexity_ratio: pruned_perplexity / original_perplexity.
+        kl: KL(original || pruned), in nats.
+        acceptance: expected acceptance, sum over v of min(p_v, q_v), in [0, 1]; see
+            `reap_kernels.compare_logits`.
+        same_top: share of predictions with the same most likely token, in [0, 1].
     """
 
     sequences: int
@@ -63,14 +64,14 @@ COLUMNS = ("original_loss", "pruned_loss", "kl", "acceptance", "same_top")
 
 
 def figures(sums: Tensor, counts: Tensor, groups: Tensor, draws: int, seed: int) -> Figures:
-    """Means over predictions, and intervals.
+    """Means over predictions, and their intervals.
 
     Args:
-        sums: [S, 5] float64, `COLUMNS`, over the predictions of each sequence.
-        counts: [S] int64, its predictions, above 0.
-        groups: [S] int64, its calibration group.
-        draws: of the bootstrap.
-        seed: of the bootstrap; equal arguments give equal intervals.
+        sums: float64 [S, 5], sums of `COLUMNS` over the predictions of each sequence.
+        counts: int64 [S], predictions of each sequence, above 0.
+        groups: int64 [S], calibration group of each sequence.
+        draws: samples of the bootstrap.
+        seed: seed of the bootstrap; equal arguments give equal intervals.
     """
     data = torch.cat([sums, counts.double()[:, None]], dim=1)
     found = _means(data.sum(dim=0, keepdim=True))[0]
@@ -85,17 +86,17 @@ def figures(sums: Tensor, counts: Tensor, groups: Tensor, draws: int, seed: int)
 def intervals(
     estimate: Callable[[Tensor], Tensor], data: Tensor, groups: Tensor, draws: int, seed: int
 ) -> Tensor | None:
-    """95 % intervals of estimates that are made from sums over sequences.
+    """95 % intervals of estimates that are functions of sums over sequences.
 
     Args:
-        estimate: from sums [draws, C] to estimates [draws, K].
-        data: [S, C] float64, of each sequence.
-        groups: [S] int64, its calibration group.
-        draws: of the bootstrap.
-        seed: of the bootstrap; equal arguments give equal intervals.
+        estimate: maps sums [draws, C] to estimates [draws, K].
+        data: float64 [S, C], the summands of each sequence.
+        groups: int64 [S], calibration group of each sequence.
+        draws: samples of the bootstrap.
+        seed: seed of the bootstrap; equal arguments give equal intervals.
 
     Returns:
-        [2, K] float64, low and high; None where a group has but one sequence to draw from.
+        float64 [2, K], lower and upper bounds; None if a group has only one sequence.
     """
     sizes = torch.bincount(groups)
     if int(sizes[sizes > 0].min()) < 2:
@@ -106,18 +107,18 @@ def intervals(
 
 
 def _means(totals: Tensor) -> Tensor:
-    """[draws, 6], the estimates in the order of `Figures`, of sums [draws, 6]."""
+    """Estimates [draws, 6], in the order of `Figures`, from sums [draws, 6]."""
     original, pruned, *rest = (totals[:, :-1] / totals[:, -1:]).unbind(dim=1)
     return torch.stack([original.exp(), pruned.exp(), (pruned - original).exp(), *rest], dim=1)
 
 
 def _drawn(data: Tensor, groups: Tensor, draws: int, seed: int) -> Tensor:
-    """[draws, C], sums over sequences drawn anew."""
+    """Sums over resampled sequences, float64 [draws, C]."""
     rng = torch.Generator().manual_seed(seed)
     totals = torch.zeros(draws, data.shape[1], dtype=torch.float64)
     for group in groups.unique().tolist():
         own = data[groups == group]
-        together = max(1, _TOGETHER // len(own))
+        together = max(1, _AT_ONCE // len(own))
         for start in range(0, draws, together):
             size = min(together, draws - start)
             picked = torch.randint(len(own), (size, len(own)), generator=rng)
@@ -128,10 +129,10 @@ def _drawn(data: Tensor, groups: Tensor, draws: int, seed: int) -> Tensor:
 
 
 def _tail(sequences: int, groups: int) -> float:
-    """Probability left out on either side.
+    """Probability outside the interval on each side, expanded for few sequences.
 
-    A bootstrap of n sequences spreads by sqrt((n - 1) / n) too little, and knows no more of its own
-    spread than Student's t does.
+    A bootstrap of n sequences underestimates the spread by sqrt((n - 1) / n), and as the spread is
+    itself estimated, Student's t quantile takes the place of the normal one.
     """
     degrees = sequences - groups
     wide = t_quantile((1 + CONFIDENCE) / 2, degrees) * math.sqrt(sequences / degrees)

@@ -1,7 +1,7 @@
-"""Next-token predictions of a model that count, and their logits: no others are computed or kept.
+"""Next-token predictions of a model that count; the model's head runs for no others.
 
-A prediction is made at a token and is about the next one. It counts where both are of one document
-and no padding, and where the next one is a token that counts.
+A prediction is made at one token for the next. It counts if both tokens belong to the same document
+and neither is padding, and if `token_mask`, where given, selects the next token.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from reap_kernels.errors import DataError, UnsupportedModel
 
 @dataclass(frozen=True)
 class Predictions:
-    """The n predictions of a batch that count, row after row, on the device of the logits.
+    """The n predictions of a batch that count, in the order of its tokens, on one device.
 
     Attributes:
-        logits: [n, V], in the dtype the model gives them.
-        labels: [n] int64, the tokens that come.
-        sequences: [n] int64, the row of the batch each is in.
+        logits: [n, V], in the dtype that the model returns.
+        labels: int64 [n], the tokens that follow.
+        sequences: int64 [n], the row of the batch that each prediction is in.
     """
 
     logits: Tensor
@@ -38,22 +38,23 @@ def counted_targets(inputs: Mapping[str, Tensor]) -> Tensor:
     """Which predictions count.
 
     Args:
-        inputs: `input_ids` [batch, seq], and of the same shape, each where it says something:
-            `attention_mask`, 0 on padding; `position_ids`, of which one that does not follow the
-            one before begins a document; `token_mask` bool, the tokens that count.
+        inputs: `input_ids` int64 [batch, seq], and optionally, in the same shape:
+            `attention_mask`, 0 on padding; `position_ids`, where a position that is not the
+            previous one plus 1 begins a document; `token_mask` bool, the tokens that count.
 
     Returns:
-        [batch, seq - 1] bool, on the device of `input_ids`; entry t is of the prediction of token
+        bool [batch, seq - 1], on the device of `input_ids`; entry t is for the prediction of token
         t + 1.
 
     Raises:
-        DataError: there are no ids, or one of the others is not [batch, seq].
+        DataError: `input_ids` is missing, or one of the other tensors is not [batch, seq].
     """
     ids = inputs.get("input_ids")
     if ids is None or ids.ndim != 2:
         raise DataError(
-            "predictions are of tokens: give input_ids [batch, seq], not "
-            f"{'none' if ids is None else tuple(ids.shape)}"
+            "input_ids must be [batch, seq] to predict tokens, but "
+            f"{'there are none' if ids is None else f'has shape {tuple(ids.shape)}'}; give token "
+            "ids"
         )
     counted = torch.ones_like(ids[:, 1:], dtype=torch.bool)
     for name in ("attention_mask", "position_ids", "token_mask"):
@@ -62,8 +63,8 @@ def counted_targets(inputs: Mapping[str, Tensor]) -> Tensor:
             continue
         if tensor.shape != ids.shape:
             raise DataError(
-                f"{name} has shape {tuple(tensor.shape)}, so it does not say which predictions "
-                f"count; give one entry a token, {tuple(ids.shape)}"
+                f"{name} has shape {tuple(tensor.shape)}, but input_ids has {tuple(ids.shape)}; "
+                "give one entry per token"
             )
         tensor = tensor.to(ids.device)
         if name == "position_ids":
@@ -76,18 +77,18 @@ def counted_targets(inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def predict(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Predictions:
-    """Runs a model on a batch; its head only where a prediction counts.
+    """Runs a model on a batch, and its head only where a prediction counts.
 
-    With inputs in main memory (pinned for a GPU), nothing here waits for the device.
+    With inputs in main memory (pinned for a GPU), no step waits for the device.
 
     Args:
-        model: with a head over a vocabulary, in eval mode; loaded, or streamed.
-        inputs: see `counted_targets`; `token_mask` is not given to the model.
+        model: a language model in eval mode, loaded or streamed.
+        inputs: see `counted_targets`; `token_mask` is not passed to the model.
 
     Raises:
         DataError: see `counted_targets` and `reap_driver.model.forward.forward`.
-        UnsupportedModel: the model predicts no tokens, or gives not one row of logits for each; or
-            see `reap_driver.model.forward.forward`.
+        UnsupportedModel: the model has no language model head, or does not return one row of
+            logits per token; or see `reap_driver.model.forward.forward`.
     """
     counted = counted_targets(inputs)
     ids = inputs["input_ids"]
@@ -95,14 +96,15 @@ def predict(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Predictions
     batch = {name: tensor for name, tensor in inputs.items() if name != "token_mask"}
     with _head_at(model, rows, ids.shape):
         logits = forward(model, batch, all_logits=True).logits
-    if logits.shape[:2] == ids.shape:  # it does not call its head, but uses the weight
+    if logits.shape[:2] == ids.shape:  # the model uses its head's weight without calling the head
         logits = logits.flatten(0, 1)[_sent(rows, logits.device)]
     elif logits.shape[:2] == (1, len(rows)):
         logits = logits[0]
     else:
         raise UnsupportedModel(
             f"{type(model).__name__} gives logits of shape {tuple(logits.shape)} for "
-            f"{tuple(ids.shape)} tokens; this version does not know which are whose"
+            f"{tuple(ids.shape)} tokens, which this version cannot assign to tokens; compare a "
+            "model that returns one row of logits per token"
         )
     labels = _sent(ids[:, 1:][counted], logits.device)
     sequences = _sent(counted.nonzero()[:, 0], logits.device)
@@ -111,17 +113,18 @@ def predict(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Predictions
 
 @contextlib.contextmanager
 def _head_at(model: PreTrainedModel, rows: Tensor, shape: torch.Size) -> Iterator[None]:
-    """Inside, the model's head is given rows of the hidden states alone, as one sequence.
+    """Inside the context, the model's head receives only `rows` of the hidden states, as one
+    sequence.
 
-    A head is linear, and what models do with its logits (scales, soft caps, a wider dtype) is done
-    to each; so where a token is in the batch does not matter. `logits_to_keep` would not do: what
-    it keeps, it keeps of every sequence.
+    A head is linear, and models process each row of logits by itself (scales, soft caps, a wider
+    dtype), so the position of a token in the batch does not matter. `logits_to_keep` cannot be used
+    instead, because it selects the same positions in every sequence.
     """
     head = text_model(model).get_output_embeddings()
     if head is None:
         raise UnsupportedModel(
-            f"{type(model).__name__} has no head over its vocabulary, so it predicts no tokens; "
-            "load the checkpoint as a language model"
+            f"{type(model).__name__} has no language model head, so it predicts no tokens; load "
+            "the checkpoint as a language model"
         )
 
     def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -138,7 +141,7 @@ def _head_at(model: PreTrainedModel, rows: Tensor, shape: torch.Size) -> Iterato
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; a move from main memory is queued, not waited for."""
+    """The tensor on the device; a copy from main memory is queued without waiting."""
     if tensor.device.type == "cpu":
         return ready_for(tensor, device).to(device, non_blocking=True)
     return tensor.to(device)

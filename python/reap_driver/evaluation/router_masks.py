@@ -1,11 +1,10 @@
-"""Route as if only some experts existed, for any router, without knowing its formula: what a search
-over plans needs, and what pruned checkpoints are tested against.
+"""Masks experts in any router, without knowing its formula, so that the model routes as if they did
+not exist. Search over plans uses this, and tests compare pruned checkpoints with it.
 
-Whatever a router computes, its numbers per expert come out of one matrix product with its weight,
-and what it adds for selection only comes from one vector per expert. So: entries of removed experts
-in every product with a router's weight are set to a very low number, and so are their entries of
-selection biases. Softmax then gives exactly 0, sigmoid gives 0, top-k never selects them; -inf
-would make 0 * inf in some routers.
+Whatever a router computes, its scores come from one matrix product with its weight, and selection
+biases have one entry per expert. So the entries of removed experts in every product with a router's
+weight, and in its selection biases, are set to a very low number: softmax and sigmoid then give
+exactly 0, and top-k never selects them. -inf would give 0 * inf in some routers.
 """
 
 import contextlib
@@ -46,9 +45,7 @@ _PRODUCTS = frozenset(
 
 @dataclass(frozen=True)
 class _Router:
-    """One weight that scores experts: its products have `length` entries, `removed` of no expert
-    that is kept.
-    """
+    """A router's weight: products with it have `length` entries, of which `removed` are masked."""
 
     name: str
     layer: str
@@ -57,18 +54,18 @@ class _Router:
 
 
 class RouterMask(TorchFunctionMode):
-    """Lowers the outputs of removed experts wherever a router's weight is multiplied with.
+    """Masks the entries of removed experts in every product with a router's weight.
 
     Attributes:
-        removed: name of a router's weight -> ids of removed experts, on its device.
-        unused: names of router weights of which no product has been seen yet.
+        removed: name of a router's weight -> int64 ids of removed experts, on the weight's device.
+        unused: names of router weights that were in no product yet.
     """
 
     def __init__(self, routers: Sequence[tuple[Tensor, _Router]]) -> None:
         super().__init__()
         self.removed = {router.name: router.removed for _, router in routers}
         self.unused = set(self.removed)
-        # Weights and what is made of them: routers transpose them, or cast them at every call.
+        # Weights and tensors derived from them: routers transpose or cast them at every call.
         self._routers = WeakIdKeyDictionary(dict(routers))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,15 +85,15 @@ class RouterMask(TorchFunctionMode):
         return out
 
     def _masked(self, out: Tensor, router: _Router) -> Tensor:
-        """A product with a router's weight, its entries of removed experts lowered."""
-        if out.shape[-1] != router.length:  # a sum over experts, not a number for each
+        """A product with a router's weight, with the entries of removed experts masked."""
+        if out.shape[-1] != router.length:  # a sum over experts, not one entry per expert
             return out
         self.unused.discard(router.name)
         return out.index_fill(-1, router.removed, _low(out.dtype))
 
     @contextlib.contextmanager
     def checked(self, what: str, module: nn.Module, routers: list[str]) -> Iterator[None]:
-        """Refuses, inside the context, a forward of `module` that used none of its routers."""
+        """Inside the context, a forward of `module` that used none of `routers` is refused."""
 
         def check(*_: Any) -> None:
             if routers and self.unused.issuperset(routers):
@@ -114,11 +111,10 @@ class RouterMask(TorchFunctionMode):
 
 
 class RouterMasks:
-    """Masks one model's routers again and again; what does not depend on the experts that go is
-    found once.
+    """Masks one model's routers for many sets of experts; the routers are found once.
 
     Args:
-        model: a loaded MoE model, whose tensors stay in place for as long as this is used.
+        model: a loaded MoE model. Its tensors must not be replaced while this is used.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -151,7 +147,7 @@ class RouterMasks:
             yield stack.enter_context(mask)
 
     def _routing(self, name: str) -> "_Routing":
-        """What routes in a layer."""
+        """The tensors that decide the routing of a layer."""
         if name not in self._known:
             self._known[name] = _find_routing(self._layers[name], self._dims, self._state)
         return self._known[name]
@@ -162,23 +158,30 @@ class RouterMasks:
 def masked_experts(
     model: PreTrainedModel, kept: Mapping[str, Sequence[int]]
 ) -> Iterator[RouterMask]:
-    """Inside the context the model routes as if only the kept experts existed: the others receive
-    no token, so they cost nothing and observation counts none for them.
+    """Inside the context, the model routes as if only the kept experts existed.
 
-    Outside it the model is what it was, bit by bit. Layers may keep different numbers of experts;
-    layers that are not named keep all. Contexts nest, and may lie in or around `observe`.
-    `RouterMasks` does the same for many sets of experts, and finds the routers once.
+    The other experts receive no token, so they cost no time and are not counted by `observe`.
+    On exit the model is restored bit by bit. Layers may keep different numbers of experts; layers
+    that are not named keep all. Contexts can be nested, and can be inside or around `observe`.
+    For many sets of experts, `RouterMasks` does the same and finds the routers only once.
 
     Args:
-        model: a loaded MoE model. Its selection biases and tables of expert ids are overwritten
-            while the context is open, so nothing else may use it meanwhile.
-        kept: name of an experts module (as in plans and statistics) -> ids that stay.
+        model: a loaded MoE model. Inside the context its selection biases and tables of expert ids
+            are overwritten, so nothing else may use the model meanwhile.
+        kept: name of an experts module, as in plans and statistics -> ids of the kept experts.
+
+    Yields:
+        The mask; its `unused` names router weights that no forward has used yet.
 
     Raises:
-        PlanError: an unknown layer, an id that does not exist or comes twice, or too few ids for
-            the router to choose from.
-        UnsupportedModel: a layer whose router is not found, or (while the model runs) one that
-            uses it in no matrix product.
+        PlanError: an unknown layer, an id that does not exist or is named twice, or fewer ids than
+            the router selects per token.
+        UnsupportedModel: a layer whose router is not found, or (while the model runs) a router that
+            is used in no matrix product.
+
+    Example:
+        >>> with torch.no_grad(), rd.masked_experts(model, plan.kept):
+        ...     logits = model(input_ids=ids).logits  # [batch, seq, vocabulary]
     """
     with RouterMasks(model).keeping(kept) as mask:
         yield mask
@@ -212,10 +215,11 @@ def _removed(layers: Mapping[str, MoELayer], name: str, kept: Sequence[int]) -> 
 
 
 def _ids(name: str, kept: Any) -> list[int]:
-    """Ids of experts as numbers; those in a tensor compare by identity, not by value.
+    """Ids of experts as Python integers, also from a tensor, whose elements are not hashable by
+    value.
 
     Raises:
-        PlanError: they are something else.
+        PlanError: they are not integers.
     """
     try:
         if isinstance(kept, str) or any(isinstance(expert, bool) for expert in kept):
@@ -223,14 +227,14 @@ def _ids(name: str, kept: Any) -> list[int]:
         return [operator.index(expert) for expert in kept]
     except TypeError as error:
         raise PlanError(
-            f"kept: layer {name!r} has {short(kept)}, which are no ids of experts; give a list of "
-            "whole numbers"
+            f"kept: layer {name!r} has {short(kept)}, which are not expert ids; give a list of "
+            "integers"
         ) from error
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A router's weight: a matrix outside the experts with a row for each."""
+    """A router's weight: a matrix outside the experts with one row per expert."""
 
     name: str
     tensor: Tensor
@@ -239,13 +243,13 @@ class _Weight:
 
 @dataclass(frozen=True)
 class _Routing:
-    """What decides the routing in a layer.
+    """The tensors that decide the routing of a layer.
 
     Attributes:
-        layer: its name.
-        weights: of its routers.
-        biases: tensors added for the selection, with the dimension that holds experts.
-        tables: integers that are expert ids, by name.
+        layer: name of the layer.
+        weights: weights of its routers.
+        biases: selection biases, each with its dimension of experts.
+        tables: name -> tensor of expert ids.
     """
 
     layer: str
@@ -254,13 +258,13 @@ class _Routing:
     tables: dict[str, Tensor]
 
     def without(self, removed: list[int]) -> Iterator[tuple[Tensor, _Router]]:
-        """The weights of the layer's routers, and what they are without the removed experts."""
+        """The weights of the layer's routers, each with its masked experts."""
         for weight in self.weights:
             rows = torch.tensor(removed, device=weight.tensor.device)
             yield weight.tensor, _Router(weight.name, self.layer, weight.length, rows)
 
     def selection(self, removed: list[int], experts: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """What else decides the selection, and its values without the removed experts."""
+        """Other tensors that decide the selection, and their values without the removed experts."""
         for tensor, dim in self.biases:
             rows = torch.tensor(removed, device=tensor.device)
             yield tensor, tensor.detach().index_fill(dim, rows, _low(tensor.dtype))
@@ -274,11 +278,11 @@ class _Routing:
 def _find_routing(
     layer: MoELayer, dims: Mapping[str, ExpertDim], state: Mapping[str, Tensor]
 ) -> _Routing:
-    """Finds what routes in a layer.
+    """Finds the tensors that decide the routing of a layer.
 
     Raises:
-        UnsupportedModel: nothing that scores its experts; or integers that may be expert ids, of
-            unknown meaning.
+        UnsupportedModel: no router weight is found, or an integer tensor may hold expert ids in an
+            unknown way.
     """
     found = _Routing(layer.name, [], [], {})
     for name, dim in dims.items():
@@ -294,8 +298,8 @@ def _find_routing(
             found.weights.append(_Weight(name, weight, weight.shape[dim.dim]))
     if not found.weights:
         raise UnsupportedModel(
-            f"{layer.name}: no matrix in its block has a row for each expert, so its router cannot "
-            "be masked; prune the checkpoint instead (apply_plan)"
+            f"{layer.name}: no matrix in its block has one row per expert, so its router cannot be "
+            "masked; prune the checkpoint instead (apply_plan)"
         )
     block = layer.name.rpartition(".")[0] + "."
     for name, tensor in state.items():
@@ -309,21 +313,22 @@ def _find_routing(
             _check_resident(name, tensor)
             if name.rpartition(".")[2] not in ID_TABLES:
                 raise UnsupportedModel(
-                    f"{name}: integers ({tensor.dtype} {list(tensor.shape)}) in the block of "
-                    f"{layer.name} may be expert ids, of a meaning this version does not know; "
-                    "its router cannot be masked"
+                    f"{name}: this tensor of integers ({tensor.dtype} {list(tensor.shape)}) in the "
+                    f"block of {layer.name} may hold expert ids in a way that this version does "
+                    "not know, so its router cannot be masked; prune the checkpoint instead "
+                    "(apply_plan)"
                 )
             found.tables[name] = tensor
     return found
 
 
 def _is_bias(name: str, tensor: Tensor, dim: ExpertDim) -> bool:
-    """Whether a tensor is a vector of biases, one for each expert."""
+    """Whether a tensor is a vector of biases, one per expert."""
     return dim.block == 1 and tensor.numel() == tensor.shape[dim.dim] and "bias" in name
 
 
 def _check_resident(name: str, tensor: Tensor) -> None:
-    """Raises UnsupportedModel for a tensor whose values are elsewhere."""
+    """Raises UnsupportedModel for a tensor that is offloaded."""
     if tensor.is_meta:
         raise UnsupportedModel(
             f"{name}: is offloaded (on the meta device between calls), so routing cannot be "
@@ -333,7 +338,7 @@ def _check_resident(name: str, tensor: Tensor) -> None:
 
 @contextlib.contextmanager
 def _overwritten(tensor: Tensor, values: Tensor) -> Iterator[None]:
-    """The tensor holds other values inside the context."""
+    """Inside the context, the tensor holds other values."""
     before = tensor.detach().clone()
     try:
         with torch.no_grad():
@@ -345,5 +350,5 @@ def _overwritten(tensor: Tensor, values: Tensor) -> Iterator[None]:
 
 
 def _low(dtype: torch.dtype) -> float:
-    """Below every score, and finite: half of float16's least, for a bias is added to it."""
+    """A value below every score that stays finite when a bias is added, in float16 too."""
     return max(-1e9, torch.finfo(dtype).min / 2)

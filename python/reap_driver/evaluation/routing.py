@@ -1,4 +1,4 @@
-"""What a plan does to a model's routing: read off statistics, and off the original as it runs."""
+"""What a plan does to a model's routing: from statistics, or by running the original model."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,17 +20,18 @@ from reap_kernels.errors import PlanError, UnsupportedModel, UsageError
 
 @dataclass(frozen=True)
 class Retained:
-    """What the experts that one layer keeps did in the original model.
+    """What one layer's kept experts did in the original model. Shares are in [0, 1], and 1 where no
+    token was routed.
 
     Attributes:
-        gate_share: of the sum of combine weights, in [0, 1]; 1 where no token was routed.
-        selection_share: of the slots (token, expert) that tokens were routed to.
-        saliency_share: of the sum of g ||f||, which the `reap` criterion averages.
+        router_weight_share: their share of the sum of router weights.
+        selection_share: their share of the slots (token, expert) that tokens were routed to.
+        saliency_share: their share of the sum of g ||f||, which the `reap` criterion averages.
         dead_kept: ids of kept experts that no token reached.
         dead_removed: ids of removed experts that no token reached.
     """
 
-    gate_share: float
+    router_weight_share: float
     selection_share: float
     saliency_share: float
     dead_kept: tuple[int, ...]
@@ -42,22 +43,22 @@ class Orphans:
     """What the tokens of one layer lose.
 
     Attributes:
-        tokens: counted tokens that are routed to any expert.
-        orphaned: of these, the tokens whose first expert (of the largest combine weight; of equal
-            ones, the router's first) is removed.
-        stranded: of these, the tokens all of whose experts are removed.
-        gate_share: mean over these of the share of a token's combine weight that lies on experts
-            that stay; 1 without tokens.
+        tokens: number of counted tokens that are routed to any expert.
+        orphaned: how many of them lose their first expert (with the largest router weight; among
+            equal weights, the first in the router's order).
+        stranded: how many of them lose all their experts.
+        router_weight_share: mean over these tokens of the share of a token's router weight on kept
+            experts, in [0, 1]; 1 without tokens.
     """
 
     tokens: int
     orphaned: int
     stranded: int
-    gate_share: float
+    router_weight_share: float
 
     @property
     def rate(self) -> float:
-        """Share of orphaned tokens."""
+        """Share of orphaned tokens, in [0, 1]."""
         return self.orphaned / self.tokens if self.tokens else 0.0
 
 
@@ -66,14 +67,23 @@ def retained(stats: SaliencyStats, plan: "Plan") -> dict[str, Retained]:
     """How much of the routing observed in the original model goes to the experts a plan keeps.
 
     Args:
-        stats: of the original model; all groups together.
-        plan: of the same layers.
+        stats: statistics of the original model; all groups are added up.
+        plan: a plan for the same model.
 
     Returns:
-        Layer -> shares, for the layers of the plan that were observed, in the plan's order.
+        Layer -> shares, for the layers of the plan that were observed, in the plan's order. Each
+        has `router_weight_share`, `selection_share` and `saliency_share` in [0, 1], and the ids
+        `dead_kept` and `dead_removed`.
 
     Raises:
-        PlanError: the plan counts other experts than the statistics, or has none of their layers.
+        PlanError: a layer has another number of experts in the plan than in the statistics, or no
+            layer of the plan was observed.
+
+    Example:
+        >>> plan = rd.make_plan(rd.score(stats), ratio=0.5)
+        >>> shares = rd.retained(stats, plan)
+        >>> min(share.router_weight_share for share in shares.values())
+        0.683
     """
     found = {}
     for name, layer in plan.layers.items():
@@ -84,7 +94,7 @@ def retained(stats: SaliencyStats, plan: "Plan") -> dict[str, Retained]:
         kept = torch.tensor(layer.kept)
         count = total.count[0]
         found[name] = Retained(
-            gate_share=_share(total.router_weight_sum[0], kept),
+            router_weight_share=_share(total.router_weight_sum[0], kept),
             selection_share=_share(count, kept),
             saliency_share=_share(total.weighted_norm_sum[0], kept),
             dead_kept=tuple(e for e in layer.kept if not count[e]),
@@ -92,7 +102,7 @@ def retained(stats: SaliencyStats, plan: "Plan") -> dict[str, Retained]:
         )
     if not found:
         raise PlanError(
-            f"plan: has none of the {len(stats.layers)} layers of the statistics; use statistics "
+            f"plan: names none of the {len(stats.layers)} layers of the statistics; use statistics "
             "of the model the plan was made for"
         )
     return found
@@ -105,18 +115,26 @@ def orphans(
     """Runs the original model and counts the tokens whose first expert a plan removes.
 
     Args:
-        model: the original, loaded, in eval mode.
-        batches: what `observe` takes: `input_ids` [batch, seq] int64, perhaps `attention_mask` and
-            `token_mask`.
-        plan: made for this model.
+        model: the original model, loaded, in eval mode.
+        batches: the model's arguments for each batch: `input_ids` int64 [batch, seq], and
+            optionally `attention_mask` and `token_mask` (bool), both [batch, seq].
+        plan: a plan for this model.
 
     Returns:
-        Layer -> counts, for every MoE layer of the model that the plan has.
+        Layer -> counts, for every MoE layer that the plan names. Each has `tokens`, `orphaned`,
+        `stranded`, and `rate` and `router_weight_share` in [0, 1].
 
     Raises:
-        PlanError: see `RoutingObserver`.
-        UnsupportedModel: see `RoutingObserver` and `observe`.
-        DataError: see `observe`.
+        PlanError: the plan names none of the model's layers, or another number of experts.
+        UnsupportedModel: a layer does not show which token goes to which expert, or see `observe`.
+        DataError: a batch that `observe` refuses.
+        UsageError: a batch is not a mapping.
+
+    Example:
+        >>> batches = [{"input_ids": ids}]  # int64 [batch, seq]
+        >>> found = rd.orphans(model, batches, plan)
+        >>> {name: layer.rate for name, layer in found.items()}
+        {'model.layers.0.mlp.experts': 0.31, 'model.layers.1.mlp.experts': 0.28}
     """
     observer = RoutingObserver(model, plan)
     with observer:
@@ -131,16 +149,16 @@ def orphans(
 
 
 class RoutingObserver(Observer):
-    """An observer of the original model that also follows each token's routing under a plan.
+    """An observer of the original model that also counts what each token loses under a plan.
 
-    Used as `observe` is, resident or streamed. The largest of a token's combine weights says which
-    expert is its first; slots with weight 0 and identity experts, which stay, are no loss. What it
-    counts beside the statistics is in no snapshot, so a resumed run lacks what was before.
+    It is used like `observe`, resident or streamed. A token's first expert is the one with the
+    largest router weight. Slots with weight 0 count as no loss, nor do identity experts, which are
+    always kept. These counts are not part of snapshots, so a resumed run would start them at 0.
 
     Raises:
-        PlanError: the plan has none of the model's layers, or counts other experts.
-        UnsupportedModel: a layer shows its experts' gates without saying whose token they are, or
-            has its experts on several ranks.
+        PlanError: the plan names none of the model's layers, or another number of experts.
+        UnsupportedModel: a layer does not show which token goes to which expert, or has its experts
+            on several ranks.
     """
 
     def __init__(self, model: PreTrainedModel, plan: "Plan", backend: str | None = None) -> None:
@@ -153,43 +171,43 @@ class RoutingObserver(Observer):
                 self._followed[layer.name] = _RoutingRecorder(self, layer, planned.removed)
         if not self._followed:
             raise PlanError(
-                f"plan: has none of the model's {len(self.layers)} MoE layers (first "
+                f"plan: names none of the model's {len(self.layers)} MoE layers (first "
                 f"{self.layers[0].name!r}); use the plan that was made for this model"
             )
         self._recorders |= self._followed
 
     @property
     def orphans(self) -> dict[str, Orphans]:
-        """Layer -> what its tokens lose, so far, for the plan's layers."""
+        """Layer -> what its tokens have lost so far, for the layers that the plan names."""
         return {name: recorder.orphans for name, recorder in self._followed.items()}
 
 
 class _RoutingRecorder(LayerRecorder):
-    """Statistics of one layer, and sums over its tokens of what a plan takes from them."""
+    """Statistics of one layer, and counts of what its tokens lose under a plan."""
 
     def __init__(self, observer: Observer, layer: MoELayer, removed: tuple[int, ...]) -> None:
         super().__init__(observer, layer)
         if layer.local is not None or not isinstance(adapter_of(layer), KernelAdapter):
             raise UnsupportedModel(
-                f"{layer.name}: its block does not say which token goes to which expert (inline "
+                f"{layer.name}: its block does not show which token goes to which expert (inline "
                 "routing, or experts on several ranks), so orphans cannot be counted; load the "
                 "model in one process, with a class that transformers ships"
             )
         self._removed = torch.zeros(layer.num_experts + 1, dtype=torch.bool)
-        self._removed[list(removed)] = True  # the last entry: identity experts
+        self._removed[list(removed)] = True  # the last entry is for identity experts, never removed
         self._counts = torch.zeros(3, dtype=torch.int64)  # tokens, orphaned, stranded
         self._share = torch.zeros((), dtype=torch.float64)
-        self._seen = 0  # the last forward that was counted, and what was counted before it
+        self._seen = 0  # the last forward that was counted, and the counts before it
         self._earlier = self._counts, self._share
 
     def undo(self, forward: int) -> None:
-        """Takes back what was counted in a forward, if it was the last."""
+        """Takes back the counts of a forward, if it was the last one counted."""
         super().undo(forward)
         if self._seen == forward:
             (self._counts, self._share), self._seen = self._earlier, 0
 
     def routed(self, ids: Tensor, weights: Tensor) -> None:
-        """Adds the tokens of a call: ids and combine weights [T, k]."""
+        """Adds the tokens of a call: ids int64 [T, k] and router weights [T, k]."""
         if self._removed.device != ids.device:
             self._removed, self._counts, self._share = (
                 t.to(ids.device) for t in (self._removed, self._counts, self._share)
@@ -198,38 +216,38 @@ class _RoutingRecorder(LayerRecorder):
             self._seen = self._observation.forwards
             self._earlier = self._counts, self._share
         experts = len(self._removed) - 1
-        gates = weights.double()
+        weights = weights.double()
         lost = self._removed[torch.where((ids >= 0) & (ids < experts), ids, experts).long()]
-        any_lost = torch.where(gates != 0, lost, False)
-        total = gates.sum(dim=1)
-        counted = (gates != 0).any(dim=1)
+        any_lost = torch.where(weights != 0, lost, False)
+        total = weights.sum(dim=1)
+        counted = (weights != 0).any(dim=1)
         mask = self.token_mask(len(ids), ids.device)
         counted = counted if mask is None else counted & mask
-        first = lost.gather(1, gates.argmax(dim=1, keepdim=True))[:, 0]
-        all_lost = (any_lost | (gates == 0)).all(dim=1)
-        share = torch.where(lost, 0, gates).sum(dim=1) / total
+        first = lost.gather(1, weights.argmax(dim=1, keepdim=True))[:, 0]
+        all_lost = (any_lost | (weights == 0)).all(dim=1)
+        share = torch.where(lost, 0, weights).sum(dim=1) / total
         flags = torch.stack([counted, counted & first, counted & all_lost])
         self._counts = self._counts + flags.sum(dim=1)
         self._share = self._share + torch.where(counted, share, 0).sum()
 
     @property
     def orphans(self) -> Orphans:
-        """The counts on the host."""
+        """The counts, as Python numbers."""
         tokens, orphaned, stranded = self._counts.tolist()
         share = float(self._share) / tokens if tokens else 1.0
         return Orphans(tokens, orphaned, stranded, share)
 
 
 def _check_count(name: str, planned: int, experts: int) -> None:
-    """Raises PlanError unless the plan counts a layer's experts as they are."""
+    """Raises PlanError unless plan and model have the same number of experts in a layer."""
     if planned != experts:
         raise PlanError(
-            f"plan: counts {planned} experts in {name!r}, the original has {experts}; use the plan "
-            "that was made for this model"
+            f"plan: has {planned} experts in {name!r}, but the original has {experts}; use the "
+            "plan that was made for this model"
         )
 
 
 def _share(values: Tensor, kept: Tensor) -> float:
-    """Share of a sum [E] that some entries hold; 1 of nothing."""
+    """Share of the sum of values [E] at the ids `kept`; 1 if the sum is 0."""
     total = float(values.sum())
     return float(values[kept].sum()) / total if total else 1.0

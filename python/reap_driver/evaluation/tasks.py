@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, answered by the original and by the pruned model."""
+"""Runs tasks of lm-evaluation-harness on the original and the pruned model."""
 
 import contextlib
 import importlib.util
@@ -14,12 +14,12 @@ from reap_driver.compat.text_model import text_model
 from reap_driver.evaluation.router_masks import masked_experts
 from reap_kernels.errors import DataError
 
-# Result of one task: metric -> (value, standard error).
+# Task -> metric -> (value, standard error).
 Results = dict[str, dict[str, tuple[float, float | None]]]
 
 
 def check_installed() -> None:
-    """Raises DataError where the harness is not there."""
+    """Raises DataError if lm-evaluation-harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise DataError(
             "--tasks: lm-evaluation-harness is not installed; run `pip install reap-kernels[eval]`"
@@ -41,14 +41,14 @@ def evaluate(
     """Runs tasks on a model in memory.
 
     Args:
-        model: the model.
+        model: a loaded model, in eval mode.
         tokenizer: folder or hub id of its tokenizer.
-        tasks: names of the harness's tasks and groups, or of those in `folder`.
-        kept: experts that its routers may choose, by layer; None for all.
-        folder: of more task files (.yaml).
-        limit: questions of each task; None for all.
-        chat_template: whether questions are put through the tokenizer's chat template.
-        batch_size: requests at a time.
+        tasks: names of tasks and task groups, of the harness or in `folder`.
+        kept: layer -> ids of the experts that its router may select; None for all.
+        folder: folder with more task files (.yaml).
+        limit: questions per task; None for all.
+        chat_template: whether to format questions by the tokenizer's chat template.
+        batch_size: requests per batch.
         trust_remote_code: run tokenizer code that comes with the checkpoint.
 
     Returns:
@@ -56,10 +56,11 @@ def evaluate(
         error.
 
     Raises:
-        DataError: the harness is not installed, or knows no such task.
+        DataError: the harness is not installed or has no such task, or the tokenizer cannot be
+            loaded.
     """
     check_installed()
-    # No stubs of it are there to check against.
+    # Imported by name, because the package is optional and has no type information.
     harness, adapters, registry = map(
         import_module, ("lm_eval", "lm_eval.models.huggingface", "lm_eval.tasks")
     )
@@ -67,8 +68,8 @@ def evaluate(
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise DataError(
-            f"--tasks: lm-evaluation-harness knows no {unknown[0]!r}; `lm_eval ls tasks` lists "
-            "them, --task-folder adds others"
+            f"--tasks: lm-evaluation-harness has no task {unknown[0]!r}; `lm_eval ls tasks` lists "
+            "its tasks, and --task-folder adds others"
         )
     what = f"--tasks: the tokenizer of {tokenizer} cannot be loaded"
     with wrap_errors(what, "add its files (tokenizer.json, ...)", error=DataError):
@@ -86,7 +87,7 @@ def evaluate(
 
 
 def _metrics(values: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, float | None]]]:
-    """Metrics of one task and their standard errors, which the harness keeps side by side."""
+    """Metrics of one task with their standard errors, which the harness stores under other keys."""
     for key, value in values.items():
         metric, _, filtered = key.partition(",")
         if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -96,7 +97,7 @@ def _metrics(values: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, floa
 
 
 def table(original: Results, pruned: Results) -> str:
-    """Both models side by side, a line a metric."""
+    """Both models side by side, one line per metric."""
     lines = [f"{'task':<28}{'metric':<28}{'original':>18}{'pruned':>18}{'change':>10}"]
     for task, metrics in original.items():
         for metric, (value, error) in metrics.items():

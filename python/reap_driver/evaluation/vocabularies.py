@@ -1,4 +1,4 @@
-"""Whether two checkpoints can be compared: token by token, so their tokens must be the same."""
+"""Checks that two checkpoints have the same vocabulary, so that predictions can be compared."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from reap_driver.compat.library_errors import wrap_errors
 from reap_kernels.errors import CheckpointError, DataError
 
 _FILE = "tokenizer.json"
-# What tokenizers come in. The library makes an empty one where none of them is.
+# Files of tokenizers. Without any of them, transformers would make an empty tokenizer.
 _FILES = ("tokenizer*", "vocab*", "*.tiktoken", "*.model")
 
 
@@ -19,23 +19,23 @@ def check_vocabularies(
     *,
     trust_remote_code: bool = False,
 ) -> None:
-    """Checks that both models mean the same by every token id.
+    """Checks that every token id stands for the same token in both models.
 
-    A checkpoint without a tokenizer is taken at its number of tokens.
+    For a checkpoint without a tokenizer, only the size of the vocabulary is compared.
 
     Args:
-        original: folder and configuration.
-        pruned: likewise.
+        original: folder and configuration of the original.
+        pruned: folder and configuration of the pruned checkpoint.
         trust_remote_code: run tokenizer code that comes with the checkpoints.
 
     Raises:
-        DataError: they do not.
+        DataError: the vocabularies differ.
     """
     sizes = [config.get_text_config().vocab_size for _, config in (original, pruned)]
     if sizes[0] != sizes[1]:
         raise DataError(
-            f"{original[0]} has {sizes[0]} tokens, {pruned[0]} {sizes[1]}; compare a model with "
-            "one that was made of it"
+            f"{original[0]} has {sizes[0]} tokens, but {pruned[0]} has {sizes[1]}; compare a model "
+            "with one that was made from it"
         )
     files = [folder / _FILE for folder, _ in (original, pruned)]
     if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
@@ -47,13 +47,13 @@ def check_vocabularies(
     token, number = min(first ^ second, key=lambda entry: (entry[1], entry[0]))
     raise DataError(
         f"the tokenizers of {original[0]} and {pruned[0]} differ (first in token {number}, "
-        f"{token!r}), so their predictions are of other texts; compare a model with one that was "
-        "made of it"
+        f"{token!r}), so their predictions cannot be compared; compare a model with one that was "
+        "made from it"
     )
 
 
 def _tokens(folder: Path, config: PretrainedConfig, trust: bool) -> dict[str, int] | None:
-    """Every token and its id; None without a tokenizer."""
+    """Token -> id; None without a tokenizer."""
     if not any(found for pattern in _FILES for found in folder.glob(pattern)):
         return None
     try:
@@ -61,7 +61,7 @@ def _tokens(folder: Path, config: PretrainedConfig, trust: bool) -> dict[str, in
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 str(folder), config=config, trust_remote_code=trust
             )
-    except CheckpointError:  # calibration data may be token ids, which need none
+    except CheckpointError:  # data may be token ids, which need no tokenizer
         return None
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     return vocabulary

@@ -172,8 +172,8 @@ def measure(
             count=layer.count.sum(0),
             mass=layer.router_weight_sum,
             cut=None if plan is None else _cut(scores, plan, name, doubtful),
-            retained=None if plan is None else whole[name].gate_share,
-            retained_by_group=[of_group[name].gate_share for of_group in single],
+            retained=None if plan is None else whole[name].router_weight_share,
+            retained_by_group=[of_group[name].router_weight_share for of_group in single],
             n_group=int(scores.layers.get(name, {}).get("n_group") or 1),
         )
         for (name, layer), label in zip(stats.layers.items(), labels, strict=True)

@@ -141,9 +141,9 @@ def test_refusals(models) -> None:
     original = models[0]
     _, other = zoo.tiny(NAME, vocab_size=97)
     batch = padded(documents())
-    with pytest.raises(ShapeError, match="the original gives 96 logits, the pruned model 97"):
+    with pytest.raises(ShapeError, match="gives 96 logits per token, the pruned model 97"):
         rd.compare_models(original, other, [batch])
-    with pytest.raises(DataError, match="none of the tokens is a prediction"):
+    with pytest.raises(DataError, match="no prediction counts in the text given"):
         rd.compare_models(original, original, [{"input_ids": torch.tensor([[5]])}])
     with pytest.raises(DataError, match="0 batches and 0 groups"):
         rd.compare_models(original, original, [])

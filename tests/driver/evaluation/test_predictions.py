@@ -40,11 +40,11 @@ def test_only_tokens_that_count_are_predicted() -> None:
 @pytest.mark.parametrize(
     ("inputs", "mentions"),
     [
-        ({}, r"give input_ids \[batch, seq\], not none"),
-        ({"input_ids": IDS[0]}, r"not \(6,\)"),
+        ({}, r"input_ids must be \[batch, seq\] .* there are none"),
+        ({"input_ids": IDS[0]}, r"has shape \(6,\)"),
         (
             {"input_ids": IDS, "attention_mask": torch.ones(2, 1, 6, 6)},
-            r"attention_mask has shape \(2, 1, 6, 6\).*give one entry a token, \(2, 6\)",
+            r"attention_mask has shape \(2, 1, 6, 6\).*\(2, 6\); give one entry per token",
         ),
         ({"input_ids": IDS, "token_mask": torch.ones(2, 5)}, r"token_mask has shape \(2, 5\)"),
     ],
@@ -118,7 +118,7 @@ def test_a_head_that_is_not_called_costs_all_logits_and_changes_none(monkeypatch
 def test_models_that_predict_no_tokens_are_refused(name: str) -> None:
     config, model = zoo.tiny(name)
     body = model.model if name == "qwen3_moe" else model
-    with pytest.raises(UnsupportedModel, match="has no head over its vocabulary"):
+    with pytest.raises(UnsupportedModel, match="has no language model head"):
         predict(body, zoo.tiny_inputs(name, config))
 
 

@@ -62,13 +62,13 @@ def test_orphans_are_those_counted_by_hand(name: str) -> None:
         assert list(found) == list(plan.layers)
         for layer, seen in found.items():
             if not calls[layer].inputs:  # vision experts, a talker's
-                assert (seen.tokens, seen.rate, seen.gate_share) == (0, 0.0, 1.0)
+                assert (seen.tokens, seen.rate, seen.router_weight_share) == (0, 0.0, 1.0)
                 continue
             want = by_hand(
                 calls[layer], plan.layers[layer].removed, token_mask.flatten() | (mask is None)
             )
             assert [seen.tokens, seen.orphaned, seen.stranded] == want[:3]
-            assert seen.gate_share == pytest.approx(want[3], rel=1e-6)
+            assert seen.router_weight_share == pytest.approx(want[3], rel=1e-6)
     assert any(seen.orphaned for seen in found.values())
 
 
@@ -89,7 +89,7 @@ def test_following_changes_no_statistics() -> None:
 
 def test_blocks_that_route_inline_are_refused() -> None:
     model = remote_blocks.remote("inline")
-    with pytest.raises(UnsupportedModel, match="does not say which token goes to which expert"):
+    with pytest.raises(UnsupportedModel, match="does not show which token goes to which expert"):
         RoutingObserver(model, plan_for(model))
 
 
@@ -107,7 +107,7 @@ def test_retained_is_the_kept_experts_share(observed: tuple[SaliencyStats, Plan]
     for name, share in found.items():
         layer, kept = stats.layers[name], list(plan.layers[name].kept)
         for got, field in (
-            (share.gate_share, layer.router_weight_sum),
+            (share.router_weight_share, layer.router_weight_sum),
             (share.selection_share, layer.count),
             (share.saliency_share, layer.weighted_norm_sum),
         ):
@@ -121,13 +121,13 @@ def test_retained_is_the_kept_experts_share(observed: tuple[SaliencyStats, Plan]
         assert not set(share.dead_removed) & set(kept)
     everything = {name: LayerPlan.keeping(8, tuple(range(8))) for name in plan.layers}
     for share in retained(stats, replace(plan, layers=everything)).values():
-        assert (share.gate_share, share.selection_share, share.saliency_share) == (1, 1, 1)
+        assert (share.router_weight_share, share.selection_share, share.saliency_share) == (1, 1, 1)
 
 
 def test_plans_of_other_models_are_refused(observed: tuple[SaliencyStats, Plan]) -> None:
     stats, plan = observed
     other = {name: LayerPlan.keeping(6, (0, 1, 2)) for name in plan.layers}
-    with pytest.raises(PlanError, match=r"counts 6 experts in .* the original has 8"):
+    with pytest.raises(PlanError, match=r"has 6 experts in .* the original has 8"):
         retained(stats, replace(plan, layers=other))
     elsewhere = {"model.layers.7.mlp.experts": LayerPlan.keeping(8, (0, 1, 2))}
     with pytest.raises(PlanError, match="none of the 2 layers of the statistics"):
@@ -135,7 +135,7 @@ def test_plans_of_other_models_are_refused(observed: tuple[SaliencyStats, Plan])
     _, model = zoo.tiny("qwen3_moe")
     with pytest.raises(PlanError, match="none of the model's 2 MoE layers"):
         orphans(model, [], replace(plan, layers=elsewhere))
-    with pytest.raises(PlanError, match=r"counts 6 experts in .* the original has 8"):
+    with pytest.raises(PlanError, match=r"has 6 experts in .* the original has 8"):
         orphans(model, [], replace(plan, layers=other))
 
 
