@@ -1,4 +1,4 @@
-"""Budgets keep their sum and limits; a search is determined by its seed and its fitness values."""
+"""Budgets keep their sum and limits; the seed and the fitness values determine a search."""
 
 import itertools
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ def test_where_nothing_can_be_moved_there_is_no_search(layers: list[tuple[int, i
 
 
 def hills(removals: Removals) -> float:
-    """A fitness with one best place, and a rough surface."""
+    """A fitness with one maximum and a rough surface."""
     wanted = (14, 4, 8, 6)
     return -sum((a - b) ** 2 for a, b in zip(removals, wanted, strict=True)) + removals[0] % 2 / 4
 
@@ -99,7 +99,7 @@ SMALL = Settings(evaluations=120, population=12, elites=3, seed=5)
 
 
 class Counted:
-    """A fitness that knows what it was asked."""
+    """A fitness that records the candidates it was called with."""
 
     def __init__(self) -> None:
         self.calls: list[Removals] = []
@@ -127,7 +127,7 @@ def test_a_seed_decides_the_course() -> None:
 
 
 def test_the_course_is_the_same_on_every_machine() -> None:
-    """Recorded once: another Python, or another processor, must not draw otherwise."""
+    """Recorded values: every Python version and processor must draw the same."""
     evaluated = list(evolve(SPACE, hills, SMALL))
     assert evaluated[10:13] == [(13, 10, 3, 6), (3, 4, 14, 11), (12, 10, 6, 4)]
     assert evaluated[-1] == (5, 13, 8, 6)

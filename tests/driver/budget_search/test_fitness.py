@@ -1,4 +1,4 @@
-"""Fitness against brute force in float64; what cannot be evaluated is said."""
+"""Fitness compared with a float64 computation; inputs that cannot be evaluated are refused."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -72,7 +72,7 @@ def test_the_full_plan_has_fitness_one(model: Any) -> None:
 
 
 def test_candidates_leave_no_trace(model: Any) -> None:
-    """The same bits whatever was evaluated between, and a model that is itself again."""
+    """Repeated evaluations give the same bits, and the model is unchanged afterwards."""
     before = bits(model)
     fitness = Fitness(model, BATCHES)
     first = [fitness(kept) for kept in CANDIDATES]
@@ -111,7 +111,7 @@ def test_by_sequence_adds_up(model: Any) -> None:
 
 
 def test_the_backend_is_the_one_that_was_asked_for(model: Any) -> None:
-    """Both that serve here agree; one that does not is said, not replaced."""
+    """The available backends agree; an unavailable one is refused, not replaced."""
     values = [Fitness(model, BATCHES, backend=name)(CANDIDATES[0]) for name in ("reference", "cpu")]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
     with pytest.raises(BackendUnavailable, match="nonesuch"):

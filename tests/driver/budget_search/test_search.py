@@ -1,4 +1,4 @@
-"""Searches from scores to a plan; interrupted ones go on to the same bits."""
+"""Searches from scores to a plan; an interrupted search resumes to the same bits."""
 
 import dataclasses
 import json
@@ -120,7 +120,7 @@ def test_a_ratio_that_leaves_nothing_to_search(scores: rd.Scores) -> None:
 
 
 class Pretended:
-    """A fitness without a model, which counts and may ask the search to end."""
+    """A fitness without a model, which counts calls and can request the end of the search."""
 
     def __init__(self, stop: Stop | None = None, after: int = 0) -> None:
         self.calls = 0
@@ -135,13 +135,15 @@ class Pretended:
 
 @pytest.mark.parametrize("after", [1, 10, 17, 39])
 def test_resumed_is_undisturbed(scores: rd.Scores, tmp_path: Path, after: int) -> None:
-    """Ended by request within a generation or between two: the same plan, the same file."""
+    """Interrupted within a generation or between two, it resumes to the same plan and file."""
     task = task_of(scores)
     whole = SearchState(tmp_path / "whole", RUN)
     undisturbed = search(Recorder(Pretended(), task, whole), SETTINGS)
 
     state, stop = SearchState(tmp_path / "state", RUN), Stop()
-    with pytest.raises(Interrupted, match=rf"after {after} candidates; they are in .*--resume"):
+    with pytest.raises(
+        Interrupted, match=rf"after {after} candidates; they are saved in .*--resume"
+    ):
         search(Recorder(Pretended(stop, after), task, state, stop), SETTINGS)
     saved = state.resume()
     assert len(saved.evaluated) == after

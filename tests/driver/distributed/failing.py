@@ -1,4 +1,4 @@
-"""Rank 1 ends with an error of its own while the others wait for its statistics."""
+"""Rank 1 fails while the others wait for its statistics."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Start real processes the way torchrun does, and read what they said.
+"""Starts real processes as torchrun does, and reads their output.
 
-`torchrun` is the command itself. `worlds` calls the function below that command, in one process
-that has imported everything and whose forks are the ranks: several worlds for one import.
+`torchrun` runs the command itself. `worlds` calls the function behind that command in one process
+that has imported everything and is forked for each rank, so several worlds need only one import.
 """
 
 import importlib
@@ -15,7 +15,7 @@ _PACKAGE = "tests.driver.distributed"
 
 
 def torchrun(size: int, module: str) -> subprocess.CompletedProcess[str]:
-    """Runs `module` of this folder in `size` processes."""
+    """Runs a module of this folder in `size` processes."""
     options = ["--standalone", "--nproc-per-node", str(size)]
     return _run("-m", "torch.distributed.run", *options, "-m", f"{_PACKAGE}.{module}")
 

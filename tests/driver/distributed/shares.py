@@ -1,4 +1,4 @@
-"""What the ranks of a data-parallel run do; and the same in one process, for comparison."""
+"""The ranks of a data-parallel run, and the same in one process for comparison."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import DataError
 from tests.driver import zoo
 
-# (group, number of batches). Five and one: no number of ranks has the same share in both.
+# (group, number of batches). Five and one: the ranks never have equal shares.
 GROUPS = {"code": 5, "chat": 1}
 
 
@@ -30,7 +30,7 @@ def observed(name: str, world: Ranks) -> SaliencyStats:
 
 
 def idle(name: str, world: Ranks) -> SaliencyStats:
-    """Only the last rank has a batch: the others keep layers that it leaves out."""
+    """Only the last rank has a batch; the others have layers that it leaves out."""
     config, model = zoo.tiny(name)
     with observe(model) as obs:
         if world.rank == world.size - 1:
@@ -39,7 +39,7 @@ def idle(name: str, world: Ranks) -> SaliencyStats:
 
 
 def by_hand(world: Ranks) -> SaliencyStats:
-    """Each rank reached layer `r` alone, and one nobody reached; backends differ."""
+    """Each rank reached only its own layer; one layer was reached by none; backends differ."""
     names = [f"layer.{i}" for i in range(world.size + 1)]
     layers = {name: LayerStats(2) for name in names}
     mine = layers[names[world.rank]]

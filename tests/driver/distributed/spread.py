@@ -1,4 +1,4 @@
-"""What the ranks of one model spread over them do; and the same in one process, for comparison."""
+"""The ranks of an expert-parallel model, and the same in one process for comparison."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tests.driver import zoo
 OBSERVED = ("qwen3_moe", "deepseek_v3", "gpt_oss")
 # Of eight experts, three in each routing group.
 KEPT = [0, 1, 2, 4, 5, 7]
-# What is loaded how, to be refused.
+# Models, and ways to load them, that are refused.
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "tensor parallel": ("qwen3_moe", {"tp_plan": "auto"}),
     "sharded data parallel": ("qwen3_moe", {"fsdp_size": 2}),
@@ -28,7 +28,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         {"tp_plan": "auto", "enable_expert_parallel": True},
     ),
 }
-# Sums to 1e-12 need it: ranks add up their parts of the output in another order.
+# Needed for sums within 1e-12: the ranks add their parts of the output in another order.
 DTYPE = torch.float64
 
 
@@ -79,7 +79,7 @@ def _refusal(model: nn.Module) -> str:
 
 
 def _different(name: str, model: Any, world: Ranks, what: str) -> str:
-    """What is said when the ranks count the same batch differently."""
+    """The error if the ranks count the same batch differently."""
     inputs = zoo.tiny_inputs(name, model.config)
     mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
     mask[0, : world.rank] = False

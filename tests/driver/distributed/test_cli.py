@@ -1,4 +1,4 @@
-"""The command line under torchrun: 2 and 3 ranks come to what one process comes to."""
+"""The command line under torchrun: 2 and 3 ranks give the result of one process."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def words(model: Path, tmp_path: Path) -> list[str]:
 
 
 def torchrun(size: int, arguments: list[str], *before: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the command line in `size` processes; `before` are searched for modules first."""
+    """Runs the command line in `size` processes; `before` precede the path of modules."""
     path = os.pathsep.join(map(str, [*before, ROOT, ROOT / "python"]))
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     return subprocess.run(
@@ -49,7 +49,7 @@ def torchrun(size: int, arguments: list[str], *before: Path) -> subprocess.Compl
 
 
 def assert_one_process(mine: SaliencyStats, words: list[str], out: Path) -> None:
-    """Counts exact, sums within 1e-12 of what one process observes."""
+    """Counts are exact, sums within 1e-12 of those of one process."""
     assert main([*words, "--out", str(out)]) == 0
     theirs = SaliencyStats.load(out)
     assert len(mine.parts) == 8
@@ -71,7 +71,7 @@ def assert_close(mine: SaliencyStats, theirs: SaliencyStats) -> None:
 
 
 def test_three_ranks_stream(words: list[str], tmp_path: Path) -> None:
-    """One result, one JSON object, no journal left."""
+    """There is one result and one JSON object, and no journal is left."""
     out = tmp_path / "many"
     done = torchrun(3, [*words, "--stream", "always", "--out", str(out), "--json"])
     assert done.returncode == 0, done.stderr
@@ -81,7 +81,7 @@ def test_three_ranks_stream(words: list[str], tmp_path: Path) -> None:
 
 
 def test_two_ranks_prune(words: list[str], tmp_path: Path) -> None:
-    """The first rank writes, the other is silent."""
+    """The first rank writes the output, the other prints nothing."""
     out = tmp_path / "pruned"
     done = torchrun(2, ["prune", *words[1:], "--out", str(out), "--ratio", "0.5"])
     assert done.returncode == 0, done.stderr
@@ -93,10 +93,10 @@ def test_two_ranks_prune(words: list[str], tmp_path: Path) -> None:
 
 
 def test_a_rank_that_fails_ends_the_run(words: list[str], model: Path, tmp_path: Path) -> None:
-    """Its own error is what is seen; the journals of all ranks stay and are gone on from."""
+    """Only its error is shown; the journals of all ranks are kept and resumed."""
     site = tmp_path / "site"
     site.mkdir()
-    # Makes one rank fail in the middle: a stand-in for a GPU that falls off the bus.
+    # Makes one rank fail in the middle, as a GPU fault does.
     (site / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"

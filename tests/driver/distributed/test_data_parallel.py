@@ -1,4 +1,4 @@
-"""Ranks that share the batches observe what one process observes."""
+"""Ranks that share the batches give the statistics of one process."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.driver.distributed.launch import torchrun, worlds
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What worlds of 2 and of 3 ranks left."""
+    """The results of worlds of 2 and 3 ranks."""
     out = tmp_path_factory.mktemp("shares")
     worlds("shares", out, (2, 3))
     return out
@@ -24,7 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=[2, 3])
 def world(request: pytest.FixtureRequest, folders: Path) -> Path:
-    """The folder that 2 or 3 ranks left their results in."""
+    """The folder with the results of 2 or 3 ranks."""
     return folders / str(request.param)
 
 
@@ -33,7 +33,7 @@ def _size(world: Path) -> int:
 
 
 def _same(mine: SaliencyStats, one: SaliencyStats) -> None:
-    """Counts and extremes equal, sums to rounding of their order."""
+    """Counts and extrema are equal, sums up to the rounding of their order."""
     assert list(mine.layers) == list(one.layers)
     assert mine.groups == one.groups
     for name, layer in one.layers.items():
@@ -49,7 +49,7 @@ def _timeless(stats: SaliencyStats) -> dict[str, object]:
 
 
 def test_equal_to_one_process(world: Path) -> None:
-    """Two groups of five batches and one; the provenance is that of one process."""
+    """Groups of five batches and of one; the provenance is that of one process."""
     merged, one = SaliencyStats.load(world / "first"), shares.observed("qwen3_moe", Ranks())
     assert int(one.layers[next(iter(one.layers))].tokens.sum()) == 6 * 24
     _same(merged, one)
@@ -64,7 +64,7 @@ def test_same_bits_in_two_runs(world: Path) -> None:
 
 
 def test_ranks_without_batches(world: Path) -> None:
-    """Their empty layers neither add nor bring back the vision experts that no token reached."""
+    """Their empty layers add nothing; the vision experts that no token reached stay left out."""
     merged, one = SaliencyStats.load(world / "idle"), shares.idle("ernie4_5_vl_moe", Ranks())
     assert len(one.provenance["unobserved"]) == 2
     _same(merged, one)
@@ -72,7 +72,7 @@ def test_ranks_without_batches(world: Path) -> None:
 
 
 def test_ranks_that_reached_different_layers(world: Path) -> None:
-    """All layers, in the model's order; what nobody reached is named; int64 counts are exact."""
+    """All layers are in the model's order; unreached ones are named; int64 counts are exact."""
     merged, size = SaliencyStats.load(world / "by_hand"), _size(world)
     names = [f"layer.{i}" for i in range(size)]
     assert sorted(merged.layers) == names
@@ -87,7 +87,7 @@ def test_ranks_that_reached_different_layers(world: Path) -> None:
 
 
 def test_refusals_are_the_same_on_every_rank(world: Path) -> None:
-    """Different groups, then different models; the program goes on together."""
+    """Different groups, then different models: refused on every rank, which can go on."""
     files = list(world.glob("said*"))
     said = {file.read_text() for file in files}
     assert (len(files), len(said)) == (_size(world), 1)
@@ -104,7 +104,7 @@ def test_a_rank_that_waits_for_one_that_left_says_so(world: Path) -> None:
 
 
 def test_a_failing_rank_ends_the_run_with_its_own_error() -> None:
-    """The others wait in a collective: no traceback of theirs, and torchrun names the cause."""
+    """The others wait in a collective: they print no traceback, and torchrun names the cause."""
     done = torchrun(2, "failing")
     assert done.returncode == 1
     assert done.stderr.count("error: the batch of rank 1 holds token id 7") == 1
@@ -124,14 +124,14 @@ def test_shares_cover_every_batch_once(size: int) -> None:
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """An environment torchrun has not touched."""
+    """An environment without the variables of torchrun."""
     for name in (*data_parallel._VARIABLES, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
 
 def test_one_process_without_torchrun(bare: pytest.MonkeyPatch) -> None:
-    """Nothing is connected, and nothing is copied."""
+    """Nothing is connected, and the statistics are not copied."""
     stats = SaliencyStats({}, ["default"])
     with ranks() as world:
         assert world == Ranks(0, 1, 0)
@@ -200,7 +200,7 @@ def test_a_torch_without_gloo_is_refused(bare: pytest.MonkeyPatch) -> None:
 
 
 def test_a_process_group_that_exists_is_left_alone(bare: pytest.MonkeyPatch) -> None:
-    """Ours is made beside it and is gone afterwards; theirs still works."""
+    """Ours is separate and is destroyed afterwards; the existing one still works."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:

@@ -1,4 +1,4 @@
-"""One model over two ranks: whole experts on each are observed, parts of experts are refused."""
+"""Expert parallelism over two ranks: whole experts are observed, parts of experts refused."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from tests.driver.distributed.launch import worlds
 
 pytestmark = pytest.mark.skipif(
     torch.accelerator.current_accelerator(check_available=False) is not None,
-    reason="transformers spreads models over the accelerators torch is built for, one a rank",
+    reason="transformers distributes models over the accelerators that torch is built for",
 )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks left."""
+    """The results of two ranks."""
     out = tmp_path_factory.mktemp("spread")
     worlds("spread", out, (2,))
     return out / "2"
@@ -33,7 +33,7 @@ def _timeless(stats: SaliencyStats) -> dict[str, Any]:
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", spread.OBSERVED)
 def test_expert_parallel_is_observed_whole(folder: Path, name: str, rank: int) -> None:
-    """Statistics of all experts on every rank, with the provenance of one process."""
+    """Every rank has the statistics of all experts, with the provenance of one process."""
     many = SaliencyStats.load(folder / f"{name}.{rank}")
     cls = type(zoo.tiny(name)[1])
     one = spread.statistics(name, spread.loaded(cls, folder / name))
@@ -65,7 +65,7 @@ def test_layers_say_which_experts_are_here(folder: Path, rank: int) -> None:
     ],
 )
 def test_ranks_that_counted_differently_are_refused(folder: Path, what: str, message: str) -> None:
-    """On every rank, naming the layer."""
+    """The error is raised on every rank and names the layer."""
     for rank in range(2):
         said = (folder / f"different {what}.{rank}").read_text()
         assert said.startswith("model.layers.0.mlp.experts: its expert-parallel ranks")
@@ -95,7 +95,7 @@ def test_ranks_that_counted_differently_are_refused(folder: Path, what: str, mes
 def test_what_cannot_be_observed_is_refused(
     folder: Path, case: str, start: str, remedy: str
 ) -> None:
-    """As transformers loads it, on every rank: the layer, and what to do."""
+    """Loaded by transformers, the error on every rank names the layer and the remedy."""
     for rank in range(2):
         said = (folder / f"{case}.{rank}").read_text()
         assert said.startswith(start)

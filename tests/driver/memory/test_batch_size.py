@@ -1,4 +1,4 @@
-"""The automatic batch size: enough rows an expert, within the memory there is."""
+"""The automatic batch size: enough rows per expert, within the free memory."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ SMALL = Footprint(held=1000, experts=1000)
 
 
 def choose(**changed: Any) -> int:
-    """The choice for 128 experts, 8 a token, on the CPU: 4096 tokens give each 256 rows."""
+    """The choice for 128 experts, 8 per token, on the CPU: 4096 tokens give each 256 rows."""
     known: dict[str, Any] = {
         "sequences": 1000,
         "seq_len": 512,
@@ -58,7 +58,7 @@ def test_size(changed: dict[str, Any], size: int) -> None:
 @pytest.mark.parametrize("held", [1, 300, 1000, 5000])
 @pytest.mark.parametrize("experts", [1, 300, 1000, 5000])
 def test_the_most_that_fits(held: int, experts: int) -> None:
-    """By trying: experts take what they need, at most a quarter; everything together, half."""
+    """By search: experts take at most a quarter of the free memory, all activations half."""
     free = 4_000_000
     fits = [n for n in range(1, free) if n * held + min(n * experts, free // 4) <= free // 2]
     assert abs(Footprint(held, experts).tokens_within(free) - fits[-1]) <= 1
@@ -74,7 +74,7 @@ def test_bytes_of_a_batch_where_experts_are_computed_in_parts() -> None:
 
 
 def test_a_planned_run_has_the_footprint_of_the_real_one() -> None:
-    """A model on meta, told where and in what it will run, or the model itself."""
+    """A model on meta with a given device and dtype, or the model itself."""
     config, model = zoo.tiny("qwen3_moe")
     layers = find_moe_layers(model)
     meta = meta_model(config).to(torch.bfloat16)
@@ -105,7 +105,7 @@ def test_what_a_token_takes() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_has_a_footprint(name: str) -> None:
-    """Widths are found whatever they are called; eager attention costs more the longer the text."""
+    """Widths are found under any name; eager attention takes more for longer sequences."""
     config, model = zoo.tiny(name)
     layers = find_moe_layers(model)
     text = config.get_text_config()

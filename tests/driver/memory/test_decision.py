@@ -1,4 +1,4 @@
-"""The decision, at its boundaries: the last byte that fits, and the first that does not."""
+"""The decision at its boundaries: the last byte that fits, and the first that does not."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from reap_driver.memory.workload import Workload
 from reap_kernels.errors import ResourceError
 
 GB = 10**9
-# Layers of 10, 20, 20 and 10 GB, 5 GB besides; a token's state is 1 kB.
+# Layers of 10, 20, 20 and 10 GB, and 5 GB of other weights; a token's state is 1 kB.
 SIZES = ModelSizes(
     "Some", "bfloat16", (10 * GB, 20 * GB, 20 * GB, 10 * GB), 5 * GB, 0, 0, 1000, 0, 1000
 )
@@ -42,7 +42,7 @@ def gpu(device: int | None, host: int | None, disk: int = 100 * GB) -> Machine:
 
 
 def tenths(need: int) -> int:
-    """The least memory of which `need` is 90 %."""
+    """The smallest memory of which `need` is 90 %."""
     return -(-need * 10 // 9)
 
 
@@ -60,12 +60,12 @@ CASES = [
     (cpu(tenths(STREAMED + STATES)), (True, "host")),
     (cpu(tenths(STREAMED + STATES) - 1), (True, "file")),
     (cpu(STREAMED, tenths(2 * STATES)), (True, "file")),
-    # Too little disk: in memory after all, to the last byte.
+    # Too little disk space: states stay in memory, up to the last byte.
     (cpu(STREAMED + STATES, tenths(2 * STATES) - 1), (True, "host")),
     (cpu(None), (False, None)),
     (gpu(tenths(WEIGHTS + ONE), tenths(RESIDENT)), (False, None)),
     (gpu(tenths(WEIGHTS + ONE) - 1, tenths(RESIDENT)), (True, "device")),
-    # Whatever is loaded passes through buffers of the host.
+    # Everything that is loaded passes through host buffers.
     (gpu(tenths(WEIGHTS + ONE), tenths(PINNED_BYTES)), (False, None)),
     (gpu(tenths(WEIGHTS + ONE), tenths(PINNED_BYTES) - 1), (True, "device")),
     (gpu(tenths(REST + PAIR + STATES + FULL), PINNED_BYTES), (True, "device")),
@@ -146,7 +146,7 @@ def test_remedies_follow_the_largest_need() -> None:
 
 
 def test_the_batch_is_what_memory_allows() -> None:
-    """Half of what is left; a size that was asked for stays, or is refused."""
+    """Half of the remaining memory is used; a requested size is kept, or refused."""
     left = cpu(tenths(STREAMED + STATES + GB))
     free = tenths(STREAMED + STATES + GB) - (STREAMED - ONE) - STATES
     assert made(left, footprint=Footprint(10**6, 0)).batch_size == free // 2 // 10**9

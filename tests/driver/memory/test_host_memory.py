@@ -1,4 +1,4 @@
-"""Free memory: made-up files of control groups, and the limits of a real process."""
+"""Free memory: synthetic control-group files, and the limits of a real process."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ MAX = "9223372036854771712"
 
 
 def system(root: Path, *, available: int = 10**9, cgroup: str = "", mounts: str = "") -> Path:
-    """A procfs, whose control groups lie under `root`/sys."""
+    """A procfs, whose control groups are under `root`/sys."""
     own = root / "proc/self"
     own.mkdir(parents=True)
     (root / "proc/meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable: {available // 1000} kB\n")
@@ -46,7 +46,7 @@ def test_version_2_walks_up_and_counts_file_cache_as_free(tmp_path: Path) -> Non
 
 
 def test_version_1(tmp_path: Path) -> None:
-    """A mount whose root is the container's group; a blank in its path; no limit is a large one."""
+    """A mount whose root is the container's group, with a space in its path and a huge limit."""
     root = tmp_path / "a b"
     mounts = (
         "30 23 0:28 /docker/x SYS/cpu rw - cgroup cgroup rw,cpu\n"
@@ -71,7 +71,7 @@ def test_a_group_outside_the_mount_is_judged_by_its_top(tmp_path: Path) -> None:
 
 
 def test_without_procfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linux before 3.14, other systems, and those that tell nothing."""
+    """Linux before 3.14, other systems, and systems that report nothing."""
     monkeypatch.setattr("os.sysconf", {"SC_AVPHYS_PAGES": 7, "SC_PAGE_SIZE": 4096}.__getitem__)
     assert free_host_memory(tmp_path) == Free(7 * 4096, "by SC_AVPHYS_PAGES")
     (tmp_path / "meminfo").write_text("MemTotal: 900 kB\n")
@@ -82,7 +82,7 @@ def test_without_procfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("name", ["RLIMIT_AS", "RLIMIT_DATA"])
 def test_limits_of_a_process(name: str) -> None:
-    """With 3 GB of address space or data, some of which it already has."""
+    """A process with limits of 3 GB, part of which it already uses."""
     code = (
         "import resource, runpy, sys\n"
         f"resource.setrlimit(resource.{name}, (3 * 10**9, -1))\n"

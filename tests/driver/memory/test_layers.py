@@ -1,4 +1,4 @@
-"""Decoder layers are found by where the experts are."""
+"""Decoder layers are found from the position of the experts."""
 
 import pytest
 from torch import nn
@@ -48,7 +48,7 @@ def test_experts_outside_any_list_are_refused() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture(name: str) -> None:
-    """Each MoE layer is in exactly one decoder layer; the config's count of layers is found."""
+    """Each MoE layer is in exactly one decoder layer; their number is that of the config."""
     config, model = zoo.tiny(name)
     names = [layer.name for layer in find_moe_layers(model)]
     found = [layer for layer, _ in decoder_layers(model, names)]

@@ -23,8 +23,8 @@ from tests.driver.published.reduce import CONFIGS
 
 BF16 = torch.bfloat16
 
-# name: (parameters, active a token, both 1e9; GB on disk), as published on each model's card and as
-# the sum of its files there, multi-token-prediction layers left out. Publishers count embeddings
+# name: (parameters, active per token, both 1e9; GB on disk), as published on each model's card and
+# as the sum of its files there, multi-token-prediction layers left out. Publishers count embeddings
 # among the active or not, which is up to 1.2e9 here.
 PUBLISHED = {
     "kimi-k2": (1026, 32.6, 1029),
@@ -59,7 +59,7 @@ def test_published_totals(name: str, tmp_path: Path) -> None:
     assert sizes.weight_bytes == pytest.approx(2 * sizes.parameters, rel=0.001)
     text = model.config.get_text_config()
     assert len(sizes.layer_bytes) == text.num_hidden_layers
-    # Two operations an active number, less embeddings and head, and attention's on top.
+    # Two operations per active parameter except embeddings and head, plus those of attention.
     products = 2 * (sizes.active_parameters - 2 * text.vocab_size * text.hidden_size)
     assert products < sizes.flops_per_token < 1.2 * products
 
@@ -67,7 +67,7 @@ def test_published_totals(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["float32", "bfloat16"])
 def test_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype) -> None:
-    """All weights in one dtype, but those a class keeps wide."""
+    """All weights in one dtype, except those that the class keeps in float32."""
     _, model = zoo.tiny(name)
     sizes = sizes_of(model, dtype, 16)
     tensors = [*model.parameters(), *model.buffers()]
@@ -82,7 +82,7 @@ def test_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "ernie4_5_moe"])
 def test_bytes_of_a_loaded_checkpoint_are_exact(name: str, tmp_path: Path) -> None:
-    """Also where the library keeps a correction bias in float32."""
+    """Also if the library keeps a correction bias in float32."""
     _, model = zoo.tiny(name)
     model.to(BF16).save_pretrained(tmp_path)
     loaded = load_model(tmp_path, dtype=BF16)
@@ -101,7 +101,7 @@ def test_pairs_are_consecutive() -> None:
 
 
 def test_operations_are_those_torch_counts() -> None:
-    """Against torch's own counter, on sequences of one token: attention sees one position."""
+    """Compared with torch's own counter, on sequences of one token: one attended position."""
     from torch.utils.flop_counter import FlopCounterMode
 
     _, model = zoo.tiny("mixtral", num_experts_per_tok=1, num_local_experts=4)
@@ -130,7 +130,7 @@ def test_streams_of_hyper_connections() -> None:
 
 
 def streams(name: str) -> int:
-    """What lies between two layers, per number of the model's width: by running the model."""
+    """The state between two layers, relative to the model's width: by running the model."""
     config, model = zoo.tiny(name)
     seen = []
     layers = [m for n, m in model.named_modules() if n.endswith("layers.1")]
@@ -146,7 +146,7 @@ def streams(name: str) -> int:
 
 @pytest.mark.parametrize("name", ["deepseek-v3.2", "gpt-oss-120b", "qwen3-30b-a3b"])
 def test_files_are_exact_and_estimates_close(name: str, tmp_path: Path) -> None:
-    """fp8, mxfp4 and plain; the estimate lacks the multi-token-prediction layer."""
+    """fp8, mxfp4 and unquantized; the estimate leaves out the multi-token-prediction layer."""
     folder = write_checkpoint(name, tmp_path / name)
     config = load_config(folder)
     files = stored_files(folder, config)
@@ -180,7 +180,7 @@ def test_an_index_without_its_files(tmp_path: Path) -> None:
 
 
 def test_packed_int4(tmp_path: Path) -> None:
-    """A hundredth of a bit apart: 4 bits and a 16-bit scale for each 32, what is ignored plain."""
+    """Within 0.01 bits: 4 bits and a 16-bit scale per 32 values, ignored modules unquantized."""
     model = published("kimi-k2", tmp_path)
     ignored = [
         "lm_head",

@@ -1,4 +1,4 @@
-"""Measured rates are those of what was read and multiplied, and the forecast divides by them."""
+"""Rates are those of the bytes read and the products computed; the forecast uses them."""
 
 import os
 import time
@@ -19,7 +19,7 @@ from reap_driver.memory.workload import Workload
 
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is read, at most the limit, and where it came from: by what a read without wait says."""
+    """Reads at most the limit, and reports whether the page cache served it."""
     file = tmp_path / "w.safetensors"
     file.write_bytes(os.urandom(20_000_000))
     began = time.perf_counter()
@@ -65,7 +65,7 @@ def plan(*, stream: bool, offload: str | None, device: int) -> Decision:
 @pytest.mark.parametrize(
     ("chosen", "copied", "spilled", "seconds"),
     [
-        # 20 B at 5 B/s, 300 operations at 2 a second; states of 200 B cross 2 * 4 times.
+        # 20 B at 5 B/s, 300 operations at 2 per second; states of 200 B are copied 2 * 4 times.
         (plan(stream=False, offload=None, device=0), 0, 0, 4 + 150),
         (plan(stream=True, offload="host", device=0), 0, 0, 150),
         (plan(stream=True, offload="file", device=0), 0, 1600, 4 + 320),

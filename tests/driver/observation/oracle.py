@@ -1,7 +1,7 @@
 """Expert statistics in float64, from plain torch hooks and the model's own eager code.
 
-Nothing of ours takes part. Hooks record what each experts module receives; f(x) of an expert is the
-module's own forward, as its class wrote it, in float64, asked for that one expert with gate one.
+Independent of the library: hooks record the inputs of each experts module; f(x) of an expert is the
+original forward of the module's class, in float64, for that expert alone with router weight 1.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Calls:
-    """What one experts module received: (hidden [T, H], ids [T, k], weights [T, k]) a call."""
+    """The inputs of one experts module: (hidden [T, H], ids [T, k], weights [T, k]) per call."""
 
     inputs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 

@@ -1,6 +1,6 @@
-"""Stand-ins for remote code: blocks with one module an expert, in the two shapes found in the wild.
+"""Stand-ins for remote code: blocks with one module per expert, in the two published forms.
 
-`MethodBlock` hands (hidden, ids, weights) to a method, as DeepSeek's published code does;
+`MethodBlock` passes (hidden, ids, weights) to a method, as DeepSeek's published code does;
 `InlineBlock` routes in its forward and calls experts one by one, as transformers 4.x did.
 """
 
@@ -61,7 +61,7 @@ class _Block(nn.Module):
 
 
 class MethodBlock(_Block):
-    """DeepSeek's shape: tokens sorted by expert, results gathered and weighted at the end."""
+    """DeepSeek's form: tokens sorted by expert, results gathered and weighted at the end."""
 
     bias = True
 
@@ -84,7 +84,7 @@ class MethodBlock(_Block):
 
 
 class InlineBlock(_Block):
-    """Mixtral's shape in transformers 4.x."""
+    """Mixtral's form in transformers 4.x."""
 
     names = ("w1", "w3", "w2")
 
@@ -101,7 +101,7 @@ class InlineBlock(_Block):
 
 
 class InPlaceBlock(InlineBlock):
-    """Multiplies an expert's output where it lies, in another dtype and from the left."""
+    """Multiplies an expert's output in place, in another dtype and from the left."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, WIDTH)
@@ -185,7 +185,7 @@ class RemoteModel(PreTrainedModel):
 
 
 def remote(block: str) -> RemoteModel:
-    """A random model with blocks of one shape."""
+    """A random model with blocks of one form."""
     torch.manual_seed(0)
     model = RemoteModel(RemoteConfig(block)).eval()
     with torch.no_grad():

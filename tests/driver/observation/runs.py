@@ -1,4 +1,4 @@
-"""Observed and plain forwards of the zoo's models, made once a process and shared by tests."""
+"""Observed and plain forwards of the zoo's models, computed once per process for all tests."""
 
 import copy
 import functools
@@ -49,7 +49,7 @@ def run(name: str) -> Run:
 
 
 def kept_half(scores: Tensor) -> list[int]:
-    """The better half of the experts, ascending."""
+    """The half of the experts with the higher scores, ascending."""
     return sorted(scores.argsort(descending=True, stable=True)[: len(scores) // 2].tolist())
 
 

@@ -28,8 +28,9 @@ Support = Callable[[str, str, str], None]
 
 @every_architecture
 def test_statistics_equal_the_oracle(name: str, support: Support, tmp_path: Path) -> None:
-    """Given the layers' own inputs and routing: counts exact, sums within 1e-6 relative. And they
-    are read back: their numbers are what the reader takes for possible.
+    """For the layers' own inputs and routing: counts exact, sums within 1e-6 relative.
+
+    The statistics can also be saved and read, so the reader accepts their values.
     """
     run = runs.run(name)
     run.stats.save(tmp_path / "stats")
@@ -43,7 +44,7 @@ def test_statistics_equal_the_oracle(name: str, support: Support, tmp_path: Path
 
 @every_architecture
 def test_statistics_from_token_ids(name: str, support: Support) -> None:
-    """End to end: statistics of the plain forward, 1e-6 relative, and the same experts kept."""
+    """End to end: the statistics of the plain forward within 1e-6, and the same experts kept."""
     run = runs.run(name)
     for layer, stats in run.stats.layers.items():
         module = run.model.get_submodule(layer)
@@ -57,7 +58,7 @@ def test_statistics_from_token_ids(name: str, support: Support) -> None:
 
 @every_architecture
 def test_output_is_as_close_to_float64_as_eager(name: str, support: Support) -> None:
-    """Distance to a float64 copy at most twice the eager model's own."""
+    """The distance to a float64 copy is at most twice that of the eager model."""
     run = runs.run(name)
     scale = run.double.norm()
     eager = float((run.plain - run.double).norm() / scale)
@@ -68,7 +69,7 @@ def test_output_is_as_close_to_float64_as_eager(name: str, support: Support) -> 
 
 @every_architecture
 def test_one_call_a_layer(name: str) -> None:
-    """Each MoE layer runs once a forward and counts every token once."""
+    """Each MoE layer runs once per forward and counts every token once."""
     run = runs.run(name)
     calls = [len(run.calls[layer].inputs) for layer in run.names]
     assert calls == [int(layer in run.stats.layers) for layer in run.names]
@@ -117,7 +118,7 @@ def _facts(name: str) -> dict[str, object]:
     ],
 )
 def test_layer_facts(name: str, facts: dict[str, object]) -> None:
-    """What the provenance says of a layer is what its configuration says."""
+    """The provenance of a layer agrees with its configuration."""
     assert {key: _facts(name)[key] for key in facts} == facts
 
 
@@ -130,14 +131,14 @@ def test_refused_on_this_version(name: str, support: Support) -> None:
 
 
 def test_text_leaves_vision_experts_out() -> None:
-    """ERNIE-VL: experts no token reached have no statistics, and the record says so."""
+    """ERNIE-VL: experts that no token reached have no statistics and are listed as unobserved."""
     stats = runs.run("ernie4_5_vl_moe").stats
     assert all("text_moe" in layer for layer in stats.layers)
     assert [name.split(".")[-2] for name in stats.provenance["unobserved"]] == ["vision_moe"] * 2
 
 
 def test_provenance() -> None:
-    """What a plan and a merge rely on: the model, its layers, the software, the backend."""
+    """Provenance has what plans and merges need: the model, its layers, software and backend."""
     run = runs.run("qwen3_moe")
     record = run.stats.provenance
     assert record["model"] == {

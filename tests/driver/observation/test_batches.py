@@ -1,4 +1,4 @@
-"""What counts: padding, token masks, groups, splitting, generation, decoding."""
+"""Which tokens count: padding, token masks, groups, splitting, generation, decoding."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_padded_batch_equals_sequences(name: str, side: str, support: Support) -
 
 @pytest.mark.parametrize("name", sorted(PADDING_SENSITIVE))
 def test_padding_is_refused_where_it_changes_the_model(name: str, support: Support) -> None:
-    """Sparse attention over padded positions: refused by name, and fine without padding."""
+    """Sparse attention over padded positions is refused by name, and works without padding."""
     model, padded, mask, rows = _padded(name, "left")
     with observe(model) as obs:
         obs(input_ids=rows[0], attention_mask=torch.ones_like(rows[0]))
@@ -98,7 +98,7 @@ def test_token_mask_and_padding_combine() -> None:
 
 
 def test_fully_masked_batch_counts_nothing() -> None:
-    """No token counts, none is added, and the layer is still compared on a later call."""
+    """If no token counts, none is added, and the layer is still checked on a later call."""
     config, model = zoo.tiny("qwen3_moe")
     inputs = zoo.tiny_inputs("qwen3_moe", config)
     with observe(model) as obs:
@@ -204,7 +204,7 @@ def test_masks_that_do_not_fit() -> None:
 
 
 def test_first_call_sample_comes_from_counted_tokens() -> None:
-    """Padded rows may hold anything; the check of the first call must not look at them."""
+    """Padded rows may have any value; the check of the first call must ignore them."""
     run = runs.run("qwen3_moe")
     recorder = observe(run.model)._recorders[run.names[0]]
     mask = torch.zeros(100, dtype=torch.bool)
@@ -220,7 +220,7 @@ def test_first_call_sample_comes_from_counted_tokens() -> None:
 def test_only_pinned_batches_are_moved_without_waiting(
     pinned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From memory that is not pinned, a move that does not wait could read what has changed."""
+    """An asynchronous copy from memory that is not pinned could read later changes."""
     config, model = zoo.tiny("qwen3_moe")
     ids, moves, to = zoo.tiny_inputs("qwen3_moe", config)["input_ids"], [], Tensor.to
 

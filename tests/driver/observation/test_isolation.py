@@ -1,4 +1,4 @@
-"""Documents packed in one sequence: the logits and statistics of each alone, or a refusal."""
+"""Packed documents give the logits and statistics of each document alone, or are refused."""
 
 from typing import Any
 
@@ -25,8 +25,8 @@ NO_SDPA = {
     "openai_privacy_filter",
 }
 OWN_MASKS = {"glm5_next"}
-# Sparse attention chooses few keys, or short blocks of them: of more than a document has it would
-# have no choice that could look across a boundary.
+# Sparse attention selects few keys or short blocks, fewer than a document has, so that it could
+# select across a boundary.
 NARROW: dict[str, dict[str, Any]] = {
     "axk2": {"index_topk": 4},
     "deepseek_v32": {"index_topk": 4},
@@ -84,9 +84,9 @@ def _error(model: PreTrainedModel, ids: Tensor, packed: Tensor) -> float:
 def test_packed_documents_have_the_logits_of_each_alone(
     name: str, attention: str, support: Support, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the tables say so; where they say it cannot be, it is refused, and rightly.
+    """Models that the tables list are exact; the others are refused, and would not be.
 
-    Attention in float32 inside: errors of 1e-7, where a look across a boundary makes 0.1 and more.
+    Attention is in float32: errors are 1e-7, while attending across a boundary causes 0.1 or more.
     """
     if attention == "sdpa" and name in NO_SDPA:
         with pytest.raises(ValueError, match="does not support an attention implementation"):
@@ -126,7 +126,7 @@ def test_statistics_of_packed_documents_are_those_of_each_alone() -> None:
 
 
 def test_one_document_a_row_is_nothing_to_keep_apart() -> None:
-    """Positions alone are the model's business, whatever it is."""
+    """Position ids without packed documents are passed to every model."""
     model, ids, _ = _packed("qwen3_next")
     with observe(model) as obs:
         obs(input_ids=ids, position_ids=torch.arange(ids.shape[1]).expand(2, -1))

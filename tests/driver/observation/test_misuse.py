@@ -1,4 +1,4 @@
-"""Uses of an observer that would give believable wrong numbers: each is right, or one error."""
+"""Uses of an observer that could give plausible wrong numbers: each is right, or an error."""
 
 import copy
 import threading
@@ -163,7 +163,7 @@ def test_a_part_in_training_mode_is_refused_at_once() -> None:
 
 @pytest.mark.parametrize("function", ["compare_models", "orphans", "search_plan"])
 def test_every_run_of_a_model_in_training_mode_is_refused(function: str) -> None:
-    """Dropout and noise of routers would be in its figures."""
+    """Dropout and router noise would change its statistics."""
     model, batch = tiny()
     scores = rd.score(observed(model, batch))
     plan = rd.make_plan(scores, 0.25)
@@ -195,7 +195,7 @@ def test_gradients_are_off_inside_and_as_before_outside() -> None:
     assert same(obs.stats, observed(model, batch))
 
 
-# What stands around the model
+# Wrappers of the model
 
 
 def _wrapped(model: Any, kind: str, file: str) -> Any:
@@ -257,7 +257,7 @@ def test_wrappers_that_hold_a_part_are_refused() -> None:
     "name", ["qwen3_moe", "gpt_oss", "llama4", "step3p7", "nemotron_h", "inline"]
 )
 def test_autocast_is_what_the_model_computes_in(name: str) -> None:
-    """Experts run in bfloat16, as the model's own do; float64 statistics are of these outputs."""
+    """Experts run in bfloat16 as in the model; the float64 statistics are of these outputs."""
     model, batch = inline() if name == "inline" else tiny(name)
     with torch.autocast("cpu", torch.bfloat16), rd.observe(model) as obs:
         logits = obs(**batch).logits
@@ -481,7 +481,7 @@ def test_arguments_have_names() -> None:
 
 
 def test_the_first_layer_that_is_not_finite_is_named_with_its_experts() -> None:
-    """One of eight experts gives NaN, on few tokens; the layer behind it sees NaN everywhere."""
+    """One of eight experts returns NaN on few tokens; the next layer receives NaN everywhere."""
     model, batch = tiny()
     counts = observed(model, batch).layers["model.layers.0.mlp.experts"].count[0]
     rare = int(counts.where(counts > 0, 99).argmin())

@@ -1,4 +1,4 @@
-"""Resolving, digesting and loading models, and the clear line each damaged checkpoint ends with."""
+"""Resolving, digesting and loading models; each damaged checkpoint gives a clear error."""
 
 import copy
 import json
@@ -75,7 +75,7 @@ def test_meta_model_has_the_same_layers(name: str) -> None:
 
 
 def test_digest_tells_models_apart() -> None:
-    """Another expert count is another model; dtype, cache and quantization are not."""
+    """Another number of experts is another model; another dtype, cache or quantization is not."""
     config, _ = zoo.tiny("qwen3_moe")
     other, _ = zoo.tiny("qwen3_moe", num_experts=16)
     assert config_digest(config) != config_digest(other)
@@ -88,7 +88,7 @@ def test_digest_tells_models_apart() -> None:
 
 
 def test_unknown_model_type_resolves_by_architecture(tmp_path: Path) -> None:
-    """Kimi-K2: its model_type is unknown to transformers, its architecture is not."""
+    """Kimi-K2: transformers does not know its model_type, but its architecture."""
     folder = _saved(tmp_path, "deepseek_v3")
     digest = config_digest(load_config(folder))
     _edit(folder, model_type="kimi_k2")
@@ -99,7 +99,7 @@ def test_unknown_model_type_resolves_by_architecture(tmp_path: Path) -> None:
 
 
 def test_unknown_architecture(tmp_path: Path) -> None:
-    """Neither name is known: the line says both, and what to do about shipped code."""
+    """If neither is known, the error names both, and the remedy for remote code."""
     folder = _saved(tmp_path)
     _edit(folder, model_type="novel", architectures=["NovelForCausalLM"])
     with pytest.raises(UnsupportedModel, match="'novel' with architecture 'NovelForCausalLM'"):
@@ -214,7 +214,7 @@ def _no_weights(folder: Path) -> None:
     ],
 )
 def test_damaged_checkpoints(damage: Any, message: str, tmp_path: Path) -> None:
-    """Each ends with one line that names the file or field, and what to do."""
+    """Each error is one line that names the file or field, and the remedy."""
     folder = _saved(tmp_path, shard="20KB")
     damage(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -224,7 +224,7 @@ def test_damaged_checkpoints(damage: Any, message: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "a/b/c"])
 def test_missing_folder(path: str) -> None:
-    """A path that is not there is not taken for a hub id."""
+    """A path that does not exist is not taken for a Hub id."""
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
         load_config(path)
 

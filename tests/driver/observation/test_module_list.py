@@ -1,4 +1,4 @@
-"""Blocks with one module an expert: remote code and transformers 4.x."""
+"""Blocks with one module per expert: remote code and transformers 4.x."""
 
 import contextlib
 
@@ -21,7 +21,7 @@ def _ids(batch: int = 2, seq: int = 12) -> Tensor:
 
 
 def _truth(model: remote.RemoteModel, ids: Tensor) -> list[dict[str, Tensor]]:
-    """Statistics of each layer in float64, written out from the definition."""
+    """Statistics of each layer in float64, computed from the definition."""
     truths = []
     hidden = model.embed_tokens(ids)
     for layer in model.layers:
@@ -90,7 +90,7 @@ def test_facts_and_restore(shape: str) -> None:
 
 
 def test_groups_and_low_precision() -> None:
-    """The inline shape takes groups and bf16 like any other."""
+    """The inline form supports groups and bf16 like any other."""
     model = remote.remote("inline").to(torch.bfloat16)
     with observe(model) as obs:
         for group in ("a", "b", "a"):
@@ -102,7 +102,7 @@ def test_groups_and_low_precision() -> None:
 
 
 def test_masks_reach_a_method_and_are_refused_inline() -> None:
-    """Where tokens cannot be left out, padding is refused by name; elsewhere it is followed."""
+    """If tokens cannot be left out, padding is refused by name; otherwise it is masked."""
     ids, mask = _ids(), torch.ones(2, 12, dtype=torch.long)
     mask[1, 7:] = 0
     with observe(remote.remote("method")) as obs:
@@ -126,7 +126,7 @@ def test_masks_reach_a_method_and_are_refused_inline() -> None:
     ],
 )
 def test_blocks_that_cannot_be_followed(block: str, message: str) -> None:
-    """Anything but output times a column of router weights, for every selected slot, is refused."""
+    """Anything but output times a column of router weights, for each selected slot, is refused."""
     with observe(remote.remote(block)) as obs, pytest.raises(UnsupportedModel, match=message):
         obs(input_ids=_ids())
 

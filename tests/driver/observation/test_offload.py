@@ -1,4 +1,4 @@
-"""Weights that exist only while their module runs: accelerate's offloading, and a model of it."""
+"""Weights that exist only while their module runs: accelerate's offloading, and a stand-in."""
 
 import functools
 from pathlib import Path
@@ -15,10 +15,10 @@ from tests.driver import zoo
 
 
 def offload(module: nn.Module) -> None:
-    """Keep a module's own weights aside, on meta outside its forward.
+    """Keeps a module's weights on meta outside its forward.
 
-    The way accelerate does: the forward found on the instance is kept as `_old_forward`, and a new
-    one, set on the instance, brings the weights, calls it, and takes them away again.
+    As accelerate does: the instance's forward is saved as `_old_forward` and replaced by one that
+    restores the weights, calls it, and removes the weights again.
     """
     weights = {
         key: value.detach() for key, value in module._parameters.items() if value is not None
@@ -48,7 +48,7 @@ def offload(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h", "step3p7", "llama4"])
 def test_offloaded_experts(name: str) -> None:
-    """The same bits as with resident weights, and the weights are away again afterwards."""
+    """The same bits as with resident weights, which are offloaded again afterwards."""
     config, model = zoo.tiny(name)
     inputs = zoo.tiny_inputs(name, config)
     with observe(model) as resident:
@@ -98,7 +98,7 @@ ON_DISK = ["qwen3_moe", "gpt_oss", "deepseek_v3", "llama4", "step3p7"]
     [(name, False) for name in ON_DISK] + [(name, True) for name in ON_DISK if name != "llama4"],
 )
 def test_layers_on_disk(name: str, everything: bool, tmp_path: Path) -> None:
-    """Loaded by transformers with a device map: observed where they lie, equal to resident.
+    """Loaded by transformers with a device map: observed in place, equal to resident.
 
     In float64, to 1e-12: matrix products round differently at another alignment in memory, which
     differs between files that accelerate maps into it.

@@ -1,4 +1,4 @@
-"""What would be observed wrongly is refused, with one line naming what was found."""
+"""Models that would be observed wrongly are refused with one line that names the cause."""
 
 import functools
 import inspect
@@ -44,7 +44,7 @@ def _encoder_decoder() -> nn.Module:
 
 
 def _sharded() -> nn.Module:
-    """What tensor parallelism leaves on a rank: half of every expert."""
+    """Tensor parallelism: each rank has half of every expert."""
     model = zoo.tiny("qwen3_moe")[1]
     experts = _experts(model)
     experts.gate_up_proj = nn.Parameter(experts.gate_up_proj[:, ::2].clone())
@@ -64,7 +64,7 @@ def _distributed() -> nn.Module:
 
 
 class _Packed(torch.Tensor):
-    """Stands for a quantized tensor subclass (torchao, say)."""
+    """Stands for a quantized tensor subclass, such as torchao's."""
 
 
 def _subclass() -> nn.Module:
@@ -136,7 +136,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_refused(case: str) -> None:
-    """One line that says what was found, and what to do."""
+    """The error is one line that names the cause and the remedy."""
     build, message = CASES[case]
     with pytest.raises(UnsupportedModel, match=message) as caught, observe(build()):
         pass
@@ -146,7 +146,7 @@ def test_refused(case: str) -> None:
 
 @pytest.mark.parametrize("config", [DogeConfig, NllbMoeConfig])
 def test_refused_by_model_type(config: Any) -> None:
-    """Known by name alone, before anything else is looked at."""
+    """Recognized by name, before anything else is examined."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
     model.config = config()
@@ -197,7 +197,7 @@ def test_nonfinite_weights_are_named(value: float) -> None:
 
 
 def test_nonfinite_outputs_after_the_first_call_are_named() -> None:
-    """Found when the statistics are read: layer, group and count."""
+    """Detected when the statistics are read; names layer, group and count."""
     config, model = zoo.tiny("qwen3_moe")
     inputs = zoo.tiny_inputs("qwen3_moe", config)
     with observe(model) as obs:
@@ -221,7 +221,7 @@ def test_experts_never_called_are_noticed() -> None:
 
 
 def test_part_of_the_model_alone_is_refused() -> None:
-    """Calling the base model would hide the attention mask from us."""
+    """Calling the base model would hide the attention mask from the observer."""
     config, model = zoo.tiny("qwen3_moe")
     inputs = zoo.tiny_inputs("qwen3_moe", config)
     with observe(model), pytest.raises(UnsupportedModel, match="call the model itself"):

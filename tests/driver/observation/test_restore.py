@@ -1,4 +1,4 @@
-"""Observing leaves the model as it was: after success, an exception, Ctrl-C, a failed entry."""
+"""Observing restores the model: after success, an exception, Ctrl-C, a failed entry."""
 
 import contextlib
 from typing import Any
@@ -18,7 +18,7 @@ NAMES = ["qwen3_moe", "qwen3_5_moe_vl", "step3p7", "llama4", "dbrx"]
 
 
 def _state(model: nn.Module) -> dict[str, Any]:
-    """Everything observation could leave behind: attributes, hooks, configs."""
+    """Everything that observation changes: attributes, hooks, configs."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         found[name] = {
@@ -65,7 +65,7 @@ def test_model_is_restored(name: str, stop: type[BaseException] | None) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_model_is_restored_after_stop_inside_a_layer(name: str) -> None:
-    """Ctrl-C arriving in the middle of a forward, below our function."""
+    """Ctrl-C in the middle of a forward, inside our function."""
     config, model = zoo.tiny(name)
     inputs = zoo.tiny_inputs(name, config)
     state = _state(model)
@@ -92,7 +92,7 @@ def test_statistics_survive_an_exception() -> None:
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_implementation_is_put_back(implementation: str) -> None:
-    """Whatever experts implementation the model ran with, it runs with afterwards."""
+    """The model runs with the same experts implementation as before."""
     config, model = zoo.tiny("qwen3_moe")
     model.set_experts_implementation(implementation)
     with observe(model) as obs:
@@ -103,7 +103,7 @@ def test_implementation_is_put_back(implementation: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nested_observation_is_refused(name: str) -> None:
-    """A second observer would take tokens from the first; the first goes on unharmed."""
+    """A second observer would take tokens from the first; it is refused, the first continues."""
     config, model = zoo.tiny(name)
     inputs = zoo.tiny_inputs(name, config)
     state = _state(model)
@@ -116,7 +116,7 @@ def test_nested_observation_is_refused(name: str) -> None:
 
 
 def test_observer_can_be_entered_again() -> None:
-    """Statistics go on accumulating in a second context."""
+    """Statistics continue to accumulate in a second context."""
     config, model = zoo.tiny("mixtral")
     inputs = zoo.tiny_inputs("mixtral", config)
     obs = observe(model)

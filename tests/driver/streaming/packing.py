@@ -133,7 +133,7 @@ def floats(
     flat: bool = False,
     dtype: torch.dtype = BF16,
 ) -> tuple[Parts, Tensor]:
-    """A random matrix of 8-bit floats; one scale, one a row, or one a block."""
+    """A random matrix of 8-bit floats with one scale, one per row, or one per block."""
     weight = torch.from_numpy(rng.normal(0, 100, (rows, columns))).to(torch.float8_e4m3fn)
     high, wide = block or (1 if rowwise else rows, columns)
     factors = scales((-(-rows // high), -(-columns // wide)), dtype, rng)
@@ -215,7 +215,7 @@ FIELDS = {"hidden_size": 64, "moe_intermediate_size": 32, "vocab_size": VOCAB}
 def checkpoints(
     name: str, folder: Path, quantize: dict[str, str], quantization: dict[str, Any]
 ) -> tuple[Path, Path]:
-    """A model's checkpoint in published layout, and one of the plain weights it stands for.
+    """A model's checkpoint in published layout, and one with the same weights unquantized.
 
     `quantize`: regular expression of keys -> their case.
     """

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Listed:
-    """Batches that are there already; the groups take turns."""
+    """Batches in memory; the groups alternate."""
 
     ids: Sequence[Tensor]
     groups: tuple[str, ...] = ("code", "text")
@@ -54,7 +54,7 @@ def resident(folder: Path, data: Listed, journal: Journal | None = None) -> Sali
 def streamed(
     folder: Path, data: Listed, place: Offload = "device", files: Path | None = None
 ) -> tuple[SaliencyStats, StreamedModel]:
-    """Statistics layer by layer, and the model they came from."""
+    """Statistics of the streamed model, and the model."""
     store = StateStore(place, CPU, files)
     with open_streamed(folder) as opened:
         observer = observe(opened.model)
@@ -64,7 +64,7 @@ def streamed(
 
 
 def assert_same_bits(mine: SaliencyStats, theirs: SaliencyStats) -> None:
-    """Every field of every layer equal, of parts too, and the same record but for the time."""
+    """Every field of every layer and fold is equal, and the provenance except for the time."""
     assert list(mine.layers) == list(theirs.layers)
     assert mine.groups == theirs.groups
     for name, layer in mine.layers.items():

@@ -63,7 +63,7 @@ _GEMMA_TYPES = ["sliding_attention", "sliding_attention", "full_attention"]
             },
         ),
         ("zaya", {"num_hidden_layers": 4}),  # a router's state goes to the next router
-        # Keys chosen by one layer are used by those behind it.
+        # Keys selected by one layer are used by later ones.
         (
             "glm_moe_dsa",
             {**_SPARSE, "indexer_types": ["full", "full", "shared", "shared", "full"]},
@@ -72,7 +72,7 @@ _GEMMA_TYPES = ["sliding_attention", "sliding_attention", "full_attention"]
     ],
 )
 def test_state_that_crosses_layers(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    """What layers hand on besides their output, through files too."""
+    """What layers pass on besides their output, also through files."""
     model = saved.save(name, tmp_path / "model", **fields)
     data = passes.batches(model.config.get_text_config().vocab_size)
     mine, _ = passes.streamed(tmp_path / "model", data, "file", tmp_path / "states")
@@ -81,7 +81,7 @@ def test_state_that_crosses_layers(name: str, fields: dict[str, Any], tmp_path: 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_published_layouts(name: str, checkpoint: Callable[[str], Path]) -> None:
-    """FP8 blocks and MXFP4 dequantized layer by layer, MTP layers never read."""
+    """FP8 blocks and MXFP4 are dequantized layer by layer; MTP layers are never read."""
     folder = checkpoint(name)
     data = passes.batches(256)
     mine, opened = passes.streamed(folder, data)
@@ -92,5 +92,5 @@ def test_published_layouts(name: str, checkpoint: Callable[[str], Path]) -> None
 
 
 def test_zoo_is_complete() -> None:
-    """The list above is the zoo's, but for what this transformers version refuses."""
+    """The list above is that of the zoo, without what this transformers version refuses."""
     assert set(NAMES) >= set(zoo.core_names())

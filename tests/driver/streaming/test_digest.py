@@ -1,4 +1,4 @@
-"""The digest of a checkpoint's weights: what it tells apart, and what it does not."""
+"""The digest of a checkpoint's weights: which changes it detects, and which not."""
 
 import shutil
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_copy_of_the_folder_is_equal(folder: Path, tmp_path: Path) -> None:
-    """Elsewhere and later; other files beside the weights are not looked at."""
+    """The same for a copy at another place and time; other files do not matter."""
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "config.json").write_text('{"other": 1}')
     assert digest(tmp_path / "copy") == digest(folder)
@@ -78,7 +78,7 @@ def test_a_byte_of_the_first_and_last_64_kib_differs(place: int, folder: Path) -
 
 @pytest.mark.parametrize("place", [_SAMPLE, -_SAMPLE - 1])
 def test_a_byte_between_does_not(place: int, folder: Path) -> None:
-    """As documented: not all is read."""
+    """As documented, not everything is read."""
     before = digest(folder)
     flip(folder / "model.safetensors", place)
     assert digest(folder) == before
@@ -109,7 +109,7 @@ def test_tensors_that_change_places_differ(tmp_path: Path) -> None:
 
 
 def test_other_shards_differ(tmp_path: Path) -> None:
-    """The same tensors divided otherwise are another checkpoint to it, as samples are by file."""
+    """The same tensors in other shards have another digest, because samples are per file."""
     saved.save("qwen3_moe", tmp_path / "model")
     found = {digest(tmp_path / "model")}
     for parts in (2, 3):

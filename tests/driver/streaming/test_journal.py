@@ -1,4 +1,4 @@
-"""The journal: what was written comes back; other runs' and spoiled ones are refused."""
+"""The journal: what was written is read; other runs' and damaged journals are refused."""
 
 import errno
 import fcntl
@@ -41,7 +41,7 @@ RUN = {
 
 
 def stats(tokens: int) -> SaliencyStats:
-    """Statistics that tell two entries apart."""
+    """Statistics that differ between entries."""
     layer = LayerStats(3)
     layer.tokens.fill_(tokens)
     layer.count.fill_(tokens)
@@ -217,7 +217,7 @@ def test_a_digit_that_changed_is_noticed(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["stats-000001.safetensors", "states-00001/000000.safetensors"])
 @pytest.mark.parametrize("damage", ["gone", "cut", "bit", "another"])
 def test_missing_and_damaged_files(name: str, damage: str, folder: Path) -> None:
-    """Another: whole in itself, of another position."""
+    """An intact file, but of another position."""
     Journal(folder, RUN).write(1, stats(1), states(1))
     path = folder / name
     good = path.read_bytes()
@@ -309,7 +309,7 @@ def test_write_that_fails_leaves_the_entry_before(
 
 
 def test_disk_that_is_full_while_tensors_are_written(folder: Path) -> None:
-    """Without a stand-in: the library that writes them has an error of its own."""
+    """The real error of the library that writes them."""
     journal = Journal(folder, RUN)
     journal.write(1, stats(1))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -397,7 +397,7 @@ def test_due_every_so_many_after_resuming(folder: Path) -> None:
 
 
 def test_due_when_writing_takes_a_twentieth(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first at once; then when 20 times the last one's time has passed since it."""
+    """The first at once; then when 20 times the duration of the last write has passed."""
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     journal = Journal(folder, RUN)
@@ -427,7 +427,7 @@ def test_run_resumed_at_any_position(folder: Path, tmp_path: Path) -> None:
     total, count = len(opened.layers), len(data.ids)
 
     def go_on(steps: int, *, last: bool = False) -> SaliencyStats:
-        """Runs on, and is asked to end behind so many steps."""
+        """Runs, and requests the end after a number of steps."""
         journal = Journal(folder, RUN, 1)
         store = StateStore("device", passes.CPU)
         stop, calls = Stop(), []

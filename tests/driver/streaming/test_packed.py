@@ -55,7 +55,7 @@ def written(folder: Path, **parts: Tensor) -> Path:
 
 @pytest.mark.parametrize("name", CASES)
 def test_values(name: str, tmp_path: Path) -> None:
-    """Every bit, the shape and the dtype said before, each byte read once."""
+    """Every bit, the announced shape and dtype; each byte is read once."""
     quantization, make = CASES[name]
     parts, value = make(40, 96, np.random.default_rng(0))
     plain = {"norm": torch.randn(3)}
@@ -84,7 +84,7 @@ def test_scales_of_activations_and_devices(tmp_path: Path) -> None:
     tensors = plain_weights(found, quantization, "here", CPU)
     assert torch.equal(tensors["a.b.weight"][...], value)
     assert list(tensors) == ["a.b.weight"]
-    # Matrices are computed where they are wanted: codes cross to a GPU, not what they stand for.
+    # Matrices are dequantized on the device: codes are copied to a GPU, not values.
     there = plain_weights(found, quantization, "here", torch.device("meta"))["a.b.weight"][...]
     assert (there.device.type, there.shape) == ("meta", value.shape)
     for other in (None, {"quant_method": "fp8"}):
@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
-    """The message names the field, its value, and what to do."""
+    """The message names the field, its value, and the remedy."""
     quantization, said = REFUSED[name]
     with pytest.raises(UnsupportedModel, match=f"here: .*{said}.*apply the plan to this one"):
         plain_weights({}, quantization, "here", CPU)
@@ -215,7 +215,7 @@ MODELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name: str, tmp_path: Path) -> None:
-    """Plain modules with the defined values; streamed as resident; every byte read once."""
+    """Unquantized modules with the defined values; streamed equals resident; bytes read once."""
     folder, plain = checkpoints(MODELS[name][0], tmp_path, *MODELS[name][1:])
     assert_equal_states(folder, plain)
     data = passes.batches(VOCAB)

@@ -90,7 +90,7 @@ def test_smallest_chunks_hold_one_expert(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 class Sized(LazyTensor):
-    """A tensor of which nothing but its size is known."""
+    """A tensor of which only the size is known."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
@@ -130,7 +130,7 @@ def test_chunks_are_as_large_as_asked(keys: KeyMap) -> None:
 
 
 def test_lists_of_unequal_length_stay_together(keys: KeyMap) -> None:
-    """Nothing can be said of one expert alone; converting them together fails, and says so."""
+    """One expert alone cannot be checked; converting all together fails with an error."""
     names = [expert(n, m) for n in range(8) for m in ("gate", "up") if (n, m) != (3, "up")]
     [chunk] = divide_into_chunks(keys, names, {name: Sized(10) for name in names}, 20)
     assert sorted(chunk.keys) == sorted(names)
@@ -329,7 +329,7 @@ def test_embeddings_tied_outside_layers_are_streamed(
 
 
 def library() -> tuple[Any, ...]:
-    """Everything of the library and the process that loading changes for a while."""
+    """Everything in the library and the process that loading changes temporarily."""
     return (
         core_model_loading.convert_and_load_state_dict_in_model,
         core_model_loading.set_param_for_module,
@@ -372,7 +372,7 @@ def test_library_is_as_it_was(
 
 
 def test_stopping_while_a_layer_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The block ends behind the chunk in hand, and the library is as it was."""
+    """The context ends after the current chunk, and the library is restored."""
     in_chunks_of(1, monkeypatch)
     saved.save("qwen3_moe", tmp_path / "model")
     was = library()

@@ -1,4 +1,4 @@
-"""One layer at a time through a model's own forward: its bits, or a refusal naming the layer."""
+"""One layer at a time through a model's own forward: the same bits, or a refusal."""
 
 from collections import UserDict
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Step = Callable[..., Any]
 
 
 class Layer(nn.Module):
-    """A layer that computes what a test says: `step(self, h, *args)`."""
+    """A layer whose computation a test defines: `step(self, h, *args)`."""
 
     def __init__(self, index: int, step: Step) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Layers, and a forward that a test writes: `body(self, h)`, h made anew of the batch."""
+    """Layers, and a forward that a test defines: `body(self, h)`, with h a copy of the batch."""
 
     def __init__(self, step: Step, body: Step) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def replay(
 
 @pytest.fixture(params=["kept", "files"])
 def via(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[BatchState], BatchState]:
-    """States as they are, and as they come back from files."""
+    """States as they are, and as they are read from files."""
 
     def written(state: BatchState) -> BatchState:
         write_state(tmp_path / "state", state)
@@ -107,7 +107,7 @@ def assert_replayed(model: Model, via: Callable[[BatchState], BatchState] = lamb
 
 @torch.no_grad()
 def refused(model: Model, *words: str) -> None:
-    """That the model is refused, in these words, and its forwards are its own again."""
+    """The model is refused with this text, and its forwards are restored."""
     batches = data()
     with pytest.raises(UnsupportedModel, match="--stream never") as caught:
         replay(model, batches)
@@ -203,7 +203,7 @@ def test_list_that_the_model_appends_outputs_to(via: Callable[[BatchState], Batc
 
 
 def test_dict_given_to_some_layers_only(via: Callable[[BatchState], BatchState]) -> None:
-    """What layer 0 wrote is there for layer 3, though 1 and 2 are not given the dict."""
+    """Layer 3 finds what layer 0 wrote, although 1 and 2 do not receive the dict."""
 
     def step(layer: Layer, h: Tensor, shared: dict[str, Tensor] | None = None) -> Tensor:
         h = plain(layer, h + shared.get("h", 0) if shared is not None else h)
@@ -221,7 +221,7 @@ def test_dict_given_to_some_layers_only(via: Callable[[BatchState], BatchState])
 
 
 def test_two_dicts_under_one_name(via: Callable[[BatchState], BatchState]) -> None:
-    """One for two layers each; what the model puts into them and nobody reads does not matter."""
+    """Each is for two layers; what the model adds and no layer reads does not matter."""
 
     def step(layer: Layer, h: Tensor, shared: dict[str, Tensor]) -> Tensor:
         shared["h"] = h = plain(layer, h + shared.get("h", 0))
@@ -311,7 +311,7 @@ def test_output_kept_in_a_list_of_the_model() -> None:
 
 
 def test_output_written_into_a_known_tensor() -> None:
-    """The known tensor would stay as it is, and be wrong."""
+    """The real tensor would keep its old value."""
 
     def body(model: Model, h: Tensor) -> Tensor:
         total = torch.zeros_like(h)
@@ -348,7 +348,7 @@ def test_layer_run_twice() -> None:
 
 @pytest.mark.parametrize(("order", "late"), [((0, 2, 1, 3), 1), ((0, 1, 3, 2), 2)])
 def test_layers_out_of_order(order: tuple[int, ...], late: int) -> None:
-    """Also where only the last forward, to the model's end, comes to the late layer."""
+    """Also if only the last forward, to the model's end, reaches the late layer."""
 
     def body(model: Model, h: Tensor) -> Tensor:
         for index in order:
@@ -373,7 +373,7 @@ def test_layer_that_one_forward_calls_and_another_does_not() -> None:
 
 
 def test_stack_run_twice() -> None:
-    """Found by a forward that comes to the model's end."""
+    """Detected by a forward that reaches the model's end."""
 
     def body(model: Model, h: Tensor) -> Tensor:
         return in_turn(model, in_turn(model, h))
@@ -382,7 +382,7 @@ def test_stack_run_twice() -> None:
 
 
 class Cache:
-    """Something a layer may keep anything in."""
+    """An object in which a layer could store anything."""
 
 
 def test_unknown_object_given() -> None:
@@ -472,7 +472,7 @@ def test_error_inside_a_layer_leaves_forwards_as_they_were() -> None:
 
 
 def test_forwards_behind_the_wanted_layer_do_not_run() -> None:
-    """And those before it run once in all, for a batch."""
+    """And the layers before it run only once per batch."""
     calls: list[int] = []
 
     def step(layer: Layer, h: Tensor) -> Tensor:
@@ -484,7 +484,7 @@ def test_forwards_behind_the_wanted_layer_do_not_run() -> None:
 
 
 def test_model_that_catches_every_exception() -> None:
-    """A forward is left through handlers of errors."""
+    """A forward is aborted in spite of exception handlers."""
 
     def body(model: Model, h: Tensor) -> Tensor:
         for layer in model.layers:

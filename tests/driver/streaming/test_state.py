@@ -1,4 +1,4 @@
-"""States taken apart and put together, and tensors whose numbers nobody knows."""
+"""States are taken apart and restored; placeholders stand for tensors without values."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from reap_kernels.errors import UnsupportedModel
 
 
 def through_json(state: BatchState) -> BatchState:
-    """As its skeleton comes back from a file."""
+    """With its skeleton as read from a file."""
     return BatchState(state.layer, json.loads(json.dumps(state.skeleton)), state.tensors)
 
 
@@ -32,7 +32,7 @@ def test_nested_output_and_changes_come_back() -> None:
 
 
 def test_a_tensor_that_is_there_twice_stays_one() -> None:
-    """So that a layer that writes to one of them changes both, wherever states lie."""
+    """A layer that writes to one of them changes both, wherever states are stored."""
     h = torch.ones(4)
     state = BatchState.of(0, (h, [h, h + 1]), {"1": [{"h": h}, []]}).moved(Tensor.clone)
     assert len(state.tensors) == 2
@@ -46,7 +46,7 @@ def test_tensors_are_cut_from_their_graph() -> None:
 
 
 class Pair(NamedTuple):
-    """A tuple with names, which would come back as another type."""
+    """A named tuple, which would be restored as another type."""
 
     left: int
 
@@ -133,7 +133,7 @@ def test_unknown_may_not_be_written_to_a_known_tensor() -> None:
 
 
 def test_known_tensors_may_follow_its_device_and_dtype() -> None:
-    """Where they are wanted is no secret; they keep their numbers."""
+    """Placeholders report the requested device; the original tensors keep their values."""
     unknown, known = Placeholder.like(torch.ones(3)), torch.ones(3)
     assert type(known.to(unknown.device)) is Tensor
     assert torch.arange(3, device=unknown.device, dtype=unknown.dtype).tolist() == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""States of batches wherever they lie: the same values and strides; errors name the file."""
+"""States in every storage: the same values and strides; errors name the file."""
 
 import errno
 import resource
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def odd_tensors() -> dict[str, Tensor]:
-    """One of each kind of memory and value a layer may hand on."""
+    """One of each kind of memory and value that a layer may pass on."""
     h = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     return {
         "dense": h,
@@ -52,7 +52,7 @@ def odd_tensors() -> dict[str, Tensor]:
 
 
 def assert_same(mine: Tensor, theirs: Tensor) -> None:
-    """Bits, dtype, strides, and where it lies between aligned addresses."""
+    """Bits, dtype, strides, and the offset from an aligned address."""
     assert (mine.dtype, mine.shape, mine.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
     left, right = (t.contiguous().view(-1).view(torch.uint8) for t in (mine, theirs))
     assert torch.equal(left, right)
@@ -102,7 +102,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StateStore
 
 
 def value(layer: int, number: int) -> BatchState:
-    """A state that tells layers and batches apart."""
+    """A state that differs between layers and batches."""
     return BatchState.of(layer, torch.tensor([layer, number]), {})
 
 
@@ -128,7 +128,7 @@ def test_layer_after_layer(store: StateStore) -> None:
 
 
 def test_batch_that_no_layer_was_for(store: StateStore) -> None:
-    """It has no state, in files neither."""
+    """It has no state, also in files."""
     store.begin(1)
     assert store.get(0, 1) is None
     store.put(0, None)
@@ -143,7 +143,7 @@ def test_batch_that_no_layer_was_for(store: StateStore) -> None:
 
 
 def test_saved_and_loaded(store: StateStore, tmp_path: Path) -> None:
-    """Also from one place to another: what is saved is the same."""
+    """Also from one storage to another: the saved files are the same."""
     fill(store, 0)
     store.put(9, None)
     folder = states_folder(tmp_path / "journal", 1)
@@ -214,7 +214,7 @@ def test_next_state_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_unexpected_order_is_read_too(tmp_path: Path) -> None:
-    """What was read ahead and is not asked for is dropped."""
+    """A state that was read ahead and is not requested is dropped."""
     store = StateStore("file", CPU, tmp_path)
     fill(store, 0)
     store.turn()
@@ -311,7 +311,7 @@ def test_missing_folder_is_named(store: StateStore, tmp_path: Path) -> None:
 
 
 def test_full_disk_is_an_os_error_of_the_next_call(tmp_path: Path) -> None:
-    """The safetensors library has its number in the text alone; the command line words it."""
+    """The safetensors library gives the errno only in its text; the error has a remedy."""
     store = StateStore("file", CPU, tmp_path)
     store.begin(1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
