@@ -24,7 +24,7 @@ import tests.interpreter  # noqa: F401  what it replaces, all tests run by
 
 pytest_plugins = ("tests.assertions",)
 # Assertions in helpers that tests import count as those in the tests themselves do.
-_HELPERS = ("tests.sealed", "tests.csrc", "tests.driver", "tests.fuzz", "tests.ops")
+_HELPERS = ("tests.sealed", "tests.csrc", "tests.driver", "tests.fuzz", "tests.gpu", "tests.ops")
 pytest.register_assert_rewrite(*_HELPERS)
 
 

@@ -15,7 +15,6 @@ import torch
 
 from bench import rows, tables
 from bench.gpu import (
-    checks,
     command,
     kernels,
     layer,
@@ -26,12 +25,11 @@ from bench.gpu import (
     streamed_files,
     streaming,
 )
-from bench.gpu.checks import Check
 from bench.gpu.clock import Deadline
 from bench.gpu.providers import PROVIDERS, Prepared, Work
-from reap_kernels.errors import BackendUnavailable, KernelError
-from reap_kernels.layer import cuda_backend
-from reap_kernels.testing import CASES, Case, make_experts, make_inputs
+from reap_kernels.testing import CASES, Case
+from tests.gpu import checks, running
+from tests.gpu.checks import Check
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -48,11 +46,6 @@ def bench_gpu(*arguments: str, **variables: str) -> subprocess.CompletedProcess[
         text=True,
         check=False,
     )
-
-
-def dies(*_: object) -> str:
-    """What a kernel that takes its process along looks like from outside."""
-    os.abort()
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -132,8 +125,7 @@ def test_a_wrong_result_ends_the_run_before_timings(tmp_path, monkeypatch, capsy
 
     only = [Check(SMALL.name, "grouped_mm", torch.float32, checks.compare, (SMALL,))]
     monkeypatch.setattr(checks.rk, "observe_layer", broken)
-    monkeypatch.setattr(checks, "plan", lambda smoke: only)
-    monkeypatch.setattr("bench.gpu.facts.plan", lambda smoke: [])
+    monkeypatch.setattr(running, "plan", lambda smoke: only)
     monkeypatch.setattr(layer, "run", lambda *_: pytest.fail("timed on red"))
     assert command.main(["--smoke", "--out", str(tmp_path)]) == command.RED
     assert "the output is off by" in capsys.readouterr().out
@@ -141,49 +133,11 @@ def test_a_wrong_result_ends_the_run_before_timings(tmp_path, monkeypatch, capsy
     assert "1 failed" in (tmp_path / "gpu.md").read_text()
 
 
-def test_single_ops_are_checked() -> None:
-    """Apart from the smoke mode, since the self-checks of three ops take the interpreter long."""
-    ran = checks.single_ops(CPU, "triton", torch.bfloat16, SMALL)
-    assert ran == "route equal, outputs and sums within bounds"
-    ran = checks.single_ops(CPU, "cuda", torch.bfloat16, SMALL)
-    assert ran == "route equal, sums within bounds"
-
-
 @pytest.mark.parametrize("format", ["fp8_block", "mxfp4", "int4_group"])
 def test_dequantization_is_checked(format: str, monkeypatch) -> None:
     assert "reference's bits" in checks.dequantized(CPU, "cuda", torch.bfloat16, format)
     with pytest.raises(checks.CheckFailed, match="other bits"):  # it writes every expert
         checks.dequantized(CPU, "reference", torch.bfloat16, format)
-
-
-def test_refusals_are_told_from_failures() -> None:
-    def row(backend: str, case: Case, dtype: torch.dtype) -> dict[str, object]:
-        check = Check(case.name, backend, dtype, checks.compare, (case,))
-        return checks.outcome(check, CPU, Deadline(100))
-
-    odd = next(case for case in CASES if case.name == "odd-sizes")
-    assert row("grouped_mm", odd, torch.float32)["result"] == "refused"
-    assert row("triton", odd, torch.float64)["result"] == "failed"
-    assert checks.is_red("grouped_mm", "its self-check gave wrong numbers: the output is off", CPU)
-    late = checks.outcome(
-        Check("late", "triton", torch.float32, checks.compare, (odd,)), CPU, Deadline(-1)
-    )
-    assert late["result"] == "skipped"
-    assert "budget" in str(late["detail"])
-
-
-def test_refusals_of_cuda_are_red_where_its_kernels_are(monkeypatch) -> None:
-    """Absent kernels are a limit of the machine; everything else that goes wrong is red."""
-    refused = BackendUnavailable("k = 33 is above 32")
-    wrong = BackendUnavailable("its self-check could not be launched: no kernel image")
-    assert checks.outcome_of(refused, "cuda", CPU)[0] == "failed"
-    assert checks.outcome_of(wrong, "cuda", CPU)[0] == "failed"
-    assert checks.outcome_of(KernelError("no kernel image"), "cuda", CPU)[0] == "failed"
-    monkeypatch.setenv("REAP_CUDA_HOST", "/nowhere/_host.so")
-    assert checks.outcome_of(refused, "cuda", CPU)[0] == "failed"
-    monkeypatch.delenv("REAP_CUDA_HOST")
-    assert checks.outcome_of(refused, "cuda", CPU)[0] == "refused"
-    assert checks.outcome_of(KernelError("no kernel image"), "cuda", CPU)[0] == "failed"
 
 
 def test_without_cuda_kernels_their_rows_are_refused(monkeypatch) -> None:
@@ -195,22 +149,13 @@ def test_without_cuda_kernels_their_rows_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(layer, "PROVIDERS", [p for p in PROVIDERS if p.variant == "cuda"])
     found += layer.run(bed.machine, layer.plan(smoke=True), Deadline(100))
     planned = [check for check in checks.plan(smoke=True) if check.backend == "cuda"]
-    checked = checks.run(bed.machine, planned, Deadline(100))
+    checked = running.run(CPU, planned, Deadline(100))
     assert len(found) == len(some) + 2
     assert len(checked) == 7
     assert {row["status"] for row in found} == {row["result"] for row in checked} == {"refused"}
     reasons = {str(row.get("note", row.get("detail"))) for row in (*found, *checked)}
     assert all("inputs are on the CPU" in reason for reason in reasons)
     assert "refused" in report.kernels(found[: len(some)])
-
-
-def test_bounds_of_cuda_are_those_of_its_products(monkeypatch) -> None:
-    """Products of grouped_mm round twice, and take more scratch."""
-    inputs, experts = make_inputs(SMALL), make_experts(SMALL)
-    for name in ("triton", "grouped_mm"):
-        monkeypatch.setattr(cuda_backend, "stage_backends", lambda _, name=name: {"layer": name})
-        assert checks.products_of("cuda", inputs.hidden, SMALL.top_k, experts) == name
-    assert checks.products_of("triton", inputs.hidden, SMALL.top_k, experts) == "triton"
 
 
 def broken_schedule(sort):
@@ -230,7 +175,7 @@ def broken_schedule(sort):
 def broken_sort(sort):
     def broken(*arguments):
         found = sort(*arguments)
-        return replace(found, order=found.gather_index.flip(0))
+        return replace(found, gather_index=found.gather_index.flip(0))
 
     return broken
 
@@ -314,16 +259,6 @@ def test_kernels_count_compulsory_bytes_and_rotate_past_the_cache() -> None:
     assert parts.Bed(large, bed.case).calls(1000) == 25  # 1.5 times 16 KiB
     assert parts.Bed(large, bed.case).calls(1 << 20) == 1
     assert parts.Bed(large, bed.case).calls(1) == 256
-
-
-def test_checks_run_in_processes_and_a_dead_one_is_red() -> None:
-    odd = next(case for case in CASES if case.name == "odd-sizes")
-    alive = Check("alive", "grouped_mm", torch.float32, checks.compare, (odd,))
-    dead = Check("dead", "grouped_mm", torch.float32, dies, ())
-    found = checks.run(here(), [alive, dead], Deadline(100), workers=1)
-    assert [row["check"] for row in found] == ["alive", "dead"]
-    assert [row["result"] for row in found] == ["refused", "failed"]
-    assert "process died" in str(found[1]["detail"])
 
 
 def test_a_provider_that_is_wrong_is_not_timed(monkeypatch) -> None:

@@ -1,10 +1,10 @@
 """One command for a GPU: is everything right, how fast is it, beside what.
 
 `python -m bench.gpu` runs from a checkout, nothing installed, in less than eight minutes: the
-machine's peaks, then correctness, then timings of single kernels, of one layer and of a whole
-model; `--only streaming` times layers that are loaded while others compute. Exit codes: 0; 1 where
-a check failed (and nothing after it was timed); 4 without a CUDA device. `python -m
-bench.gpu.sanitize` runs the CUDA kernels under compute-sanitizer.
+machine's peaks, then the checks of `tests/gpu` (`pytest -m gpu` runs them too), then timings of
+single kernels, of one layer and of a whole model; `--only streaming` times layers that are loaded
+while others compute. Exit codes: 0; 1 where a check failed (and nothing after it was timed); 4
+without a CUDA device. `python -m tests.gpu.sanitize` runs the CUDA kernels under compute-sanitizer.
 """
 
 import sys

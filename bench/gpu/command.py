@@ -125,12 +125,12 @@ def _device(smoke: bool) -> torch.device | None:
 
 def _stage(stage: str, machine: Any, deadline: Deadline, folder: Path | None) -> Rows:
     """Rows of one stage."""
-    from bench.gpu import checks, end_to_end, facts, kernels, layer, logits, streaming, tiles
+    from bench.gpu import end_to_end, kernels, layer, streaming, tiles
 
     if stage == "checks":
-        planned = [*facts.plan(machine.smoke), *logits.checks(machine.smoke)]
-        planned += checks.plan(machine.smoke)
-        return checks.run(machine, planned, deadline)
+        from tests.gpu import running
+
+        return running.run(machine.device, running.plan(machine.smoke), deadline)
     if stage == "kernels":
         return kernels.run(machine, deadline)
     if stage == "layer":

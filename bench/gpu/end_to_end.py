@@ -15,9 +15,9 @@ from torch import Tensor
 
 import reap_kernels as rk
 from bench.baselines import observe_module
-from bench.gpu.checks import CheckFailed, bounds_of
 from bench.gpu.clock import Deadline, times
 from bench.gpu.machine import Machine
+from bench.gpu.verify import CheckFailed, bounds_of
 
 Row = dict[str, object]
 SEQUENCES, LENGTH, ROUNDS = 231, 2048, 2

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 
-from bench.gpu.checks import outcome_of
 from bench.gpu.clock import Deadline, times
 from bench.gpu.layer import SHAPES, TOKENS
 from bench.gpu.logits import NAME as COMPARE
@@ -28,6 +27,7 @@ from bench.gpu.parts import (
     of_formats,
     of_layer,
 )
+from bench.gpu.verify import outcome_of
 from reap_kernels.testing import Case
 
 Row = dict[str, object]

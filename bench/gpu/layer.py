@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from bench.gpu.checks import outcome_of
 from bench.gpu.clock import Deadline, times
 from bench.gpu.machine import Machine
 from bench.gpu.providers import PROVIDERS, Prepared, Provider, Work, checked
+from bench.gpu.verify import outcome_of
 from reap_kernels import Activation, ExpertWeights
 from reap_kernels.testing import Case
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import reap_kernels as rk
-from bench.gpu.checks import Bounds, CheckFailed, NotHere, bounds_of, differences
 from bench.gpu.machine import Machine
+from bench.gpu.verify import Bounds, CheckFailed, NotHere, bounds_of, differences
 from reap_kernels import LayerStats
 from reap_kernels.dispatch import Request, Sizes, select
 from reap_kernels.quantized import Quantized

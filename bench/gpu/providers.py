@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import reap_kernels as rk
 from bench.baselines import observe_all
-from bench.gpu.checks import CheckFailed, NotHere, bounds_of, products_of
 from bench.gpu.machine import Machine
+from bench.gpu.verify import CheckFailed, NotHere, bounds_of, products_of
 from reap_kernels import ExpertWeights, LayerStats
 from reap_kernels.dispatch import select
 from reap_kernels.experts.request import request_of

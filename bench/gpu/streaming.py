@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from bench.gpu import end_to_end, projected, streamed_files
-from bench.gpu.checks import CheckFailed, NotHere
 from bench.gpu.clock import Deadline
 from bench.gpu.machine import Machine
 from bench.gpu.stopwatch import Stopwatch
 from bench.gpu.streamed_files import FORMATS, TINY, TRUE, Shape
+from bench.gpu.verify import CheckFailed, NotHere
 from reap_kernels.errors import ResourceError
 
 Row = dict[str, object]

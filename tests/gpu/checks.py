@@ -1,37 +1,35 @@
-"""Stage 1, correctness: cases, layouts, activations and dtypes against float64, before any timing.
+"""Correctness on a GPU: cases, layouts, activations and dtypes against float64.
 
-A check is a function that returns what it found, or raises. Checks run in several processes, since
-nearly all of their time is the compilation of kernels.
+A check is a function that returns what it found, or raises. `tests.gpu.test_gpu` runs each as a
+test, `python -m bench.gpu` all of them before it times anything.
 """
 
 import contextlib
-import multiprocessing
-import os
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 import reap_kernels as rk
-from bench.gpu.clock import Deadline
-from bench.gpu.machine import Machine
-from reap_kernels import LayerStats, cuda, quantized
+from bench.gpu.verify import (
+    MANY_ROWS,
+    STAGES,
+    CheckFailed,
+    bounds_of,
+    differences,
+    products_of,
+)
+from reap_kernels import LayerStats, quantized
 from reap_kernels.dispatch import backends
-from reap_kernels.errors import BackendUnavailable
-from reap_kernels.experts.request import request_of
-from reap_kernels.layer import cuda_backend
-from reap_kernels.stats import COUNTS, EXTREMA, FIELDS, SUMS
+from reap_kernels.stats import FIELDS
 from reap_kernels.testing import (
     ACTIVATIONS,
     CASES,
     LAYOUTS,
     Case,
     Inputs,
-    largest_relative_error,
     make_experts,
     make_inputs,
     make_quantized,
@@ -41,21 +39,7 @@ from reap_kernels.testing import (
 from reap_kernels.types import ExpertWeights
 
 BACKENDS = ("triton", "grouped_mm", "cuda")
-# Those with kernels of their own around the products.
-STAGES = ("triton", "cuda")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-# From here on rounding averages out over an expert's rows.
-MANY_ROWS = 64
-# Seconds that checks which began before the deadline may still take.
-_GRACE = 45
-
-
-class CheckFailed(Exception):
-    """A check found something wrong; the message says what and by how much."""
-
-
-class NotHere(Exception):
-    """A check, or a provider, has no meaning on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -67,71 +51,6 @@ class Check:
     dtype: torch.dtype
     run: Callable[..., str]
     arguments: tuple[object, ...]
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Largest accepted relative errors against float64.
-
-    Attributes:
-        output: of the output, Frobenius.
-        sums: of any expert's sums of first powers.
-        squares: of any expert's sums of squares, where errors count twice.
-    """
-
-    output: float
-    sums: float
-    squares: float
-
-
-def bounds_of(dtype: torch.dtype, backend: str, rows: int = 0) -> Bounds:
-    """Bounds of one backend (of `cuda`: of its products); `rows` is the fewest an expert has.
-
-    torch's grouped_mm rounds both halves of the first product before the activation, which our
-    kernel keeps in float32: 5.7e-3 was measured for one token of 32 elements.
-    """
-    if dtype == torch.float32:
-        return Bounds(1e-6, 1e-6, 1e-6)
-    output = 8e-3 if backend == "grouped_mm" else 5e-3
-    return Bounds(output, 2e-4, 4e-4) if rows >= MANY_ROWS else Bounds(output, 1e-2, 2e-2)
-
-
-def is_red(backend: str, reason: str, device: torch.device) -> bool:
-    """Whether a refusal means that something is wrong: `triton` serves every case here, as `cuda`
-    does where its module is there, and any backend may refuse only for what it does not do, never
-    for a failed self-check.
-    """
-    if backend == "cuda" and _absent(device):
-        return False
-    return backend in STAGES or "self-check" in reason
-
-
-def _absent(device: torch.device) -> bool:
-    """Whether no CUDA kernels are there for a device, which a wrong REAP_CUDA_HOST is not."""
-    try:
-        return cuda.refusal(device) is not None
-    except BackendUnavailable:
-        return False
-
-
-def outcome_of(
-    error: Exception, backend: str, device: torch.device, wrong: str = "failed"
-) -> tuple[str, str]:
-    """Result and detail of a row whose work raised; `wrong` is the result of what is not right."""
-    if isinstance(error, NotHere):
-        return "skipped", str(error)
-    if isinstance(error, BackendUnavailable):
-        return ("failed" if is_red(backend, str(error), device) else "refused"), str(error)
-    if isinstance(error, CheckFailed):
-        return wrong, str(error)
-    return wrong, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-
-
-def products_of(backend: str, hidden: Tensor, top_k: int, experts: ExpertWeights) -> str:
-    """Whose products a layer's backend takes, which its rounding and its scratch depend on."""
-    if backend != "cuda":
-        return backend
-    return cuda_backend.stage_backends(request_of("layer", hidden, top_k, experts))["layer"]
 
 
 @contextlib.contextmanager
@@ -174,27 +93,6 @@ def observe(
         backend=backend,
     )
     return out, stats
-
-
-def differences(got: LayerStats, want: LayerStats, bounds: Bounds) -> tuple[list[str], float]:
-    """What is wrong with statistics, and the largest error of weighted_norm_sum."""
-    ours, theirs = got.fields(), want.fields()
-    exact = (*COUNTS, "tokens")
-    found = [f"{name} differs" for name in exact if not torch.equal(ours[name], theirs[name])]
-    for name in SUMS:
-        error = largest_relative_error(ours[name], theirs[name])
-        bound = bounds.squares if name.endswith("_sq_sum") else bounds.sums
-        if not error <= bound:
-            found.append(f"{name} is off by {error:.1e}, {bound:.0e} is allowed")
-    used = want.count > 0
-    for name in EXTREMA:
-        mine, true = ours[name], theirs[name]
-        near = torch.isclose(
-            mine[used], true[used], rtol=10 * bounds.output, atol=10 * bounds.output
-        )
-        if not (bool(near.all()) and torch.equal(mine[~used], true[~used])):
-            found.append(f"{name} differs")
-    return found, largest_relative_error(got.weighted_norm_sum, want.weighted_norm_sum)
 
 
 def same_bits(first: LayerStats | None, second: LayerStats | None) -> list[str]:
@@ -305,7 +203,7 @@ _SMOKE_CASES = (
 
 
 def plan(smoke: bool) -> list[Check]:
-    """Every check but the GPU's own facts, which `bench.gpu.facts` lists; weightiest first."""
+    """Every check but the GPU's own facts, which `tests.gpu.facts` lists; weightiest first."""
     forms = [
         (layout, activation)
         for layout in LAYOUTS
@@ -355,67 +253,3 @@ def _smoke_plan(layout: str, activation: rk.Activation) -> list[Check]:
     return checks + [
         Check(f"dequantize {name}", "cuda", DTYPES[0], dequantized, (name,)) for name in formats
     ]
-
-
-def outcome(check: Check, device: torch.device, deadline: Deadline) -> dict[str, object]:
-    """The row of one check: pass, failed, refused (a limit of the backend's) or skipped."""
-    start = time.perf_counter()
-    if deadline.passed():
-        result, detail = "skipped", deadline.reason
-    else:
-        try:
-            result, detail = "pass", check.run(device, check.backend, check.dtype, *check.arguments)
-        except Exception as error:  # noqa: BLE001  whatever a kernel or a compiler does is red
-            result, detail = outcome_of(error, check.backend, device)
-    return _row(check, result, detail, time.perf_counter() - start)
-
-
-def _row(check: Check, result: str, detail: str, seconds: float) -> dict[str, object]:
-    return {
-        "check": check.name,
-        "backend": check.backend,
-        "dtype": str(check.dtype).removeprefix("torch."),
-        "result": result,
-        "detail": detail,
-        "seconds": f"{seconds:.2f}",
-    }
-
-
-def run(
-    machine: Machine, checks: list[Check], deadline: Deadline, workers: int | None = None
-) -> list[dict[str, object]]:
-    """Rows of all checks, in order.
-
-    Args:
-        machine: where.
-        checks: what to run.
-        deadline: checks that have not begun by then are skipped.
-        workers: processes; default none on the CPU, else three for four cores, at most 12.
-    """
-    if workers is None:
-        several = max(1, min(12, 3 * (os.cpu_count() or 2) // 4))
-        workers = 0 if machine.device.type == "cpu" else several
-    if not workers:
-        return [outcome(check, machine.device, deadline) for check in checks]
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    pool = ProcessPoolExecutor(workers, mp_context=context)
-    try:
-        futures = [pool.submit(outcome, check, machine.device, deadline) for check in checks]
-        pairs = zip(checks, futures, strict=True)
-        return [_result(check, future, deadline) for check, future in pairs]
-    finally:
-        # A kernel that hangs must not hang the run: what is at work now is at work too long.
-        children = multiprocessing.active_children()
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in children:
-            child.kill()
-
-
-def _result(check: Check, future: Future[dict[str, object]], end: Deadline) -> dict[str, object]:
-    """The row of a check that ran in another process, which may have died or hung."""
-    try:
-        return future.result(timeout=max(0.0, end.left()) + _GRACE)
-    except TimeoutError:
-        return _row(check, "failed", f"it had no result {_GRACE} s after the deadline", 0.0)
-    except Exception as error:  # noqa: BLE001  a dead process raises several kinds
-        return _row(check, "failed", f"its process died: {type(error).__name__}: {error}", 0.0)

@@ -1,4 +1,4 @@
-"""Stage 1, what only a GPU can establish: no host sync, graphs, streams, memory, 64-bit rows."""
+"""What only a GPU can establish: no host sync, graphs, streams, memory, 64-bit rows."""
 
 from dataclasses import replace
 from functools import partial
@@ -7,16 +7,7 @@ import torch
 from torch import Tensor
 
 import reap_kernels as rk
-from bench.gpu.checks import (
-    BACKENDS,
-    Check,
-    CheckFailed,
-    NotHere,
-    bounds_of,
-    observe,
-    products_of,
-    same_bits,
-)
+from bench.gpu.verify import CheckFailed, NotHere, bounds_of, products_of
 from reap_kernels import LayerStats
 from reap_kernels.stats import COUNTS, SUMS
 from reap_kernels.testing import (
@@ -28,6 +19,7 @@ from reap_kernels.testing import (
     relative_error,
 )
 from reap_kernels.types import ExpertWeights
+from tests.gpu.checks import BACKENDS, Check, observe, same_bits
 
 FACT = Case(
     "fact",

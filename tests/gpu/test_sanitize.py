@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import sanitize, variants
 from reap_kernels import cuda, env
 from reap_kernels.saliency import kernel_cuda as saliency
+from tests.gpu import sanitize, variants
 
 CLEAN = "========= ERROR SUMMARY: 0 errors"
 NO_HAZARDS = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
@@ -101,7 +101,7 @@ def test_one_line_a_tool_and_red_where_one_finds_something(on_a_gpu: Path, capsy
     assert lines[0].split() == ["memcheck", "nothing", "found"]
     assert lines[1].split() == ["racecheck", "1", "found"]
     assert "--tool racecheck" in lines[2]
-    assert lines[2].endswith("-m bench.gpu.variants cuda 1")
+    assert lines[2].endswith("-m tests.gpu.variants cuda 1")
     assert [line.split()[0] for line in lines[4:]] == ["synccheck", "initcheck"]
     assert sanitize.main(["--tools", "memcheck", "initcheck"]) == 0
 

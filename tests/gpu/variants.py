@@ -1,6 +1,6 @@
 """Launches every CUDA kernel in every variant, small, and compares each result with float64.
 
-`python -m bench.gpu.variants [cuda | cpu]`: what `bench.gpu.sanitize` runs under compute-sanitizer,
+`python -m tests.gpu.variants [cuda | cpu]`: what `tests.gpu.sanitize` runs under compute-sanitizer,
 and by itself a check; `cpu` where REAP_CUDA_HOST names the kernels compiled for the CPU. Inputs are
 made on the CPU and results read there, so that on the device next to nothing runs but our kernels.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import reap_kernels as rk
-from bench.gpu.checks import CheckFailed
+from bench.gpu.verify import CheckFailed
 from reap_kernels import LayerStats, cuda
 from reap_kernels.dequant import kernel_cuda as dequant
 from reap_kernels.quantized import FORMATS, Quantized

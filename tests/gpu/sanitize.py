@@ -1,8 +1,8 @@
-"""`python -m bench.gpu.sanitize`: every CUDA kernel under NVIDIA's compute-sanitizer.
+"""`python -m tests.gpu.sanitize`: every CUDA kernel under NVIDIA's compute-sanitizer.
 
 memcheck finds accesses out of bounds or misaligned, racecheck hazards in shared memory, synccheck
 wrong uses of barriers and of lane masks, initcheck reads of global memory nobody wrote. Each tool
-runs `bench.gpu.variants`, takes minutes, and gets one line. Exit codes: 0; 1 where a tool found
+runs `tests.gpu.variants`, takes minutes, and gets one line. Exit codes: 0; 1 where a tool found
 something, or could not tell; 4 where a GPU, the kernels or compute-sanitizer are absent.
 """
 
@@ -29,19 +29,23 @@ _SUMMARY = re.compile(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)"
 _KEPT = 20  # lines of output shown where a tool found something
 
 
-def absent() -> str | None:
-    """What is missing and how to get it, or None."""
+def no_kernels() -> str | None:
+    """Why there are no CUDA kernels to run on a GPU, or None."""
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA device; run this on a GPU"
     reason = cuda.refusal(torch.device("cuda"))
-    if reason is not None:
-        return f"there are no CUDA kernels to check: {reason}"
-    if program() is None:
+    return reason and f"there are no CUDA kernels to check: {reason}"
+
+
+def absent() -> str | None:
+    """What is missing and how to get it, or None."""
+    reason = no_kernels()
+    if reason is None and program() is None:
         return (
             f"{_PROGRAM} is neither on PATH nor in CUDA_HOME/bin; it is part of the CUDA toolkit, "
             "or `pip install nvidia-cuda-sanitizer-api` brings it"
         )
-    return None
+    return reason
 
 
 def program() -> str | None:
@@ -71,7 +75,7 @@ def check(tool: str) -> bool:
     own = [str(program()), "--tool", tool, "--launch-timeout", "0"]
     # Our launches are checked by their status; torch asks the driver things that may fail.
     own += ["--report-api-errors", "no"] if tool == "memcheck" else []
-    command = [*own, sys.executable, "-m", "bench.gpu.variants", "cuda"]
+    command = [*own, sys.executable, "-m", "tests.gpu.variants", "cuda"]
     # Without torch's cache every tensor is an allocation of its own, with bounds of its own.
     variables = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
@@ -86,12 +90,12 @@ def check(tool: str) -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the tools asked for; 0, RED or ABSENT."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.sanitize", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.sanitize", description=__doc__)
     parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS, help="default: all")
     options = parser.parse_args(arguments)
     reason = absent()
     if reason is not None:
-        print(f"python -m bench.gpu.sanitize cannot run: {reason}", file=sys.stderr)
+        print(f"python -m tests.gpu.sanitize cannot run: {reason}", file=sys.stderr)
         return ABSENT
     clean = [check(tool) for tool in options.tools]
     return 0 if all(clean) else RED

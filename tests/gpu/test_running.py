@@ -1,0 +1,107 @@
+"""How checks of a GPU are run and judged, where there is no GPU."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.gpu import verify
+from bench.gpu.clock import Deadline
+from reap_kernels.errors import BackendUnavailable, KernelError
+from reap_kernels.layer import cuda_backend
+from reap_kernels.testing import CASES, Case, make_experts, make_inputs
+from tests.gpu import checks, running
+from tests.gpu.checks import Check
+from tests.gpu.test_gpu import as_users_run, judge, name_of
+
+CPU = torch.device("cpu")
+SMALL = replace(CASES[-1], tokens=16, experts=4, top_k=2, groups=2)
+
+
+def dies(*_: object) -> str:
+    """What a kernel that takes its process along looks like from outside."""
+    os.abort()
+
+
+def test_single_ops_are_checked() -> None:
+    """Apart from the smoke mode, since the self-checks of three ops take the interpreter long."""
+    ran = checks.single_ops(CPU, "triton", torch.bfloat16, SMALL)
+    assert ran == "sort equal, outputs and sums within bounds"
+    ran = checks.single_ops(CPU, "cuda", torch.bfloat16, SMALL)
+    assert ran == "sort equal, sums within bounds"
+
+
+def test_refusals_are_told_from_failures() -> None:
+    def row(backend: str, case: Case, dtype: torch.dtype) -> dict[str, object]:
+        check = Check(case.name, backend, dtype, checks.compare, (case,))
+        return running.outcome(check, CPU, Deadline(100))
+
+    odd = next(case for case in CASES if case.name == "odd-sizes")
+    assert row("grouped_mm", odd, torch.float32)["result"] == "refused"
+    assert row("triton", odd, torch.float64)["result"] == "failed"
+    assert verify.is_red("grouped_mm", "its self-check gave wrong numbers: the output is off", CPU)
+    late = running.outcome(
+        Check("late", "triton", torch.float32, checks.compare, (odd,)), CPU, Deadline(-1)
+    )
+    assert late["result"] == "skipped"
+    assert "budget" in str(late["detail"])
+
+
+def test_refusals_of_cuda_are_red_where_its_kernels_are(monkeypatch) -> None:
+    """Absent kernels are a limit of the machine; everything else that goes wrong is red."""
+    refused = BackendUnavailable("k = 33 is above 32")
+    wrong = BackendUnavailable("its self-check could not be launched: no kernel image")
+    assert verify.outcome_of(refused, "cuda", CPU)[0] == "failed"
+    assert verify.outcome_of(wrong, "cuda", CPU)[0] == "failed"
+    assert verify.outcome_of(KernelError("no kernel image"), "cuda", CPU)[0] == "failed"
+    monkeypatch.setenv("REAP_CUDA_HOST", "/nowhere/_host.so")
+    assert verify.outcome_of(refused, "cuda", CPU)[0] == "failed"
+    monkeypatch.delenv("REAP_CUDA_HOST")
+    assert verify.outcome_of(refused, "cuda", CPU)[0] == "refused"
+    assert verify.outcome_of(KernelError("no kernel image"), "cuda", CPU)[0] == "failed"
+
+
+def test_bounds_of_cuda_are_those_of_its_products(monkeypatch) -> None:
+    """Products of grouped_mm round twice, and take more scratch."""
+    inputs, experts = make_inputs(SMALL), make_experts(SMALL)
+    for name in ("triton", "grouped_mm"):
+        monkeypatch.setattr(cuda_backend, "stage_backends", lambda _, name=name: {"layer": name})
+        assert verify.products_of("cuda", inputs.hidden, SMALL.top_k, experts) == name
+    assert verify.products_of("triton", inputs.hidden, SMALL.top_k, experts) == "triton"
+
+
+def test_checks_run_in_processes_and_a_dead_one_is_red() -> None:
+    odd = next(case for case in CASES if case.name == "odd-sizes")
+    alive = Check("alive", "grouped_mm", torch.float32, checks.compare, (odd,))
+    dead = Check("dead", "grouped_mm", torch.float32, dies, ())
+    found = running.run(CPU, [alive, dead], Deadline(100), workers=1)
+    assert [row["check"] for row in found] == ["alive", "dead"]
+    assert [row["result"] for row in found] == ["refused", "failed"]
+    assert "process died" in str(found[1]["detail"])
+
+
+@pytest.mark.parametrize("result", ["pass", "refused", "skipped", "failed"])
+def test_a_row_is_an_outcome_of_a_test(result: str) -> None:
+    """A limit of a backend skips with its reason, as does what this machine cannot show."""
+    row: dict[str, object] = {"result": result, "detail": "why"}
+    if result == "pass":
+        assert judge(row) is None
+    else:
+        kind = pytest.fail.Exception if result == "failed" else pytest.skip.Exception
+        with pytest.raises(kind, match="why"):
+            judge(row)
+
+
+def test_checks_have_names_of_their_own() -> None:
+    names = [name_of(check) for check in running.plan(smoke=False)]
+    assert len(set(names)) == len(names) > 400
+
+
+def test_checks_run_without_what_tests_set(monkeypatch) -> None:
+    monkeypatch.setenv("REAP_CUDA_HOST", "x")
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    with as_users_run():
+        assert not {"TRITON_INTERPRET", "REAP_CUDA_HOST", "REAP_CPU_DTYPE"} & set(os.environ)
+    assert os.environ["REAP_CUDA_HOST"] == "x"
+    assert os.environ["TRITON_INTERPRET"] == "1"
