@@ -1,1 +1,1 @@
-"""From statistics to a plan: criteria, allocation, uncertainty. Knows statistics only."""
+"""From statistics to a plan: criteria, allocation, uncertainty. Needs no model, only statistics."""

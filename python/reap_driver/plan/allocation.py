@@ -34,17 +34,18 @@ NORMALIZATIONS = ("mean", "max", "none")
 
 
 class _Unit(NamedTuple):
-    """One removal from a layer, in the order of removal: an expert, or one of each routing group.
+    """One step of removal from a layer: one expert, or one of each routing group. Sorted, the first
+    are removed.
 
     Attributes:
-        worth: what is lost: the (mean) score.
-        turn: how many removals the layer has made before it.
+        score: (mean) score of the removed experts.
+        turn: steps of the same layer before this one.
         later: minus the position of the layer.
         name: the layer.
         size: experts removed.
     """
 
-    worth: float
+    score: float
     turn: int
     later: int
     name: str
@@ -83,7 +84,7 @@ def uniform(
 
 
 def share(router: Router, ratio: float, protected: frozenset[int]) -> Budget:
-    """What one layer loses by a ratio; 0 for nothing.
+    """The budget of one layer that loses a share of its experts; 0 for none.
 
     Raises:
         PlanError: the ratio removes no whole expert, or too many.
@@ -120,9 +121,9 @@ def pooled(
 ) -> list[Budget]:
     """Removes floor(N * ratio) experts of the N in all layers: those with the lowest scores.
 
-    A layer never loses more than its router can spare, so fewer go where all layers are at that
-    limit, or where what is left to remove is less than one expert of every routing group. Between
-    equal scores layers take turns, the last layer first.
+    A layer keeps the experts that its router needs, so fewer are removed where all layers are at
+    that limit, or where the rest is less than one expert per routing group. Of equal scores, layers
+    lose theirs in turn, the last layer first.
 
     Args:
         scores: {layer: float64 [E]}.
@@ -184,7 +185,7 @@ def removal_target(
 
 
 def _comparable(scores: Tensor, layer: Mapping[str, Any], normalize: str, name: str) -> Tensor:
-    """Scores of a layer as they compare with other layers', float64 [E]."""
+    """Scores of a layer, made comparable with those of other layers; float64 [E]."""
     scores = scores * float(layer.get("scale", 1.0))
     by = {"mean": scores.mean(), "max": scores.max(), "none": scores.new_ones(())}[normalize]
     if by <= 0 and bool((scores != 0).any()):
@@ -196,18 +197,17 @@ def _comparable(scores: Tensor, layer: Mapping[str, Any], normalize: str, name: 
 
 
 def _units(router: Router, scores: Tensor, protected: frozenset[int], place: int) -> list[_Unit]:
-    """What a layer can lose, in order."""
-    order = ranked(scores, router.n_group, protected).flip(
-        -1
-    )  # [n_group, E / n_group], worst first
+    """The steps by which a layer can lose experts, in order."""
+    # [n_group, E / n_group], lowest score first
+    order = ranked(scores, router.n_group, protected).flip(-1)
     grouped = scores.unflatten(-1, (router.n_group, -1))
-    worth = grouped.gather(-1, order).mean(dim=0).tolist()
+    score = grouped.gather(-1, order).mean(dim=0).tolist()
     turns = router.most(protected) // router.n_group
-    return [_Unit(worth[n], n, -place, router.name, router.n_group) for n in range(turns)]
+    return [_Unit(score[n], n, -place, router.name, router.n_group) for n in range(turns)]
 
 
 def _lowest(units: list[_Unit], limit: int) -> dict[str, int]:
-    """{layer: experts removed}: units of the lowest worth, as many as fit."""
+    """{layer: experts removed}: the units of the lowest scores, as many as fit into the limit."""
     removed: dict[str, int] = {}
     total = 0
     for unit in sorted(units):
@@ -218,14 +218,14 @@ def _lowest(units: list[_Unit], limit: int) -> dict[str, int]:
 
 
 def removal_steps(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Of each layer, the number that removals are multiples of: its routing groups, or 1."""
+    """{layer: number that removals must be a multiple of}: its routing groups, or 1."""
     return {name: Router.of(name, layer).n_group for name, layer in layers.items()}
 
 
 def max_removable(
     layers: Mapping[str, Mapping[str, Any]], protected: Mapping[str, Collection[int]] | None = None
 ) -> dict[str, int]:
-    """Of each layer, the most experts that may go, a multiple of its step; 0 where none may.
+    """{layer: largest number of experts that can be removed}, a multiple of its step; perhaps 0.
 
     Args:
         layers: per layer its facts, as the provenance of statistics records them.
@@ -251,8 +251,8 @@ def explicit(
         protected: {layer: ids} that stay.
 
     Raises:
-        PlanError: the removals are not of these layers, a layer cannot lose that many, its routing
-            groups would differ in size, or nothing is removed at all.
+        PlanError: the removals name other layers, a layer cannot lose that many, its routing groups
+            would differ in size, or no expert is removed at all.
     """
     unknown, missing = sorted(set(removals) - set(layers)), sorted(set(layers) - set(removals))
     if unknown or missing:

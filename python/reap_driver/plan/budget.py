@@ -1,4 +1,4 @@
-"""What one layer can lose and does lose, and which of its experts stay."""
+"""How many experts one layer can lose and does lose, and which of them it keeps."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -13,7 +13,7 @@ from reap_kernels.schema import Mismatch, check
 
 # A product such as 100 * 0.29 falls short of the integer it means by less than this.
 _ROUNDING = 1e-9
-# Serving engines build their kernels for these numbers of experts: powers of two, then multiples.
+# Serving engines have kernels for powers of two up to this number of experts, then for multiples.
 SERVED_STEP = 64
 
 
@@ -40,8 +40,8 @@ class Router:
         """From `num_experts`, `top_k` and, where there are groups, `n_group` and `topk_group`.
 
         Raises:
-            PlanError: a number is not recorded or makes no sense, or the experts do not divide
-                into the groups.
+            PlanError: a number is not recorded or not possible, or the experts do not divide into
+                the groups.
         """
         try:
             check(layer, LAYER)
@@ -71,11 +71,12 @@ class Router:
         return self.num_experts // self.n_group
 
     def most(self, protected: Collection[int] = ()) -> int:
-        """The most experts that may go, a multiple of `n_group`; 0 where none may.
+        """The largest number of experts that can be removed, a multiple of `n_group`; perhaps 0.
 
-        A router without groups needs top_k experts. One with groups scores a group by its best two
-        (so two must stay where there are two) and then needs top_k among the groups it chooses.
-        Protected experts stay besides, and every group keeps as many as the one with most of them.
+        A router without groups needs top_k experts. A router with groups scores a group by its two
+        best experts, so each group keeps two if it has two, and the topk_group groups that are
+        chosen must hold top_k experts. Protected experts are always kept, and every group keeps as
+        many experts as the group with the most protected ones.
         """
         needed = self.top_k
         if self.n_group > 1:
@@ -86,7 +87,7 @@ class Router:
         return max(0, self.group_size - max(needed, *held)) * self.n_group
 
     def losing(self, removed: int, protected: frozenset[int], asked: int | None = None) -> "Budget":
-        """The budget that removes so many; `asked` where that is another number."""
+        """The budget that removes a number of experts; `asked` if another number was asked for."""
         wanted = removed if asked is None else asked
         most = self.most(protected)
         return Budget(self.name, self.num_experts, removed, wanted, most, self.n_group, protected)
@@ -94,16 +95,16 @@ class Router:
 
 @dataclass(frozen=True)
 class Budget:
-    """What one layer loses, and the shape of its router.
+    """How many experts one layer loses, and the shape of its router.
 
     Attributes:
         name: the layer.
         num_experts: E.
         removed: experts to remove, a multiple of `n_group`.
         asked: what the ratio asked for; more than `removed` where groups made it round down.
-        most: the most that may go, beside those that are protected.
+        most: the largest number that could be removed.
         n_group: routing groups, consecutive runs of E / n_group ids; 1 where the router has none.
-        protected: experts that stay whatever their scores.
+        protected: experts that are kept whatever their scores.
     """
 
     name: str
@@ -116,7 +117,7 @@ class Budget:
 
     @property
     def kept(self) -> int:
-        """How many experts stay."""
+        """How many experts are kept."""
         return self.num_experts - self.removed
 
 
@@ -135,12 +136,12 @@ def floor_of(experts: int, ratio: float) -> int:
 
 
 def ratio_of(removed: int, experts: int) -> float:
-    """The ratio, in as few digits as do, that removes exactly so many."""
+    """The ratio, rounded up to four decimals, that removes exactly this number of experts."""
     return math.ceil(removed / experts * 1e4 - _ROUNDING) / 1e4
 
 
 def refusal(router: Router, removed: int, protected: Collection[int]) -> str | None:
-    """Why a layer cannot lose so many experts; None where it can."""
+    """Why a layer cannot lose this number of experts; None if it can."""
     if removed <= router.most(protected):
         return None
     left = f"leaves {router.num_experts - removed}"
@@ -151,7 +152,7 @@ def refusal(router: Router, removed: int, protected: Collection[int]) -> str | N
 
 
 def kept_experts(scores: Tensor, budget: Budget) -> tuple[int, ...]:
-    """The ids that stay, ascending: the highest scores of the layer or of each routing group.
+    """The ids that are kept, ascending: the highest scores of the layer or of each routing group.
 
     Args:
         scores: float64 [E].
@@ -174,7 +175,7 @@ def kept_experts(scores: Tensor, budget: Budget) -> tuple[int, ...]:
 
 
 def ranked(scores: Tensor, n_group: int, protected: Collection[int] = ()) -> Tensor:
-    """Experts of each routing group, the worthiest first.
+    """Experts of each routing group, highest score first.
 
     Args:
         scores: [..., E].
@@ -188,7 +189,7 @@ def ranked(scores: Tensor, n_group: int, protected: Collection[int] = ()) -> Ten
         scores = scores.clone()
         scores[..., sorted(protected)] = math.inf
     grouped = scores.unflatten(-1, (n_group, -1))
-    # Stable: of equal scores the lower index comes first, and stays.
+    # Stable: of equal scores the lower index comes first, and is kept.
     return grouped.sort(dim=-1, descending=True, stable=True).indices
 
 
@@ -198,7 +199,7 @@ def is_served(experts: int) -> bool:
 
 
 def served_advice(budgets: Sequence[Budget]) -> list[str]:
-    """For each number of experts engines may not serve, the ratios of the next ones they do."""
+    """For each number of experts that engines may not serve, ratios for the nearest they do."""
     advice = {}
     for budget in budgets:
         total, kept = budget.num_experts, budget.kept

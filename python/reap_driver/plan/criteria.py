@@ -1,16 +1,16 @@
-"""Criteria: from the statistics of a layer to one score an expert, the higher the worthier.
+"""Criteria: from the statistics of a layer to one score per expert; higher scores are kept.
 
-All but two are members of one family. With g the gate weight and f the output of an expert, over
-the n rows routed to it,
+All but two belong to one family. With g the router weight and f the output of an expert, over the n
+rows routed to it,
 
     S(b, alpha, p) = n^-b * sum g^alpha ||f||^p
 
-so that b = 1 takes a mean and b = 0 a sum. `reap` is S(1, 1, 1), equation 9 of the REAP paper
-(arXiv 2510.13999). Any member whose sum is recorded can be named so: "S(0.5, 1, 1)". The others are
-`max_activation`, and `random` or `random:SEED`, which looks at nothing, to compare with. An expert
-that no row was routed to scores 0.
+so b = 1 takes a mean and b = 0 a sum. `reap` is S(1, 1, 1), equation 9 of the REAP paper
+(arXiv 2510.13999). Any member whose sum is recorded can be named in this form: "S(0.5, 1, 1)". The
+other two are `max_activation`, and `random` or `random:SEED`, a baseline that uses no statistics.
+The score of an expert that no row was routed to is 0.
 
-Nothing here imports torch when the module is imported: `--help` lists the criteria.
+The module does not import torch, because `--help` lists the criteria.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Criterion:
     """One way to score experts.
 
     Attributes:
-        formula: how people write it.
-        field: the recorded sum it starts from (see `reap_kernels.LayerStats`); `out_max` stands for
-            the largest absolute element, and "" for nothing: neither is a sum.
-        b: power of the number of rows that it is divided by; 1 for a mean, 0 for a sum.
+        formula: for people to read.
+        field: the recorded sum that it starts from (see `reap_kernels.LayerStats`). `out_max`
+            stands for the largest absolute element, "" for random scores; neither is a sum.
+        b: the sum is divided by the number of rows to this power: 1 for a mean, 0 for a sum.
         seed: of random scores.
     """
 
@@ -49,7 +49,7 @@ class Criterion:
 
     @property
     def is_sum(self) -> bool:
-        """Whether it is of the family, so that shares of the data have scores that can be mixed."""
+        """Whether it belongs to the family above: a function of sums over rows."""
         return self.field in RECORDED.values()
 
 
@@ -81,10 +81,14 @@ _RANDOM = re.compile(r"random(?::([0-9]{1,18}))?")
 
 
 def criterion_named(name: str) -> Criterion:
-    """The criterion of a name of `CRITERIA`, `S(b,alpha,p)`, `random` or `random:SEED`.
+    """The criterion called by a name of `CRITERIA`, `S(b,alpha,p)`, `random` or `random:SEED`.
 
     Raises:
-        ValueError: there is none; the message says what there is.
+        ValueError: there is no such criterion; the message lists those there are.
+
+    Example:
+        >>> criterion_named("S(1,1,1)").field == CRITERIA["reap"].field
+        True
     """
     if name in CRITERIA:
         return CRITERIA[name]
@@ -106,9 +110,7 @@ def criterion_named(name: str) -> Criterion:
 
 
 def known_criterion(name: str) -> Criterion | None:
-    """The criterion of a name; None where it is not of this package, so that nothing is known of
-    it.
-    """
+    """The criterion of this package that a name means; None for the name of a user's own."""
     try:
         return criterion_named(name)
     except ValueError:
@@ -116,29 +118,44 @@ def known_criterion(name: str) -> Criterion | None:
 
 
 def named(name: str) -> str:
-    """A criterion with its formula, where it has one that is known."""
+    """The name of a criterion, with its formula if it is one of this package."""
     found = known_criterion(name)
     return name if found is None else f"{name}: {found.formula}"
 
 
 def is_reserved(name: str) -> bool:
-    """Whether a name means a criterion of this package, or looks as if it did."""
+    """Whether a name belongs to this package, or has the form of one that would."""
     return name in CRITERIA or bool(_RANDOM.fullmatch(name) or _GENERIC.fullmatch(name))
 
 
 class Scores(_Values):
-    """Scores of every MoE layer: {layer name: float64 tensor [E]}, with where they came from.
+    """Scores of every MoE layer, {layer name: float64 tensor [E]} on the CPU, and their provenance.
+
+    Higher scores are kept. `reap_driver.score` makes them from statistics.
+
+    Args:
+        values: {layer name: float64 tensor [E]}.
+        criterion: name of the criterion.
+        weights: {calibration group: share of the tokens} that the scores were made for; None: as
+            observed.
+        provenance: `model`, `layers`, `data`, `unobserved`, `notes` and `stacks`, as statistics
+            have them; each is an attribute.
 
     Attributes:
-        criterion: name of the criterion.
-        weights: share of each calibration group the scores were made for; None: as observed.
-        model: provenance of the model (`id`, `config_digest`, ...).
-        layers: what is known of each layer (`num_experts`, `top_k`, `n_group`, `topk_group`, ...).
-        data: provenance of the calibration data, one entry a source.
-        unobserved: MoE layers of the model that no token reached, so they have no scores.
-        notes: what a reader of a plan made from them should know.
-        stacks: field that counts experts -> the layers it counts, where some are unobserved; of
-            layers that are in none, nothing is known.
+        criterion, weights: as given.
+        model: of the model: `id`, `config_digest` and others.
+        layers: {layer name: facts}: `num_experts`, `top_k`, `n_group`, `topk_group` and others.
+        data: of the calibration data, one entry per source.
+        unobserved: names of MoE layers that no token reached; they have no scores.
+        notes: sentences that a plan made from the scores repeats.
+        stacks: {field of config.json that counts experts: names of the layers it counts}, known
+            only for models with unobserved layers.
+
+    Example:
+        >>> import torch
+        >>> scores = Scores({"layers.0.experts": torch.tensor([0.5, 2.0])}, criterion="mine")
+        >>> scores["layers.0.experts"].argmax().item(), scores.criterion
+        (1, 'mine')
     """
 
     def __init__(
@@ -161,7 +178,7 @@ class Scores(_Values):
         self.stacks: dict[str, list[str]] = dict(known.get("stacks") or {})
 
     def digest(self) -> str:
-        """`sha256:...` over criterion, weights, layer names and the bits of every score."""
+        """`sha256:...` of criterion, weights, layer names and all bits of the scores."""
         head = json.dumps([self.criterion, self.weights, list(self)], sort_keys=True)
         digest = hashlib.sha256(head.encode())
         for values in self.values():
@@ -170,7 +187,7 @@ class Scores(_Values):
 
 
 def checked_criterion(name: str) -> Criterion:
-    """`criterion_named`, with an error of this package: PlanError."""
+    """`criterion_named`, but raises PlanError."""
     from reap_kernels.errors import PlanError
 
     try:

@@ -1,4 +1,4 @@
-"""Criteria that are not of this package: functions of statistics, and plain scores, checked."""
+"""Criteria of the user's own: functions of statistics, and plain scores; both are checked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def scored_by(
     criterion: Callable[[LayerStats], Tensor | Sequence[float]],
     name: str | None = None,
 ) -> Scores:
-    """Scores by a function of the statistics of one layer; see `reap_driver.score`."""
+    """Scores by a function of one layer's statistics; see `reap_driver.score`."""
     if name is None:
         name = str(getattr(criterion, "__name__", type(criterion).__name__)).strip("<>")
     checked_name(name)
@@ -35,11 +35,11 @@ def plain_scores(
     *,
     sizes: Mapping[str, int] | None = None,
 ) -> Scores:
-    """Scores from anywhere, once they are known to be those of a model's layers.
+    """Checks scores from elsewhere against the layers of a model.
 
     Args:
-        values: {layer: a finite number for each of its E experts}, of all layers of the record.
-        criterion: what they are called wherever a criterion is named.
+        values: {layer: E finite numbers}, for all layers of the record.
+        criterion: name of the criterion in plans, cards and reports.
         record: `model` and `layers`, as the provenance of statistics has them.
         sizes: {layer: E}; by default what the record says.
 
@@ -47,7 +47,7 @@ def plain_scores(
         {layer: float64 [E]} on the CPU, in the record's order.
 
     Raises:
-        PlanError: they are not; the message names criterion, layer and value.
+        PlanError: they do not fit; the message names criterion, layer and value.
     """
     checked_name(criterion)
     if sizes is None:
@@ -66,7 +66,7 @@ def plain_scores(
 
 
 def check_scores(scores: Mapping[str, Tensor], criterion: str, sizes: Mapping[str, int]) -> None:
-    """Checks that there is one finite score for each expert.
+    """Checks that every expert has one finite score.
 
     Raises:
         PlanError: naming criterion and layer.
@@ -87,13 +87,15 @@ def check_scores(scores: Mapping[str, Tensor], criterion: str, sizes: Mapping[st
 
 
 def check_decides(scores: Mapping[str, Tensor], criterion: str, names: Sequence[str]) -> None:
-    """Checks that the scores, not the ids of experts, decide which go.
+    """Checks that the scores, not the ids of experts, decide which are removed.
 
     Args:
+        scores: {layer: [E]}.
+        criterion: for the message.
         names: layers that lose experts.
 
     Raises:
-        PlanError: all experts of a layer have one score.
+        PlanError: all experts of a layer have the same score.
     """
     for name in names:
         values = scores[name]
@@ -106,10 +108,10 @@ def check_decides(scores: Mapping[str, Tensor], criterion: str, names: Sequence[
 
 
 def checked_name(name: str) -> None:
-    """Checks that a criterion may be called so.
+    """Checks a name that a user gives a criterion.
 
     Raises:
-        PlanError: it is no short text in one line, or the name of one of this package.
+        PlanError: it is not a short text of one line, or it is the name of a criterion here.
     """
     if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= _LONGEST:
         raise PlanError(

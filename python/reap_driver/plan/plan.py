@@ -1,4 +1,4 @@
-"""The plan: which experts each layer keeps, and its file, JSON that anybody can read."""
+"""The plan: which experts each layer keeps, and its JSON file."""
 
 import itertools
 import os
@@ -46,10 +46,18 @@ FORMAT = Format(
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The experts of one layer: `kept` and `removed`, ascending, share out 0..num_experts - 1.
+    """Which experts of one layer are kept and which are removed.
+
+    Attributes:
+        num_experts: E.
+        kept, removed: ids, ascending; together each of 0..E - 1 once. `kept` is not empty.
 
     Raises:
-        PlanError: they do not.
+        PlanError: the ids are not as above.
+
+    Example:
+        >>> LayerPlan(num_experts=4, kept=(1, 3), removed=(0, 2)) == LayerPlan.keeping(4, (1, 3))
+        True
     """
 
     num_experts: int
@@ -82,7 +90,7 @@ class LayerPlan:
 
 
 def deciding_facts(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What decides whether a plan for these layers holds for another model, as `Plan.model` has it.
+    """The facts that another model must share for a plan to apply to it, as in `Plan.model`.
 
     Args:
         layers: facts of each layer, as the provenance of statistics records them.
@@ -95,24 +103,30 @@ def deciding_facts(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
 
 @dataclass(frozen=True)
 class Plan:
-    """Which experts every layer keeps, and where that came from.
+    """Which experts every layer keeps, and how that was decided.
 
     Attributes:
-        model: `id`, `config_digest`, `model_type`, `architecture` of the model it was made for, the
-            fields of its configuration that the digest is of (`config`), and `layers`: how each
-            layer routes, and its sizes. Plans of before have neither of the last two.
+        model: of the model it was made for: `id`, `config_digest`, `model_type`, `architecture`,
+            the fields of its configuration that the digest covers (`config`), and how each layer
+            routes and its sizes (`layers`). Older plans lack the last two.
         criterion: what ranked the experts.
-        allocation: how the number removed was shared out among layers.
-        ratio: share of experts asked to be removed.
-        layers: name of the experts module -> its plan. A layer that is not named keeps all its
+        allocation: how the number of removed experts was divided among layers.
+        ratio: share of experts that was asked to be removed, in (0, 1).
+        layers: {name of the experts module: its plan}. A layer that is not named keeps all its
             experts.
         scores_digest: `Scores.digest()` of the scores.
-        weights: shares of the calibration groups, None as observed.
-        data: provenance of the calibration data, an entry a source.
-        notes: what a reader should know, such as rounding.
-        settings: what else the allocation was told: `protected` {layer: ids}, `layer_ratios`
-            {layer: ratio}, `normalise`; absent where not used.
-        version: of the format.
+        weights: {calibration group: share of the tokens}; None: as observed.
+        data: of the calibration data, one entry per source.
+        notes: sentences for a reader, for instance about rounding.
+        settings: further options of the allocation, as far as they were used: `protected`
+            {layer: ids}, `layer_ratios` {layer: ratio}, `normalise` (`make_plan(normalize=)`).
+        version: of the file format.
+
+    Example:
+        >>> layers = {"layers.0.experts": LayerPlan.keeping(4, (1, 3))}
+        >>> plan = Plan({"id": "acme/tiny"}, "mine", "uniform", 0.5, layers, "sha256:0")
+        >>> plan.uniform, plan.kept
+        (True, {'layers.0.experts': (1, 3)})
     """
 
     model: dict[str, Any]
@@ -129,13 +143,13 @@ class Plan:
 
     @property
     def uniform(self) -> bool:
-        """Whether layers with as many experts keep as many, so that one number says it all."""
+        """Whether all layers with equally many experts keep equally many."""
         counts = {(layer.num_experts, len(layer.kept)) for layer in self.layers.values()}
         return len(counts) == len({experts for experts, _ in counts})
 
     @property
     def record(self) -> dict[str, Any]:
-        """What identifies the model it was made for, for `reap_kernels.model_match.differences`."""
+        """The model it was made for, as `reap_kernels.model_match.differences` takes it."""
         facts = self.model.get("layers") or {}
         layers = {
             name: {**facts.get(name, {}), "num_experts": layer.num_experts}
@@ -153,7 +167,7 @@ class Plan:
         return {name: layer.kept for name, layer in self.layers.items()}
 
     def covering(self, experts: Mapping[str, int]) -> "Plan":
-        """The same plan with an entry for each of these layers: those it does not name keep all.
+        """A copy with an entry for each of these layers; layers not named before keep all experts.
 
         Args:
             experts: name of a layer -> its number of experts.
@@ -177,10 +191,10 @@ class Plan:
             temporary.write_text(text, encoding="utf-8")
 
     def check(self) -> dict[str, Any]:
-        """What its file holds.
+        """The content of its file.
 
         Raises:
-            PlanError: a field has a value that could not be read again.
+            PlanError: a field has a value that `load` would refuse.
         """
         other = isinstance(self.layers, Mapping) and [
             name for name, layer in self.layers.items() if not isinstance(layer, LayerPlan)
@@ -203,8 +217,8 @@ class Plan:
         """Reads and checks a plan.
 
         Raises:
-            PlanError: the file cannot be read, is no plan of this version, lacks a field, or has a
-                value that makes no sense; the message names file and field.
+            PlanError: the file cannot be read, is not a plan of this version, lacks a field, or has
+                an invalid value; the message names file and field.
         """
         content = FORMAT.read(path)
         layers = {}
@@ -214,7 +228,7 @@ class Plan:
                 layers[name] = LayerPlan(entry["num_experts"], kept, removed)
             except PlanError as error:
                 raise FORMAT.refusal(path, f"layer {name}: {error}", ":") from error
-        settings = content.get("settings", {})  # plans of before had none
+        settings = content.get("settings", {})  # older plans have none
         _check_protected(path, settings.get("protected", {}), layers)
         fields = {name: content[name] for name in _FIELDS}
         return cls(**fields, layers=layers, settings=settings)
@@ -223,7 +237,7 @@ class Plan:
 def _check_protected(
     path: object, protected: Mapping[str, list[int]], layers: Mapping[str, LayerPlan]
 ) -> None:
-    """Protected experts are kept ones, as who edits a plan may forget."""
+    """Checks that protected experts are kept, which an edit of the file by hand may have broken."""
     for name, ids in protected.items():
         if not set(ids) <= set(layers[name].kept if name in layers else ()):
             raise PlanError(

@@ -1,4 +1,4 @@
-"""Makes plans: scores in, which experts every layer keeps out."""
+"""Makes plans: from scores to the experts that every layer keeps."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from reap_driver.plan.unobserved import unobserved_kept_whole, unobserved_notes
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import PlanError
 
-# How `make_plan` can share out what is removed among layers.
+# How `make_plan` can divide the removed experts among layers.
 ALLOCATIONS = ("uniform", "global")
 
 
@@ -35,30 +35,37 @@ def make_plan(
     """Decides which experts every layer keeps.
 
     Args:
-        scores: of every MoE layer, from `reap_driver.score`; or scores of your own {layer: [E]}, a
-            tensor or list of finite numbers, the higher the worthier.
-        criterion: what scores of your own are called, in plans, cards and reports.
-        of: statistics of the model that scores of your own are of, or its record as
-            `reap_driver.record_of` gives it: they say how its layers route.
-        ratio: share of experts to remove, 0 < ratio < 1; `plan.allocation` says how it is rounded.
-        allocation: "uniform" takes that share of every layer; "global" of all experts together,
-            those with the lowest scores.
-        protected: {layer: ids} that stay whatever their scores.
-        layer_ratios: {layer: ratio} of layers that lose another share; 0 keeps all of them. The
-            others lose `ratio` all the same. Layers that no token reached keep all; where a field
-            that counts their experts counts those of layers that lose some, they must be named
-            here.
+        scores: of every MoE layer, from `reap_driver.score`; or your own scores {layer: [E]}, a
+            tensor or a list of finite numbers, where higher scores are kept.
+        ratio: share of experts to remove, 0 < ratio < 1; rounded down to whole experts, and to
+            equal numbers per routing group where the router has groups.
+        criterion: name of your own scores in plans, cards and reports.
+        of: for your own scores, which model they belong to: its statistics, or its record from
+            `reap_driver.record_of`. They say how its layers route.
+        allocation: "uniform" removes the share from every layer; "global" removes it from all
+            experts together, those with the lowest scores.
+        protected: {layer: ids} of experts that are kept whatever their scores. The layer loses as
+            many others.
+        layer_ratios: {layer: ratio} of layers that lose another share than `ratio`; 0 keeps all
+            their experts. Layers that no token reached keep all experts; if one field of the
+            configuration counts their experts and those of layers that lose some, they must be
+            named here with the ratio 0.
         normalize: for "global", what a layer's scores are divided by before layers are compared:
             their "mean" (default) or "max", or "none".
 
+    Returns:
+        The plan; layers in the order of `scores`.
+
     Raises:
-        PlanError: the ratio or the allocation is not possible, or scores are not finite, not one
-            for each expert, or all equal in a layer; the message says what is wrong.
+        PlanError: the ratio or the allocation is not possible; or scores are not finite, not one
+            per expert, or all equal in a layer. The message names the layer and what is possible.
 
     Example:
-        >>> scores = {"model.layers.0.mlp.experts": [0.5, 1.5, 0.1, 2.0]}
-        >>> make_plan(scores, 0.5, criterion="mine", of=stats).kept
-        {'model.layers.0.mlp.experts': (1, 3)}
+        >>> layers = {"layers.0.experts": {"num_experts": 4, "top_k": 2}}
+        >>> record = {"model": {"id": "acme/tiny"}, "layers": layers}
+        >>> scores = {"layers.0.experts": [0.5, 1.5, 0.1, 2.0]}
+        >>> make_plan(scores, 0.5, criterion="mine", of=record).kept
+        {'layers.0.experts': (1, 3)}
     """
     scores = _checked(scores, criterion, of)
     if allocation not in ALLOCATIONS:
@@ -103,18 +110,31 @@ def plan_of_removals(
     ratio: float,
     protected: Mapping[str, Collection[int]] | None = None,
 ) -> Plan:
-    """The plan that removes a given number of each layer's experts, those with the lowest scores.
+    """The plan that removes a given number of experts per layer, those with the lowest scores.
 
     Args:
         scores: of every MoE layer.
-        removals: {layer: experts to remove}, within `max_removable` and in `removal_steps` of
-            `plan.allocation`; of layers that no token reached nothing, or 0 (see `make_plan`).
-        allocation: what found the numbers, for the record.
-        ratio: share of experts it was asked to remove, for the record.
-        protected: {layer: ids} that stay whatever their scores.
+        removals: {layer: number of experts to remove}: at most `max_removable` and a multiple of
+            `removal_steps`, both of `reap_driver.plan.allocation`. Layers that no token reached are
+            left out, or given 0 as `make_plan` explains for `layer_ratios`.
+        allocation: recorded as what found the numbers.
+        ratio: recorded as the share of experts that was asked to be removed.
+        protected: {layer: ids} of experts that are kept whatever their scores.
+
+    Returns:
+        The plan; layers in the order of `scores`.
 
     Raises:
-        PlanError: the removals are not possible; the message says what is.
+        PlanError: the removals are not possible; the message says which are.
+
+    Example:
+        >>> import torch
+        >>> layers = {"layers.0.experts": {"num_experts": 4, "top_k": 1}}
+        >>> values = {"layers.0.experts": torch.tensor([0.5, 1.5, 0.1, 2.0])}
+        >>> scores = Scores(values, criterion="mine", provenance={"layers": layers})
+        >>> removals = {"layers.0.experts": 3}
+        >>> plan_of_removals(scores, removals, allocation="searched", ratio=0.75).kept
+        {'layers.0.experts': (3,)}
     """
     check_ratio(ratio)
     facts = _facts(scores)
@@ -127,12 +147,24 @@ def plan_of_removals(
 
 @typed
 def random_plan(scores: Scores, ratio: float, seed: int) -> Plan:
-    """The baseline that keeps experts at random, by the same budgets and groups as any other plan.
+    """The baseline: as many experts of every layer as a uniform plan keeps, chosen at random.
 
     Args:
-        scores: for the layers and the model only; their values do not matter.
-        ratio: share of experts to remove.
-        seed: equal seeds give equal plans on every machine.
+        scores: say which model and layers; their values are not used.
+        ratio: share of experts to remove, 0 < ratio < 1.
+        seed: of the choice; equal seeds give equal plans on every machine.
+
+    Raises:
+        PlanError: see `make_plan`.
+
+    Example:
+        >>> import torch
+        >>> layers = {"layers.0.experts": {"num_experts": 4, "top_k": 2}}
+        >>> values = {"layers.0.experts": torch.zeros(4)}
+        >>> scores = Scores(values, criterion="reap", provenance={"layers": layers})
+        >>> plan = random_plan(scores, 0.5, seed=7)
+        >>> plan.criterion, len(plan.kept["layers.0.experts"])
+        ('random:7', 2)
     """
     values = random_values({name: len(known) for name, known in scores.items()}, seed)
     provenance = {
@@ -147,7 +179,7 @@ def random_plan(scores: Scores, ratio: float, seed: int) -> Plan:
 def _checked(
     scores: Mapping[str, Any], criterion: str | None, of: SaliencyStats | Mapping[str, Any] | None
 ) -> Scores:
-    """Scores that know what they are of, one for each expert."""
+    """Scores with their provenance, checked to be one per expert."""
     if isinstance(scores, Scores):
         if criterion is not None or of is not None:
             raise PlanError(
@@ -173,7 +205,7 @@ def _checked(
 
 
 def _facts(scores: Scores) -> dict[str, dict[str, Any]]:
-    """What is known of each scored layer."""
+    """{layer: its facts}, for each scored layer."""
     missing = [name for name in scores if name not in scores.layers]
     if missing:
         raise PlanError(
@@ -184,7 +216,7 @@ def _facts(scores: Scores) -> dict[str, dict[str, Any]]:
 
 
 def _check_names(layers: Collection[str], *asked: Mapping[str, Any]) -> None:
-    """Every layer that was named is one of the model's."""
+    """Checks that every layer that was named is one of the model's."""
     for name in (name for names in asked for name in names):
         if name not in layers:
             raise PlanError(
@@ -202,7 +234,7 @@ def _plan(
     settings: dict[str, Any],
     whole: Collection[str],
 ) -> Plan:
-    """The experts with the highest scores stay, as many as the budgets leave."""
+    """The plan that keeps the experts with the highest scores, as many as the budgets leave."""
     unobserved_facts: dict[str, dict[str, Any]] = {name: {} for name in scores.unobserved}
     notes = [*notes, *unobserved_notes(scores, whole, [b.name for b in budgets if b.removed])]
     if not any(budget.removed for budget in budgets):
@@ -233,7 +265,7 @@ def _plan(
 
 
 def _rounding_notes(budgets: Sequence[Budget]) -> list[str]:
-    """Where routing groups made a number smaller than asked."""
+    """Notes on layers that lose fewer experts than asked because routing groups must stay equal."""
     notes = {
         f"removes {b.removed} instead of {b.asked} of {b.num_experts} experts a layer: the "
         f"{b.n_group} routing groups must stay equal in size"
@@ -249,7 +281,7 @@ def _short_notes(
     ratio: float,
     layer_ratios: Mapping[str, float],
 ) -> list[str]:
-    """Where a ranking across layers could not remove as many as asked."""
+    """A note where a ranking across layers could not remove as many experts as asked."""
     pool = [budget for budget in budgets if budget.name not in layer_ratios]
     removed, wanted = sum(b.removed for b in pool), removal_target(facts, ratio, layer_ratios)
     if removed == wanted:
@@ -261,7 +293,7 @@ def _short_notes(
 
 
 def _uneven_note(budgets: Sequence[Budget]) -> str:
-    """Which numbers the layers keep, and what that means for loading them."""
+    """A note on layers that keep different numbers of experts, and on what can load them."""
     kept = [budget.kept for budget in budgets]
     return (
         f"layers keep from {min(kept)} to {max(kept)} experts: transformers' own from_pretrained, "

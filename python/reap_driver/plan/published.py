@@ -1,4 +1,4 @@
-"""What the provenance of statistics and plans says, as people publish it."""
+"""Provenance of statistics and plans in the form that cards and reports publish."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MixEntry:
-    """One source of the calibration mix; None is what is not recorded.
+    """One source of the calibration data; None where something is not recorded.
 
     Attributes:
-        group: the calibration group its statistics are kept under.
-        source: where it is from, see `public_name`.
+        group: the calibration group that it belongs to.
+        source: its name, see `public_name`.
         records: records read.
         tokens: tokens the model saw.
         share: of all tokens of the mix.
@@ -32,8 +32,11 @@ class MixEntry:
 
 
 def public_name(text: str) -> str:
-    """A model's or a file's name; of an absolute path the last part, since reports and cards are
-    published and where somebody keeps files is not.
+    """The name of a model or a file that can be published: of an absolute path only the last part.
+
+    Example:
+        >>> public_name("/home/someone/code.jsonl"), public_name("acme/tiny")
+        ('code.jsonl', 'acme/tiny')
     """
     for kind in (PurePosixPath, PureWindowsPath):
         path = kind(text)

@@ -1,4 +1,4 @@
-"""Scores of every layer's experts by a criterion, with groups as observed or weighed anew."""
+"""Scores of every layer's experts by a criterion, with calibration groups weighted if asked."""
 
 import math
 import random
@@ -26,29 +26,36 @@ def score(
 
     Args:
         stats: observed statistics.
-        criterion: a name, see `criterion_named`; or a function of a layer's `LayerStats` (fields
-            [G, E] on the CPU, the groups in the order of `stats.groups`) that returns a score for
-            each expert, [E], the higher the worthier.
+        criterion: a name, see `reap_driver.plan.criteria`; or a function that takes the
+            `LayerStats` of a layer (fields [G, E] on the CPU, groups in the order of
+            `stats.groups`) and returns [E] finite numbers, where higher scores are kept.
         weights: {group: share}, one for every observed group, not negative; they are divided by
-            their sum. Sums and counts of group G are then multiplied by share_G * T / T_G, where
-            T_G are the tokens the layer saw in the group and T those of all groups: the scores are
-            what a calibration set with those shares of tokens would have given. A share of 0 leaves
-            a group out. None takes the groups as they were observed. Extrema have no amount:
-            `max_activation` takes the maximum over groups with a share above 0. A function sees
-            all groups and has no use for them.
-        name: of a function, in plans, cards and reports; default its own.
+            their sum. The scores are then those of calibration data in which the groups have these
+            shares of the tokens: sums and counts of group G are multiplied by share_G * T / T_G,
+            where T_G are the tokens that the layer saw in the group and T those of all groups. A
+            share of 0 leaves a group out. `max_activation`, which is no sum, takes the maximum over
+            the groups with a share above 0. None: the groups as observed. Not for a function, which
+            sees all groups.
+        name: of a function, in plans, cards and reports; by default its own name.
 
     Returns:
         {layer: float64 [E]} on the CPU.
 
     Raises:
-        PlanError: unknown criterion, or one whose sum is not recorded; weights that do not name
-            exactly the observed groups, or are negative, not finite or all 0; a function that does
-            not return a finite number for each expert.
-        DataError: there is no layer; an expert produced NaN or Inf; a layer saw no token, or no
-            token of a group with a share above 0; scores leave the range of float64.
+        PlanError: the criterion is unknown, or its sum is not recorded; the weights do not name
+            exactly the observed groups, or are negative, not finite or all 0; or a function does
+            not return one finite number per expert.
+        DataError: there is no layer; an expert's output had NaN or Inf; a layer saw no token, or
+            none of a group with a share above 0; or scores leave the range of float64.
 
     Example:
+        >>> from reap_kernels import LayerStats
+        >>> layer = LayerStats(num_experts=2)
+        >>> _ = layer.tokens.fill_(3)
+        >>> layer.count[0], layer.norm_sum[0] = torch.tensor([1, 2]), torch.tensor([6.0, 4.0])
+        >>> stats = SaliencyStats({"layers.0.experts": layer}, ["default"])
+        >>> score(stats, "ean_mean")["layers.0.experts"].tolist()
+        [6.0, 2.0]
         >>> score(stats, lambda layer: layer.total().norm_sum[0], name="work").criterion
         'work'
     """
@@ -165,7 +172,7 @@ def _score_layer(
 
 
 def mix(tokens: Tensor, shares: list[float] | None) -> Tensor:
-    """What each group's sums are multiplied by, so that groups have these shares of the tokens.
+    """Factors for the sums of each group, with which groups have these shares of the tokens.
 
     Args:
         tokens: [..., G], tokens of each group.
@@ -182,10 +189,10 @@ def mix(tokens: Tensor, shares: list[float] | None) -> Tensor:
 
 
 def mixed(sums: Tensor, factors: Tensor) -> Tensor:
-    """Groups [..., G, E] added with one factor each [..., G], float64 [..., E]."""
+    """The sum over groups of [..., G, E], each times its factor [..., G]; float64 [..., E]."""
     return (sums.double() * factors[..., None]).sum(dim=-2)
 
 
 def family(sums: Tensor, rows: Tensor, b: float) -> Tensor:
-    """n^-b * sum, for sums and numbers of rows [..., E]; 0 where there were no rows."""
+    """n^-b * sum, for sums and numbers of rows [..., E]; 0 where there are no rows."""
     return (sums / rows**b).where(rows > 0, sums.new_zeros(()))

@@ -1,4 +1,4 @@
-"""Which layers and experts somebody means: by name, number or pattern, or by their activations."""
+"""Selects layers by name, number or pattern, and experts by id or by extreme activations."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +14,7 @@ _QUANTILE, _SHARE = 0.995, 0.1
 
 
 def select_layers(selector: str, layers: Collection[str]) -> list[str]:
-    """The layers that a selector means.
+    """The layers that a selector matches.
 
     Args:
         selector: a layer's name; its number, which is the first in its name; or a pattern of names
@@ -22,7 +22,11 @@ def select_layers(selector: str, layers: Collection[str]) -> list[str]:
         layers: names of all layers.
 
     Raises:
-        PlanError: it means none.
+        PlanError: it matches none.
+
+    Example:
+        >>> select_layers("3", ["layers.1.experts", "layers.3.experts"])
+        ['layers.3.experts']
     """
     if selector in layers:
         return [selector]
@@ -42,14 +46,14 @@ def select_layers(selector: str, layers: Collection[str]) -> list[str]:
 def protected_experts(
     wanted: Sequence[tuple[str, Sequence[int]]], sizes: Mapping[str, int]
 ) -> dict[str, frozenset[int]]:
-    """Experts that stay.
+    """{layer: ids of its protected experts}, for layers that have any.
 
     Args:
-        wanted: (selector of layers, ids) as often as one likes; they add up.
-        sizes: {layer: experts}, of all layers.
+        wanted: pairs of a selector of layers and ids; ids of one layer add up.
+        sizes: {layer: number of experts}, for all layers.
 
     Raises:
-        PlanError: a selector means no layer, or a layer does not have that expert.
+        PlanError: a selector matches no layer, or a layer does not have that expert.
     """
     found: dict[str, frozenset[int]] = {}
     for selector, ids in wanted:
@@ -65,19 +69,19 @@ def protected_experts(
 
 
 def super_experts(peaks: Mapping[str, Tensor]) -> dict[str, frozenset[int]]:
-    """The few experts whose outputs hold extreme activations; without them models fall apart.
+    """The few experts whose outputs hold extreme activations; without them models break down.
 
     As in "Unveiling Super Experts in Mixture-of-Experts Large Language Models" (arXiv 2507.23279):
     experts whose largest activation is above the 99.5th percentile of all experts and above a tenth
-    of the largest. The paper looks only at the layers in which massive activations form, which its
-    code takes to be the first three quarters; here every layer counts, so large outputs of the last
-    layers are kept too. Never more than 0.5 % of the experts, rounded up.
+    of the largest. The paper considers only the layers in which massive activations form (in its
+    code, the first three quarters); here every layer counts, so experts with large outputs in the
+    last layers are kept too. At most 0.5 % of the experts, rounded up.
 
     Args:
         peaks: {layer: float64 [E]}, scores by `max_activation`.
 
     Returns:
-        {layer: ids}, layers with any.
+        {layer: ids}, for layers that have any.
     """
     values = torch.cat(list(peaks.values()))
     threshold = max(float(values.quantile(_QUANTILE)), _SHARE * float(values.max()))

@@ -1,15 +1,15 @@
-"""How far scores, and the plan made of them, depend on which data happened to be observed.
+"""How much scores, and the plan made from them, depend on which data happened to be observed.
 
 Statistics that were kept in parts (`observe --folds 8`) can be scored with each part left out. How
-much that moves a score is its jackknife standard error; with P parts the error itself is known from
-P - 1 differences only, so intervals use Student's t (Tukey 1958; for parts of unequal size the
+much that changes a score gives its jackknife standard error; with P parts the error itself is known
+from P - 1 differences only, so intervals use Student's t (Tukey 1958; for parts of unequal size the
 delete-m_j jackknife of Busing, Meijer and van der Leeden 1999). The probability that an expert is
 kept comes from a bootstrap with random multipliers: many draws of all scores of a layer together,
 scattered as the parts say, each ranked by the plan's rule. Both are for criteria that are functions
 of sums; a maximum has no such interval.
 
-What this measures is the sample of data, not its choice: two groups can each be certain of their
-experts and disagree, which `rank_correlation` of their scores shows.
+This measures the effect of the sample, not of the choice of data: two groups can each be certain of
+their experts and disagree, which `rank_correlation` of their scores shows.
 """
 
 import math
@@ -29,7 +29,7 @@ from reap_kernels import SaliencyStats
 from reap_kernels.errors import DataError, PlanError
 
 DRAWS = 400
-# Experts are inside the decision margin where neither keeping nor removing them is so certain.
+# Experts are inside the decision margin if neither keeping nor removing them has this probability.
 CERTAIN = 0.975
 
 
@@ -54,7 +54,7 @@ class Uncertainty:
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
         """(low, high), float64 [E] each, that hold the true scores with probability `level`.
 
-        The true score is that of endless data of the kind observed. Scores are never below 0.
+        The true score is that of unlimited data of the same kind. Scores are never below 0.
         """
         half = t_quantile((1 + level) / 2, len(self.deviations) - 1) * self.error
         return (self.scores - half).clamp(min=0), self.scores + half
@@ -92,10 +92,9 @@ def uncertainty(
 def keep_probability(
     stats: SaliencyStats, plan: Plan, *, draws: int = DRAWS, seed: int = 0
 ) -> dict[str, Tensor]:
-    """How probable it is that the plan would keep each expert, had it seen other data of this kind.
+    """The probability that the plan would keep each expert, given other data of the same kind.
 
-    Criterion and weights are the plan's; so is the number each layer keeps, which is not decided
-    anew, and its protected experts.
+    Criterion, weights, protected experts and the number that each layer keeps are the plan's.
 
     Args:
         stats: that the plan was made from, with at least two parts.
@@ -111,7 +110,7 @@ def keep_probability(
     """
     known = uncertainty(stats, plan.criterion, plan.weights)
     sizes = {name: len(one.scores) for name, one in known.items()}
-    # A layer of one alone is whole: no token reached it, or the plan does not name it.
+    # A layer that only one of the two names is whole: no token reached it, or it is not planned.
     planned = {n: la.num_experts for n, la in plan.layers.items() if n in known or la.removed}
     if {**sizes, **planned} != sizes:
         raise PlanError(
@@ -133,14 +132,14 @@ def keep_probability(
 
 
 def margin(kept: Mapping[str, Tensor], certain: float = CERTAIN) -> dict[str, tuple[int, ...]]:
-    """Experts that might as well have been decided the other way.
+    """Experts whose removal or retention is uncertain.
 
     Args:
         kept: `keep_probability`.
         certain: those whose probability of being kept is strictly between 1 - certain and this.
 
     Returns:
-        {layer: ids}, of layers with any.
+        {layer: ids}, for layers that have any.
     """
     inside = {name: ((p > 1 - certain) & (p < certain)).nonzero() for name, p in kept.items()}
     return {name: tuple(ids.flatten().tolist()) for name, ids in inside.items() if len(ids)}
@@ -194,7 +193,11 @@ def rank_correlation(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[s
 
 
 def check_parts(stats: SaliencyStats) -> None:
-    """Raises DataError unless there are at least two parts, which add up to the whole."""
+    """Checks that there are at least two parts and that they add up to the whole.
+
+    Raises:
+        DataError: they do not.
+    """
     if len(stats.parts) < 2:
         raise DataError(
             f"the statistics have {len(stats.parts)} parts of the data, and how far scores depend "
@@ -257,12 +260,12 @@ def _without(others: Tensor, values: Tensor) -> Tensor:
 
 
 def _kept_share(values: Tensor, keep: int) -> Tensor:
-    """In which share of draws [D, E] each expert is among the `keep` highest, float64 [E]."""
+    """Share of the draws [D, E] in which each expert is among the `keep` highest; float64 [E]."""
     size = values.shape[1]
     if keep == size:
         return values.new_ones(size)
-    # In every draw the last score that stays lies between these, so only the experts whose own
-    # scores reach there need ranking.
+    # In every draw the lowest kept score lies between these two, so only experts whose scores
+    # reach that range need ranking.
     low, high = values.amin(dim=0), values.amax(dim=0)
     floor, ceiling = (bound.topk(keep).values[-1] for bound in (low, high))
     found = (low > ceiling).double()

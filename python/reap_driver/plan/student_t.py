@@ -1,4 +1,8 @@
-"""Student's t distribution: its quantiles, and draws from it that are the same on every machine."""
+"""Student's t distribution: its quantiles, and draws from it that are the same on every machine.
+
+Written by hand: scipy would be a dependency for one quantile, and generators of random numbers in
+torch and numpy do not promise equal draws across versions and machines.
+"""
 
 import math
 from random import Random
@@ -22,7 +26,7 @@ def student(noise: Tensor, parts: int) -> Tensor:
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """Quantile above the median of Student's t, by bisection."""
+    """Quantile of Student's t for a probability above 0.5, by bisection."""
     low, high = 0.0, 1.0
     while _t_probability(high, degrees) < probability:
         high *= 2

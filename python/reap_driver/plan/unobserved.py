@@ -1,7 +1,7 @@
-"""Layers that no token reached, in a plan: they cannot be ranked, so they keep all their experts.
+"""Layers that no token reached: their experts cannot be ranked, so a plan keeps all of them.
 
-That is possible where the fields of the configuration that count them count no layer that is cut,
-or where somebody asked for it.
+That is possible if no field of the configuration counts their experts together with those of a
+layer that loses some, or if the user asked for it.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,11 +11,11 @@ from reap_kernels.errors import PlanError
 
 
 def unobserved_kept_whole(scores: Scores, asked: Mapping[str, float]) -> list[str]:
-    """Layers that no token reached and that are to keep all their experts, as `asked` says by 0.
+    """Layers that no token reached and for which `asked` has 0: they are to keep all experts.
 
     Args:
-        scores: of the layers that were reached.
-        asked: what layers are to lose: shares, or numbers.
+        scores: of the layers that tokens reached.
+        asked: {layer: share or number of experts to remove}.
 
     Raises:
         PlanError: such a layer is to lose experts.
@@ -32,15 +32,16 @@ def unobserved_kept_whole(scores: Scores, asked: Mapping[str, float]) -> list[st
 
 
 def unobserved_notes(scores: Scores, whole: Collection[str], cut: Collection[str]) -> list[str]:
-    """What a plan says of the layers that no token reached.
+    """Notes of a plan on the layers that no token reached.
 
     Args:
-        scores: of the others.
-        whole: those that are to keep all their experts because somebody said so.
-        cut: the layers that lose experts.
+        scores: of the other layers.
+        whole: layers that are to keep all experts because the user asked for it.
+        cut: layers that lose experts.
 
     Raises:
-        PlanError: a layer that nobody mentioned shares its count with one that is cut.
+        PlanError: a layer that no token reached and that is not in `whole` is counted by the same
+            field as a layer in `cut`.
     """
     layers = scores.unobserved
     field = {name: field for field, names in scores.stacks.items() for name in names}
