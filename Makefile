@@ -44,6 +44,7 @@ lint: $(VENV)/.lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/codespell
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -type f)
 
 # The kernels of csrc/ for the CPU.

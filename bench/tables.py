@@ -127,8 +127,8 @@ def ranks_cpu() -> str:
         f"{row['ranks']} processes {row['seconds']} s ({row['speedup']}x)" for row in more
     )
     return (
-        f"{alone['tokens']} tokens under torchrun, {alone['cores']} cores, one thread a process: 1 "
-        f"process {alone['seconds']} s; {said}; counts equal, sums within 1e-12; commit "
+        f"{alone['tokens']} tokens under torchrun, {alone['cores']} cores, one thread per process: "
+        f"1 process {alone['seconds']} s; {said}; counts equal, sums within 1e-12; commit "
         f"{alone['commit']}; `python -m bench ranks_cpu`.\n"
     )
 

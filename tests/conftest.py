@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread per worker, and uninitialised memory filled with NaN."""
+"""Shared by all tests: one thread per worker, and uninitialized memory filled with NaN."""
 
 import os
 from pathlib import Path

@@ -20,6 +20,7 @@ def test_pre_commit_uses_the_versions_of_ci() -> None:
     content = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     tools = {
         "ruff-pre-commit": "ruff",
+        "codespell": "codespell",
         "mirrors-clang-format": "clang-format",
         "mirrors-mypy": "mypy",
     }

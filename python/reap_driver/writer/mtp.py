@@ -31,7 +31,7 @@ class Cut:
 
 
 class MtpKeys:
-    """Recognises MTP keys and prunes them by the rules learnt from the main layers.
+    """Recognizes MTP keys and prunes them by the rules learnt from the main layers.
 
     Args:
         layout: the main model's.

@@ -230,14 +230,14 @@ def test_rank_correlation_is_spearmans() -> None:
             [sum(b < a for b in v) + (1 + sum(b == a for b in v)) / 2 for a in v] for v in (x, y)
         ]
         means = [sum(r) / size for r in ranks]
-        centred = [[a - m for a in r] for r, m in zip(ranks, means, strict=True)]
-        norms = [math.sqrt(sum(a * a for a in r)) for r in centred]
+        centered = [[a - m for a in r] for r, m in zip(ranks, means, strict=True)]
+        norms = [math.sqrt(sum(a * a for a in r)) for r in centered]
         tensors = [{"a": torch.tensor(v).double()} for v in (x, y)]
         [found] = rank_correlation(*tensors).values()
         if 0 in norms:
             assert math.isnan(found)
         else:
-            product = sum(a * b for a, b in zip(*centred, strict=True))
+            product = sum(a * b for a, b in zip(*centered, strict=True))
             assert found == pytest.approx(product / norms[0] / norms[1], abs=1e-12)
     monotone = {"a": torch.arange(9).double()}, {"a": torch.arange(9).double().exp()}
     assert rank_correlation(*monotone)["a"] == pytest.approx(1)

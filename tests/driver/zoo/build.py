@@ -1,4 +1,4 @@
-"""Build the tiny random models: shrink a config class, instantiate, randomise the routing."""
+"""Build the tiny random models: shrink a config class, instantiate, randomize the routing."""
 
 import copy
 import dataclasses
@@ -119,7 +119,7 @@ def make_model(
         model = cls(config)
     finally:
         torch.random.set_rng_state(state)
-    randomise(model, generator)
+    randomize(model, generator)
     return model.to(dtype).eval()
 
 
@@ -133,7 +133,7 @@ def _model_class(spec: Spec) -> type[PreTrainedModel]:
 
 
 @torch.no_grad()
-def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+def randomize(model: PreTrainedModel, generator: torch.Generator) -> None:
     """Weights of about unit gain, random values for all that selects or scales experts."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, tensor in tensors.items():
