@@ -1,4 +1,4 @@
-"""Numbers of threads are put back."""
+"""Thread counts are restored."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A tokenizer folder: a token a byte, three special tokens, with and without a chat template."""
+"""A folder with a byte-level tokenizer, three special tokens, and optionally a chat template."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ TEMPLATE = (
 
 
 class _Config(PretrainedConfig):
-    """Only what an encoder asks for."""
+    """A configuration with only the fields that an encoder reads."""
 
     model_type = "bytes"
 

@@ -1,4 +1,4 @@
-"""Batches hold every token once, in one fold, and say which count and which belong together."""
+"""Batches contain every token exactly once, in one fold, with masks and positions."""
 
 import random
 from dataclasses import replace
@@ -20,7 +20,7 @@ def source(
     group: str = "g",
     marked: bool = False,
 ) -> PackedSource:
-    """Documents of these lengths; every token has an id of its own, from 1 on."""
+    """Documents of these lengths; the token ids are 1, 2, 3, ..."""
     starts = torch.tensor([0, *lengths]).cumsum(0)
     ids = torch.arange(1, int(starts[-1]) + 1, dtype=torch.int32)
     counted = ids % 3 == 0 if marked else None
@@ -30,7 +30,7 @@ def source(
 
 
 def tokens(inputs: dict[str, Tensor]) -> list[int]:
-    """The ids that are no padding."""
+    """The ids that are not padding."""
     ids = inputs["input_ids"]
     return ids[inputs.get("attention_mask", torch.ones_like(ids)).bool()].tolist()
 
@@ -57,7 +57,7 @@ def test_every_token_is_in_one_batch_and_no_batch_too_large(
 
 
 @pytest.mark.parametrize("packing", ["concat", "none"])
-def test_sequences_are_dealt_to_folds_in_turn(packing: Packing) -> None:
+def test_sequence_i_is_in_fold_i_modulo_their_number(packing: Packing) -> None:
     made = source([8] * 10, packing)
     batches = PackedBatches([made], [2], folds=4)
     dealt: dict[int, list[int]] = {}
@@ -76,7 +76,7 @@ def test_full_sequences_share_batches_and_the_rest_is_alone() -> None:
 
 
 def test_short_documents_fill_the_tokens_of_long_ones() -> None:
-    """16 tokens a batch: rows of 8, of 7 and 5, of 4 and 3 and 2 and 1; longest first."""
+    """16 tokens per batch: sequences of 8; of 7 and 5; of 4, 3, 2 and 1; longest first."""
     batches = PackedBatches([source([3, 8, 1, 5, 7, 2, 4, 8], "none")], [2])
     lengths = [
         inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum(1).tolist()
@@ -111,7 +111,9 @@ def test_marks_go_with_their_tokens() -> None:
 
 
 def test_whole_sequences_among_others_share_batches() -> None:
-    """Documents of 8 that were token ids stay together; what lies between them is shorter."""
+    """Documents of 8 given token ids are sequences; those made of the tokens between are
+    shorter.
+    """
     made = replace(source([3, 8, 2, 9, 8, 8, 1]), given=torch.ones(7, dtype=torch.bool))
     assert made.bounds == [0, 3, 11, 19, 22, 30, 38, 39]
     batches = PackedBatches([made], [2])

@@ -1,4 +1,4 @@
-"""Cached tokens are those that would be made, or they are made again."""
+"""Cached tokens equal those that tokenizing gives; invalid entries are replaced."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tests.driver.data.conftest import TEMPLATE
 
 @dataclass
 class Kept:
-    """A cache, and how often it had to tokenize."""
+    """A cache, with the number of times that it had to tokenize."""
 
     cache: Cache
     folder: Path
@@ -49,7 +49,7 @@ class Kept:
 def kept(
     tmp_path: Path, folder: Path, config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> Kept:
-    """Everything is worth a file; records of several shapes."""
+    """A cache that stores every result, and records of several formats."""
     monkeypatch.setenv("REAP_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(caches, "_WORTH", 0.0)
     made: list[PackedSource] = []
@@ -170,7 +170,7 @@ def test_a_damaged_entry_is_made_again(kept: Kept, spoil: Callable[[Path], None]
 
 
 def test_one_bit_anywhere_is_noticed(kept: Kept) -> None:
-    """In the header, the facts and the tokens: never an error, never other tokens."""
+    """Damage in the header, the facts and the tokens never gives an error or other tokens."""
     first = kept.pack()
     [entry] = kept.entries
     whole = entry.read_bytes()
@@ -185,7 +185,7 @@ def test_one_bit_anywhere_is_noticed(kept: Kept) -> None:
 
 
 def _planted(kept: Kept, entry: Path) -> None:
-    """Another's tokens with the digest of another's key, under the name of what is looked up."""
+    """Another user's tokens, signed with that user's key, under the name that is looked up."""
     other = kept.folder.parent / "other"
     other.mkdir()
     path = other / entry.name
@@ -195,7 +195,7 @@ def _planted(kept: Kept, entry: Path) -> None:
 
 
 def _renamed(kept: Kept, entry: Path) -> None:
-    """An entry of this user's for other data."""
+    """An entry that this user wrote for other data."""
     kept.pack(seed=1)
     [other] = set(kept.entries) - {entry}
     os.replace(other, entry)
@@ -206,7 +206,7 @@ def _without_key(kept: Kept, entry: Path) -> None:
 
 
 def _known_key(kept: Kept, entry: Path) -> None:
-    """A key that others may read is none."""
+    """A key that other users can read is not used."""
     (entry.parent / "key").chmod(0o644)
 
 
@@ -298,7 +298,7 @@ def test_folders_are_known_by_their_files(kept: Kept) -> None:
 
 
 def test_a_branch_on_the_hub_may_move(kept: Kept) -> None:
-    """Only a commit says what is there."""
+    """Only a commit identifies the content of a data set."""
     digest = caches._data_digest
     assert digest(DataSource(HubDataset("a/b"), "g")) is None
     assert digest(DataSource(HubDataset("a/b", revision="main"), "g")) is None

@@ -1,4 +1,4 @@
-"""Chat templates: thinking, answers that count, templates in which they cannot be told apart."""
+"""Chat templates: thinking, spans of answers, and templates in which these cannot be located."""
 
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def encoded(made: Encoder, **fields: Any) -> Document:
 
 
 def counted(folder: Path, document: Document) -> list[str]:
-    """The text of each run of tokens that count."""
+    """The text of each run of counted tokens."""
     assert document.counted is not None
     assert len(document.counted) == len(document.ids)
     tokenizer = AutoTokenizer.from_pretrained(folder)

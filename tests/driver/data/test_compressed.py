@@ -1,4 +1,4 @@
-"""Compressed files read as what is in them; damage is named."""
+"""Compressed files give the records of the plain ones; errors name damaged files."""
 
 import bz2
 import gzip
@@ -79,7 +79,7 @@ PLAIN: dict[str, Callable[[bytes], bytes]] = {"": bytes, **PACK}
 def test_records_above_a_size_are_refused(
     tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By file and line, as bad records; what comes after them is read. Texts too."""
+    """Bad records with file and line; the records after them are read. The same for text files."""
     monkeypatch.setattr(compressed, "LARGEST", 1000)
     monkeypatch.setattr("reap_driver.data.local_files.LARGEST", 1000)
     path = tmp_path / f"a.jsonl{ending}"

@@ -1,4 +1,4 @@
-"""Records to token ids, and what a record can have wrong."""
+"""Converting records to token ids, and the errors of bad records."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes
 
 
 def encode(encoder: Encoder, *records: dict[str, Any]) -> list[list[int]]:
-    """Token ids of records that stand at data.jsonl:1, 2, ..."""
+    """Token ids of records whose places are data.jsonl:1, 2, ..."""
     placed = [Record(f"data.jsonl:{n}", fields) for n, fields in enumerate(records, start=1)]
     return [document.ids for document in encoder.encode(placed)]
 
@@ -196,7 +196,9 @@ DUMPING = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
 def test_what_a_template_does_not_write_is_named(
     folder: Path, config: PretrainedConfig, template: str | None, names: set[str]
 ) -> None:
-    """And what is lost without a template; what one record shows holds for the others."""
+    """Also without a template. A field that one record shows to be written counts for all
+    records.
+    """
     path = folder / "chat_template.jinja"
     path.unlink()
     if template is not None:
@@ -215,7 +217,7 @@ def test_what_a_template_does_not_write_is_named(
 
 
 def test_a_field_that_some_record_shows_is_used(folder: Path, config: PretrainedConfig) -> None:
-    """Reasoning is written in the last turn only."""
+    """A template that writes reasoning in the last turn only."""
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ messages[-1]['thought'] }}"
     )
@@ -300,7 +302,7 @@ def test_half_of_a_surrogate_pair_is_a_bad_record(
 def test_a_text_the_tokenizer_fails_on_is_a_bad_record(
     folder: Path, config: PretrainedConfig
 ) -> None:
-    """Words without one for what is unknown: the library raises for the whole batch."""
+    """A vocabulary without an unknown token: the library raises for the whole batch."""
     path = folder / "tokenizer.json"
     facts = json.loads(path.read_text())
     facts["model"] = {"type": "WordLevel", "vocab": {"a": 5, "b": 6}, "unk_token": "<none>"}
@@ -317,7 +319,7 @@ def test_a_text_the_tokenizer_fails_on_is_a_bad_record(
 def test_ids_that_a_tokenizer_would_walk_to_are_refused(
     folder: Path, config: PretrainedConfig, number: int
 ) -> None:
-    """The library takes half a minute for 2**31; the number alone is none in a text."""
+    """Loading id 2**31 would take half a minute. The same number inside a text is accepted."""
     path = folder / "tokenizer.json"
     facts = json.loads(path.read_text())
     facts["model"]["vocab"]["a:11111111"] = 3
@@ -342,7 +344,7 @@ def test_an_end_of_sequence_outside_the_vocabulary(
 def test_a_tokenizer_that_panics_is_one_error(
     folder: Path, config: PretrainedConfig, answers_only: bool
 ) -> None:
-    """Rust's panics are no Exception of Python's."""
+    """Panics of Rust code are not a subclass of Exception."""
     path = folder / "tokenizer.json"
     facts = json.loads(path.read_text())
     facts["post_processor"]["single"] = [{"Sequence": {"id": "B", "type_id": 0}}]

@@ -1,4 +1,6 @@
-"""Folds: the whole is what it is without them, and the parts are what each fold is alone."""
+"""Folds: the statistics of all data do not depend on them, and parts equal those of each
+fold alone.
+"""
 
 from functools import reduce
 from pathlib import Path
@@ -38,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sources() -> list[PackedSource]:
-    """Ten sequences and a rest; two; and five more of the first group."""
+    """Ten sequences and a shorter one; two; and five more of the first group."""
     return [source("code", 84, 0), source("text", 16, 1), source("code", 40, 2)]
 
 
@@ -47,7 +49,7 @@ def folded(sources: list[PackedSource], folds: int) -> FoldedBatches:
 
 
 def run(observer: Observer, batches: FoldedBatches) -> Run:
-    """Over all batches, every group entered first, as the command line does."""
+    """Observes all batches after entering every group, as the command line does."""
     for group in batches.groups:
         with observer.group(group):
             observer.group_index()
@@ -61,7 +63,7 @@ def resident(folder: Path, batches: FoldedBatches) -> SaliencyStats:
 
 
 def assert_close(mine: SaliencyStats, theirs: SaliencyStats) -> None:
-    """Counts and extremes exact, sums within 1e-12."""
+    """Counts and extrema are equal, sums to within 1e-12."""
     assert mine.groups == theirs.groups
     assert list(mine.layers) == list(theirs.layers)
     for name, layer in mine.layers.items():
@@ -81,7 +83,7 @@ def test_the_whole_is_that_without_folds(folder: Path, sources: list[PackedSourc
 
 
 def test_a_part_is_its_fold_observed_alone(folder: Path, sources: list[PackedSource]) -> None:
-    """Sequences are dealt in turn: of 11, 2 and 5 the second fold has those at 1, 4, 7, 10..."""
+    """The second of three folds has the sequences 1, 4, 7, 10 of 11, 1 of 2, and 1, 4 of 5."""
     parts = resident(folder, folded(sources, FOLDS)).parts
     model = load_model(folder)
     for fold, part in enumerate(parts):
@@ -111,7 +113,7 @@ def test_streamed_layers_give_the_same_parts(folder: Path, sources: list[PackedS
 def test_a_source_of_fewer_sequences_leaves_parts_without_it(
     folder: Path, sources: list[PackedSource]
 ) -> None:
-    """The third part has no text; it has the group all the same."""
+    """The third part has no data of group text, but still has the group."""
     parts = resident(folder, folded(sources, FOLDS)).parts
     tokens = [next(iter(part.layers.values())).tokens.tolist() for part in parts]
     assert [part.groups for part in parts] == [["code", "text"]] * FOLDS
@@ -120,7 +122,7 @@ def test_a_source_of_fewer_sequences_leaves_parts_without_it(
 
 
 def test_groups_are_in_the_order_of_sources() -> None:
-    """Whatever order the observer met them in: by name, not by place."""
+    """Groups are matched by name, whatever their order in the observer."""
     batches = folded([source("b", 16, 0), source("a", 16, 1)], 2)
     order = [3, 0, 2, 1]
     names = [batches.groups[i] for i in order]

@@ -34,7 +34,7 @@ ROWS = [
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """What `load_dataset` was asked for; it builds owner/name from JSON lines."""
+    """The arguments of `load_dataset`, which is replaced: it builds owner/name from JSON lines."""
     monkeypatch.chdir(tmp_path)
     lines = tmp_path / "rows.json"
     lines.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -75,7 +75,9 @@ def test_rows_are_records_of_the_known_columns(asked: list[dict[str, Any]]) -> N
 def test_columns_that_are_not_read_are_noted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In tables of files and of the hub alike, but for those that say where a row is from."""
+    """Unused columns are recorded for files and the hub alike, except those about a row's
+    origin.
+    """
     monkeypatch.chdir(tmp_path)
     table = pa.Table.from_pylist([{"text": "a", "verdict": 1, "id": 7, "url": "u"}] * 2)
     parquet.write_table(table, "rows.parquet")

@@ -1,4 +1,4 @@
-"""Packing loses no token, invents none, and gives the same for the same seed."""
+"""Packing keeps exactly the tokens of the documents and separators, the same for the same seed."""
 
 import hashlib
 import itertools
@@ -22,7 +22,7 @@ from tests.driver.data.conftest import EOS
 
 
 class Tokenizing(Encoder):
-    """Takes the ids of records as those of texts that it tokenized."""
+    """Returns the ids of records as if it had tokenized them from texts."""
 
     def encode(self, records: Sequence[Record], bad: BadRecords | None = None):
         for document in super().encode(records, bad):
@@ -96,7 +96,7 @@ def test_no_token_is_lost_whatever_the_sizes(tmp_path: Path, encoder: Encoder) -
 
 
 def test_a_sequence_for_every_document(tmp_path: Path, encoder: Encoder) -> None:
-    """No separators; what is longer is cut, and it is said."""
+    """No separators; longer documents are truncated, with a note."""
     path = write(tmp_path / "a.jsonl", [[5, 6, 7, 8], [9, EOS], [], [10, 11, 12]])
     source = packed(path, encoder, 3, packing="none")
     assert sequences(source) == [[5, 6, 7], [9, EOS], [10, 11, 12]]
@@ -121,13 +121,13 @@ def test_a_budget_of_tokens_is_kept_exactly(
 
 
 def test_a_budget_reads_no_further(tmp_path: Path, encoder: Encoder) -> None:
-    """Records behind it are not counted."""
+    """Records after the budget are not counted."""
     path = write(tmp_path / "a.jsonl", [[5, 6, 7]] * 20)
     assert packed(path, encoder, 4, tokens=9).records == 3
 
 
 class Answering(Tokenizing):
-    """Counts tokens from 100 on; a document that begins with 3 counts as a whole."""
+    """Tokens from 100 on count; all tokens of a document that begins with 3 do."""
 
     def encode(self, records: Sequence[Record], bad: BadRecords | None = None):
         for document in super().encode(records, bad):
@@ -141,7 +141,9 @@ class Answering(Tokenizing):
 def test_answers_keep_their_marks(
     tmp_path: Path, folder: Path, config: PretrainedConfig, packing: Packing
 ) -> None:
-    """Beside their tokens, whatever is cut; a separator counts where all of its document does."""
+    """Counted flags stay with their tokens after truncation; a separator counts if its
+    whole document does.
+    """
     encoder = Answering(folder, config)
     documents = [[3, 4, 5], [3], [], [6, 100, 101, 7], [8, 102], [3, 9], [103, 10]]
     path = write(tmp_path / "a.jsonl", documents)
@@ -211,7 +213,9 @@ def test_provenance_records_what_the_model_saw(tmp_path: Path, encoder: Encoder)
 def test_the_digest_knows_boundaries_and_answers(
     tmp_path: Path, encoder: Encoder, folder: Path, config: PretrainedConfig
 ) -> None:
-    """Equal tokens are not equal data where attention or the counted tokens differ."""
+    """The digest differs if attention or the counted tokens differ, even if the tokens are
+    equal.
+    """
     path = write(tmp_path / "a.jsonl", [[5, 6, 101, EOS], [7]])
     other = write(tmp_path / "b.jsonl", [[5, 6, 101], [7]])
     sources = [
@@ -276,7 +280,7 @@ def test_sequences_packed_elsewhere_stay_as_they_are(
 def test_ids_of_other_lengths_follow_each_other_around_whole_sequences(
     tmp_path: Path, folder: Path, config: PretrainedConfig, packing: Packing
 ) -> None:
-    """Nothing stands between them; a text ends with the separator where something follows."""
+    """No separator between given token ids; one after a text if another document follows."""
     path = tmp_path / "a.jsonl"
     records: list[dict[str, object]] = [
         {"input_ids": [n] * length}
@@ -298,7 +302,7 @@ def test_ids_of_other_lengths_follow_each_other_around_whole_sequences(
 def test_the_digest_knows_sequences_of_their_own(
     tmp_path: Path, folder: Path, config: PretrainedConfig
 ) -> None:
-    """The same tokens in the same order, but not in the same sequences."""
+    """The same tokens in the same order, but in other sequences."""
     given = Encoder(folder, config)
     split, whole = ([[5], [6, 7], [8]], [[5, 6], [7, 8]])
     found = [packed(write(tmp_path / "a.jsonl", ids), given, 2) for ids in (split, whole)]

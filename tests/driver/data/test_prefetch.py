@@ -1,4 +1,4 @@
-"""Batches come in order, one ahead, from a thread that does not outlive them."""
+"""Batches arrive in order, one ahead, from a thread that ends with the loop."""
 
 import contextlib
 import threading

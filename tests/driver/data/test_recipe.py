@@ -1,4 +1,6 @@
-"""Recipes: every key and mistake, and those that come along on records with the sets' fields."""
+"""Recipes: every key and every error, and the included recipes on records with the data
+sets' fields.
+"""
 
 import json
 import os
@@ -120,7 +122,7 @@ def test_a_file_comes_before_a_recipe_of_its_name(
     assert [source.group for source in load_recipe("reap-coding")] == ["mine"]
 
 
-# Two records a data set, with the fields its card names; the contents are made up.
+# Two records per data set, with the fields that its card names and invented content.
 _CALL = {
     "type": "function",
     "id": "c1",

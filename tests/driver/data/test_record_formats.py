@@ -1,4 +1,4 @@
-"""What records of every shape say, and what is wrong with those that say nothing."""
+"""The content of records of every format, and the errors of records that match none."""
 
 import json
 from typing import Any

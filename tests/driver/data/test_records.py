@@ -1,4 +1,4 @@
-"""Records of every kind of file, samples of them, and what is wrong with files, by place."""
+"""Records of every kind of file, random samples, and errors, which name the place."""
 
 import json
 import os
@@ -310,7 +310,7 @@ ODD_TABLES: dict[str, tuple[pa.Table, str]] = {
 
 @pytest.mark.parametrize("case", ODD_TABLES)
 def test_odd_columns_are_bad_records(tmp_path: Path, case: str, encoder: Encoder) -> None:
-    """The rows beside them are read."""
+    """Rows before and after a bad one are read."""
     table, says = ODD_TABLES[case]
     path = tmp_path / "a.parquet"
     parquet.write_table(table, path)
@@ -343,7 +343,7 @@ def _dictionary(texts: list[str], indices: list[int]) -> pa.Array:
 def test_texts_that_many_rows_name_take_memory_once(
     tmp_path: Path, nested: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kilobyte that says 300 rows of 1 MB; a row above the size is a bad record."""
+    """A file of a kilobyte with 300 rows of 1 MB; a row above the limit is a bad record."""
     monkeypatch.setattr("reap_driver.data.arrow.LARGEST", 1_500_000)
     texts = _dictionary(["a" * 1_000_000, "b"], [0] * 299 + [1])
     column: pa.Array = texts

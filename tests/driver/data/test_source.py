@@ -1,4 +1,4 @@
-"""`[group=]SOURCE[:N]`, with names that look like something else."""
+"""Parsing `[group=]SOURCE[:N]`, also with ambiguous names."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("data.d/", "data.d", "data", None),
         ("./data.d:5", "data.d", "data", 5),
         ("data.d/x.parquet:5", "data.d/x.parquet", "x", 5),
-        # What exists as written is meant as written.
+        # A name that exists is used as it is written.
         ("a=b.jsonl", "a=b.jsonl", "a=b", None),
         ("a=b.jsonl:4", "code.jsonl", None, None),
         ("g=a=b.jsonl", "a=b.jsonl", "g", None),
@@ -120,7 +120,7 @@ def test_budgets_that_are_none(here: Path, budget: str) -> None:
             7,
             None,
         ),
-        # No group, though there is a "=" in it.
+        # No group, although the name contains "=".
         ("owner/name[a=b]", HubDataset("owner/name", "a=b"), "a=b", None, None),
     ],
 )

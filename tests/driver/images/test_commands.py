@@ -1,4 +1,4 @@
-"""Images on the command line: vision experts are observed, ranked and cut."""
+"""Images on the command line: vision experts are observed, ranked and pruned."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ LENGTH = ("--seq-len", 64, "--device", "cpu")
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Ten records, eight of them with an image of its own."""
+    """Ten records, eight of which have an image."""
     records = []
     for number in range(10):
         parts = ["what is ", {"type": "image", "path": f"{number}.png"}, "?"]

@@ -1,4 +1,4 @@
-"""Images in calibration data: from records to statistics, and what is refused."""
+"""Images in calibration data: from records to statistics, and errors."""
 
 import io
 import json
@@ -28,7 +28,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny checkpoints, and one that reads text alone; read only."""
+    """Tiny checkpoints, and one that takes only text; tests do not change them."""
     root = tmp_path_factory.mktemp("images")
     for name in (QWEN, ERNIE):
         tiny.write(root / name, name)
@@ -41,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes records to a file, beside which lies `a.png`; returns the file."""
+    """Writes records to a file, and `a.png` beside it; returns the file."""
 
     def to_file(*records: dict[str, Any], name: str = "data.jsonl") -> Path:
         (tmp_path / "a.png").write_bytes(png())
@@ -81,7 +81,7 @@ TEXT = {"messages": [says("a text alone")]}
 def test_images_however_they_are_given(
     record: dict[str, Any], folders: dict[str, Path], write: Write
 ) -> None:
-    """The same tokens and pixels, whichever way."""
+    """The same tokens and pixels, however an image is given."""
     source = packed(folders[QWEN], write(record))
     [one] = source.image_inputs.values()
     wanted = packed(folders[QWEN], write({"messages": [says("see", IMAGE)]}, name="w.jsonl"))
@@ -97,7 +97,7 @@ def test_images_however_they_are_given(
 
 
 def test_images_in_parquet_and_of_the_hub(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Bytes in columns, as `datasets` writes images; read by either library."""
+    """Images as bytes in columns, as `datasets` writes them, read by Arrow and by `datasets`."""
     datasets = pytest.importorskip("datasets")
     from reap_driver.data.hub import _undecoded
 
@@ -123,7 +123,7 @@ def test_images_in_parquet_and_of_the_hub(folders: dict[str, Path], tmp_path: Pa
 def test_a_record_with_images_is_a_sequence_and_a_batch(
     packing: Any, folders: dict[str, Path], write: Write
 ) -> None:
-    """Texts around it are packed as ever, and no token is added to it."""
+    """Texts around it are packed as usual, and no token is added to it."""
     seen = {"messages": [says("look ", IMAGE, " twice ", {**IMAGE, "path": "a.png"})]}
     data = write(TEXT, TEXT, seen, seen, TEXT, TEXT)
     source = packed(folders[QWEN], data, packing=packing)
@@ -160,7 +160,7 @@ def test_digests_are_of_pixels_too(folders: dict[str, Path], write: Write) -> No
 def test_observed_as_the_model_itself_runs(
     name: str, folders: dict[str, Path], write: Write
 ) -> None:
-    """Every token counts once, those of images among the vision experts where there are any."""
+    """Every token counts once; tokens of images count for the vision experts if there are any."""
     records = [{"messages": [says("what is ", IMAGE, "?"), says("a picture", role="assistant")]}]
     source = packed(folders[name], write(*records, TEXT))
     batches = PackedBatches([source], [1])
@@ -202,7 +202,7 @@ def test_streamed_as_resident(name: str, folders: dict[str, Path], write: Write)
 
 
 def large(pixels: int) -> bytes:
-    """A small file of a large white image."""
+    """A large white image in a small file."""
     out = io.BytesIO()
     Image.new("1", (pixels, pixels)).save(out, "PNG")
     return out.getvalue()
@@ -261,7 +261,7 @@ def test_models_without_a_processor(folders: dict[str, Path], write: Write) -> N
 
 
 def test_a_processor_that_fails_is_one_error(folders: dict[str, Path]) -> None:
-    """What it lacks is said, where it was made without its part for videos."""
+    """If a processor was loaded without its part for videos, the error says so."""
 
     def fail(**_: Any) -> None:
         raise AttributeError("'NoneType' object has no attribute 'merge_size'")
@@ -291,7 +291,7 @@ def test_budgets_leave_out_what_does_not_fit(folders: dict[str, Path], write: Wr
 
 
 def test_an_image_that_no_text_is_about(folders: dict[str, Path], write: Write) -> None:
-    """`image` names a container in data of coding agents: it is a field that is not used."""
+    """`image` is a container's name in data of coding agents: the field is unused."""
     source = packed(folders[QWEN], write({**TEXT, "image": "docker.io/library/python:3.12"}))
     assert not source.image_inputs
     assert source.unused == ["image"]

@@ -1,4 +1,4 @@
-"""Tiny models that take images, each with a processor of its own, and images to show them."""
+"""Tiny models that take images, with their processors, and random images."""
 
 import base64
 import io
@@ -109,6 +109,6 @@ def data_url(content: bytes) -> str:
 
 
 def says(*parts: Any, role: str = "user") -> dict[str, Any]:
-    """A message of parts; texts are parts of text."""
+    """A message of parts; strings become parts of type text."""
     content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
     return {"role": role, "content": content}
