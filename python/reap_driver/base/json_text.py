@@ -1,4 +1,4 @@
-"""JSON that people read and compare: a line for each field, and for each entry of a field."""
+"""JSON for people to read and compare: one line per field, and per entry of a field."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from reap_kernels.documents import to_json
 
 
 def json_in_lines(value: Any) -> str:
-    """A JSON object as text that ends with a line break; what lies deeper stands in one line.
+    """A JSON object as text, with deeper levels on one line each, and a final line break.
 
     Example:
         >>> print(json_in_lines({"ratio": 0.5, "layers": {"a": [1, 2], "b": [0]}}), end="")

@@ -67,8 +67,8 @@ def packed(documents: Tensor) -> Iterator[None]:
         yield
     if not made:
         raise UnsupportedModel(
-            "the model asks the library for no attention mask, so documents packed in a sequence "
-            "cannot be kept apart; pack with --packing concat, or none"
+            "the model does not take its attention mask from the library, so documents packed in a "
+            "sequence cannot be kept apart; pack with --packing concat, or none"
         )
 
 

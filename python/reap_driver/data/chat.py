@@ -216,7 +216,7 @@ class ChatTemplate:
     def _inseparable(self, place: str) -> DataError:
         return DataError(
             f"{place}: the chat template of {self._model} writes messages differently before "
-            "others, so the answers in it cannot be told apart; mark them in the template with "
+            "others, so its answers cannot be located; mark them in the template with "
             "{% generation %}, or count all tokens"
         )
 

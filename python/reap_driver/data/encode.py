@@ -187,8 +187,8 @@ class Encoder:
         """A conversation with images, tokenized by the model's processor."""
         if self._answers_only:
             raise DataError(
-                f"{record.place}: has images, whose tokens the processor puts in, so that answers "
-                "cannot be told apart; leave out --answers-only, or such records"
+                f"{record.place}: has images, whose tokens the processor inserts, so its answers "
+                "cannot be located; leave out --answers-only, or such records"
             )
         text = template.render(record.place, content)
         _check_text(record, text)
@@ -315,7 +315,7 @@ def _check_text(record: Record, text: str) -> None:
     except UnicodeEncodeError as error:
         raise DataError(
             f"{record.place}: its text has half of a surrogate pair as character {error.start}, "
-            "which no encoding writes; correct it"
+            "which cannot be encoded; correct it"
         ) from error
 
 

@@ -388,8 +388,8 @@ class _Stream:
             )
         if self.counted is not None and not any(self.counted):
             raise DataError(
-                f"data {source.name}: none of its {len(self.ids)} tokens is an answer's; give "
-                "conversations with answers, or leave out --answers-only"
+                f"data {source.name}: none of its {len(self.ids)} tokens is part of an answer; "
+                "give conversations with answers, or leave out --answers-only"
             )
 
 

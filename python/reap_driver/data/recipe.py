@@ -134,7 +134,7 @@ def _narrowed(what: str, location: Path | HubDataset, asked: dict[str, Any]) -> 
     if isinstance(location, Path):
         if asked:
             raise DataError(
-                f"{what}: {', '.join(asked)} cannot be asked of {location}, which is a local file "
+                f"{what}: {', '.join(asked)} does not apply to {location}, which is a local file "
                 "or folder; leave it out"
             )
         return location

@@ -103,7 +103,7 @@ class DataSource:
                 or the budget is invalid.
         """
         if not text.strip():
-            raise DataError(f"data {short(text)}: is no name; {_FORM}")
+            raise DataError(f"data {short(text)}: is empty; {_FORM}")
         if exists(text):
             return cls(_readable(Path(text), f"data '{one_line(text)}'"), default_group(Path(text)))
         named = re.fullmatch(r"([^=/\\\[\](]+)=(.+)", text)
@@ -180,7 +180,7 @@ def _budget(text: str, written: str) -> tuple[int | None, int | None]:
     tokens = token_count(written) if samples is None else None
     if samples is None and tokens is None:
         raise DataError(
-            f"data '{one_line(text)}': {short(written)} is no budget; give a number of records, "
+            f"data '{one_line(text)}': {short(written)} is not a budget; give a number of records, "
             "such as 700, or of tokens, such as 2Mtok"
         )
     if 0 in (samples, tokens):

@@ -230,8 +230,8 @@ def _inside(index_path: Path, key: str, name: Any) -> str:
         or len(name) > _LONGEST_NAME
     ):
         raise CheckpointError(
-            f"{index_path}: {short(key, 300)} is said to be in {short(name)}, which is not a "
-            "safetensors file inside the folder; correct the index."
+            f"{index_path}: places {short(key, 300)} in {short(name)}, which is not a safetensors "
+            "file inside the folder; correct the index."
         )
     return path.as_posix()
 

@@ -23,7 +23,7 @@ from reap_kernels.files import exists, sync
 Kind = Literal["partial", "replaced", "scratch", "lock"]
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_SUFFIX = 8  # random characters at the end of hidden names, which tell runs apart
+_SUFFIX = 8  # random characters at the end of hidden names, different for each run
 
 
 def exchange(folder: Path, out: Path) -> None:
@@ -81,14 +81,12 @@ def prefix(out: Path, kind: Kind) -> str:
 
 
 def new_folder(out: Path, kind: Kind) -> Path:
-    """A name for a new hidden sibling."""
+    """A name for a new hidden folder beside `out`."""
     return out.with_name(prefix(out, kind) + secrets.token_hex(_SUFFIX // 2))
 
 
 def lock_of(folder: Path, out: Path) -> Path:
-    """The lock file of the run that made a hidden folder; it stays the same when that is renamed to
-    another kind.
-    """
+    """The lock file of the run that made a hidden folder, whatever the folder's current kind."""
     return folder.with_name(prefix(out, "lock") + folder.name[-_SUFFIX:])
 
 

@@ -112,7 +112,7 @@ class Fingerprints:
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """The error for a file of a checkpoint that the system cannot read."""
     return CheckpointError(
-        f"{path}: cannot be read ({error.strerror or error}); check the file and its rights"
+        f"{path}: cannot be read ({error.strerror or error}); check the file and its permissions"
     )
 
 
@@ -120,8 +120,8 @@ def _compare(path: Path, before: Fingerprint, now: Fingerprint) -> None:
     changes = before.changes(now)
     if changes:
         raise CheckpointError(
-            f"{path}: changed after it was inspected ({changes}), so what was read is of no one "
-            "checkpoint and nothing is written; let nothing write there, and start again"
+            f"{path}: changed after it was inspected ({changes}), so the data read may mix two "
+            "checkpoints and is not used; make sure that nothing writes there, and start again"
         )
 
 

@@ -9,19 +9,19 @@ from filelock import FileLock, Timeout
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Try to hold the lock of a file, without waiting.
+    """Tries to lock a file, without waiting.
 
     Args:
-        path: the lock file, made here and removed afterwards. One that a killed process left behind
-            is free.
+        path: the lock file, which is created here and removed afterwards. If a killed process left
+            it behind, it is not locked.
 
     Yields:
-        Whether this process holds it; False where another one does.
+        True if this process has the lock, False if another one has it.
 
     Raises:
-        OSError: the file cannot be made, or its file system has no locks.
+        OSError: the file cannot be created, or its file system has no locks.
     """
-    # The library would otherwise replace a missing flock by a file that outlives a killed process.
+    # By default the library falls back to a lock file that stays when the process is killed.
     lock = FileLock(path, blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -32,8 +32,8 @@ def locked(path: Path) -> Iterator[bool]:
         yield True
     finally:
         try:
-            # While the lock is held: whoever opened the file before finds that it has no name.
-            with contextlib.suppress(PermissionError):  # Windows: no file that is open is removed
+            # Before releasing the lock: a process that has the file open finds that it has no name.
+            with contextlib.suppress(PermissionError):  # Windows does not remove open files
                 path.unlink(missing_ok=True)
         finally:
             lock.release()

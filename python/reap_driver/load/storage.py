@@ -181,8 +181,8 @@ def _check_sizes(
     absent = [layer for layer, some in layers.items() if not some]
     if absent:
         raise CheckpointError(
-            f"{where}: config.json promises {len(layers)} layers, and of {len(absent)} nothing is "
-            f"in the files, first {absent[0]}; {_ONE}"
+            f"{where}: config.json has {len(layers)} layers, and the files have no tensor of "
+            f"{len(absent)} of them, first {absent[0]}; {_ONE}"
         )
 
 

@@ -181,7 +181,7 @@ def device_named(device: str | torch.device) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise UsageError(f"device {device!r} is none; give cpu, cuda or cuda:0") from error
+        raise UsageError(f"device {device!r} does not exist; give cpu, cuda or cuda:0") from error
 
 
 @contextmanager

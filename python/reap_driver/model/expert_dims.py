@@ -30,11 +30,11 @@ def expert_dims(model: PreTrainedModel, layers: Mapping[str, int]) -> dict[str, 
     """
     config, own = model.config, _shapes(model)
     stacks = stacks_of(model, layers)
-    unsaid = next((stack.layers[0] for stack in stacks if not stack.sites), None)
-    if unsaid is not None:
+    uncounted = next((stack.layers[0] for stack in stacks if not stack.sites), None)
+    if uncounted is not None:
         raise UnsupportedModel(
-            f"{type(model).__name__}: no field of its configuration says {layers[unsaid]}, the "
-            f"number of experts of {unsaid}; load the model with its own config.json"
+            f"{type(model).__name__}: no field of its configuration is {layers[uncounted]}, the "
+            f"number of experts of {uncounted}; load the model with its own config.json"
         )
     twice = {name: 2 * count for name, count in layers.items()}
     raw = with_counts(config.to_diff_dict(), config.to_dict(), stacks, layers, twice)

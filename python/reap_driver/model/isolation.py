@@ -77,7 +77,7 @@ _CROSSING = {
     "minimax": _LINEAR,
     "minimax_m3_vl_text": _SPARSE,
     "nemotron_h": _SPACE,
-    "openai_privacy_filter": "its attention, which looks ahead too, is of a mask of its own",
+    "openai_privacy_filter": "its bidirectional attention has a mask of its own, which reaches",
     "qwen3_5_moe_text": _LINEAR,
     "qwen3_next": _LINEAR,
     "qwen4_exp_text": _LINEAR,

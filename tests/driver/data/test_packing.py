@@ -168,7 +168,9 @@ def test_answers_keep_their_marks(
 
 def test_data_without_answers(tmp_path: Path, folder: Path, config: PretrainedConfig) -> None:
     path = write(tmp_path / "a.jsonl", [[6, 7], [8]])
-    with pytest.raises(DataError, match=r"a.jsonl: none of its 4 tokens is an answer's; give conv"):
+    with pytest.raises(
+        DataError, match=r"a.jsonl: none of its 4 tokens is part of an answer; give"
+    ):
         packed(path, Answering(folder, config), 8)
 
 

@@ -76,7 +76,7 @@ def test_yaml_as_people_write_it(here: Path) -> None:
         ),
         ({"source": "mine.jsonl.gz", "samples": "7"}, "samples is '7'; it must be a whole number"),
         ({"source": "mine.jsonl.gz", "tokens": "many"}, "tokens is 'many'; .*, or such as 2M$"),
-        ({"source": "mine.jsonl.gz", "split": "a"}, "split cannot be asked of .*mine.jsonl.gz, wh"),
+        ({"source": "mine.jsonl.gz", "split": "a"}, "split does not apply to .*mine.jsonl.gz, w"),
         ({"source": "o/n(a)", "split": "a"}, "names split in `source` and as a key; leave one"),
         ({"source": "o/n", "files": "a.json"}, "files is 'a.json'; it must be a list of names"),
         ({"source": "o/n", "tools": ["f"]}, r"tools is \['f'\]; it must be a list of objects"),

@@ -99,7 +99,7 @@ def test_budgets_of_tokens(here: Path, budget: str, tokens: int) -> None:
 @pytest.mark.parametrize("budget", ["2M", "7records", "1.5", "2Mtokens"])
 def test_budgets_that_are_none(here: Path, budget: str) -> None:
     with pytest.raises(
-        DataError, match=rf"'{budget}' is no budget; give a number of records, such"
+        DataError, match=rf"'{budget}' is not a budget; give a number of records, such"
     ):
         DataSource.parse(f"code.jsonl:{budget}")
 

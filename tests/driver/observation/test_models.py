@@ -198,7 +198,7 @@ def _no_weights(folder: Path) -> None:
         (_break_index, r"index\.json: not readable JSON"),
         (
             _escape,
-            r"said to be in '\.\./outside\.safetensors', which is not a .* inside the folder",
+            r"places .* in '\.\./outside\.safetensors', which is not a .* inside the folder",
         ),
         (_drop_tensor, r"missing from the checkpoint, first model\.layers\.1\.mlp\.gate\.weight"),
         (_extra_expert, r"unknown to the model, first model\.layers\.1\.mlp\.expert_scales"),

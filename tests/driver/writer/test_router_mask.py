@@ -225,7 +225,7 @@ def _other_count(model: Any) -> None:
         (_no_router, f"{FIRST}.*router"),
         (_offloaded, "gate.weight: is offloaded"),
         (_unknown_integers, "mlp.order: .* integers .* may hold expert ids"),
-        (_other_count, f"no field of its configuration says 8.*{FIRST}"),
+        (_other_count, f"no field of its configuration is 8.*{FIRST}"),
     ],
 )
 def test_models_that_cannot_be_masked(spoil: Callable[[Any], None], says: str) -> None:
