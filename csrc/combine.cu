@@ -21,13 +21,13 @@ namespace {
 constexpr int THREADS = 128;
 constexpr int TOKENS = THREADS / WARP;  // of a block
 
-// A token's rows: lane s holds slot s, and tells the others.
+// A token's rows: lane s holds slot s, the others read it by shuffles.
 template <class T>
 struct Rows {
     using W = typename Wide<T>::type;
     std::int64_t row = 0;
     W weight = 0;
-    unsigned live;  // bit s: somebody serves slot s
+    unsigned live;  // bit s: slot s is served
 
     REAP_DEVICE Rows(const Combine& call, std::int64_t token, int lane) {
         bool served = lane < call.top_k;
@@ -170,7 +170,7 @@ int combine_rows(const Combine& call, Where where) {
             return run_float<fp16>(call, where);
         case Dtype::fp32:
             return run_float<float>(call, where);
-        case Dtype::fp64:  // rows that a host brings, one a slot
+        case Dtype::fp64:  // rows that a host brings, one per slot
             if (call.top_k != 1) return INVALID_VALUE;
             return call.wide ? run<double, 1, 2>(call, where) : run<double, 1, 1>(call, where);
         default:

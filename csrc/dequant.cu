@@ -1,5 +1,5 @@
-// Dequantization of experts to bf16, one kernel a format: value = code * scale in float32, rounded
-// once.
+// Dequantization of experts to bf16, one kernel per format: value = code * scale in float32,
+// rounded once.
 //
 // Arrays, for E experts of [N, K] matrices:
 //
@@ -10,9 +10,9 @@
 //   out      [E, N, K] bf16
 //
 // Stores have two to four times the bytes of loads, so they decide: a thread makes a chunk of 8
-// elements, one store of 16 bytes, and neighbors make neighbors, so that a warp writes 512 bytes
-// that lie together. Loads are then of 8 or 4 bytes a thread and as dense. A thread loads its
-// FLIGHT chunks, THREADS apart, before it stores the first.
+// elements, one store of 16 bytes, and adjacent threads make adjacent chunks, so that a warp writes
+// 512 bytes that lie together. Loads are then of 8 or 4 bytes per thread and as dense. A thread
+// loads its FLIGHT chunks, THREADS apart, before it stores the first.
 #include <bit>
 #include <type_traits>
 

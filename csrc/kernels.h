@@ -19,7 +19,7 @@ struct Where {
 constexpr std::int64_t SORT_CHUNK = 256;
 // Most experts `sort_slots` takes: their counters lie in shared memory.
 constexpr int SORT_EXPERTS = 4095;
-// Most slots a token `combine_rows` takes: their norms lie in registers.
+// Most slots per token that `combine_rows` takes: their norms lie in registers.
 constexpr int COMBINE_SLOTS = 32;
 
 // Sorts slots by expert, stably; see sort.cu for the arrays.

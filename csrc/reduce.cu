@@ -7,7 +7,7 @@
 //                                 order of LayerStats
 //   counts    [2, groups, E] int64, sums [5, groups, E] float64, extrema [2, groups, E] float32
 //
-// A tile's rows are of one expert, so a tile has one sum a field; an expert's tiles are
+// A tile's rows are of one expert, so a tile has one sum per field; an expert's tiles are
 // consecutive.
 #include "launch.cuh"
 #include "types.cuh"
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(THREADS) sum_tiles(Reduce call) {
     call.partials[cell * call.max_tiles + tile] = whole;
 }
 
-// Grid (E, G), a warp a field: adds one expert's tiles to the statistics, in place.
+// Grid (E, G), a warp per field: adds one expert's tiles to the statistics, in place.
 __global__ void __launch_bounds__(WARP* FIELDS) add_partials(Reduce call) {
     const int expert = blockIdx.x, field = threadIdx.y;
     const int stop = call.firsts[expert + 1];

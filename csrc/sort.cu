@@ -152,7 +152,7 @@ __global__ void scan_chunks(Sort call) {
     }
 }
 
-// Exclusive sums of `totals` into `starts`, by the whole block; `sums` has a number a warp.
+// Exclusive sums of `totals` into `starts`, by the whole block; `sums` has a number per warp.
 REAP_DEVICE void scan_totals(const std::int32_t* totals, int bins, std::int32_t* starts,
                              std::int32_t* sums) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -198,7 +198,7 @@ REAP_DEVICE int tiles_of(const Schedule& call, int expert) {
 
 // Grid (E): one block lists the tiles of one expert.
 __global__ void list_tiles(Schedule call) {
-    REAP_SHARED(int, sums);  // one a warp
+    REAP_SHARED(int, sums);  // one per warp
     const int expert = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int before = 0;
     for (int other = threadIdx.x; other < expert; other += blockDim.x)

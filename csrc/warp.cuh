@@ -11,7 +11,7 @@ struct Sum {
         return a + b;
     }
 };
-// NaN loses to any number: whoever must see one looks at norms.
+// Of NaN and a number these give the number; a NaN shows in the norms.
 struct Max {
     REAP_DEVICE float operator()(float a, float b) const { return fmaxf(a, b); }
     REAP_DEVICE double operator()(double a, double b) const { return fmax(a, b); }
@@ -30,8 +30,9 @@ REAP_DEVICE T warp_reduce(T value, Op op) {
     return value;
 }
 
-// ROWS values a lane, each over the warp; ROWS a power of two. Returns row `lane / (WARP / ROWS)`.
-// Lanes halve the rows they hold while they fold, so that 8 rows cost 9 exchanges and not 40.
+// ROWS values per lane, each over the warp; ROWS a power of two. Returns row `lane / (WARP /
+// ROWS)`. Lanes halve the rows they hold while they fold, so that 8 rows cost 9 exchanges and
+// not 40.
 template <int ROWS, int BIT = WARP / 2, class T, class Op>
 REAP_DEVICE T warp_reduce_rows(const T* values, int lane, Op op) {
     if constexpr (BIT == 0) {

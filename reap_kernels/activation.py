@@ -17,7 +17,7 @@ from reap_kernels.errors import ShapeError, UnsupportedModel
 Gated = Callable[[Tensor, Tensor, float, float], Tensor]
 
 
-# The first factor is a fresh tensor, so the product goes into it: one buffer less a piece.
+# The first factor is a fresh tensor, so the product goes into it: one buffer less for each piece.
 
 
 def _silu(gate: Tensor, up: Tensor, limit: float, alpha: float) -> Tensor:
@@ -66,6 +66,15 @@ class Activation:
         limit: clamp bound L; infinity where the activation has none.
         alpha: slope a of `swiglu_oai`.
         fn: for `opaque` only, maps [n, 2I] (gated, in the model's own layout) or [n, I] to [n, I].
+
+    Raises:
+        UnsupportedModel: an unknown kind, `fn` without kind `opaque`, or the reverse.
+
+    Example:
+        >>> import torch
+        >>> import reap_kernels as rk
+        >>> rk.Activation("relu2").apply(torch.tensor([[-1.0, 2.0]]))
+        tensor([[0., 4.]])
     """
 
     kind: str
@@ -138,7 +147,7 @@ def probe_activation(
     alphas: Sequence[float] = (),
     device: torch.device | str = "cpu",
 ) -> Activation:
-    """Recognizes a module's gate function by its values, in float32 whatever the model's dtype.
+    """Recognizes a module's activation by its values, in float32 whatever the model's dtype.
 
     Args:
         fn: maps [n, 2I] (or [n, I] when not gated) to [n, I], the module's own.
@@ -155,6 +164,15 @@ def probe_activation(
 
     Raises:
         ShapeError: `fn` does not return [64, I].
+
+    Example:
+        >>> import torch
+        >>> import reap_kernels as rk
+        >>> def fn(projected):
+        ...     gate, up = projected.chunk(2, dim=-1)
+        ...     return torch.nn.functional.silu(gate) * up
+        >>> rk.probe_activation(fn, intermediate_size=16, gated=True).kind
+        'silu'
     """
     reach = 4.0 * max([2.0, *(abs(x) for x in limits if x is not None and math.isfinite(x))])
     width = 2 * intermediate_size if gated else intermediate_size
@@ -167,7 +185,7 @@ def probe_activation(
         got = fn(probe)
         if got.shape != (64, intermediate_size):
             raise ShapeError(
-                f"the gate function returned {tuple(got.shape)} for a probe of "
+                f"the activation returned {tuple(got.shape)} for a probe of "
                 f"{tuple(probe.shape)}; expected (64, {intermediate_size}): check "
                 "intermediate_size and gated"
             )

@@ -283,6 +283,13 @@ def explain(
 
     Returns:
         One `Verdict` per (op, backend), first choice first; `reason` is None for the one chosen.
+
+    Example:
+        >>> import torch
+        >>> import reap_kernels as rk
+        >>> found = rk.explain("cpu", torch.float32, backend="reference")
+        >>> {verdict.backend for verdict in found if verdict.reason is None}
+        {'reference'}
     """
     verdicts = []
     for op in OPS:

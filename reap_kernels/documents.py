@@ -132,7 +132,7 @@ class Format:
         remedy: what to do then, such as "make it again with `reap-kernels plan`".
         open: whether other fields may stand beside them, as in what is printed for all purposes.
         sealed: whether a field `digest` guards all others, and the data that go with them; for
-            files that nobody edits.
+            files that are not edited by hand.
         limit: bytes of the largest file.
     """
 

@@ -86,7 +86,7 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename == os.fspath(temporary):
-            error.filename = os.fspath(target)  # the name that somebody knows
+            error.filename = os.fspath(target)  # the name that the caller knows
         raise
 
 

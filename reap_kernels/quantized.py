@@ -31,7 +31,7 @@ class Quantized(Sequence[Tensor]):
     Formats; value is the product in float32, rounded once to bf16:
 
     - `fp8_block`: values [E, N, K] float8_e4m3fn; scales [E, ceil(N / rows), ceil(K / columns)]
-      float32 or bf16, one a block of `block` = (rows, columns); the last blocks may be partial.
+      float32 or bf16, one per block of `block` = (rows, columns); the last blocks may be partial.
       value = float(w) * scale, as DeepSeek-V3 (`weight_scale_inv`) and transformers'
       integrations/finegrained_fp8.py have it.
     - `mxfp4`: values [E, N, K / 2] uint8, the low nibble first, codes E2M1 (0, 0.5, 1, 1.5, 2, 3,
@@ -39,7 +39,7 @@ class Quantized(Sequence[Tensor]):
       Microscaling Formats 1.0; codes and order as in transformers' integrations/mxfp4.py). The
       `blocks` of gpt-oss are [E, N, K / 32, 16]: pass `blocks.flatten(2)`.
     - `int4_group`: values [E, N, K / 8] int32, whose nibble i from below is element 8 w + i, stored
-      plus 8; scales [E, N, K / g] bf16, fp16 or float32, one a group of g elements, a multiple of
+      plus 8; scales [E, N, K / g] bf16, fp16 or float32, one per group of g elements, a multiple of
       8. value = q * scale (compressed-tensors' `pack-quantized`, symmetric, 4 bits). K must be a
       whole number of words, and no group permutation (`actorder`) applied.
 
@@ -52,6 +52,16 @@ class Quantized(Sequence[Tensor]):
     Raises:
         ShapeError: shapes do not fit the format and each other, or a tensor is not contiguous.
         DtypeError: an unknown format, a dtype that is not its own, or different devices.
+
+    Example:
+        >>> import torch
+        >>> import reap_kernels as rk
+        >>> values = torch.ones(2, 8, 16).to(torch.float8_e4m3fn)
+        >>> matrices = rk.Quantized(values, torch.full((2, 1, 1), 0.5), "fp8_block")
+        >>> matrices.shape
+        (2, 8, 16)
+        >>> float(matrices[1][0, 0])
+        0.5
     """
 
     values: Tensor
@@ -119,7 +129,7 @@ class Quantized(Sequence[Tensor]):
         columns, groups = self.shape[2], self.scales.shape[2]
         if groups < 1 or columns % groups or columns // groups % 8:
             raise ShapeError(
-                f"Quantized.scales has {groups} groups a row of K = {columns} elements; groups "
+                f"Quantized.scales has {groups} groups per row of K = {columns} elements; groups "
                 "must be equal and of a multiple of 8 elements"
             )
 

@@ -187,7 +187,7 @@ class Record:
         fields: that must be there.
         optional: that may be.
         open: whether other fields are let through; otherwise one is a mismatch, as most likely
-            somebody wrote a name wrongly.
+            a name was misspelled.
     """
 
     fields: Mapping[str, Kind] = field(default_factory=dict)

@@ -77,7 +77,7 @@ def _verdict(key: str, where: torch.device, check: Callable[[], str | None]) -> 
         reason = check()
     except KernelError as error:
         return f"its self-check could not be launched: {error}"
-    except ReapError:  # a wrong setting says nothing of the kernel, and its error all there is
+    except ReapError:  # a wrong setting says nothing about the kernel: its own error is raised
         raise
     except torch.OutOfMemoryError as error:
         return Passing(f"its self-check ran out of memory: {error}")

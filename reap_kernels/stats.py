@@ -69,6 +69,17 @@ class LayerStats:
         num_experts: E.
         num_groups: G, the number of calibration groups.
         device: where the tensors live.
+
+    Raises:
+        ShapeError: less than one expert or group.
+
+    Example:
+        >>> import torch
+        >>> import reap_kernels as rk
+        >>> stats = rk.LayerStats(num_experts=4)
+        >>> rk.accumulate(torch.ones(3, 2), torch.tensor([0, 0, 2]), torch.ones(3), stats)
+        >>> stats.count
+        tensor([[2, 0, 1, 0]])
     """
 
     def __init__(
@@ -191,7 +202,7 @@ class LayerStats:
             num_groups: of the copy; groups that nothing adds to are empty.
 
         Raises:
-            ShapeError: not one target a group, or a target that the copy does not have.
+            ShapeError: not one target per group, or a target that the copy does not have.
         """
         copy = LayerStats(self.num_experts, num_groups, self.device)
         return copy.merge_(self, targets)
@@ -208,6 +219,15 @@ class SaliencyStats:
         parts: disjoint shares of the calibration data, each with the layers, the groups and the
             provenance of the whole, which is their merge; without parts of their own. They say how
             far the scores depend on the sample. Empty where the data were not divided.
+
+    Example:
+        >>> import reap_kernels as rk
+        >>> first, second = (
+        ...     rk.SaliencyStats({"layers.0.mlp.experts": rk.LayerStats(4)}, [group])
+        ...     for group in ("code", "chat")
+        ... )
+        >>> first.merge(second).groups
+        ['code', 'chat']
     """
 
     layers: dict[str, LayerStats]

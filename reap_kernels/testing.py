@@ -97,7 +97,7 @@ def make_inputs(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Inputs:
-    """Random inputs of `case`: hidden N(0, 1) in `dtype`, topk_weights summing to 1 per token."""
+    """Random inputs of `case`: hidden N(0, 1) in `dtype`, router weights summing to 1 per token."""
     rng = torch.Generator().manual_seed(seed)
     t, e, k = case.tokens, case.experts, case.top_k
     logits = torch.randn(t, e, generator=rng)
@@ -106,7 +106,7 @@ def make_inputs(
     weights, ids = torch.softmax(logits, dim=-1).topk(k, dim=-1)
     if case.skew == "one":
         ids = torch.full_like(ids, e // 2)
-        ids[:, 1:] = e  # one served slot a token
+        ids[:, 1:] = e  # one served slot per token
     weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-9)
     if case.foreign:
         strange = torch.randint(0, 3, (t, k), generator=rng)

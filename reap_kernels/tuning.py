@@ -1,7 +1,7 @@
 """The launch table: which tiles a grouped product uses, and the backend of each stage.
 
 Nothing is timed while a model runs: equal calls get equal launches, so equal bits. A launch is
-looked up by architecture, dtype, op, width of an expert and mean rows an expert, first in the file
+looked up by architecture, dtype, op, width of an expert and mean rows per expert, first in the file
 `REAP_TUNING` names (`reap-kernels tune` writes one), then in `configs/`, and where neither has an
 entry it follows from the architecture's shared memory by arithmetic.
 """
@@ -249,14 +249,14 @@ def choose(where: torch.device, op: str, dtype: torch.dtype, width: int, rows: f
         op: one of `PRODUCTS`.
         dtype: of the operands.
         width: I, the experts' width.
-        rows: mean rows an expert, T * k / E of the whole call.
+        rows: mean rows per expert, T * k / E of the whole call.
     """
     key = _key(device.architecture(where))
     found = _launch(key, op, table_dtype(dtype), width, rows)
     return found or fallback(op, dtype, rows, device.shared_memory(where))
 
 
-# Looked up several times a call, and for one model always the same.
+# Looked up several times per call, and for one model always the same.
 @functools.lru_cache(maxsize=4096)
 def _launch(key: _Key, op: str, dtype: str, width: int, rows: float) -> Launch | None:
     """The first launch that covers a call."""
@@ -281,7 +281,7 @@ class Problem:
         dtype: of the operands.
         activation: kind of the activation; only a fused gated product has two accumulators.
         hidden, intermediate: H and I.
-        rows: mean rows an expert, T * k / E of the whole call.
+        rows: mean rows per expert, T * k / E of the whole call.
         plain: no biases and no address table, which need registers of their own.
     """
 
@@ -334,8 +334,8 @@ def _backend(key: _Key, op: str, dtype: str, width: int, rows: float) -> str | N
 
 
 def fallback(op: str, dtype: torch.dtype, rows: float, shared_memory: int) -> Launch:
-    """Tiles as large as registers allow, no taller than an expert has rows, and as many stages as
-    fit in shared memory.
+    """Tiles as large as registers allow, no taller than the mean number of rows per expert, and as
+    many stages as fit in shared memory.
     """
     if dtype == torch.float32:  # no tensor cores: small tiles keep the product in registers
         gated = op == "gate_up"
@@ -348,7 +348,7 @@ def fallback(op: str, dtype: torch.dtype, rows: float, shared_memory: int) -> La
 
 
 def ordered(entries: Sequence[Entry]) -> tuple[Entry, ...]:
-    """One entry a bucket, the first of it; fewer rows first, then narrower experts."""
+    """One entry per bucket, the first of it; fewer rows first, then narrower experts."""
     found: dict[tuple[str, str | None, int | None, int | None], Entry] = {}
     for entry in entries:
         found.setdefault((entry.op, entry.dtype, entry.width, entry.rows), entry)

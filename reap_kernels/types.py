@@ -21,7 +21,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def _dims(name: str, matrices: Matrices) -> tuple[int, int, int]:
-    """(E, N, K) of one matrix an expert, checked."""
+    """(E, N, K) of one matrix per expert, checked."""
     if isinstance(matrices, Tensor):
         if matrices.ndim != 3:
             raise ShapeError(
@@ -67,7 +67,7 @@ class ExpertWeights:
     """The experts of one MoE layer, as views of the model's own storage.
 
     Attributes:
-        up: [E, 2I, H] fused gate and up, or [E, I, H] up alone; stacked, one [N, K] an expert, or
+        up: [E, 2I, H] fused gate and up, or [E, I, H] up alone; stacked, one [N, K] per expert, or
             `Quantized`, as are all three matrices then, in one format.
         down: [E, H, I], likewise.
         activation: the function between the products.
@@ -88,6 +88,16 @@ class ExpertWeights:
         ShapeError: the shapes do not describe one expert layer; the message names the tensor.
         DtypeError: a tensor is not bf16, fp16, fp32 or fp64, or they differ, or some matrices are
             quantized and others are not.
+
+    Example:
+        >>> import torch
+        >>> import reap_kernels as rk
+        >>> up, down = torch.randn(8, 32, 64), torch.randn(8, 64, 16)
+        >>> experts = rk.ExpertWeights(up, down, rk.Activation("silu"))
+        >>> experts.num_experts, experts.hidden_size, experts.intermediate_size
+        (8, 64, 16)
+        >>> experts.layout
+        'stacked'
     """
 
     up: Matrices
@@ -213,7 +223,7 @@ class ExpertWeights:
         return (*matrices, *self._biases())
 
     def project(self, expert: int, x: Tensor) -> Tensor:
-        """f(x) of one expert, before the routing gate, computed in `x`'s dtype.
+        """f(x) of one expert, before the router weight, computed in `x`'s dtype.
 
         Args:
             expert: 0 <= expert < E.
@@ -242,13 +252,18 @@ class Routing:
 
     Attributes:
         gather_index: [S] int64, S = T * k: flat slot t * k + j of each sorted row, ascending within
-            an expert; slots nobody here serves (foreign id, weight exactly 0) come last.
+            an expert; slots that are not served here (foreign id, weight exactly 0) come last.
         offsets: [E + 1] int64: rows of expert e are `gather_index[offsets[e] : offsets[e + 1]]`.
         top_k: k, so that `gather_index // top_k` are token indices.
 
-    Worked example, T = 2, k = 2, E = 3, ids [[2, 0], [0, 7]]: sorted rows are slots 1 (expert 0),
-    2 (expert 0), 0 (expert 2), then the foreign slot 3, so gather_index = [1, 2, 0, 3]
-    and offsets = [0, 2, 2, 3].
+    Example:
+        Slots are 0 to 3. Sorted rows are slot 1 (expert 0), slot 2 (expert 0), slot 0 (expert 2),
+        then slot 3, whose id 7 is foreign.
+
+        >>> import torch
+        >>> import reap_kernels as rk
+        >>> rk.sort_by_expert(torch.tensor([[2, 0], [0, 7]]), 3)
+        Routing(gather_index=tensor([1, 2, 0, 3]), offsets=tensor([0, 2, 2, 3]), top_k=2)
     """
 
     gather_index: Tensor

@@ -224,7 +224,7 @@ def _zeros(module: Any) -> Tensor:
 
 
 def all_experts_seconds(bench: Bench) -> float:
-    """Seconds a layer and sequence of the all-experts observation, from two layers."""
+    """Seconds per layer and sequence of the all-experts observation, from two layers."""
     modules = bench.experts[:2]
     taken = []
     for module, arguments in zip(
@@ -323,7 +323,7 @@ def _rows(
         slower = f"{trial[key] / trial[theirs]:.2f} times transformers' fastest on one batch"
         rows.append(_row(*key, status="skipped", note=f"{note}; {slower}"))
     observed = middle[theirs] + baseline * bench.layers * done
-    extra = f"{baseline * 1e3:.1f} ms a layer and sequence, timed on two layers and one sequence, "
+    extra = f"{baseline * 1e3:.1f} ms per layer and sequence, timed on two layers, one sequence, "
     extra += f"extrapolated to all and added to transformers' {theirs[1]}"
     rows.append(row(("all-experts", "eager", "yes"), observed, extra, 3))
     return rows

@@ -128,8 +128,8 @@ class Timer:
 
     Attributes:
         prepared: the part, checked.
-        taken: seconds a call on the device.
-        queued: seconds a call, launched one by one.
+        taken: seconds per call on the device.
+        queued: seconds per call, launched one by one.
     """
 
     def __init__(self, prepared: Prepared, machine: Machine) -> None:

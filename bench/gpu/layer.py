@@ -16,7 +16,7 @@ from reap_kernels.testing import Case
 Row = dict[str, object]
 DTYPE = torch.bfloat16
 ROUNDS = 2
-_SLOW, _VERY_SLOW = 0.05, 0.5  # seconds a call from which on fewer calls are timed
+_SLOW, _VERY_SLOW = 0.05, 0.5  # seconds per call from which on fewer calls are timed
 
 
 def _shape(name: str, experts: int, top_k: int, hidden: int, intermediate: int) -> Case:

@@ -41,7 +41,7 @@ class Prepared:
     Attributes:
         calls: one a set of inputs.
         verify: the error found; raises CheckFailed where it is too large.
-        moved: bytes a call must read and write at least.
+        moved: bytes that a call must read and write at least.
         captured: whether the calls are timed as a CUDA graph, without the host's part.
     """
 

@@ -153,8 +153,8 @@ def streaming(rows: Sequence[Row]) -> str:
     totals = [row for row in rows if row["status"] == "projected"]
     keys = ("model", "sequences", "layers", "total_gb", "gb", "load_s", "compute_s")
     keys += ("overlapped_s", "total_s", "goal_s", "note")
-    head = ["projected", "sequences", "layers", "GB", "GB a layer", "load, s a layer"]
-    head += ["compute, s a layer", "overlapped, s a layer", "total, s", "goal, s", "how"]
+    head = ["projected", "sequences", "layers", "GB", "GB per layer", "load, s per layer"]
+    head += ["compute, s per layer", "overlapped, s per layer", "total, s", "goal, s", "how"]
     if totals:
         text += "\n" + markdown(head, [[str(row[key]) for key in keys] for row in totals])
     others = [row for row in rows if row["status"] not in ("timed", "projected")]

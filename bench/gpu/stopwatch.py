@@ -1,7 +1,7 @@
 """When a streamed pass asks for a layer, has it, and lets it go; and the memory it holds meanwhile.
 
 A stand-in for `StreamedModel` in `run_streamed`, so that what is timed is the library's own
-loop. It waits for the device where its clock is read: once a layer where layers load while others
+loop. It waits for the device where its clock is read: once per layer where layers load while others
 compute, when the next one is there, so that a load that is too early for what computes shows.
 """
 
@@ -15,7 +15,7 @@ from bench.gpu.clock import Deadline
 
 
 class Stopwatch:
-    """Times of one pass, one entry a layer.
+    """Times of one pass, one entry per layer.
 
     Args:
         device: where the model computes.

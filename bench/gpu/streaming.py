@@ -1,6 +1,6 @@
 """Stage 5, streaming: true-shape layers from files, each loaded while the one before computes.
 
-Three figures a layer: loading alone, computing alone, both overlapped. All are taken around
+Three figures per layer: loading alone, computing alone, both overlapped. All are taken around
 `run_streamed` itself, by a stand-in for the streamed model that looks at the clock whenever a
 layer is asked for or let go. Before that, small files must give the bits of a resident run; after
 it, the overlapped pass must have given the bits of the pass that loaded and computed in turn.

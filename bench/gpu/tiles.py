@@ -1,4 +1,4 @@
-"""Stage tiles, only where asked for: launches of both products at two numbers of rows an expert.
+"""Stage tiles, only where asked for: launches of both products at two numbers of rows per expert.
 
 What `reap-kernels tune` searches in full, here for the tiles that compete on Hopper. Each launch is
 compared with float64 before it is timed; kernels are compiled in several processes first.

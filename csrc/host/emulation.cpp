@@ -75,7 +75,7 @@ void yield() {
     }
 }
 
-// A fiber outlives its block: it runs the body once a block, and then waits for the next.
+// A fiber outlives its block: it runs the body once per block, and then waits for the next.
 void fiber_main() {
     for (;;) {
         (*body)();

@@ -9,8 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-# Elements of a buffer a thread: 1 MiB, of which three fit in the caches; with less, torch's own
-# work for each operation shows.
+# Elements of a buffer, for each thread: 1 MiB, of which three fit in the caches; with less, torch's
+# own work for each operation shows.
 _BUFFER = 1 << 18
 # Elements whose maximum is taken first: torch finds a maximum ten times faster than its position.
 _GROUP = 128

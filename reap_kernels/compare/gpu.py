@@ -7,7 +7,7 @@ from reap_kernels import device
 from reap_kernels.compare import kernel_triton as kernels
 
 WARPS = 8
-# 4 logits of either row a thread: with 8, some compilers spill.
+# 4 logits of either row per thread: with 8, some compilers spill.
 BLOCK = WARPS * 32 * 4
 
 

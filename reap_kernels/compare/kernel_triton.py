@@ -59,7 +59,7 @@ def compare_rows(
     KNOWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (N,): one program a row."""
+    """Grid (N,): one program per row."""
     LEAST: tl.constexpr = -3.4028234663852886e38  # finite, so that -inf less it is no NaN
     row = tl.program_id(0)
     full_ptr += row.to(tl.int64) * full_row

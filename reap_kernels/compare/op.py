@@ -29,6 +29,13 @@ class LogitComparison:
         full_lse: [N] float32, log-sum-exp of full's logits.
         candidate_lse: [N] float32, that of candidate's.
         same_top: [N] bool, whether both are largest at the same token, the first of equals.
+
+    Example:
+        >>> import torch
+        >>> import reap_kernels as rk
+        >>> found = rk.compare_logits(torch.tensor([[0.0, 9.0]]), torch.tensor([[9.0, 0.0]]))
+        >>> found.same_top
+        tensor([False])
     """
 
     acceptance: Tensor
@@ -59,9 +66,19 @@ def compare_logits(
             some backends the exponentials of a pass. Default: computed.
         backend: explicit backend, never falls back. Default: see `explain()`.
 
+    Returns:
+        A `LogitComparison` of N rows.
+
     Raises:
         ShapeError, DtypeError: inputs that do not fit each other; the message names the input.
         BackendUnavailable: no backend serves, or the requested one refuses, with the reason.
+
+    Example:
+        >>> import torch
+        >>> import reap_kernels as rk
+        >>> logits = torch.randn(4, 1000)
+        >>> bool((rk.compare_logits(logits, logits).acceptance > 0.9999).all())
+        True
     """
     _check(full, candidate, full_lse)
     run = _run if direct(full) else torch.ops.reap_kernels.compare_logits

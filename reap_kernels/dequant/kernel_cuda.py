@@ -22,7 +22,7 @@ _KERNELS = {
     )
     for name, (_, stored, scaled) in FORMATS.items()
 }
-# Bytes of values a thread loads at once: those of 8 elements.
+# Bytes of values that a thread loads at once: those of 8 elements.
 _LOADS = {"fp8_block": 8, "mxfp4": 4, "int4_group": 4}
 
 

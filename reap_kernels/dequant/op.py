@@ -32,7 +32,7 @@ def dequantize(
 
     Args:
         matrices: E matrices [N, K] in one of the formats of `Quantized`.
-        offsets: [E + 1] int64 from `sort`. The parts of `out` of experts without rows,
+        offsets: [E + 1] int64 from `sort_by_expert`. The parts of `out` of experts without rows,
             `offsets[e] == offsets[e + 1]`, need not be written: what they hold has no meaning.
             Default: every expert is written.
         out: [E, N, K] bf16, contiguous, on the same device; default a new tensor.
@@ -44,6 +44,14 @@ def dequantize(
     Raises:
         ShapeError, DtypeError: `offsets` or `out` do not fit `matrices`.
         BackendUnavailable: no backend serves, or the requested one refuses.
+
+    Example:
+        >>> import torch
+        >>> import reap_kernels as rk
+        >>> values = torch.ones(2, 8, 16).to(torch.float8_e4m3fn)
+        >>> matrices = rk.Quantized(values, torch.full((2, 1, 1), 0.5), "fp8_block")
+        >>> rk.dequantize(matrices).dtype
+        torch.bfloat16
     """
     request = _request(matrices)
     out = _checked(matrices, offsets, out)

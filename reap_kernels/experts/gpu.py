@@ -1,9 +1,9 @@
 """GPU expert outputs: the weights as kernels take them, and the launches of the products.
 
 Two paths share everything but the products: our Triton kernel, which gathers rows and applies the
-gate inside, and torch's grouped_mm between a gather and a gate pass of ours. Quantized experts are
-dequantized by chunks into scratch that all chunks share; a chunk's products write the rows of its
-experts, in the tiles they would have anyway: the same bits whatever the chunks.
+activation inside, and torch's grouped_mm between a gather and an activation pass of ours. Quantized
+experts are dequantized by chunks into scratch that all chunks share; a chunk's products write the
+rows of its experts, in the tiles they would have anyway: the same bits whatever the chunks.
 """
 
 import math
@@ -28,7 +28,7 @@ from reap_kernels.types import ExpertWeights, Matrices, Routing
 
 @dataclass(frozen=True)
 class Operand:
-    """The right operand of a product: one [N, K] matrix an expert, and its bias.
+    """The right operand of a product: one [N, K] matrix per expert, and its bias.
 
     Attributes:
         base: the stacked tensor, or with `table` [E] int64 addresses.
@@ -272,7 +272,7 @@ def triton_outputs(
 
 
 def _projected(hidden: Tensor, rows: SortedSlots, experts: ExpertWeights, launch: Launch) -> Tensor:
-    """[S, 2 I] or [S, I] in the model's own layout, for a gate only the model can compute."""
+    """[S, 2 I] or [S, I] in the model's own layout, for an activation only the model knows."""
     found: list[Tensor] = []
     # A separate gate comes first, as its half does in a fused matrix.
     for matrices, bias in reversed(first_sides(experts)):
@@ -312,7 +312,7 @@ def grouped_outputs(
 
 
 def activated(up: Tensor, gate: Tensor, activation: Activation, rows: SortedSlots) -> Tensor:
-    """The gate on [S, I] halves, as one pass; rows that no expert serves are not written."""
+    """The activation of [S, I] halves, as one pass; rows that no expert serves are not written."""
     out = torch.empty(up.shape, dtype=device.written_dtype(up.dtype), device=up.device)
     block_m, block_n = 16, 128
     grid = (-(-len(up) // block_m), -(-up.shape[1] // block_n))

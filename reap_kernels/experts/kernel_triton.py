@@ -1,4 +1,4 @@
-"""Triton kernels of the experts: one grouped product for every use, and the gate on its own.
+"""Triton kernels of the experts: one grouped product for every use, and the activation on its own.
 
 Arrays, with S sorted rows (see `sort.kernel_triton` for gather_index, offsets and tiles):
 
@@ -7,7 +7,7 @@ Arrays, with S sorted rows (see `sort.kernel_triton` for gather_index, offsets a
     b        per expert [N, K]          right operand, out x in with free strides: one stacked
                                         tensor, or (TABLE) an [E] int64 array of addresses
     b_gate   likewise                   gate half of a gated product; b's shape and strides
-    bias     [E, N]                     added before the gate, where BIASED
+    bias     [E, N]                     added before the activation, where BIASED
     out      [S, N]                     rows below offsets[E] are written, the others are not
 
 Every row of `out` is written by one program, K is summed in one fixed order: the same bits run to
@@ -203,7 +203,7 @@ def activate_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Grid (ceil(S / BLOCK_M), ceil(N / BLOCK_N)): the gate on [S, N] halves, as its own pass."""
+    """Grid (ceil(S / BLOCK_M), ceil(N / BLOCK_N)): the activation of [S, N] halves alone."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (rows < tl.load(offsets_ptr + E))[:, None] & (cols < N)[None, :]

@@ -1,4 +1,4 @@
-"""expert_outputs: f_j(x) of every routed row, before the gate."""
+"""expert_outputs: f_j(x) of every routed row, before the router weight."""
 
 from torch import Tensor
 
@@ -13,11 +13,11 @@ from reap_kernels.types import FLOATS, ExpertWeights, Routing
 def expert_outputs(
     hidden: Tensor, routing: Routing, experts: ExpertWeights, *, backend: str | None = None
 ) -> Tensor:
-    """Outputs of the routed rows, sorted by expert, not scaled by the gate.
+    """Outputs of the routed rows, sorted by expert, before the router weight.
 
     Args:
         hidden: [T, H] float, the layer's input.
-        routing: from `sort`.
+        routing: from `sort_by_expert`.
         experts: the layer's weights, same dtype and device as `hidden`.
         backend: explicit backend, never falls back.
 
@@ -28,6 +28,15 @@ def expert_outputs(
     Raises:
         ShapeError, DtypeError: inputs that do not fit each other.
         BackendUnavailable: no backend serves, or the requested one refuses.
+
+    Example:
+        >>> import torch
+        >>> import reap_kernels as rk
+        >>> up, down = torch.randn(8, 32, 64), torch.randn(8, 64, 16)
+        >>> experts = rk.ExpertWeights(up, down, rk.Activation("silu"))
+        >>> routing = rk.sort_by_expert(torch.randint(0, 8, (5, 2)), 8)
+        >>> rk.expert_outputs(torch.randn(5, 64), routing, experts).shape
+        torch.Size([10, 64])
     """
     check_experts(hidden, experts)
     request = request_of("experts", hidden, routing.top_k, experts)

@@ -48,7 +48,9 @@ def note(request: Request) -> str:
     if request.layout == "quantized":
         notes.append("experts are dequantized to bf16 by chunks")
     if request.activation == "opaque":
-        notes.append("the gate is the model's own torch function, run between the two products")
+        notes.append(
+            "the activation is the model's own torch function, run between the two products"
+        )
     return "; ".join(notes)
 
 

@@ -1,6 +1,6 @@
 """When the `cuda` backend serves `layer`: compiled kernels around the products.
 
-Routing, combination and reduction are CUDA kernels where the launch table does not say otherwise;
+The sort, combination and reduction are CUDA kernels where the launch table does not say otherwise;
 the products are Triton's, or torch's grouped_mm where the table prefers it: a hand-written product
 exists for no architecture yet.
 """
@@ -62,7 +62,7 @@ def served(request: Request) -> str:
     if cuda.refusal(request.device) is not None:
         return ""
     chosen = stage_backends(request)
-    text = f"routing by {chosen['sort']}, products by {chosen['layer']}, norms and sums by "
+    text = f"sort by {chosen['sort']}, products by {chosen['layer']}, norms and sums by "
     return "; ".join(part for part in (text + chosen["saliency"], note(request)) if part)
 
 

@@ -1,5 +1,5 @@
-"""GPU MoE layer: route, two grouped products, one pass that combines and measures, one reduction;
-each by kernels of whatever kind serves it.
+"""GPU MoE layer: sort by expert, two grouped products, one pass that combines and measures, one
+reduction; each by the kernels of its own backend.
 
 Scratch beside input and output: h [S, I] and y [S, H] (grouped_mm: gathered rows and both halves
 too), O(S), and for quantized experts one product's bf16 matrices of as many as fit. Where that is
@@ -28,7 +28,7 @@ class Products:
 
     Attributes:
         outputs: (hidden, rows, experts, launches) -> [S, H] by sorted row.
-        width: elements of scratch a slot, all held at once.
+        width: elements of scratch per slot, all held at once.
     """
 
     outputs: Callable[[Tensor, SortedSlots, ExpertWeights, Launches], Tensor]

@@ -43,7 +43,7 @@ def observe_layer(
         hidden: [T, H] bf16, fp16, fp32 or fp64.
         topk_ids: [T, k] integers as the model's router made them. Ids outside [0, E) are foreign
             (expert-parallel sentinels, identity experts): they add nothing and are not counted.
-        topk_weights: [T, k] float gate weights; slots of weight exactly 0 are not counted.
+        topk_weights: [T, k] float router weights; slots of weight exactly 0 are not counted.
         experts: the layer's weights, same dtype and device as `hidden`.
         stats: statistics to add to in place, on the same device; None for the plain forward.
         mask: [T] bool, tokens that count; the others are computed but not counted. Default all.
@@ -59,6 +59,18 @@ def observe_layer(
     Raises:
         ShapeError, DtypeError: inputs that do not fit each other; the message names the input.
         BackendUnavailable: no backend serves, or the requested one refuses, with the reason.
+
+    Example:
+        >>> import torch
+        >>> import reap_kernels as rk
+        >>> up, down = torch.randn(8, 32, 64), torch.randn(8, 64, 16)
+        >>> experts = rk.ExpertWeights(up, down, rk.Activation("silu"))
+        >>> hidden, ids = torch.randn(5, 64), torch.tensor([[0, 1]] * 5)
+        >>> stats = rk.LayerStats(num_experts=8)
+        >>> rk.observe_layer(hidden, ids, torch.full((5, 2), 0.5), experts, stats).shape
+        torch.Size([5, 64])
+        >>> stats.count
+        tensor([[5, 5, 0, 0, 0, 0, 0, 0]])
     """
     call = _checked(LayerCall(hidden, topk_ids, topk_weights, experts, stats, mask, group, chunk))
     # A torch function cannot pass through an operator schema: it always runs as plain torch code.
@@ -113,8 +125,8 @@ def _count_tokens(stats: LayerStats, tokens: int, mask: Tensor | None, group: in
 
 
 def _flat(matrices: Matrices | None) -> list[Tensor]:
-    """As an operator takes them: one stacked tensor, one an expert, or values and scales; empty for
-    none. Values go as bytes: torch's own checks of operators cannot compare 8-bit floats.
+    """As an operator takes them: one stacked tensor, one per expert, or values and scales; empty
+    for none. Values go as bytes: torch's own checks of operators cannot compare 8-bit floats.
     """
     if matrices is None:
         return []

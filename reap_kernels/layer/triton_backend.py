@@ -31,8 +31,8 @@ from reap_kernels.tuning import STAGE_BACKENDS
 
 # Sums may be off by twice what outputs are: squares enter two of them.
 _SUMS = 2.0
-# Outputs are off by more with grouped_mm, which rounds the first product before the gate, as eager
-# models do.
+# Outputs are off by more with grouped_mm, which rounds the first product before the activation, as
+# eager models do.
 _ROUNDED = {"triton": 1.0, "grouped_mm": 1.6}
 
 
@@ -65,7 +65,7 @@ def grouped_limits(request: Request) -> str | None:
     if request.biased:
         return "torch's grouped_mm adds no bias"
     if request.activation == "opaque":
-        return "an opaque gate is served by `triton`"
+        return "an opaque activation is served by `triton`"
     for name in ("hidden", "intermediate"):
         size = getattr(request.sizes, name)
         if size % 8:

@@ -2,12 +2,13 @@
 
 Arrays, with S = T * k slots (see `sort.kernel_triton` for the indices, offsets and tiles):
 
-    y        [S, H]        expert outputs before the weight, by sorted row (SORTED) or by slot
-    router_weights    [S]           router weights, by slot
-    out      [T, H]        sum over a token's slots of weight * y
-    norm     [S] float32   ||y|| by slot; high and low: its largest and smallest element
-    partials [9, G, M]     float64, one tile's sorted rows of one group reduced to the fields of
-                           `LayerStats`: 2 counts, 5 sums, 2 extrema
+    y               [S, H]       expert outputs before the router weight, by sorted row (SORTED) or
+                                 by slot
+    router_weights  [S]          by slot
+    out             [T, H]       sum over a token's slots of router weight * y
+    norm            [S] float32  ||y|| by slot; high and low: its largest and smallest element
+    partials        [9, G, M]    float64, one tile's sorted rows of one group reduced to the fields
+                                 of `LayerStats`: 2 counts, 5 sums, 2 extrema
 
 The combination has to read y once anyway, so the norms cost no extra bytes; they are norms of the
 rounded outputs, as models have them. Sums follow fixed trees in float64: the same bits run to run.
@@ -42,8 +43,8 @@ def combine_rows(
     """Grid (ceil(T / TOKENS),): one program reads the rows of its tokens once.
 
     SLOTS is TOP_K rounded up. A thread loads VECTOR elements, 16 bytes, of every slot of a block:
-    it sums over slots, and squares over its own elements, without a word to other threads. They
-    exchange what they have once, after the loop.
+    it sums over slots, and squares over its own elements, without exchanging anything. Threads
+    exchange their squares and extrema once, after the loop.
     """
     LANES: tl.constexpr = BLOCK_H // VECTOR
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)

@@ -27,7 +27,7 @@ def accumulate(
     say how many tokens they come from: call `stats.add_tokens`.
 
     Args:
-        y: [S, H] float, expert outputs before the weight, rows in any order.
+        y: [S, H] float, expert outputs before the router weight, rows in any order.
         expert_ids: [S] integers; ids outside [0, E) are foreign and not counted.
         router_weights: [S] float router weights; rows of weight exactly 0 are not counted.
         stats: the layer's statistics, on the device of `y`.
@@ -38,6 +38,15 @@ def accumulate(
     Raises:
         ShapeError, DtypeError: inputs that do not fit each other, or a group `stats` lacks.
         BackendUnavailable: no backend serves, or the requested one refuses.
+
+    Example:
+        >>> import torch
+        >>> import reap_kernels as rk
+        >>> stats = rk.LayerStats(num_experts=2)
+        >>> y = torch.tensor([[3.0, 4.0], [0.0, 2.0]])  # norms 5 and 2
+        >>> rk.accumulate(y, torch.tensor([0, 0]), torch.tensor([0.5, 1.0]), stats)
+        >>> stats.weighted_norm_sum
+        tensor([[4.5000, 0.0000]], dtype=torch.float64)
     """
     if y.ndim != 2:
         raise ShapeError(f"y has shape {tuple(y.shape)}; expected [S, H]")

@@ -7,11 +7,11 @@ from reap_kernels.saliency.measures import TILE, SlotMeasures, Stages
 from reap_kernels.stats import LayerStats
 
 
-def stages(route: str, saliency: str) -> Stages:
-    """Routing and saliency each by `triton` or `cuda`; kernels are imported where they are chosen,
+def stages(sort: str, saliency: str) -> Stages:
+    """The sort and saliency each by `triton` or `cuda`; kernels are imported where they are chosen,
     since CUDA's need no Triton.
     """
-    if route == "cuda":
+    if sort == "cuda":
         from reap_kernels.sort.kernel_cuda import sort_slots
     else:
         from reap_kernels.sort.gpu import sort_slots

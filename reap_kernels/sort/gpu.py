@@ -8,7 +8,7 @@ from reap_kernels.sort import kernel_triton as kernels
 from reap_kernels.sort.slots import SortedSlots, Tiles, empty_tiles
 from reap_kernels.types import Routing
 
-# Slots of one program. 512 keeps the counts, (E + 1) * S / 512 int32, below 8 bytes a slot up to
+# Slots of one program. 512 keeps the counts, (E + 1) * S / 512 int32, below 8 bytes per slot up to
 # E = 1024, and the comparisons of a block below the cost of reading it.
 _BLOCK = 512
 _CHUNK = 8

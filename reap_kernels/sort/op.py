@@ -1,4 +1,4 @@
-"""route: (token, slot) rows sorted by expert."""
+"""sort_by_expert: (token, slot) rows sorted by expert."""
 
 import torch
 from torch import Tensor
@@ -30,6 +30,15 @@ def sort_by_expert(
     Raises:
         ShapeError, DtypeError: malformed ids or weights.
         BackendUnavailable: no backend serves, or the requested one refuses.
+
+    Example:
+        >>> import torch
+        >>> import reap_kernels as rk
+        >>> routing = rk.sort_by_expert(torch.tensor([[1, 0], [1, 2]]), 3)
+        >>> routing.gather_index  # slots by expert: 1 of expert 0, 0 and 2 of 1, 3 of 2
+        tensor([1, 0, 2, 3])
+        >>> routing.offsets
+        tensor([0, 1, 3, 4])
     """
     check_routing(topk_ids, topk_weights)
     tokens, top_k = topk_ids.shape

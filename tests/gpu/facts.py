@@ -185,7 +185,7 @@ def wide_offsets(device: torch.device, backend: str, dtype: torch.dtype, case: C
 
 
 def memory(device: torch.device, backend: str, dtype: torch.dtype, case: Case) -> str:
-    """What a call allocates beside its output: y and h by slot, and 128 bytes a slot."""
+    """What a call allocates beside its output: y and h by slot, and 128 bytes per slot."""
     _need_cuda(device)
     inputs, experts, _, _ = _made(device, dtype, case, backend)
     stats = LayerStats(case.experts, case.groups, device)

@@ -36,8 +36,8 @@ def test_every_launcher_runs_and_is_right(monkeypatch, capsys) -> None:
 def test_a_wrong_variant_is_named(monkeypatch, capsys) -> None:
     combine = saliency.combine
 
-    def broken(y, gates, rows, out, measures):
-        combine(y, gates, rows, out, measures)
+    def broken(y, router_weights, rows, out, measures):
+        combine(y, router_weights, rows, out, measures)
         if out is not None and y.dtype == torch.float16 and out.numel():
             out[0, 0] += 100
 

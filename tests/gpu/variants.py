@@ -37,7 +37,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # One rounding of sums that accumulate in float32; of norms, a few of float32.
 _OUTPUT = {torch.float32: 3e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 _SUMS = 5e-7
-# Slots a token around every kernel there is; widths of 16-byte rows, and of others.
+# Slots per token around every kernel there is; widths of 16-byte rows, and of others.
 SLOTS = (1, 2, 3, 4, 5, 8, 10, 16, 22, 32)
 WIDTHS = (8, 2056, 33, 257)
 # Experts whose counters four warps share in shared memory, those of which one has room, the most.

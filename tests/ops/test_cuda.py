@@ -29,7 +29,7 @@ from reap_kernels.testing import (
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Slots a token around every kernel there is, and widths around every load.
+# Slots per token around every kernel there is, and widths around every load.
 SLOTS = (1, 2, 3, 4, 5, 8, 10, 16, 22, 32)
 WIDTHS = (1, 7, 8, 64, 255, 256, 1032, 2056)
 SHAPES = tuple(
@@ -167,7 +167,7 @@ def test_tile_lists(block_m: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_conversions_round_as_torch_does(dtype: torch.dtype) -> None:
-    """One slot a token makes the combination a product, rounded once, as torch's."""
+    """One slot per token makes the combination a product, rounded once, as torch's."""
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype).view(-1, 64)
     for gate in (1.0, 1 / 3, -1e-3, 3e5):
         router_weights = torch.full((len(every), 1), gate)
@@ -301,7 +301,7 @@ def test_stages_mix_as_the_launch_table_says(mix: tuple[str, ...], tmp_path, mon
     assert largest_relative_error(stats.sums, truth.sums) <= 1e-6
     verdicts = rk.explain("cpu", torch.float32, backend="cuda")
     (note,) = [v.note for v in verdicts if (v.op, v.backend) == ("layer", "cuda")]
-    assert note == f"routing by {mix[0]}, products by {mix[1]}, norms and sums by {mix[2]}"
+    assert note == f"sort by {mix[0]}, products by {mix[1]}, norms and sums by {mix[2]}"
 
 
 def test_a_backend_may_be_asked_for_one_op(monkeypatch) -> None:

@@ -106,7 +106,7 @@ def every_code(name: str, scales: torch.dtype) -> rk.Quantized:
     if name == "mxfp4":
         pairs = torch.arange(256, dtype=torch.uint8).view(1, 1, 256).expand(1, 32, 256)
         every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(1, 2, 1)
-        # 16 groups a row, each of 16 of the 256 pairs: the second half of rows pairs them anew.
+        # 16 groups per row, each of 16 of the 256 pairs: the second half of rows pairs them anew.
         values = torch.cat([pairs[:, :16], pairs[:, 16:].roll(16 * 7 + 3, dims=2)], dim=1)
         return rk.Quantized(values.contiguous(), every.contiguous(), name)
     words = [0x76543210, 0xFEDCBA98 - (1 << 32), 0x13579BDF, -1, 0, -0x80000000]
@@ -253,7 +253,7 @@ BAD = {
     ),
     "groups": (
         ShapeError,
-        "5 groups a row of K = 32",
+        "5 groups per row of K = 32",
         (torch.zeros(2, 3, 4).int(), torch.ones(2, 3, 5), "int4_group"),
     ),
     "no groups": (
@@ -263,7 +263,7 @@ BAD = {
     ),
     "group of half a word": (
         ShapeError,
-        "8 groups a row of K = 32",
+        "8 groups per row of K = 32",
         (torch.zeros(2, 3, 4).int(), torch.ones(2, 3, 8), "int4_group"),
     ),
 }

@@ -139,7 +139,7 @@ def test_experts_of_different_strides_are_refused() -> None:
     [
         ({"layout": "table"}, "stacked in one tensor"),
         ({"biased": True}, "adds no bias"),
-        ({"activation": "opaque"}, "opaque gate"),
+        ({"activation": "opaque"}, "opaque activation"),
         ({"sizes": Sizes(hidden=2044)}, "hidden is 2044"),
     ],
 )
