@@ -1,1 +1,1 @@
-"""Writes the pruned checkpoint: files in, files out, in constant memory."""
+"""Writes the pruned checkpoint from the files of the source, in constant memory."""

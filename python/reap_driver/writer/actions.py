@@ -21,8 +21,10 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Not written. `reason` is "expert" (removed by the plan) or "mtp" (a multi-token-prediction
-    layer).
+    """Not written.
+
+    Attributes:
+        reason: "expert" (removed by the plan) or "mtp" (in a multi-token-prediction layer).
     """
 
     reason: str
@@ -43,10 +45,10 @@ class Select:
 
 @dataclass(frozen=True, slots=True)
 class SelectCodes:
-    """Codes of `bits` bits, packed along `dim` into 32-bit words, first code lowest: those at these
-    positions are kept, in this order, and packed again; bits behind the last are zero.
+    """Codes of `bits` bits, packed along `dim` into 32-bit words from the lowest bits on. Those at
+    `positions` are kept, in that order, and packed again; unused bits are zero.
 
-    A code may lie in two words, as with 3 bits.
+    A code may extend over two words, for instance one of 3 bits.
     """
 
     name: str
@@ -57,7 +59,7 @@ class SelectCodes:
 
 @dataclass(frozen=True, slots=True)
 class SetLength:
-    """The values are the shape of a matrix that is cut: the one at `index` is `before` in the
+    """The values are the shape of a matrix that loses rows: the one at `index` is `before` in the
     source and becomes `after`.
     """
 
@@ -69,8 +71,8 @@ class SetLength:
 
 @dataclass(frozen=True, slots=True)
 class Relabel:
-    """The values are expert ids, one row per token: removed ids become kept ones, kept ids their
-    new number.
+    """The values are expert ids, one row per token. Kept ids get their new number, and each removed
+    id is replaced by that of a kept expert.
     """
 
     name: str
@@ -83,9 +85,9 @@ Action = Copy | Drop | Select | SelectCodes | SetLength | Relabel
 
 @dataclass
 class ExpertList:
-    """The keys below one prefix."""
+    """The keys with one prefix, `<prefix><i>.<leaf>`."""
 
-    layers: tuple[str, ...]  # layers numbered through this list, one after another
+    layers: tuple[str, ...]  # layers whose experts the list numbers, one layer after another
     keys: dict[str, int] = field(default_factory=dict)  # key -> i
     tail: int = 0  # elements that may follow the experts (identity experts)
 
@@ -128,7 +130,7 @@ class ExpertList:
 
 
 def list_prefixes(key: str) -> Iterator[tuple[str, int]]:
-    """Every integer segment that has something after it, last first.
+    """Prefix and number of every integer segment that another segment follows, last first.
 
     (`a.3.experts.`, 17) then (`a.`, 3) for `a.3.experts.17.w`.
     """
@@ -139,7 +141,7 @@ def list_prefixes(key: str) -> Iterator[tuple[str, int]]:
 
 
 def split_layer(key: str) -> tuple[str, str]:
-    """(`model.layers.3.`, `mlp.gate.weight`): a key cut behind its first integer segment."""
+    """(`model.layers.3.`, `mlp.gate.weight`): a key divided after its first integer segment."""
     path = key.split(".")
     for position, part in enumerate(path[:-1]):
         if part.isdigit():

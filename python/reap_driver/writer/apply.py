@@ -69,41 +69,48 @@ def apply_plan(
     force_model: bool = False,
     stats: "SaliencyStats | None" = None,
 ) -> ApplyReport:
-    """Write the checkpoint that a plan leaves of a model, from its files, in constant memory.
+    """Writes the pruned checkpoint from the files of the original one, in constant memory.
 
-    The output appears under its name only when it is complete, flushed to disk and verified, and
-    then holds its plan as `reap/plan.json`; whatever happens, the source is not touched. Kept
-    tensors are the source's bytes, in whatever format they are.
+    The output appears under its name only when it is complete, flushed to disk and verified; it
+    holds the plan as `reap/plan.json`. The source is never changed. Kept tensors have the bytes of
+    the source, whatever their format.
 
     Args:
         model_path: folder of a Hugging Face checkpoint in safetensors, or a hub id.
-        plan: which experts each layer keeps; the same number in every layer that one field of the
-            configuration counts, unless `non_uniform`. Layers it does not name keep all.
+        plan: which experts each layer keeps. Layers that it does not name keep all. Unless
+            `non_uniform`, layers whose experts one field of the configuration counts must keep
+            equally many.
         out_path: folder to create.
-        mtp: multi-token-prediction layers are dropped, and the fields that announce them cleared,
-            or kept: then the plan must name the experts of those that have any.
-        shard_size: bytes of tensor data in a file; None keeps the source's division.
-        overwrite: replace a checkpoint that is at `out_path`, once the new one is complete.
+        mtp: "drop" leaves multi-token-prediction layers out and clears the fields that announce
+            them; "keep" keeps them, and the plan must then name those that have experts.
+        shard_size: bytes of tensor data per file; None keeps the division of the source.
+        overwrite: replace a checkpoint at `out_path`, once the new one is complete.
         trust_remote_code: run model code that comes with the checkpoint.
-        threads: how many files are written at once; None: at most 4. The output is the same.
-        progress: called with (bytes written, bytes to write), in the calling thread. What it
-            raises ends the run.
-        non_uniform: layers may keep different numbers. Such a checkpoint is loaded by this package
-            and by the `load_pruned.py` that is written beside its weights; transformers' own
-            `from_pretrained`, vLLM and SGLang refuse it.
-        force_model: apply a plan of a model that routes or is sized otherwise, where it can be
-            written; what differs is noted in the model card and in the report's plan.
-        stats: what the plan was made from, kept beside it in the folder `reap` of the output.
+        threads: number of files written at once; None: at most 4. The output does not depend on it.
+        progress: called with (bytes written, bytes to write) in the calling thread. An exception
+            that it raises ends the run.
+        non_uniform: layers may keep different numbers of experts. Such a checkpoint is loaded by
+            this package and by the `load_pruned.py` that is written beside its weights, and refused
+            by transformers' own `from_pretrained`, vLLM and SGLang.
+        force_model: apply the plan even if it was made for a model with other routing or sizes, as
+            far as it can be written. The model card and the report's plan note the differences.
+        stats: the statistics that the plan was made from, to be saved in the folder `reap` too.
 
     Returns:
-        What was done.
+        What was written.
 
     Raises:
-        PlanError: the plan does not belong to the model or cannot be applied to it, or `mtp`,
-            `shard_size` or `threads` is none of the values above.
-        CheckpointError: the source is damaged or inconsistent, or the target cannot be written.
-        UnsupportedModel: the model cannot be pruned correctly by files.
+        PlanError: the plan is for another model or cannot be applied to it, or `mtp`, `shard_size`
+            or `threads` has another value than above.
+        CheckpointError: the source is damaged or inconsistent, or the output cannot be written.
+        UnsupportedModel: the model cannot be pruned correctly from its files.
         ResourceError: the disk is full.
+
+    Example:
+        >>> plan = rd.Plan.load("plan.json")
+        >>> report = rd.apply_plan("model", plan, "pruned")
+        >>> report.experts_before, report.experts_after
+        (8, 5)
     """
     started = time.perf_counter()
     check_threads(threads)  # before the model is read or downloaded
@@ -113,7 +120,7 @@ def apply_plan(
     check_target(out, folder, overwrite=overwrite)
     options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
     job = _prepare(folder, plan, options)
-    model_card(job.inherited, job.plan, _report(job, out, 0))  # what it cannot say, it says now
+    model_card(job.inherited, job.plan, _report(job, out, 0))  # so that its errors come first
     needed = job.bytes_needed()
     with staged(out, needed=needed) as staging:
         report = _write(job, staging, out, _counter(progress, needed), threads)
@@ -145,10 +152,10 @@ def check_plan(
     non_uniform: bool = False,
     force_model: bool = False,
 ) -> None:
-    """Raise what `apply_plan` with these arguments would raise before it writes its first byte.
+    """Raises what `apply_plan` with these arguments would raise before it writes its first byte.
 
-    Plans that remove as many experts pass alike, so a long observation can check first that its
-    outcome will be written.
+    The result is the same for all plans that remove equally many experts, so it can be checked
+    before a long observation that its plan can be written.
     """
     check_threads(threads)  # before the model is read or downloaded
     out = Path(out_path).absolute()
@@ -162,7 +169,7 @@ def check_plan(
 
 @dataclass(frozen=True)
 class _Options:
-    """What the caller chose."""
+    """Arguments of `apply_plan`."""
 
     keep_mtp: bool
     shard_size: int | None
@@ -175,7 +182,7 @@ class _Options:
 class _Job:
     """Everything decided before the first byte is written."""
 
-    plan: "Plan"  # with notes of how the model differs from the plan's
+    plan: "Plan"  # with notes on how the model differs from the plan's
     source: Checkpoint
     model: PrunedModel
     keys: KeyActions
@@ -186,8 +193,8 @@ class _Job:
     json_files: Mapping[str, dict[str, Any]]  # rewritten: config.json and quantisers' files
     specification: Specification
     loader: str | None  # content of load_pruned.py, where layers keep different numbers
-    inherited: Mapping[str, Any] | None  # fields of the source's card
-    card_note: str | None  # why there are none, where they cannot be read
+    inherited: Mapping[str, Any] | None  # fields of the source's card; None: cannot be read
+    card_note: str | None  # why they cannot be read
 
     def bytes_needed(self) -> int:
         """Size of the output: shards, and what is copied beside them."""
@@ -197,7 +204,7 @@ class _Job:
 
 
 def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
-    """Read, check and decide; nothing is written."""
+    """Reads, checks and decides everything; writes nothing."""
     source = open_checkpoint(folder)
     source.check_copied()
     inherited = inherited_fields(source)
@@ -221,7 +228,7 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     keys = decider.decide(mtp, keep_mtp=options.keep_mtp)
     where = str(folder / "config.json")
     checked = check_source(source.tensors, model.old, where, quantization)
-    # Whether or not MTP tensors were there: MiniMax-M2 announces what it lacks.
+    # Also without MTP tensors: MiniMax-M2 announces layers that it does not have.
     if not options.keep_mtp:
         clear_mtp(model.raw_config)
     names = ExpertNames(numbered_experts(keys, model.layout, plan.kept), other_modules(keys))
@@ -244,7 +251,7 @@ def _write(
     progress: Callable[[int], None],
     threads: int | None,
 ) -> ApplyReport:
-    """Write everything into the temporary folder, then verify it."""
+    """Writes everything into the temporary folder, then verifies it."""
     written = write_shards(staging, job.shards, progress, threads)
     written += write_index(staging, job.shards, job.source.index_metadata)
     for path in job.source.small_files:
@@ -268,7 +275,7 @@ def _write(
 
 
 def _copy(source: Checkpoint, path: Path, target: Path) -> None:
-    """Copy a small file, which is still the one that was inspected."""
+    """Copies a small file, and checks that it is the one that was inspected."""
     with (
         source.fingerprints.open(source.folder / path) as file,
         named(target),
@@ -278,7 +285,7 @@ def _copy(source: Checkpoint, path: Path, target: Path) -> None:
 
 
 def _save_record(staging: Path, plan: "Plan", stats: "SaliencyStats | None") -> int:
-    """Keep the plan, and the statistics, with the checkpoint they made; returns their bytes."""
+    """Saves the plan, and the statistics, in the checkpoint; returns their size in bytes."""
     folder = staging / RECORD
     folder.mkdir()
     plan.save(folder / "plan.json")
@@ -288,7 +295,7 @@ def _save_record(staging: Path, plan: "Plan", stats: "SaliencyStats | None") -> 
 
 
 def _report(job: _Job, out: Path, written: int) -> ApplyReport:
-    """The report, but for what happens after writing."""
+    """The report, without what is known only after writing."""
     parts = [{name: job.counts[name] for name in stack.layers} for stack in job.stacks]
     cut = [part for part in parts if any(before != after for before, after in part.values())]
     before, after = zip(*(pair for part in cut for pair in part.values()), strict=True)
@@ -324,14 +331,14 @@ def _report(job: _Job, out: Path, written: int) -> ApplyReport:
 
 
 def _loader(config: Mapping[str, Any]) -> str | None:
-    """The module that loads a checkpoint with these settings, if it takes one."""
+    """The source of the module that loads a checkpoint whose layers differ; None if none does."""
     if SETTINGS not in config:
         return None
     return Path(load_pruned.__file__).read_text(encoding="utf-8")
 
 
 def _check_extra_layers(names: tuple[str, ...], mtp: MtpKeys) -> None:
-    """Layers of the plan that the main model lacks must be MTP layers."""
+    """Checks that layers of the plan that the main model lacks are MTP layers."""
     for name in names:
         if not mtp.owns(name, name + "."):
             raise no_such_layer(name)

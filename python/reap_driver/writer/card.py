@@ -59,7 +59,7 @@ def model_card(inherited: Mapping[str, Any] | None, plan: "Plan", report: "Apply
         edits=_edits(report),
         loader_settings=SETTINGS,
         load=_load(report),
-        # Of layers that differ, the section on use says it all.
+        # Where layers differ, the section on use has the warning.
         warnings=report.warnings if report.uniform else [],
         inherited=inherited,
         license=named if isinstance(named, str) else None,

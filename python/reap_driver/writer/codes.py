@@ -1,6 +1,6 @@
-"""Codes of a few bits that share words: some of them kept and packed again, the values untouched.
+"""Selects codes of a few bits that are packed into 32-bit words, and packs them again unchanged.
 
-Works on bits, not on numbers: a code may begin in one word and end in the next, as it does with 3.
+Works on single bits, because a code may begin in one word and end in the next (3-bit codes do).
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ WORD_BITS = 32
 
 
 def words_of(codes: int, bits: int) -> int:
-    """32-bit words that a number of codes takes."""
+    """How many 32-bit words a number of codes takes."""
     return -(-codes * bits // WORD_BITS)
 
 
@@ -26,7 +26,7 @@ def select_codes(
     Args:
         words: [slabs, words, columns], packed along the middle dimension, first code lowest.
         bits: of a code.
-        positions: of the codes to keep, in the order they get.
+        positions: of the codes to keep, in their new order.
 
     Returns:
         [slabs, `words_of(len(positions), bits)`, columns]; bits behind the last code are zero.

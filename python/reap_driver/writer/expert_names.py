@@ -1,9 +1,9 @@
 """Rewrites texts that name experts by number: ignore lists, options by module, patterns.
 
-A text is evaluated as the format's readers do, on the names of all experts before and after their
-renumbering. One that decides alike stays. Else its number is replaced, and the new text is
-evaluated again; else it becomes the names of what it means. Nothing that cannot be proved to mean
-the same is written.
+A text is evaluated as readers of the format do, on the names of all experts before and after their
+renumbering. A text that selects the same experts both times is kept. Otherwise its number is
+replaced and the new text evaluated; if that fails, it is replaced by the names of the modules that
+it selects. A text is written only if it is proved to select the same experts as before.
 """
 
 import itertools
@@ -19,17 +19,14 @@ from reap_driver.writer.keys import KeyActions
 from reap_driver.writer.patterns import Matcher, Pattern, read
 from reap_kernels.errors import CheckpointError
 
-# What may stand before `layers.3` in the names that other programs give the same modules.
+# Beginnings before `layers.3` of the names that other programs give the same modules.
 _ROOTS = ("", "model.", "language_model.", "language_model.model.", "model.language_model.")
-# Fields whose names are relative to a decoder layer: one text there cannot be of one layer.
+# Fields with names relative to a decoder layer: a text there cannot mean one layer only.
 _RELATIVE = frozenset({"modules_in_block_to_quantize"})
-# What the matrices of one expert are called, also where the files have other names or stack them.
+# Usual names of the matrices of one expert, also where files have other names or stack them.
 _USUAL_PARTS = (".gate_proj", ".up_proj", ".down_proj", ".gate_up_proj", ".w1", ".w2", ".w3")
-_LISTED, _MODULE, _TENSOR = (
-    0,
-    1,
-    2,
-)  # what a name is of: an expert, a matrix of it, a tensor of that
+# What a name refers to: an expert, one of its matrices, or a tensor of a matrix.
+_LISTED, _MODULE, _TENSOR = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ _Chosen = tuple[int, int, str]  # list, number, part
 
 @dataclass(frozen=True)
 class _Selection:
-    """What a text selects: of numbered experts, and of other modules."""
+    """The numbered experts and the other modules that a text selects."""
 
     variant: int  # how the experts' names are written
     experts: frozenset[_Chosen]
@@ -179,8 +176,8 @@ class ExpertNames:
     def _outcomes(
         self, texts: Sequence[str], where: str, method: str | None
     ) -> dict[str, list[str]]:
-        """What texts that decide together become: themselves, others, names, or nothing where they
-        name removed experts alone.
+        """{text: the texts that replace it}, for the texts of one list: itself, others, or none if
+        it names only removed experts.
         """
         outcomes: dict[str, list[str]] = {}
         pending: dict[str, tuple[Pattern, list[_Selection]]] = {}
@@ -204,14 +201,14 @@ class ExpertNames:
         return outcomes
 
     def _remaining(self, text: str, selections: list[_Selection]) -> list[str]:
-        """A text that goes on to decide alike, unless all it named is gone."""
+        """A text that is kept, unless it named experts and all of them are removed."""
         named = any(s.experts for s in selections)
         left = any(self._present(s.experts) or s.others for s in selections)
         return [text] if left or not named else []
 
     def _stay_together(self, readings: list[list[_Selection]]) -> bool:
-        """Whether texts decide alike together though not one by one: they name every expert of
-        every layer, each by its number.
+        """Whether texts select the same experts together, though not one by one: together they name
+        every expert of every layer by its number.
         """
         if len({ways[0].variant for ways in readings}) != 1 or any(len(w) > 1 for w in readings):
             return False
@@ -219,7 +216,7 @@ class ExpertNames:
         return self._after(whole) == self._present(whole)
 
     def _scalar(self, value: str, where: str, method: str | None) -> str:
-        """A text, or several with commas between."""
+        """Rewrites one text, or several with commas between."""
         parts = value.split(",")
         written = [new for part in parts for new in self._texts(part, where, method)]
         if not written:
@@ -227,13 +224,13 @@ class ExpertNames:
         return value if written == parts else ",".join(written)
 
     def _texts(self, text: str, where: str, method: str | None) -> list[str]:
-        """What one text becomes by itself."""
+        """The texts that replace a text that stands alone."""
         return self._outcomes([text], where, method)[text]
 
     def _changed(
         self, pattern: Pattern, selections: list[_Selection], where: str, method: str | None
     ) -> list[str]:
-        """What a text becomes that would mean other experts."""
+        """The texts that replace one that would select other experts after the renumbering."""
         renumbered = self._renumber(pattern, selections, where, method)
         if renumbered is not None:
             return renumbered
@@ -250,8 +247,8 @@ class ExpertNames:
         return self._spell(pattern, selections[0], where, method)
 
     def _quick(self, pattern: Pattern) -> list[str] | None:
-        """The outcome for a text that is one name, without evaluating it; None if it is not, or if
-        it may name more than it says.
+        """The replacement of a text that is one literal name, without evaluating it; None if it is
+        not one, or may select more than that name.
         """
         literal = pattern.literal()
         if literal is None:
@@ -273,8 +270,8 @@ class ExpertNames:
         return [pattern.text[: found.start(2)] + str(new) + behind]
 
     def _may_name(self, literal: str) -> bool:
-        """Whether a part of a name, perhaps cut inside its first and its last word, can be one of
-        an expert's name and say a number.
+        """Whether a part of a name, perhaps cut inside its first and its last word, can be part of
+        the name of an expert and contain a number.
         """
         parts = literal.replace("\\", "").split(".")
         first, *rest = parts
@@ -288,12 +285,12 @@ class ExpertNames:
         )
 
     def _is_whole(self, pattern: Pattern) -> bool:
-        """Whether a name stands for itself, not for all names that begin with it."""
+        """Whether a name selects only itself, not also names that begin with it."""
         return not pattern.matchers[0](pattern.body + "0")
 
     def _number(self, pattern: Pattern, found: re.Match[str]) -> Mapping[int, int] | None:
-        """New numbers of the list that a name means: of those with this tail, the one whose root
-        agrees with what stands before it; None if several do.
+        """New numbers of the list that a name belongs to: of the lists with this tail, the one
+        whose root agrees best with the beginning of the name; None if several do.
         """
         places = self._tails[found[1].replace("\\", "")]
         before = pattern.text[: found.start()].replace("\\", "").split(".")
@@ -307,13 +304,13 @@ class ExpertNames:
         return numbers[0] if all(number == numbers[0] for number in numbers) else None
 
     def _readings(self, pattern: Pattern) -> list[_Selection]:
-        """What a text selects, once for every way to read it; ways that agree count once."""
+        """What a text selects, for every way to read it; ways that agree count once."""
         found = [self._select(pattern, matcher) for matcher in pattern.matchers]
         return found[:1] if all(s == found[0] for s in found) else found
 
     def _select(self, pattern: Pattern, matches: Matcher) -> _Selection:
-        """Evaluate a text on every name, experts' names written as on disk, else as in memory, else
-        with another root, else with the usual names of an expert's matrices.
+        """Evaluates a text on every name. Names of experts are tried as on disk, then as in memory,
+        then with another root, then with the usual names of the matrices of an expert.
         """
         others = frozenset(name for name in self._others if matches(name))
         variants = [0, 1] if any(experts.alias for experts in self._lists) else [0]
@@ -339,7 +336,7 @@ class ExpertNames:
         return _ROOTS[variant - 2] + experts.tail
 
     def _after(self, chosen: frozenset[_Chosen]) -> frozenset[_Chosen]:
-        """The kept ones among what is selected, by their new numbers."""
+        """The kept experts among those selected, by their new numbers."""
         return frozenset(
             (place, self._lists[place].number[old], part)
             for place, old, part in chosen
@@ -347,14 +344,14 @@ class ExpertNames:
         )
 
     def _present(self, chosen: frozenset[_Chosen]) -> frozenset[_Chosen]:
-        """What the same text selects when experts have their new numbers."""
+        """What the same text selects after the renumbering."""
         return frozenset(c for c in chosen if c[1] in self._lists[c[0]].numbers_after)
 
     def _renumber(
         self, pattern: Pattern, selections: list[_Selection], where: str, method: str | None
     ) -> list[str] | None:
-        """The text with its one number replaced, or dropped; None if that does not mean the
-        same.
+        """The text with its one number replaced, or dropped; None if that does not select the same
+        experts.
         """
         moved = [s for s in selections if self._after(s.experts) != self._present(s.experts)]
         olds = {old for s in moved for _, old, _ in s.experts}
@@ -380,7 +377,7 @@ class ExpertNames:
     def _spell(
         self, pattern: Pattern, selection: _Selection, where: str, method: str | None
     ) -> list[str]:
-        """The names of everything a text selects, with new numbers."""
+        """The names of everything that a text selects, with new numbers."""
         kinds = {c: self._lists[c[0]].parts.get(c[2], _MODULE) for c in selection.experts}
         of = next(k for k in (_MODULE, _TENSOR, _LISTED) if k in kinds.values())
         chosen = frozenset(c for c, kind in kinds.items() if kind == of)
@@ -406,8 +403,8 @@ class ExpertNames:
     def _is_proved(
         self, names: Sequence[Pattern], after: Sequence[_Chosen], selection: _Selection
     ) -> bool:
-        """Whether names, each of one chosen thing, select the matrices that they should of their
-        experts; by their names on disk too, if the text selected those.
+        """Whether names, each of one selected part, select exactly the intended matrices of their
+        experts, also by their names on disk if the text selected those.
         """
         meant = self._after(selection.experts)
         written: dict[tuple[int, int], list[Pattern]] = {}
@@ -426,14 +423,14 @@ class ExpertNames:
 
 
 def _numbers(pattern: Pattern, experts: NumberedExperts) -> Sequence[int]:
-    """Numbers that a text can name: a name that says one, `experts.3.up_proj`, names that one."""
+    """Numbers that a text can select: only 3 for a name with that number, `experts.3.up_proj`."""
     last = re.escape(experts.prefix.split(".")[-2])
     said = re.search(rf"(?:^|\.){last}\.(\d+)\.", pattern.body) if pattern.kind == "name" else None
     return range(experts.count) if said is None else [int(said[1])]
 
 
 def _common_end(left: Sequence[str], right: Sequence[str]) -> int:
-    """Length of the common end."""
+    """Length of the longest common ending."""
     pairs = zip(reversed(left), reversed(right), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 

@@ -1,5 +1,5 @@
-"""The JSON files of the output that differ from the source's: config.json, quantizers' settings,
-counts of experts beside them; and what the files that are only copied say of experts.
+"""The JSON files of the output that differ from the source's: config.json, settings of quantizers,
+and other files with counts of experts; and what files that are copied say about experts.
 """
 
 import json
@@ -24,7 +24,7 @@ def rewritten_files(
     names: ExpertNames,
     counts: Mapping[str, tuple[int, int]],
 ) -> dict[str, dict[str, Any]]:
-    """Content of every JSON file that is not copied, by name.
+    """Content of every JSON file that is rewritten, by name.
 
     Args:
         source: the checkpoint.
@@ -33,7 +33,8 @@ def rewritten_files(
         counts: experts of every layer, before and after.
 
     Raises:
-        CheckpointError: a file is no JSON object, or has an entry whose meaning cannot be kept.
+        CheckpointError: a file is not a JSON object, or has an entry that cannot be rewritten with
+            the same meaning.
     """
     where = f"{source.folder / 'config.json'}:"
     files = {"config.json": _rewrite_config(config, names, where)}
@@ -52,11 +53,11 @@ def rewritten_files(
 
 
 def renamed_metadata(metadata: Mapping[str, str], names: ExpertNames) -> dict[str, str]:
-    """The metadata of a safetensors file with experts renumbered: torchao describes tensors there,
-    by name, and lists the names.
+    """The metadata of a safetensors file with experts renumbered: torchao describes tensors by name
+    there, and lists the names.
 
     Raises:
-        CheckpointError: an entry whose meaning cannot be kept.
+        CheckpointError: an entry cannot be rewritten with the same meaning.
     """
     where = "metadata of a safetensors file:"
     listed = {}
@@ -66,7 +67,7 @@ def renamed_metadata(metadata: Mapping[str, str], names: ExpertNames) -> dict[st
             try:
                 names_in = json.loads(value)
             except (ValueError, RecursionError):
-                continue  # some other text, which goes on as it is
+                continue  # another kind of text, which is kept
             listed[name] = json.dumps(names.rewrite(names_in, f"{where} {name}", None))
     if not any(map(_NAMED.search, metadata)):
         return listed
@@ -76,8 +77,8 @@ def renamed_metadata(metadata: Mapping[str, str], names: ExpertNames) -> dict[st
 
 
 def copied_names(source: Checkpoint, rewritten: Mapping[str, Any]) -> list[str]:
-    """A sentence for every copied file that names experts by their numbers in the source: a log or
-    recipe of its making.
+    """A sentence for every copied file that names experts by their numbers in the source, such as a
+    log or a recipe of its quantization.
     """
     notes = []
     for path in source.small_files:
@@ -95,7 +96,7 @@ def copied_names(source: Checkpoint, rewritten: Mapping[str, Any]) -> list[str]:
 
 
 def _rewrite_config(config: Mapping[str, Any], names: ExpertNames, where: str) -> dict[str, Any]:
-    """config.json with the experts that quantizers' settings name renumbered, at any depth."""
+    """config.json with the experts that settings of quantizers name renumbered, at any depth."""
     edited = dict(config)
     for name, value in config.items():
         if isinstance(value, dict) and name in SETTINGS_FIELDS:

@@ -1,9 +1,9 @@
 """Decides, for every tensor of a checkpoint, what pruning does to it.
 
-Keys that transformers loads follow the derived layout. Keys it ignores follow the expert they
-belong to, whatever they are called; those of routers and stacked experts are cut by what is known
-of the quantizer that wrote them (layouts.py). A key inside a MoE block that nothing explains is
-refused: copying it unchanged would write a checkpoint that is silently wrong.
+Keys that transformers loads are cut by the derived layout. Keys that it ignores go with the expert
+that they belong to, whatever their names; those of routers and stacked experts are cut by the known
+layouts of the quantizer that wrote them (layouts.py). A key in a MoE block that none of this
+explains is refused: copying it could write a checkpoint that is wrong without an error.
 """
 
 from collections.abc import Mapping
@@ -73,13 +73,13 @@ class KeyDecider:
         self._cuts: dict[str, Cut] = {}  # disk key -> how experts are taken out of it
 
     def decide(self, mtp: MtpKeys, *, keep_mtp: bool) -> KeyActions:
-        """Decide every key; MTP layers last, as their rules are learnt from the main layers.
+        """Decides every key; MTP layers last, because their rules are learned from the main layers.
 
         Raises:
-            CheckpointError: experts or routers missing, or of a shape config.json does not give
-                them.
-            UnsupportedModel: a tensor of a MoE block that nothing explains.
-            PlanError: `keep_mtp` without kept experts for an MTP layer that has experts.
+            CheckpointError: experts or routers are missing, or have another shape than config.json
+                gives them.
+            UnsupportedModel: a tensor of a MoE block is of an unknown kind.
+            PlanError: `keep_mtp`, and the plan has no entry for an MTP layer with experts.
         """
         result = KeyActions()
         pending: list[str] = []
@@ -104,9 +104,10 @@ class KeyDecider:
         return result
 
     def _listed(self, key: str, lists: dict[str, ExpertList]) -> bool:
-        """Whether a key belongs to a per-expert list; a list is learnt from its first key.
+        """Whether a key belongs to a per-expert list; a list is learned from its first key.
 
-        `experts.<i>.<anything>` moves as a unit: weights, scales, zero points, packed data, biases.
+        All of `experts.<i>.<anything>` moves together: weights, scales, zero points, packed data,
+        biases.
         """
         prefixes = list(list_prefixes(key))
         for prefix, index in prefixes:
@@ -122,8 +123,8 @@ class KeyDecider:
         return bool(owners)
 
     def _owners(self, key: str) -> tuple[int, list[str]]:
-        """Layers whose experts a key's list numbers, none if it is in no such list, and which of
-        its numbers, counted from the last, is the expert's.
+        """Which number in a key, counted from the last, is an expert's, and the layers whose
+        experts its list numbers; no layer if the key is in no such list.
         """
         for name in (key, _with_leaf(key, "weight")):
             target = self._old.locate(name)
@@ -143,7 +144,7 @@ class KeyDecider:
         return 0, []
 
     def _made_of_experts(self, target: Target) -> list[str]:
-        """Tensors of stacked experts that a disk key of one expert is part of, or goes with."""
+        """Tensors of stacked experts that a key of one expert on disk is part of, or goes with."""
         if target.name in self._layout.tensors:
             return list(target.names)
         return [n for n in self._layout.tensors if target.name.startswith((n + ".", n + "_"))][:1]
@@ -214,7 +215,9 @@ class KeyDecider:
         return Select(key, dim, rows if len(set(rows)) > 1 else rows[:1])
 
     def _is_packed_stack(self, entry: TensorEntry, target: Target) -> bool:
-        """Whether a quantizer packed stacked experts, of whose shape a conversion knows nothing."""
+        """Whether the tensor holds stacked experts that a quantizer packed, so its shape is
+        another.
+        """
         return (
             target.pattern is not None
             and len(target.names) == 1
@@ -223,8 +226,8 @@ class KeyDecider:
         )
 
     def _fits(self, key: str, target: Target, dim: int, expert: ExpertDim) -> bool:
-        """Whether shortening this disk dimension gives the smaller model's shape, through the
-        library's conversion.
+        """Whether the tensor, shortened in this dimension, is converted by transformers to the
+        shape that the smaller model has.
         """
         group = self._old.loaded_shapes({k: self._tensors[k].shape for k in self._siblings(target)})
         shapes = {}
@@ -240,7 +243,9 @@ class KeyDecider:
         return [k for k in self._tensors if self._old.locate(k).name == target.name]
 
     def _inside_block(self, key: str, target: Target) -> Action:
-        """A tensor the model loads whose shape does not depend on the count; its values might."""
+        """A tensor of the model whose shape does not depend on the number of experts; its values
+        may.
+        """
         layer = self._layout.block_layer(target.name)
         entry = self._tensors[key]
         if layer is None or entry.dtype not in _INTEGERS or self._old.is_number(target.name):
@@ -254,8 +259,8 @@ class KeyDecider:
         )
 
     def _companion(self, key: str, target: Target) -> tuple[str, str] | None:
-        """The stacked experts (or the router) that a key unknown to the model goes with, and what
-        it is called after them.
+        """The stacked experts or the router that a key unknown to the model goes with, and the rest
+        of its name.
 
         Scales and packed data: `gate_up_proj_blocks`, `down_proj_scale_inv`, `gate.weight_scale`,
         `input_linear.qweight`.
@@ -290,8 +295,8 @@ class KeyDecider:
         return layouts.cut(stored, matrix.of(expert), kept, self._quantization)
 
     def _refuse_unexplained(self, key: str, target: Target) -> None:
-        """Refuse a key the model ignores if it lies inside a MoE block, or looks like routed
-        experts elsewhere.
+        """Refuses a key that the model ignores if it is inside a MoE block, or looks like one of
+        routed experts elsewhere.
         """
         module = target.name
         while module and module not in self._modules:
@@ -309,7 +314,7 @@ class KeyDecider:
             )
 
     def _check_covered(self) -> None:
-        """Every tensor that holds experts was found on disk."""
+        """Checks that every tensor that holds experts was found on disk."""
         missing = sorted(self._layout.tensors.keys() - self._covered)
         if missing and self._quantization.is_behind(self._tensors.values()):
             raise UnsupportedModel(

@@ -1,7 +1,7 @@
 """How quantizers store a matrix of experts, tensor by tensor, and how each tensor is cut.
 
-A matrix [out, in] has experts along `out`: a router, or experts one under the other. A stack
-[experts, ...] has them along its first dimension. What is stored beside or instead of it:
+A matrix [out, in] has experts along `out`: a router, or matrices of experts concatenated. A stack
+[experts, ...] has them along its first dimension. Quantizers store it as:
 
 GPTQ                qweight [in * bits / 32, out], codes packed along in; qzeros [groups,
                     out * bits / 32], packed along out; scales [groups, out]; g_idx [in]
@@ -10,12 +10,12 @@ AWQ                 qweight [in, out / 8] and qzeros [groups, out / 8], eight 4-
 compressed-tensors  weight_packed [out, in * bits / 32]; weight_scale [out, groups], [out, 1] or
                     [1]; weight_zero_point packed along out, [out * bits / 32, groups] (of 8-bit
                     integers: [out, groups]); weight_shape: the two lengths; weight_g_idx [in]
-FP8                 weight_scale_inv or weight_scale: one, [out], [out, 1], or one a block
+FP8                 weight_scale_inv or weight_scale: one, [out], [out, 1], or one per block
 NVFP4, MXFP4, MXFP8 weight [out, in / 2] (bytes of two codes) and weight_scale [out, in / group]
 bitsandbytes, int8  SCB [out]; weight_format: one number
 MXFP4 of gpt-oss    a stack's `_blocks` and `_scales`
 
-The lengths are compared with the matrix's; what differs or has another name is refused.
+Lengths are compared with those of the matrix. A tensor of another shape or name is refused.
 """
 
 import math
@@ -33,15 +33,15 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # outputs of a word's codes, lowest bits 
 _AWQ_BITS = 4
 _GPTQ_BITS = (2, 3, 4, 8)
 _FULL_SIZE = "apply the plan to the checkpoint it was quantized from, and quantize the result"
-# What holds the values themselves; other tensors only go with them.
+# Tensors that hold the values themselves; others only accompany them.
 VALUES = frozenset({"weight", "qweight", "weight_packed", "packed", "blocks"})
 # One number for a whole matrix.
 _SCALARS = frozenset(
     {"weight_scale_2", "input_scale", "output_scale", "input_zero_point", "weight_format"}
     | {"weight_global_scale", "input_global_scale"}
 )
-# Of a stack: what has an entry per expert along the first dimension, and the fewest dimensions that
-# it has then; and what may also be one number an expert, or one for all.
+# Of a stack: tensors with an entry per expert along the first dimension, and the fewest dimensions
+# that they have; then scales, which may also be one number per expert, or one for all.
 _STACKED = {
     **dict.fromkeys(VALUES | {"qzeros", "scales", "weight_zero_point"}, 3),
     **dict.fromkeys(("bias", "g_idx", "zero_point"), 2),
@@ -53,7 +53,7 @@ _STACKED_SCALES = frozenset(
 
 @dataclass(frozen=True)
 class Matrix:
-    """What is stored: a tensor of the model, and where it holds experts."""
+    """A tensor of the model, and where it holds experts."""
 
     name: str
     shape: Shape
@@ -77,9 +77,8 @@ class Stored:
 
     Attributes:
         key, entry: its name and header.
-        leaf: what it is called after the matrix: "qzeros" of "gate.qzeros", "blocks" of
-            "down_proj_blocks".
-        beside: the tensor of another leaf of the same matrix, if there is one.
+        leaf: the rest of its name: "qzeros" of "gate.qzeros", "blocks" of "down_proj_blocks".
+        beside: finds the tensor of the same matrix with another leaf; None if there is none.
     """
 
     key: str
@@ -94,11 +93,11 @@ class Stored:
 
 
 def cut(stored: Stored, matrix: Matrix, kept: tuple[int, ...], method: Quantization) -> Action:
-    """What keeping some experts of a matrix does to one of the tensors that store it.
+    """The action on one of the tensors that store a matrix, if some of its experts are kept.
 
     Raises:
-        UnsupportedModel: this quantizer's tensor of that name and shape is not known, or experts
-            cannot be taken out of it alone; names tensor, format and remedy.
+        UnsupportedModel: the quantizer is not known to have a tensor of that name and shape, or
+            experts cannot be removed from it separately; names tensor, format and remedy.
     """
     if matrix.is_stack:
         return _stack(stored, matrix, kept, method)
@@ -137,7 +136,7 @@ class _Rows:
         self._rows = matrix.expert.rows(kept)
 
     def action(self) -> Action:
-        """By the name; `weight` is what has another shape than the model's."""
+        """The action by the name of the tensor; a `weight` has another shape than in the model."""
         leaf = self._stored.leaf
         if leaf in ("qweight", "qzeros", "scales", "g_idx"):
             rules = {"gptq": self._gptq, "awq": self._awq}
@@ -200,7 +199,7 @@ class _Rows:
         return SelectCodes(self._key, 1, _AWQ_BITS, positions)
 
     def _check_words(self, bits: int, name: str) -> None:
-        """What these formats' loaders demand: whole words along the outputs."""
+        """Checks that the outputs fill whole words, as loaders of these formats demand."""
         per_word = WORD_BITS // math.gcd(WORD_BITS, bits)
         if len(self._rows) % per_word:
             tail = self._matrix.expert.tail
@@ -224,7 +223,7 @@ class _Rows:
         if block is None or len(shape) != 2 or shape[0] != -(-self._out // block):
             return None
         if shape[0] == 1:
-            return Copy(self._key)  # all rows share the scales, and go on to
+            return Copy(self._key)  # all rows share the scales, also those that are kept
         if per_expert % block == 0 and not self._matrix.expert.tail:
             rows = self._matrix.expert.rows(self._kept, per_expert // block)
             return Select(self._key, 0, (rows,))
@@ -235,7 +234,7 @@ class _Rows:
         )
 
     def _compressed(self, leaf: str) -> Action | None:
-        """Tensors of compressed-tensors, and weights of two codes a byte."""
+        """Tensors of compressed-tensors, and weights with two codes per byte."""
         shape, dtype = self._shape, self._stored.entry.dtype
         if leaf in ("weight", "weight_packed") and dtype in ("U8", "I8", "F4"):
             codes = 1 if dtype == "F4" else 2
@@ -267,7 +266,9 @@ class _Rows:
         return bits if not rest and bits in range(1, 9) and packed.shape[0] == self._out else None
 
     def _zero_point(self) -> Action | None:
-        """Packed along the rows where the weights are packed; the last word is filled with 0."""
+        """Zero points: packed along the rows if the weights are packed, the last word filled with
+        0.
+        """
         shape, dtype = self._shape, self._stored.entry.dtype
         bits = self._packed_bits(self._stored.beside("weight_packed"))
         if bits is None and dtype != "I32":

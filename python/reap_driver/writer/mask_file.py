@@ -1,14 +1,15 @@
-"""A plan as masks: for every MoE layer, which of its experts may be routed to.
+"""A plan as a file of masks: for every MoE layer, which experts its router may choose.
 
-For what cannot run layers of different sizes, or should not be rewritten at all: the original model
-with its routers masked computes what the pruned one would, without becoming smaller.
+Masks are for engines that cannot run layers of different sizes, and for trying a plan without
+writing a checkpoint: the original model with masked routers computes the same as the pruned model,
+but is not smaller.
 
-    with rd.masked_experts(model, load_masks("masks.safetensors")):
+    with rd.masked_experts(model, rd.load_masks("masks.safetensors")):
         model(**batch)
 
-The file is a safetensors file of one bool tensor [E] a layer, True for the experts that stay, named
-after the experts module (`model.layers.3.mlp.experts`). Elsewhere: where a mask is False, put the
-router's score below every other before the top k are taken, and leave it out of the softmax.
+The file is a safetensors file with one bool tensor [E] per layer, True for the experts that are
+kept, under the name of the experts module (`model.layers.3.mlp.experts`). To apply it in another
+program, set the router's logits to -inf where the mask is False, before softmax and top-k.
 """
 
 import os
@@ -44,7 +45,7 @@ FORMAT = Format(
 
 
 def expert_masks(plan: "Plan") -> dict[str, Tensor]:
-    """Layer -> bool [E], True for the experts that stay."""
+    """{layer: bool [E]}, True for the experts that are kept."""
     masks = {}
     for name, layer in plan.layers.items():
         masks[name] = torch.zeros(layer.num_experts, dtype=torch.bool)
@@ -61,21 +62,28 @@ def save_masks(
     trust_remote_code: bool = False,
     force_model: bool = False,
 ) -> "Plan":
-    """Write a plan as masks, once it is known to fit the model.
+    """Checks that a plan fits a model, and writes it as masks.
 
     Args:
         model_path: folder of the model's checkpoint, or a hub id; no weights are read.
-        plan: made for it; layers may keep different numbers of experts.
-        path: the file (temporary sibling, fsync, rename).
+        plan: made for the model; layers may keep different numbers of experts.
+        path: the file; it is replaced in one step.
         trust_remote_code: run model code that comes with the checkpoint.
         force_model: as for `apply_plan`.
 
     Returns:
-        The plan, with notes of how the model differs from the one it was made for.
+        The plan, with notes on how the model differs from the one it was made for.
 
     Raises:
-        PlanError: the plan does not belong to the model, or leaves a router too few experts.
-        UnsupportedModel, CheckpointError: see `load_config` and `find_moe_layers`.
+        PlanError: the plan is for another model, or leaves a router too few experts.
+        CheckpointError: the configuration cannot be read.
+        UnsupportedModel: the model's MoE layers are of an unknown kind.
+
+    Example:
+        >>> plan = rd.Plan.load("plan.json")
+        >>> _ = rd.save_masks("model", plan, "masks.safetensors")
+        >>> rd.load_masks("masks.safetensors") == plan.kept
+        True
     """
     plan.check()
     folder = resolve_folder(model_path)
@@ -92,10 +100,21 @@ def save_masks(
 
 @typed
 def load_masks(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
-    """Read what `save_masks` wrote: layer -> ids that stay, as `masked_experts` takes them.
+    """Reads a file that `save_masks` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        {layer: ids of the experts that are kept, ascending}, as `masked_experts` takes them.
 
     Raises:
-        PlanError: the file cannot be read, or holds something else.
+        PlanError: the file cannot be read, or is not a file of masks.
+
+    Example:
+        >>> kept = rd.load_masks("masks.safetensors")
+        >>> with rd.masked_experts(rd.load_model("model"), kept):
+        ...     pass  # the routers choose kept experts only
     """
     _, masks = read_tensors(path, FORMAT)
     if not masks:
@@ -105,7 +124,7 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
             raise FORMAT.refusal(
                 path,
                 f"layer {short(name, 200)}: its mask is {mask.dtype} {list(mask.shape)}; expected "
-                "torch.bool [E], true for an expert at least",
+                "torch.bool [E], true for one expert at least",
                 ":",
             )
     return {name: tuple(mask.nonzero().flatten().tolist()) for name, mask in masks.items()}

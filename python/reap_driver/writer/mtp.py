@@ -1,10 +1,10 @@
 """Multi-token-prediction (MTP) layers: keys that transformers' main model ignores.
 
 Engines build MTP layers from the same expert count as the main model, so they are dropped (the
-default) or pruned to the same count. Which of their experts matter cannot be inferred from other
-layers: they are kept only when the plan names the experts of every MTP layer, as
-`model.layers.61.mlp.experts` (the layer's place on disk, then the name the main layers use). An MTP
-layer without experts is kept as it is.
+default) or pruned to the same count. The importance of their experts does not follow from that of
+other layers, so they are kept only if the plan has an entry for every MTP layer, named as
+`model.layers.61.mlp.experts` (the layer's prefix on disk, then the name that the main layers use).
+An MTP layer without experts is kept as it is.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -31,12 +31,12 @@ class Cut:
 
 
 class MtpKeys:
-    """Recognizes MTP keys and prunes them by the rules learnt from the main layers.
+    """Recognizes keys of MTP layers and prunes them by the rules learned from the main layers.
 
     Args:
         layout: the main model's.
         shapes: tensors of the main model.
-        plan: by layer, MTP layers included where there are entries for them.
+        plan: {layer: its plan}, with MTP layers if there are entries for them.
     """
 
     def __init__(
@@ -51,9 +51,14 @@ class MtpKeys:
         self._cuts: dict[str, Cut] = {}  # "mlp.gate.weight" on disk -> how it is cut
 
     def owns(self, key: str, name: str) -> bool:
-        """Whether a key the model does not know (`name` when renamed) is an MTP layer's.
+        """Whether a key that the model does not have belongs to an MTP layer.
 
-        It lies past the last layer of a stack that has experts, or under a module called `mtp`.
+        It does if its layer comes after the last one of a stack that has experts, or if one of its
+        modules is called `mtp`.
+
+        Args:
+            key: on disk.
+            name: the same, renamed as transformers would.
         """
         if any(part == "mtp" or part.startswith("mtp_") for part in key.split(".")):
             return True
@@ -62,7 +67,7 @@ class MtpKeys:
         return depth is not None and int(stack.split(".")[-2]) >= depth
 
     def learn(self, cuts: Mapping[str, Cut], lists: Mapping[str, ExpertList]) -> None:
-        """Take names and layouts of experts and routers from the main layers' decisions."""
+        """Takes names and layouts of experts and routers from the decisions for the main layers."""
         for prefix, experts in lists.items():
             self._lists[split_layer(prefix + "0.")[1][: -len("0.")]] = split_layer(
                 experts.layers[0] + "."
@@ -73,7 +78,8 @@ class MtpKeys:
     def prune(
         self, keys: Iterable[str], tensors: Mapping[str, TensorEntry]
     ) -> tuple[dict[str, Action], dict[str, ExpertList]]:
-        """Actions of MTP keys that are to stay, and the per-expert lists among them, by prefix.
+        """Actions for the keys of MTP layers that are kept, and the per-expert lists among them, by
+        prefix.
 
         Raises:
             PlanError: an MTP layer has experts, and the plan does not say which of them to keep.
@@ -103,8 +109,8 @@ class MtpKeys:
         return None
 
     def _action(self, key: str, entry: TensorEntry) -> Action:
-        """A stacked tensor or router of an MTP layer is cut like the main layers'; anything else
-        stays.
+        """The action for a key outside per-expert lists: stacked tensors and routers are cut as in
+        the main layers, anything else is copied.
         """
         for suffix, cut in self._cuts.items():
             if not key.endswith("." + suffix):
@@ -116,7 +122,7 @@ class MtpKeys:
         return Copy(key)
 
     def _plan_of(self, layer: str) -> "LayerPlan":
-        """What the plan says of an MTP layer."""
+        """The plan of an MTP layer."""
         if layer not in self._plan:
             raise PlanError(
                 f"plan: has no entry {layer!r}, so which experts of that multi-token-prediction "
@@ -138,5 +144,5 @@ def _stack_depths(layout: ExpertLayout, shapes: Mapping[str, Shape]) -> dict[str
 
 
 def _parent(root: str) -> str:
-    """`model.layers.` of `model.layers.3.`."""
+    """`model.layers.` for `model.layers.3.`."""
     return root[:-1].rpartition(".")[0] + "." if root else ""

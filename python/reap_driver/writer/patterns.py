@@ -1,7 +1,7 @@
-"""What a text in a quantizer's settings names: modules, by the rules of the format.
+"""Which modules a text in a quantizer's settings names, by the rules of the format.
 
-Quantizers name modules in three ways, and which one a text is follows from its beginning, from its
-characters and from the quantizer:
+Quantizers name modules in three ways. The beginning of a text, its characters and the quantizer say
+which one it is:
 
 a name              `model.layers.1.mlp.experts.3.up_proj`, or a part of one
 a regular           `re:.*experts\\.3\\..*` (compressed-tensors), `-:.*gate$` (GPTQModel); without a
@@ -20,11 +20,11 @@ from reap_kernels.errors import CheckpointError
 MARKS = ("re:", "+:", "-:")
 _SPECIAL = re.compile(r"[*?\[\](){}|^$+\\]")
 _ONLY_REGULAR = re.compile(r"\\|\.\*|\.\+|[\^$|(){}]|\][*+]")
-# Quantizers whose unmarked texts with special characters are wildcards; those of others are regular
-# expressions, or were meant as wildcards: both are looked at.
+# Quantizers whose unmarked texts with special characters are wildcards. Those of others are regular
+# expressions or were meant as wildcards, so both readings are evaluated.
 _WILDCARDS = ("modelopt", "compressed-tensors", "quark")
-# Quantizers whose readers look for a name anywhere in a module's, so that `experts.3` is part of
-# `experts.30`.
+# Quantizers whose readers search for a name anywhere in a module's name, so `experts.3` also
+# matches `experts.30`.
 _ANYWHERE = ("awq", "modelopt")
 _LITERAL = re.compile(
     r"\^?(?:\.\*)?(?P<body>(?:[\w-]|\\?\.(?![*+?]))+)(?P<rest>\.\*\$?|\$)?", re.ASCII
@@ -41,7 +41,8 @@ class Pattern:
         text: as written.
         mark: "re:", "+:", "-:" or "".
         kind: "name", "regular expression", "wildcard" or "either" of the two.
-        matchers: what decides whether a module is named; several where it can be read several ways.
+        matchers: decide whether a module is named; several where the text can be read in several
+            ways.
     """
 
     text: str
@@ -51,17 +52,17 @@ class Pattern:
 
     @property
     def body(self) -> str:
-        """The text behind the mark."""
+        """The text after the mark."""
         return self.text[len(self.mark) :]
 
     @property
     def is_rooted(self) -> bool:
-        """Whether it matters what a name has before its layers: "model.", "language_model."."""
+        """Whether the beginning of a name ("model.", "language_model.") matters for a match."""
         return "model" in self.body or not self.body.startswith((".*", "*"))
 
     def literal(self) -> str | None:
-        """The names inside the text, if it is one name, whatever may come before or after; dots may
-        be escaped.
+        """The name in the text if it is one literal name, perhaps with `.*` around it; its dots may
+        be escaped. Else None.
         """
         if self.kind == "name":
             return self.body
@@ -70,10 +71,10 @@ class Pattern:
 
 
 def read(text: str, method: str | None, where: str) -> Pattern:
-    """How readers of a quantizer's settings take a text.
+    """Interprets a text as readers of a quantizer's settings do.
 
     Raises:
-        CheckpointError: a marked text is no regular expression that can be evaluated.
+        CheckpointError: a marked text is not a regular expression that can be evaluated.
     """
     mark = next((m for m in MARKS if text.startswith(m)), "")
     body = text[len(mark) :]
@@ -81,7 +82,7 @@ def read(text: str, method: str | None, where: str) -> Pattern:
         if _is_exponential(body):
             raise CheckpointError(
                 f"{where}: the pattern {text!r} repeats a group that repeats or branches itself, "
-                "which can take for ever; write it without."
+                "which can take for ever to evaluate; write it without."
             )
         return Pattern(text, mark, "regular expression", (_regular(text, body, method, where),))
     if not _SPECIAL.search(body):
@@ -104,11 +105,11 @@ def read(text: str, method: str | None, where: str) -> Pattern:
 def _regular(text: str, body: str, method: str | None, where: str) -> Matcher:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+            warnings.simplefilter("ignore")  # on syntax that a later Python may read differently
             compiled = re.compile(body)
     except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(
-            f"{where}: the pattern {text!r} is no regular expression ({error}); correct it."
+            f"{where}: the pattern {text!r} is not a regular expression ({error}); correct it."
         ) from error
     find = compiled.match  # from the beginning of the name, as most readers do
     if method == "torchao":
@@ -119,13 +120,13 @@ def _regular(text: str, body: str, method: str | None, where: str) -> Matcher:
 
 
 def _is_searched(method: str | None) -> bool:
-    """Whether readers look for an expression anywhere in a name."""
+    """Whether readers search for an expression anywhere in a name."""
     return method is not None and ("auto-round" in method or method == "gemma")
 
 
 def _is_exponential(body: str) -> bool:
-    """Whether a regular expression repeats a group that repeats or branches itself, `(x+)+`: those
-    can take longer than anybody waits.
+    """Whether a regular expression repeats a group that repeats or branches itself, as `(x+)+`, so
+    that matching may take exponential time.
     """
     opened: list[bool] = []  # for every open group: whether it repeats or branches
     plain = re.sub(r"\\.|\[[^\]]*\]", "x", body)
@@ -150,8 +151,8 @@ def _wildcard(body: str) -> Matcher:
 
 
 def _named(body: str, method: str | None) -> Matcher:
-    """A name: whole for compressed-tensors, else one part after the other, or anywhere; at either
-    end too where transformers reads it.
+    """Matches a name: the whole one for compressed-tensors; anywhere for AWQ and ModelOpt; else by
+    whole segments, and for some quantizers also by its beginning and its end.
     """
     if method == "compressed-tensors":
         return lambda name: name == body

@@ -29,20 +29,20 @@ _TOGETHER = (
 def check_model(
     plan: "Plan", record: Mapping[str, Any], where: object, *, force: bool = False
 ) -> list[str]:
-    """The plan was made for this model, or for one that differs in nothing that decides.
+    """Checks that a plan was made for this model, or for one that routes alike and has its sizes.
 
     Args:
         plan: to be applied.
         record: of the model it is applied to, see `reap_driver.model.discover.record_of`.
         where: the model, for messages.
-        force: let through what decides too (routing, sizes); that it can be written at all
-            `check_layers` says.
+        force: accept other routing and sizes too. Whether the plan can be written is checked by
+            `check_layers`.
 
     Returns:
-        Notes of what differs, for the reader of the outcome.
+        Notes on what differs, for the model card and the report.
 
     Raises:
-        PlanError: it was made for another one; the message names the fields that differ.
+        PlanError: it was made for another model; the message names the fields that differ.
     """
     found = differences(plan.record, record)
     if not found.text:
@@ -60,7 +60,7 @@ def check_model(
 
 
 def check_kept(plan: "Plan") -> None:
-    """What a plan keeps makes sense by itself, whatever the model.
+    """Checks what can be checked of a plan without the model.
 
     Raises:
         PlanError: there is no layer, kept ids are invalid, or nothing is removed.
@@ -93,11 +93,11 @@ def check_counts(
     *,
     non_uniform: bool,
 ) -> None:
-    """The numbers of experts that layers keep can be written, stack by stack.
+    """Checks, stack by stack, that the numbers of experts that layers keep can be written.
 
     Args:
         plan: what is to be written. Layers that the model does not have are multi-token-prediction
-            layers of the stack whose names are most like theirs, which is as many experts wide.
+            layers; they belong to the stack with the most similar names.
         stacks: of the model: which of its layers share a field that counts their experts.
         counts: every MoE layer of the model -> its experts before and after.
         non_uniform: layers of a stack may keep different numbers.
@@ -113,7 +113,7 @@ def check_counts(
             _check_further(plan, name, before)
             after[name] = len(plan.layers[name].kept)
         if all(after[name] == counts[name][0] for name in stack.layers):
-            continue  # left whole, perhaps with the different numbers it has
+            continue  # nothing is removed, even if its layers have different numbers
         if not non_uniform:
             _check_equal(plan, after, f"{stack.field} of config.json counts both. {_UNREADABLE}")
         decoders: dict[str, dict[str, int]] = {}
@@ -124,8 +124,10 @@ def check_counts(
 
 
 def _check_further(plan: "Plan", name: str, experts: Collection[int]) -> None:
-    """Raises PlanError unless an MTP layer has as many experts as the layers of its stack; where
-    these have different numbers, it may have another one.
+    """Checks that an MTP layer has as many experts as the layers of its stack, if these agree.
+
+    Raises:
+        PlanError: it has another number.
     """
     if len(experts) == 1 and plan.layers[name].num_experts not in experts:
         raise PlanError(
@@ -135,7 +137,11 @@ def _check_further(plan: "Plan", name: str, experts: Collection[int]) -> None:
 
 
 def _check_equal(plan: "Plan", counts: Mapping[str, int], why: str) -> None:
-    """Raises PlanError naming two layers that keep different numbers of experts."""
+    """Checks that layers keep equally many experts.
+
+    Raises:
+        PlanError: they do not; names two of them.
+    """
     first = next(iter(counts))
     other = next((name for name in counts if counts[name] != counts[first]), None)
     if other is None:
@@ -149,11 +155,12 @@ def _check_equal(plan: "Plan", counts: Mapping[str, int], why: str) -> None:
 
 
 def check_layers(plan: "Plan", layers: Sequence[MoELayer]) -> tuple[str, ...]:
-    """What the plan says of the model's MoE layers fits them, and they can route among what it
-    keeps. Layers that it does not name keep all their experts.
+    """Checks that a plan fits the model's MoE layers and leaves each router enough experts.
+
+    Layers that the plan does not name keep all their experts.
 
     Returns:
-        Layers of the plan that the model does not have: MTP layers, or a mistake.
+        Layers of the plan that the model does not have: MTP layers, or mistakes.
 
     Raises:
         PlanError: naming layer, counts and remedy.
@@ -186,10 +193,10 @@ def check_layers(plan: "Plan", layers: Sequence[MoELayer]) -> tuple[str, ...]:
 
 
 def check_same_layers(plan: "Plan", layers: Sequence[MoELayer]) -> None:
-    """`check_layers`, where the model is run: the plan names no layer that it does not have.
+    """`check_layers`, and that the plan names no layer that the model does not have.
 
     Raises:
-        PlanError: see `check_layers`; or naming such a layer.
+        PlanError: see `check_layers`; or the plan names such a layer.
     """
     for name in check_layers(plan, layers):
         raise no_such_layer(name)
@@ -204,12 +211,13 @@ def no_such_layer(name: str) -> PlanError:
 
 
 def check_groups(layer: MoELayer, kept: Sequence[int]) -> None:
-    """The layer's routing groups can choose among the kept experts.
+    """Checks that a router with groups can choose among the kept experts.
 
-    Groups are consecutive ids; membership survives only if every group keeps the same number.
+    Groups are runs of consecutive ids, so experts stay in their groups only if every group keeps
+    the same number.
 
     Raises:
-        PlanError: they do not, or too few are left in a group.
+        PlanError: groups keep different numbers, or too few.
     """
     size = layer.num_experts // layer.n_group
     counts = [0] * layer.n_group
@@ -229,7 +237,7 @@ def check_groups(layer: MoELayer, kept: Sequence[int]) -> None:
 
 
 def served_warning(after: int) -> str | None:
-    """A warning when kernels of serving engines may not exist for this number of experts."""
+    """A warning if serving engines may have no kernels for this number of experts; else None."""
     if is_served(after):
         return None
     return (
@@ -240,7 +248,7 @@ def served_warning(after: int) -> str | None:
 
 
 def loader_warning(counts: Collection[int]) -> str:
-    """What to say of a checkpoint whose layers keep different numbers of experts."""
+    """A warning for a checkpoint whose layers keep different numbers of experts."""
     return (
         f"layers keep {min(counts)} to {max(counts)} experts: load this checkpoint with the "
         "load_pruned.py beside its weights, or with reap_driver; transformers' own "

@@ -42,11 +42,10 @@ def derive_model(
     *,
     trust_remote_code: bool,
 ) -> PrunedModel:
-    """Build both models and compare them. The smaller one is built from the edited config.json
-    itself.
+    """Builds both models and compares them. The smaller one is built from the edited config.json.
 
-    Layers that keep all their experts would not differ. Where there are some, experts are found
-    beside a model with twice as many in every layer.
+    Layers that keep all their experts would not differ. If there are any, the tensors that hold
+    experts are found by comparison with a model that has twice as many in every layer.
 
     Args:
         folder: the source.
@@ -57,7 +56,7 @@ def derive_model(
         trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
-        CheckpointError: config.json does not say the number of experts of a layer that is cut.
+        CheckpointError: config.json lacks the number of experts of a layer that loses some.
         UnsupportedModel: see `derive_layout`.
     """
     before = {name: pair[0] for name, pair in counts.items()}
@@ -107,7 +106,7 @@ def stacks_of_files(
 
 
 def _keys(folder: Path, edited: Mapping[str, Any], trust: bool) -> KeyMap:
-    """Build the model of an edited config.json, the way the output's will be read.
+    """Builds the model of an edited config.json, in the way in which the output will be loaded.
 
     The model code that comes with a checkpoint is found through the folder of its config.
     """
@@ -120,7 +119,7 @@ def _keys(folder: Path, edited: Mapping[str, Any], trust: bool) -> KeyMap:
 
 @dataclass(frozen=True)
 class Checked:
-    """What checking the source established."""
+    """Result of checking the source."""
 
     loaded: frozenset[str]  # model tensors the checkpoint provides
     packed: frozenset[str]  # of those, the ones whose shapes cannot be compared
@@ -130,11 +129,11 @@ class Checked:
 def check_source(
     tensors: Mapping[str, TensorEntry], keys: KeyMap, config_file: str, quantization: Quantization
 ) -> Checked:
-    """Compare every tensor of the source with the shape its config gives it.
+    """Compares every tensor of the source with the shape that config.json gives it.
 
     Raises:
-        CheckpointError: naming file, key, both shapes.
-        UnsupportedModel: the same, of a quantized checkpoint: its layout is not known.
+        CheckpointError: a shape differs; names file, key and both shapes.
+        UnsupportedModel: the same in a quantized checkpoint, whose layout is then unknown.
     """
     loaded = keys.loaded_shapes({key: entry.shape for key, entry in tensors.items()})
     packed = set()
@@ -162,8 +161,8 @@ def check_source(
 def check_output(
     tensors: list[OutTensor], keys: KeyMap, before: Checked, renamed: Mapping[str, str]
 ) -> None:
-    """The written tensors load into the smaller model: nothing missing, unexpected or of another
-    shape.
+    """Checks that the written tensors load into the smaller model: none is missing, unexpected or
+    of another shape.
 
     Args:
         tensors: what was written.
@@ -172,8 +171,7 @@ def check_output(
         renamed: name in the source -> name in the output, for every tensor kept.
 
     Raises:
-        CheckpointError: the output would not load; it is a defect of this program, so the output is
-            discarded.
+        CheckpointError: the output would not load, which is a defect of this program.
     """
     loaded = keys.loaded_shapes({tensor.name: tensor.shape for tensor in tensors})
     problems = {

@@ -17,20 +17,19 @@ _CONTEXT = "max_position_embeddings"
 
 @dataclass(frozen=True)
 class Specification:
-    """What a table of both models shows; pairs are (original, pruned), None is not known.
+    """Both models in numbers. Pairs are (original, pruned); None where a number is not known.
 
     Attributes:
-        parameters: of the model that is built from config.json, quantised ones counted as plain;
-            tied tensors once, multi-token-prediction layers not.
-        active_parameters: those a token's forward depends on: all but the experts it is not routed
-            to.
-        top_k: experts a token is routed to, of every layer: one number where they agree.
+        parameters: of the model that config.json describes, before any quantization. Tied tensors
+            count once, multi-token-prediction layers not.
+        active_parameters: those used for one token: all but the experts it is not routed to.
+        top_k: the numbers of experts that layers route a token to, each number once.
         layers: decoder layers.
         heads: attention heads.
         key_value_heads: of them with keys and values of their own.
         context: positions the configuration allows.
-        stored: dtypes of the tensors on disk, those with most bytes first.
-        quantization: the method config.json names.
+        stored: dtypes of the tensors on disk, the one with most bytes first.
+        quantization: the method that config.json names.
         architecture: class of the model.
         remote_code: whether config.json refers to code that comes with the checkpoint.
     """
@@ -50,36 +49,66 @@ class Specification:
 
 @dataclass
 class ApplyReport:
-    """Result of writing one pruned checkpoint."""
+    """Result of writing one pruned checkpoint; see `apply_plan`.
 
-    plan: "Plan"  # that was applied, with notes of how the model differs from the plan's own
+    Attributes:
+        plan: that was applied, with notes on how the model differs from the plan's own.
+        source, out_path: folders.
+        layers: MoE layers, without those of stacks that lose no expert.
+        experts_before, experts_after: routed experts of such a layer; the largest number where
+            layers differ.
+        experts_per_layer: {MoE layer: experts (before, after)}, all layers.
+        whole: layers of stacks that lose no expert.
+        uniform: whether every stack has one number of experts; if not, `load_pruned.py` in the
+            folder loads the checkpoint.
+        tensors, tensor_bytes: written, and their data in bytes.
+        bytes_written: size of all files.
+        source_tensors, source_tensor_bytes: the same of the source.
+        shards: safetensors files written.
+        specification: both models in numbers.
+        edited_config: {field of config.json, with dots: (old, new)}.
+        expert_keys_dropped: tensors of removed experts.
+        tables_rewritten: tables of expert ids by token (DeepSeek-V4).
+        mtp_dropped: keys of multi-token-prediction layers that were left out.
+        left_out: files that were not copied: other formats of the weights, and hidden files.
+        cleaned: folders of killed runs that were removed.
+        warnings: sentences for the user.
+        seconds: the call took.
+
+    Example:
+        >>> report = rd.apply_plan("model", rd.Plan.load("plan.json"), "another")
+        >>> report.tensors < report.source_tensors, report.uniform
+        (True, True)
+    """
+
+    plan: "Plan"
     source: Path
     out_path: Path
-    layers: int  # MoE layers, without those of stacks that are left whole
-    experts_before: int  # routed experts of such a layer; the largest, where numbers differ
+    layers: int
+    experts_before: int
     experts_after: int
-    experts_per_layer: Mapping[str, tuple[int, int]]  # every MoE layer -> (before, after)
-    whole: list[str]  # layers of stacks of which nothing is removed
-    uniform: bool  # one number of experts loads every stack; else `load_pruned.py` is in the folder
-    tensors: int  # written
-    tensor_bytes: int  # data of these tensors
-    bytes_written: int  # all files
+    experts_per_layer: Mapping[str, tuple[int, int]]
+    whole: list[str]
+    uniform: bool
+    tensors: int
+    tensor_bytes: int
+    bytes_written: int
     source_tensors: int
     source_tensor_bytes: int
     shards: int
     specification: Specification
-    edited_config: Mapping[str, tuple[Any, Any]]  # dotted field of config.json -> (old, new)
-    expert_keys_dropped: int  # tensors of removed experts
-    tables_rewritten: int = 0  # tables of expert ids by token (DeepSeek-V4)
-    mtp_dropped: list[str] = field(default_factory=list)  # keys of MTP layers left out
-    left_out: list[str] = field(default_factory=list)  # other weight formats, hidden files
-    cleaned: list[str] = field(default_factory=list)  # leftovers of killed runs, removed
+    edited_config: Mapping[str, tuple[Any, Any]]
+    expert_keys_dropped: int
+    tables_rewritten: int = 0
+    mtp_dropped: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    cleaned: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def pruned(self) -> Mapping[str, tuple[int, int]]:
-        """Layers of the stacks that were cut -> experts (before, after)."""
+        """{layer: experts (before, after)}, layers of stacks that lose experts."""
         whole = set(self.whole)
         return {name: pair for name, pair in self.experts_per_layer.items() if name not in whole}
 
@@ -92,7 +121,7 @@ def specify(
     tensors: Iterable[TensorEntry],
     raw: Mapping[str, Any],
 ) -> Specification:
-    """The specification of a model and of what a plan leaves of it.
+    """The specification of a model and of its pruned version.
 
     Args:
         model: the original, on meta.

@@ -26,7 +26,7 @@ _NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class OutTensor:
-    """One tensor to write: where its bytes come from and what is done to them."""
+    """One tensor to write: its source, and what happens to it."""
 
     name: str
     dtype: str
@@ -42,7 +42,7 @@ class OutTensor:
 
 @dataclass
 class OutShard:
-    """One file to write, from files that must be as they were when they were inspected."""
+    """One file to write. Its sources must be as they were when they were inspected."""
 
     name: str
     tensors: list[OutTensor] = field(default_factory=list)
@@ -60,7 +60,11 @@ class OutShard:
 
 
 def out_tensor(key: str, entry: TensorEntry, action: Action) -> OutTensor | None:
-    """The tensor an action makes, None for a dropped one."""
+    """The tensor that an action writes; None for a dropped one.
+
+    Raises:
+        UnsupportedModel: rows that are selected share bytes.
+    """
     if isinstance(action, Drop):
         return None
     shape = list(entry.shape)
@@ -84,11 +88,18 @@ def plan_shards(
     shard_size: int | None,
     rename: Callable[[Mapping[str, str]], Mapping[str, str]] = dict,
 ) -> list[OutShard]:
-    """Files to write. The source's division is kept unless `shard_size` (bytes of data) asks for
-    another.
+    """The files to write, divided as in the source or by size.
 
-    Shards left without a tensor disappear, and numbered names are then numbered anew. `rename`
-    makes a file's metadata from the source's.
+    Files that would have no tensor are left out, and numbered names are then numbered anew.
+
+    Args:
+        source: the checkpoint.
+        actions: for each of its keys.
+        shard_size: bytes of data per file; None keeps the division of the source.
+        rename: makes a file's metadata from that of the source.
+
+    Raises:
+        PlanError: `shard_size` is not positive.
     """
     if shard_size is not None and shard_size <= 0:
         raise PlanError(f"shard_size {shard_size}: give a positive number of bytes.")
@@ -115,8 +126,10 @@ def plan_shards(
 
 
 def write_index(folder: Path, shards: list[OutShard], metadata: Mapping[str, Any]) -> int:
-    """`model.safetensors.index.json`, unless there is one file under the name that needs none.
-    Returns its bytes.
+    """Writes `model.safetensors.index.json`, unless the only file has the name that needs no index.
+
+    Returns:
+        Its size in bytes; 0 if there is none.
     """
     if [shard.name for shard in shards] == [SINGLE_NAME]:
         return 0
@@ -134,13 +147,13 @@ def write_index(folder: Path, shards: list[OutShard], metadata: Mapping[str, Any
 
 
 def _shard(name: str, file: SafetensorsFile, actions: Mapping[str, Action]) -> OutShard:
-    """What is left of one shard."""
+    """The file that one file of the source becomes."""
     made = (out_tensor(key, entry, actions[key]) for key, entry in file.tensors.items())
     return OutShard(name, [tensor for tensor in made if tensor is not None], file.metadata)
 
 
 def _divide(tensors: list[OutTensor], shard_size: int) -> list[OutShard]:
-    """Fill files in source order up to `shard_size`; a larger tensor gets a file of its own."""
+    """Fills files in source order up to `shard_size`; a larger tensor gets a file of its own."""
     shards: list[OutShard] = []
     room = 0
     for tensor in tensors:

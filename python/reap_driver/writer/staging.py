@@ -1,5 +1,4 @@
-"""The folder that is written before it gets its final name, and what happens to it when anything
-goes wrong.
+"""The temporary folder that the output is written to, and its removal when anything goes wrong.
 
 A temporary sibling `.<name>.reap-partial-XXXX` holds the output until it is complete, flushed and
 verified; then it gets its name in one step (`exchange` says how, where an old checkpoint has the
@@ -32,7 +31,7 @@ from reap_kernels.files import NO_SPACE, sync
 
 
 def check_target(out: Path, source: Path, *, overwrite: bool) -> None:
-    """Refuse a target that exists, or that is, holds or lies inside the source.
+    """Refuses a target that exists, or that is, contains or is inside the source.
 
     Raises:
         CheckpointError: naming the path and the way out.
@@ -48,7 +47,7 @@ def check_target(out: Path, source: Path, *, overwrite: bool) -> None:
 
 
 def check_replaceable(out: Path, *, overwrite: bool) -> None:
-    """Refuse a target that exists, unless it is a checkpoint that may be replaced.
+    """Refuses a target that exists, unless it is a checkpoint that may be replaced.
 
     Raises:
         CheckpointError: naming the path and the way out.
@@ -107,7 +106,7 @@ def staged(out: Path, *, needed: int) -> Iterator[Path]:
 
 
 def rehearse(out: Path, *, needed: int) -> None:
-    """Raise what `staged` would raise at its beginning; leaves nothing behind."""
+    """Raises what `staged` would raise at its beginning; leaves nothing behind."""
     made = [path for path in (out.parent, *out.parent.parents) if not path.exists()]
     with staged(out, needed=needed):
         pass
@@ -115,10 +114,10 @@ def rehearse(out: Path, *, needed: int) -> None:
 
 
 def publish(folder: Path, out: Path, *, overwrite: bool) -> Path | None:
-    """Flush the finished folder to disk and give it its final name.
+    """Flushes the finished folder to disk and gives it its final name.
 
     Returns:
-        Where an old checkpoint is left that was replaced but cannot be removed; None as a rule.
+        The old checkpoint, if it was replaced and cannot be removed; else None.
 
     Raises:
         CheckpointError: a target appeared that may not be replaced.
@@ -141,9 +140,12 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> Path | None:
 
 
 def clean_stale(out: Path) -> list[Path]:
-    """Repair and remove what killed runs to this target left behind; returns what was removed.
+    """Removes what killed runs to this target left behind, or puts a replaced checkpoint back.
 
-    Folders of runs still alive are left alone; so are all where the file system has no locks.
+    Folders of running processes are left alone; without locks on the file system, all are.
+
+    Returns:
+        The folders that were removed.
 
     Raises:
         CheckpointError: see `restore`.
@@ -158,7 +160,7 @@ def clean_stale(out: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def scratch(out: Path) -> Iterator[Path]:
-    """A hidden sibling of `out` for what a run needs while it lasts; those of killed runs are
+    """A hidden folder beside `out` for files that a run needs temporarily; those of killed runs are
     removed.
     """
     _remove_stale(out, "scratch")
@@ -167,7 +169,7 @@ def scratch(out: Path) -> Iterator[Path]:
 
 
 def _remove_stale(out: Path, kind: Kind) -> list[Path]:
-    """Remove hidden siblings whose runs have ended; what cannot be removed stays."""
+    """Removes hidden folders whose runs have ended, except those that cannot be removed."""
     removed = []
     for path in hidden(out, kind):
         with contextlib.suppress(OSError), locked(lock_of(path, out)) as mine:
@@ -179,7 +181,9 @@ def _remove_stale(out: Path, kind: Kind) -> list[Path]:
 
 @contextlib.contextmanager
 def _make_folder(out: Path, kind: Kind = "partial") -> Iterator[Path]:
-    """The temporary folder, locked before it is there; without locks, no other run removes it."""
+    """The temporary folder. Its lock is taken first, so no other run can find it unlocked. Without
+    locks on the file system, no run removes folders of others.
+    """
     folder = new_folder(out, kind)
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
@@ -188,12 +192,12 @@ def _make_folder(out: Path, kind: Kind = "partial") -> Iterator[Path]:
             folder.mkdir()
             yield folder
         finally:
-            # Renamed away on success. What cannot be removed, the next run finds.
+            # On success it has been renamed. If it cannot be removed, the next run tries again.
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_space(out: Path, needed: int) -> int:
-    """Refuse when the target's file system cannot hold `needed` bytes; returns what is free."""
+    """Refuses a target on a disk with less than `needed` bytes free; returns what is free."""
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise ResourceError(
@@ -204,7 +208,7 @@ def _check_space(out: Path, needed: int) -> int:
 
 
 def _make_parents(parent: Path) -> list[Path]:
-    """Create missing parents of the target; returns those created, deepest first."""
+    """Creates missing parents of the target; returns those created, deepest first."""
     missing = [path for path in (parent, *parent.parents) if not path.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +220,7 @@ def _make_parents(parent: Path) -> list[Path]:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove parents created for a run that failed, unless something else was put there."""
+    """Removes parents created for a run that failed, unless they hold something else by now."""
     for path in folders:
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()

@@ -1,16 +1,13 @@
-"""Writes output shards: byte ranges of the source, copied by the kernel where bytes are unchanged.
+"""Writes output shards, with several threads. Unchanged bytes are copied by the operating system.
 
-Memory does not grow with the checkpoint: whole tensors and rows of dimension 0 are ranges of the
-source file and never enter the process; rows of other dimensions, packed codes and id tables pass
-through buffers of `BUFFER_BYTES`, three at a time (or of one slab, all experts' rows, where that is
-larger). Shards written by several threads need as much each.
-
-Copying stays our own code: no library copies byte ranges between files inside the kernel
-(copy_file_range), which is what makes writing as fast as `cp`.
+Memory does not grow with the checkpoint: whole tensors and rows of dimension 0 are byte ranges of
+the source and never enter the process. Rows of other dimensions, packed codes and tables of ids
+pass through buffers of `BUFFER_BYTES` (or of one slab, the rows of all experts, where that is
+larger), three at a time in each thread.
 
 Only the calling thread runs the caller's progress function and receives signals; the others copy.
-The caller gets the first error of any thread, after every thread has ended: each checks whether it
-has to stop at least every 16 MiB. (A second Ctrl-C ends the wait for a disk that hangs; such a
+The caller gets the first error of any thread, after every thread has ended: each checks at least
+every 16 MiB whether it has to stop. (A second Ctrl-C ends the wait for a disk that hangs; such a
 thread finds its file removed.)
 """
 
@@ -28,10 +25,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from reap_driver.files.fingerprints import unreadable
-from reap_driver.files.safetensors_file import (
-    DTYPE_BITS,
-    TensorEntry,
-)
+from reap_driver.files.safetensors_file import DTYPE_BITS, TensorEntry
 from reap_driver.model.routing_table import relabel
 from reap_driver.writer.actions import Copy, Relabel, Select, SelectCodes, SetLength
 from reap_driver.writer.codes import select_codes, slab_bytes
@@ -40,14 +34,14 @@ from reap_kernels.errors import CheckpointError, PlanError
 from reap_kernels.files import NO_SPACE, named
 
 BUFFER_BYTES = 4 << 20  # gathering rows is as quick with 1 and slower with 16, beyond the caches
-_CHUNK_BYTES = 16 << 20  # one kernel copy; small, so that progress moves and Ctrl-C is heard
+_CHUNK_BYTES = 16 << 20  # per system call; small, so that progress is shown and Ctrl-C acts
 _MIN_RANGE_BYTES = 64 << 10  # rows at least this long are copied by the kernel one by one
 _NUMPY_INTEGERS = {
     f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "UI" for bits in (8, 16, 32, 64)
 }
-# Streams that share a disk, so cores do not count: copying is the kernel's work and mostly waiting.
-# Network disks and SSDs serve a few requests at once faster than one after the other; a spinning
-# disk seeks between streams, but only every 16 MiB, and many streams would gain nothing more.
+# Independent of the number of cores: the kernel copies, and mostly waits for the disk. Network
+# disks and SSDs serve a few requests at once faster than one after the other. A spinning disk seeks
+# between the files, but only every 16 MiB. More threads gain nothing.
 DEFAULT_THREADS = 4
 Progress = Callable[[int], None]  # bytes written since the last call
 _Event = int | Future[int]  # bytes written since the last event, or a shard that is done
@@ -58,7 +52,7 @@ class _Stopped(Exception):
 
 
 def check_threads(threads: int | None) -> None:
-    """Refuse what is not a number of threads.
+    """Checks a number of threads.
 
     Raises:
         PlanError: `threads` is neither None nor a positive integer.
@@ -73,7 +67,7 @@ def check_threads(threads: int | None) -> None:
 def write_shards(
     folder: Path, shards: Sequence[OutShard], progress: Progress, threads: int | None = None
 ) -> int:
-    """Write all files. Returns their size in bytes, which no number of threads changes.
+    """Writes all files. Returns their size in bytes, which does not depend on the threads.
 
     Args:
         folder: to write into.
@@ -90,7 +84,7 @@ def write_shards(
         events.put(count)
 
     def finish(future: Future[int]) -> None:
-        events.put(future)  # before others see the flag: the first error is the first event
+        events.put(future)  # before the flag is set, so that the first error is the first event
         if not future.cancelled() and future.exception() is not None:
             stopped.set()
 
@@ -99,18 +93,18 @@ def write_shards(
             for shard in shards:
                 pool.submit(write_shard, folder, shard, report).add_done_callback(finish)
             return _listen(events, len(shards), progress)
-        except BaseException:  # Ctrl-C and SIGTERM too: the threads must end before the clean-up
+        except BaseException:  # also Ctrl-C and SIGTERM: threads must end before the clean-up
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def _listen(events: SimpleQueue[_Event], shards: int, progress: Progress) -> int:
-    """Pass counts on until all shards are done; returns their bytes, raises the first error."""
+    """Reports progress until all shards are done; returns their bytes, raises the first error."""
     written = 0
     while shards:
         batch = [events.get()]
-        while not events.empty():  # a slow progress function gets fewer calls, not late ones
+        while not events.empty():  # a slow progress function is called less often, not later
             batch.append(events.get())
         done = [event for event in batch if not isinstance(event, int)]
         written += sum(future.result() for future in done)
@@ -121,11 +115,11 @@ def _listen(events: SimpleQueue[_Event], shards: int, progress: Progress) -> int
 
 
 def write_shard(folder: Path, shard: OutShard, progress: Progress) -> int:
-    """Write one file, in order: file systems lock a file while it is written to, so that parts of
-    one written at once wait for each other. Returns its size in bytes.
+    """Writes one file from beginning to end: file systems lock a file during a write, so writing
+    parts of it at the same time gains nothing. Returns its size in bytes.
 
-    It is flushed when all files are written: waiting for the disk after each would leave it idle
-    while the next is read.
+    Files are flushed when all are written: flushing each would leave the disk idle while the next
+    one is read.
     """
     path = folder / shard.name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +132,7 @@ def write_shard(folder: Path, shard: OutShard, progress: Progress) -> int:
 
 
 def write_all(out: BinaryIO, data: bytes) -> None:
-    """Write every byte of `data` to an unbuffered file."""
+    """Writes every byte of `data` to an unbuffered file."""
     view = memoryview(data)
     while view:
         view = view[out.write(view) :]
@@ -153,8 +147,9 @@ class _Range(NamedTuple):
 
 
 def _write_tensors(out: BinaryIO, shard: OutShard, progress: Progress) -> None:
-    """Write a file's tensors in order. Every source file is opened once, and what is read next is
-    announced to the system, so that reading overlaps with writing."""
+    """Writes a file's tensors in order. Every source file is opened once, and the next range is
+    announced to the system, so that reading overlaps with writing.
+    """
     with contextlib.ExitStack() as stack:
         opened: dict[Path, BinaryIO] = {}
 
@@ -176,7 +171,11 @@ def _write_tensors(out: BinaryIO, shard: OutShard, progress: Progress) -> None:
 
 
 def copy_range(source: BinaryIO, out: BinaryIO, start: int, stop: int, progress: Progress) -> None:
-    """Append bytes [start, stop) of `source` to `out`, inside the kernel where the system can."""
+    """Appends bytes [start, stop) of `source` to `out`, inside the kernel if the system can.
+
+    Written by hand because no library copies byte ranges by copy_file_range, which is what makes
+    writing as fast as `cp`; shutil copies whole files only.
+    """
     while start < stop:
         _announce(source, start + _CHUNK_BYTES, stop)
         copied = _copy_some(source, out, start, min(stop - start, _CHUNK_BYTES))
@@ -190,22 +189,22 @@ def copy_range(source: BinaryIO, out: BinaryIO, start: int, stop: int, progress:
 
 
 def _announce(source: BinaryIO, start: int, stop: int) -> None:
-    """Ask the system to begin reading [start, stop), or as much of it as is copied at once."""
+    """Asks the system to begin reading [start, stop), at most one chunk of it."""
     if start < stop and hasattr(os, "posix_fadvise"):
         count = min(stop - start, _CHUNK_BYTES)
         os.posix_fadvise(source.fileno(), start, count, os.POSIX_FADV_WILLNEED)
 
 
 def _copy_some(source: BinaryIO, out: BinaryIO, start: int, count: int) -> int:
-    """Copy up to `count` bytes; returns how many."""
+    """Copies up to `count` bytes; returns how many."""
     if hasattr(os, "copy_file_range"):
         try:
             return os.copy_file_range(source.fileno(), out.fileno(), count, offset_src=start)
         except OSError as error:
             if error.errno in NO_SPACE:
                 raise
-            # The system cannot copy between these two; or one of them failed, and then it is told
-            # here which.
+            # The system cannot copy between these two files; or one of them failed, and the calls
+            # below will say which.
     data = _pread(source, min(count, BUFFER_BYTES), start)
     write_all(out, data)
     return len(data)

@@ -68,8 +68,8 @@ def test_other_files_are_no_masks(tmp_path: Path) -> None:
         (torch.tensor([0.0, math.nan]), "torch.float32"),
         (torch.ones(2, 2, dtype=torch.bool), r"torch.bool \[2, 2\]"),
         (torch.tensor(True), r"torch.bool \[\]"),
-        (torch.zeros(4, dtype=torch.bool), "true for an expert at least"),
-        (torch.ones(0, dtype=torch.bool), "true for an expert at least"),
+        (torch.zeros(4, dtype=torch.bool), "true for one expert at least"),
+        (torch.ones(0, dtype=torch.bool), "true for one expert at least"),
     ],
 )
 def test_masks_that_are_none_are_refused(tmp_path: Path, mask: torch.Tensor, says: str) -> None:
