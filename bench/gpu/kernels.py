@@ -47,7 +47,7 @@ def _matrix(name: str, rows: int, columns: int, experts: int = _CHUNK) -> Case:
     return Case(name, "timed", 0, experts, 0, columns, rows)
 
 
-QUANTISED = (
+QUANTIZED = (
     (_matrix("DeepSeek-V3, gate and up", 4096, 7168), "fp8_block"),
     (_matrix("DeepSeek-V3, down", 7168, 2048), "fp8_block"),
     (_matrix("gpt-oss-120b, gate and up", 5760, 2880), "mxfp4"),
@@ -67,8 +67,8 @@ def plan(smoke: bool) -> list[Case]:
 def quantized(smoke: bool) -> list[tuple[Case, str]]:
     """Matrices and formats to dequantize."""
     if smoke:
-        return [(_matrix("tiny", 64, 96, experts=2), format) for _, format in QUANTISED[::2]]
-    return list(QUANTISED)
+        return [(_matrix("tiny", 64, 96, experts=2), format) for _, format in QUANTIZED[::2]]
+    return list(QUANTIZED)
 
 
 def run(machine: Machine, deadline: Deadline) -> list[Row]:

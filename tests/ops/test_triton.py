@@ -231,7 +231,7 @@ def test_ids_of_any_integer_dtype_and_strided_inputs() -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_gates_may_be_wider_than_the_model() -> None:
+def test_router_weights_may_be_wider_than_the_model() -> None:
     inputs = make_inputs(CASE, torch.float16)
     experts = make_experts(CASE, dtype=torch.float16)
     found = []

@@ -101,7 +101,7 @@ def test_equal_scores_take_turns() -> None:
     assert removed(pooled(equal, layers, 18 / 32)) == {"l0": 4, "l1": 4, "l2": 5, "l3": 5}
 
 
-def test_normalizing_compares_experts_with_their_neighbours() -> None:
+def test_normalizing_compares_experts_with_their_neighbors() -> None:
     layers = {"shallow": facts(4), "deep": facts(4)}
     scores = {"shallow": values(1, 2, 3, 4), "deep": values(10, 40, 50, 60)}
     assert removed(pooled(scores, layers, 0.375, normalize="none")) == {"shallow": 3, "deep": 0}

@@ -291,7 +291,7 @@ def tie(monkeypatch: pytest.MonkeyPatch, folder: Path, pairs: dict[str, str]) ->
     saved.change_tensors(folder, alike)
 
 
-_GATES = {"model.layers.1.mlp.gate.weight": "model.layers.0.mlp.gate.weight"}
+_ROUTER_WEIGHTS = {"model.layers.1.mlp.gate.weight": "model.layers.0.mlp.gate.weight"}
 
 
 @pytest.mark.parametrize("held", ["both", "target", "source"])
@@ -300,8 +300,8 @@ def test_tied_layers_are_loaded_but_not_streamed(
 ) -> None:
     """Whichever of the two names the checkpoint has."""
     folder = tmp_path / "model"
-    tie(monkeypatch, folder, _GATES)
-    [(target, source)] = _GATES.items()
+    tie(monkeypatch, folder, _ROUTER_WEIGHTS)
+    [(target, source)] = _ROUTER_WEIGHTS.items()
     wanted = saved.read_all(folder)[source]
     drop = {"both": (), "target": (source,), "source": (target,)}[held]
     saved.change_tensors(folder, lambda ts: {k: t for k, t in ts.items() if k not in drop})

@@ -70,7 +70,7 @@ def test_lists_of_counts_keep_their_length() -> None:
     assert config["text_config"] == {"moe_num_experts": [64, 64]}
 
 
-def test_quantisation_entries_follow_their_expert(full: Path, tmp_path: Path) -> None:
+def test_quantization_entries_follow_their_expert(full: Path, tmp_path: Path) -> None:
     """Ignore lists and per-module settings name experts by index: renumbered, or dropped."""
     plan_layer = "model.layers.1.mlp.experts"
     names = [f"{plan_layer}.{i}.up_proj" for i in range(8)]
