@@ -64,7 +64,7 @@ class LoadedShapes:
 
 
 class KeyMap:
-    """The library's key renaming and conversion rules for one model (on meta or not)."""
+    """The library's rules for renaming and converting keys, for one model on any device."""
 
     def __init__(self, model: PreTrainedModel, mapping: Sequence[object] | None = None) -> None:
         """`mapping`: the rules that `model` is being loaded by. The default is those of its class,
@@ -83,7 +83,7 @@ class KeyMap:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Every tensor of the model's state dict with its shape."""
+        """Name -> shape of every tensor of the model's state dict."""
         return {name: tuple(tensor.shape) for name, tensor in self._state.items()}
 
     def locate(self, disk_key: str) -> Target:

@@ -53,7 +53,7 @@ def wrap_errors(
         yield
     except (ReapError, MemoryError):
         raise
-    except BaseException as raised:  # the library promises nothing, see above
+    except BaseException as raised:  # of any class, see above
         if not is_fault(raised):
             raise
         if "DefaultCPUAllocator" in str(raised) or type(raised).__name__ == "OutOfMemoryError":

@@ -97,7 +97,7 @@ def _known_config(
         return CONFIG_MAPPING[str(model_type)].from_pretrained(path_or_id)
     native = native_class(architecture)
     if native is not None and native.config_class is not None:
-        with quiet("transformers.configuration_utils"):  # warns of the alias
+        with quiet("transformers.configuration_utils"):  # it warns of the alias
             config = native.config_class.from_pretrained(path_or_id)
         # The library finds the key conversions of a model by this name; it has none for an alias.
         config.model_type = native.config_class.model_type

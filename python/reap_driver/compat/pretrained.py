@@ -63,9 +63,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     architecture = (getattr(config, "architectures", None) or [None])[0]
     if type(config).__module__.startswith("transformers_modules"):
         return _remote_class(config)
-    if (
-        config.model_type == "step3p5"
-    ):  # the text config of step3p7: transformers ships no causal LM for it
+    if config.model_type == "step3p5":  # transformers has its text model but no causal LM
         from reap_driver.compat.step3p5 import Step3p5ForCausalLM
 
         return Step3p5ForCausalLM

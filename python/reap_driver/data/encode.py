@@ -20,7 +20,7 @@ from reap_driver.data.tokenizer import load_tokenizer
 from reap_kernels.errors import DataError
 from reap_kernels.schema import short
 
-_INT32 = 2**31  # ids are kept in 32 bits
+_INT32 = 2**31  # ids are stored as int32
 _NO_LABEL = -100  # label of tokens that do not count in a training loss
 
 

@@ -70,7 +70,7 @@ def _undecoded(rows: Any) -> Any:
 
 
 def _load(location: HubDataset) -> Any:
-    """The split as a `datasets.Dataset`."""
+    """Loads the split as a `datasets.Dataset`."""
     try:
         import datasets
     except ImportError as error:

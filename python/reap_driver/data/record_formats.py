@@ -142,7 +142,7 @@ def _messages(record: Record) -> Chat:
 
 
 def _conversations(record: Record) -> Chat:
-    """`from` and `value`, as ShareGPT has them; items may have `role` and `content` instead."""
+    """Objects with `from` and `value`, as in ShareGPT, or with `role` and `content`."""
     given = list_of_objects(record, "conversations")
     turns = [turn(record, item) if "from" in item else item for item in given]
     messages = _system(record) + checked_messages(record, "conversations", turns)

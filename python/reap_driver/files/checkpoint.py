@@ -65,7 +65,7 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
-        """Every tensor of the checkpoint."""
+        """Key -> tensor, over all shards."""
         return {key: entry for shard in self.shards for key, entry in shard.tensors.items()}
 
     @cached_property
@@ -89,7 +89,7 @@ class Checkpoint:
             )
 
     def relative(self, shard: SafetensorsFile) -> str:
-        """A shard's name inside the folder."""
+        """A shard's path relative to the folder."""
         return shard.path.relative_to(self.folder).as_posix()
 
 
@@ -113,7 +113,7 @@ def resolve_folder(path_or_id: str | Path) -> Path:
     ignored = [f"*{suffix}" for suffix in sorted(_OTHER_WEIGHTS - {".safetensors"})]
     try:
         return Path(snapshot_download(str(path_or_id), ignore_patterns=ignored))
-    except (OSError, ValueError) as error:  # the hub's errors derive from these
+    except (OSError, ValueError) as error:  # base classes of the hub's errors
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"{path_or_id}: neither a folder nor a hub id that can be downloaded ({reason})."

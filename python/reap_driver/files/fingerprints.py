@@ -50,7 +50,7 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """Pins of the files of a checkpoint; those of other files are not known and not checked."""
+    """Fingerprints of the files of a checkpoint. Other files are not checked."""
 
     files: Mapping[Path, Fingerprint] = field(default_factory=dict)
 

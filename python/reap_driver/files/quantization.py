@@ -20,7 +20,7 @@ SETTINGS_FILES = {
 }
 # Dtypes of packed quantized values, whose tensors have other shapes than the model's.
 PACKED = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "F4", "F6_E2M3", "F6_E3M2"})
-# Values of `format` (older: `checkpoint_format`) whose packing is the one described in layouts.py.
+# Values of `format` (older: `checkpoint_format`) with the packing that writer/layouts.py describes.
 _GPTQ_FORMATS = frozenset({"gptq", "gptq_v2"})
 
 
@@ -88,7 +88,7 @@ class Quantization:
 
 
 def quantization_of(source: Checkpoint) -> Quantization:
-    """The settings in config.json, else those in a file beside it."""
+    """A checkpoint's quantizer, from config.json or else from a file beside it."""
     for _, settings in settings_in(source.config):
         return Quantization(method_of(settings, None), settings)
     for name, method in SETTINGS_FILES.items():

@@ -1,3 +1,1 @@
-"""Loads checkpoints for observation: whole (resident), or one decoder layer at a time
-(streamed).
-"""
+"""Loads checkpoints for observation: whole (resident) or layer by layer (streamed)."""

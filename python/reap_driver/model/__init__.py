@@ -1,3 +1,1 @@
-"""Models in memory: their MoE layers, adapters for observing them, and which tensors hold
-experts.
-"""
+"""Models in memory: their MoE layers, how to observe them, and which tensors hold experts."""

@@ -1,4 +1,4 @@
-"""Every exported function, given arguments of wrong types: one clear error, never a traceback."""
+"""Every exported function raises one clear error for arguments of wrong types."""
 
 import inspect
 from collections.abc import Callable
@@ -45,7 +45,7 @@ WRONG: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written to a path such as "tiny" lands in the test's own folder."""
+    """Files written to a relative path such as "tiny" are in the test's own folder."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -72,7 +72,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-# Valid arguments of each, by the names of `world`, or as they are.
+# Valid arguments of each function.
 CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "apply_plan": lambda w: {
         "model_path": w["root"] / "full",
@@ -186,8 +186,8 @@ def test_missing_and_unknown_arguments_are_named(name: str, world: dict[str, Any
 def test_wrong_values_end_in_one_error_or_mean_something(
     name: str, parameter: str, world: dict[str, Any], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """What a function that somebody gives raises is theirs, and a file that cannot be written is
-    the system's error with the file's name.
+    """Callables are skipped, since the errors they raise are their own; a file that cannot be
+    written is an OSError with the file's name.
     """
     monkeypatch.chdir(tmp_path)  # where texts that are paths lie
     given = ALL[name](world)
@@ -199,7 +199,7 @@ def test_wrong_values_end_in_one_error_or_mean_something(
 
 
 def outcome(name: str, arguments: dict[str, Any]) -> str:
-    """What was said: nothing where the call went well."""
+    """The error's message; empty if the call succeeded."""
     try:
         called(name, arguments)
     except ReapError as error:

@@ -115,7 +115,7 @@ def _published_state(model: PreTrainedModel, entry: Published, generator: torch.
 def _mtp_state(
     state: State, entry: Published, config: dict[str, Any], generator: torch.Generator
 ) -> State:
-    """The tensors of the MTP layers: those of a decoder layer, drawn anew, and their own."""
+    """The tensors of the MTP layers: new random tensors of a decoder layer, and their own."""
     assert entry.mtp is not None
     mtp: State = {}
     for i in range(entry.mtp.count):
@@ -157,7 +157,9 @@ def _published_dtype(key: str, tensor: torch.Tensor, entry: Published) -> torch.
 
 
 def _to_fp8(state: State, *, power_of_two: bool) -> State:
-    """Matrices as float8_e4m3fn, one float32 factor a 128 x 128 block in `.weight_scale_inv`."""
+    """Matrices as float8_e4m3fn, with one float32 scale per 128 x 128 block in
+    `.weight_scale_inv`.
+    """
     quantized: State = {}
     for key, tensor in state.items():
         if not key.endswith(".weight") or tensor.ndim != 2 or _NOT_FP8.search(key):

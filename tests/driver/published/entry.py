@@ -1,4 +1,4 @@
-"""What the table of published models says about one of them."""
+"""The entry of one model in the table of published models."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What pruning must leave of a checkpoint, from the table and the kept experts alone."""
+"""The expected pruned checkpoint, computed only from the table and the kept experts."""
 
 import hashlib
 import json
@@ -67,7 +67,7 @@ def expected_config(
 
 
 def read_tensors(folder: Path) -> State:
-    """Every tensor the index of a checkpoint names, and a check that no shard holds another."""
+    """Every tensor in the index of a checkpoint; checks that the shards hold no others."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     tensors: State = {}
     for file in sorted(folder.glob("*.safetensors")):

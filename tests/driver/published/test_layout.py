@@ -76,7 +76,9 @@ def test_small_config_keeps_what_routing_depends_on(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_published_layout_loads(name: str, checkpoint: Callable[[str], Path]) -> None:
-    """Every published tensor is read, but the MTP layers'; nothing is left to chance."""
+    """Every published tensor except those of MTP layers is read; no tensor of the model
+    stays random.
+    """
     entry, config, folder = MODELS[name], small_config(name), checkpoint(name)
     tensors = read_tensors(folder)
     assert set(entry.names) <= tensors.keys()
@@ -99,7 +101,7 @@ def test_published_layout_loads(name: str, checkpoint: Callable[[str], Path]) ->
 def test_fp8_matrices_load_as_stored_times_scale(
     name: str, checkpoint: Callable[[str], Path]
 ) -> None:
-    """Also where the last block of 128 rows or columns is partial."""
+    """Also if the last block of 128 rows or columns is partial."""
     folder = checkpoint(name)
     tensors, parameters = read_tensors(folder), dict(load_model(folder).named_parameters())
     scaled = {key.removesuffix("_scale_inv") for key in tensors if key.endswith("_scale_inv")}

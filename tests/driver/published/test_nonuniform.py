@@ -25,7 +25,7 @@ Checkpoints = Callable[[str], Path]
 
 
 def plan_for(source: Path) -> Plan:
-    """Layers in turn lose the second expert of every routing group, or none."""
+    """Every other layer loses the second expert of every routing group."""
     layers = {}
     for place, layer in enumerate(rd.find_moe_layers(meta_model(load_config(source)))):
         size = layer.num_experts // layer.n_group
@@ -59,7 +59,7 @@ def test_every_other_layer_is_cut(name: str, checkpoint: Checkpoints, tmp_path: 
 
 
 def test_four_bit_integers(tmp_path: Path) -> None:
-    """As compressed-tensors stores Kimi-K2's experts."""
+    """Experts stored by compressed-tensors, as in Kimi-K2."""
     quantize = {packing.ROUTED: "int4"}
     source, _ = packing.checkpoints("deepseek_v3", tmp_path, quantize, packing.KIMI)
     plan, out = plan_for(source), tmp_path / "pruned"

@@ -85,7 +85,7 @@ def test_mtp_layers_without_experts_can_stay(
 def test_mtp_layer_with_experts_stays_when_the_plan_covers_it(
     name: str, like: str, layer: str, block: str, checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    """Per-expert matrices with scales at the end of the stack; stacked ones in a module apart."""
+    """Per-expert matrices with scales after the last layer; stacked ones in a separate module."""
     entry, source, out = MODELS[name], checkpoint(name), tmp_path / "pruned"
     plan = rd.make_plan(rd.score(observed(source, entry)), ratio=entry.ratio)
     with pytest.raises(errors.PlanError, match=re.escape(layer)):
@@ -152,7 +152,7 @@ def check_written(
     *,
     mtp: bool = False,
 ) -> None:
-    """Every tensor byte for byte and every config field as worked out from the table."""
+    """Every byte of every tensor and every field of config.json, as computed from the table."""
     config = json.loads((source / "config.json").read_text())
     assert json.loads((out / "config.json").read_text()) == expected_config(entry, config, mtp=mtp)
     expected = expected_tensors(entry, config, read_tensors(source), kept, mtp=mtp)
@@ -163,7 +163,7 @@ def check_written(
 
 
 def check_report(entry: Published, report: Any, source: Path, out: Path) -> None:
-    """The report says what happened to experts, MTP layers and the configuration."""
+    """The report lists the changes to experts, MTP layers and the configuration."""
     config = json.loads((source / "config.json").read_text())
     before, after = read_tensors(source), read_tensors(out)
     assert report.experts_before == get_field(config, entry.counts[0])
@@ -183,7 +183,7 @@ def check_report(entry: Published, report: Any, source: Path, out: Path) -> None
 
 
 def load(entry: Published, folder: Path) -> PreTrainedModel:
-    """The pruned model as plain transformers loads it, where it loads such checkpoints at all."""
+    """The pruned model as transformers loads it, if it can load such checkpoints."""
     config = json.loads((folder / "config.json").read_text())
     cls = getattr(transformers, config["architectures"][0], None)
     if cls is None or entry.not_plain:

@@ -50,7 +50,7 @@ def in_chunks_of(size: int, monkeypatch: pytest.MonkeyPatch) -> list[Chunk]:
 
 
 def experts_of(chunk: Chunk) -> set[int]:
-    """The numbers of the experts that a chunk holds."""
+    """The ids of the experts in a chunk."""
     return {int(key.partition(".experts.")[2].partition(".")[0]) for key in chunk.keys}
 
 
@@ -79,7 +79,7 @@ def test_chunks_of_any_size_give_the_same_tensors(
 
 
 def test_smallest_chunks_hold_one_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the experts' order, counted."""
+    """Chunks of a stacked tensor are in the order of its experts, with their total number."""
     saved.save("qwen3_moe", tmp_path / "model")
     made = in_chunks_of(1, monkeypatch)
     load_model(tmp_path / "model")
@@ -115,7 +115,7 @@ def expert(number: int, matrix: str) -> str:
 
 
 def test_chunks_are_as_large_as_asked(keys: KeyMap) -> None:
-    """Whole experts; what is no expert goes together up to the size."""
+    """Chunks hold whole experts; other tensors are combined up to the size."""
     others = [f"model.layers.0.{n}.weight" for n in ("input_layernorm", "self_attn.q_proj")]
     names = [expert(number, m) for number in range(8) for m in ("up", "gate", "down")]
     made = divide_into_chunks(
@@ -130,7 +130,7 @@ def test_chunks_are_as_large_as_asked(keys: KeyMap) -> None:
 
 
 def test_lists_of_unequal_length_stay_together(keys: KeyMap) -> None:
-    """One expert alone cannot be checked; converting all together fails with an error."""
+    """Experts of which one lacks a key are converted together, which raises an error."""
     names = [expert(n, m) for n in range(8) for m in ("gate", "up") if (n, m) != (3, "up")]
     [chunk] = divide_into_chunks(keys, names, {name: Sized(10) for name in names}, 20)
     assert sorted(chunk.keys) == sorted(names)
@@ -166,7 +166,7 @@ def _pop(*keys: str) -> Callable[[dict[str, Tensor]], Any]:
 
 
 def _cut(key: str, rows: int) -> Callable[[dict[str, Tensor]], Any]:
-    """Leaves a tensor's first rows."""
+    """Removes all but the first rows of a tensor."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         name = f"model.layers.1.{key}"
@@ -298,7 +298,7 @@ _ROUTER_WEIGHTS = {"model.layers.1.mlp.gate.weight": "model.layers.0.mlp.gate.we
 def test_tied_layers_are_loaded_but_not_streamed(
     held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever of the two names the checkpoint has."""
+    """Whichever of the two names the checkpoint uses."""
     folder = tmp_path / "model"
     tie(monkeypatch, folder, _ROUTER_WEIGHTS)
     [(target, source)] = _ROUTER_WEIGHTS.items()

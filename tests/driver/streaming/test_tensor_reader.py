@@ -88,7 +88,7 @@ def test_large_tensors_in_pieces(
 def test_short_reads_are_continued(
     tmp_path: Path, reader: TensorReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk may give fewer bytes than it was asked for."""
+    """A read may return fewer bytes than requested."""
     own = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: own(fd, [views[0][:3]], at))
     x = torch.randn(7)
@@ -97,7 +97,7 @@ def test_short_reads_are_continued(
 
 
 def test_started_before_it_is_asked_for(tmp_path: Path, reader: TensorReader) -> None:
-    """Read once; asked for again, read again into memory of its own."""
+    """Read once; if indexed again, read again into new memory."""
     x = torch.randn(7)
     tensors = opened(written(tmp_path, x=x, y=x + 1), reader)
     start(tensors, ["x"])
@@ -148,7 +148,7 @@ def test_dtype_without_a_counterpart(tmp_path: Path, reader: TensorReader) -> No
 def test_closing_does_not_wait_for_reads_that_have_not_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those under way end; the others are dropped, and whoever waits for them is told."""
+    """Reads in progress finish; the others are canceled, and waiting for them raises."""
     monkeypatch.setattr(tensor_reader, "_PIECE", 4)
     go, began, lock = threading.Event(), threading.Semaphore(0), threading.Lock()
     own, count = os.preadv, 0

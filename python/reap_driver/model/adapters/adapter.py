@@ -122,7 +122,7 @@ class Adapter(ABC):
 
     @property
     def takes_mask(self) -> bool:
-        """Whether tokens can be left out of the statistics of this kind of module."""
+        """Whether a token mask can exclude tokens from the statistics of this kind of module."""
         return True
 
 

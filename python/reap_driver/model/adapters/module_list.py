@@ -88,7 +88,7 @@ class MethodExperts(KernelAdapter):
         self, module: ExpertsModule, block: ExpertsModule, recorder: Recorder
     ) -> AbstractContextManager[None]:
         method = _method(block)
-        assert method is not None  # serves() said so
+        assert method is not None  # checked by serves()
         eager = getattr(block, method)
 
         def run(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class MethodExperts(KernelAdapter):
 
     def _projections(self, expert: ExpertsModule) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         names = _names_of(expert)
-        assert names is not None  # serves() said so
+        assert names is not None  # checked by serves()
         gate, up, down = (getattr(expert, name) for name in names)
         return gate, up, down
 
@@ -198,7 +198,7 @@ class _Output(Tensor):
         name = getattr(func, "__name__", "")
         if own is not None and name in _PRODUCTS | _CASTS | _QUERIES:
             with torch._C.DisableTorchFunctionSubclass():
-                if name in _PRODUCTS:  # before the product, which may be in place
+                if name in _PRODUCTS:  # recorded before the product, which may be in place
                     router_weights = _column(own, [a for a in args if a is not own])
                     own._record(own.as_subclass(Tensor), router_weights)
                 plain = [a.as_subclass(Tensor) if isinstance(a, cls) else a for a in args]
