@@ -1,6 +1,13 @@
 """The closed set of errors reap-kernels raises on purpose.
 
 Every message names the input, the value found and the remedy. Anything else that escapes is a bug.
+
+Example:
+    >>> try:
+    ...     rk.LayerStats(num_experts=0)
+    ... except rk.errors.ReapError as error:
+    ...     print(type(error).__name__)
+    ShapeError
 """
 
 
