@@ -63,9 +63,8 @@ def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> P
         UnsupportedModel: transformers knows neither `model_type` nor `architectures[0]`.
 
     Example:
-        >>> config = load_config("Qwen/Qwen3-30B-A3B")
-        >>> config.num_experts
-        128
+        >>> rd.load_config("MODEL").num_experts
+        32
     """
     raw = read_config(path_or_id)
     model_type, architecture = raw.get("model_type"), (raw.get("architectures") or [None])[0]

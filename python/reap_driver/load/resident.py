@@ -59,9 +59,9 @@ def load_model(
             weights are stored in a format that cannot be read.
 
     Example:
-        >>> model = load_model("Qwen/Qwen3-30B-A3B", dtype="bfloat16", device="cuda")
-        >>> len(find_moe_layers(model))
-        48
+        >>> model = rd.load_model("MODEL", dtype="float32")
+        >>> model.training
+        False
     """
     if device_map is not None:
         config, source = checked_files(path_or_id, trust_remote_code)

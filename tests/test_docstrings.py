@@ -1,0 +1,71 @@
+"""Every name that is exported has a docstring with an example, and the example runs."""
+
+import doctest
+import inspect
+import re
+import shutil
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reap_driver as rd
+import reap_kernels as rk
+from docs.generate import api
+
+ROOT = Path(__file__).parent.parent
+EXPORTED = [
+    (package, name) for package in ("reap_kernels", "reap_driver") for name in api.exported(package)
+]
+
+
+class Checker(doctest.OutputChecker):
+    """Compares what an example prints where it says so; an example may leave its output out."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return not want or super().check_output(want, got, optionflags)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """What examples name: the bundled model, a little text, statistics and a plan."""
+    folder = tmp_path_factory.mktemp("examples")
+    shutil.copytree(ROOT / "python/reap_driver/demo/model", folder / "MODEL")
+    lines = [f'{{"text": "def add_{i}(a, b):\\n    return a + b + {i}\\n"}}' for i in range(600)]
+    (folder / "code.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def names(files: Path) -> dict[str, Any]:
+    """Names that examples use without making them."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, 1000, (1, 64), generator=generator)} for _ in "abcd"]
+    model = rd.load_model(files / "MODEL")
+    with rd.observe(model) as observer:
+        for batch in batches:
+            observer(**batch)
+    stats = observer.stats
+    scores = rd.score(stats, "reap")
+    plan = rd.make_plan(scores, ratio=0.25)
+    stats.save(files / "stats.safetensors")
+    plan.save(files / "plan.json")
+    known = {"model": model, "batches": batches, "batch": batches[0], "stats": stats}
+    known |= {"scores": scores, "plan": plan, "ids": batches[0]["input_ids"]}
+    return {"rd": rd, "rk": rk, "torch": torch, **known}
+
+
+@pytest.mark.parametrize(("package", "name"), EXPORTED)
+def test_examples_run(package, name, files, names, monkeypatch, capsys) -> None:
+    text = inspect.getdoc(getattr(import_module(package), name)) or ""
+    assert re.search(r"^Example:\n +>>> ", text, re.MULTILINE), f"{package}.{name} has no example"
+    monkeypatch.chdir(files)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    test = doctest.DocTestParser().get_doctest(text, dict(names), f"{package}.{name}", None, 0)
+    runner = doctest.DocTestRunner(Checker(), optionflags=flags)
+    said: list[str] = []
+    runner.run(test, out=said.append)
+    assert runner.tries
+    assert not runner.failures, "\n".join(said)
