@@ -245,10 +245,10 @@ def search_plan(
         UnsupportedModel: the model's routers cannot be masked.
 
     Example:
-        >>> scores = rd.score(stats)
-        >>> settings = Settings(evaluations=200)  # from reap_driver.budget_search.evolution
-        >>> plan = rd.search_plan(model, scores, batches, 0.5, settings=settings)
-        >>> plan.save("plan.json")
+        >>> from reap_driver.budget_search.evolution import Settings
+        >>> settings = Settings(evaluations=4, population=2, elites=1)
+        >>> rd.search_plan(model, scores, batches, ratio=0.5, settings=settings).ratio
+        0.5
     """
     settings = Settings() if settings is None else settings
     uniform = make_plan(scores, ratio, protected=protected, layer_ratios=layer_ratios)

@@ -57,9 +57,8 @@ def check_permutation(
         UnsupportedModel: a checkpoint cannot be loaded as a model this version knows.
 
     Example:
-        >>> rd.apply_plan("model", plan, "model-half")
-        >>> rd.check_permutation("model", "model-half", plan)
-        []
+        >>> report = rd.apply_plan("MODEL", plan, "checked")
+        >>> rd.check_permutation("MODEL", "checked", plan)
     """
     trust = trust_remote_code
     with (

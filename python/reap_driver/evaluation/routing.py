@@ -80,10 +80,9 @@ def retained(stats: SaliencyStats, plan: "Plan") -> dict[str, Retained]:
             layer of the plan was observed.
 
     Example:
-        >>> plan = rd.make_plan(rd.score(stats), ratio=0.5)
         >>> shares = rd.retained(stats, plan)
-        >>> min(share.router_weight_share for share in shares.values())
-        0.683
+        >>> list(shares) == list(plan.layers)
+        True
     """
     found = {}
     for name, layer in plan.layers.items():
@@ -131,10 +130,9 @@ def orphans(
         UsageError: a batch is not a mapping.
 
     Example:
-        >>> batches = [{"input_ids": ids}]  # int64 [batch, seq]
         >>> found = rd.orphans(model, batches, plan)
-        >>> {name: layer.rate for name, layer in found.items()}
-        {'model.layers.0.mlp.experts': 0.31, 'model.layers.1.mlp.experts': 0.28}
+        >>> list(found) == list(plan.layers)
+        True
     """
     observer = RoutingObserver(model, plan)
     with observer:

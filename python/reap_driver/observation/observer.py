@@ -49,10 +49,11 @@ class Observer:
         groups: names of the calibration groups so far, in the order of their first use.
 
     Example:
-        >>> with rd.observe(model) as obs:
-        ...     for ids in calibration:  # int64 [batch, seq]
-        ...         obs(input_ids=ids)
-        >>> obs.stats.save("stats.safetensors")
+        >>> with rd.observe(model) as observer:
+        ...     with observer.group("code"):
+        ...         observer(input_ids=ids)
+        >>> observer.stats.groups
+        ['code']
     """
 
     def __init__(self, model: PreTrainedModel, backend: str | None = None) -> None:

@@ -62,9 +62,9 @@ def observe_streamed(
             its layers than can be stored.
 
     Example:
-        >>> batches = [{"input_ids": ids} for ids in tokens.split(8)]  # tokens [n, seq] int64
-        >>> stats = rd.observe_streamed("Qwen/Qwen3-30B-A3B", batches, device="cuda")
-        >>> stats.save("stats.safetensors")
+        >>> stats = rd.observe_streamed("MODEL", batches, groups=["code"] * len(batches))
+        >>> stats.groups
+        ['code']
     """
     given = BatchList.checked(batches, groups)
     with contextlib.ExitStack() as stack:
