@@ -152,10 +152,9 @@ class Scores(_Values):
             only for models with unobserved layers.
 
     Example:
-        >>> import torch
-        >>> scores = Scores({"layers.0.experts": torch.tensor([0.5, 2.0])}, criterion="mine")
-        >>> scores["layers.0.experts"].argmax().item(), scores.criterion
-        (1, 'mine')
+        >>> scores = rd.score(stats, "frequency")
+        >>> scores.criterion, {len(values) for values in scores.values()}
+        ('frequency', {32})
     """
 
     def __init__(

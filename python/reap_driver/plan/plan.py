@@ -56,8 +56,8 @@ class LayerPlan:
         PlanError: the ids are not as above.
 
     Example:
-        >>> LayerPlan(num_experts=4, kept=(1, 3), removed=(0, 2)) == LayerPlan.keeping(4, (1, 3))
-        True
+        >>> rd.LayerPlan.keeping(4, kept=(0, 2)).removed
+        (1, 3)
     """
 
     num_experts: int
@@ -123,10 +123,9 @@ class Plan:
         version: of the file format.
 
     Example:
-        >>> layers = {"layers.0.experts": LayerPlan.keeping(4, (1, 3))}
-        >>> plan = Plan({"id": "acme/tiny"}, "mine", "uniform", 0.5, layers, "sha256:0")
-        >>> plan.uniform, plan.kept
-        (True, {'layers.0.experts': (1, 3)})
+        >>> plan = rd.Plan.load("plan.json")
+        >>> plan.criterion, plan.ratio, plan.uniform
+        ('reap', 0.25, True)
     """
 
     model: dict[str, Any]

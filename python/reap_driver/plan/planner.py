@@ -61,11 +61,12 @@ def make_plan(
             per expert, or all equal in a layer. The message names the layer and what is possible.
 
     Example:
-        >>> layers = {"layers.0.experts": {"num_experts": 4, "top_k": 2}}
-        >>> record = {"model": {"id": "acme/tiny"}, "layers": layers}
-        >>> scores = {"layers.0.experts": [0.5, 1.5, 0.1, 2.0]}
-        >>> make_plan(scores, 0.5, criterion="mine", of=record).kept
-        {'layers.0.experts': (1, 3)}
+        >>> rd.make_plan(scores, ratio=0.5).criterion
+        'reap'
+        >>> own = {name: values.tolist() for name, values in scores.items()}
+        >>> plan = rd.make_plan(own, 0.5, criterion="mine", of=stats)
+        >>> {len(kept) for kept in plan.kept.values()}
+        {16}
     """
     scores = _checked(scores, criterion, of)
     if allocation not in ALLOCATIONS:
@@ -128,13 +129,10 @@ def plan_of_removals(
         PlanError: the removals are not possible; the message says which are.
 
     Example:
-        >>> import torch
-        >>> layers = {"layers.0.experts": {"num_experts": 4, "top_k": 1}}
-        >>> values = {"layers.0.experts": torch.tensor([0.5, 1.5, 0.1, 2.0])}
-        >>> scores = Scores(values, criterion="mine", provenance={"layers": layers})
-        >>> removals = {"layers.0.experts": 3}
-        >>> plan_of_removals(scores, removals, allocation="searched", ratio=0.75).kept
-        {'layers.0.experts': (3,)}
+        >>> removals = {name: 8 for name in scores}
+        >>> plan = rd.plan_of_removals(scores, removals, allocation="mine", ratio=0.25)
+        >>> {len(layer.removed) for layer in plan.layers.values()}
+        {8}
     """
     check_ratio(ratio)
     facts = _facts(scores)
@@ -158,13 +156,8 @@ def random_plan(scores: Scores, ratio: float, seed: int) -> Plan:
         PlanError: see `make_plan`.
 
     Example:
-        >>> import torch
-        >>> layers = {"layers.0.experts": {"num_experts": 4, "top_k": 2}}
-        >>> values = {"layers.0.experts": torch.zeros(4)}
-        >>> scores = Scores(values, criterion="reap", provenance={"layers": layers})
-        >>> plan = random_plan(scores, 0.5, seed=7)
-        >>> plan.criterion, len(plan.kept["layers.0.experts"])
-        ('random:7', 2)
+        >>> rd.random_plan(scores, ratio=0.5, seed=0).criterion
+        'random:0'
     """
     values = random_values({name: len(known) for name, known in scores.items()}, seed)
     provenance = {

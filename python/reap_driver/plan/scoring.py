@@ -49,14 +49,7 @@ def score(
             none of a group with a share above 0; or scores leave the range of float64.
 
     Example:
-        >>> from reap_kernels import LayerStats
-        >>> layer = LayerStats(num_experts=2)
-        >>> _ = layer.tokens.fill_(3)
-        >>> layer.count[0], layer.norm_sum[0] = torch.tensor([1, 2]), torch.tensor([6.0, 4.0])
-        >>> stats = SaliencyStats({"layers.0.experts": layer}, ["default"])
-        >>> score(stats, "ean_mean")["layers.0.experts"].tolist()
-        [6.0, 2.0]
-        >>> score(stats, lambda layer: layer.total().norm_sum[0], name="work").criterion
+        >>> rd.score(stats, lambda layer: layer.total().norm_sum[0], name="work").criterion
         'work'
     """
     if not stats.layers:
