@@ -257,13 +257,10 @@ class Routing:
         top_k: k, so that `gather_index // top_k` are token indices.
 
     Example:
-        Slots are 0 to 3. Sorted rows are slot 1 (expert 0), slot 2 (expert 0), slot 0 (expert 2),
-        then slot 3, whose id 7 is foreign.
-
-        >>> import torch
-        >>> import reap_kernels as rk
-        >>> rk.sort_by_expert(torch.tensor([[2, 0], [0, 7]]), 3)
-        Routing(gather_index=tensor([1, 2, 0, 3]), offsets=tensor([0, 2, 2, 3]), top_k=2)
+        >>> ids = torch.tensor([[0, 2], [2, 1]])
+        >>> routing = rk.sort_by_expert(ids, num_experts=3)
+        >>> routing.offsets.tolist()  # rows of expert 0, 1 and 2 end here
+        [0, 1, 2, 4]
     """
 
     gather_index: Tensor
