@@ -107,10 +107,9 @@ def apply_plan(
         ResourceError: the disk is full.
 
     Example:
-        >>> plan = rd.Plan.load("plan.json")
-        >>> report = rd.apply_plan("model", plan, "pruned")
+        >>> report = rd.apply_plan("MODEL", plan, "applied")
         >>> report.experts_before, report.experts_after
-        (8, 5)
+        (32, 24)
     """
     started = time.perf_counter()
     check_threads(threads)  # before the model is read or downloaded

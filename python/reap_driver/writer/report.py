@@ -76,9 +76,9 @@ class ApplyReport:
         seconds: the call took.
 
     Example:
-        >>> report = rd.apply_plan("model", rd.Plan.load("plan.json"), "another")
-        >>> report.tensors < report.source_tensors, report.uniform
-        (True, True)
+        >>> report = rd.apply_plan("MODEL", plan, "reported")
+        >>> report.out_path.name, report.layers
+        ('reported', 4)
     """
 
     plan: "Plan"
