@@ -1,4 +1,4 @@
-"""The bundled model is what its card says, its text is kept apart, and the demo runs end to end."""
+"""The bundled model is what its card says, splits share no text, and the demo runs end to end."""
 
 from __future__ import annotations
 
@@ -324,7 +324,7 @@ def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
 def test_demo_measures_the_model_with_its_router_restricted_to_the_kept_experts(
     tmp_path, monkeypatch, model, tokenizer
 ):
-    """A pruned checkpoint's figures are those of the whole model whose router avoids the others."""
+    """A pruned checkpoint has the figures of the whole model without the removed experts."""
     for name in ("CALIBRATION_WINDOWS", "HELD_OUT_WINDOWS"):
         monkeypatch.setattr(demo, name, 2)
     monkeypatch.setattr(demo, "RANDOM_SEEDS", 1)

@@ -1,4 +1,4 @@
-"""`compare`: a checkpoint and the plan it was made by, resident and streamed, have one outcome."""
+"""`compare` gives the same for a checkpoint and its plan, resident and streamed."""
 
 import importlib.util
 import json
@@ -45,7 +45,7 @@ def pruned(run: Run, originals: dict[str, Path], data: Path, tmp_path: Path) -> 
 
 @pytest.fixture
 def words(originals: dict[str, Path], pruned: Path, data: Path) -> list[object]:
-    """A command line that ends well."""
+    """A command line that succeeds."""
     return ["compare", originals["plain"], pruned, "--data", data, "--seq-len", 32]
 
 
@@ -72,7 +72,7 @@ def test_checkpoint_plan_and_streams_agree(
 def test_figures_are_those_of_python(
     run: Run, words: list[object], originals: dict[str, Path], pruned: Path
 ) -> None:
-    """With documents packed and kept apart, and one at a time: other sums, each the API's."""
+    """With documents packed, and one at a time: the sums differ, and each equals the API's."""
     for packing in (["--packing", "isolated"], ["--packing", "none", "--max-len", 32]):
         line = [*words[:5], *packing] + (["--seq-len", 32] if packing[1] == "isolated" else [])
         found = run(*line, "--json", "--batch-size", 3).json
@@ -88,7 +88,7 @@ def test_figures_are_those_of_python(
 
 
 def batches_of(model: Path, data: object, packing: str) -> list[dict]:
-    """One sequence a batch."""
+    """Batches of one sequence."""
     encoder = Encoder(str(model), load_config(model))
     source = pack(DataSource.parse(str(data)), encoder, seq_len=32, packing=packing)
     batches = PackedBatches([source], [1], pad=False)
@@ -117,7 +117,7 @@ def test_groups_limits_and_words(run: Run, words: list[object], data: Path) -> N
 
 
 def test_integrity(run: Run, words: list[object], pruned: Path, originals: dict[str, Path]) -> None:
-    """Orphans and retained routing are those of `orphans`; a spoilt checkpoint is found out."""
+    """Orphans and retained routing equal those of `orphans`; a damaged checkpoint is reported."""
     found = run(*words, "--json").json["integrity"]
     assert 0 < found["orphan_rate"] < 0.5
     assert 0.5 < found["retained_gate_share"] < 1
@@ -231,7 +231,7 @@ class Tasks:
 def test_tasks_are_asked_of_both_models(
     run: Run, words: list[object], pruned: Path, monkeypatch
 ) -> None:
-    """Of a plan, the original with masked routers answers; the settings arrive."""
+    """For a plan, the original with masked routers answers; all settings are passed on."""
     harness = Harness()
     harness.install(monkeypatch)
     more = ["--tasks", "one,two", "--limit", 7, "--batch-size", 2, "--chat-template", "--json"]

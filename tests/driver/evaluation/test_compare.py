@@ -1,4 +1,4 @@
-"""Figures of two tiny models against their definitions in float64, however the data lies."""
+"""Figures of two tiny models equal their definitions in float64, in every layout of the data."""
 
 import math
 
@@ -32,7 +32,7 @@ def packed(parts: list[Tensor]) -> dict[str, Tensor]:
 
 
 def truth(model, pruned, parts: list[Tensor], answers: list[Tensor] | None = None) -> dict:
-    """Of documents one at a time, from the definitions, in float64."""
+    """The figures from their definitions in float64, one document at a time."""
     total = dict.fromkeys(COLUMNS, 0.0)
     predictions = 0
     for number, ids in enumerate(parts):
@@ -65,7 +65,7 @@ def check(found: Figures, want: dict) -> None:
 
 @pytest.fixture(scope="module")
 def models():
-    """A model, and another of its kind whose predictions differ by something to see."""
+    """A model, and another of the same architecture whose predictions clearly differ."""
     _, original = zoo.tiny(NAME)
     _, pruned = zoo.tiny(NAME)
     rng = torch.Generator().manual_seed(1)
@@ -155,7 +155,7 @@ def test_refusals(models) -> None:
 
 
 def sample(rng: torch.Generator, sequences: int) -> tuple[Tensor, Tensor]:
-    """Sums of sequences that differ in length and in level, as those of text do; skewed."""
+    """Skewed sums over sequences that differ in length and in level, as those of text do."""
     counts = torch.randint(5, 60, (sequences,), generator=rng)
     level = 2 + 0.6 * torch.randn(sequences, 1, generator=rng, dtype=torch.float64)
     noise = 0.3 * torch.randn(sequences, 5, generator=rng, dtype=torch.float64)
@@ -169,8 +169,8 @@ def sample(rng: torch.Generator, sequences: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("size", "least"), [(10, 0.85), (40, 0.89)])
 def test_intervals_cover_what_they_should(size: int, least: float) -> None:
-    """95 % of them, within what 400 repetitions tell, but for few sequences and the divergence,
-    whose sample here is lognormal with sigma 0.9: there its intervals cover 86 to 90 %.
+    """95 % of them, up to the error of 400 repetitions, except for the divergence of few sequences,
+    whose sample is lognormal with sigma 0.9 here: its intervals cover 86 to 90 %.
     """
     sums, counts = sample(torch.Generator().manual_seed(0), 400_000)
     mean = sums.sum(0) / counts.sum()
@@ -188,7 +188,8 @@ def test_intervals_cover_what_they_should(size: int, least: float) -> None:
 
 
 def test_intervals_are_of_a_seed_and_keep_the_mix() -> None:
-    """Groups are drawn apart: where each is all alike nothing varies, far apart as they are."""
+    """Groups are resampled separately: if the sequences of each group are equal, nothing varies,
+    however different the groups are."""
     counts = torch.full((12,), 10)
     group = torch.tensor([0] * 4 + [1] * 8)
     sums = (group[:, None] + 1.0).double().expand(12, 5) * 10

@@ -1,4 +1,4 @@
-"""Which predictions count, and that their logits are the model's own, one sequence at a time."""
+"""Which predictions count, and that their logits equal the model's own for each sequence."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_what_does_not_say_what_counts_is_refused(inputs: dict, mentions: str) -
 
 @pytest.mark.parametrize("name", [n for n in zoo.names() if n != "openai_privacy_filter"])
 def test_logits_are_the_models_own(name: str) -> None:
-    """Of every architecture; and that the head computes no others."""
+    """For every architecture; and the head computes no other logits."""
     config, model = zoo.tiny(name)
     inputs = zoo.tiny_inputs(name, config, batch=3, seq=9)
     mask = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) > 0.6

@@ -1,4 +1,4 @@
-"""Integrity measures of a plan and of the checkpoint it makes."""
+"""What a plan does to the routing of the original equals what the tests count by hand."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.driver.observation import oracle, remote_blocks
 
 
 def plan_for(model: Any, kept: tuple[int, ...] = (0, 2, 5)) -> Plan:
-    """Keeps other experts in every layer."""
+    """A plan that keeps different experts in every layer."""
     layers = {}
     for number, layer in enumerate(rd.find_moe_layers(model)):
         ids = sorted({(e + number) % layer.num_experts for e in kept})
@@ -31,7 +31,7 @@ def plan_for(model: Any, kept: tuple[int, ...] = (0, 2, 5)) -> Plan:
 
 
 def by_hand(calls: oracle.Calls, removed: tuple[int, ...], counts: torch.Tensor) -> list[float]:
-    """tokens, orphaned, stranded, gate share; one token after the other."""
+    """Tokens, orphaned, stranded and router weight share, counted token by token."""
     found = [0.0, 0.0, 0.0, 0.0]
     (call,) = calls.inputs
     for ids, gates, counted in zip(call[1].tolist(), call[2].tolist(), counts, strict=True):
@@ -140,7 +140,7 @@ def test_plans_of_other_models_are_refused(observed: tuple[SaliencyStats, Plan])
 
 
 def test_orphans_of_a_streamed_model(tmp_path: Path) -> None:
-    """The observer of routing takes the place of any other in a run."""
+    """A run can have the observer of routing in place of a plain one."""
     config, model = zoo.tiny("glm4_moe")
     model.save_pretrained(tmp_path)
     plan = plan_for(model)

@@ -1,4 +1,4 @@
-"""Statistics of a few layers with a plan, in parts or not, and a large model."""
+"""Statistics of a few layers, with or without folds, and their plan; those of a large model."""
 
 from collections.abc import Callable
 
@@ -29,13 +29,13 @@ def observed(seed: int, groups: list[str]) -> SaliencyStats:
 
 
 def divided(groups: list[str]) -> SaliencyStats:
-    """The same, of 8 parts."""
+    """The same kind of statistics, in 8 folds."""
     return in_parts([observed(100 * n, groups) for n in range(8)])
 
 
 @pytest.fixture
 def make() -> Make:
-    """Makes statistics, of 8 parts where asked, and the plan that removes half."""
+    """Makes statistics, optionally in 8 folds, and the plan that removes half of the experts."""
 
     def call(*, parts: bool = False, groups: list[str] = GROUPS) -> tuple[SaliencyStats, Plan]:
         stats = divided(groups) if parts else observed(0, groups)
@@ -45,7 +45,7 @@ def make() -> Make:
 
 
 def large(layers: int, experts: int, groups: list[str]) -> SaliencyStats:
-    """Statistics of a large model: Zipf's loads, dead experts, specialists."""
+    """Statistics of a large model: loads by Zipf's law, dead experts, specialists."""
     draw = torch.Generator().manual_seed(0)
     names = [f"model.layers.{number}.mlp.experts" for number in range(layers)]
     found = {}

@@ -1,4 +1,4 @@
-"""`reap-kernels report`: files, JSON, refusals."""
+"""`reap-kernels report`: the files it writes, its JSON, and its refusals."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_what_was_written_is_returned(make: Make, tmp_path: Path) -> None:
 
 
 def test_matplotlib_is_imported_only_to_draw(tmp_path: Path) -> None:
-    """It takes longer than all else that `plan` and `apply` import beside torch."""
+    """Neither `plan` and `apply` nor the modules of the report and the demo import it."""
     import reap_driver as rd
 
     root = Path(__file__).parents[3]
@@ -122,7 +122,7 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def figures(value: float) -> dict[str, object]:
-    """Figures as `compare` prints them; each its own value."""
+    """Figures as `compare` prints them, all with different values."""
     return {
         "sequences": 3,
         "predictions": 1234,
@@ -138,7 +138,7 @@ def figures(value: float) -> dict[str, object]:
 
 
 def compared(path: Path, **changes: object) -> Path:
-    """A file of `compare --json`."""
+    """Writes a file like those of `compare --json`."""
     content = {
         "command": "compare",
         "format": "reap-comparison",
@@ -229,7 +229,7 @@ def test_comparisons_that_make_no_sense(
 def test_statistics_that_cannot_be_read_cost_no_comparison(
     files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those beside a pruned checkpoint: what was measured is told all the same."""
+    """The statistics beside a pruned checkpoint; what was measured is still printed."""
     from reap_driver.cli.compare import _calibration
 
     stats, plan = files[0], Plan.load(files[1])

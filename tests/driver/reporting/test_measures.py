@@ -1,4 +1,4 @@
-"""The numbers of a report, against sums written out."""
+"""The numbers of a report equal sums that the tests write out."""
 
 import math
 
@@ -33,7 +33,7 @@ def layer_of(count: list[int], mass: list[list[float]]) -> LayerMeasures:
     )
 
 
-def test_a_cut_lies_between_the_last_that_stays_and_the_first_that_goes() -> None:
+def test_a_cut_lies_between_the_last_kept_and_the_first_removed_expert() -> None:
     scores = torch.tensor([5.0, 1.0, 4.0, 3.0, 2.0], dtype=torch.float64)
     cut = Cut.of(scores, [0, 2], None)
     assert cut.score == 3.5
@@ -46,7 +46,7 @@ def test_a_cut_lies_between_the_last_that_stays_and_the_first_that_goes() -> Non
 def test_a_plan_may_keep_others_than_the_best() -> None:
     scores = torch.tensor([5.0, 1.0, 4.0, 3.0], dtype=torch.float64)
     cut = Cut.of(scores, [0, 1], None)
-    assert cut.exceptions == 1  # the expert that scored 4 goes
+    assert cut.exceptions == 1  # the expert that scored 4 is removed
     assert cut.order.tolist() == [0, 1, 2, 3]
     assert (cut.lowest_kept, cut.highest_removed) == (1, 2)
 
@@ -58,7 +58,7 @@ def test_experts_near_the_cut_are_counted_on_both_sides() -> None:
     assert (cut.near_kept, cut.near_removed) == (2, 2)
 
 
-def test_the_decision_margin_goes_before_nearness() -> None:
+def test_the_decision_margin_takes_precedence_over_nearness() -> None:
     cut = Cut.of(torch.tensor([4.0, 3.0, 2.0, 1.0]).double(), [0, 1], [0, 1, 2])
     assert (cut.near_kept, cut.near_removed) == (2, 1)
 
@@ -105,7 +105,7 @@ def test_the_mass_kept_is_that_of_the_kept_experts(make: Make) -> None:
             assert share == pytest.approx(float(gates[group, kept].sum() / gates[group].sum()))
 
 
-def test_parts_count_groups_alike() -> None:
+def test_parts_weight_groups_equally() -> None:
     layer = layer_of([1000, 1000], [[90.0, 10.0], [1.0, 1.0]])
     assert parts(layer)[0].tolist() == pytest.approx([0.9 / 1.4, 0.1 / 0.6])
     assert parts(layer).sum(0).tolist() == pytest.approx([1, 1])
@@ -120,7 +120,7 @@ def test_specialists_need_rows() -> None:
     assert code.share == pytest.approx(0.9)
 
 
-def test_other_weights_exchange_what_they_rank_otherwise(make: Make) -> None:
+def test_other_weights_replace_the_experts_they_rank_lower(make: Make) -> None:
     stats, plan = make()
     layers = measure(stats, score(stats), plan)
     other = score(stats, "reap", {"code": 1.0, "tools": 0.0})

@@ -1,4 +1,4 @@
-"""The page: whole, safe, the same for the same input, and readable at any size."""
+"""The page needs no other file, escapes all names, and is the same for the same input."""
 
 import dataclasses
 import re
@@ -61,7 +61,7 @@ def read(folder: Path) -> Page:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of statistics without parts."""
+    """A report of statistics without folds."""
     folder = tmp_path_factory.mktemp("whole")
     stats = observed(0, GROUPS)
     write_report(stats, folder, make_plan(score(stats), 0.5))
@@ -70,7 +70,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def in_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of statistics in parts."""
+    """A report of statistics in folds."""
     folder = tmp_path_factory.mktemp("parts")
     stats = divided(GROUPS)
     write_report(stats, folder, make_plan(score(stats), 0.5))
@@ -116,8 +116,10 @@ def test_the_figures_are_on_the_page(whole: Path, make: Make) -> None:
     worst = min(LAYERS, key=lambda name: shares[name])
     number = worst.split(".")[2]
     assert f"least in layer {number}, {100 * shares[worst]:.1f} %" in text
-    assert "3 dead experts" in re.sub(r"(\d)\s*dead", r"\1 dead", text)  # NEVER, in each layer
-    assert "66.7 %" in text  # 200 of 300 tokens are of the group tools
+    assert "3 dead experts" in re.sub(
+        r"(\d)\s*dead", r"\1 dead", text
+    )  # the expert NEVER in each layer
+    assert "66.7 %" in text  # 200 of 300 tokens belong to the group tools
     assert "/home/me" not in text
     assert "observe with --folds" in text
 
@@ -205,7 +207,7 @@ def test_why_the_margin_is_not_known(make: Make) -> None:
 
 
 def test_parts_that_say_nothing_of_the_margin_are_no_obstacle(make: Make) -> None:
-    """One short sequence: all tokens of a layer are in one of the parts."""
+    """With one short sequence, all tokens of a layer are in one fold."""
     whole, plan = make()
     empty = [LayerStats(6, 2) for _ in LAYERS]
     parts = [whole, *(SaliencyStats(dict(zip(LAYERS, empty, strict=True)), whole.groups),) * 7]
@@ -220,7 +222,7 @@ def test_parts_that_say_nothing_of_the_margin_are_no_obstacle(make: Make) -> Non
 
 @pytest.mark.parametrize("named", ["fewer", "more"])
 def test_whole_layers_of_the_plan_or_the_statistics_alone(make: Make, named: str) -> None:
-    """Layers a plan does not name keep all, as those it names and no token reached."""
+    """Layers that a plan does not name, and layers that no token reached, keep all experts."""
     stats, plan = make(parts=True)
     layers = dict(plan.layers)
     if named == "fewer":
