@@ -22,7 +22,7 @@ demo: $(READY)
 
 test: $(READY) host
 	OMP_NUM_THREADS=1 REAP_CUDA_HOST="$$(echo $(CURDIR)/$(HOST)/_host*.so)" \
-		$(RUN) -m pytest -q -n $(WORKERS) $(TESTS)
+		$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS)
 
 # The site, into out/site. Warnings are errors; nothing is loaded from the network.
 docs: $(VENV)/.docs

@@ -1,4 +1,4 @@
-"""What driver tests share: the support matrix, and the checkpoints of published models.
+"""What driver tests share: the support matrix, and checkpoints that are made once.
 
 Support matrix: what each test run proved about each architecture, one JSON line a fact.
 
@@ -8,13 +8,21 @@ Set REAP_SUPPORT_MATRIX to a file and run the tests; each line is
 
 import json
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import transformers
+from filelock import FileLock
 
+from reap_driver.plan.plan import Plan
+from reap_driver.writer.apply import apply_plan
+from tests.driver import zoo
 from tests.driver.published.checkpoint import write_checkpoint
+from tests.driver.writer import saved
 
 
 @pytest.fixture
@@ -33,13 +41,64 @@ def support() -> Callable[[str, str, str], None]:
     return record
 
 
+Shared = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """`shared(name, make)`: a path that `make` fills once, for all tests of all workers, which
+    never change it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        path, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(path, ignore_errors=True)
+                make(path)
+                done.touch()
+        return path
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def checkpoint(shared: Shared) -> Callable[[str], Path]:
     """The folder of a published model's small checkpoint, by name; never changed."""
-    root = tmp_path_factory.mktemp("published")
+    return lambda name: shared(f"published-{name}", partial(write_checkpoint, name))
 
-    def folder(name: str) -> Path:
-        path = root / name
-        return path if path.exists() else write_checkpoint(name, path)
 
-    return folder
+@pytest.fixture(scope="session")
+def original(shared: Shared) -> Callable[[str], Path]:
+    """The checkpoint of `zoo.tiny(name)`, unsharded; never changed."""
+    return lambda name: shared(f"original-{name}", partial(saved.save, name))
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned checkpoint, what it was, and the plan between them; never changed."""
+
+    full: Path
+    plan: Plan
+    out: Path
+
+
+@pytest.fixture(scope="session")
+def non_uniform(shared: Shared, original: Callable[[str], Path]) -> Callable[[str], Pruned]:
+    """An architecture whose layers keep different numbers of experts."""
+
+    def make(name: str, folder: Path) -> None:
+        full = original(name)
+        plan = saved.make_plan(full, zoo.tiny(name)[1], saved.differing())
+        folder.mkdir()
+        plan.save(folder / "plan.json")
+        apply_plan(full, plan, folder / "out", non_uniform=True)
+
+    def pruned(name: str) -> Pruned:
+        folder = shared(f"non-uniform-{name}", partial(make, name))
+        return Pruned(original(name), Plan.load(folder / "plan.json"), folder / "out")
+
+    return pruned

@@ -24,6 +24,7 @@ from reap_driver.model.discover import find_moe_layers
 from reap_driver.plan.plan import LayerPlan, Plan
 from reap_driver.writer.apply import apply_plan
 from tests.driver import zoo
+from tests.driver.conftest import Pruned
 from tests.driver.writer import saved, test_remote
 from tests.driver.writer.test_truth import _CHANGED_BY_LOADING, load
 
@@ -49,12 +50,10 @@ def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("name", zoo.names())
 def test_pruned_checkpoint_equals_masked_original(
-    name: str, tmp_path: Path, support: Callable[[str, str, str], None]
+    name: str, non_uniform: Callable[[str], Pruned], support: Callable[[str, str, str], None]
 ) -> None:
-    full, out = tmp_path / "full", tmp_path / "pruned"
-    original = saved.save(name, full)
-    plan = saved.make_plan(full, original, saved.differing())
-    apply_plan(full, plan, out, non_uniform=True)
+    made, (_, original) = non_uniform(name), zoo.tiny(name)
+    full, plan, out = made.full, made.plan, made.out
     if name in _CHANGED_BY_LOADING:
         original = rd.load_model(full)
     inputs = zoo.tiny_inputs(name, original.config)

@@ -14,6 +14,7 @@ from reap_driver.plan.plan import LayerPlan, Plan
 from reap_driver.writer.apply import apply_plan
 from reap_kernels.errors import PlanError
 from tests.driver import zoo
+from tests.driver.conftest import Pruned
 from tests.driver.writer import saved, test_remote
 
 
@@ -25,9 +26,10 @@ def pruned(name: str, folder: Path, choose: saved.Chooser = saved.scattered) -> 
 
 
 @pytest.mark.parametrize("name", zoo.names())
-def test_what_the_writer_wrote_passes(name: str, tmp_path: Path) -> None:
-    plan = pruned(name, tmp_path, saved.differing())
-    assert check_permutation(tmp_path / "full", tmp_path / "out", plan) == []
+def test_what_the_writer_wrote_passes(name: str, non_uniform: Callable[[str], Pruned]) -> None:
+    made = non_uniform(name)
+    plan = made.plan
+    assert check_permutation(made.full, made.out, plan) == []
     # The same checkpoint by another plan: every layer, and every tensor that holds experts.
     other = {}
     for layer, entry in plan.layers.items():
@@ -36,7 +38,7 @@ def test_what_the_writer_wrote_passes(name: str, tmp_path: Path) -> None:
         other[layer] = LayerPlan.keeping(entry.num_experts, kept)
     changed = {layer for layer in other if other[layer].kept != plan.layers[layer].kept}
     assert changed
-    found = check_permutation(tmp_path / "full", tmp_path / "out", replace(plan, layers=other))
+    found = check_permutation(made.full, made.out, replace(plan, layers=other))
     for layer in changed:
         assert any(problem.startswith(f"{layer}.") for problem in found)
         block = layer.rpartition(".")[0] + "."

@@ -38,21 +38,24 @@ def load(folder: Path) -> PreTrainedModel:
 
 @pytest.mark.parametrize("name", zoo.names())
 def test_pruned_checkpoint_equals_masked_original(
-    name: str, tmp_path: Path, support: Callable[[str, str, str], None]
+    name: str,
+    original: Callable[[str], Path],
+    tmp_path: Path,
+    support: Callable[[str, str, str], None],
 ) -> None:
-    original = saved.save(name, tmp_path / "full")
-    plan = saved.make_plan(tmp_path / "full", original)
+    full, (_, model) = original(name), zoo.tiny(name)
+    plan = saved.make_plan(full, model)
 
-    report = apply_plan(tmp_path / "full", plan, tmp_path / "pruned")
+    report = apply_plan(full, plan, tmp_path / "pruned")
 
     pruned = load(tmp_path / "pruned")
     if name in _CHANGED_BY_LOADING:
-        original = load(tmp_path / "full")
-    inputs = zoo.tiny_inputs(name, original.config)
+        model = load(full)
+    inputs = zoo.tiny_inputs(name, model.config)
     with torch.no_grad():
-        unmasked = text_model(original)(**inputs).logits
-        with rd.masked_experts(original, plan.kept) as mask:
-            expected = text_model(original)(**inputs).logits
+        unmasked = text_model(model)(**inputs).logits
+        with rd.masked_experts(model, plan.kept) as mask:
+            expected = text_model(model)(**inputs).logits
         actual = text_model(pruned)(**inputs).logits
 
     assert mask.removed, "no router was found, so the comparison would prove nothing"
