@@ -184,7 +184,8 @@ def _figures(work: Work, taken: list[float]) -> Row:
     size = DTYPE.itemsize
     flops = 6 * work.slots * case.hidden * case.intermediate
     read = work.touched * 3 * case.hidden * case.intermediate * size
-    moved = read + 2 * case.tokens * case.hidden * size + work.ids.nbytes + work.gates.nbytes
+    routing = work.ids.nbytes + work.router_weights.nbytes
+    moved = read + 2 * case.tokens * case.hidden * size + routing
     return {
         "calls": len(taken),
         "ms": f"{seconds * 1e3:.4g}",
