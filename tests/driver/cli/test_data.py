@@ -278,7 +278,7 @@ HOSTILE: dict[str, tuple[str, bytes, str]] = {
         "a.jsonl.bz2:1: is larger than 16777216",
     ),
     "table": ("a.parquet", b"PAR1" * 9, "a.parquet cannot be read as Parquet"),
-    "aliases": ("a.yaml", b"- &a [*a]", "a.yaml has the alias 'a'"),
+    "aliases": ("a.yaml", b"- &a [*a]", "a.yaml has the anchor or alias 'a'"),
     "name": ("a.yaml", b"- {source: %s}" % (b"x" * 300), "source 1: no file or folder"),
 }
 
