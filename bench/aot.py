@@ -36,7 +36,7 @@ from reap_kernels.experts import triton_backend
 from reap_kernels.experts.gpu import activated
 from reap_kernels.layer import gpu
 from reap_kernels.layer.call import LayerCall
-from reap_kernels.saliency.stages import accumulate, stages
+from reap_kernels.saliency.stage_kernels import accumulate, stage_kernels
 from reap_kernels.sort.gpu import schedule
 from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.testing import ACTIVATIONS, Case, make_experts, make_inputs
@@ -179,7 +179,9 @@ def _observe(
     arguments = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts, stats)
     call = LayerCall(*arguments, inputs.mask, inputs.group)
     launches = launches or triton_backend.launches(call.request)
-    gpu.observe_layer(gpu.LayerKernels(gpu.TRITON, stages("triton", "triton"), launches), call)
+    gpu.observe_layer(
+        gpu.LayerKernels(gpu.TRITON, stage_kernels("triton", "triton"), launches), call
+    )
 
 
 def _compare(vocabulary: int, dtype: torch.dtype) -> None:
@@ -228,7 +230,7 @@ def launches_of(arch: Arch) -> list[Launched]:
                     torch.ones(64),
                 )
                 accumulate(
-                    stages("triton", "triton"),
+                    stage_kernels("triton", "triton"),
                     y,
                     ids.long(),
                     weights,

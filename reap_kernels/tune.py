@@ -17,7 +17,7 @@ from reap_kernels.activation import Activation
 from reap_kernels.errors import BackendUnavailable
 from reap_kernels.layer.call import LayerCall
 from reap_kernels.layer.triton_backend import grouped_limits
-from reap_kernels.saliency.stages import stages
+from reap_kernels.saliency.stage_kernels import stage_kernels
 from reap_kernels.testing import relative_error
 from reap_kernels.tuning import PRODUCTS, Entry, Launch, Launches, Table, ordered, table_dtype
 from reap_kernels.types import ExpertWeights
@@ -244,10 +244,10 @@ def _stage_backends(
     grouped = [] if grouped_limits(call.request) else ["grouped_mm"]
 
     def taken(sort: str = "triton", layer: str = "triton", saliency: str = "triton") -> float:
-        kernels = gpu.LayerKernels(gpu.PRODUCTS[layer], stages(sort, saliency), launches)
+        kernels = gpu.LayerKernels(gpu.PRODUCTS[layer], stage_kernels(sort, saliency), launches)
         return timer(lambda: gpu.observe_layer(kernels, call))
 
-    # Stages follow each other without overlap, so each is judged beside the same others.
+    # StageKernels follow each other without overlap, so each is judged beside the same others.
     others = {"sort": compiled, "layer": grouped, "saliency": compiled}
     return {
         op: min(["triton", *more], key=lambda backend: taken(**{op: backend}))

@@ -28,7 +28,7 @@ def read(path: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def table(facts: dict[str, dict[str, list[str]]]) -> str:
-    """One row an architecture; a dash where the run proved nothing."""
+    """One row per architecture; a dash where the run proved nothing."""
     published = sorted(name for columns in facts.values() for name in columns.get(PUBLISHED, ()))
     rows = {name: columns for name, columns in facts.items() if set(columns) & set(COLUMNS)}
     lines = ["| architecture | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]

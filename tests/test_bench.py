@@ -217,13 +217,13 @@ def broken_reduce(reduce):
     ],
 )
 def test_a_kernel_that_is_wrong_is_not_timed(stage, wrap, message, wrong, monkeypatch) -> None:
-    real = parts.stages
+    real = parts.stage_kernels
 
-    def stages(*names):
+    def stage_kernels(*names):
         around = real(*names)
         return replace(around, **{stage: wrap(getattr(around, stage))})
 
-    monkeypatch.setattr(parts, "stages", stages)
+    monkeypatch.setattr(parts, "stage_kernels", stage_kernels)
     bed = parts.Bed(here(), kernels.plan(smoke=True)[0])
     found = kernels.measure(parts.of_layer(bed, ("cuda",)), bed.machine, Deadline(100))
     failed = {row["kernel"]: row for row in found if row["status"] == "failed"}

@@ -17,8 +17,8 @@ from bench.gpu.verify import Bounds, CheckFailed, NotHere, bounds_of, difference
 from reap_kernels import LayerStats
 from reap_kernels.dispatch import Request, Sizes, select
 from reap_kernels.quantized import Quantized
-from reap_kernels.saliency.measures import TILE, SlotMeasures, Stages
-from reap_kernels.saliency.stages import accumulate, stages
+from reap_kernels.saliency.measures import TILE, SlotMeasures, StageKernels
+from reap_kernels.saliency.stage_kernels import accumulate, stage_kernels
 from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.testing import Case, largest_relative_error, make_quantized, relative_error
 
@@ -57,7 +57,7 @@ class Part:
 
     Attributes:
         case: sizes; of a dequantization E, N (as intermediate) and K (as hidden).
-        name, variant: what is timed, and whose kernels.
+        name, variant: what is timed, and the backend of its kernels.
         prepare: makes inputs and calls.
     """
 
@@ -94,7 +94,7 @@ class Bed:
         """ids and weights of each set, in memory of their own."""
         return [(self._ids.roll(n, 0), self._weights.roll(n, 0)) for n in range(sets)]
 
-    def sorted(self, around: Stages, sets: int) -> list[tuple[Tensor, SortedSlots]]:
+    def sorted(self, around: StageKernels, sets: int) -> list[tuple[Tensor, SortedSlots]]:
         """Gates and sorted slots of each set."""
         experts = self.case.experts
         return [(weights, around.sort(ids, weights, experts)) for ids, weights in self.routed(sets)]
@@ -137,7 +137,7 @@ def _same_order(bed: Bed, rows: SortedSlots, ids: Tensor) -> None:
         raise CheckFailed("`scatter_index` is not the inverse of `gather_index`")
 
 
-def _route(bed: Bed, around: Stages) -> Prepared:
+def _route(bed: Bed, around: StageKernels) -> Prepared:
     experts = bed.case.experts
     moved = bed.slots * (8 + DTYPE.itemsize + 16) + 8 * (experts + 1)
     inputs = bed.routed(bed.calls(moved))
@@ -150,7 +150,7 @@ def _route(bed: Bed, around: Stages) -> Prepared:
     return Prepared(calls, verify, moved)
 
 
-def _tiles(bed: Bed, around: Stages) -> Prepared:
+def _tiles(bed: Bed, around: StageKernels) -> Prepared:
     (_, rows), *_ = bed.sorted(around, 1)
     experts, sizes = bed.case.experts, rows.offsets.diff()
     numbers = -(-sizes // TILE)
@@ -173,7 +173,7 @@ def _tiles(bed: Bed, around: Stages) -> Prepared:
     return Prepared(calls, verify, moved)
 
 
-def _combine(observed: bool, bed: Bed, around: Stages) -> Prepared:
+def _combine(observed: bool, bed: Bed, around: StageKernels) -> Prepared:
     case, outputs = bed.case, bed.outputs
     held = bed.sorted(around, len(outputs))
     written = around.written(DTYPE)
@@ -232,7 +232,7 @@ def _statistics_bytes(experts: int) -> int:
     return 2 * 64 * experts
 
 
-def _reduce(bed: Bed, around: Stages) -> Prepared:
+def _reduce(bed: Bed, around: StageKernels) -> Prepared:
     held = bed.sorted(around, len(bed.measures))
     for _, rows in held:
         rows.tiles(TILE)  # the products of a layer have made the list already
@@ -252,7 +252,7 @@ def _reduce(bed: Bed, around: Stages) -> Prepared:
     return Prepared([partial(call, n) for n in range(len(held))], verify, moved)
 
 
-def _around(bed: Bed, around: Stages) -> Prepared:
+def _around(bed: Bed, around: StageKernels) -> Prepared:
     """All that observing needs beside products and combination."""
     inputs, total = bed.routed(len(bed.measures)), bed.stats()
 
@@ -272,7 +272,7 @@ def _around(bed: Bed, around: Stages) -> Prepared:
     return Prepared([partial(call, n) for n in range(len(inputs))], verify, moved)
 
 
-def _accumulate(bed: Bed, around: Stages) -> Prepared:
+def _accumulate(bed: Bed, around: StageKernels) -> Prepared:
     inputs, total = bed.routed(len(bed.outputs)), bed.stats()
 
     def call(n: int, stats: LayerStats = total, mask: Tensor | None = None) -> None:
@@ -295,7 +295,7 @@ def _accumulate(bed: Bed, around: Stages) -> Prepared:
 
 
 OBSERVED, UNOBSERVED, AROUND = "combine observed", "combine unobserved", "sort + saliency"
-_PARTS: dict[str, Callable[[Bed, Stages], Prepared]] = {
+_PARTS: dict[str, Callable[[Bed, StageKernels], Prepared]] = {
     "sort": _route,
     "tile list": _tiles,
     OBSERVED: partial(_combine, True),
@@ -311,10 +311,10 @@ def of_layer(bed: Bed, backends: Sequence[str]) -> list[Part]:
     case = bed.case
     sizes = Sizes(case.tokens, case.top_k, case.experts, case.hidden, case.intermediate)
 
-    def prepared(make: Callable[[Bed, Stages], Prepared], backend: str) -> Prepared:
+    def prepared(make: Callable[[Bed, StageKernels], Prepared], backend: str) -> Prepared:
         for op in ("sort", "saliency"):  # runs self-checks, or says why it does not serve
             select(Request(op, bed.device, DTYPE, sizes=sizes), backend)
-        return make(bed, stages(backend, backend))
+        return make(bed, stage_kernels(backend, backend))
 
     return [
         Part(case, name, backend, partial(prepared, make, backend))

@@ -15,7 +15,7 @@ from reap_kernels.dispatch import Backend, Request
 from reap_kernels.experts.triton_backend import facts, launches, note, product_limits
 from reap_kernels.layer.call import LayerCall
 from reap_kernels.layer.triton_backend import check, grouped_limits
-from reap_kernels.saliency.stages import stages
+from reap_kernels.saliency.stage_kernels import stage_kernels
 from reap_kernels.sort.cuda_backend import limits
 from reap_kernels.sort.cuda_backend import priority as stage_priority
 
@@ -71,7 +71,7 @@ def prepare(request: Request) -> Callable[[LayerCall], Tensor]:
     from reap_kernels.layer import gpu
 
     chosen = stage_backends(request)
-    around = stages(chosen["sort"], chosen["saliency"])
+    around = stage_kernels(chosen["sort"], chosen["saliency"])
     kernels = gpu.LayerKernels(gpu.PRODUCTS[chosen["layer"]], around, launches(request))
     return partial(gpu.observe_layer, kernels)
 

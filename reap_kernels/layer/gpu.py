@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reap_kernels.experts.gpu import grouped_outputs, triton_outputs
 from reap_kernels.layer.call import LayerCall
-from reap_kernels.saliency.measures import SlotMeasures, Stages
+from reap_kernels.saliency.measures import SlotMeasures, StageKernels
 from reap_kernels.scratch import fitting
 from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.tuning import Launches
@@ -56,12 +56,12 @@ class LayerKernels:
 
     Attributes:
         products: the expert outputs.
-        stages: what is done around them.
+        around: what is done around them.
         launches: tiles of the products; parts of a call launch as the whole would.
     """
 
     products: Products
-    stages: Stages
+    around: StageKernels
     launches: Launches
 
 
@@ -73,7 +73,7 @@ def observe_layer(kernels: LayerKernels, call: LayerCall) -> Tensor:
     # The last quarter of the budget is for experts that are dequantized by chunks.
     quarters = 3 if experts.layout == "quantized" else 4
     size = call.chunk or fitting(tokens, top_k * slot_bytes, hidden.device, quarters)
-    dtype = kernels.stages.written(hidden.dtype)
+    dtype = kernels.around.written(hidden.dtype)
     out = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
     if size >= tokens:
         _observe_part(kernels, call, out)
@@ -86,14 +86,14 @@ def observe_layer(kernels: LayerKernels, call: LayerCall) -> Tensor:
 
 def _observe_part(kernels: LayerKernels, call: LayerCall, out: Tensor) -> None:
     """Computes a call at once, into `out` [T, H]."""
-    stages, launches, stats = kernels.stages, kernels.launches, call.stats
+    around, launches, stats = kernels.around, kernels.launches, call.stats
     router_weights = call.topk_weights.contiguous()
-    rows = stages.sort(call.topk_ids, router_weights, call.experts.num_experts)
+    rows = around.sort(call.topk_ids, router_weights, call.experts.num_experts)
     y = kernels.products.outputs(call.hidden, rows, call.experts, launches)
     measures = (
         None if stats is None else SlotMeasures.empty(router_weights.numel(), call.hidden.device)
     )
-    stages.combine(y, router_weights, rows, out, measures)
+    around.combine(y, router_weights, rows, out, measures)
     if stats is not None and measures is not None:
         tile = launches.down.block_m
-        stages.reduce(measures, router_weights, rows, stats, call.mask, call.group, tile)
+        around.reduce(measures, router_weights, rows, stats, call.mask, call.group, tile)

@@ -22,7 +22,7 @@ from reap_kernels.experts.triton_backend import (
 )
 from reap_kernels.layer import reference
 from reap_kernels.layer.call import LayerCall
-from reap_kernels.saliency.stages import stages
+from reap_kernels.saliency.stage_kernels import stage_kernels
 from reap_kernels.saliency.triton_backend import difference
 from reap_kernels.sort.triton_backend import priority
 from reap_kernels.stats import LayerStats
@@ -88,7 +88,7 @@ def prepare(products: str, request: Request) -> Callable[[LayerCall], Tensor]:
     """See `reap_kernels.layer.op.observe_layer`; `products` names their backend."""
     from reap_kernels.layer import gpu
 
-    around = stages("triton", "triton")
+    around = stage_kernels("triton", "triton")
     kernels = gpu.LayerKernels(gpu.PRODUCTS[products], around, launches(request))
     return partial(gpu.observe_layer, kernels)
 

@@ -5,7 +5,7 @@ from functools import partial
 
 from reap_kernels import cuda, selfcheck
 from reap_kernels.dispatch import Backend, Request
-from reap_kernels.saliency.stages import accumulate, stages
+from reap_kernels.saliency.stage_kernels import accumulate, stage_kernels
 from reap_kernels.saliency.triton_backend import check
 from reap_kernels.sort.cuda_backend import limits, priority
 
@@ -25,7 +25,7 @@ def refusal(request: Request) -> str | None:
 
 def prepare(request: Request) -> Callable[..., None]:
     """See `reap_kernels.saliency.op.accumulate`."""
-    return partial(accumulate, stages("cuda", "cuda"))
+    return partial(accumulate, stage_kernels("cuda", "cuda"))
 
 
 BACKEND = Backend("saliency", "cuda", priority, refusal, prepare)

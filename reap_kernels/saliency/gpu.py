@@ -20,7 +20,7 @@ def combine(
     out: Tensor | None,
     measures: SlotMeasures | None,
 ) -> None:
-    """See `saliency.measures.Stages.combine`."""
+    """See `saliency.measures.StageKernels.combine`."""
     tokens, top_k = router_weights.shape
     if not tokens:
         return
@@ -68,7 +68,7 @@ def reduce_slots(
     group: int | Tensor,
     tile: int,
 ) -> None:
-    """See `saliency.measures.Stages.reduce`; a tile list that is there already costs nothing."""
+    """See `saliency.measures.StageKernels.reduce`; an existing tile list costs nothing."""
     tiles = rows.tiles(tile)
     if not tiles.bound:
         return

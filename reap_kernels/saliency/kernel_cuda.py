@@ -43,7 +43,7 @@ def combine(
     out: Tensor | None,
     measures: SlotMeasures | None,
 ) -> None:
-    """See `saliency.measures.Stages.combine`; `out` has y's dtype."""
+    """See `saliency.measures.StageKernels.combine`; `out` has y's dtype."""
     tokens, top_k = router_weights.shape
     hidden = y.shape[1]
     _COMBINE(
@@ -79,7 +79,7 @@ def reduce_slots(
     group: int | Tensor,
     tile: int,
 ) -> None:
-    """See `saliency.measures.Stages.reduce`."""
+    """See `saliency.measures.StageKernels.reduce`."""
     tiles = rows.tiles(tile)
     groups = stats.num_groups if isinstance(group, Tensor) else 1
     where = router_weights.device

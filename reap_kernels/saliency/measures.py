@@ -46,7 +46,7 @@ Reduce = Callable[
 
 
 @dataclass(frozen=True)
-class Stages:
+class StageKernels:
     """One choice of kernels.
 
     Attributes:

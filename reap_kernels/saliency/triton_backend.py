@@ -8,7 +8,7 @@ import torch
 from reap_kernels import selfcheck
 from reap_kernels.dispatch import Backend, Request
 from reap_kernels.saliency import reference
-from reap_kernels.saliency.stages import accumulate, stages
+from reap_kernels.saliency.stage_kernels import accumulate, stage_kernels
 from reap_kernels.sort.triton_backend import limits, priority
 from reap_kernels.stats import COUNTS, SUMS, LayerStats
 from reap_kernels.testing import Case, largest_relative_error, make_inputs
@@ -29,7 +29,7 @@ def refusal(request: Request) -> str | None:
 
 def prepare(request: Request) -> Callable[..., None]:
     """See `reap_kernels.saliency.op.accumulate`."""
-    return partial(accumulate, stages("triton", "triton"))
+    return partial(accumulate, stage_kernels("triton", "triton"))
 
 
 def check(run: Callable[..., None], request: Request) -> str | None:

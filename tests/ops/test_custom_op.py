@@ -53,7 +53,7 @@ def test_opcheck(layout: str, with_stats: bool) -> None:
 
 
 def test_opcheck_of_the_triton_backend() -> None:
-    """In the interpreter, whose kernels mutate nothing but what the operator says."""
+    """In the interpreter: kernels mutate only what the operator declares."""
     operator = torch.ops.reap_kernels.observe_layer.default
     tests = ("test_schema", "test_faketensor")
     result = torch.library.opcheck(operator, arguments("stacked", True, "triton"), test_utils=tests)

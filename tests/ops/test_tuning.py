@@ -240,7 +240,7 @@ def test_tune_takes_the_fastest_path_of_each_stage(
     observe = gpu.observe_layer
 
     def recorded(kernels, call):
-        around = kernels.stages
+        around = kernels.around
         names = {gpu.TRITON: "triton", gpu.GROUPED_MM: "grouped_mm"}
         route = "cuda" if around.sort is route_cuda.sort_slots else "triton"
         saliency = "cuda" if around.combine is saliency_cuda.combine else "triton"

@@ -16,7 +16,7 @@ NAME = "apply"
 SUMMARY = "write the smaller checkpoint that a plan leaves of a model"
 DESCRIPTION = """\
 Writes a new checkpoint with the experts the plan keeps. Works on files, at the speed of the disk
-and with little memory, whatever the size or the quantisation of the model. The source is never
+and with little memory, whatever the size or the quantization of the model. The source is never
 touched; the output appears under its name when it is complete and verified. It also holds the
 plan, in DIR/reap.
 

@@ -199,7 +199,7 @@ def read_data(
     seq_len: int,
     console: Console,
 ) -> list[PackedSource]:
-    """Reads, tokenises and packs all sources, or takes their tokens from the cache."""
+    """Reads, tokenizes and packs all sources, or takes their tokens from the cache."""
     options = {
         "trust_remote_code": args.trust_remote_code,
         "enable_thinking": args.enable_thinking,

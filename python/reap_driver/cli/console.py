@@ -49,7 +49,7 @@ class Console:
         Args:
             what: the step.
             unit: of the counts, such as "tok" or "B".
-            total: where it ends, None where nobody knows.
+            total: where it ends, None if unknown.
         """
         progress = Progress(what, unit, total, shown=not self.quiet)
         try:

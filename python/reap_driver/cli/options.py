@@ -121,7 +121,7 @@ def _add_reading(group: "argparse._ArgumentGroup") -> None:
         "--no-cache",
         dest="cache",
         action="store_false",
-        help="tokenise anew, and keep nothing for the next run",
+        help="tokenize again, and keep nothing for the next run",
     )
 
 

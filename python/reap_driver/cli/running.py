@@ -55,7 +55,7 @@ class How:
 
     Attributes:
         stream: whether decoder layers come one at a time.
-        offload: where states wait between them.
+        offload: where hidden states are stored between them.
         batch_sizes: sequences at a time, for each source.
     """
 

@@ -10,11 +10,10 @@ from reap_driver.cli.console import Console
 NAME = "tune"
 SUMMARY = "measure which kernels and tiles are fastest on this GPU, save a launch table"
 DESCRIPTION = """\
-Times the tiles of the grouped products for the layers of a model, on this machine's GPU, then whose
-kernels each stage should take: routing and saliency Triton's or, where they are built, CUDA's; the
-products ours or torch's grouped_mm. Saves the fastest as a launch table. The shipped tables serve
-without it. Only the model's configuration is read, no weights. Point REAP_TUNING at the file to use
-it.
+Times the tiles of the grouped products for the layers of a model, on this machine's GPU, then the
+backends of each stage: Triton or, if it is built, CUDA for the sort and saliency; our products or
+torch's grouped_mm. Saves the fastest as a launch table; the shipped tables work without it. Only
+the model's configuration is read, no weights. Point REAP_TUNING at the file to use it.
 """
 EXAMPLES = """\
 examples:

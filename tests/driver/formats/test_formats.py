@@ -111,7 +111,7 @@ def test_every_call_that_runs_a_model_asks(call: Callable[[Path], object], unrea
 METHODS = ["hqq", "aqlm", "vptq", "spqr", "bitnet", "quark", "higgs", "fbgemm_fp8", "gguf", "mxfp8"]
 
 
-@pytest.mark.parametrize("method", [*METHODS, "nobody knows it", None])
+@pytest.mark.parametrize("method", [*METHODS, "unknown", None])
 def test_other_methods(method: str | None, plain: dict[str, Path], tmp_path: Path) -> None:
     settings = {} if method is None else {"quant_method": method}
     stored = replace(GPTQ, settings=settings)

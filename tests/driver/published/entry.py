@@ -49,7 +49,7 @@ class Published:
         moe_layers: decoder layers of the small model that have experts.
         block: disk prefix of the MoE block of layer `{i}`.
         stacked: names under the block that hold all experts in dim 0.
-        routers: names under the block with one entry an expert, and the dim it lies in.
+        routers: names under the block with one entry per expert, and the dim it lies in.
         names: samples of published tensor names, which the written checkpoint must have.
         cleared: dotted config field -> value without MTP layers.
         per_layer: dotted config fields that list one value a layer, MTP layers included.

@@ -1,4 +1,4 @@
-"""Key layouts of published checkpoints that transformers' own tiny models do not write: quantised
+"""Key layouts of published checkpoints that transformers' own tiny models do not write: quantized
 experts, companions. Every comparison is on bytes."""
 
 import re
@@ -87,7 +87,7 @@ def as_fp8(tensors: Tensors) -> Tensors:
 
 
 def as_packed(leaves: dict[str, torch.dtype]) -> Callable[[Tensors], Tensors]:
-    """Quantised experts without any `.weight`: random data of the given leaves instead."""
+    """Quantized experts without any `.weight`: random data of the given leaves instead."""
 
     def change(tensors: Tensors) -> Tensors:
         out: Tensors = {}

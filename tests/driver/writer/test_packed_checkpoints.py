@@ -45,7 +45,7 @@ def quantized(folder: Path, tensors: dict[str, dict[str, Tensor]], settings: Any
 
 
 def test_a_checkpoint_with_gptq_routers_where_every_length_divides(tmp_path: Path) -> None:
-    """16 experts, 256 inputs, groups of 16: once cut along the inputs, without a word."""
+    """16 experts, 256 inputs, groups of 16: once cut along the inputs, without a warning."""
     codes = {str(layer): Codes.random(16, 256, 4, 16 + 16 * layer) for layer in (0, 1)}
     tensors = {layer: matrix.gptq(4) for layer, matrix in codes.items()}
     plan = quantized(tmp_path / "full", tensors, GPTQ)

@@ -3,13 +3,14 @@
 from torch import Tensor
 
 from reap_kernels import device
-from reap_kernels.saliency.measures import TILE, SlotMeasures, Stages
+from reap_kernels.saliency.measures import TILE, SlotMeasures, StageKernels
 from reap_kernels.stats import LayerStats
 
 
-def stages(sort: str, saliency: str) -> Stages:
-    """The sort and saliency each by `triton` or `cuda`; kernels are imported where they are chosen,
-    since CUDA's need no Triton.
+def stage_kernels(sort: str, saliency: str) -> StageKernels:
+    """The kernels of the sort and of saliency, each `triton` or `cuda`.
+
+    Only the chosen ones are imported, because those of CUDA do not need Triton.
     """
     if sort == "cuda":
         from reap_kernels.sort.kernel_cuda import sort_slots
@@ -18,14 +19,14 @@ def stages(sort: str, saliency: str) -> Stages:
     if saliency == "cuda":
         from reap_kernels.saliency import kernel_cuda as kernels
 
-        return Stages(sort_slots, kernels.combine, kernels.reduce_slots, lambda dtype: dtype)
+        return StageKernels(sort_slots, kernels.combine, kernels.reduce_slots, lambda dtype: dtype)
     from reap_kernels.saliency import gpu
 
-    return Stages(sort_slots, gpu.combine, gpu.reduce_slots, device.written_dtype)
+    return StageKernels(sort_slots, gpu.combine, gpu.reduce_slots, device.written_dtype)
 
 
 def accumulate(
-    around: Stages,
+    around: StageKernels,
     y: Tensor,
     expert_ids: Tensor,
     router_weights: Tensor,
