@@ -188,8 +188,8 @@ def _make_folder(out: Path, kind: Kind = "partial") -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             stack.enter_context(locked(lock_of(folder, out)))
+        folder.mkdir()
         try:
-            folder.mkdir()
             yield folder
         finally:
             # On success it has been renamed. If it cannot be removed, the next run tries again.
