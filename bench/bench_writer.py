@@ -26,7 +26,7 @@ from transformers import Qwen3MoeConfig
 from bench import rows
 from reap_driver.compat.model_config import config_digest, load_config
 from reap_driver.files.safetensors_file import encode_header, tensor_bytes
-from reap_driver.plan.plan import LayerPlan, Plan
+from reap_driver.planning.plan import LayerPlan, Plan
 from reap_driver.writer.stream import DEFAULT_THREADS
 
 HIDDEN, INTERMEDIATE, EXPERTS, HEADS, HEAD_DIM, VOCAB, BLOCK = 2048, 768, 128, 32, 128, 151936, 128
@@ -47,7 +47,7 @@ def peak():
 
 with_torch = peak()
 from reap_driver.writer import apply_plan
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 
 plan = Plan.load(sys.argv[2])
 start = time.perf_counter()

@@ -35,9 +35,9 @@ from reap_driver.demo.run import (
 from reap_driver.evaluation.predictions import Predictions, predict
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.evaluation.sequences import Sums
-from reap_driver.plan.criteria import CRITERIA
-from reap_driver.plan.plan import Plan
-from reap_driver.plan.student_t import t_quantile
+from reap_driver.planning.criteria import CRITERIA
+from reap_driver.planning.plan import Plan
+from reap_driver.planning.student_t import t_quantile
 
 RATIOS = (0.25, 0.5)
 # Number of windows per domain for the budget search: the first of those observed.

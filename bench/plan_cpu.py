@@ -28,9 +28,9 @@ _STEPS = """
 import json, sys, time
 import torch
 torch.set_num_threads(1)
-from reap_driver.plan.scoring import score
-from reap_driver.plan.planner import make_plan
-from reap_driver.plan.stability import keep_probability, margin
+from reap_driver.planning.scoring import score
+from reap_driver.planning.planner import make_plan
+from reap_driver.planning.stability import keep_probability, margin
 from reap_kernels import SaliencyStats
 
 taken = {}

@@ -22,9 +22,9 @@ from reap_driver.budget_search.search import Found, Recorder, Task, search
 from reap_driver.demo.run import CALIBRATION_WINDOWS, MODEL, observe_windows, read_texts
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.load.resident import load_model
-from reap_driver.plan.criteria import Scores
-from reap_driver.plan.planner import make_plan
-from reap_driver.plan.scoring import score
+from reap_driver.planning.criteria import Scores
+from reap_driver.planning.planner import make_plan
+from reap_driver.planning.scoring import score
 
 _BATCH = 16  # windows per batch
 Batches = list[dict[str, Tensor]]

@@ -12,7 +12,7 @@ import pytest
 
 from docs.generate import api, cli, fields, layers
 from reap_driver.cli.main import main
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_kernels.errors import PlanError
 
 

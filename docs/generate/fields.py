@@ -8,7 +8,7 @@ from typing import Any
 from reap_kernels import schema
 from reap_kernels.documents import Format
 
-PLAN = "reap_driver.plan.plan"
+PLAN = "reap_driver.planning.plan"
 
 
 def format_of(module: str) -> Format:

@@ -1,10 +1,14 @@
 """reap-kernels, the driver: from a Mixture-of-Experts checkpoint to a smaller one.
 
+In one call, or step by step on a model of your own:
+
+    rd.prune("MODEL", data=["code.jsonl"], ratio=0.5, out="MODEL-half")
+
     with rd.observe(model) as obs:
         for batch in batches:
             obs(**batch)
     plan = rd.make_plan(rd.score(obs.stats), ratio=0.5)
-    rd.apply_plan("path/to/model", plan, "path/to/out")
+    rd.apply_plan("MODEL", plan, "MODEL-half")
 
 Names load what they need on first use, so importing the package costs nothing.
 """
@@ -24,61 +28,174 @@ if TYPE_CHECKING:
     from reap_driver.model.discover import MoELayer, find_moe_layers, record_of
     from reap_driver.observation.observer import Observer, observe
     from reap_driver.observation.streamed import observe_streamed
-    from reap_driver.plan.criteria import Scores
-    from reap_driver.plan.plan import LayerPlan, Plan
-    from reap_driver.plan.planner import make_plan, plan_of_removals, random_plan
-    from reap_driver.plan.scoring import score
+    from reap_driver.planning.criteria import Scores
+    from reap_driver.planning.plan import LayerPlan, Plan
+    from reap_driver.planning.planner import make_plan, plan_of_removals, random_plan
+    from reap_driver.planning.scoring import score
+    from reap_driver.workflow.apply import Applied, Masked
+    from reap_driver.workflow.calibration import Calibration
+    from reap_driver.workflow.calls import (
+        apply,
+        calibration,
+        compare,
+        estimate,
+        observe_data,
+        plan,
+        prune,
+        report,
+        search,
+    )
+    from reap_driver.workflow.compare import Compared
+    from reap_driver.workflow.estimate import Estimate
+    from reap_driver.workflow.fields import OptionError
+    from reap_driver.workflow.jobs import (
+        ApplyOptions,
+        CalibrationOptions,
+        CompareOptions,
+        EstimateOptions,
+        ObserveOptions,
+        PlanOptions,
+        PruneOptions,
+        ReportOptions,
+        SearchOptions,
+    )
+    from reap_driver.workflow.listener import Listener, Progress
+    from reap_driver.workflow.observe import Observed
+    from reap_driver.workflow.options import (
+        AllocationOptions,
+        BudgetOptions,
+        DataOptions,
+        JournalOptions,
+        RankOptions,
+        RunOptions,
+        WriteOptions,
+    )
+    from reap_driver.workflow.plan import Planned
+    from reap_driver.workflow.prune import Pruned
+    from reap_driver.workflow.report import Reported
+    from reap_driver.workflow.search import Searched
     from reap_driver.writer.apply import apply_plan
     from reap_driver.writer.mask_file import load_masks, save_masks
     from reap_driver.writer.report import ApplyReport
     from reap_kernels import LayerStats, SaliencyStats, __version__
 
 _HOMES = {
+    "AllocationOptions": "reap_driver.workflow.options",
+    "Applied": "reap_driver.workflow.apply",
+    "ApplyOptions": "reap_driver.workflow.jobs",
     "ApplyReport": "reap_driver.writer.report",
+    "BudgetOptions": "reap_driver.workflow.options",
+    "Calibration": "reap_driver.workflow.calibration",
+    "CalibrationOptions": "reap_driver.workflow.jobs",
+    "CompareOptions": "reap_driver.workflow.jobs",
+    "Compared": "reap_driver.workflow.compare",
     "Comparison": "reap_driver.evaluation.sequences",
-    "LayerPlan": "reap_driver.plan.plan",
+    "DataOptions": "reap_driver.workflow.options",
+    "Estimate": "reap_driver.workflow.estimate",
+    "EstimateOptions": "reap_driver.workflow.jobs",
+    "JournalOptions": "reap_driver.workflow.options",
+    "LayerPlan": "reap_driver.planning.plan",
     "LayerStats": "reap_kernels",
+    "Listener": "reap_driver.workflow.listener",
+    "Masked": "reap_driver.workflow.apply",
     "MoELayer": "reap_driver.model.discover",
+    "ObserveOptions": "reap_driver.workflow.jobs",
+    "Observed": "reap_driver.workflow.observe",
     "Observer": "reap_driver.observation.observer",
-    "Plan": "reap_driver.plan.plan",
+    "OptionError": "reap_driver.workflow.fields",
+    "Plan": "reap_driver.planning.plan",
+    "PlanOptions": "reap_driver.workflow.jobs",
+    "Planned": "reap_driver.workflow.plan",
+    "Progress": "reap_driver.workflow.listener",
+    "PruneOptions": "reap_driver.workflow.jobs",
+    "Pruned": "reap_driver.workflow.prune",
+    "RankOptions": "reap_driver.workflow.options",
+    "ReportOptions": "reap_driver.workflow.jobs",
+    "Reported": "reap_driver.workflow.report",
+    "RunOptions": "reap_driver.workflow.options",
     "SaliencyStats": "reap_kernels",
-    "Scores": "reap_driver.plan.criteria",
+    "Scores": "reap_driver.planning.criteria",
+    "SearchOptions": "reap_driver.workflow.jobs",
+    "Searched": "reap_driver.workflow.search",
+    "WriteOptions": "reap_driver.workflow.options",
     "__version__": "reap_kernels",
+    "apply": "reap_driver.workflow.calls",
     "apply_plan": "reap_driver.writer.apply",
+    "calibration": "reap_driver.workflow.calls",
     "check_permutation": "reap_driver.evaluation.audit",
+    "compare": "reap_driver.workflow.calls",
     "compare_models": "reap_driver.evaluation.models",
+    "estimate": "reap_driver.workflow.calls",
     "find_moe_layers": "reap_driver.model.discover",
     "load_config": "reap_driver.compat.model_config",
     "load_masks": "reap_driver.writer.mask_file",
     "load_model": "reap_driver.load.resident",
-    "make_plan": "reap_driver.plan.planner",
+    "make_plan": "reap_driver.planning.planner",
     "masked_experts": "reap_driver.evaluation.router_masks",
     "observe": "reap_driver.observation.observer",
+    "observe_data": "reap_driver.workflow.calls",
     "observe_streamed": "reap_driver.observation.streamed",
     "orphans": "reap_driver.evaluation.routing",
-    "plan_of_removals": "reap_driver.plan.planner",
-    "random_plan": "reap_driver.plan.planner",
+    "plan": "reap_driver.workflow.calls",
+    "plan_of_removals": "reap_driver.planning.planner",
+    "prune": "reap_driver.workflow.calls",
+    "random_plan": "reap_driver.planning.planner",
     "record_of": "reap_driver.model.discover",
+    "report": "reap_driver.workflow.calls",
     "retained": "reap_driver.evaluation.routing",
     "save_masks": "reap_driver.writer.mask_file",
-    "score": "reap_driver.plan.scoring",
+    "score": "reap_driver.planning.scoring",
+    "search": "reap_driver.workflow.calls",
     "search_plan": "reap_driver.budget_search.search",
 }
 
 __all__ = [
+    "AllocationOptions",
+    "Applied",
+    "ApplyOptions",
     "ApplyReport",
+    "BudgetOptions",
+    "Calibration",
+    "CalibrationOptions",
+    "CompareOptions",
+    "Compared",
     "Comparison",
+    "DataOptions",
+    "Estimate",
+    "EstimateOptions",
+    "JournalOptions",
     "LayerPlan",
     "LayerStats",
+    "Listener",
+    "Masked",
     "MoELayer",
+    "ObserveOptions",
+    "Observed",
     "Observer",
+    "OptionError",
     "Plan",
+    "PlanOptions",
+    "Planned",
+    "Progress",
+    "PruneOptions",
+    "Pruned",
+    "RankOptions",
+    "ReportOptions",
+    "Reported",
+    "RunOptions",
     "SaliencyStats",
     "Scores",
+    "SearchOptions",
+    "Searched",
+    "WriteOptions",
     "__version__",
+    "apply",
     "apply_plan",
+    "calibration",
     "check_permutation",
+    "compare",
     "compare_models",
+    "estimate",
     "find_moe_layers",
     "load_config",
     "load_masks",
@@ -86,14 +203,19 @@ __all__ = [
     "make_plan",
     "masked_experts",
     "observe",
+    "observe_data",
     "observe_streamed",
     "orphans",
+    "plan",
     "plan_of_removals",
+    "prune",
     "random_plan",
     "record_of",
+    "report",
     "retained",
     "save_masks",
     "score",
+    "search",
     "search_plan",
 ]
 

@@ -18,7 +18,7 @@ import pytest
 import transformers
 from filelock import FileLock
 
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_driver.writer.apply import apply_plan
 from tests.driver import zoo
 from tests.driver.published.checkpoint import write_checkpoint

@@ -37,7 +37,7 @@ from reap_driver.demo import run as demo
 from reap_driver.demo.evaluate import evaluate, token_windows
 from reap_driver.demo.run import run_demo
 from reap_driver.demo.table import format_report
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_kernels.errors import DataError
 from reap_kernels.stats import SaliencyStats
 

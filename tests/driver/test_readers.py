@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from reap_driver.budget_search.search_state import read as read_search
-from reap_driver.cli.ranking import _Experts, _read
 from reap_driver.files.safetensors_file import read_header
 from reap_driver.observation.journal import FORMAT as JOURNAL
 from reap_driver.observation.state_store import read_state
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_driver.reporting.comparison import read_comparison
+from reap_driver.workflow.ranking import _Experts, _read
 from reap_driver.writer.mask_file import load_masks
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import ReapError

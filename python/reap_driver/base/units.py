@@ -26,3 +26,10 @@ def short(number: float, letters: str = "kMGTPE") -> str:
 def row(name: str, text: str) -> str:
     """A line of a report: a name, padded to a column, and a text."""
     return f"{name:<12}{text}"
+
+
+def clock(seconds: float) -> str:
+    """75 as 1:15, 4000 as 1:06:40."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -185,7 +185,7 @@ def _place(nbytes: int, logits: Tensor) -> torch.device:
     raise ResourceError(
         f"the full model's logits take {in_bytes(nbytes)} ({short(nbytes // _row(logits))} "
         f"predictions, {in_bytes(_row(logits))} each), more than half of the "
-        f"{in_bytes(host.nbytes)} that are free ({host.bound}); use less data (--data SOURCE:N)"
+        f"{in_bytes(host.nbytes)} that are free ({host.bound}); use less data, `data` SOURCE:N"
     )
 
 

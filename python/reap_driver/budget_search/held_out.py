@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from reap_driver.budget_search.fitness import Inputs, acceptance_by_sequence
 from reap_driver.evaluation.figures import DRAWS, intervals
 from reap_driver.evaluation.router_masks import RouterMasks
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_kernels.errors import DataError
 
 
@@ -68,7 +68,7 @@ def held_out(
     if not counts.sum():
         raise DataError(
             "the held-out sequences contain no prediction that counts; use more data, or "
-            "--validation 0"
+            "`validation=0`"
         )
     total = int(counts.sum())
     first, second = (sums.sum(dim=1) / total).tolist()

@@ -17,10 +17,10 @@ from reap_driver.budget_search.search_state import SearchState
 from reap_driver.budget_search.space import Removals, Space
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.model.discover import find_moe_layers, record_of
-from reap_driver.plan.allocation import max_removable, removal_steps
-from reap_driver.plan.criteria import Scores
-from reap_driver.plan.plan import Plan
-from reap_driver.plan.planner import make_plan, plan_of_removals
+from reap_driver.planning.allocation import max_removable, removal_steps
+from reap_driver.planning.criteria import Scores
+from reap_driver.planning.plan import Plan
+from reap_driver.planning.planner import make_plan, plan_of_removals
 from reap_driver.writer.plan_checks import check_model, check_same_layers
 
 _WRITE_AFTER = 30.0  # seconds between two writes of the state within a generation
@@ -122,7 +122,7 @@ class Recorder:
         if self.state is None:
             return ""
         return (
-            f"; they are saved in {self.state.path}: run the same command with --resume to "
+            f"; they are saved in {self.state.path}: run the same command with `resume=True` to "
             "continue from there"
         )
 

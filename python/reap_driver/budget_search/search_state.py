@@ -27,7 +27,7 @@ FORMAT = Format(
         ),
     },
     DataError,
-    "delete it and run without --resume",
+    "delete it and run without `resume=True`",
     sealed=True,
 )
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from reap_driver.cli.console import Console
+from reap_driver.workflow.console import Console
 
 NAME = "demo"
 SUMMARY = "prune a small bundled model and show what it costs"
@@ -36,8 +36,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Runs the demo, which prints its own table."""
-    from reap_driver.cli.outputs import check_folder
     from reap_driver.demo.run import FILES, run_demo
+    from reap_driver.workflow.outputs import check_folder
 
     if args.out.is_dir():
         check_folder(args.out, FILES, overwrite=True, inputs=[])

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from reap_driver.cli.console import Console
+from reap_driver.workflow.console import Console
 
 NAME = "doctor"
 SUMMARY = "show versions, devices, and which kernels serve here and why"

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 from reap_driver.base.interrupts import Interrupted, Terminated, terminations_raised
 from reap_driver.cli.commands import COMMANDS
-from reap_driver.cli.console import Console, emit, printable
-from reap_driver.cli.options import add_common
+from reap_driver.workflow.console import Console, emit, flags, printable
+from reap_driver.workflow.fields import OptionError
 
 PROGRAM = "reap-kernels"
 USAGE, BAD_INPUT, RESOURCES = 2, 3, 4
@@ -85,9 +85,20 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         command.configure(sub)
-        add_common(sub)
-        sub.set_defaults(run=command.run)
+        _add_output(sub)
+        sub.set_defaults(run=command.run, usage=sub.format_usage)
     return parser
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    """--json and --quiet, of every command."""
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--json", action="store_true", help="print one JSON object on stdout (errors too)"
+    )
+    group.add_argument(
+        "-q", "--quiet", action="store_true", help="print no progress, notes or results"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,15 +156,19 @@ def _run(words: Sequence[str], *, as_json: bool) -> int:
         return 0
     if args.command is None:
         raise UsageError("a COMMAND is missing", build_parser().format_help())
-    result = args.run(args, Console(quiet=args.quiet, as_json=as_json))
+    try:
+        result = args.run(args, Console(quiet=args.quiet, as_json=as_json))
+    except OptionError as error:
+        raise UsageError(flags(str(error)), args.usage()) from error
     if as_json and result is not None:  # of several ranks, one has something to say
-        emit(json.dumps({"command": args.command, **result}))
+        facts = result if isinstance(result, dict) else result.facts()
+        emit(json.dumps({"command": args.command, **facts}))
     return 0
 
 
 def _fail(kind: str, message: str, code: int, as_json: bool) -> int:
     """Reports an error on stderr (and as JSON on stdout); returns its exit code."""
-    line = printable(" ".join(message.split()))
+    line = printable(flags(" ".join(message.split())))
     if os.environ.get("WORLD_SIZE", "1") != "1":
         line = f"rank {os.environ.get('RANK', '?')}: {line}"
     print(f"{PROGRAM}: error: {line}", file=sys.stderr)
@@ -169,7 +184,7 @@ def _explain(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, ReapError):
         return str(error), error.exit_code
     if isinstance(error, MemoryError) or _out_of_memory(error):
-        remedy = "use a smaller --seq-len or --batch-size, a narrower --dtype, or a larger machine"
+        remedy = "use a smaller `seq_len` or `batch_size`, a narrower `dtype`, or a larger machine"
         return f"out of memory ({_first_line(error)}); {remedy}", RESOURCES
     if isinstance(error, OSError):
         return _explain_os(error)

@@ -1,11 +1,12 @@
 """`reap-kernels observe`: run the model on calibration data and save statistics of its experts."""
 
 import argparse
-from pathlib import Path
-from typing import Any
 
-from reap_driver.cli import dry_run, options
-from reap_driver.cli.console import Console
+from reap_driver.cli.arguments import add, read, require
+from reap_driver.cli.dry_run import add_dry_run, dry
+from reap_driver.workflow.console import Console
+from reap_driver.workflow.jobs import EstimateOptions, ObserveOptions
+from reap_driver.workflow.results import Result
 
 NAME = "observe"
 SUMMARY = "run a model on calibration data, save statistics of its experts"
@@ -35,38 +36,22 @@ examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Model, data, output."""
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to save the statistics")
-    options.add_overwrite(parser)
-    options.add_trust(parser)
-    options.add_calibration(parser)
+    add(parser, ObserveOptions, EstimateOptions)
+    add_dry_run(parser)
 
 
-def run(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
-    """Observes and saves; what can be checked early is."""
-    options.check_calibration(args)
-    if args.dry_run:
-        return dry_run.run(args, console)
-    from reap_driver.cli import calibrate, running
-    from reap_driver.cli.outputs import check_file, inputs_of
-    from reap_driver.observation.data_parallel import ranks
+def run(args: argparse.Namespace, console: Console) -> Result | None:
+    """Observes, or says what that would take."""
+    if dry(args):
+        from reap_driver.workflow.estimate import estimate
 
-    with ranks() as world:
-        console.speaks(first=world.rank == 0)
-        wanted = calibrate.sources_of(args)
-        check_file(args.out, overwrite=args.overwrite, inputs=inputs_of(args, args.out))
-        running.check_journal(args, world)
-        model = calibrate.inspect_model(args)
-        seq_len = calibrate.check_options(args, model.config)
-        calibrate.check_packing(args, model.meta.config, model.layers)
-        model.check_files()
-        sources = calibrate.read_data(args, wanted, model.config, seq_len, console)
-        with running.observed(args, model, sources, console, world) as found:
-            if found is None:
-                return None
-            found.stats.save(args.out)
-        facts, text = calibrate.summary(found.stats, found.seconds)
-        console.say(text)
-        next_step = f"reap-kernels plan {args.out} --ratio 0.5 --out plan.json"
-        console.say(f"wrote {args.out}; next: {next_step}")
-        return {"out": str(args.out), **facts}
+        return estimate(read(EstimateOptions, args), console)
+    require(args, "out")
+    options = read(ObserveOptions, args)
+    from reap_driver.workflow.observe import observe_data
+
+    found = observe_data(options, console)
+    if found is not None:
+        next_step = f"reap-kernels plan {found.out} --ratio 0.5 --out plan.json"
+        console.say(f"wrote {found.out}; next: {next_step}")
+    return found

@@ -1,15 +1,12 @@
 """`reap-kernels prune`: observe, plan and apply in one."""
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from reap_driver.cli import apply, dry_run, options, plan, ranking
-from reap_driver.cli.console import Console
-
-if TYPE_CHECKING:  # they import torch, and --help must not
-    from reap_driver.cli.calibrate import Model
-    from reap_driver.cli.running import Observed
+from reap_driver.cli.arguments import add, read, require
+from reap_driver.cli.dry_run import add_dry_run, dry
+from reap_driver.workflow.console import Console
+from reap_driver.workflow.jobs import EstimateOptions, PruneOptions
+from reap_driver.workflow.results import Result
 
 NAME = "prune"
 SUMMARY = "make a model smaller in one command: observe, plan, apply"
@@ -36,107 +33,18 @@ examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Model, data, ranking, output."""
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the new checkpoint")
-    parser.add_argument(
-        "--stats",
-        type=Path,
-        metavar="FILE",
-        help="save the statistics here too, as soon as there are any: for long runs",
-    )
-    options.add_overwrite(parser)
-    options.add_trust(parser)
-    ranking.add_ranking(parser)
-    options.add_calibration(parser)
-    options.add_writing(parser)
+    add(parser, PruneOptions, EstimateOptions)
+    add_dry_run(parser)
 
 
-def run(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
-    """Checks, observes, plans, writes."""
-    options.check_calibration(args)
-    ranking.check_ranking(args)
-    if args.dry_run:
-        return dry_run.run(args, console)
-    from reap_driver.cli import calibrate, running
-    from reap_driver.cli.outputs import check_file, check_replaced_folder, inputs_of
-    from reap_driver.observation.data_parallel import ranks
+def run(args: argparse.Namespace, console: Console) -> Result | None:
+    """Prunes, or says what that would take."""
+    if dry(args):
+        from reap_driver.workflow.estimate import estimate
 
-    with ranks() as world:
-        console.speaks(first=world.rank == 0)
-        wanted = calibrate.sources_of(args)
-        inputs = inputs_of(args, args.out, args.stats)
-        if args.stats is not None:
-            check_file(args.stats, overwrite=args.overwrite, inputs=inputs)
-            inputs.append(args.stats)  # it stays
-        check_replaced_folder(args.out, inputs)
-        running.check_journal(args, world)
-        model = calibrate.inspect_model(args)
-        model.check_files()
-        if world.rank == 0:  # the one that writes
-            _check_writing(args, model, console)
-        world.barrier()
-        calibrate.check_groups(wanted, args.weights)
-        seq_len = calibrate.check_options(args, model.config)
-        calibrate.check_packing(args, model.meta.config, model.layers)
-        sources = calibrate.read_data(args, wanted, model.config, seq_len, console)
-        with running.observed(args, model, sources, console, world) as found:
-            return None if found is None else _write(args, model, found, console)
+        return estimate(read(EstimateOptions, args), console)
+    require(args, "out")
+    options = read(PruneOptions, args)
+    from reap_driver.workflow.prune import prune
 
-
-def _writing(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the writer."""
-    return {
-        "mtp": args.mtp,
-        "shard_size": args.shard_size,
-        "overwrite": args.overwrite,
-        "trust_remote_code": args.trust_remote_code,
-        "non_uniform": args.non_uniform,
-    }
-
-
-def _check_writing(args: argparse.Namespace, model: "Model", console: Console) -> None:
-    """Checks early that what will be planned can be written."""
-    from reap_driver.writer.apply import check_plan
-
-    # Plans that remove as many of each layer need the same space and pass the same checks.
-    plans = ranking.foreseen(args, model.blank_scores())
-    for blank in plans:
-        check_plan(args.model, blank, args.out, **_writing(args))
-    for advice in plan.advice(plans[0], model.provenance["layers"]):
-        console.note(advice)
-
-
-def _write(
-    args: argparse.Namespace, model: "Model", found: "Observed", console: Console
-) -> dict[str, Any]:
-    """Ranks, plans, and writes the checkpoint."""
-    from reap_driver.cli import calibrate
-    from reap_driver.plan.scoring import score
-    from reap_driver.writer.apply import apply_plan
-
-    stats = found.stats
-    observed, text = calibrate.summary(stats, found.seconds)
-    console.say(text)
-    if args.stats is not None:
-        stats.save(args.stats)
-    chosen = ranking.planned(args, score(stats, args.criterion, args.weights), stats)
-    sure = plan.certainty(chosen, stats, console)
-    for note in chosen.notes:
-        console.note(note)
-    console.say(plan.describe(chosen))
-
-    model.check_unchanged()  # the plan is of the files that were observed
-    with console.progress("writing", "B") as progress:
-        report = apply_plan(
-            args.model,
-            chosen,
-            args.out,
-            progress=progress.reach,
-            stats=stats,
-            **_writing(args),
-        )
-    for warning in report.warnings:
-        console.note(warning)
-    console.say(apply.describe(report))
-    planned = {**plan.facts(chosen), **sure}
-    return {"out": str(args.out), **observed, **planned, **apply.facts(report)}
+    return prune(options, console)

@@ -1,11 +1,11 @@
 """`reap-kernels report`: a page and pictures of statistics and a plan."""
 
 import argparse
-from pathlib import Path
-from typing import Any
 
-from reap_driver.cli import options
-from reap_driver.cli.console import Console
+from reap_driver.cli.arguments import add, read
+from reap_driver.workflow.console import Console
+from reap_driver.workflow.jobs import ReportOptions
+from reap_driver.workflow.results import Result
 
 NAME = "report"
 SUMMARY = "show statistics and a plan as one HTML page and pictures"
@@ -26,40 +26,12 @@ examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Statistics, plan, comparison, output."""
-    parser.add_argument("stats", type=Path, metavar="STATS", help="file that `observe` wrote")
-    parser.add_argument(
-        "plan", type=Path, nargs="?", metavar="PLAN", help="file that `plan` wrote, of the same"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for the page and pictures"
-    )
-    parser.add_argument(
-        "--criterion",
-        metavar="NAME",
-        help="whose scores are shown (default: the plan's, or reap); `plan --help` lists them",
-    )
-    parser.add_argument(
-        "--compare",
-        type=Path,
-        metavar="FILE",
-        help="show this output of `compare --json` too",
-    )
-    options.add_overwrite(parser)
+    add(parser, ReportOptions)
 
 
-def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run(args: argparse.Namespace, console: Console) -> Result:
     """Reads, draws, writes."""
-    from reap_driver.cli.outputs import check_folder, inputs_of
-    from reap_driver.plan.plan import Plan
-    from reap_driver.reporting.comparison import read_comparison
-    from reap_driver.reporting.page import FILES, write_report
-    from reap_kernels import SaliencyStats
+    options = read(ReportOptions, args)
+    from reap_driver.workflow.report import report
 
-    check_folder(args.out, FILES, overwrite=args.overwrite, inputs=inputs_of(args, args.out))
-    stats = SaliencyStats.load(args.stats)
-    plan = None if args.plan is None else Plan.load(args.plan)
-    comparison = None if args.compare is None else read_comparison(args.compare)
-    args.out.mkdir(exist_ok=True)
-    written = write_report(stats, args.out, plan, criterion=args.criterion, comparison=comparison)
-    console.say(f"wrote {written.page} and {len(written.pictures)} pictures beside it")
-    return {"out": str(args.out), "files": [str(path) for path in written]}
+    return report(options, console)

@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from reap_driver.cli import options
-from reap_driver.cli.console import Console
+from reap_driver.workflow.console import Console
 
 NAME = "tune"
 SUMMARY = "measure which kernels and tiles are fastest on this GPU, save a launch table"
@@ -46,8 +45,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of the weights (default: %(default)s; bfloat16 and float16 share a table)",
     )
     parser.add_argument("--device", default="cuda", help="the GPU (default: %(default)s)")
-    options.add_overwrite(parser)
-    options.add_trust(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what is there, once the new is complete"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run model code that comes with the checkpoint; read it first",
+    )
 
 
 def shape(text: str) -> tuple[int, int, int, int]:
@@ -67,16 +72,19 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measures and saves."""
     import torch
 
-    from reap_driver.cli.calibrate import device_of, inspect_model
-    from reap_driver.cli.outputs import check_file, inputs_of
+    from reap_driver.workflow.inspection import device_of, inspect_model
+    from reap_driver.workflow.options import RunOptions
+    from reap_driver.workflow.outputs import check_file
     from reap_kernels.tune import Measured, Shape, tune
 
-    check_file(args.out, overwrite=args.overwrite, inputs=inputs_of(args, args.out))
-    where = device_of(args)
+    inputs = [Path(args.model)] if args.model and Path(args.model).exists() else []
+    check_file(args.out, overwrite=args.overwrite, inputs=inputs)
+    where = device_of(RunOptions(device=args.device))
     shapes = [Shape(*sizes) for sizes in args.shape or ()]
     if args.model is not None:
         keys = ("num_experts", "top_k", "hidden_size", "intermediate_size")
-        layers = inspect_model(args).provenance["layers"].values()
+        model = inspect_model(args.model, trust_remote_code=args.trust_remote_code)
+        layers = model.provenance["layers"].values()
         shapes = list(dict.fromkeys(Shape(*(facts[key] for key in keys)) for facts in layers))
     counts = {"measured": 0, "refused": 0}
     with console.progress("measuring launches", "launch") as progress:

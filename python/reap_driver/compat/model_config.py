@@ -78,7 +78,7 @@ def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> P
         config._name_or_path = str(path_or_id)  # for messages
         return config
     remedy = (
-        "pass trust_remote_code=True (--trust-remote-code) to run the checkpoint's own code"
+        "pass `trust_remote_code=True` to run the checkpoint's own code"
         if "auto_map" in raw
         else "use a transformers version that knows it"
     )

@@ -68,7 +68,7 @@ def packed(documents: Tensor) -> Iterator[None]:
     if not made:
         raise UnsupportedModel(
             "the model does not take its attention mask from the library, so documents packed in a "
-            "sequence cannot be kept apart; pack with --packing concat, or none"
+            "sequence cannot be kept apart; pack with `packing='concat'`, or none"
         )
 
 

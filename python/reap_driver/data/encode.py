@@ -188,7 +188,7 @@ class Encoder:
         if self._answers_only:
             raise DataError(
                 f"{record.place}: has images, whose tokens the processor inserts, so its answers "
-                "cannot be located; leave out --answers-only, or such records"
+                "cannot be located; leave out `answers_only=True`, or such records"
             )
         text = template.render(record.place, content)
         _check_text(record, text)

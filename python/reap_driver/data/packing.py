@@ -201,7 +201,7 @@ class PackedSource:
         if length is not None and length != self.seq_len and self.packing != "none":
             notes.append(
                 f"{name}: its documents are all of {length} token ids; sequences of as many "
-                f"(--seq-len {length}) keep them as they are"
+                f"(`seq_len={length}`) keep them as they are"
             )
         if self.unused:
             notes.append(f"{name}: fields not used: {', '.join(self.unused)}")
@@ -291,7 +291,7 @@ def _check_length(document: Document, seq_len: int) -> None:
     if document.image_inputs is not None and len(document.ids) > seq_len:
         raise DataError(
             f"{document.image_inputs.place}: has {len(document.ids)} tokens with its images, and a "
-            f"sequence {seq_len}; give smaller images, or a larger --seq-len"
+            f"sequence {seq_len}; give smaller images, or a larger `seq_len`"
         )
 
 
@@ -389,7 +389,7 @@ class _Stream:
         if self.counted is not None and not any(self.counted):
             raise DataError(
                 f"data {source.name}: none of its {len(self.ids)} tokens is part of an answer; "
-                "give conversations with answers, or leave out --answers-only"
+                "give conversations with answers, or leave out `answers_only=True`"
             )
 
 

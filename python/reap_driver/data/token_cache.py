@@ -177,7 +177,7 @@ class Cache:
         except OSError as error:
             self.note(
                 f"{path}: the tokens cannot be cached ({error.strerror or error}); set "
-                "REAP_CACHE_DIR to a folder that can be written, or pass --no-cache"
+                "REAP_CACHE_DIR to a folder that can be written, or pass `cache=False`"
             )
 
 

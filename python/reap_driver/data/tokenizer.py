@@ -32,7 +32,7 @@ def load_tokenizer(
         DataError: its files are missing or damaged, or need code that is not available.
     """
     remedy = (
-        "add its files (tokenizer.json, ...), allow its code with --trust-remote-code, or "
+        "add its files (tokenizer.json, ...), allow its code with `trust_remote_code=True`, or "
         "give records with input_ids"
     )
     with wrap_errors(f"{what}, which cannot be loaded", remedy, error=DataError):

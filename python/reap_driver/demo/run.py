@@ -26,16 +26,16 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from reap_driver.cli.console import emit
 from reap_driver.demo.corpus import load_corpus
 from reap_driver.demo.evaluate import Evaluation, evaluate, token_windows
 from reap_driver.demo.table import format_report
 from reap_driver.load.resident import load_model
 from reap_driver.observation.observer import observe
-from reap_driver.plan.criteria import Scores
-from reap_driver.plan.plan import Plan
-from reap_driver.plan.planner import make_plan, random_plan
-from reap_driver.plan.scoring import score
+from reap_driver.planning.criteria import Scores
+from reap_driver.planning.plan import Plan
+from reap_driver.planning.planner import make_plan, random_plan
+from reap_driver.planning.scoring import score
+from reap_driver.workflow.console import emit
 from reap_driver.writer.apply import apply_plan
 from reap_kernels.stats import SaliencyStats
 

@@ -18,7 +18,7 @@ from reap_driver.model.discover import find_moe_layers
 from reap_driver.model.expert_dims import expert_dims
 from reap_driver.model.expert_layout import ExpertDim
 from reap_driver.model.routing_table import ID_TABLES
-from reap_driver.plan.plan import LayerPlan, Plan
+from reap_driver.planning.plan import LayerPlan, Plan
 from reap_kernels.errors import PlanError
 
 

@@ -17,7 +17,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from reap_driver.plan.student_t import t_quantile
+from reap_driver.planning.student_t import t_quantile
 
 DRAWS = 2000
 CONFIDENCE = 0.95

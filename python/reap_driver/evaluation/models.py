@@ -25,7 +25,7 @@ from reap_driver.model.unwrap import unwrap_model
 from reap_driver.observation.layer_runner import LayerRunner
 from reap_driver.observation.run import Batches, BatchList, Run, run_streamed
 from reap_driver.observation.state_store import StateStore
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 
 Done = Callable[[float], Any]
 

@@ -13,7 +13,7 @@ from reap_driver.model.adapters import KernelAdapter
 from reap_driver.model.discover import MoELayer, adapter_of
 from reap_driver.observation.layer_recorder import LayerRecorder
 from reap_driver.observation.observer import Observer
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import PlanError, UnsupportedModel, UsageError
 

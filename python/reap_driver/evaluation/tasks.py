@@ -22,7 +22,7 @@ def check_installed() -> None:
     """Raises DataError if lm-evaluation-harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise DataError(
-            "--tasks: lm-evaluation-harness is not installed; run `pip install reap-kernels[eval]`"
+            "`tasks`: lm-evaluation-harness is not installed; run `pip install reap-kernels[eval]`"
         )
 
 
@@ -68,10 +68,10 @@ def evaluate(
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise DataError(
-            f"--tasks: lm-evaluation-harness has no task {unknown[0]!r}; `lm_eval ls tasks` lists "
-            "its tasks, and --task-folder adds others"
+            f"`tasks`: lm-evaluation-harness has no task {unknown[0]!r}; `lm_eval ls tasks` lists "
+            "its tasks, and `task_folder` adds others"
         )
-    what = f"--tasks: the tokenizer of {tokenizer} cannot be loaded"
+    what = f"`tasks`: the tokenizer of {tokenizer} cannot be loaded"
     with wrap_errors(what, "add its files (tokenizer.json, ...)", error=DataError):
         own = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
     with contextlib.nullcontext() if kept is None else masked_experts(model, kept):

@@ -106,7 +106,7 @@ def _read_by_library(
             # accelerate would read the quantized weights from the checkpoint's files again.
             raise UnsupportedModel(
                 f"{path_or_id}: device_map puts modules on disk, from where weights of "
-                "compressed-tensors cannot be read; stream the model (--stream always)"
+                "compressed-tensors cannot be read; stream the model (`stream='always'`)"
             )
         parts.restore()
 

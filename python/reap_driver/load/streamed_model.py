@@ -55,7 +55,7 @@ def open_streamed(
         if tied is not None:
             raise UnsupportedModel(
                 f"{tied} of {type(streamed.model).__name__} shares its tensor with another module, "
-                "so its layer cannot be loaded alone; observe the model with --stream never"
+                "so its layer cannot be loaded alone; observe the model with `stream='never'`"
             )
         yield streamed
 

@@ -90,8 +90,8 @@ def run_dtype(asked: str, config: PretrainedConfig, files: CheckpointSize | None
     found = named or (files.dtype if files is not None else nested)
     if found is None:
         raise DataError(
-            f"--dtype auto: the configuration ({config.model_type}) names no dtype, and there are "
-            "no weights to read it from; give --dtype bfloat16"
+            f"`dtype='auto'`: the configuration ({config.model_type}) names no dtype, and there "
+            "are no weights to read it from; give `dtype='bfloat16'`"
         )
     return found
 

@@ -114,12 +114,12 @@ def decide(wanted: Wanted, sizes: ModelSizes, machine: Machine, work: Workload) 
     """
     whole = resident(sizes, machine, work, full=False)
     if wanted == "never":
-        _refuse(whole, machine, "resident (--stream never)", "try --stream auto")
-        why = "requested with --stream never"
+        _refuse(whole, machine, "resident (`stream='never'`)", "try `stream='auto'`")
+        why = "requested with `stream='never'`"
         return replace(resident(sizes, machine, work), reasons=(why,))
     if wanted == "auto" and _fits(whole, machine, SHARE, SHARE):
         return replace(resident(sizes, machine, work), reasons=(_fitting(whole, machine),))
-    why = "requested with --stream always" if wanted == "always" else _lacking(whole, machine)
+    why = "requested with `stream='always'`" if wanted == "always" else _lacking(whole, machine)
     for offload, full, device_share, host_share in _places(machine):
         plan = streamed(sizes, machine, work, offload, full=full)
         if _fits(plan, machine, device_share, host_share):
@@ -128,7 +128,7 @@ def decide(wanted: Wanted, sizes: ModelSizes, machine: Machine, work: Workload) 
     least = streamed(sizes, machine, work, "file", full=False)
     remedy = "use a machine with more memory"
     if sizes.dtype == "float32":
-        remedy += ", or --dtype bfloat16"
+        remedy += ", or `dtype='bfloat16'`"
     _refuse(least, machine, "even streamed layer by layer", remedy)
     raise AssertionError("a plan that fits was not chosen")
 
@@ -246,9 +246,9 @@ def _refuse(plan: Decision, machine: Machine, how: str, remedy: str) -> None:
             continue
         name, largest = max(parts, key=lambda part: part[1])
         if name == ACTIVATIONS:
-            remedy = "use a smaller --batch-size or --seq-len"
+            remedy = "use a smaller `batch_size` or `seq_len`"
         elif name == STATES:
-            remedy = "use less data (--data SOURCE:N), or free some space there"
+            remedy = "use less data (`data` with SOURCE:N), or free some space there"
         raise ResourceError(
             f"the model does not fit {how}: it needs {in_bytes(total)} of {where}, "
             f"{name} most of it ({in_bytes(largest)}), and {in_bytes(free.nbytes)} is free "

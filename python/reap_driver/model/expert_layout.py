@@ -159,7 +159,7 @@ def _owner(name: str, layers: list[str]) -> str:
         raise UnsupportedModel(
             f"{name}: depends on the number of experts but belongs to none of its "
             f"{len(layers)} MoE layers (first {layers[0] if layers else 'none'}), so it cannot be "
-            "pruned with them; write masks instead (--as-masks)."
+            "pruned with them; write masks instead (`as_masks`)."
         )
     return owner
 

@@ -97,7 +97,7 @@ def check_isolation(config: PretrainedConfig) -> None:
         UnsupportedModel: they cannot, or it has not been tested.
     """
     text = config.get_text_config()
-    kind, remedy = text.model_type, "pack with --packing concat, which joins them, or none"
+    kind, remedy = text.model_type, "pack with `packing='concat'`, which joins them, or none"
     if kind in _CROSSING:
         raise UnsupportedModel(
             f"{kind} cannot keep documents packed in one sequence apart: {_CROSSING[kind]} across "

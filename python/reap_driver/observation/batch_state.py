@@ -53,7 +53,7 @@ class BatchState:
         except _Unkept as error:
             raise UnsupportedModel(
                 f"{name} passes on a {error}, which streaming cannot store between layers; observe "
-                "the model with --stream never"
+                "the model with `stream='never'`"
             ) from error
         return cls(layer, skeleton, [tensor.detach() for tensor in tensors.values()])
 

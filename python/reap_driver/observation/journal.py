@@ -34,7 +34,7 @@ FORMAT = Format(
         "files": MapOf(Text()),  # below the folder -> digest
     },
     DataError,
-    "resume with the version that wrote it, or delete its folder and run without --resume",
+    "resume with the version that wrote it, or delete its folder and run without `resume=True`",
     sealed=True,
 )
 
@@ -176,7 +176,7 @@ def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _file(folder: Path) -> ResumeFile:
-    return ResumeFile(folder / _NAME, FORMAT, folder, "pass --no-journal")
+    return ResumeFile(folder / _NAME, FORMAT, folder, "pass `journal=False`")
 
 
 def _stats_name(position: int) -> str:

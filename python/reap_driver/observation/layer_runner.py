@@ -18,7 +18,7 @@ from reap_driver.observation.batch_state import BatchState
 from reap_driver.observation.placeholder import Placeholder, leaves, placeholder_like
 from reap_kernels.errors import UnsupportedModel
 
-_REMEDY = "observe the model with --stream never"
+_REMEDY = "observe the model with `stream='never'`"
 
 # Allowed types of a layer's arguments besides containers: a layer cannot store anything in these
 # for later layers, except in a tensor, which is checked.

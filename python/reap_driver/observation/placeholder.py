@@ -98,7 +98,7 @@ def _positions(index: Any) -> Any:
 def _used(how: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"the model uses the output of a layer in more than the next layer ({how}); observe the "
-        "model with --stream never"
+        "model with `stream='never'`"
     )
 
 

@@ -62,7 +62,7 @@ class ResumeFile:
         if not self.exists():
             raise DataError(
                 f"{self.place}: there is no {self.format.what}, so nothing to resume; run without "
-                "--resume"
+                "`resume=True`"
             )
         return self.format.read(self.path)
 

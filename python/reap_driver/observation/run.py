@@ -168,7 +168,7 @@ class Run:
             return self.stop.interrupted(f"interrupted {what}")
         return self.stop.interrupted(
             f"interrupted {what}; the journal is in {self.journal.folder}: run the same command "
-            "with --resume to continue from there"
+            "with `resume=True` to continue from there"
         )
 
 

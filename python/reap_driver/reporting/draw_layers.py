@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from torch import Tensor
 
-from reap_driver.plan.stability import Uncertainty
+from reap_driver.planning.stability import Uncertainty
 from reap_driver.reporting.groups import specialized
 from reap_driver.reporting.measures import LayerMeasures
 from reap_driver.reporting.style import (

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from reap_driver.plan.criteria import Scores
-from reap_driver.plan.scoring import score
-from reap_driver.plan.stability import rank_correlation
+from reap_driver.planning.criteria import Scores
+from reap_driver.planning.scoring import score
+from reap_driver.planning.stability import rank_correlation
 from reap_driver.reporting.elements import Cell, Paragraph, Part, Share, Table
 from reap_driver.reporting.inputs import Inputs
 from reap_driver.reporting.measures import LayerMeasures

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from reap_driver.plan.criteria import Scores, known_criterion
-from reap_driver.plan.plan import Plan
-from reap_driver.plan.published import public_name
-from reap_driver.plan.scoring import score
-from reap_driver.plan.stability import (
+from reap_driver.planning.criteria import Scores, known_criterion
+from reap_driver.planning.plan import Plan
+from reap_driver.planning.published import public_name
+from reap_driver.planning.scoring import score
+from reap_driver.planning.stability import (
     Uncertainty,
     group_scores,
     keep_probability,

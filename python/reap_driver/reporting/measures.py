@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from reap_driver.evaluation.routing import retained
-from reap_driver.plan.criteria import Scores
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.criteria import Scores
+from reap_driver.planning.plan import Plan
 from reap_kernels import SaliencyStats
 
 # Experts whose score differs from the cut by less than this share are near it.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_driver.reporting.comparison import comparison_parts
 from reap_driver.reporting.elements import Figure, Folded, Page, Part, Section, render
 from reap_driver.reporting.groups import group_parts

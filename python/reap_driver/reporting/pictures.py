@@ -9,8 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from reap_driver.plan.criteria import named
-from reap_driver.plan.stability import CERTAIN
+from reap_driver.planning.criteria import named
+from reap_driver.planning.stability import CERTAIN
 from reap_driver.reporting.draw_cut import draw_budget, draw_cut, draw_map
 from reap_driver.reporting.draw_layers import draw_groups, draw_load, draw_margin
 from reap_driver.reporting.elements import Share

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from reap_driver.plan.criteria import named
-from reap_driver.plan.published import calibration_mix, gate_rule
+from reap_driver.planning.criteria import named
+from reap_driver.planning.published import calibration_mix, gate_rule
 from reap_driver.reporting.elements import Cell, Fact, Facts, Paragraph, Share, Table
 from reap_driver.reporting.inputs import Inputs
 

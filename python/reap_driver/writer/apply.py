@@ -19,7 +19,7 @@ from reap_driver.files.checkpoint import RECORD, Checkpoint, open_checkpoint, re
 from reap_driver.files.quantization import quantization_of
 from reap_driver.model.discover import find_moe_layers, record_of
 from reap_driver.model.stacks import Stack
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_driver.writer.actions import Drop, Relabel
 from reap_driver.writer.card import inherited_fields, model_card
 from reap_driver.writer.expert_names import ExpertNames, numbered_experts, other_modules

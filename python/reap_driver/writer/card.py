@@ -19,9 +19,9 @@ from reap_driver.base.units import in_bytes, short
 from reap_driver.base.yaml_text import MAX_BYTES, parse_yaml
 from reap_driver.compat.load_pruned import SETTINGS
 from reap_driver.files.checkpoint import Checkpoint, belongs
-from reap_driver.plan.criteria import known_criterion
-from reap_driver.plan.plan import Plan
-from reap_driver.plan.published import calibration_mix, public_name
+from reap_driver.planning.criteria import known_criterion
+from reap_driver.planning.plan import Plan
+from reap_driver.planning.published import calibration_mix, public_name
 from reap_driver.writer.markdown import Markdown, code, template, text
 from reap_driver.writer.report import ApplyReport
 from reap_kernels.files import is_file

@@ -23,7 +23,7 @@ from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.files.checkpoint import resolve_folder
 from reap_driver.model.discover import find_moe_layers, record_of
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_driver.writer.plan_checks import check_model, check_same_layers
 from reap_kernels.documents import Format
 from reap_kernels.errors import PlanError

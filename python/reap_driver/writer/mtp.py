@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from reap_driver.files.safetensors_file import TensorEntry
 from reap_driver.model.expert_layout import ExpertDim, ExpertLayout, Shape
-from reap_driver.plan.plan import LayerPlan
+from reap_driver.planning.plan import LayerPlan
 from reap_driver.writer.actions import Action, Copy, ExpertList, split_layer
 from reap_kernels.errors import PlanError
 
@@ -127,7 +127,7 @@ class MtpKeys:
             raise PlanError(
                 f"plan: has no entry {layer!r}, so which experts of that multi-token-prediction "
                 "layer matter is "
-                "unknown; drop MTP layers (mtp='drop', --mtp drop), or add the entry to the plan."
+                "unknown; drop MTP layers (`mtp='drop'`), or add the entry to the plan."
             )
         return self._plan[layer]
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from reap_driver.model.discover import MoELayer
 from reap_driver.model.stacks import Stack, stack_near
-from reap_driver.plan.budget import SERVED_STEP, is_served
-from reap_driver.plan.plan import Plan
-from reap_driver.plan.published import public_name
+from reap_driver.planning.budget import SERVED_STEP, is_served
+from reap_driver.planning.plan import Plan
+from reap_driver.planning.published import public_name
 from reap_driver.writer.actions import split_layer
 from reap_kernels.errors import PlanError
 from reap_kernels.model_match import differences
@@ -15,14 +15,14 @@ from reap_kernels.model_match import differences
 # Why numbers of experts may not differ between layers, and what to do.
 _UNREADABLE = (
     "transformers' own from_pretrained, vLLM and SGLang read one count for all layers and would "
-    "not load that. Pass non_uniform=True (--non-uniform) for a checkpoint that reap_driver and "
-    "the load_pruned.py beside its weights load, write masks (--as-masks), or plan with an "
-    "allocation that keeps the same number everywhere (--allocation uniform)."
+    "not load that. Pass `non_uniform=True` for a checkpoint that reap_driver and "
+    "the load_pruned.py beside its weights load, write masks (`as_masks`), or plan with an "
+    "allocation that keeps the same number everywhere (`allocation='uniform'`)."
 )
 _TOGETHER = (
     "they are in one decoder layer, whose own code counts them together, so both must keep as "
     "many: plan the same number for both, from calibration data that reach both (images, where one "
-    "is for vision), or write masks, for which numbers may differ (--as-masks)."
+    "is for vision), or write masks, for which numbers may differ (`as_masks`)."
 )
 
 
@@ -52,7 +52,7 @@ def check_model(
         raise PlanError(
             f"plan: made for {made_for!r}, which is no match for {where}: "
             f"{', '.join(found.deciding) or found.text}; make the plan from statistics of this "
-            "model, or take it all the same by --force-model (force_model=True)."
+            "model, or take it all the same by `force_model=True`."
         )
     here = public_name(str(where))
     how = "applied by force" if found.deciding or found.unnamed else "applied"

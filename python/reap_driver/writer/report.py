@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from reap_driver.files.safetensors_file import TensorEntry
 from reap_driver.model.discover import MoELayer
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 
 _CONTEXT = "max_position_embeddings"
 

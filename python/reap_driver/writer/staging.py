@@ -56,8 +56,7 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(
-            f"{out}: exists; choose another folder, or pass overwrite=True (--overwrite) to "
-            "replace it."
+            f"{out}: exists; choose another folder, or pass `overwrite=True` to replace it."
         )
     if out.is_symlink() or not out.is_dir():
         raise CheckpointError(

@@ -142,7 +142,7 @@ def test_resumed_is_undisturbed(scores: rd.Scores, tmp_path: Path, after: int) -
 
     state, stop = SearchState(tmp_path / "state", RUN), Stop()
     with pytest.raises(
-        Interrupted, match=rf"after {after} candidates; they are saved in .*--resume"
+        Interrupted, match=rf"after {after} candidates; they are saved in .*`resume=True`"
     ):
         search(Recorder(Pretended(stop, after), task, state, stop), SETTINGS)
     saved = state.resume()
@@ -229,8 +229,11 @@ def _rows(*rows: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (Path.unlink, "there is no state of a search, so nothing to resume; run without --resume"),
-        (_damaged, r"state of a search .* is not JSON .*; delete it and run without --resume"),
+        (
+            Path.unlink,
+            "there is no state of a search, so nothing to resume; run without `resume=True`",
+        ),
+        (_damaged, r"state of a search .* is not JSON .*; delete it and run without `resume=True`"),
         (_version, "has version 9, this reap-kernels reads 2"),
         (_seconds, "is damaged"),
         (_changed(evaluated=[["x", 1]]), r"field 'evaluated\[0\]' is \['x', 1\]"),
@@ -282,7 +285,7 @@ def test_held_out_text_is_measured_by_sequence(model: Any, scores: rd.Scores) ->
     alone = held_out(model, batches((1, 12)), task.uniform, plan)
     assert (alone.sequences, alone.low, alone.high) == (1, None, None)
     nothing = [{"input_ids": torch.tensor([[5]])}]
-    refused = r"held-out sequences contain no prediction that counts; .*--validation 0"
+    refused = r"held-out sequences contain no prediction that counts; .*`validation=0`"
     with pytest.raises(DataError, match=refused):
         held_out(model, nothing, task.uniform, plan)
 

@@ -318,7 +318,7 @@ def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(
     [
         ((), "a COMMAND is missing"),
         (("frobnicate",), "invalid choice: 'frobnicate'"),
-        (("prune", "m", "--out", "o"), "required: --data"),
+        (("prune", "m", "--out", "o"), "no data to run the model on; give --data or --recipe"),
         (("prune", "m", "--data", "d"), "required: --out"),
         (("plan", "s", "--out", "o", "--ratio", "half"), "invalid float value: 'half'"),
         (

@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from reap_driver.base.units import short
-from reap_driver.cli import console
-from reap_driver.cli.console import Console, clock
-from reap_driver.cli.options import size
+from reap_driver.base.units import clock, short
+from reap_driver.cli.arguments import size
+from reap_driver.workflow import listener
+from reap_driver.workflow.console import Console
 
 
 class Clock:
@@ -15,7 +15,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(console.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(listener.time, "monotonic", lambda: self.now)
 
 
 def test_lines_are_few_and_say_rate_and_time_left(

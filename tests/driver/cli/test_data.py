@@ -381,16 +381,16 @@ def test_a_dry_run_counts_as_the_run_does(
 
 
 USAGE = {
-    "max-len": (("--data", "d", "--max-len", "9"), "--max-len: only with --packing none; packed"),
+    "max-len": (("--data", "d", "--max-len", "9"), "--max-len 9: only with --packing none; packed"),
     "seq-len": (
         ("--data", "d", "--packing", "none", "--seq-len", "9"),
-        "--seq-len: not together with --packing none, where",
+        "--seq-len 9: not together with --packing none, where",
     ),
     "packing": (("--data", "d", "--packing", "tight"), "--packing: invalid choice: 'tight'"),
     "folds": (("--data", "d", "--folds", "0"), "'0' is not a whole number above 0"),
     "tokens": (
         ("--dry-run", "--tokens", "9", "--recipe", "r"),
-        "--tokens: not together with --recipe, whose tokens are counted",
+        "--tokens 9: not together with --recipe, whose tokens are counted",
     ),
 }
 

@@ -85,12 +85,15 @@ def test_what_does_not_fit_is_shown_and_refused(
 
 
 USAGE = {
-    "no tokens": (("--dry-run",), "--dry-run: give --tokens N, or the --data to count them in"),
+    "no tokens": (
+        ("--dry-run",),
+        "no data to plan for; give --tokens, or the --data to count them in",
+    ),
     "tokens of a real run": (("--tokens", "9"), "--tokens: only with --dry-run"),
-    "both": (("--dry-run", "--tokens", "9", "--data", "d"), "--tokens: not together with --data"),
+    "both": (("--dry-run", "--tokens", "9", "--data", "d"), "--tokens 9: not together with --data"),
     "not a number": (("--dry-run", "--tokens", "1.5"), "'1.5' is not a number of tokens such as"),
     "no output": (("--data", "d"), "the following arguments are required: --out"),
-    "nothing": ((), "the following arguments are required: --out, --data"),
+    "nothing": ((), "the following arguments are required: --out"),
     "stream": (("--stream", "perhaps"), "argument --stream: invalid choice: 'perhaps'"),
 }
 

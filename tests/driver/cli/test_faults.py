@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from reap_driver.cli import calibrate, ranking
 from reap_driver.cli.main import main
+from reap_driver.workflow import calibration, compare, observe, prune, search
 from reap_kernels import files
 from tests.driver.cli.conftest import Run
 from tests.driver.writer import saved
@@ -150,13 +150,14 @@ def test_disk_errors_name_the_file(
 def test_a_shard_replaced_while_data_is_read(
     run: Run, place: Path, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = calibrate.read_data
+    read = calibration.read_data
 
     def replaced(*args: Any) -> Any:
         swap(place)
         return read(*args)
 
-    monkeypatch.setattr(calibrate, "read_data", replaced)
+    for job in (observe, compare, search):
+        monkeypatch.setattr(job, "read_data", replaced)
     done = run(*words.split())
     assert done.code == 3
     assert "safetensors: changed after it was inspected (another file has its name" in done.error
@@ -166,13 +167,13 @@ def test_a_shard_replaced_while_data_is_read(
 def test_a_shard_replaced_between_observing_and_writing(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned = ranking.planned
+    planned = prune.planned
 
     def replaced(*args: Any) -> Any:
         swap(place)
         return planned(*args)
 
-    monkeypatch.setattr(ranking, "planned", replaced)
+    monkeypatch.setattr(prune, "planned", replaced)
     done = run("prune", "model", "--data", "code.jsonl", "--out", "new")
     assert done.code == 3
     assert "changed after it was inspected" in done.error

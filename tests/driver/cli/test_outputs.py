@@ -9,9 +9,9 @@ import pytest
 
 from reap_driver.cli.commands import COMMANDS
 from reap_driver.cli.main import build_parser
-from reap_driver.cli.outputs import check_journal_folder
 from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
+from reap_driver.workflow.outputs import check_journal_folder
 from reap_kernels.errors import CheckpointError
 from tests.driver.cli.conftest import Run
 from tests.driver.writer import saved

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 import reap_driver as rd
-from reap_driver.plan.selection import super_experts
-from reap_driver.plan.stability import keep_probability, margin
+from reap_driver.planning.selection import super_experts
+from reap_driver.planning.stability import keep_probability, margin
 from tests.driver.cli.conftest import Run
-from tests.driver.plan.statistics import EXPERTS, Rows, in_parts, model_stats
+from tests.driver.planning.statistics import EXPERTS, Rows, in_parts, model_stats
 
 LAYERS = [f"model.layers.{n}.mlp.experts" for n in range(1, 5)]
 
@@ -120,7 +120,7 @@ def test_super_experts_stay(run: Run, stats: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--normalize", "max"), "--normalize: only with --allocation global"),
+        (("--normalize", "max"), "--normalize max: only with --allocation global"),
         (("--normalize", "sum"), "invalid choice: 'sum'"),
         (("--allocation", "best"), "invalid choice: 'best'"),
         (("--criterion", "S(1,1,3)"), "which is not recorded; (alpha, p) can be (0, 0), (1, 0)"),
@@ -161,7 +161,7 @@ def test_usage(run: Run, command: str, words: tuple[str, ...], says: str) -> Non
             "field '1' is 1.0; expected a finite number",
         ),
         ("1: .nan", ("--layer-ratios", "{file}"), "holds the number nan"),
-        ("1: 0.5\n1: 0.2", ("--layer-ratios", "{file}"), "has a name twice"),
+        ("1: 0.5\n1: 0.2", ("--layer-ratios", "{file}"), "has the name '1' twice"),
         ("a: &a [*a]", ("--protect", "{file}"), "anchor or alias 'a'"),
         ("[" * 9999, ("--protect", "{file}"), "nested too deeply"),
         ("9: 0.5", ("--layer-ratios", "{file}"), "layer '9' is none of the 4 MoE layers"),

@@ -11,10 +11,10 @@ import pytest
 import reap_driver as rd
 from reap_driver.budget_search import search
 from reap_driver.budget_search.search_state import SearchState, read
-from reap_driver.cli import running
 from reap_driver.memory.decision import decide
 from reap_driver.memory.host_memory import Free
 from reap_driver.memory.machine import Machine
+from reap_driver.workflow import holding
 from tests.driver.cli.conftest import Run, write_model
 from tests.driver.cli.forks import forked
 
@@ -149,12 +149,12 @@ def test_protected_experts_stay(run: Run, words: Any, tmp_path: Path) -> None:
     ("rest", "code", "says"),
     [
         (("--allocation", "global"), 2, "unrecognized arguments: --allocation"),
-        (("--stream", "always"), 2, "--stream: a search needs the whole model in memory"),
-        (("--device-map", "auto", "--device", "cpu"), 2, "--device-map: not together with"),
-        (("--elites", 8), 2, "--elites: fewer than the population of 8"),
-        (("--validation", 1), 2, "'1' is not 0 or a share from 0.05 to 0.95"),
-        (("--validation", "nan"), 2, "'nan' is not 0 or a share"),
-        (("--validation", 0.01), 2, "'0.01' is not 0 or a share"),
+        (("--stream", "always"), 2, "--stream always: a search needs the whole model in memory"),
+        (("--device-map", "auto", "--device", "cpu"), 2, "--device-map auto: not together with"),
+        (("--elites", 8), 2, "--elites 8: give fewer than the population of 8"),
+        (("--validation", 1), 2, "--validation 1.0: give 0, or a share from 0.05 to 0.95"),
+        (("--validation", "nan"), 2, "--validation nan: give 0, or a share"),
+        (("--validation", 0.01), 2, "--validation 0.01: give 0, or a share"),
         (("--evaluations", 9, "--generations", 2), 2, "not allowed with argument"),
         (("--seq-len", 256, "--validation", 0.95), 3, "too few to hold out 19/20 of them; give"),
         (("--backend", "nonesuch"), 4, "nonesuch"),
@@ -171,7 +171,7 @@ def test_what_is_refused(
 
 def test_data_is_required(run: Run, deep: Path, stats: Path, tmp_path: Path) -> None:
     outcome = run("search", deep, stats, "--out", tmp_path / "plan.json")
-    assert (outcome.code, "required: --data or --recipe" in outcome.error) == (2, True)
+    assert (outcome.code, "give --data or --recipe" in outcome.error) == (2, True)
 
 
 def test_another_model_is_refused(
@@ -186,8 +186,8 @@ def test_a_model_that_does_not_fit_is_refused(
 ) -> None:
     free = Free(400_000_000, "by a test")
     machine = Machine("cpu", free, free, tmp_path, 1 << 40)
-    monkeypatch.setattr(running, "this_machine", lambda *_: machine)
-    monkeypatch.setattr(running, "decide", lambda _, *rest: decide("always", *rest))
+    monkeypatch.setattr(holding, "this_machine", lambda *_: machine)
+    monkeypatch.setattr(holding, "decide", lambda _, *rest: decide("always", *rest))
     outcome = run(*words[:-2], "--out", tmp_path / "plan.json")
     assert outcome.code == 4
     assert (

@@ -274,7 +274,7 @@ def test_sequences_packed_elsewhere_stay_as_they_are(
     if packing != "none":  # of the length that would keep them, the user hears
         [note] = packed(path, Encoder(folder, config), 300, packing=packing).notes()
         assert note.endswith(
-            "all of 512 token ids; sequences of as many (--seq-len 512) keep them as they are"
+            "all of 512 token ids; sequences of as many (`seq_len=512`) keep them as they are"
         )
 
 

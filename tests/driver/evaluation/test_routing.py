@@ -14,7 +14,7 @@ from reap_driver.evaluation.routing import RoutingObserver, orphans, retained
 from reap_driver.load.streamed_model import open_streamed
 from reap_driver.observation.run import BatchList, Run, run_streamed
 from reap_driver.observation.state_store import StateStore
-from reap_driver.plan.plan import LayerPlan, Plan
+from reap_driver.planning.plan import LayerPlan, Plan
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import PlanError, UnsupportedModel
 from tests.driver import zoo

@@ -278,7 +278,7 @@ def test_a_processor_that_fails_is_one_error(folders: dict[str, Path]) -> None:
 def test_answers_beside_images_cannot_be_told_apart(folders: dict[str, Path], write: Write) -> None:
     data = write({"messages": [says("see", IMAGE), says("yes", role="assistant")]})
     encoder = Encoder(folders[QWEN], load_config(folders[QWEN]), answers_only=True)
-    with pytest.raises(DataError, match="leave out --answers-only"):
+    with pytest.raises(DataError, match="leave out `answers_only=True`"):
         pack(DataSource.parse(str(data)), encoder, seq_len=64)
 
 

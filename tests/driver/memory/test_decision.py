@@ -113,8 +113,8 @@ def test_always_streams_and_never_does_not() -> None:
         (
             cpu(RESIDENT - 1),
             "never",
-            r"not fit resident \(--stream never\): it needs 65.3 GB of host memory, weights "
-            r"most of it \(65.0 GB\), and 65.3 GB is free \(by a test\); try --stream auto",
+            r"not fit resident \(`stream='never'`\): it needs 65.3 GB of host memory, weights "
+            r"most of it \(65.0 GB\), and 65.3 GB is free \(by a test\); try `stream='auto'`",
         ),
         (
             cpu(STREAMED - 1),
@@ -139,9 +139,9 @@ def test_what_does_not_fit_is_refused(machine: Machine, wanted: Wanted, says: st
 
 def test_remedies_follow_the_largest_need() -> None:
     wide = replace(SIZES, dtype="float32")
-    with pytest.raises(ResourceError, match=r"a machine with more memory, or --dtype bfloat16"):
+    with pytest.raises(ResourceError, match=r"a machine with more memory, or `dtype='bfloat16'`"):
         decide("auto", wide, cpu(GB), WORK)
-    with pytest.raises(ResourceError, match=r"activations most of it .* a smaller --batch-size or"):
+    with pytest.raises(ResourceError, match=r"activations most of it .* a smaller `batch_size` or"):
         made(cpu(10**11), footprint=Footprint(10**8, 0))
 
 

@@ -212,7 +212,7 @@ def test_unknown_quantization_is_refused(tmp_path: Path) -> None:
 def test_the_dtype_of_a_run(tmp_path: Path) -> None:
     config = published("minimax-m2", tmp_path).config
     assert run_dtype("float16", config, None) == torch.float16
-    with pytest.raises(DataError, match=r"--dtype auto: .* names no dtype.*--dtype bfloat16"):
+    with pytest.raises(DataError, match=r"`dtype='auto'`: .* names no dtype.*`dtype='bfloat16'`"):
         run_dtype("auto", config, None)
     config.dtype = torch.float32
     assert run_dtype("auto", config, None) == torch.float32

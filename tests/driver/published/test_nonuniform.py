@@ -13,7 +13,7 @@ import reap_driver as rd
 from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.evaluation.audit import check_permutation
-from reap_driver.plan.plan import LayerPlan, Plan
+from reap_driver.planning.plan import LayerPlan, Plan
 from tests.driver.published.expected import expected_tensors, read_tensors, same_bytes
 from tests.driver.published.models import MODELS
 from tests.driver.published.test_pipeline import generates, kept_by_block

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from reap_driver.plan.plan import Plan
-from reap_driver.plan.planner import make_plan
-from reap_driver.plan.scoring import score
+from reap_driver.planning.plan import Plan
+from reap_driver.planning.planner import make_plan
+from reap_driver.planning.scoring import score
 from reap_kernels import LayerStats, SaliencyStats
-from tests.driver.plan.statistics import MODEL, Rows, in_parts, model_stats
+from tests.driver.planning.statistics import MODEL, Rows, in_parts, model_stats
 
 GROUPS = ["code", "tools"]
 LAYERS = [f"model.layers.{number}.mlp.experts" for number in (3, 4, 5)]

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from reap_driver.cli.console import Console
 from reap_driver.cli.main import main
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_driver.reporting.comparison import read_comparison
 from reap_driver.reporting.page import write_report
+from reap_driver.workflow.console import Console
 from reap_kernels.errors import DataError
 from tests.driver.cli.conftest import Run, run, write_model  # noqa: F401
 from tests.driver.reporting.conftest import Make
@@ -230,7 +230,7 @@ def test_statistics_that_cannot_be_read_cost_no_comparison(
     files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The statistics beside a pruned checkpoint; what was measured is still printed."""
-    from reap_driver.cli.compare import _calibration
+    from reap_driver.workflow.compare import _calibration
 
     stats, plan = files[0], Plan.load(files[1])
     assert "dead_kept" in _calibration(stats, plan, Console())

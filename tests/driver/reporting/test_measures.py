@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from reap_driver.plan.scoring import score
+from reap_driver.planning.scoring import score
 from reap_driver.reporting.groups import (
     best_as_many,
     most_specialized,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from reap_driver.plan.plan import LayerPlan
-from reap_driver.plan.planner import make_plan
-from reap_driver.plan.scoring import score
+from reap_driver.planning.plan import LayerPlan
+from reap_driver.planning.planner import make_plan
+from reap_driver.planning.scoring import score
 from reap_driver.reporting.inputs import Inputs
 from reap_driver.reporting.page import FILES, write_report
 from reap_kernels import LayerStats, SaliencyStats

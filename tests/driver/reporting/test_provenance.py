@@ -2,7 +2,7 @@
 
 import pytest
 
-from reap_driver.plan.published import calibration_mix, gate_rule, public_name
+from reap_driver.planning.published import calibration_mix, gate_rule, public_name
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_no_journal(there: bool, folder: Path) -> None:
     if there:
         folder.mkdir()
     assert not exists(folder)
-    with pytest.raises(DataError, match=f"{folder}: there is no journal.*without --resume"):
+    with pytest.raises(DataError, match=f"{folder}: there is no journal.*without `resume=True`"):
         Journal(folder, RUN).resume()
 
 
@@ -192,7 +192,7 @@ FIELDS = ("run", "position", "seconds", "stats", "states", "files")
 def test_damaged_content(field: str, value: object, folder: Path) -> None:
     Journal(folder, RUN).write(1, stats(1))
     change_document(folder / "journal.json", FORMAT, {field: value})
-    with pytest.raises(DataError, match=rf"{folder}.*(without --resume|of another run)"):
+    with pytest.raises(DataError, match=rf"{folder}.*(without `resume=True`|of another run)"):
         Journal(folder, RUN).resume()
 
 
@@ -232,7 +232,9 @@ def test_missing_and_damaged_files(name: str, damage: str, folder: Path) -> None
             stats(2).save(path)
         case "another":
             states(2)(path.parent)
-    with pytest.raises(DataError, match=rf"journal {path} (is|cannot be read).*without --resume"):
+    with pytest.raises(
+        DataError, match=rf"journal {path} (is|cannot be read).*without `resume=True`"
+    ):
         Journal(folder, RUN).resume()
 
 
@@ -299,7 +301,7 @@ def test_write_that_fails_leaves_the_entry_before(
         assert str(folder) in str(caught.value)
         assert os.strerror(number) in str(caught.value)
         assert remedy in str(caught.value)
-        assert "--no-journal" in str(caught.value)
+        assert "`journal=False`" in str(caught.value)
     assert journal.position == 1
     entry = Journal(folder, RUN).resume()
     assert entry.position == int(entry.snapshot.layers["layers.0.mlp"].tokens) == 1
@@ -371,7 +373,10 @@ def test_lock_on_a_file_that_was_deleted_meanwhile(
 def test_folder_that_cannot_be_locked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr(fcntl, "flock", _raising(error))
-    with pytest.raises(CheckpointError, match=r"No locks available.*--no-journal"), locked(folder):
+    with (
+        pytest.raises(CheckpointError, match=r"No locks available.*`journal=False`"),
+        locked(folder),
+    ):
         pass
 
 
@@ -454,7 +459,7 @@ def test_run_resumed_at_any_position(folder: Path, tmp_path: Path) -> None:
         go_on(1)
     assert not exists(folder)  # so it is not said that there is something to resume
     for position in range(1, total):
-        with pytest.raises(Interrupted, match=f"after {position} of {total} layers.*--resume"):
+        with pytest.raises(Interrupted, match=f"after {position} of {total} layers.*`resume=True`"):
             go_on(count + 1)
         assert read(folder)["position"] == position
     for last in (False, True, True):

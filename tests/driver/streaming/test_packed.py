@@ -247,7 +247,7 @@ def test_device_map(tmp_path: Path) -> None:
         assert torch.equal(placed[key], tensor), key
     on_disk = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu"}
     on_disk |= {"lm_head": "cpu", "model.rotary_emb": "cpu"}
-    with pytest.raises(UnsupportedModel, match=r"modules on disk.*--stream always"):
+    with pytest.raises(UnsupportedModel, match=r"modules on disk.*`stream='always'`"):
         load_model(folder, device_map=on_disk, offload_folder=tmp_path / "off")
 
 

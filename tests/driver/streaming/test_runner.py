@@ -109,7 +109,7 @@ def assert_replayed(model: Model, via: Callable[[BatchState], BatchState] = lamb
 def refused(model: Model, *words: str) -> None:
     """The model is refused with this text, and its forwards are restored."""
     batches = data()
-    with pytest.raises(UnsupportedModel, match="--stream never") as caught:
+    with pytest.raises(UnsupportedModel, match="`stream='never'`") as caught:
         replay(model, batches)
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert not any("forward" in vars(layer) for layer in model.layers)

@@ -62,7 +62,7 @@ class Pair(NamedTuple):
     ],
 )
 def test_what_cannot_be_kept_is_refused(value: Any, name: str) -> None:
-    with pytest.raises(UnsupportedModel, match=f"the layer passes on a {name}, .*--stream never"):
+    with pytest.raises(UnsupportedModel, match=f"the layer passes on a {name}, .*`stream='never'`"):
         BatchState.of(0, [(value,)], {}, "the layer")
     with pytest.raises(UnsupportedModel, match=f"a decoder layer passes on a {name}"):
         BatchState.of(0, None, {"x": value})
@@ -84,7 +84,7 @@ def test_unknown_has_shape_strides_dtype_and_device_but_no_numbers() -> None:
     assert (unknown.shape, unknown.stride(), unknown.dtype) == ((3, 4), (1, 3), torch.bfloat16)
     assert unknown.device == known.device
     for look in (Tensor.tolist, lambda u: u.sum().item(), lambda u: bool((u > 0).any())):
-        with pytest.raises(UnsupportedModel, match=r"more than the next layer.*--stream never"):
+        with pytest.raises(UnsupportedModel, match=r"more than the next layer.*`stream='never'`"):
             look(unknown)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from reap_driver.compat.model_config import config_digest, load_config
 from reap_driver.model.discover import MoELayer, find_moe_layers
-from reap_driver.plan.plan import LayerPlan, Plan
+from reap_driver.planning.plan import LayerPlan, Plan
 from tests.driver import zoo
 
 Chooser = Callable[[MoELayer, torch.Generator], list[int]]

@@ -17,7 +17,7 @@ from reap_driver.compat.model_config import config_digest, load_config
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.files.checkpoint import INDEX_NAME
 from reap_driver.load.resident import load_model
-from reap_driver.plan.plan import LayerPlan, Plan
+from reap_driver.planning.plan import LayerPlan, Plan
 from reap_driver.writer.apply import apply_plan, check_plan
 from reap_kernels.errors import CheckpointError, PlanError, ReapError, UnsupportedModel, UsageError
 from tests.driver import zoo

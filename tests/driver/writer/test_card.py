@@ -15,7 +15,7 @@ from reap_driver.files.checkpoint import open_checkpoint
 from reap_driver.load.resident import load_model
 from reap_driver.memory.model_sizes import model_sizes
 from reap_driver.model.discover import find_moe_layers
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_driver.writer.apply import apply_plan
 from reap_driver.writer.card import inherited_fields, model_card
 from reap_driver.writer.report import ApplyReport, specify

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_driver.writer.apply import apply_plan
 from reap_driver.writer.expert_names import ExpertNames, NumberedExperts
 from reap_kernels.errors import CheckpointError

@@ -17,7 +17,7 @@ from reap_driver.files.fingerprints import Fingerprints
 from reap_driver.load.resident import load_model
 from reap_driver.load.streamed_model import open_streamed
 from reap_driver.observation import streamed as streaming
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_driver.writer.apply import apply_plan
 from reap_kernels.errors import CheckpointError
 from tests.driver.writer import saved

@@ -12,7 +12,7 @@ import pytest
 from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.files.checkpoint import open_checkpoint
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_driver.writer.apply import apply_plan
 from reap_kernels.errors import CheckpointError
 from tests.driver.writer import saved

@@ -19,7 +19,7 @@ import pytest
 from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.files.fingerprints import Fingerprints
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_driver.writer import staging, stream
 from reap_driver.writer.apply import apply_plan
 from reap_driver.writer.shards import OutShard

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import model_class
-from reap_driver.plan.plan import LayerPlan, Plan
+from reap_driver.planning.plan import LayerPlan, Plan
 from reap_driver.writer import stream
 from reap_driver.writer.apply import apply_plan
 from reap_kernels.errors import UnsupportedModel

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reap_driver as rd
-from reap_driver.plan.plan import LayerPlan
+from reap_driver.planning.plan import LayerPlan
 from reap_driver.writer.mask_file import FORMAT, expert_masks, load_masks, save_masks
 from reap_kernels.errors import PlanError
 from reap_kernels.tensor_files import write_tensors

@@ -11,7 +11,7 @@ import torch
 
 from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
-from reap_driver.plan.plan import LayerPlan, Plan
+from reap_driver.planning.plan import LayerPlan, Plan
 from reap_driver.writer.apply import apply_plan
 from reap_kernels.errors import PlanError, UsageError
 from tests.driver.writer import saved
@@ -124,7 +124,7 @@ def test_another_number_in_the_plan_is_refused(full: Path, tmp_path: Path) -> No
 
 
 def test_keeping_unplanned_experts_is_refused(full: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=rf"no entry '{LAYER}'.*--mtp drop"):
+    with pytest.raises(PlanError, match=rf"no entry '{LAYER}'.*`mtp='drop'`"):
         apply_plan(full, plan_for(full), tmp_path / "out", mtp="keep")
     assert not (tmp_path / "out").exists()
 

@@ -21,7 +21,7 @@ from reap_driver.compat.pretrained import model_class
 from reap_driver.compat.text_model import text_model
 from reap_driver.load.streamed_model import open_streamed
 from reap_driver.model.discover import find_moe_layers
-from reap_driver.plan.plan import LayerPlan, Plan
+from reap_driver.planning.plan import LayerPlan, Plan
 from reap_driver.writer.apply import apply_plan
 from tests.driver import zoo
 from tests.driver.conftest import Pruned

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reap_driver.files.checkpoint import open_checkpoint
 from reap_driver.files.quantization import Quantization, quantization_of
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_driver.writer.apply import apply_plan
 from reap_kernels.errors import ReapError, UnsupportedModel
 from tests.driver.writer import saved

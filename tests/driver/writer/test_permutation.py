@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reap_driver.evaluation.audit import check_permutation
-from reap_driver.plan.plan import LayerPlan, Plan
+from reap_driver.planning.plan import LayerPlan, Plan
 from reap_driver.writer.apply import apply_plan
 from reap_kernels.errors import PlanError
 from tests.driver import zoo

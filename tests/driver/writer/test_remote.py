@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from reap_driver.compat.model_config import config_digest, load_config
-from reap_driver.plan.plan import LayerPlan, Plan
+from reap_driver.planning.plan import LayerPlan, Plan
 from reap_driver.writer.apply import apply_plan
 from reap_kernels.errors import UnsupportedModel
 from tests.driver.writer import remote_code, saved

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import model_class
 from reap_driver.files.checkpoint import INDEX_NAME, SINGLE_NAME
-from reap_driver.plan.plan import Plan
+from reap_driver.planning.plan import Plan
 from reap_driver.writer.apply import apply_plan
 from tests.driver.writer import saved
 

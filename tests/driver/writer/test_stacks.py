@@ -14,7 +14,7 @@ import reap_driver as rd
 from reap_driver.compat.model_config import config_digest, load_config
 from reap_driver.compat.text_model import text_model
 from reap_driver.model.stacks import Stack, find_stacks
-from reap_driver.plan.plan import LayerPlan, Plan
+from reap_driver.planning.plan import LayerPlan, Plan
 from reap_driver.writer.mask_file import load_masks, save_masks
 from reap_kernels.errors import PlanError
 from tests.driver import zoo
@@ -235,7 +235,7 @@ def test_text_experts_alone_are_masked_not_written(tmp_path: Path) -> None:
     for name in [name for name in plan.layers if "vision" in name]:
         del plan.layers[name]
     for uneven in (False, True):
-        with pytest.raises(PlanError, match=r"so it keeps all\); .*--as-masks"):
+        with pytest.raises(PlanError, match=r"so it keeps all\); .*`as_masks`"):
             rd.apply_plan(tmp_path / "full", plan, tmp_path / "out", non_uniform=uneven)
     save_masks(tmp_path / "full", plan, tmp_path / "masks.safetensors")
     masks = load_masks(tmp_path / "masks.safetensors")

@@ -1,0 +1,194 @@
+"""Flags made from classes of options, and options made from what was given by flags.
+
+A field's default and help are the flag's; what text means a value is said here, by name.
+"""
+
+import argparse
+import re
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, Field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from reap_driver.workflow.console import flags
+from reap_driver.workflow.fields import OptionError, build, every_field
+
+_Options = TypeVar("_Options")
+
+
+def add(parser: argparse.ArgumentParser, *classes: type) -> None:
+    """Adds a flag for every option of these classes, in their order; the first of a name counts."""
+    groups: dict[str, Any] = {}
+    exclusive: dict[str, Any] = {}
+    seen: set[str] = set()
+    for cls in classes:
+        for field in every_field(cls):
+            if field.name in seen:
+                continue
+            seen.add(field.name)
+            meta = field.metadata
+            place: Any = parser
+            if meta["group"]:
+                if meta["group"] not in groups:
+                    about = flags(meta["about"]) or None
+                    groups[meta["group"]] = parser.add_argument_group(meta["group"], about)
+                place = groups[meta["group"]]
+            if meta["exclusive"]:
+                key = meta["exclusive"]
+                if key not in exclusive:
+                    exclusive[key] = place.add_mutually_exclusive_group()
+                place = exclusive[key]
+            _add(place, field, _choices(field))
+
+
+def read(cls: type[_Options], args: argparse.Namespace) -> _Options:
+    """The options of a class, from the flags that were given.
+
+    Raises:
+        OptionError: they contradict each other.
+    """
+    names = [field.name for field in every_field(cls)]
+    return build(cls, {name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
+def require(args: argparse.Namespace, *names: str) -> None:
+    """Raises OptionError where flags that a command needs were not given."""
+    missing = [f"--{name.replace('_', '-')}" for name in names if not hasattr(args, name)]
+    if missing:
+        raise OptionError(f"the following arguments are required: {', '.join(missing)}")
+
+
+def _add(place: Any, field: "Field[Any]", choices: tuple[str, ...]) -> None:
+    """Adds one flag."""
+    meta = field.metadata
+    text = flags(meta["help"]).replace("%", "%%")
+    shown: dict[str, Any] = {"metavar": meta["metavar"]} if meta["metavar"] else {}
+    if meta["positional"]:
+        optional = {} if field.default is MISSING else {"nargs": "?"}
+        place.add_argument(field.name, help=text, **shown, **optional)
+        return
+    flag = f"--{field.name.replace('_', '-')}"
+    # What is not given stays away, so that the default is the field's alone.
+    common: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": field.name}
+    if field.name == "enable_thinking":
+        place.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **common)
+    elif field.default is False:
+        place.add_argument(flag, action="store_true", help=text, **common)
+    elif field.default is True:
+        place.add_argument(
+            flag.replace("--", "--no-", 1), action="store_false", help=text, **common
+        )
+    else:
+        if choices:
+            shown.setdefault("choices", choices)
+        if field.default is MISSING:
+            common["required"] = True
+        if field.name in _REPEATED:
+            common["action"] = "append"
+        if field.name in _VALUES:
+            common["type"] = _VALUES[field.name]
+        place.add_argument(flag, help=text + _default(field), **common, **shown)
+
+
+def _default(field: "Field[Any]") -> str:
+    """The default, where the help does not say it."""
+    unsaid = "(default" not in field.metadata["help"]
+    known = field.default not in (MISSING, None, (), "")
+    return f" (default: {field.default})" if known and unsaid else ""
+
+
+def _choices(field: "Field[Any]") -> tuple[str, ...]:
+    """The values that a field can have, where its type lists them."""
+    hint = field.type
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if union else (hint,)
+    found = [one for one in options if typing.get_origin(one) is typing.Literal]
+    return typing.get_args(found[0]) if found else ()
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not re.fullmatch(r"\d+", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A whole number above 0, with k, M, G or T (powers of 1000)."""
+    value = _scaled(text, r"(\d+(?:\.\d+)?)([kMGT]?)")
+    if value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 24M or 65536")
+    return int(value)
+
+
+def batch_size(text: str) -> int | None:
+    """A whole number above 0, or `auto`: None."""
+    if text == "auto":
+        return None
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor auto") from error
+
+
+def size(text: str) -> int:
+    """Bytes, with kB, MB, GB or TB (powers of 1000)."""
+    value = _scaled(text, r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?")
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 800MB")
+    return int(value)
+
+
+def _scaled(text: str, pattern: str) -> float:
+    """A number and its power of 1000, as `pattern` finds them; 0 where it does not fit."""
+    match = re.fullmatch(pattern, text)
+    return float(match[1]) * 1000 ** " kMGT".index(match[2] or " ") if match else 0
+
+
+def weights(text: str) -> dict[str, float]:
+    """GROUP=NUMBER, separated by commas."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = part.rpartition("=")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise argparse.ArgumentTypeError(f"{part!r} is not GROUP=NUMBER, such as code=0.7")
+    return found
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Names, separated by commas."""
+    return tuple(name for name in text.split(",") if name)
+
+
+_REPEATED = ("data", "recipe", "protect")
+# What text means the value of an option; of others it is the text.
+_VALUES: dict[str, Callable[[str], Any]] = {
+    "batch_size": batch_size,
+    "draws": positive,
+    "elites": positive,
+    "evaluations": positive,
+    "folds": positive,
+    "generations": positive,
+    "journal_every": positive,
+    "layer_ratios": Path,
+    "limit": positive,
+    "max_len": positive,
+    "population": positive,
+    "ratio": float,
+    "seed": int,
+    "seq_len": positive,
+    "sequences": positive,
+    "shard_size": size,
+    "skip_first": positive,
+    "skip_last": positive,
+    "tasks": words,
+    "tokens": count,
+    "validation": float,
+    "weights": weights,
+}

@@ -1,0 +1,466 @@
+"""Comparing: how closely a pruned model follows its original, on the same batches."""
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from reap_driver.compat.decoder_layers import decoder_layers
+from reap_driver.data.batches import PackedBatches
+from reap_driver.data.packing import PackedSource
+from reap_driver.data.source import DataSource
+from reap_driver.evaluation import tasks
+from reap_driver.evaluation.audit import check_permutation
+from reap_driver.evaluation.comparison_file import FORMAT
+from reap_driver.evaluation.figures import Estimate, Figures
+from reap_driver.evaluation.models import compare_resident, compare_streamed
+from reap_driver.evaluation.routing import Orphans, orphans, retained
+from reap_driver.evaluation.sequences import Comparison, Sums
+from reap_driver.evaluation.vocabularies import check_vocabularies
+from reap_driver.load.streamed_model import open_streamed
+from reap_driver.memory.decision import Decision, decide
+from reap_driver.memory.machine import this_machine
+from reap_driver.memory.model_sizes import ModelSizes
+from reap_driver.observation.state_store import StateStore
+from reap_driver.planning.plan import Plan
+from reap_driver.workflow.calibration import batches_of, read_data, sources_of
+from reap_driver.workflow.holding import in_memory, load_options, sized
+from reap_driver.workflow.inspection import (
+    Model,
+    check_packing,
+    device_of,
+    inspect_model,
+    sequence_length,
+)
+from reap_driver.workflow.jobs import CompareOptions
+from reap_driver.workflow.listener import Collector, Listener
+from reap_driver.workflow.plan import Planned, plan_of
+from reap_driver.workflow.results import Result
+from reap_driver.writer.plan_checks import check_model, check_same_layers
+from reap_kernels import SaliencyStats, check_backend
+from reap_kernels.errors import DataError, PlanError, ResourceError
+from reap_kernels.files import is_file
+
+# Name in tables, attribute of `Figures`, digits.
+_ROWS = (
+    ("perplexity, original", "original_perplexity", 4),
+    ("perplexity, pruned", "pruned_perplexity", 4),
+    ("perplexity, ratio", "perplexity_ratio", 4),
+    ("KL divergence (nats)", "kl", 3),
+    ("expected acceptance", "acceptance", 4),
+    ("same top token", "same_top", 4),
+)
+# Of both checkpoints, spread evenly: enough to find experts that were written in another order.
+_CHECKED_LAYERS = 4
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is compared.
+
+    Attributes:
+        original: the original.
+        pruned: the pruned model; None where a plan masks the original's routers.
+        plan: what was pruned, where that is known.
+    """
+
+    original: Model
+    pruned: Model | None
+    plan: Plan | None
+
+    @property
+    def models(self) -> list[Model]:
+        """Those that are loaded."""
+        return [self.original] if self.pruned is None else [self.original, self.pruned]
+
+
+@dataclass(frozen=True, repr=False)
+class Compared(Result):
+    """What a comparison found.
+
+    Attributes:
+        original, pruned: what was compared, as given.
+        comparison: of their predictions; None where only tasks were asked for.
+        data: provenance of each source.
+        integrity: what the plan does to the original's routing, where that is known.
+        tasks: results of the original and of the pruned model; None without tasks.
+
+    Example:
+        >>> compared = rd.compare("MODEL", plan, "code.jsonl:40", seq_len=64)
+        >>> sorted(compared.comparison.by_group)
+        ['code']
+    """
+
+    original: str
+    pruned: str
+    comparison: Comparison | None
+    data: list[dict[str, Any]]
+    integrity: dict[str, Any]
+    tasks: tuple[tasks.Results, tasks.Results] | None
+
+    def facts(self) -> dict[str, Any]:
+        """See `Result`; with a comparison, what `report` reads."""
+        found: dict[str, Any] = {"original": self.original, "pruned": self.pruned}
+        if self.comparison is not None:
+            groups = self.comparison.by_group
+            found = {
+                "format": FORMAT.name,
+                "version": FORMAT.version,
+                **found,
+                "confidence": 0.95,
+                "draws": self.comparison.draws,
+                "overall": _facts(self.comparison.overall),
+                "groups": {name: _facts(figures) for name, figures in groups.items()},
+                "data": self.data,
+            }
+        if self.integrity:
+            found["integrity"] = self.integrity
+        if self.tasks is not None:
+            found["tasks"] = {"original": self.tasks[0], "pruned": self.tasks[1]}
+        return found
+
+    def describe(self) -> str:
+        """See `Result`."""
+        parts = []
+        if self.comparison is not None:
+            parts.append(figures_table(self.comparison))
+        if self.integrity:
+            parts.append(_integrity_lines(self.integrity))
+        if self.tasks is not None:
+            parts.append(tasks.table(*self.tasks))
+        return "\n".join(parts)
+
+
+def compare(options: CompareOptions, listener: Listener | None = None) -> Compared:
+    """Compares a pruned model with its original; see `reap_driver.compare`."""
+    if options.tasks:
+        tasks.check_installed()
+    heard = Collector(listener)
+    pair = pair_of(options, heard)
+    comparison, data, integrity = None, [], {}
+    if options.data.given:
+        sources = _read_data(options, pair, heard)
+        comparison, lost = _compared(options, pair, sources, heard)
+        data = [source.provenance() for source in sources]
+        heard.say(figures_table(comparison))
+        integrity = _integrity(options, pair, lost, heard)
+        if integrity:
+            heard.say(_integrity_lines(integrity))
+    answers = None
+    if options.tasks:
+        answers = _evaluated(options, pair, heard)
+        heard.say(tasks.table(*answers))
+    named = options.pruned if isinstance(options.pruned, str | Path) else "a plan"
+    return Compared(
+        heard.notes, str(options.model), str(named), comparison, data, integrity, answers
+    )
+
+
+def pair_of(options: CompareOptions, heard: Listener) -> Pair:
+    """Both models, checked without reading weights; `pruned` is a plan where it is a file.
+
+    Raises:
+        CheckpointError, UnsupportedModel: one of the models cannot be loaded.
+        PlanError: the plan is of another model.
+        DataError: the vocabularies differ.
+    """
+    trust, given = options.run.trust_remote_code, options.pruned
+    original = inspect_model(str(options.model), trust_remote_code=trust)
+    original.check_files()
+    if isinstance(given, Plan | Planned) or is_file(given):
+        return Pair(original, None, _checked_plan(options, plan_of(given), original, heard))
+    pruned = inspect_model(str(given), trust_remote_code=trust)
+    pruned.check_files()
+    folders = [(model.source.folder, model.config) for model in (original, pruned)]
+    check_vocabularies(*folders, trust_remote_code=trust)
+    record = pruned.source.folder / "reap" / "plan.json"
+    if not record.is_file():
+        return Pair(original, pruned, None)
+    return Pair(original, pruned, _checked_plan(options, Plan.load(record), original, heard))
+
+
+def _checked_plan(options: CompareOptions, plan: Plan, original: Model, heard: Listener) -> Plan:
+    """A plan that is the original's, or holds for it."""
+    check_same_layers(plan, original.layers)
+    force = options.force_model
+    for note in check_model(plan, original.provenance, original.path, force=force):
+        heard.note(note)
+    return plan
+
+
+def _read_data(options: CompareOptions, pair: Pair, heard: Listener) -> list[PackedSource]:
+    """Tokens of all sources, by the original's tokenizer, in sequences both models can read."""
+    data, run = options.data, options.run
+    seq_len = min(sequence_length(model, data, run) for model in pair.models)
+    for model in pair.models:
+        check_packing(model, data)
+    wanted = [_limited(source, options, seq_len) for source in sources_of(data)]
+    return read_data(pair.original, wanted, data, run, seq_len, heard)
+
+
+def _limited(source: DataSource, options: CompareOptions, seq_len: int) -> DataSource:
+    """A source with what `sequences` or `tokens` allows, unless it has a budget of its own."""
+    if source.samples is not None or source.tokens is not None:
+        return source
+    if options.sequences is not None and options.data.packing == "none":
+        return replace(source, samples=options.sequences)
+    tokens = options.tokens if options.sequences is None else options.sequences * seq_len
+    return replace(source, tokens=tokens)
+
+
+def _compared(
+    options: CompareOptions, pair: Pair, sources: Sequence[PackedSource], heard: Listener
+) -> tuple[Comparison, dict[str, Orphans] | None]:
+    """Runs the models; counts orphans where the plan is known and the original is in memory.
+
+    Raises:
+        ResourceError: they do not fit; or a plan, and the original would have to be streamed.
+        DataError: nothing counts, or logits are not finite.
+    """
+    run = options.run
+    check_backend("compare", device_of(run), pair.original.meta.dtype, run.backend)
+    decision = None if run.device_map is not None else _decided(options, pair, sources)
+    size = (run.batch_size or 1) if decision is None else decision.batch_size
+    sizes = [min(size, source.full_sequences) for source in sources]
+    # What either model cannot be given is not given to any.
+    layers = [layer for model in pair.models for layer in model.layers]
+    batches = batches_of(pair.original.config, layers, sources, sizes)
+    total = sum(source.tokens for source in sources)
+    draws, seed = options.draws, options.data.seed
+    if decision is not None and decision.stream:
+        for reason in decision.reasons:
+            heard.note(f"streaming both models: {reason}")
+        if pair.plan is not None:
+            heard.note("orphans are not counted of streamed models")
+        with heard.progress("comparing", "tok", total) as progress:
+            sums = _streamed(options, pair, decision, batches, lambda s: progress.add(s * total))
+        return sums.comparison(draws, seed), None
+    with contextlib.ExitStack() as stack:
+        loaded = [stack.enter_context(_loaded(options, model, heard)) for model in pair.models]
+        pruned = pair.plan if pair.pruned is None else loaded[1]
+        assert pruned is not None
+        with heard.progress("comparing", "tok", total) as progress:
+            sums = compare_resident(
+                loaded[0],
+                pruned,
+                batches,
+                range(len(batches)),
+                backend=run.backend,
+                done=lambda share: progress.add(share * total),
+            )
+        lost = None if pair.plan is None else _orphans(loaded[0], batches, pair.plan, total, heard)
+    return sums.comparison(draws, seed), lost
+
+
+def _decided(options: CompareOptions, pair: Pair, sources: Sequence[PackedSource]) -> Decision:
+    """How the models are best held, both alike.
+
+    Raises:
+        ResourceError: see `decide`; or a plan, and the original does not fit in memory.
+    """
+    run = options.run
+    device = device_of(run)
+    each = [sized(run, model, sources, device, all_logits=True) for model in pair.models]
+    sizes, (work, *_) = zip(*each, strict=True)
+    machine = this_machine(device, Path(tempfile.gettempdir()))
+    decision = decide(run.stream, _together(sizes), machine, work)
+    if decision.stream and pair.pruned is None:
+        path = pair.original.path
+        raise ResourceError(
+            f"{path} would be streamed ({'; '.join(decision.reasons)}), and routers are masked in "
+            f"memory only; write the checkpoint with `reap-kernels apply {path} PLAN --out DIR` "
+            "and compare with that"
+        )
+    return decision
+
+
+def _together(sizes: Sequence[ModelSizes]) -> ModelSizes:
+    """Models of which all are in memory, or the states of all and the layers of one at a time."""
+    return replace(
+        sizes[0],
+        layer_bytes=tuple(nbytes for each in sizes for nbytes in each.layer_bytes),
+        rest_bytes=sum(each.rest_bytes for each in sizes),
+        state_bytes=sum(each.state_bytes for each in sizes),
+    )
+
+
+@contextlib.contextmanager
+def _loaded(options: CompareOptions, model: Model, heard: Listener) -> Iterator[PreTrainedModel]:
+    """One model in memory; what a device map puts on the disk goes to the temporary folder."""
+    beside = Path(tempfile.gettempdir(), "reap-compare")
+    with in_memory(model.path, options.run, beside, heard) as loaded:
+        model.check_unchanged()
+        yield loaded
+
+
+def _streamed(
+    options: CompareOptions, pair: Pair, decision: Decision, batches: PackedBatches, done: Any
+) -> Sums:
+    """Both models, one decoder layer at a time."""
+    run, place = options.run, decision.offload or "device"
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reap-states-")))
+        models, stores = [], []
+        for number, model in enumerate(pair.models):
+            device, how = device_of(run), load_options(run)
+            models.append(stack.enter_context(open_streamed(model.path, device=device, **how)))
+            model.check_unchanged()
+            stores.append(StateStore(place, device, folder / str(number)))
+            stack.callback(stores[-1].close)
+        return compare_streamed(
+            models, stores, batches, range(len(batches)), backend=run.backend, done=done
+        )
+
+
+def _orphans(
+    model: PreTrainedModel, batches: PackedBatches, plan: Plan, total: int, heard: Listener
+) -> dict[str, Orphans]:
+    """Runs the original once more, and follows its routing."""
+    with heard.progress("following the routing", "tok", total) as progress:
+
+        def each() -> Iterator[dict[str, Any]]:
+            for number in range(len(batches)):
+                yield batches.inputs(number)
+                progress.add(total / len(batches))
+
+        return orphans(model, each(), plan)
+
+
+def _evaluated(
+    options: CompareOptions, pair: Pair, heard: Listener
+) -> tuple[tasks.Results, tasks.Results]:
+    """Tasks by the original and by the pruned model, one in memory at a time."""
+    how: dict[str, Any] = {
+        "folder": options.task_folder,
+        "limit": options.limit,
+        "chat_template": options.chat_template,
+        "batch_size": options.run.batch_size or 1,
+        "trust_remote_code": options.run.trust_remote_code,
+    }
+
+    def answers(model: PreTrainedModel, plan: Plan | None = None) -> tasks.Results:
+        kept = None if plan is None else plan.kept
+        return tasks.evaluate(model, pair.original.path, options.tasks, kept=kept, **how)
+
+    with _loaded(options, pair.original, heard) as original:
+        first = answers(original)
+        if pair.pruned is None:
+            return first, answers(original, pair.plan)
+    with _loaded(options, pair.pruned, heard) as pruned:
+        return first, answers(pruned)
+
+
+def _integrity(
+    options: CompareOptions, pair: Pair, lost: dict[str, Orphans] | None, heard: Listener
+) -> dict[str, Any]:
+    """What the plan does to the original's routing, where that is known, over all layers."""
+    found: dict[str, Any] = {}
+    if lost:
+        layers = list(lost.values())
+        tokens = sum(layer.tokens for layer in layers)
+        found |= {
+            "orphan_rate": sum(layer.orphaned for layer in layers) / max(1, tokens),
+            "stranded_rate": sum(layer.stranded for layer in layers) / max(1, tokens),
+            "retained_gate_share": sum(la.router_weight_share * la.tokens for la in layers)
+            / max(1, tokens),
+            "orphans_by_layer": {name: la.rate for name, la in lost.items()},
+        }
+    if pair.pruned is None or pair.plan is None:
+        return found
+    stats = pair.pruned.source.folder / "reap" / "stats.safetensors"
+    found |= _calibration(stats, pair.plan, heard)
+    names = [layer.name for layer in pair.original.layers]
+    checked = min(_CHECKED_LAYERS, len(decoder_layers(pair.original.meta, names)))
+    problems = check_permutation(
+        pair.original.path,
+        pair.pruned.path,
+        pair.plan,
+        sample=checked,
+        trust_remote_code=options.run.trust_remote_code,
+    )
+    return {**found, "layers_checked": checked, "misplaced": problems}
+
+
+def _calibration(path: Path, plan: Plan, heard: Listener) -> dict[str, Any]:
+    """What the kept experts did on the data that chose them, where the statistics are there."""
+    if not is_file(path):
+        return {}
+    try:
+        shares = list(retained(SaliencyStats.load(path), plan).values())
+    except (DataError, PlanError) as error:  # no reason to lose what was measured
+        heard.note(f"what kept experts did on the calibration data is not known: {error}")
+        return {}
+    return {
+        "calibration_gate_share": sum(layer.router_weight_share for layer in shares) / len(shares),
+        "calibration_saliency_share": sum(layer.saliency_share for layer in shares) / len(shares),
+        "dead_kept": sum(len(layer.dead_kept) for layer in shares),
+        "dead_removed": sum(len(layer.dead_removed) for layer in shares),
+    }
+
+
+def _facts(figures: Figures) -> dict[str, Any]:
+    found: dict[str, Any] = {"sequences": figures.sequences, "predictions": figures.predictions}
+    for _, name, _ in _ROWS:
+        estimate: Estimate = getattr(figures, name)
+        found[name] = {key: _number(value) for key, value in vars(estimate).items()}
+    return found
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no infinities."""
+    return value if value is None or math.isfinite(value) else None
+
+
+def figures_table(comparison: Comparison) -> str:
+    """The figures as a table, a block for each group and one for all."""
+    groups = comparison.by_group
+    blocks = dict(groups) if len(groups) > 1 else {}
+    blocks["all" if blocks else next(iter(groups))] = comparison.overall
+    lines = []
+    for title, figures in blocks.items():
+        lines.append(
+            f"{title}: {figures.predictions:,} predictions in {figures.sequences:,} sequences"
+        )
+        for name, attribute, digits in _ROWS:
+            lines.append(f"  {name:<22}{_shown(getattr(figures, attribute), digits)}")
+    return "\n".join(lines)
+
+
+def _shown(estimate: Estimate, digits: int) -> str:
+    """A figure with its interval."""
+    text = f"{estimate.value:#.{digits}g}"
+    if estimate.low is None:
+        return f"{text:>9}  no interval: a group has one sequence"
+    return f"{text:>9}  [{estimate.low:#.{digits}g}, {estimate.high:#.{digits}g}]"
+
+
+def _integrity_lines(found: Mapping[str, Any]) -> str:
+    """The same for people."""
+    lines = ["what was pruned"]
+    if "orphan_rate" in found:
+        rates = found["orphans_by_layer"]
+        worst = max(rates, key=rates.__getitem__)
+        lines += [
+            f"  orphans               {found['orphan_rate']:.1%} of tokens lose their first expert"
+            f" (most in {worst}: {rates[worst]:.1%})",
+            f"  stranded              {found['stranded_rate']:.2%} of tokens lose all of them",
+            f"  retained routing      {found['retained_gate_share']:.1%} of a token's gate weights",
+        ]
+    if "dead_kept" in found:
+        lines.append(
+            f"  calibration           kept {found['calibration_gate_share']:.1%} of gate weights, "
+            f"{found['calibration_saliency_share']:.1%} of saliency; {found['dead_kept']} of the "
+            f"kept experts and {found['dead_removed']} of the removed were never routed to"
+        )
+    if "misplaced" in found:
+        wrong = found["misplaced"]
+        said = f"{len(wrong)} PROBLEMS, first: {wrong[0]}" if wrong else "all in the plan's order"
+        lines.append(
+            f"  experts and routers   {said} ({found['layers_checked']} decoder layers checked)"
+        )
+    return "\n".join(lines)

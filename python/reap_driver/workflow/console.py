@@ -1,0 +1,156 @@
+"""A listener that prints: results on stdout, progress and notes on stderr."""
+
+import dataclasses
+import functools
+import os
+import re
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from reap_driver.base.units import clock, short
+from reap_driver.workflow import jobs
+from reap_driver.workflow.fields import every_field
+from reap_driver.workflow.listener import Listener, Step
+
+_SILENT = 2.0  # seconds before progress shows: what is quicker needs none
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Where stderr is no terminal: a line for each tenth of the work, or each minute.
+_SHORTEST, _LONGEST = 5.0, 60.0
+
+
+class Console(Listener):
+    """Where a command's words go.
+
+    Args:
+        quiet: errors only.
+        as_json: results are printed as JSON by the caller, so `say` keeps silent.
+    """
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+        self.quiet = quiet
+        self.as_json = as_json
+
+    def only(self, speaks: bool) -> None:
+        """See `Listener`."""
+        self.quiet = self.quiet or not speaks
+
+    def say(self, text: str) -> None:
+        """A result, on stdout."""
+        if not self.quiet and not self.as_json:
+            emit(flags(text))
+
+    def note(self, text: str) -> None:
+        """Something to know that is no error, on stderr."""
+        if not self.quiet:
+            print(f"note: {printable(flags(text))}", file=sys.stderr, flush=True)
+
+    def step(self, what: str, unit: str, total: int | None) -> Step:
+        """Progress with its rate and the time left: a bar on a terminal, else lines."""
+        return Step(what, unit, total) if self.quiet else Shown(what, unit, total)
+
+    def library_progress(self) -> AbstractContextManager[None]:
+        """transformers' own loading bars: on a terminal only, and not when quiet."""
+        shown = sys.stderr.isatty() and not self.quiet
+        return nullcontext() if shown else super().library_progress()
+
+
+class Shown(Step):
+    """A step that shows its progress now and then, on stderr."""
+
+    def __init__(self, what: str, unit: str, total: int | None) -> None:
+        super().__init__(what, unit, total)
+        self._said = 0.0  # seconds after the beginning
+        self._tenth = 0
+        self._counted = 0.0  # that the bar has been told
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total, desc=what, unit=unit, unit_scale=True, delay=_SILENT, leave=False
+            )
+
+    def skip(self, count: float) -> None:
+        """See `Step`."""
+        if self._bar is not None:
+            self._bar.initial = count
+        super().skip(count)
+
+    def changed(self) -> None:
+        """Moves the bar, or prints a line where one is due."""
+        if self._bar is None:
+            self._maybe_line()
+            return
+        self._bar.total = self.total
+        self._bar.update(self.done - self._counted)
+        self._counted = self.done
+
+    def close(self) -> None:
+        """Takes the bar off the screen."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _maybe_line(self) -> None:
+        now = self.seconds
+        tenth = int(10 * self.done // self.total) if self.total else 0
+        waited = now - self._said
+        due = tenth > self._tenth and waited > _SHORTEST
+        first = self._said == 0
+        if waited > _LONGEST or due or (first and waited > _SILENT):
+            self._said, self._tenth = now, tenth
+            print(self._line(), file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        rate = (self.done - self.skipped) / self.seconds
+        text = f"{self.what}: {short(self.done)}{self.unit}, {short(rate)}{self.unit}/s"
+        if self.total:
+            left = (self.total - self.done) / rate if rate else 0
+            share = int(100 * self.done // self.total)
+            text += f", {share} % of {short(self.total)}{self.unit}, {clock(left)} left"
+        return text
+
+
+def flags(text: str) -> str:
+    """A text whose options are written as Python does, with the command line's flags.
+
+    Example:
+        >>> flags("`max_len=9`: only with `packing='none'`, or `journal=False`")
+        '--max-len 9: only with --packing none, or --no-journal'
+    """
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found[1], found[2]
+        if name not in option_names():
+            return found[0]
+        word = name.replace("_", "-")
+        if value in ("True", "False"):
+            return f"--{word}" if value == "True" else f"--no-{word}"
+        return f"--{word}" if value is None else f"--{word} {value.strip(chr(39))}"
+
+    return re.sub(r"`(\w+)(?:=([^`]*))?`", flag, text)
+
+
+@functools.cache
+def option_names() -> frozenset[str]:
+    """Names of the options of all jobs, but for those that have no flag."""
+    jobs_of = [one for one in vars(jobs).values() if dataclasses.is_dataclass(one)]
+    fields = [field for one in jobs_of for field in every_field(one)]  # type: ignore[arg-type]
+    return frozenset(field.name for field in fields if not field.metadata["positional"])
+
+
+def emit(text: str) -> None:
+    """Prints a result on stdout; when its reader has gone (`| head`), the work still goes on.
+
+    Characters that stdout cannot write (it may be ASCII) are written as escapes.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(printable(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(text: str) -> str:
+    """A text without characters that command a terminal, which names from elsewhere may hold."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

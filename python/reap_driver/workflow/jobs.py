@@ -1,0 +1,418 @@
+"""The options of each job; what jobs share is in `options`."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reap_driver.workflow.fields import OptionError, group_of, option, options
+from reap_driver.workflow.options import (
+    DATA,
+    AllocationOptions,
+    BudgetOptions,
+    DataOptions,
+    JournalOptions,
+    RankOptions,
+    RunOptions,
+    WriteOptions,
+    check_positive,
+)
+
+if TYPE_CHECKING:  # it imports torch, and --help must not
+    from reap_kernels import SaliencyStats
+
+FOLDS = 8
+# Parts of the data of which some can be held out from a search, at most.
+_MOST_FOLDS = 20
+_SEARCH, _TASKS, _PLANNING = "search", "tasks", "planning"
+
+
+# Options that several jobs have one by one.
+def _model(help: str = "checkpoint folder or hub id", metavar: str = "MODEL") -> Any:
+    return option(metavar=metavar, positional=True, help=help)
+
+
+def _stats() -> Any:
+    return option(metavar="STATS", positional=True, help="statistics: the file `observe` wrote")
+
+
+def _overwrite() -> Any:
+    return option(False, help="replace what is there, once the new is complete")
+
+
+def _trust() -> Any:
+    return option(
+        False, help="run model or tokenizer code that comes with the checkpoint; read it first"
+    )
+
+
+def _force() -> Any:
+    return option(
+        False,
+        help="take a plan of a model that routes otherwise or has other sizes, where it can be "
+        "applied at all, and note what differs; a plan of a model that differs in neither, such as "
+        "the base of a fine-tuned one, is taken anyway",
+    )
+
+
+def _folds() -> Any:
+    return option(
+        FOLDS,
+        metavar="F",
+        group=DATA,
+        help="parts into which the sequences of each source are divided; each has statistics of "
+        "its own beside those of the whole, which tell how far a plan depends on the sample (1: "
+        "none)",
+    )
+
+
+def _plain(given: Any) -> None:
+    """Paths where paths are meant, in options that were given as text, and the reverse."""
+    for field in dataclasses.fields(given):
+        value = getattr(given, field.name)
+        if field.name in ("model", "pruned") and isinstance(value, Path):
+            object.__setattr__(given, field.name, str(value))
+        elif field.name in _PATHS and isinstance(value, str):
+            object.__setattr__(given, field.name, Path(value))
+
+
+_PATHS = ("out", "stats", "plan", "as_masks", "compare", "task_folder")
+
+
+def _needs_data(data: DataOptions, also: str = "") -> None:
+    if not data.given:
+        raise OptionError(f"no data to run the model on; give `data`{also or ' or `recipe`'}")
+
+
+@options
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """Calibration data of a model, read, tokenized and packed.
+
+    Example:
+        >>> rd.CalibrationOptions(model="MODEL", data=rd.DataOptions(data="code.jsonl")).batch_size
+        1
+    """
+
+    model: str | Path = _model()
+    trust_remote_code: bool = _trust()
+    batch_size: int = option(1, metavar="B", help="sequences at a time")
+    data: DataOptions = group_of(DataOptions)
+
+    def __post_init__(self) -> None:
+        _plain(self)
+        check_positive(self, "batch_size")
+        _needs_data(self.data)
+
+
+@options
+@dataclass(frozen=True, kw_only=True)
+class ObserveOptions:
+    """Observing a model: run it on data and keep statistics of its experts.
+
+    Example:
+        >>> rd.ObserveOptions(model="MODEL", data=rd.DataOptions(data="code.jsonl")).folds
+        8
+    """
+
+    model: str | Path = _model()
+    out: str | Path | None = option(None, metavar="FILE", help="where to save the statistics")
+    overwrite: bool = _overwrite()
+    data: DataOptions = group_of(DataOptions)
+    folds: int = _folds()
+    run: RunOptions = group_of(RunOptions)
+    journal: JournalOptions = group_of(JournalOptions)
+
+    def __post_init__(self) -> None:
+        _plain(self)
+        check_positive(self, "folds")
+        _needs_data(self.data)
+
+
+@options
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Making a plan from statistics.
+
+    Example:
+        >>> rd.PlanOptions(stats="stats.safetensors").rank.criterion
+        'reap'
+    """
+
+    stats: "str | Path | SaliencyStats" = _stats()
+    out: str | Path | None = option(None, metavar="FILE", help="where to save the plan")
+    overwrite: bool = _overwrite()
+    rank: RankOptions = group_of(RankOptions)
+    allocation: AllocationOptions = group_of(AllocationOptions)
+    budget: BudgetOptions = group_of(BudgetOptions)
+
+    def __post_init__(self) -> None:
+        _plain(self)
+
+
+@options
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """Observing, planning and writing in one.
+
+    Example:
+        >>> data = rd.DataOptions(data="code.jsonl")
+        >>> rd.PruneOptions(model="MODEL", out="half", data=data).rank.ratio
+        0.5
+    """
+
+    model: str | Path = _model()
+    out: str | Path | None = option(None, metavar="DIR", help="folder of the new checkpoint")
+    stats: str | Path | None = option(
+        None,
+        metavar="FILE",
+        help="save the statistics here too, as soon as there are any: for long runs",
+    )
+    overwrite: bool = _overwrite()
+    rank: RankOptions = group_of(RankOptions)
+    allocation: AllocationOptions = group_of(AllocationOptions)
+    budget: BudgetOptions = group_of(BudgetOptions)
+    data: DataOptions = group_of(DataOptions)
+    folds: int = _folds()
+    run: RunOptions = group_of(RunOptions)
+    journal: JournalOptions = group_of(JournalOptions)
+    write: WriteOptions = group_of(WriteOptions)
+
+    def __post_init__(self) -> None:
+        _plain(self)
+        check_positive(self, "folds")
+        _needs_data(self.data)
+        if self.out is None:
+            raise OptionError("`out` is required: the folder of the new checkpoint")
+
+
+@options
+@dataclass(frozen=True, kw_only=True)
+class EstimateOptions:
+    """What observing a model would take here, found without running it.
+
+    Example:
+        >>> rd.EstimateOptions(model="MODEL", tokens=24_000_000).run.stream
+        'auto'
+    """
+
+    model: str | Path = _model("checkpoint folder, hub id or config .json file; needs no weights")
+    tokens: int | None = option(
+        None,
+        metavar="N",
+        group=_PLANNING,
+        help="plan for N tokens, such as 24M, instead of reading data",
+    )
+    out: str | Path | None = option(None, metavar="PATH", help="where the run would write")
+    data: DataOptions = group_of(DataOptions)
+    run: RunOptions = group_of(RunOptions)
+
+    def __post_init__(self) -> None:
+        _plain(self)
+        check_positive(self, "tokens")
+        if self.tokens is not None and self.data.given:
+            named = "data" if self.data.data else "recipe"
+            raise OptionError(
+                f"`tokens={self.tokens}`: not together with `{named}`, whose tokens are counted"
+            )
+        if self.tokens is None and not self.data.given:
+            raise OptionError("no data to plan for; give `tokens`, or the `data` to count them in")
+
+
+@options
+@dataclass(frozen=True, kw_only=True)
+class ApplyOptions:
+    """Writing the checkpoint that a plan leaves of a model, or the plan as masks.
+
+    Example:
+        >>> rd.ApplyOptions(model="MODEL", plan="plan.json", out="half").write.non_uniform
+        False
+    """
+
+    model: str | Path = _model()
+    plan: Any = option(metavar="PLAN", positional=True, help="a plan: the file `plan` wrote")
+    out: str | Path | None = option(
+        None, metavar="DIR", exclusive="output", help="folder of the new checkpoint"
+    )
+    as_masks: str | Path | None = option(
+        None,
+        metavar="FILE",
+        exclusive="output",
+        help="write no checkpoint but a safetensors file of one bool tensor [E] per layer: the "
+        "experts its router may choose",
+    )
+    overwrite: bool = _overwrite()
+    trust_remote_code: bool = _trust()
+    force_model: bool = _force()
+    write: WriteOptions = group_of(WriteOptions)
+
+    def __post_init__(self) -> None:
+        _plain(self)
+        if (self.out is None) == (self.as_masks is None):
+            raise OptionError("give one of `out` and `as_masks`")
+
+
+@options
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """Searching how many experts each layer should lose.
+
+    Example:
+        >>> data = rd.DataOptions(data="code.jsonl")
+        >>> rd.SearchOptions(model="MODEL", stats="stats.safetensors", data=data).share
+        Fraction(1, 2)
+    """
+
+    model: str | Path = _model()
+    stats: "str | Path | SaliencyStats" = _stats()
+    out: str | Path | None = option(None, metavar="FILE", help="where to save the plan")
+    overwrite: bool = _overwrite()
+    force_model: bool = _force()
+    rank: RankOptions = group_of(RankOptions)
+    budget: BudgetOptions = group_of(BudgetOptions)
+    evaluations: int = option(
+        500,
+        metavar="N",
+        group=_SEARCH,
+        about="`seed` is of the search, too.",
+        exclusive="length",
+        help="plans to try",
+    )
+    generations: int | None = option(
+        None, metavar="N", group=_SEARCH, exclusive="length", help="the same, in generations"
+    )
+    population: int = option(32, metavar="N", group=_SEARCH, help="plans in a generation")
+    elites: int = option(
+        4, metavar="N", group=_SEARCH, help="the best of them, from which the next ones are made"
+    )
+    validation: float = option(
+        0.5,
+        metavar="SHARE",
+        group=_SEARCH,
+        help="share of the sequences that are held out from the search; 0 for none",
+    )
+    resume: bool = option(
+        False,
+        group=_SEARCH,
+        help="go on where an interrupted search stopped, whose state is in OUT.search; the outcome "
+        "has the bits of one that was never interrupted",
+    )
+    data: DataOptions = group_of(DataOptions)
+    run: RunOptions = group_of(RunOptions)
+
+    def __post_init__(self) -> None:
+        _plain(self)
+        check_positive(self, "evaluations", "generations", "population", "elites")
+        _needs_data(self.data)
+        if self.run.stream == "always":
+            raise OptionError(
+                "`stream='always'`: a search needs the whole model in memory; leave it out"
+            )
+        if self.elites >= self.population:
+            raise OptionError(
+                f"`elites={self.elites}`: give fewer than the population of {self.population}"
+            )
+        self.share  # noqa: B018 - refuses a share that cannot be held out
+        if self.resume and self.out is None:
+            raise OptionError("`resume=True`: needs `out`, beside which the search's state is")
+
+    @property
+    def share(self) -> Fraction:
+        """`validation` as the nearest fraction with a small denominator."""
+        value = self.validation
+        near = Fraction(value).limit_denominator(_MOST_FOLDS) if math.isfinite(value) else None
+        if near is None or not 0 <= near < 1 or (near == 0 and value != 0):
+            raise OptionError(
+                f"`validation={value}`: give 0, or a share from {1 / _MOST_FOLDS} to "
+                f"{1 - 1 / _MOST_FOLDS}"
+            )
+        return near
+
+
+@options
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Comparing a pruned model with its original.
+
+    Example:
+        >>> data = rd.DataOptions(data="code.jsonl")
+        >>> rd.CompareOptions(model="MODEL", pruned="plan.json", data=data).draws
+        2000
+    """
+
+    model: str | Path = _model(metavar="ORIGINAL")
+    pruned: Any = option(
+        metavar="PRUNED",
+        positional=True,
+        help="checkpoint folder or hub id; or a plan, as a file",
+    )
+    force_model: bool = _force()
+    data: DataOptions = group_of(DataOptions)
+    tokens: int | None = option(
+        None,
+        metavar="N",
+        group=DATA,
+        exclusive="limit",
+        help="of every source without a budget of its own, a random sample of N tokens",
+    )
+    sequences: int | None = option(
+        None, metavar="N", group=DATA, exclusive="limit", help="the same, N sequences"
+    )
+    run: RunOptions = group_of(RunOptions)
+    tasks: Sequence[str] = option(
+        (),
+        metavar="A,B",
+        group=_TASKS,
+        about="Both models are handed to lm-evaluation-harness (extra `eval`).",
+        help="names of its tasks",
+    )
+    task_folder: str | Path | None = option(
+        None, metavar="DIR", group=_TASKS, help="where more tasks are, as its .yaml files"
+    )
+    chat_template: bool = option(
+        False, group=_TASKS, help="put questions through the chat template"
+    )
+    limit: int | None = option(
+        None, metavar="N", group=_TASKS, help="questions of each task (default: all)"
+    )
+    draws: int = option(2000, metavar="N", help="draws of the bootstrap that intervals come from")
+
+    def __post_init__(self) -> None:
+        _plain(self)
+        check_positive(self, "tokens", "sequences", "limit", "draws")
+        if not self.tasks:
+            _needs_data(self.data, ", `recipe` or `tasks`")
+        if self.tokens is not None and self.sequences is not None:
+            raise OptionError("`tokens`: not together with `sequences`; give one of them")
+
+
+@options
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Showing statistics and a plan as one HTML page and pictures.
+
+    Example:
+        >>> rd.ReportOptions(stats="stats.safetensors", out="page").plan is None
+        True
+    """
+
+    stats: "str | Path | SaliencyStats" = _stats()
+    plan: Any = option(
+        None, metavar="PLAN", positional=True, help="a plan of the same: the file `plan` wrote"
+    )
+    out: str | Path = option(metavar="DIR", help="folder for the page and pictures")
+    criterion: str | None = option(
+        None,
+        metavar="NAME",
+        help="whose scores are shown (default: the plan's, or reap); `plan --help` lists them",
+    )
+    compare: Any = option(
+        None, metavar="FILE", help="show this comparison too: the output of `compare --json`"
+    )
+    overwrite: bool = _overwrite()
+
+    def __post_init__(self) -> None:
+        _plain(self)

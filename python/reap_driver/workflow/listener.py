@@ -1,0 +1,183 @@
+"""What a job tells while it works: notes, intermediate results, progress. By default, nobody."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far one step of a job is.
+
+    Attributes:
+        step: what is being done, such as "observing".
+        done: how much is done, in `unit`.
+        total: where it ends; None if unknown.
+        unit: such as "tok" or "B".
+        seconds: since the step began.
+
+    Example:
+        >>> rd.Progress("observing", done=512, total=1024, unit="tok", seconds=2.0).step
+        'observing'
+    """
+
+    step: str
+    done: float
+    total: int | None
+    unit: str
+    seconds: float
+
+
+class Step:
+    """Counts the work of one step; a subclass shows it."""
+
+    def __init__(self, what: str, unit: str, total: int | None) -> None:
+        self.what, self.unit, self.total = what, unit, total
+        self.done = self.skipped = 0.0
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self._began
+
+    def skip(self, count: float) -> None:
+        """`count` were done before: they count as done, not towards the rate."""
+        self.done += count
+        self.skipped += count
+        self.changed()
+
+    def add(self, count: float) -> None:
+        """`count` more are done."""
+        self.done += count
+        self.changed()
+
+    def reach(self, done: int, total: int) -> None:
+        """`done` of `total` are done: for work that counts itself."""
+        self.total = total
+        self.add(done - self.done)
+
+    def changed(self) -> None:
+        """Called after each change."""
+
+    def close(self) -> None:
+        """Called at the end of the step, however it ends."""
+
+
+class Listener:
+    """Hears what a job tells; this one ignores it all. See `Console` for one that prints.
+
+    Example:
+        >>> class Notes(rd.Listener):
+        ...     def note(self, text):
+        ...         print("note:", text)
+        >>> planned = rd.plan(stats, 0.25, progress=Notes())
+        note: ...
+    """
+
+    def only(self, speaks: bool) -> None:
+        """Of several processes that do the same, only one speaks."""
+
+    def say(self, text: str) -> None:
+        """A result, as soon as it is known; the job's result holds it, too."""
+
+    def note(self, text: str) -> None:
+        """Something to know that is no error; the job's result holds it, too."""
+
+    def step(self, what: str, unit: str, total: int | None) -> Step:
+        """A step that begins; a subclass returns one that shows its progress."""
+        return Step(what, unit, total)
+
+    @contextlib.contextmanager
+    def progress(self, what: str, unit: str, total: int | None = None) -> Iterator[Step]:
+        """Progress of one step.
+
+        Args:
+            what: the step.
+            unit: of the counts, such as "tok" or "B".
+            total: where it ends; None if unknown.
+        """
+        step = self.step(what, unit, total)
+        try:
+            yield step
+        finally:
+            step.close()
+
+    def library_progress(self) -> contextlib.AbstractContextManager[None]:
+        """What transformers' own loading bars do meanwhile: nothing is shown."""
+        return _no_library_bars()
+
+
+@contextlib.contextmanager
+def _no_library_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+class _Told(Step):
+    """A step whose changes a function is told."""
+
+    def __init__(self, tell: Callable[[Progress], Any], what: str, unit: str, total: Any) -> None:
+        super().__init__(what, unit, total)
+        self._tell = tell
+
+    def changed(self) -> None:
+        """Calls the function."""
+        self._tell(Progress(self.what, self.done, self.total, self.unit, self.seconds))
+
+
+class Callback(Listener):
+    """Tells a function the progress of every step.
+
+    Args:
+        tell: called with a `Progress` after each batch, layer or file.
+    """
+
+    def __init__(self, tell: Callable[[Progress], Any]) -> None:
+        self._tell = tell
+
+    def step(self, what: str, unit: str, total: int | None) -> Step:
+        """See `Listener`."""
+        return _Told(self._tell, what, unit, total)
+
+
+class Collector(Listener):
+    """Passes everything on and keeps the notes, for a job's result.
+
+    Attributes:
+        notes: so far, in order.
+    """
+
+    def __init__(self, listener: Listener | None) -> None:
+        self._listener = listener or Listener()
+        self.notes: list[str] = []
+
+    def only(self, speaks: bool) -> None:
+        """See `Listener`."""
+        self._listener.only(speaks)
+
+    def say(self, text: str) -> None:
+        """See `Listener`."""
+        self._listener.say(text)
+
+    def note(self, text: str) -> None:
+        """See `Listener`."""
+        self.notes.append(text)
+        self._listener.note(text)
+
+    def step(self, what: str, unit: str, total: int | None) -> Step:
+        """See `Listener`."""
+        return self._listener.step(what, unit, total)
+
+    def library_progress(self) -> contextlib.AbstractContextManager[None]:
+        """See `Listener`."""
+        return self._listener.library_progress()

@@ -1,0 +1,177 @@
+"""Checks of outputs, made before any work is done: what may be written, and what must never be.
+
+An output is never an input of the same run, and never a file of a checkpoint, with --overwrite or
+without: files are compared by device and inode, so links of either kind change nothing.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from reap_driver.workflow.calibration import sources_of
+from reap_driver.workflow.fields import flat
+from reap_driver.workflow.options import DataOptions
+from reap_kernels.errors import CheckpointError
+from reap_kernels.files import is_file
+
+# By one of these, beside config.json, a folder is a checkpoint.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_TEXTS = ("model", "pruned", "recipe")  # a file or a folder, or the name of something else
+# What a journal's folder holds, also after a kill.
+_JOURNAL = re.compile(r"\.?(journal\.json|stats-\d+\.safetensors|states-\d+)(\.[0-9a-f]{8})?")
+
+
+def inputs_of(options: Any, *outputs: Path | None) -> list[Path]:
+    """Files and folders that options name and that are there, but for the outputs.
+
+    Args:
+        options: of any job.
+        outputs: those of its values that are written, which need not be all that it was given.
+
+    Raises:
+        DataError: a recipe or data that it names is not there, or cannot be read.
+    """
+    named = flat(options)
+    values = [item for value in named.values() for item in _listed(value)]
+    written = {id(path) for path in outputs}  # an input may be the same path, and then is found
+    read = [path for path in values if isinstance(path, Path) and id(path) not in written]
+    texts = [item for key in _TEXTS for item in _listed(named.get(key))]
+    read += [Path(text) for text in texts if isinstance(text, str)]
+    found = [path for path in read if os.path.exists(path)]
+    data = getattr(options, "data", None)
+    if isinstance(data, DataOptions) and data.given:
+        places = (source.location for source in sources_of(data))
+        found += [place for place in places if isinstance(place, Path)]
+    return found
+
+
+def _listed(value: object) -> Sequence[object]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def check_file(path: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
+    """Refuses an output file that exists, that cannot be written, or that something else is in.
+
+    Args:
+        path: what is written.
+        overwrite: whether an older output may be replaced.
+        inputs: see `inputs_of`.
+
+    Raises:
+        CheckpointError: naming the path and the way out.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; give the name of a file to write")
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path}: exists; choose another name, or pass `overwrite=True`")
+    _check_no_input(path, inputs)
+    if not folder.is_dir():
+        raise CheckpointError(f"{path}: the folder {folder} does not exist; make it first")
+    if not os.access(folder, os.W_OK):
+        raise CheckpointError(f"{path}: the folder {folder} cannot be written; choose another")
+
+
+def check_folder(
+    folder: Path, names: Sequence[str], *, overwrite: bool, inputs: Iterable[Path]
+) -> None:
+    """Refuses a folder for several files that cannot be made or written, or that holds one of them.
+
+    Raises:
+        CheckpointError: naming the path and the way out.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file; give the name of a folder")
+    existing = folder if folder.exists() else folder.absolute().parent
+    if not existing.is_dir():
+        raise CheckpointError(f"{folder}: the folder {existing} does not exist; make it first")
+    if not os.access(existing, os.W_OK):
+        raise CheckpointError(f"{folder}: the folder {existing} cannot be written; choose another")
+    inputs = list(inputs)
+    for name in names:
+        if (folder / name).exists() and not overwrite:
+            raise CheckpointError(
+                f"{folder / name}: exists; choose another folder, or pass `overwrite=True`"
+            )
+        _check_no_input(folder / name, inputs)
+
+
+def check_replaced_folder(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuses a folder that is replaced as a whole when it holds an input, or something else that
+    is to stay. (That it is the source itself, the writer says.)
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    target = out.resolve()
+    for path in inputs:
+        if target in path.resolve().parents:
+            raise CheckpointError(
+                f"{out}: holds {path}, which this run reads, and would be replaced; choose another "
+                "folder, or copy that file elsewhere first"
+            )
+
+
+def check_journal_folder(folder: Path) -> None:
+    """Refuses a journal's folder that holds anything else: it is deleted in the end.
+
+    Raises:
+        CheckpointError: naming it and what it holds.
+    """
+    if not os.path.lexists(folder):
+        return
+    strange = [folder.name]
+    if folder.is_dir() and not folder.is_symlink():
+        strange = sorted(p.name for p in folder.iterdir() if not _JOURNAL.fullmatch(p.name))
+    if strange:
+        raise CheckpointError(
+            f"{folder}: is where the journal goes, and holds {strange[0]!r}, which is none; move "
+            "it away, or choose another output"
+        )
+
+
+def _check_no_input(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuses what is read in this run or belongs to a checkpoint."""
+    checkpoint = _checkpoint_around(path)
+    if checkpoint is not None:
+        raise CheckpointError(
+            f"{path}: is in the checkpoint {checkpoint}, where nothing is replaced or added, with "
+            "--overwrite or without; choose a name outside it"
+        )
+    if not path.exists():
+        return
+    written = path.stat()
+    for one in inputs:
+        for file in _files(one):
+            if os.path.samestat(written, file.stat()):
+                raise CheckpointError(
+                    f"{path}: is {file}, which this run reads, so it is not replaced, with "
+                    "--overwrite or without; choose another name"
+                )
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """A file, or every file of a folder."""
+    yield from (file for file in (path.rglob("*") if path.is_dir() else [path]) if is_file(file))
+
+
+def _checkpoint_around(path: Path) -> Path | None:
+    """The checkpoint that a file is in, or would be: in its folder, or, of one that exists,
+    anywhere below; also in the hub's cache, where its content is in `blobs`.
+    """
+    for place in {path.absolute().parent.resolve(), path.resolve().parent}:
+        folders = [place, *place.parents] if path.exists() else [place]
+        for folder in folders:
+            weights = any(is_file(folder / name) for name in _WEIGHTS)
+            if weights and is_file(folder / "config.json"):
+                return folder
+        if place.name == "blobs" and (place.parent / "snapshots").is_dir():
+            return place.parent
+    return None

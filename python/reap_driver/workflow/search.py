@@ -1,0 +1,323 @@
+"""Searching: how many experts each layer should lose, by trying plans on the model itself."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from reap_driver.base.interrupts import deferred
+from reap_driver.base.units import in_bytes
+from reap_driver.budget_search import search_state as states
+from reap_driver.budget_search.evolution import Settings
+from reap_driver.budget_search.fitness import Fitness
+from reap_driver.budget_search.held_out import held_out
+from reap_driver.budget_search.search import Found, Recorder, Task
+from reap_driver.budget_search.search import search as find
+from reap_driver.budget_search.search_state import Saved, SearchState
+from reap_driver.data.packing import PackedSource
+from reap_driver.evaluation.router_masks import RouterMasks
+from reap_driver.observation.data_parallel import Ranks
+from reap_driver.planning.plan import Plan
+from reap_driver.workflow.calibration import batches_of, read_data, sources_of
+from reap_driver.workflow.holding import Holding, decided, holding
+from reap_driver.workflow.inspection import (
+    Model,
+    check_packing,
+    device_of,
+    inspect_model,
+    sequence_length,
+)
+from reap_driver.workflow.jobs import SearchOptions
+from reap_driver.workflow.listener import Collector, Listener
+from reap_driver.workflow.observe import identity
+from reap_driver.workflow.outputs import check_file, inputs_of
+from reap_driver.workflow.plan import plan_facts, plan_line, stats_of
+from reap_driver.workflow.ranking import planned, scored
+from reap_driver.workflow.results import Result
+from reap_driver.writer.plan_checks import check_model, check_same_layers
+from reap_kernels import check_backend
+from reap_kernels.errors import CheckpointError, DataError, ResourceError
+
+Batches = list[dict[str, Tensor]]
+
+
+@dataclass(frozen=True, repr=False)
+class Searched(Result):
+    """A plan that was found.
+
+    Attributes:
+        found: the plan, every candidate with its fitness, and the check on held-out text.
+        seconds: the search took, interrupted runs included.
+        predictions: each candidate was judged by.
+        cache_bytes: the full model's logits for them took.
+        out: where the plan was saved; None: nowhere.
+
+    Example:
+        >>> few = {"evaluations": 4, "population": 2, "elites": 1, "seq_len": 64}
+        >>> searched = rd.search("MODEL", stats, "code.jsonl:40", **few)
+        >>> searched.plan.allocation
+        'searched'
+    """
+
+    found: Found
+    seconds: float
+    predictions: int
+    cache_bytes: int
+    out: Path | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of highest fitness."""
+        return self.found.plan
+
+    def facts(self) -> dict[str, Any]:
+        """See `Result`."""
+        out = {} if self.out is None else {"out": str(self.out)}
+        check = self.found.check
+        return {
+            **out,
+            **plan_facts(self.plan),
+            "evaluations": len(self.found.evaluated),
+            "acceptance": {"searched": self.found.fitness, "uniform": self.found.uniform},
+            "held_out": None
+            if check is None
+            else {
+                "sequences": check.sequences,
+                "predictions": check.predictions,
+                "searched": check.searched,
+                "uniform": check.uniform,
+                "difference_low": check.low,
+                "difference_high": check.high,
+            },
+            "seconds": round(self.seconds, 3),
+            "predictions": self.predictions,
+            "cache_bytes": self.cache_bytes,
+        }
+
+    def describe(self) -> str:
+        """See `Result`."""
+        return plan_line(self.plan)
+
+
+def search(options: SearchOptions, listener: Listener | None = None) -> Searched:
+    """Searches and saves the plan; what can be checked early is. See `reap_driver.search`.
+
+    Raises:
+        ResourceError: the model does not fit.
+        Interrupted: on request; the text says how to go on.
+        DataError, PlanError: data, state or plan do not fit each other.
+    """
+    heard, out = Collector(listener), options.out
+    with contextlib.ExitStack() as stack:
+        if isinstance(out, Path):
+            check_file(out, overwrite=options.overwrite, inputs=inputs_of(options, out))
+            place = out.absolute()
+        else:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reap-")), "plan")
+        with _searched(options, place, heard) as found:
+            if isinstance(out, Path):
+                found.plan.save(out)
+    for note in found.plan.notes:
+        heard.note(note)
+    heard.say(found.describe())
+    return found
+
+
+@contextlib.contextmanager
+def _searched(options: SearchOptions, place: Path, heard: Collector) -> Iterator[Searched]:
+    """Runs the search; its state is deleted when the block ends without an error."""
+    path = state_path(place)
+    with states.locked(path):
+        saved = _saved(path, options)
+        task = _task(options)
+        trust = options.run.trust_remote_code
+        model = inspect_model(str(options.model), trust_remote_code=trust)
+        check_same_layers(task.uniform, model.layers)
+        force = options.force_model
+        task.notes = check_model(task.uniform, model.provenance, model.path, force=force)
+        sources = _sources(options, model, heard)
+        how = Holding(False, "device", _batch_sizes(options, model, sources, saved, place))
+        state = SearchState(path, _identity(options, model, sources, how, task))
+        if saved is not None:
+            saved = state.resume()  # before anything else: it may be of another search
+        else:
+            state.remove()
+        with holding(model.path, options.run, how, place, heard) as held:
+            model.check_unchanged()
+            parts = _parts(options, model, sources, how)
+            job = _Job(task, _settings(options), state, saved, options.run.backend)
+            yield _run(held.model, parts, job, heard, options.out)
+        state.remove()
+
+
+def state_path(out: Path) -> Path:
+    """Where the state of a search is, beside its output."""
+    return out.absolute().with_name(f"{out.absolute().name}.search")
+
+
+def _saved(path: Path, options: SearchOptions) -> Saved | None:
+    """What an interrupted search left, where it is to go on.
+
+    Raises:
+        CheckpointError: there is something, and it is not said what to do with it.
+        DataError: there is nothing.
+    """
+    if options.resume:
+        return states.read(path)
+    if path.exists() and not options.overwrite:
+        raise CheckpointError(
+            f"{path}: the state of a search that was interrupted; give `resume=True` to go on from "
+            "it, or `overwrite=True` to start anew"
+        )
+    return None
+
+
+def _settings(options: SearchOptions) -> Settings:
+    evaluations, population = options.evaluations, options.population
+    if options.generations is not None:
+        evaluations = population + (options.generations - 1) * (population - options.elites)
+    return Settings(evaluations, population, options.elites, options.data.seed)
+
+
+def _task(options: SearchOptions) -> Task:
+    stats = stats_of(options.stats)
+    scores = scored(stats, options.rank)
+    return Task(scores, planned(scores, options.rank, options.budget, stats=stats))
+
+
+def _sources(options: SearchOptions, model: Model, heard: Listener) -> list[PackedSource]:
+    data, run = options.data, options.run
+    wanted = sources_of(data)
+    seq_len = sequence_length(model, data, run)
+    check_backend("compare", device_of(run), model.meta.dtype, run.backend)
+    check_packing(model, data)
+    model.check_files()
+    return read_data(model, wanted, data, run, seq_len, heard)
+
+
+def _batch_sizes(
+    options: SearchOptions,
+    model: Model,
+    sources: Sequence[PackedSource],
+    saved: Saved | None,
+    place: Path,
+) -> list[int]:
+    """Sequences at a time, for each source: as before where a search is resumed.
+
+    Raises:
+        ResourceError: the model would have to be streamed.
+    """
+    run = options.run
+    if saved is not None and run.batch_size is None:
+        return list(saved.run.get("batch sizes", []))
+    size = run.batch_size or 1
+    if run.device_map is None:
+        decision = decided(run, model, sources, place.parent, all_logits=True)
+        size = decision.batch_size
+        if decision.stream:
+            raise ResourceError(
+                "the model does not fit in memory, and a search runs it hundreds of times: "
+                f"{'; '.join(decision.reasons)}; use a machine with more memory, several GPUs by "
+                "`device_map=auto`, or `stream=never` to try"
+            )
+    return [min(size, source.full_sequences) for source in sources]
+
+
+def _identity(
+    options: SearchOptions,
+    model: Model,
+    sources: Sequence[PackedSource],
+    how: Holding,
+    task: Task,
+) -> dict[str, Any]:
+    """What must be the same for a search to go on; not for how long."""
+    uniform = task.uniform
+    return {
+        **identity(model, sources, options.data, options.run, how, Ranks()),
+        "folds": options.share.denominator,
+        "validation": str(options.share),
+        "scores": uniform.scores_digest,
+        "ratio": uniform.ratio,
+        "settings": uniform.settings,
+        "population": options.population,
+        "elites": options.elites,
+    }
+
+
+def _parts(
+    options: SearchOptions, model: Model, sources: Sequence[PackedSource], how: Holding
+) -> tuple[Batches, Batches]:
+    """Batches to search on, and those that are held out.
+
+    Raises:
+        DataError: there are too few sequences for both.
+    """
+    share = options.share
+    packed = batches_of(model.config, model.layers, sources, how.batch_sizes, share.denominator)
+    parts: tuple[Batches, Batches] = ([], [])
+    for number in range(len(packed)):
+        parts[packed.fold(number) < share.numerator].append(packed.inputs(number))
+    if not parts[0] or (share and not parts[1]):
+        sequences = sum(source.sequences for source in sources)
+        raise DataError(
+            f"the data is {sequences} sequences, too few to hold out {share} of them; give more, a "
+            "smaller `seq_len`, or `validation=0`"
+        )
+    return parts
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is searched, how, and where it is written down."""
+
+    task: Task
+    settings: Settings
+    state: SearchState
+    saved: Saved | None
+    backend: str | None
+
+
+def _run(
+    model: PreTrainedModel,
+    parts: tuple[Batches, Batches],
+    job: _Job,
+    heard: Collector,
+    out: Path | str | None,
+) -> Searched:
+    """Searches with a model that is loaded."""
+    masks, settings = RouterMasks(model), job.settings
+    fitness = Fitness(model, parts[0], masks, backend=job.backend)
+    heard.note(
+        f"the full model's logits for {fitness.predictions:,} predictions take "
+        f"{in_bytes(fitness.nbytes)} of memory"
+    )
+    text = "writing the state, then ending; press Ctrl-C again to end without"
+    with (
+        deferred(lambda: heard.note(text)) as stop,
+        heard.progress("searching", " plans", settings.evaluations) as progress,
+    ):
+        saved = job.saved or Saved({}, {}, 0.0)
+        known = dict(saved.evaluated)
+        recorder = Recorder(
+            fitness,
+            job.task,
+            job.state,
+            stop,
+            done=lambda: progress.add(1),
+            known=known,
+            seconds=saved.seconds,
+        )
+        progress.skip(min(len(known), settings.evaluations))
+        found = find(recorder, settings)
+    if parts[1]:
+        plans = (job.task.uniform, found.plan)
+        how: dict[str, Any] = {"masks": masks, "seed": settings.seed, "backend": job.backend}
+        found = found.checked(held_out(model, parts[1], *plans, **how))
+    saved_to = out if isinstance(out, Path) else None
+    seconds, count = recorder.clock(), fitness.predictions
+    return Searched(heard.notes, found, seconds, count, fitness.nbytes, saved_to)
