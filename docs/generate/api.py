@@ -1,8 +1,12 @@
 """The API reference: an entry for every name that a package exports, from its docstring."""
 
+import dataclasses
 import inspect
+import re
 from importlib import import_module
 from types import ModuleType
+
+from reap_driver.workflow.fields import nested_in
 
 KINDS = ("Functions", "Classes", "Modules")
 
@@ -44,8 +48,28 @@ def render(package: str, prefix: str) -> str:
         if names:
             parts.append(f"## {title}\n")
         parts += [
-            f"::: {homes[name]}\n    options:\n"
+            options_entry(getattr(import_module(package), name), f"{prefix}.{name}")
+            if name.endswith("Options")
+            else f"::: {homes[name]}\n    options:\n"
             f'      heading: "{prefix}.{name}"\n      toc_label: "{name}"\n'
             for name in names
         ]
     return "\n".join(parts)
+
+
+def options_entry(cls: type, name: str) -> str:
+    """A class of options as a table, from its fields, which mkdocstrings cannot see."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    example = text.split("Example:\n")[1].split("\n\nAttributes:")[0]
+    rows = []
+    for field in dataclasses.fields(cls):
+        nested = nested_in(field)
+        known = field.default is not dataclasses.MISSING
+        default = f"`{field.default!r}`" if known and nested is None else ""
+        text_of = f"see `{nested.__name__}`" if nested else field.metadata["help"]
+        escaped = re.sub(r"([|\[<])", r"\\\1", text_of)
+        rows.append(f"| `{field.name}` | {default} | {escaped} |")
+    table = "\n".join(["| option | default | what it does |", "|---|---|---|", *rows])
+    code = f"```python\n{inspect.cleandoc(example)}\n```"
+    heading = f"### {name} {{#{cls.__module__}.{cls.__qualname__}}}"
+    return "\n\n".join([heading, text.splitlines()[0], code, table]) + "\n"
