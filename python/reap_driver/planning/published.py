@@ -63,7 +63,7 @@ def calibration_mix(data: Sequence[Mapping[str, Any]]) -> list[MixEntry]:
     ]
 
 
-def gate_rule(provenance: Mapping[str, Any]) -> str:
-    """Which gate weights were recorded."""
+def router_weight_rule(provenance: Mapping[str, Any]) -> str:
+    """Which router weights were recorded."""
     gate = str(provenance.get("gate"))
     return "the model's own combine weights" if gate == "model" else gate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from reap_driver.planning.criteria import named
-from reap_driver.planning.published import calibration_mix, gate_rule
+from reap_driver.planning.published import calibration_mix, router_weight_rule
 from reap_driver.reporting.elements import Cell, Fact, Facts, Paragraph, Share, Table
 from reap_driver.reporting.inputs import Inputs
 
@@ -40,7 +40,7 @@ def method(inputs: Inputs) -> Facts:
             Fact("Model", inputs.model),
             Fact("Architecture", _recorded(model.get("architecture"))),
             Fact("Criterion", named(inputs.scores.criterion)),
-            Fact("Router weights g", gate_rule(known)),
+            Fact("Router weights g", router_weight_rule(known)),
             *_of_plan(inputs),
             Fact("Observed", _recorded(known.get("created"))),
             Fact("Software", _recorded(", ".join(f"{k} {v}" for k, v in software.items()))),

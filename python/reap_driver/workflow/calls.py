@@ -40,7 +40,7 @@ _Call = TypeVar("_Call", bound=Callable[..., Any])
 
 
 def listener_of(progress: Heard) -> Listener:
-    """Who hears of a job: nobody, a console, a function of `Progress`, or a `Listener`."""
+    """The listener that `progress` stands for; see `prune`."""
     if progress is None or progress is False:
         return Listener()
     if progress is True:

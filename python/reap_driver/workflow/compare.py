@@ -227,7 +227,7 @@ def _compared(
     decision = None if run.device_map is not None else _decided(options, pair, sources)
     size = (run.batch_size or 1) if decision is None else decision.batch_size
     sizes = [min(size, source.full_sequences) for source in sources]
-    # What either model cannot be given is not given to any.
+    # Both models get the same inputs, so only what both can take.
     layers = [layer for model in pair.models for layer in model.layers]
     batches = batches_of(pair.original.config, layers, sources, sizes)
     total = sum(source.tokens for source in sources)
@@ -258,7 +258,7 @@ def _compared(
 
 
 def _decided(options: CompareOptions, pair: Pair, sources: Sequence[PackedSource]) -> Decision:
-    """How the models are best held, both alike.
+    """Decides how both models are held.
 
     Raises:
         ResourceError: see `decide`; or a plan, and the original does not fit in memory.
@@ -280,7 +280,7 @@ def _decided(options: CompareOptions, pair: Pair, sources: Sequence[PackedSource
 
 
 def _together(sizes: Sequence[ModelSizes]) -> ModelSizes:
-    """Models of which all are in memory, or the states of all and the layers of one at a time."""
+    """Sizes of both models together."""
     return replace(
         sizes[0],
         layer_bytes=tuple(nbytes for each in sizes for nbytes in each.layer_bytes),
@@ -449,13 +449,15 @@ def _integrity_lines(found: Mapping[str, Any]) -> str:
             f"  orphans               {found['orphan_rate']:.1%} of tokens lose their first expert"
             f" (most in {worst}: {rates[worst]:.1%})",
             f"  stranded              {found['stranded_rate']:.2%} of tokens lose all of them",
-            f"  retained routing      {found['retained_gate_share']:.1%} of a token's gate weights",
+            f"  retained routing      {found['retained_gate_share']:.1%} of a token's router "
+            "weights",
         ]
     if "dead_kept" in found:
         lines.append(
-            f"  calibration           kept {found['calibration_gate_share']:.1%} of gate weights, "
-            f"{found['calibration_saliency_share']:.1%} of saliency; {found['dead_kept']} of the "
-            f"kept experts and {found['dead_removed']} of the removed were never routed to"
+            f"  calibration           kept {found['calibration_gate_share']:.1%} of router "
+            f"weights, {found['calibration_saliency_share']:.1%} of saliency; "
+            f"{found['dead_kept']} of the kept experts and {found['dead_removed']} of the removed "
+            "were never routed to"
         )
     if "misplaced" in found:
         wrong = found["misplaced"]

@@ -20,11 +20,11 @@ _SHORTEST, _LONGEST = 5.0, 60.0
 
 
 class Console(Listener):
-    """Where a command's words go.
+    """Prints what a job reports.
 
     Args:
         quiet: errors only.
-        as_json: results are printed as JSON by the caller, so `say` keeps silent.
+        as_json: the caller prints the result as JSON, so `say` prints nothing.
     """
 
     def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:

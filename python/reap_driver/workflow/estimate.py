@@ -112,10 +112,10 @@ class Estimate(Result):
 
 
 def estimate(options: EstimateOptions, listener: Listener | None = None) -> Estimate:
-    """Decides as the real run would and says the arithmetic; see `reap_driver.estimate`.
+    """Decides as a real run would, with its arithmetic; see `reap_driver.estimate`.
 
     Raises:
-        ResourceError: the model does not fit this machine; the listener hears what it needs before.
+        ResourceError: the model does not fit this machine; what it needs is reported before.
     """
     heard = Collector(listener)
     out = options.out
@@ -184,7 +184,7 @@ def _config_folder(model: str) -> Iterator[str]:
 
 
 def _count_tokens(options: EstimateOptions, model: Model, seq_len: int, heard: Listener) -> int:
-    """As said, or those of the data, read as a real run would."""
+    """The number given, or that of the data, which is read as in a real run."""
     if options.tokens is not None:
         return options.tokens
     wanted = sources_of(options.data)

@@ -1,4 +1,4 @@
-"""What is known of a model before its weights are read, and early checks of how it is to run."""
+"""Inspects a model before its weights are read, and checks early how it is to run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

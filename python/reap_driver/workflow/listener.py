@@ -1,4 +1,4 @@
-"""What a job tells while it works: notes, intermediate results, progress. By default, nobody."""
+"""Listeners: they receive notes, intermediate results and progress of a job while it runs."""
 
 import contextlib
 import time
@@ -67,7 +67,7 @@ class Step:
 
 
 class Listener:
-    """Hears what a job tells; this one ignores it all. See `Console` for one that prints.
+    """Receives what a job reports while it runs. This one ignores it; `Console` prints it.
 
     Example:
         >>> class Notes(rd.Listener):
@@ -78,13 +78,13 @@ class Listener:
     """
 
     def only(self, speaks: bool) -> None:
-        """Of several processes that do the same, only one speaks."""
+        """Silences all but one of several processes that do the same."""
 
     def say(self, text: str) -> None:
         """A result, as soon as it is known; the job's result holds it, too."""
 
     def note(self, text: str) -> None:
-        """Something to know that is no error; the job's result holds it, too."""
+        """A warning or remark; the job's result holds it, too."""
 
     def step(self, what: str, unit: str, total: int | None) -> Step:
         """A step that begins; a subclass returns one that shows its progress."""
@@ -106,7 +106,7 @@ class Listener:
             step.close()
 
     def library_progress(self) -> contextlib.AbstractContextManager[None]:
-        """What transformers' own loading bars do meanwhile: nothing is shown."""
+        """A context in which transformers shows no loading bars of its own."""
         return _no_library_bars()
 
 
@@ -124,7 +124,7 @@ def _no_library_bars() -> Iterator[None]:
 
 
 class _Told(Step):
-    """A step whose changes a function is told."""
+    """A step that calls a function at every change."""
 
     def __init__(self, tell: Callable[[Progress], Any], what: str, unit: str, total: Any) -> None:
         super().__init__(what, unit, total)
@@ -136,7 +136,7 @@ class _Told(Step):
 
 
 class Callback(Listener):
-    """Tells a function the progress of every step.
+    """Calls a function with the progress of every step.
 
     Args:
         tell: called with a `Progress` after each batch, layer or file.

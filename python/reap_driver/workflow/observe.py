@@ -142,7 +142,7 @@ class Observing:
         options: the options of the job.
         place: the output, beside which the journal and what memory cannot hold are.
         world: the processes that observe together.
-        heard: hears of it.
+        heard: receives notes and progress.
 
     Attributes:
         model: what is known of the model, once `inspect` was called.
@@ -161,12 +161,12 @@ class Observing:
         self.sources: list[PackedSource]
 
     def check_journal(self) -> None:
-        """What can be said of a journal before data is read.
+        """Checks the journal before any data is read.
 
         Raises:
             DataError: a run is to be resumed, and there is none.
-            CheckpointError: an interrupted run left one, and it is not said what to do with it; or
-                its folder holds something else.
+            CheckpointError: an interrupted run left one, and neither `resume` nor `overwrite` is
+                given; or its folder holds something else.
         """
         check_journal_folder(self._folder)
         if self._options.journal.resume:
@@ -372,7 +372,7 @@ def _device_name(run: RunOptions, world: Ranks) -> str:
 
 @contextlib.contextmanager
 def _listening(journal: Journal | None, heard: Listener) -> Iterator[Stop]:
-    """Hears requests to end where a journal can be written; elsewhere they end the run at once."""
+    """Defers Ctrl-C while a journal is written; without one, it ends the run at once."""
     if journal is None:
         yield Stop()
         return

@@ -1,4 +1,4 @@
-"""Checks of outputs, made before any work is done: what may be written, and what must never be.
+"""Checks of outputs, made before any work is done: what may be written, and what never is.
 
 An output is never an input of the same run, and never a file of a checkpoint, with --overwrite or
 without: files are compared by device and inode, so links of either kind change nothing.

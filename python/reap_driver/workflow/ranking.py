@@ -55,7 +55,7 @@ def planned(
 def foreseen(
     blank: Scores, rank: RankOptions, budget: BudgetOptions, allocation: AllocationOptions
 ) -> list[Plan]:
-    """Plans as far from each other as those that the options can lead to, before any statistics.
+    """The plans, before any statistics, that bound those which the options can lead to.
 
     A uniform allocation removes as many experts of a layer whatever their scores. A global one may
     empty the first layers as far as it can and leave the last alone: that is the second plan.

@@ -105,7 +105,7 @@ class Searched(Result):
 
 
 def search(options: SearchOptions, listener: Listener | None = None) -> Searched:
-    """Searches and saves the plan; what can be checked early is. See `reap_driver.search`.
+    """Searches and saves the plan, after all checks that need no weights. See `reap_driver.search`.
 
     Raises:
         ResourceError: the model does not fit.
@@ -164,8 +164,8 @@ def _saved(path: Path, options: SearchOptions) -> Saved | None:
     """What an interrupted search left, where it is to go on.
 
     Raises:
-        CheckpointError: there is something, and it is not said what to do with it.
-        DataError: there is nothing.
+        CheckpointError: there is a state, and neither `resume` nor `overwrite` is given.
+        DataError: there is none to resume.
     """
     if options.resume:
         return states.read(path)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from reap_driver.planning.published import calibration_mix, gate_rule, public_name
+from reap_driver.planning.published import calibration_mix, public_name, router_weight_rule
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,6 @@ def test_what_is_not_recorded_is_not_made_up() -> None:
     assert (entry.records, entry.tokens, entry.share, entry.digest) == (None, None, None, None)
 
 
-def test_gate_rules_are_named() -> None:
-    assert gate_rule({"gate": "model"}) == "the model's own combine weights"
-    assert gate_rule({"gate": "softmax"}) == "softmax"
+def test_router_weight_rules_are_named() -> None:
+    assert router_weight_rule({"gate": "model"}) == "the model's own combine weights"
+    assert router_weight_rule({"gate": "softmax"}) == "softmax"
