@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import pkgutil
 import re
 import shutil
 from importlib import import_module
@@ -68,4 +69,30 @@ def test_examples_run(package, name, files, names, monkeypatch, capsys) -> None:
     said: list[str] = []
     runner.run(test, out=said.append)
     assert runner.tries
+    assert not runner.failures, "\n".join(said)
+
+
+def inner_examples() -> list[doctest.DocTest]:
+    """Examples in docstrings of what the driver does not export: they use names of their module."""
+    found = []
+    homes = set(api.exported("reap_driver").values())
+    for module in pkgutil.walk_packages(rd.__path__, "reap_driver."):
+        if module.name == "reap_driver.__main__" or module.name.endswith("load_pruned"):
+            continue
+        tests = doctest.DocTestFinder().find(import_module(module.name))
+        own = [test for test in tests if test.examples]
+        found += [t for t in own if not any(f"{t.name}.".startswith(f"{h}.") for h in homes)]
+    return found
+
+
+def test_examples_of_inner_names_run(files, names, monkeypatch) -> None:
+    monkeypatch.chdir(files)
+    tests = inner_examples()
+    assert tests
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
+    runner = doctest.DocTestRunner(Checker(), optionflags=flags)
+    said: list[str] = []
+    for test in tests:
+        test.globs = {**names, **test.globs}
+        runner.run(test, out=said.append)
     assert not runner.failures, "\n".join(said)

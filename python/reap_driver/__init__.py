@@ -46,8 +46,8 @@ if TYPE_CHECKING:
         search,
     )
     from reap_driver.workflow.compare import Compared
+    from reap_driver.workflow.errors import OptionError
     from reap_driver.workflow.estimate import Estimate
-    from reap_driver.workflow.fields import OptionError
     from reap_driver.workflow.jobs import (
         ApplyOptions,
         CalibrationOptions,
@@ -102,7 +102,7 @@ _HOMES = {
     "ObserveOptions": "reap_driver.workflow.jobs",
     "Observed": "reap_driver.workflow.observe",
     "Observer": "reap_driver.observation.observer",
-    "OptionError": "reap_driver.workflow.fields",
+    "OptionError": "reap_driver.workflow.errors",
     "Plan": "reap_driver.planning.plan",
     "PlanOptions": "reap_driver.workflow.jobs",
     "Planned": "reap_driver.workflow.plan",

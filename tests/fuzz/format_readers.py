@@ -15,7 +15,7 @@ from reap_driver.observation.batch_state import BatchState
 from reap_driver.observation.journal import Journal
 from reap_driver.observation.journal import read as read_journal
 from reap_driver.observation.state_store import read_state, write_state
-from reap_driver.reporting.comparison import comparison_table, read_comparison
+from reap_driver.reporting.comparison import comparison_parts, read_comparison
 from reap_kernels import SaliencyStats
 from reap_kernels.tuning import CONFIGS, Launch, Table
 from tests.fuzz.campaign import Nonsense, Reader
@@ -117,7 +117,7 @@ def _sane(launch: Launch) -> bool:
 
 
 def _use_comparison(path: Path) -> None:
-    comparison_table(read_comparison(path))
+    comparison_parts(read_comparison(path))
 
 
 def _use_layer_file(world: World, option: str, path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from reap_driver.workflow.console import flags
-from reap_driver.workflow.fields import OptionError, build, every_field
+from reap_driver.workflow.fields import build, every_field, refused
 
 _Options = TypeVar("_Options")
 
@@ -57,7 +57,7 @@ def require(args: argparse.Namespace, *names: str) -> None:
     """Raises OptionError where flags that a command needs were not given."""
     missing = [f"--{name.replace('_', '-')}" for name in names if not hasattr(args, name)]
     if missing:
-        raise OptionError(f"the following arguments are required: {', '.join(missing)}")
+        raise refused(f"the following arguments are required: {', '.join(missing)}")
 
 
 def _add(place: Any, field: "Field[Any]", choices: tuple[str, ...]) -> None:

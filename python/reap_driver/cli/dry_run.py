@@ -2,7 +2,7 @@
 
 import argparse
 
-from reap_driver.workflow.fields import OptionError
+from reap_driver.workflow.fields import refused
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
@@ -23,5 +23,5 @@ def dry(args: argparse.Namespace) -> bool:
         OptionError: it was not, though `--tokens` was.
     """
     if not args.dry_run and hasattr(args, "tokens"):
-        raise OptionError("`tokens`: only with --dry-run; a real run counts the tokens of `data`")
+        raise refused("`tokens`: only with --dry-run; a real run counts the tokens of `data`")
     return bool(args.dry_run)

@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 from reap_driver.base.interrupts import Interrupted, Terminated, terminations_raised
 from reap_driver.cli.commands import COMMANDS
 from reap_driver.workflow.console import Console, emit, flags, printable
-from reap_driver.workflow.fields import OptionError
 
 PROGRAM = "reap-kernels"
 USAGE, BAD_INPUT, RESOURCES = 2, 3, 4
@@ -158,7 +157,11 @@ def _run(words: Sequence[str], *, as_json: bool) -> int:
         raise UsageError("a COMMAND is missing", build_parser().format_help())
     try:
         result = args.run(args, Console(quiet=args.quiet, as_json=as_json))
-    except OptionError as error:
+    except Exception as error:
+        from reap_driver.workflow.errors import OptionError  # with it comes torch
+
+        if not isinstance(error, OptionError):
+            raise
         raise UsageError(flags(str(error)), args.usage()) from error
     if as_json and result is not None:  # of several ranks, one has something to say
         facts = result if isinstance(result, dict) else result.facts()

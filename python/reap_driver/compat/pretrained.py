@@ -48,7 +48,7 @@ def read_model(
         CheckpointError, UnsupportedModel: see `load_config`, `model_class` and `meta_model`.
 
     Example:
-        >>> config, model = read_model("Qwen3-30B-A3B")
+        >>> config, model = read_model("MODEL")
     """
     config = load_config(path_or_id, trust_remote_code=trust_remote_code)
     return config, meta_model(config)

@@ -19,7 +19,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
         UnsupportedModel: there is no such part.
 
     Example:
-        >>> text_model(whole_qwen3_omni) is whole_qwen3_omni.thinker
+        >>> text_model(model) is model  # of a whole Qwen3-Omni it is `model.thinker`
         True
     """
     return _named(model)[1]

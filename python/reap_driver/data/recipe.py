@@ -62,8 +62,8 @@ def load_recipe(path: str | Path) -> list[DataSource]:
             invalid value or a location that does not exist. The message names file, source and key.
 
     Example:
-        >>> [source.name for source in load_recipe("mix.yaml")]
-        ['code.jsonl', 'theblackcat102/evol-codealpaca-v1']
+        >>> load_recipe("reap-coding")[0].name
+        'theblackcat102/evol-codealpaca-v1'
     """
     file = Path(path)
     if not is_file(file):

@@ -65,9 +65,6 @@ def check_storage(
         UnsupportedModel: the weights are in a format or layout that cannot be read.
         CheckpointError: the tensors of compressed-tensors do not match each other, or the weights
             do not match config.json.
-
-    Example:
-        >>> check_storage("model", config, open_checkpoint(Path("model")).tensors)
     """
     settings = quantization_settings(config)
     method = None if settings is None else method_of(settings, "unnamed")

@@ -26,7 +26,7 @@ class Applied(Result):
         report: what was done to what.
 
     Example:
-        >>> rd.apply("MODEL", plan, out="applied").report.experts_after
+        >>> rd.apply("MODEL", plan, out="cut").report.experts_after
         24
     """
 

@@ -20,7 +20,8 @@ from reap_driver.workflow import prune as pruning
 from reap_driver.workflow import report as reporting
 from reap_driver.workflow import search as searching
 from reap_driver.workflow.console import Console
-from reap_driver.workflow.fields import OptionError, build, every_field
+from reap_driver.workflow.errors import OptionError
+from reap_driver.workflow.fields import build, every_field
 from reap_driver.workflow.jobs import (
     ApplyOptions,
     CalibrationOptions,

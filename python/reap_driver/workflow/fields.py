@@ -16,21 +16,15 @@ from dataclasses import MISSING
 from typing import Any, TypeVar
 
 from reap_driver.base.arguments import typed
-from reap_kernels.errors import UsageError
 
 _Options = TypeVar("_Options")
 
 
-class OptionError(UsageError):
-    """Options are missing, unknown, or contradict each other; exit code 2 on the command line.
+def refused(text: str) -> Exception:
+    """An OptionError, imported where it is raised: with it comes torch, which `--help` must not."""
+    from reap_driver.workflow.errors import OptionError
 
-    Example:
-        >>> rd.DataOptions(data="code.jsonl", max_len=512)
-        Traceback (most recent call last):
-        reap_driver.workflow.fields.OptionError: `max_len=512`: only with `packing='none'`; ...
-    """
-
-    exit_code = 2
+    return OptionError(text)
 
 
 def option(
@@ -120,7 +114,7 @@ def build(cls: type[_Options], given: Mapping[str, Any]) -> _Options:
         OptionError: a name is unknown or missing, or values contradict each other.
 
     Example:
-        >>> build(DataOptions, {"data": ["code.jsonl"], "seq_len": 512}).seq_len
+        >>> build(rd.DataOptions, {"data": ["code.jsonl"], "seq_len": 512}).seq_len
         512
     """
     left = dict(given)
@@ -130,7 +124,7 @@ def build(cls: type[_Options], given: Mapping[str, Any]) -> _Options:
     if unknown is not None:
         close = difflib.get_close_matches(unknown, names, 1)
         hint = f"; did you mean `{close[0]}`?" if close else f"; there are {', '.join(names)}"
-        raise OptionError(f"{unknown} is no option of {cls.__name__}{hint}")
+        raise refused(f"{unknown} is no option of {cls.__name__}{hint}")
     return _build(cls, left)
 
 
@@ -145,7 +139,7 @@ def _build(cls: type[_Options], left: dict[str, Any]) -> _Options:
         elif nested is not None:
             values[field.name] = _build(nested, left)
         elif field.default is MISSING:
-            raise OptionError(f"`{field.name}` is required: {field.metadata['help']}")
+            raise refused(f"`{field.name}` is required: {field.metadata['help']}")
     return cls(**values)
 
 

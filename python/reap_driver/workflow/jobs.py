@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap_driver.workflow.fields import OptionError, group_of, option, options
+from reap_driver.workflow.fields import group_of, option, options, refused
 from reap_driver.workflow.options import (
     DATA,
     AllocationOptions,
@@ -84,7 +84,7 @@ _PATHS = ("out", "stats", "plan", "as_masks", "compare", "task_folder")
 
 def _needs_data(data: DataOptions, also: str = "") -> None:
     if not data.given:
-        raise OptionError(f"no data to run the model on; give `data`{also or ' or `recipe`'}")
+        raise refused(f"no data to run the model on; give `data`{also or ' or `recipe`'}")
 
 
 @options
@@ -186,7 +186,7 @@ class PruneOptions:
         check_positive(self, "folds")
         _needs_data(self.data)
         if self.out is None:
-            raise OptionError("`out` is required: the folder of the new checkpoint")
+            raise refused("`out` is required: the folder of the new checkpoint")
 
 
 @options
@@ -215,11 +215,11 @@ class EstimateOptions:
         check_positive(self, "tokens")
         if self.tokens is not None and self.data.given:
             named = "data" if self.data.data else "recipe"
-            raise OptionError(
+            raise refused(
                 f"`tokens={self.tokens}`: not together with `{named}`, whose tokens are counted"
             )
         if self.tokens is None and not self.data.given:
-            raise OptionError("no data to plan for; give `tokens`, or the `data` to count them in")
+            raise refused("no data to plan for; give `tokens`, or the `data` to count them in")
 
 
 @options
@@ -252,7 +252,7 @@ class ApplyOptions:
     def __post_init__(self) -> None:
         _plain(self)
         if (self.out is None) == (self.as_masks is None):
-            raise OptionError("give one of `out` and `as_masks`")
+            raise refused("give one of `out` and `as_masks`")
 
 
 @options
@@ -308,16 +308,16 @@ class SearchOptions:
         check_positive(self, "evaluations", "generations", "population", "elites")
         _needs_data(self.data)
         if self.run.stream == "always":
-            raise OptionError(
+            raise refused(
                 "`stream='always'`: a search needs the whole model in memory; leave it out"
             )
         if self.elites >= self.population:
-            raise OptionError(
+            raise refused(
                 f"`elites={self.elites}`: give fewer than the population of {self.population}"
             )
         self.share  # noqa: B018 - refuses a share that cannot be held out
         if self.resume and self.out is None:
-            raise OptionError("`resume=True`: needs `out`, beside which the search's state is")
+            raise refused("`resume=True`: needs `out`, beside which the search's state is")
 
     @property
     def share(self) -> Fraction:
@@ -325,7 +325,7 @@ class SearchOptions:
         value = self.validation
         near = Fraction(value).limit_denominator(_MOST_FOLDS) if math.isfinite(value) else None
         if near is None or not 0 <= near < 1 or (near == 0 and value != 0):
-            raise OptionError(
+            raise refused(
                 f"`validation={value}`: give 0, or a share from {1 / _MOST_FOLDS} to "
                 f"{1 - 1 / _MOST_FOLDS}"
             )
@@ -386,7 +386,7 @@ class CompareOptions:
         if not self.tasks:
             _needs_data(self.data, ", `recipe` or `tasks`")
         if self.tokens is not None and self.sequences is not None:
-            raise OptionError("`tokens`: not together with `sequences`; give one of them")
+            raise refused("`tokens`: not together with `sequences`; give one of them")
 
 
 @options

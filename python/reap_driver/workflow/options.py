@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from reap_driver.planning.criteria import CRITERIA, criterion_named
-from reap_driver.workflow.fields import OptionError, option, options
+from reap_driver.workflow.fields import option, options, refused
 
 SEQ_LEN = 2048
 # What `protect` takes: SUPER, a layer and ids in it, or a file of them.
@@ -27,7 +27,7 @@ def check_positive(given: Any, *names: str) -> None:
     for name in names:
         value = getattr(given, name)
         if value is not None and value < 1:
-            raise OptionError(f"`{name}={value}`: give a whole number above 0")
+            raise refused(f"`{name}={value}`: give a whole number above 0")
 
 
 @options
@@ -101,12 +101,12 @@ class DataOptions:
         check_positive(self, "seq_len", "max_len")
         apart = self.packing == "none"
         if self.max_len is not None and not apart:
-            raise OptionError(
+            raise refused(
                 f"`max_len={self.max_len}`: only with `packing='none'`; packed sequences have "
                 "`seq_len` tokens"
             )
         if self.seq_len is not None and apart:
-            raise OptionError(
+            raise refused(
                 f"`seq_len={self.seq_len}`: not together with `packing='none'`, where a sequence "
                 "is a document; give `max_len` to cut long ones"
             )
@@ -183,7 +183,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         check_positive(self, "batch_size")
         if self.device_map is not None and (self.device != "auto" or self.stream == "always"):
-            raise OptionError(
+            raise refused(
                 f"`device_map={self.device_map}`: not together with `device` or "
                 "`stream='always'`; a map says where every layer is"
             )
@@ -219,7 +219,7 @@ class JournalOptions:
     def __post_init__(self) -> None:
         check_positive(self, "journal_every")
         if self.resume and not self.journal:
-            raise OptionError(
+            raise refused(
                 "`resume=True`: not together with `journal=False`, which leaves no journal"
             )
 
@@ -262,7 +262,7 @@ class RankOptions:
         try:
             criterion_named(self.criterion)
         except ValueError as error:
-            raise OptionError(f"`criterion`: {error}") from error
+            raise refused(f"`criterion`: {error}") from error
         given = self.protect
         if isinstance(given, Mapping):
             given = [(layer, tuple(ids)) for layer, ids in given.items()]
@@ -283,7 +283,7 @@ def _protected(given: Any) -> Protected:
         return found[1], tuple(int(number) for number in found[2].split(","))
     if isinstance(given, str) and Path(given).suffix in (".json", ".yaml", ".yml"):
         return Path(given)
-    raise OptionError(
+    raise refused(
         f"`protect`: {given!r} is not super, LAYER:ID,ID such as 3:17,40, or a .json or .yaml file"
     )
 
@@ -320,7 +320,7 @@ class AllocationOptions:
 
     def __post_init__(self) -> None:
         if self.normalize is not None and self.allocation != "global":
-            raise OptionError(
+            raise refused(
                 f"`normalize={self.normalize}`: only with `allocation='global'`, which compares "
                 "layers"
             )
@@ -363,7 +363,7 @@ class BudgetOptions:
             object.__setattr__(self, "layer_ratios", Path(self.layer_ratios))
         for name in ("skip_first", "skip_last"):
             if getattr(self, name) < 0:
-                raise OptionError(f"`{name}={getattr(self, name)}`: give 0 or more")
+                raise refused(f"`{name}={getattr(self, name)}`: give 0 or more")
 
 
 @options

@@ -10,7 +10,7 @@ from reap_driver.planning.budget import served_advice
 from reap_driver.planning.criteria import known_criterion
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.stability import CERTAIN, keep_probability, margin
-from reap_driver.workflow.fields import OptionError
+from reap_driver.workflow.errors import OptionError
 from reap_driver.workflow.jobs import PlanOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.outputs import check_file, inputs_of

@@ -234,20 +234,20 @@ def test_prune_goes_on_behind_an_observation(
     run: Run, deep: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What fails while the checkpoint is written costs no observation."""
-    import reap_driver.writer.apply as checkpoint
+    import reap_driver.workflow.prune as job
     from reap_driver.observation.observer import Observer
 
-    apply_plan = checkpoint.apply_plan
+    apply_plan = job.apply_plan
 
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(28, "No space left on device", "pruned")
 
-    monkeypatch.setattr(checkpoint, "apply_plan", fail)
+    monkeypatch.setattr(job, "apply_plan", fail)
     pruned = ["prune", *words[1:], "--out", tmp_path / "pruned"]
     outcome = run(*pruned)
     assert outcome.code == 4
     assert (tmp_path / "pruned.journal" / "journal.json").is_file()
-    monkeypatch.setattr(checkpoint, "apply_plan", apply_plan)
+    monkeypatch.setattr(job, "apply_plan", apply_plan)
     monkeypatch.setattr(Observer, "__call__", fail)
     assert run(*pruned, "--resume").code == 0
     assert (tmp_path / "pruned" / "config.json").is_file()

@@ -126,7 +126,7 @@ def test_always_streams_and_never_does_not() -> None:
             cpu(STREAMED + STATES - 1, tenths(2 * STATES) - 1),
             "always",
             r"needs 6.00 GB of disk, hidden states most of it .* 6.67 GB is free \(on the disk of "
-            r"there\); use less data \(--data SOURCE:N\)",
+            r"there\); use less data \(`data` with SOURCE:N\)",
         ),
         (gpu(LEAST_GPU - 1, 10 * GB), "auto", r"needs 45.0 GB of device memory, two layers most"),
         (gpu(LEAST_GPU, PINNED_BYTES - 1), "auto", r"537 MB of host memory, buffers most of it"),

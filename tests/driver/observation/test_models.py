@@ -105,7 +105,7 @@ def test_unknown_architecture(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="'novel' with architecture 'NovelForCausalLM'"):
         load_config(folder)
     _edit(folder, auto_map={"AutoConfig": "novel.NovelConfig"})
-    with pytest.raises(UnsupportedModel, match="--trust-remote-code"):
+    with pytest.raises(UnsupportedModel, match="`trust_remote_code=True`"):
         load_config(folder)
 
 

@@ -5,15 +5,18 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import reap_driver as rd
 from reap_driver.cli import arguments
 from reap_driver.cli.main import build_parser
 from reap_driver.workflow import calls, jobs
 from reap_driver.workflow.console import flags
-from reap_driver.workflow.fields import OptionError, build, every_field, flat
-from reap_kernels.errors import UsageError
+from reap_driver.workflow.errors import OptionError
+from reap_driver.workflow.fields import build, every_field, flat
+from reap_kernels.errors import ReapError, UsageError
 
 COMMANDS = {
     "prune": (rd.PruneOptions, rd.EstimateOptions),
@@ -166,3 +169,27 @@ def test_flags_are_read_as_options() -> None:
     assert (made.write.shard_size, made.data.cache) == (5 * 10**9, False)
     assert made.rank.weights == {"a": 0.5, "g": 1.0}
     assert made.run == rd.RunOptions()
+
+
+VALUES = [
+    None, 3, -1, 0.5, float("nan"), True, "text", "", b"x", [1, 2], [], ["a"], ("a", 1), {"a": 1},
+    {1: [2]}, {"a": {"b": 1}}, torch.ones(2), np.ones(2), int, len, Path("none/such"), object(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", list(dict.fromkeys(c for cs in COMMANDS.values() for c in cs)))
+def test_no_value_of_an_option_ends_in_a_traceback(cls: type) -> None:
+    """It is taken, or refused with an error that names the option."""
+    taken, refused = 0, 0
+    unnamed: list[Any] = []
+    for field in every_field(cls):
+        for value in VALUES:
+            try:
+                build(cls, given(cls) | {field.name: value})
+                taken += 1
+            except ReapError as error:
+                refused += 1
+                unnamed += [(value, error)] if field.name not in str(error) else []
+    assert taken
+    assert refused > taken
+    assert not [value for value, error in unnamed if "no data" not in str(error)]

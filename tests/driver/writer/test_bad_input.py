@@ -318,7 +318,7 @@ def test_plan_counting_other_experts(full: Path, plan: Plan) -> None:
 
 def test_plan_with_different_counts(full: Path, plan: Plan) -> None:
     uneven = with_layer(plan, EXPERTS, LayerPlan.keeping(8, (0, 1, 2, 3)))
-    remedies = ("--non-uniform", "--as-masks", "--allocation uniform")
+    remedies = ("`non_uniform=True`", "`as_masks`", "`allocation='uniform'`")
     readers = ("from_pretrained, vLLM and SGLang", "one count for all layers", "load_pruned.py")
     assert_refused(full, uneven, PlanError, EXPERTS, "keeps 4", *readers, *remedies)
 
@@ -388,7 +388,7 @@ def test_target_exists(full: Path, plan: Plan) -> None:
     out = full.parent / "pruned"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    assert_refused(full, plan, CheckpointError, str(out), "exists", "--overwrite")
+    assert_refused(full, plan, CheckpointError, str(out), "exists", "`overwrite=True`")
     assert_refused(full, plan, CheckpointError, "not a checkpoint", overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
 
