@@ -4,7 +4,8 @@
 // until all of its warp or block have come. Fibers and blocks take turns in an order that a seed
 // permutes: a kernel whose result depends on it has a race. Misuse that hangs or corrupts on a GPU
 // (a shuffle some lanes do not reach, more shared memory than asked for) ends the process with a
-// message. Shared memory is filled with ones before each block, so that reads of unwritten memory show.
+// message. Shared memory is filled with ones before each block, so that reads of unwritten memory
+// show.
 #pragma once
 
 #include <cmath>
