@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from reap_driver.workflow.console import flags
-from reap_driver.workflow.fields import build, every_field, refused
+from reap_driver.workflow.fields import build, every_field, refused, shows_default
 
 _Options = TypeVar("_Options")
 
@@ -40,7 +40,7 @@ def add(parser: argparse.ArgumentParser, *classes: type) -> None:
                 if key not in exclusive:
                     exclusive[key] = place.add_mutually_exclusive_group()
                 place = exclusive[key]
-            _add(place, field, _choices(field))
+            _add(place, field)
 
 
 def read(cls: type[_Options], args: argparse.Namespace) -> _Options:
@@ -60,7 +60,7 @@ def require(args: argparse.Namespace, *names: str) -> None:
         raise refused(f"the following arguments are required: {', '.join(missing)}")
 
 
-def _add(place: Any, field: "Field[Any]", choices: tuple[str, ...]) -> None:
+def _add(place: Any, field: "Field[Any]") -> None:
     """Adds one flag."""
     meta = field.metadata
     text = flags(meta["help"]).replace("%", "%%")
@@ -72,7 +72,7 @@ def _add(place: Any, field: "Field[Any]", choices: tuple[str, ...]) -> None:
     flag = f"--{field.name.replace('_', '-')}"
     # What is not given stays away, so that the default is the field's alone.
     common: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": field.name}
-    if field.name == "enable_thinking":
+    if field.default is None and bool in _types(field):  # on, off, or neither
         place.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **common)
     elif field.default is False:
         place.add_argument(flag, action="store_true", help=text, **common)
@@ -81,31 +81,23 @@ def _add(place: Any, field: "Field[Any]", choices: tuple[str, ...]) -> None:
             flag.replace("--", "--no-", 1), action="store_false", help=text, **common
         )
     else:
-        if choices:
-            shown.setdefault("choices", choices)
+        for one in _types(field):
+            if typing.get_origin(one) is typing.Literal:
+                shown["choices"] = typing.get_args(one)
         if field.default is MISSING:
             common["required"] = True
         if field.name in _REPEATED:
             common["action"] = "append"
         if field.name in _VALUES:
             common["type"] = _VALUES[field.name]
-        place.add_argument(flag, help=text + _default(field), **common, **shown)
+        text += f" (default: {field.default})" if shows_default(field) else ""
+        place.add_argument(flag, help=text, **common, **shown)
 
 
-def _default(field: "Field[Any]") -> str:
-    """The default, where the help does not say it."""
-    unsaid = "(default" not in field.metadata["help"]
-    known = field.default not in (MISSING, None, (), "")
-    return f" (default: {field.default})" if known and unsaid else ""
-
-
-def _choices(field: "Field[Any]") -> tuple[str, ...]:
-    """The values that a field can have, where its type lists them."""
-    hint = field.type
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    options = typing.get_args(hint) if union else (hint,)
-    found = [one for one in options if typing.get_origin(one) is typing.Literal]
-    return typing.get_args(found[0]) if found else ()
+def _types(field: "Field[Any]") -> tuple[Any, ...]:
+    """The types that a field's value can have."""
+    union = typing.get_origin(field.type) in (typing.Union, types.UnionType)
+    return typing.get_args(field.type) if union else (field.type,)
 
 
 def positive(text: str) -> int:

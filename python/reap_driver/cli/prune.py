@@ -3,7 +3,7 @@
 import argparse
 
 from reap_driver.cli.arguments import add, read, require
-from reap_driver.cli.dry_run import add_dry_run, dry
+from reap_driver.cli.dry_run import DryRun, estimated
 from reap_driver.workflow.console import Console
 from reap_driver.workflow.jobs import EstimateOptions, PruneOptions
 from reap_driver.workflow.results import Result
@@ -33,16 +33,14 @@ examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Model, data, ranking, output."""
-    add(parser, PruneOptions, EstimateOptions)
-    add_dry_run(parser)
+    add(parser, PruneOptions, DryRun, EstimateOptions)
 
 
 def run(args: argparse.Namespace, console: Console) -> Result | None:
     """Prunes, or says what that would take."""
-    if dry(args):
-        from reap_driver.workflow.estimate import estimate
-
-        return estimate(read(EstimateOptions, args), console)
+    estimate = estimated(args, console)
+    if estimate is not None:
+        return estimate
     require(args, "out")
     options = read(PruneOptions, args)
     from reap_driver.workflow.prune import prune

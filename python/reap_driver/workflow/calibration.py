@@ -75,9 +75,9 @@ def calibration(options: CalibrationOptions, listener: Listener | None = None) -
     heard = Collector(listener)
     path = str(options.model)
     model = inspect_model(path, trust_remote_code=options.trust_remote_code)
-    seq_len = sequence_length(model, options.data, RunOptions())
-    check_packing(model, options.data)
     run = RunOptions(trust_remote_code=options.trust_remote_code)
+    seq_len = sequence_length(model, options.data, run)
+    check_packing(model, options.data)
     wanted = sources_of(options.data)
     sources = read_data(model, wanted, options.data, run, seq_len, heard)
     sizes = [min(options.batch_size, source.full_sequences) for source in sources]

@@ -4,7 +4,6 @@ Every keyword is a flag of the command line, written with underscores; `help(rd.
 all with their defaults, and the classes of options say what each does.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,13 +67,9 @@ def _job(options: type) -> Callable[[_Call], _Call]:
             if field.name not in names
         ]
 
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return function(*args, **kwargs)
-
-        call.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
-        call.options = options  # type: ignore[attr-defined]
-        return call  # type: ignore[return-value]
+        function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        function.options = options  # type: ignore[attr-defined]
+        return function
 
     return shown
 

@@ -77,9 +77,13 @@ def described(field: "dataclasses.Field[Any]") -> str:
     text = str(field.metadata["help"])
     if field.default is True:  # the help is that of the flag that turns it off
         text = f"`{field.name}=False`: {text}"
-    if field.default is not MISSING and field.default not in (None, False, True, (), ""):
-        text += f"; default {field.default!r}"
-    return text + "."
+    return f"{text}; default {field.default!r}." if shows_default(field) else f"{text}."
+
+
+def shows_default(field: "dataclasses.Field[Any]") -> bool:
+    """Whether a default is worth showing: it is a value, and the help does not state it."""
+    empty = field.default in (MISSING, None, (), "") or isinstance(field.default, bool)
+    return not empty and "(default" not in field.metadata["help"]
 
 
 def nested_in(field: "dataclasses.Field[Any]") -> type | None:

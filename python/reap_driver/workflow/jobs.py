@@ -19,6 +19,7 @@ from reap_driver.workflow.options import (
     RunOptions,
     WriteOptions,
     check_positive,
+    trust_option,
 )
 
 if TYPE_CHECKING:  # it imports torch, and --help must not
@@ -27,7 +28,7 @@ if TYPE_CHECKING:  # it imports torch, and --help must not
 FOLDS = 8
 # Parts of the data of which some can be held out from a search, at most.
 _MOST_FOLDS = 20
-_SEARCH, _TASKS, _PLANNING = "search", "tasks", "planning"
+_SEARCH, _TASKS, PLANNING = "search", "tasks", "planning"
 
 
 # Options that several jobs have one by one.
@@ -41,12 +42,6 @@ def _stats() -> Any:
 
 def _overwrite() -> Any:
     return option(False, help="replace what is there, once the new is complete")
-
-
-def _trust() -> Any:
-    return option(
-        False, help="run model or tokenizer code that comes with the checkpoint; read it first"
-    )
 
 
 def _force() -> Any:
@@ -98,7 +93,7 @@ class CalibrationOptions:
     """
 
     model: str | Path = _model()
-    trust_remote_code: bool = _trust()
+    trust_remote_code: bool = trust_option()
     batch_size: int = option(1, metavar="B", help="sequences at a time")
     data: DataOptions = group_of(DataOptions)
 
@@ -203,7 +198,7 @@ class EstimateOptions:
     tokens: int | None = option(
         None,
         metavar="N",
-        group=_PLANNING,
+        group=PLANNING,
         help="plan for N tokens, such as 24M, instead of reading data",
     )
     out: str | Path | None = option(None, metavar="PATH", help="where the run would write")
@@ -245,7 +240,7 @@ class ApplyOptions:
         "experts its router may choose",
     )
     overwrite: bool = _overwrite()
-    trust_remote_code: bool = _trust()
+    trust_remote_code: bool = trust_option()
     force_model: bool = _force()
     write: WriteOptions = group_of(WriteOptions)
 

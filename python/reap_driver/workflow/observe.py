@@ -145,6 +145,7 @@ class Observing:
         heard: receives notes and progress.
 
     Attributes:
+        wanted: the sources that are named.
         model: what is known of the model, once `inspect` was called.
         sources: the data, once `read_data` was called.
     """
@@ -157,6 +158,7 @@ class Observing:
         self._data: DataOptions = options.data
         self._journals = options.journal.journal and options.out is not None
         self._folder = journal_folder(place, world)
+        self.wanted = sources_of(self._data)
         self.model: Model
         self.sources: list[PackedSource]
 
@@ -186,8 +188,9 @@ class Observing:
         """Reads, tokenizes and packs the data, in sequences that the model can read."""
         seq_len = sequence_length(self.model, self._data, self._run)
         check_packing(self.model, self._data)
-        wanted = sources_of(self._data)
-        self.sources = read_data(self.model, wanted, self._data, self._run, seq_len, self._heard)
+        self.sources = read_data(
+            self.model, self.wanted, self._data, self._run, seq_len, self._heard
+        )
 
     @contextlib.contextmanager
     def observed(self) -> Iterator[Observed | None]:
@@ -209,9 +212,10 @@ class Observing:
             how = self._agreed(recorded)
             journal = None
             if self._journals:
+                folds = self._options.folds
                 run = identity(
-                    self.model, self.sources, self._data, self._run, how, self._ranks
-                ) | {"folds": self._options.folds}
+                    self.model, self.sources, self._data, self._run, how, folds, self._ranks
+                )
                 journal = Journal(self._folder, run, self._options.journal.journal_every)
             yield self._observed(how, journal)
             self._ranks.barrier()
@@ -330,6 +334,7 @@ def identity(
     options: DataOptions,
     run: RunOptions,
     how: Holding,
+    folds: int,
     world: Ranks,
 ) -> dict[str, Any]:
     """What must be the same for a run to go on with the same bits."""
@@ -345,6 +350,7 @@ def identity(
         "seq_len": sources[0].seq_len,
         "seed": options.seed,
         "answers only": options.answers_only,
+        "folds": folds,
         "batch sizes": how.batch_sizes,
         "dtype": run.dtype,
         "streamed": how.stream,

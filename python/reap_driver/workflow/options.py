@@ -22,6 +22,15 @@ _RANK, _BUDGET = "which experts go", "how many experts each layer loses"
 _WRITE = "writing the checkpoint"
 
 
+def trust_option(group: str = "") -> Any:
+    """The field `trust_remote_code`, of jobs that run a model and of those that only read it."""
+    return option(
+        False,
+        group=group,
+        help="run model or tokenizer code that comes with the checkpoint; read it first",
+    )
+
+
 def check_positive(given: Any, *names: str) -> None:
     """Raises OptionError unless these options are above 0, or not given."""
     for name in names:
@@ -174,11 +183,7 @@ class RunOptions:
         "the whole model would take more than 90 % of the memory that is free",
     )
 
-    trust_remote_code: bool = option(
-        False,
-        group=_RUN,
-        help="run model or tokenizer code that comes with the checkpoint; read it first",
-    )
+    trust_remote_code: bool = trust_option(_RUN)
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size")

@@ -6,7 +6,6 @@ from typing import Any
 
 from reap_driver.observation.data_parallel import ranks
 from reap_driver.workflow.apply import Applied, report_facts, writer_arguments
-from reap_driver.workflow.calibration import sources_of
 from reap_driver.workflow.inspection import Model, check_groups
 from reap_driver.workflow.jobs import PruneOptions
 from reap_driver.workflow.listener import Collector, Listener
@@ -66,31 +65,30 @@ def prune(options: PruneOptions, listener: Listener | None = None) -> Pruned | N
     stats = options.stats if isinstance(options.stats, Path) else None
     with ranks() as world:
         heard.only(world.rank == 0)
-        wanted = sources_of(options.data)
+        job = Observing(options, out.absolute(), world, heard)
         inputs = inputs_of(options, out, stats)
         if stats is not None:
             check_file(stats, overwrite=options.overwrite, inputs=inputs)
             inputs.append(stats)  # it stays
         check_replaced_folder(out, inputs)
-        job = Observing(options, out.absolute(), world, heard)
         job.check_journal()
         job.inspect()
         job.model.check_files()
         if world.rank == 0:  # the one that writes
-            _check_writing(options, job.model, heard)
+            _check_writing(options, out, job.model, heard)
         world.barrier()
-        check_groups(wanted, options.rank.weights)
+        check_groups(job.wanted, options.rank.weights)
         job.read_data()
         with job.observed() as found:
-            return None if found is None else _write(options, job.model, found, heard)
+            return None if found is None else _write(options, out, job.model, found, heard)
 
 
-def _check_writing(options: PruneOptions, model: Model, heard: Listener) -> None:
+def _check_writing(options: PruneOptions, out: Path, model: Model, heard: Listener) -> None:
     """Checks early that what will be planned can be written."""
     # Plans that remove as many of each layer need the same space and pass the same checks.
     plans = foreseen(model.blank_scores(), options.rank, options.budget, options.allocation)
     for blank in plans:
-        check_plan(model.path, blank, Path(str(options.out)), **_writing(options))
+        check_plan(model.path, blank, out, **_writing(options))
     for text in advice(plans[0], model.provenance["layers"]):
         heard.note(text)
 
@@ -101,9 +99,11 @@ def _writing(options: PruneOptions) -> dict[str, Any]:
     )
 
 
-def _write(options: PruneOptions, model: Model, found: Observed, heard: Collector) -> Pruned:
+def _write(
+    options: PruneOptions, out: Path, model: Model, found: Observed, heard: Collector
+) -> Pruned:
     """Ranks, plans, and writes the checkpoint."""
-    out, stats = Path(str(options.out)), found.stats
+    stats = found.stats
     heard.say(found.describe())
     if isinstance(options.stats, Path):
         stats.save(options.stats)

@@ -1,12 +1,13 @@
 """What every job's result has: facts for machines, words for people, a table in a notebook."""
 
 import html
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True, repr=False)
-class Result:
+class Result(ABC):
     """The outcome of a job.
 
     Attributes:
@@ -15,13 +16,13 @@ class Result:
 
     notes: list[str]
 
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """The outcome as the command line's `--json` prints it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> str:
         """The outcome in a few lines."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.describe()}"

@@ -237,9 +237,9 @@ def _identity(
 ) -> dict[str, Any]:
     """What must be the same for a search to go on; not for how long."""
     uniform = task.uniform
+    folds = options.share.denominator
     return {
-        **identity(model, sources, options.data, options.run, how, Ranks()),
-        "folds": options.share.denominator,
+        **identity(model, sources, options.data, options.run, how, folds, Ranks()),
         "validation": str(options.share),
         "scores": uniform.scores_digest,
         "ratio": uniform.ratio,
