@@ -10,7 +10,7 @@ from importlib import metadata
 
 import torch
 
-OLDEST_TRITON = (3, 4)
+OLDEST_TRITON = (3, 6)  # the floor of pyproject.toml
 # Below sm_80 there is no bf16 and no cp.async, which every kernel here is written for.
 OLDEST_NVIDIA = (8, 0)
 # Compiler options of every launch. Fusion is stated because its default changes between Triton
@@ -32,10 +32,11 @@ def triton_version() -> str | None:
 @functools.cache
 def _unusable(version: str | None) -> str | None:
     """Why this version of Triton will not do, or None."""
+    oldest = ".".join(map(str, OLDEST_TRITON))
     if version is None:
-        return "Triton is not installed (pip install 'triton>=3.4')"
+        return f"Triton is not installed (pip install 'triton>={oldest}')"
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
-        return f"Triton {version} is older than 3.4; upgrade it"
+        return f"Triton {version} is older than {oldest}; upgrade it"
     return None
 
 

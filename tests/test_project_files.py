@@ -1,11 +1,13 @@
 """Files for hosts of repositories agree with the code: versions, limits, links and the citation."""
 
 import re
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
 import yaml
 
+from reap_kernels import device
 from tests import test_layering
 
 ROOT = Path(__file__).parent.parent
@@ -60,3 +62,10 @@ def test_floors_have_reasons() -> None:
         if line.strip().startswith('"'):
             assert before.strip().startswith("#"), f"{line.strip()} has no reason above it"
             assert ">=" in line, f"{line.strip()} has no floor"
+
+
+def test_the_oldest_triton_is_the_floor() -> None:
+    """The backend refuses what the extra would not install."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    floors = project["optional-dependencies"]["triton"]
+    assert floors == [f"triton>={'.'.join(map(str, device.OLDEST_TRITON))}"]

@@ -99,8 +99,8 @@ def test_explicit_backends_refuse_and_say_why(monkeypatch) -> None:
     monkeypatch.setattr(device, "triton_version", lambda: None)
     with pytest.raises(BackendUnavailable, match=r"Triton is not installed \(pip install"):
         observe()
-    monkeypatch.setattr(device, "triton_version", lambda: "3.3.1")
-    with pytest.raises(BackendUnavailable, match=r"Triton 3\.3\.1 is older than 3\.4"):
+    monkeypatch.setattr(device, "triton_version", lambda: "3.5.1")
+    with pytest.raises(BackendUnavailable, match=r"Triton 3\.5\.1 is older than 3\.6"):
         observe()
 
 
