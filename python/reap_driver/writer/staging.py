@@ -29,6 +29,9 @@ from reap_driver.files.locks import locked
 from reap_kernels.errors import CheckpointError, ResourceError
 from reap_kernels.files import NO_SPACE, sync
 
+# Names of a temporary folder that are tried until its lock is free.
+_NAMES_TRIED = 10
+
 
 def check_target(out: Path, source: Path, *, overwrite: bool) -> None:
     """Refuses a target that exists, or that is, contains or is inside the source.
@@ -181,12 +184,16 @@ def _remove_stale(out: Path, kind: Kind) -> list[Path]:
 @contextlib.contextmanager
 def _make_folder(out: Path, kind: Kind = "partial") -> Iterator[Path]:
     """The temporary folder. Its lock is taken first, so no other run can find it unlocked. Without
-    locks on the file system, no run removes folders of others.
+    locks on the file system, no run removes folders of others; then it has no lock.
     """
     folder = new_folder(out, kind)
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            stack.enter_context(locked(lock_of(folder, out)))
+            for _ in range(_NAMES_TRIED):
+                if stack.enter_context(locked(lock_of(folder, out))):
+                    break
+                # Another run that cleans up has locked the new file before this one could.
+                folder = new_folder(out, kind)
         folder.mkdir()
         try:
             yield folder
