@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         report,
         search,
     )
-    from reap_driver.workflow.compare import Compared
+    from reap_driver.workflow.comparison_results import Compared
     from reap_driver.workflow.errors import OptionError
     from reap_driver.workflow.estimate import Estimate
     from reap_driver.workflow.jobs import (
@@ -88,7 +88,7 @@ _HOMES = {
     "Calibration": "reap_driver.workflow.calibration",
     "CalibrationOptions": "reap_driver.workflow.jobs",
     "CompareOptions": "reap_driver.workflow.jobs",
-    "Compared": "reap_driver.workflow.compare",
+    "Compared": "reap_driver.workflow.comparison_results",
     "Comparison": "reap_driver.evaluation.sequences",
     "DataOptions": "reap_driver.workflow.options",
     "Estimate": "reap_driver.workflow.estimate",

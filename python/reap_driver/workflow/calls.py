@@ -18,6 +18,7 @@ from reap_driver.workflow import plan as plans
 from reap_driver.workflow import prune as pruning
 from reap_driver.workflow import report as reporting
 from reap_driver.workflow import search as searching
+from reap_driver.workflow.comparison_results import Compared
 from reap_driver.workflow.console import Console
 from reap_driver.workflow.errors import OptionError
 from reap_driver.workflow.fields import build, every_field
@@ -254,7 +255,7 @@ def compare(
     *,
     progress: Heard = None,
     **options: Any,
-) -> comparing.Compared:
+) -> Compared:
     """Compares a pruned model with its original: what `reap-kernels compare` does.
 
     For models and batches in memory there is `compare_models`.

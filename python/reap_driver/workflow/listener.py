@@ -151,15 +151,16 @@ class Callback(Listener):
 
 
 class Collector(Listener):
-    """Passes everything on and keeps the notes, for a job's result.
-
-    Attributes:
-        notes: so far, in order.
-    """
+    """Passes everything on and keeps the notes, for a job's result."""
 
     def __init__(self, listener: Listener | None) -> None:
         self._listener = listener or Listener()
-        self.notes: list[str] = []
+        self._notes: list[str] = []
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Those so far, in order."""
+        return tuple(self._notes)
 
     def only(self, speaks: bool) -> None:
         """See `Listener`."""
@@ -171,7 +172,7 @@ class Collector(Listener):
 
     def note(self, text: str) -> None:
         """See `Listener`."""
-        self.notes.append(text)
+        self._notes.append(text)
         self._listener.note(text)
 
     def step(self, what: str, unit: str, total: int | None) -> Step:

@@ -109,9 +109,10 @@ def _write(
         stats.save(options.stats)
     scores = scored(stats, options.rank)
     plan = planned(scores, options.rank, options.budget, options.allocation, stats)
-    made = Planned(heard.notes, plan, decision_margin(plan, stats, heard))
+    inside = decision_margin(plan, stats, heard)
     for note in plan.notes:
         heard.note(note)
+    made = Planned(heard.notes, plan, inside)
     heard.say(made.describe())
 
     model.check_unchanged()  # the plan is of the files that were observed

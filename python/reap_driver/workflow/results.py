@@ -11,10 +11,10 @@ class Result(ABC):
     """The outcome of a job.
 
     Attributes:
-        notes: what there is to know besides, each a sentence.
+        notes: warnings and remarks of the job until then, in order.
     """
 
-    notes: list[str]
+    notes: tuple[str, ...]
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:

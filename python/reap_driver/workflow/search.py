@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,7 @@ def search(options: SearchOptions, listener: Listener | None = None) -> Searched
                 found.plan.save(out)
     for note in found.plan.notes:
         heard.note(note)
+    found = replace(found, notes=heard.notes)
     heard.say(found.describe())
     return found
 

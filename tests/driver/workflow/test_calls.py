@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import reap_driver as rd
+from reap_driver.workflow.listener import Collector
 from reap_kernels.errors import CheckpointError
 from tests.driver.cli.conftest import Run, data, model, originals, run  # noqa: F401
 from tests.driver.writer import saved
@@ -50,6 +51,14 @@ def test_prune_does_what_the_command_line_does(
     assert pruned.observed.stats.groups == ["code"]
     assert "keeps 4 of 8 experts" in repr(pruned)
     assert "<td>4</td>" in pruned._repr_html_()
+
+
+def test_results_keep_the_notes_of_their_time() -> None:
+    heard = Collector(None)
+    heard.note("of observing")
+    observed = heard.notes
+    heard.note("of planning")
+    assert (observed, heard.notes) == (("of observing",), ("of observing", "of planning"))
 
 
 def test_the_steps_one_by_one(model: Path, data: Path, tmp_path: Path) -> None:  # noqa: F811
