@@ -11,7 +11,16 @@ from reap_kernels.dispatch import Request, Sizes, _ranked
 from reap_kernels.errors import BackendUnavailable, ShapeError
 from reap_kernels.layer import gpu
 from reap_kernels.layer.triton_backend import grouped_limits
-from reap_kernels.testing import CASES, largest_relative_error, make_experts, make_inputs
+from reap_kernels.sort import gpu as sort
+from reap_kernels.sort import reference as sort_reference
+from reap_kernels.testing import (
+    CASES,
+    ROUTING_CASES,
+    largest_relative_error,
+    make_experts,
+    make_inputs,
+)
+from tests import interpreter
 
 CASE = replace(CASES[-1], tokens=24, experts=6, top_k=3, hidden=40, intermediate=24)
 
@@ -41,6 +50,19 @@ def whole_numbers() -> rk.ExpertWeights:
     """
     experts = make_experts(CASE, "ungated")
     return replace(experts, up=experts.up.sign(), up_bias=None, down=experts.down.sign())
+
+
+@pytest.mark.parametrize("name", ["one-token", "everything", "many-experts"])
+def test_ranks_are_the_same_counted_in_any_pieces(name: str, monkeypatch) -> None:
+    """In those of the library, in those of all other tests, and in one."""
+    (case,) = (case for case in ROUTING_CASES if case.name == name)
+    inputs = make_inputs(case)
+    truth = sort_reference.sort_by_expert(inputs.topk_ids, inputs.topk_weights, case.experts)
+    for chunk in (interpreter.SORT_CHUNK, sort._CHUNK, sort._BLOCK):
+        monkeypatch.setattr(sort, "_CHUNK", chunk)
+        found = sort.sort_by_expert(inputs.topk_ids, inputs.topk_weights, case.experts)
+        assert torch.equal(found.gather_index, truth.gather_index)
+        assert torch.equal(found.offsets, truth.offsets)
 
 
 @pytest.mark.parametrize("backend", ["triton", "grouped_mm"])
