@@ -24,8 +24,8 @@ import tests.interpreter  # noqa: F401  what it replaces, all tests run by
 
 pytest_plugins = ("tests.assertions",)
 # Assertions in helpers that tests import count as those in the tests themselves do.
-_HELPERS = ("tests.sealed", "tests.csrc", "tests.driver", "tests.fuzz", "tests.gpu", "tests.ops")
-pytest.register_assert_rewrite(*_HELPERS)
+_HELPERS = ("csrc", "driver", "forks", "fuzz", "gpu", "ops", "sealed")
+pytest.register_assert_rewrite(*(f"tests.{name}" for name in _HELPERS))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -87,10 +87,14 @@ def grouped(originals: dict[str, Path]) -> Path:
     return originals["grouped"]
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
+def write_data(path: Path) -> Path:
     """A file of 30 texts."""
-    path = tmp_path / "code.jsonl"
     lines = [json.dumps({"text": f"def add_{i}(a):\n    return a + {i}\n"}) for i in range(30)]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A file of 30 texts."""
+    return write_data(tmp_path / "code.jsonl")

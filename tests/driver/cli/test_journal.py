@@ -59,26 +59,26 @@ def test_killed_at_random_points(words: list[str], mode: list[str], tmp_path: Pa
     """
     want = whole(words, tmp_path / "whole.safetensors", *mode)
     counter = multiprocessing.get_context("fork").Value("i", 0)
-    timed, err = tmp_path / "timed.safetensors", tmp_path / "err"
-    assert forked([*words, *mode, "--out", str(timed)], err, killed_before(None, counter)) == 0
+    timed = tmp_path / "timed.safetensors"
+    assert forked([*words, *mode, "--out", str(timed)], killed_before(None, counter)).code == 0
     changes = counter.value
     chance, out = random.Random(0), tmp_path / "out.safetensors"
     journal = tmp_path / "out.safetensors.journal"
-    kills, resumed, ended = 0, set(), False
-    while not ended:
+    kills, resumed, complete = 0, set(), False
+    while not complete:
         resume = ["--resume"] if journals.exists(journal) else []
         if resume:
             resumed.add(journals.read(journal)["position"])
         counter.value = 0
         last = chance.randint(1, changes // 4) if kills < KILLS else None
         command = [*words, *mode, *resume, "--out", str(out), "--overwrite"]
-        code = forked(command, err, killed_before(last, counter))
-        assert code in (0, -signal.SIGKILL), err.read_text()
-        kills += code != 0
+        ended = forked(command, killed_before(last, counter))
+        assert ended.code in (0, -signal.SIGKILL), ended.err
+        kills += ended.code != 0
         if out.exists():  # the end was reached, or nearly: the journal may be there still
             assert_same_bits(SaliencyStats.load(out), want)
             out.unlink()
-        ended = kills >= KILLS and code == 0
+        complete = kills >= KILLS and ended.code == 0
     assert len(resumed) > 3
     assert not journal.exists()
 

@@ -8,10 +8,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import reap_driver as rd
+from reap_driver.cli.main import main
+from reap_driver.observation import run
+from reap_driver.workflow import console
+from tests.forks import Ended, forked
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {
@@ -82,66 +87,55 @@ def test_python_m_is_the_command() -> None:
     assert done.stdout == ""
 
 
-def begun(model: Path, folder: Path, *more: str) -> "subprocess.Popen[str]":
-    """A long observation that has shown its first line of progress."""
-    data = folder / "long.jsonl"
-    lengths = [1999, 2001] * 50  # of equal ones, a note says that they could be kept
+def interrupted(model: Path, folder: Path, number: signal.Signals, *more: str) -> Ended:
+    """A run that shows progress and is sent a signal while its third batch is computed."""
+    data = folder / "tokens.jsonl"
+    lengths = [39, 41] * 5
     records = ({"input_ids": [i % 250 for i in range(length)]} for length in lengths)
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     words = ["prune", model, "--data", data, "--seq-len", "16", "--out", folder / "out"]
-    words += ["--stats", folder / "stats.safetensors", *more]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "reap_driver", *map(str, words)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests started in the background of a shell ignore it, and so would what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert process.stderr is not None
-    line = process.stderr.readline()
-    assert line.startswith("observing: "), line  # after two seconds
-    assert "tok/s" in line
-    assert "left" in line
-    return process
+    words += ["--stats", folder / "stats.safetensors", "--batch-size", "2", *more]
+    feed, fed = run.Run.feed, 0
 
+    def signaled(self: run.Run, *batch: Any) -> Any:
+        nonlocal fed
+        fed += 1
+        if fed == 3:
+            os.kill(os.getpid(), number)
+        return feed(self, *batch)
 
-def ended(process: "subprocess.Popen[str]", number: signal.Signals) -> str:
-    """The last line of a run that was sent a signal."""
-    try:
-        process.send_signal(number)
-        out, err = process.communicate()
-    finally:
-        process.kill()
-    assert process.returncode == 128 + number
-    assert "Traceback" not in err
-    assert out == ""
-    return err.splitlines()[-1]
+    def call() -> int:
+        run.Run.feed = signaled  # type: ignore[method-assign]
+        console._SILENT = 0  # progress shows from the first batch
+        return main([str(word) for word in words])
+
+    ended = forked(call)
+    assert ended.code == 128 + number
+    assert "Traceback" not in ended.err
+    assert ended.out == ""
+    assert re.search("^observing: .*tok/s, .* left$", ended.err, re.MULTILINE)
+    return ended
 
 
 def test_interrupting_without_a_journal_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    process = begun(model, tmp_path, "--no-journal")
-    before = sorted(tmp_path.rglob("*"))
-    line = ended(process, signal.SIGINT)
+    ended = interrupted(model, tmp_path, signal.SIGINT, "--no-journal")
+    line = ended.err.splitlines()[-1]
     assert line.startswith("reap-kernels: error: interrupted; no half-written")
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tokens.jsonl"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_writes_the_journal(
     model: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """And says where it is and how to go on: 8 folds of 37 batches."""
-    line = ended(begun(model, tmp_path), number)
+    """And says where it is and how to go on, behind the batch at work."""
+    line = interrupted(model, tmp_path, number).err.splitlines()[-1]
     journal = tmp_path / "out.journal"
-    assert re.search(rf"interrupted after \d+ of 296 batches; the journal is in {journal}", line)
+    assert re.search(rf"interrupted after 3 of \d+ batches; the journal is in {journal}", line)
     assert line.endswith("with --resume to continue from there")
-    done = int(re.findall(r"after (\d+) of", line)[0])
-    assert json.loads((journal / "journal.json").read_text())["position"] == done > 0
-    assert not (tmp_path / "out").exists()
+    assert json.loads((journal / "journal.json").read_text())["position"] == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "long.jsonl",
         "model",
         "out.journal",
+        "tokens.jsonl",
     ]

@@ -11,14 +11,15 @@ import pytest
 import reap_driver as rd
 from reap_driver.budget_search import search
 from reap_driver.budget_search.search_state import SearchState, read
+from reap_driver.cli.main import main
 from reap_driver.memory.decision import decide
 from reap_driver.memory.host_memory import Free
 from reap_driver.memory.machine import Machine
 from reap_driver.workflow import holding
-from tests.driver.cli.conftest import Run, write_model
+from tests.driver.cli.conftest import Run, write_data, write_model
 from tests.driver.cli.forks import forked
 
-COMMON = ("--seq-len", 16, "--population", 8, "--elites", 2, "--ratio", 0.25, "--batch-size", 4)
+COMMON = ("--seq-len", 16, "--population", 5, "--elites", 2, "--ratio", 0.25, "--batch-size", 4)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +28,12 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("deep") / "model", "qwen3_moe", num_hidden_layers=4)
 
 
-@pytest.fixture
-def stats(run: Run, deep: Path, data: Path, tmp_path: Path) -> Path:
-    out = tmp_path / "stats.safetensors"
-    assert run("observe", deep, "--data", data, "--seq-len", 32, "--out", out).code == 0
+@pytest.fixture(scope="module")
+def stats(deep: Path) -> Path:
+    """Its statistics; read only."""
+    out, data = deep.with_name("stats.safetensors"), write_data(deep.with_name("code.jsonl"))
+    words = ["observe", deep, "--data", data, "--seq-len", 32, "--out", out, "--quiet"]
+    assert main([str(word) for word in words]) == 0
     return out
 
 
@@ -42,13 +45,13 @@ def words(deep: Path, stats: Path, data: Path) -> tuple[Any, ...]:
 
 def test_a_plan_and_what_it_is_worth(run: Run, words: Any, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    outcome = run(*words, "--evaluations", 30, "--out", out, "--json")
+    outcome = run(*words, "--evaluations", 12, "--out", out, "--json")
     assert outcome.code == 0, outcome.err
     plan, said = rd.Plan.load(out), outcome.json
     assert (plan.allocation, said["allocation"], said["evaluations"]) == (
         "searched",
         "searched",
-        30,
+        12,
     )
     assert sum(len(layer.removed) for layer in plan.layers.values()) == 8 == said["removed"]
     assert 0 < said["acceptance"]["uniform"] <= said["acceptance"]["searched"] <= 1
@@ -65,12 +68,12 @@ def test_a_plan_and_what_it_is_worth(run: Run, words: Any, tmp_path: Path) -> No
 def test_without_validation_everything_is_searched_on(run: Run, words: Any, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     half = run(*words, "--generations", 1, "--out", out, "--json").json
-    rest = ("--generations", 3, "--validation", 0, "--overwrite", "--out", out)
-    whole = run(*words, *rest, "--json").json
-    assert (half["evaluations"], whole["evaluations"]) == (8, 8 + 2 * 6)
+    rest = ("--validation", 0, "--overwrite", "--out", out)
+    whole = run(*words, "--generations", 3, *rest, "--json").json
+    assert (half["evaluations"], whole["evaluations"]) == (5, 5 + 2 * 3)
     assert whole["held_out"] is None
     assert whole["predictions"] == half["predictions"] + half["held_out"]["predictions"]
-    said = run(*words, *rest)
+    said = run(*words, "--generations", 1, *rest)
     assert f"wrote {out}; next: reap-kernels apply MODEL {out} --non-uniform --out DIR" in said.out
 
 
@@ -97,22 +100,22 @@ def signalled_behind(writes: int, number: int) -> Callable[[], None]:
 def test_killed_and_interrupted_searches_go_on_to_the_same_bits(
     run: Run, words: Any, tmp_path: Path
 ) -> None:
-    whole, out, err = tmp_path / "whole.json", tmp_path / "plan.json", tmp_path / "err"
-    assert run(*words, "--evaluations", 40, "--out", whole).code == 0
+    whole, out = tmp_path / "whole.json", tmp_path / "plan.json"
+    assert run(*words, "--evaluations", 16, "--out", whole).code == 0
     state = tmp_path / "plan.json.search"
     known = [0]
     for number in (signal.SIGKILL, signal.SIGINT):
         resume = ["--resume"] if state.exists() else []
-        command = [*map(str, words), "--evaluations", "40", "--out", str(out), *resume]
-        code = forked(command, err, signalled_behind(5, number))
-        assert code == {signal.SIGKILL: -9, signal.SIGINT: 130}[number], err.read_text()
+        command = [*map(str, words), "--evaluations", "16", "--out", str(out), *resume]
+        ended = forked(command, signalled_behind(5, number))
+        assert ended.code == {signal.SIGKILL: -9, signal.SIGINT: 130}[number], ended.err
         assert not out.exists()
         known.append(len(read(state).evaluated))
     assert known == sorted(set(known)), "each went on from where the last one was"
-    assert f"interrupted after {known[-1]} candidates; they are saved in {state}: run the" in (
-        err.read_text()
+    assert (
+        f"interrupted after {known[-1]} candidates; they are saved in {state}: run the" in ended.err
     )
-    outcome = run(*words, "--evaluations", 40, "--out", out, "--resume")
+    outcome = run(*words, "--evaluations", 16, "--out", out, "--resume")
     assert outcome.code == 0, outcome.err
     assert out.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.search*"))
@@ -136,7 +139,7 @@ def test_a_state_that_is_there(run: Run, words: Any, tmp_path: Path) -> None:
 
 def test_protected_experts_stay(run: Run, words: Any, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    rest = ("--protect", "1:0,1,2,3,4,5", "--skip-first", 1, "--evaluations", 20, "--out", out)
+    rest = ("--protect", "1:0,1,2,3,4,5", "--skip-first", 1, "--evaluations", 8, "--out", out)
     assert run(*words, *rest).code == 0
     plan = rd.Plan.load(out)
     first, second, *_ = plan.layers.values()
@@ -151,7 +154,7 @@ def test_protected_experts_stay(run: Run, words: Any, tmp_path: Path) -> None:
         (("--allocation", "global"), 2, "unrecognized arguments: --allocation"),
         (("--stream", "always"), 2, "--stream always: a search needs the whole model in memory"),
         (("--device-map", "auto", "--device", "cpu"), 2, "--device-map auto: not together with"),
-        (("--elites", 8), 2, "--elites 8: give fewer than the population of 8"),
+        (("--elites", 5), 2, "--elites 5: give fewer than the population of 5"),
         (("--validation", 1), 2, "--validation 1.0: give 0, or a share from 0.05 to 0.95"),
         (("--validation", "nan"), 2, "--validation nan: give 0, or a share"),
         (("--validation", 0.01), 2, "--validation 0.01: give 0, or a share"),
