@@ -153,7 +153,7 @@ def _write_ids(axis: Any, layers: Layers, grid: np.ndarray, reach: float) -> Non
         for row, expert in enumerate(order):
             dark = grid[row, column] < 0.1 * reach
             axis.text(column, row, str(expert), ha="center", va="center", fontsize=6.5,
-                      color="white" if dark else "black")  # fmt: skip
+                      color="white" if dark else "black", in_layout=False)  # fmt: skip
 
 
 def _draw_retained(axis: Any, layers: Layers) -> None:
@@ -226,9 +226,10 @@ def draw_map(layers: Layers, *, narrow: bool) -> Figure:
         for column, layer in enumerate(layers):
             if layer.cut is not None:
                 gone = (~layer.cut.kept).nonzero().flatten().tolist()
-                halo = [withStroke(linewidth=2.2, foreground="black")]
-                axis.plot([column] * len(gone), gone, "x", color="white", markersize=4,
-                          markeredgewidth=1.1, path_effects=halo)  # fmt: skip
+                # A stroke as path effect would write each cross out as paths of its own.
+                for color, width in (("black", 2.2), ("white", 1.1)):
+                    axis.plot([column] * len(gone), gone, "x", color=color, markersize=4,
+                              markeredgewidth=width)  # fmt: skip
     _rank_ticks(axis, most)
     axis.set(ylabel="expert id", xlabel="MoE layer")
     layer_ticks(axis, [layer.label for layer in layers], narrow=narrow)

@@ -165,7 +165,7 @@ def _write_values(axis: Any, values: np.ndarray, middle: float) -> None:
     for row, column in np.argwhere(np.isfinite(values)):
         value = values[row, column]
         axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7.5,
-                  color="white" if value < middle else "black")  # fmt: skip
+                  color="white" if value < middle else "black", in_layout=False)  # fmt: skip
 
 
 def _short(name: str) -> str:

@@ -18,7 +18,7 @@ from reap_kernels import SaliencyStats
 from reap_kernels.files import replaced
 
 if TYPE_CHECKING:
-    from reap_driver.reporting.style import Picture
+    from reap_driver.reporting.style import Rendered
 
 PAGE = "report.html"
 PICTURES = ("cut", "map", "budget", "margin", "groups", "load")  # names a report can have
@@ -71,21 +71,24 @@ def write_report(
     from reap_driver.reporting import pictures  # imports matplotlib, which takes a while
 
     inputs = Inputs.checked(stats, plan, criterion)
-    drawn = pictures.of_sections(inputs)
+    drawn = {
+        section: [picture.render(inputs.model) for picture in of_section]
+        for section, of_section in pictures.of_sections(inputs).items()
+    }
     page = _page(inputs, drawn, comparison)
-    every = [picture for of_section in drawn.values() for picture in of_section]
-    for picture in every:
-        with replaced(out / f"{picture.name}.png") as temporary:
-            picture.save_png(temporary, inputs.model)
-    for name in set(PICTURES) - {picture.name for picture in every}:
+    every = {one.picture.name: one.png for of_section in drawn.values() for one in of_section}
+    for name, png in every.items():
+        with replaced(out / f"{name}.png") as temporary:
+            temporary.write_bytes(png)
+    for name in set(PICTURES) - set(every):
         (out / f"{name}.png").unlink(missing_ok=True)
     with replaced(out / PAGE) as temporary:
         temporary.write_text(render(page), encoding="utf-8")
-    return WrittenReport(out / PAGE, tuple(out / f"{picture.name}.png" for picture in every))
+    return WrittenReport(out / PAGE, tuple(out / f"{name}.png" for name in every))
 
 
 def _page(
-    inputs: Inputs, drawn: Mapping[str, Sequence[Picture]], comparison: Mapping[str, Any] | None
+    inputs: Inputs, drawn: Mapping[str, Sequence[Rendered]], comparison: Mapping[str, Any] | None
 ) -> Page:
     """The page, from the top; sections without content are left out."""
     sections = [
@@ -118,16 +121,16 @@ def _page(
     return Page(f"Expert report: {inputs.model}", summary(inputs), shown)
 
 
-def _figures(pictures: Sequence[Picture]) -> list[Part]:
+def _figures(drawn: Sequence[Rendered]) -> list[Part]:
     """Pictures of one section; a single one has the section's title."""
     return [
         Figure(
-            name=picture.name,
-            title=picture.title if len(pictures) > 1 else "",
-            text=picture.text,
-            caption=picture.caption,
-            wide=picture.svg(narrow=False),
-            narrow=picture.svg(narrow=True),
+            name=one.picture.name,
+            title=one.picture.title if len(drawn) > 1 else "",
+            text=one.picture.text,
+            caption=one.picture.caption,
+            wide=one.wide,
+            narrow=one.narrow,
         )
-        for picture in pictures
+        for one in drawn
     ]

@@ -12,10 +12,11 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 # Colors that are drawn; the page replaces them by its own, for its light and its dark theme.
@@ -36,6 +37,8 @@ COLORS = "cividis"
 WIDE, NARROW = 9.6, 3.75  # inches
 _STYLE = {
     "font.family": "sans-serif",
+    # DejaVu Sans comes with matplotlib. Verdana is as wide, for browsers that lack it.
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
@@ -49,6 +52,7 @@ _STYLE = {
     "axes.labelcolor": INK,
     "axes.titlecolor": INK,
     "axes.facecolor": "none",
+    "figure.facecolor": "none",
     "text.color": INK,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
@@ -85,16 +89,27 @@ class Picture:
     caption: str
     draw: Callable[..., Figure]
 
-    def svg(self, *, narrow: bool) -> str:
-        """An `<svg>` element for the page, with ids that no other picture uses."""
+    def render(self, model: str) -> Rendered:
+        """Draws the figure in all its forms; `model` is named in the title of the PNG file."""
         with _drawing():
-            buffer = io.StringIO()
-            figure = self.draw(narrow=narrow)
-            metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+            wide = self.draw(narrow=False)
+            on_page = self._svg(wide, "wide")
+            on_phone = self._svg(self.draw(narrow=True), "narrow")
+            wide.suptitle(f"{model}: {self.title}", x=0.01, ha="left", fontsize=11)
+            wide.set(dpi=150, facecolor="white")
+            buffer = io.BytesIO()
+            FigureCanvasAgg(wide).print_png(buffer, metadata={"Software": None})
+        return Rendered(self, on_page, on_phone, buffer.getvalue())
+
+    def _svg(self, figure: Figure, form: str) -> str:
+        """An `<svg>` element for the page, with ids that no other picture uses."""
+        buffer = io.StringIO()
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        # `savefig` would draw a figure twice, the first time only to lay it out.
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=metadata)
         text = buffer.getvalue()
         text = text[text.index("<svg") :]
-        prefix = f"{self.name}-{'narrow' if narrow else 'wide'}-"
+        prefix = f"{self.name}-{form}-"
         used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
         text = re.sub(
             r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", text
@@ -105,14 +120,22 @@ class Picture:
             text = text.replace(drawn, css)
         return re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
 
-    def save_png(self, path: Path, model: str) -> None:
-        """Writes a PNG file with a white background, 150 dots per inch, titled with the model."""
-        with _drawing():
-            figure = self.draw(narrow=False)
-            figure.suptitle(f"{model}: {self.title}", x=0.01, ha="left", fontsize=11)
-            figure.savefig(
-                path, format="png", dpi=150, facecolor="white", metadata={"Software": None}
-            )
+
+@dataclass(frozen=True)
+class Rendered:
+    """A picture as it is written.
+
+    Attributes:
+        picture: what was drawn.
+        wide: an `<svg>` element for the page.
+        narrow: the same for a phone.
+        png: a PNG file with a white background, 150 dots per inch.
+    """
+
+    picture: Picture
+    wide: str
+    narrow: str
+    png: bytes
 
 
 @contextmanager
