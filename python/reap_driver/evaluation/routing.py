@@ -92,12 +92,13 @@ def retained(stats: SaliencyStats, plan: "Plan") -> dict[str, Retained]:
         _check_count(name, layer.num_experts, total.num_experts)
         kept = torch.tensor(layer.kept)
         count = total.count[0]
+        dead = set((count == 0).nonzero().flatten().tolist())
         found[name] = Retained(
             router_weight_share=_share(total.router_weight_sum[0], kept),
             selection_share=_share(count, kept),
             saliency_share=_share(total.weighted_norm_sum[0], kept),
-            dead_kept=tuple(e for e in layer.kept if not count[e]),
-            dead_removed=tuple(e for e in layer.removed if not count[e]),
+            dead_kept=tuple(e for e in layer.kept if e in dead),
+            dead_removed=tuple(e for e in layer.removed if e in dead),
         )
     if not found:
         raise PlanError(

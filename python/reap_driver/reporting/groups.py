@@ -88,23 +88,22 @@ def most_specialized(
     layers: Sequence[LayerMeasures], groups: Sequence[str], each: int
 ) -> list[Specialist]:
     """Of each group, the `each` specialists with the largest share of its mass, in group order."""
-    found = []
-    for number, group in enumerate(groups):
-        of_group = [
-            Specialist(
-                layer=layer.label,
-                expert=expert,
-                group=group,
-                part=float(parts(layer)[number, expert]),
-                share=float(layer.shares[number, expert]),
-                rows=int(layer.count[expert]),
-                kept=None if layer.cut is None else bool(layer.cut.kept[expert]),
+    found: dict[str, list[Specialist]] = {group: [] for group in groups}
+    for layer in layers:
+        part, share = parts(layer), layer.shares
+        for number, expert in specialized(layer).nonzero().tolist():
+            found[groups[number]].append(
+                Specialist(
+                    layer=layer.label,
+                    expert=expert,
+                    group=groups[number],
+                    part=float(part[number, expert]),
+                    share=float(share[number, expert]),
+                    rows=int(layer.count[expert]),
+                    kept=None if layer.cut is None else bool(layer.cut.kept[expert]),
+                )
             )
-            for layer in layers
-            for expert in specialized(layer)[number].nonzero().flatten().tolist()
-        ]
-        found += sorted(of_group, key=lambda one: -one.share)[:each]
-    return found
+    return [one for every in found.values() for one in sorted(every, key=lambda s: -s.share)[:each]]
 
 
 def reweighted(layers: Sequence[LayerMeasures], scores: Mapping[str, Scores]) -> list[Reweighted]:
