@@ -1,6 +1,9 @@
-"""Statistics of a few layers, with or without folds, and their plan; those of a large model."""
+"""Statistics of a few layers, with or without folds, their plan and their reports; those of a
+large model.
+"""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.planner import make_plan
 from reap_driver.planning.scoring import score
+from reap_driver.reporting.page import write_report
 from reap_kernels import LayerStats, SaliencyStats
 from tests.driver.planning.statistics import MODEL, Rows, in_parts, model_stats
 
@@ -33,15 +37,34 @@ def divided(groups: list[str]) -> SaliencyStats:
     return in_parts([observed(100 * n, groups) for n in range(8)])
 
 
+def made(*, parts: bool = False, groups: list[str] = GROUPS) -> tuple[SaliencyStats, Plan]:
+    """Statistics, optionally in 8 folds, and the plan that removes half of the experts."""
+    stats = divided(groups) if parts else observed(0, groups)
+    return stats, make_plan(score(stats), 0.5)
+
+
 @pytest.fixture
 def make() -> Make:
-    """Makes statistics, optionally in 8 folds, and the plan that removes half of the experts."""
+    """Makes statistics and a plan that only this test has; see `made`."""
+    return made
 
-    def call(*, parts: bool = False, groups: list[str] = GROUPS) -> tuple[SaliencyStats, Plan]:
-        stats = divided(groups) if parts else observed(0, groups)
-        return stats, make_plan(score(stats), 0.5)
 
-    return call
+@pytest.fixture(scope="session")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of statistics without folds and their plan; never changed."""
+    folder = tmp_path_factory.mktemp("whole")
+    stats, plan = made()
+    write_report(stats, folder, plan)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def report_in_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of statistics in folds and their plan; never changed."""
+    folder = tmp_path_factory.mktemp("parts")
+    stats, plan = made(parts=True)
+    write_report(stats, folder, plan)
+    return folder
 
 
 def large(layers: int, experts: int, groups: list[str]) -> SaliencyStats:
