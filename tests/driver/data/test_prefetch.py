@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reap_driver.data.prefetch import THREAD, prefetched
+from tests.limits import HUNG
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ def test_the_next_is_made_while_one_is_used_and_no_more() -> None:
         assert not made[0].is_set()  # nothing happens before it is asked for
         for i in range(3):
             assert int(next(source)) == i
-            assert made[i + 1].wait(10)  # without asking for it
+            assert made[i + 1].wait(HUNG)  # without asking for it
             assert not any(event.is_set() for event in made[i + 2 :])
     assert len(makers) == 1
     assert next(iter(makers)).startswith(THREAD)

@@ -1,69 +1,42 @@
-"""Starts real processes as torchrun does, and reads their output.
+"""Starts ranks as torchrun does: by the function behind that command, in forks of this process."""
 
-`torchrun` runs the command itself. `worlds` calls the function behind that command in one process
-that has imported everything and is forked for each rank, so several worlds need only one import.
-"""
-
-import importlib
 import os
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
-ROOT = Path(__file__).parents[3]
-_PACKAGE = "tests.driver.distributed"
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-
-def torchrun(size: int, module: str) -> subprocess.CompletedProcess[str]:
-    """Runs a module of this folder in `size` processes."""
-    options = ["--standalone", "--nproc-per-node", str(size)]
-    return _run("-m", "torch.distributed.run", *options, "-m", f"{_PACKAGE}.{module}")
+from tests.forks import Ended, forked
 
 
-def worlds(module: str, out: Path, sizes: tuple[int, ...]) -> None:
-    """Calls `main(folder)` of a module of this folder in worlds of these sizes.
+def ranked(size: int, call: Callable[[], int | None]) -> Ended:
+    """Calls a function in `size` ranks, each of which ends with the exit code that it returns.
 
-    Each gets its own folder, `out / str(size)`.
+    Returns:
+        How the process that started them ended, with the output of all.
     """
-    done = _run("-m", f"{_PACKAGE}.launch", module, str(out), *map(str, sizes))
-    assert done.returncode == 0, done.stderr
 
+    def rank() -> None:
+        if code := call():
+            sys.exit(code)
 
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *command],
-        env=env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def _main(module: str, out: Path, sizes: list[int]) -> None:
-    import torch
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    torch.set_num_threads(1)
-    main = importlib.import_module(f"{_PACKAGE}.{module}").main
-    for size in sizes:
-        folder = out / str(size)
-        folder.mkdir()
+    def start() -> int:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=size,
-            run_id=f"{module}{size}",
+            run_id=str(os.getpid()),
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             start_method="fork",
             max_restarts=0,
         )
-        elastic_launch(config, main)(folder)
+        try:
+            elastic_launch(config, rank)()
+        except ChildFailedError as error:  # torchrun prints it, too
+            print(error, file=sys.stderr)
+            return 1
+        return 0
 
-
-if __name__ == "__main__":
-    _main(sys.argv[1], Path(sys.argv[2]), [int(size) for size in sys.argv[3:]])
+    return forked(start)

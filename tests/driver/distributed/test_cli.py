@@ -1,18 +1,28 @@
-"""The command line under torchrun: 2 and 3 ranks give the result of one process."""
+"""The command line in several ranks: 2 and 3 give the result of one process.
+
+One test starts torchrun as a user does; the others fork their ranks from this process.
+"""
 
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from reap_driver.cli.main import main
+from reap_driver.observation import run
+from reap_driver.observation.data_parallel import Ranks
 from reap_kernels import SaliencyStats
+from reap_kernels.errors import ResourceError
 from tests.driver.cli.conftest import write_model
+from tests.driver.distributed.launch import ranked
+from tests.limits import HUNG
 
 ROOT = Path(__file__).parents[3]
 
@@ -32,20 +42,6 @@ def words(model: Path, tmp_path: Path) -> list[str]:
         path.write_text(json.dumps({"input_ids": [(5 * i) % 250 for i in range(tokens)]}) + "\n")
         sources += ["--data", str(path)]
     return ["observe", str(model), *sources, "--seq-len", "16", "--batch-size", "2"]
-
-
-def torchrun(size: int, arguments: list[str], *before: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the command line in `size` processes; `before` precede the path of modules."""
-    path = os.pathsep.join(map(str, [*before, ROOT, ROOT / "python"]))
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    return subprocess.run(
-        [sys.executable, *start, "-m", "reap_driver", *arguments],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
 
 
 def assert_one_process(mine: SaliencyStats, words: list[str], out: Path) -> None:
@@ -73,17 +69,31 @@ def assert_close(mine: SaliencyStats, theirs: SaliencyStats) -> None:
 def test_three_ranks_stream(words: list[str], tmp_path: Path) -> None:
     """There is one result and one JSON object, and no journal is left."""
     out = tmp_path / "many"
-    done = torchrun(3, [*words, "--stream", "always", "--out", str(out), "--json"])
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["tokens"] == 210
+    command = [*words, "--stream", "always", "--out", str(out), "--json"]
+    ended = ranked(3, lambda: main(command))
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["tokens"] == 210
     assert_one_process(SaliencyStats.load(out), words, tmp_path / "one")
     assert not list(tmp_path.glob("*journal*"))
 
 
 def test_two_ranks_prune(words: list[str], tmp_path: Path) -> None:
-    """The first rank writes the output, the other prints nothing."""
+    """Under torchrun itself: the first rank writes the output, the other prints nothing."""
     out = tmp_path / "pruned"
-    done = torchrun(2, ["prune", *words[1:], "--out", str(out), "--ratio", "0.5"])
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["prune", *words[1:], "--out", str(out), "--ratio", "0.5"]
+    done = subprocess.run(
+        [sys.executable, *start, "-m", "reap_driver", *command],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "python"])),
+        },
+        capture_output=True,
+        text=True,
+        timeout=HUNG,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("observed 210 tokens") == 1
     assert 4 in json.loads((out / "config.json").read_text()).values()
@@ -92,37 +102,43 @@ def test_two_ranks_prune(words: list[str], tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*journal*"))
 
 
-def test_a_rank_that_fails_ends_the_run(words: list[str], model: Path, tmp_path: Path) -> None:
-    """Only its error is shown; the journals of all ranks are kept and resumed."""
-    site = tmp_path / "site"
-    site.mkdir()
-    # Makes one rank fail in the middle, as a GPU fault does.
-    (site / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    import reap_driver.observation.run as run\n"
-        "    from reap_kernels.errors import ResourceError\n"
-        "    feed, calls = run.Run.feed, []\n"
-        "    def fail(self, number, ids):\n"
-        "        calls.append(number)\n"
-        "        if len(calls) == 2:\n"
-        "            raise ResourceError('device 1 is gone')\n"
-        "        return feed(self, number, ids)\n"
-        "    run.Run.feed = fail\n"
-    )
-    arguments = [*words, "--out", str(tmp_path / "out"), "--journal-every", "1"]
-    failed = torchrun(2, arguments, site)
-    assert failed.returncode != 0
-    errors = [line for line in failed.stderr.splitlines() if line.startswith("reap-kernels: error")]
+def test_a_rank_that_fails_ends_the_run(words: list[str], tmp_path: Path) -> None:
+    """The other waits for its statistics. Only the error is shown; both journals are resumed."""
+    command = [*words, "--out", str(tmp_path / "out"), "--journal-every", "1"]
+    feed, fed, merged = run.Run.feed, 0, Ranks.merged
+    observed = multiprocessing.get_context("fork").Event()
+
+    def merge(self: Ranks, stats: SaliencyStats) -> Any:
+        observed.set()
+        return merged(self, stats)
+
+    def fail(self: run.Run, *batch: Any) -> Any:
+        """In the middle, as a GPU fault does."""
+        nonlocal fed
+        fed += 1
+        if fed == 2:
+            assert observed.wait(HUNG)
+            raise ResourceError("device 1 is gone")
+        return feed(self, *batch)
+
+    def failing() -> int:
+        if os.environ["RANK"] == "0":
+            Ranks.merged = merge  # type: ignore[method-assign]
+        else:
+            run.Run.feed = fail  # type: ignore[method-assign]
+        return main(command)
+
+    ended = ranked(2, failing)
+    assert ended.code == 1
+    errors = [line for line in ended.err.splitlines() if line.startswith("reap-kernels: error")]
     assert errors == ["reap-kernels: error: rank 1: device 1 is gone"]
     assert not (tmp_path / "out").exists()
     positions = [
         json.loads((tmp_path / f"out.journal-{rank}-of-2" / "journal.json").read_text())["position"]
         for rank in range(2)
     ]
-    assert positions[1] == 1
-    assert positions[0] >= 1
-    done = torchrun(2, [*arguments, "--resume"])
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"observed 210 tokens in 3 layers", done.stdout)
+    assert positions == [7, 1]  # all of its own, and one
+    ended = ranked(2, lambda: main([*command, "--resume"]))
+    assert ended.code == 0, ended.err
+    assert re.search(r"observed 210 tokens in 3 layers", ended.out)
     assert_one_process(SaliencyStats.load(tmp_path / "out"), words, tmp_path / "one")

@@ -1,5 +1,7 @@
 """Ranks that share the batches give the statistics of one process."""
 
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,18 +9,22 @@ import torch
 
 from reap_driver.observation import data_parallel
 from reap_driver.observation.data_parallel import Ranks, ranks
-from reap_kernels import SaliencyStats
-from reap_kernels.errors import BackendUnavailable, DataError
+from reap_kernels import LayerStats, SaliencyStats
+from reap_kernels.errors import BackendUnavailable, DataError, ReapError
 from reap_kernels.stats import COUNTS, EXTREMA, SUMS
 from tests.driver.distributed import shares
-from tests.driver.distributed.launch import torchrun, worlds
+from tests.driver.distributed.launch import ranked
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of worlds of 2 and 3 ranks."""
     out = tmp_path_factory.mktemp("shares")
-    worlds("shares", out, (2, 3))
+    for size in (2, 3):
+        folder = out / str(size)
+        folder.mkdir()
+        ended = ranked(size, partial(shares.main, folder))
+        assert ended.code == 0, ended.err
     return out
 
 
@@ -103,14 +109,27 @@ def test_a_rank_that_waits_for_one_that_left_says_so(world: Path) -> None:
     assert said.endswith("the rank that failed says why: look for its message above")
 
 
+def _failing() -> int:
+    """Rank 1 fails while the others wait for its statistics."""
+    try:
+        with ranks() as world:
+            if world.rank == 1:
+                raise DataError("the batch of rank 1 holds token id 7")
+            world.merged(SaliencyStats({"layer": LayerStats(2)}, ["default"]))
+    except ReapError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 def test_a_failing_rank_ends_the_run_with_its_own_error() -> None:
     """The others wait in a collective: they print no traceback, and torchrun names the cause."""
-    done = torchrun(2, "failing")
-    assert done.returncode == 1
-    assert done.stderr.count("error: the batch of rank 1 holds token id 7") == 1
-    assert "waits for ranks" not in done.stderr
-    assert "reap_driver/observation/data_parallel.py" not in done.stderr
-    cause = done.stderr.partition("Root Cause (first observed failure)")[2]
+    ended = ranked(2, _failing)
+    assert ended.code == 1
+    assert ended.err.count("error: the batch of rank 1 holds token id 7") == 1
+    assert "waits for ranks" not in ended.err
+    assert "reap_driver/observation/data_parallel.py" not in ended.err
+    cause = ended.err.partition("Root Cause (first observed failure)")[2]
     assert "rank      : 1 (local_rank: 1)" in cause
     assert "exitcode  : 3" in cause
 

@@ -1,5 +1,6 @@
 """Expert parallelism over two ranks: whole experts are observed, parts of experts refused."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from reap_kernels import SaliencyStats
 from reap_kernels.stats import COUNTS, EXTREMA, SUMS
 from tests.driver import zoo
 from tests.driver.distributed import spread
-from tests.driver.distributed.launch import worlds
+from tests.driver.distributed.launch import ranked
 
 pytestmark = pytest.mark.skipif(
     torch.accelerator.current_accelerator(check_available=False) is not None,
@@ -22,8 +23,9 @@ pytestmark = pytest.mark.skipif(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of two ranks."""
     out = tmp_path_factory.mktemp("spread")
-    worlds("spread", out, (2,))
-    return out / "2"
+    ended = ranked(2, partial(spread.main, out))
+    assert ended.code == 0, ended.err
+    return out
 
 
 def _timeless(stats: SaliencyStats) -> dict[str, Any]:

@@ -5,10 +5,9 @@ import fcntl
 import json
 import os
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import CheckpointError, DataError, ResourceError
 from tests.driver.streaming import passes
 from tests.driver.writer import saved
+from tests.forks import Fork
 from tests.sealed import GONE, change_document
 
 RUN = {
@@ -326,30 +326,19 @@ def test_disk_that_is_full_while_tensors_are_written(folder: Path) -> None:
 
 # -- two at once -----------------------------------------------------------------------------------
 
-_HOLD = """
-import sys
-from pathlib import Path
-from reap_driver.observation.journal import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
 
 def test_two_processes_at_once(folder: Path) -> None:
     """The second is refused; a lock ends with its process, however that ends."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", _HOLD, folder],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"held\n"
+
+    def hold(pipe: Connection) -> None:
+        with locked(folder):
+            pipe.send("held")
+            pipe.recv()  # what nobody sends
+
+    with Fork(hold) as process:
+        assert process.receive() == "held"
         with pytest.raises(CheckpointError, match=f"{folder}: another process"), locked(folder):
             pass
-        process.kill()
     with locked(folder):
         assert not folder.exists()
     assert names(folder.parent) == []

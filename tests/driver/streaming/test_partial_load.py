@@ -20,6 +20,7 @@ from reap_driver.load.streamed_model import StreamedModel, open_streamed
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from tests.driver import zoo
 from tests.driver.writer import saved
+from tests.limits import HUNG
 
 _NAMES = ("qwen3_moe", "mixtral", "deepseek_v3", "deepseek-v3.2", "gpt-oss-120b")
 
@@ -383,12 +384,12 @@ def test_stopping_while_a_layer_is_loaded(tmp_path: Path, monkeypatch: pytest.Mo
         def placer(chunk: Chunk, gathered: Any) -> Any:
             placed.append(chunk)
             began.set()
-            assert streamed._stopped.wait(20)
+            assert streamed._stopped.wait(HUNG)
             return own(chunk, gathered)
 
         monkeypatch.setattr(streamed._parts, "_placer", placer)
         streamed.prefetch(0)
         streamed.prefetch(1)
-        assert began.wait(20)
+        assert began.wait(HUNG)
     assert len(placed) == 1
     assert library() == was

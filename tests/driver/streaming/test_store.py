@@ -22,6 +22,7 @@ from reap_driver.observation.state_store import (
     write_state,
 )
 from reap_kernels.errors import DataError
+from tests.limits import HUNG
 from tests.sealed import change_tensors
 
 CPU = torch.device("cpu")
@@ -207,7 +208,7 @@ def test_next_state_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(stores, "read_state", noted)
     store.get(0, 3)
-    assert ahead.wait(10)
+    assert ahead.wait(HUNG)
     store.get(3, None)
     store.close()
     assert read == ["000000.safetensors", "000003.safetensors"]
