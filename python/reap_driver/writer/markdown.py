@@ -5,6 +5,7 @@ link or markup. In a template of `template`, every expression is escaped so, unl
 `Markdown` already.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -64,8 +65,12 @@ def table(rows: Sequence[Sequence[object]]) -> Markdown:
     return Markdown("\n".join(f"| {' | '.join(map(_cell, row))} |" for row in lines))
 
 
+@functools.cache
 def template(package: str, name: str) -> Template:
-    """A template in a package's folder `templates`; `text` is applied to every expression in it."""
+    """A template in a package's folder `templates`; `text` is applied to every expression in it.
+
+    Compiled once: that takes longer than writing a small checkpoint.
+    """
     environment = Environment(
         loader=PackageLoader(package),
         autoescape=False,
