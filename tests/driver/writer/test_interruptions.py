@@ -3,15 +3,17 @@ the final name, the source is untouched, and only a kill -9 leaves something beh
 run removes."""
 
 import contextlib
-import multiprocessing
+import itertools
 import os
 import resource
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO
 
 import pytest
@@ -27,22 +29,25 @@ from reap_driver.writer.staging import clean_stale
 from reap_driver.writer.stream import Progress
 from reap_kernels.errors import CheckpointError, ResourceError
 from tests.driver.writer import saved
+from tests.forks import Fork
 
 
-def write_slowly(full: Path, plan: Plan, out: Path, threads: int, begun: Path) -> None:
-    """Runs in a process of its own: writes for minutes, and says when it has begun."""
-
-    # Tests started in the background of a shell ignore it, and so would their forks.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    stream._CHUNK_BYTES = 16
+def write(full: Path, plan: Plan, out: Path, threads: int, pipe: Connection) -> None:
+    """Runs in a fork: says when it is in the middle of a file, and goes on when it is stopped."""
+    stopped, copies = threading.Event(), itertools.count()
     copy = stream._copy_some
 
-    def slow(source: BinaryIO, out: BinaryIO, start: int, count: int) -> int:
-        time.sleep(0.05)
-        return copy(source, out, start, count)
+    def held(source: BinaryIO, out: BinaryIO, start: int, count: int) -> int:
+        copied = copy(source, out, start, count)
+        if next(copies) == 0:
+            pipe.send("writing")
+        stopped.wait()
+        return copied
 
-    stream._copy_some = slow
-    apply_plan(full, plan, out, threads=threads, progress=lambda *_: begun.touch())
+    stream._CHUNK_BYTES = 16
+    stream._copy_some = held
+    stream.threading = SimpleNamespace(Event=lambda: stopped)  # type: ignore[assignment]
+    apply_plan(full, plan, out, threads=threads)
 
 
 @pytest.fixture
@@ -62,28 +67,12 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if "reap-" in path.name)
 
 
-def interrupt(full: Path, plan: Plan, number: signal.Signals, threads: int) -> int | None:
-    """Send a signal to a writer in the middle of its work; returns its exit status."""
-    begun = full.parent / "begun"
-    # A fork has everything imported already; it lacks no thread, as the writer's end with its call.
-    process = multiprocessing.get_context("fork").Process(
-        target=write_slowly, args=(full, plan, full.parent / "pruned", threads, begun)
-    )
-    process.start()
-    assert process.pid is not None
-    try:
-        deadline = time.monotonic() + 60
-        while not begun.exists():
-            assert process.is_alive(), "the writer ended before it was interrupted"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+def interrupt(full: Path, plan: Plan, number: signal.Signals, threads: int) -> int:
+    """Send a signal to a writer in the middle of its work; returns its exit code."""
+    with Fork(lambda pipe: write(full, plan, full.parent / "pruned", threads, pipe)) as process:
+        assert process.receive() == "writing"
         os.kill(process.pid, number)
-        process.join(30)
-        return process.exitcode
-    finally:
-        process.kill()
-        process.join()
-        begun.unlink(missing_ok=True)
+        return process.end().code
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -109,7 +98,7 @@ def test_termination_leaves_nothing(
     full: Path, plan: Plan, number: signal.Signals, threads: int
 ) -> None:
     before = saved.snapshot(full)
-    assert interrupt(full, plan, number, threads) not in (0, None)
+    assert interrupt(full, plan, number, threads) > 0
     assert not (full.parent / "pruned").exists()
     assert leftovers(full.parent) == []
     assert saved.snapshot(full) == before

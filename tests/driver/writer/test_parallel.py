@@ -5,10 +5,10 @@ import errno
 import itertools
 import os
 import threading
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,6 +25,7 @@ from reap_driver.writer.shards import OutShard, out_tensor
 from reap_driver.writer.stream import Progress, write_shards
 from reap_kernels.errors import CheckpointError, ReapError, ResourceError
 from tests.driver.writer import saved
+from tests.limits import HUNG
 
 SHARDS = 4
 
@@ -46,22 +47,25 @@ def writers() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("reap-writer")]
 
 
-def copy_slowly(
-    monkeypatch: pytest.MonkeyPatch,
-    step: int,
-    pause: float,
-    first: Callable[[BinaryIO], None] = lambda _: None,
+def copy_stepwise(
+    monkeypatch: pytest.MonkeyPatch, step: int, first: Callable[[BinaryIO], None]
 ) -> None:
-    """Copy `step` bytes at a time, each time after `first` and a pause."""
+    """Copy `step` bytes at a time, each time after `first`, in the thread that copies."""
     copy = stream._copy_some
 
-    def slow(source: BinaryIO, out: BinaryIO, start: int, count: int) -> int:
+    def stepwise(source: BinaryIO, out: BinaryIO, start: int, count: int) -> int:
         first(source)
-        time.sleep(pause)
         return copy(source, out, start, count)
 
     monkeypatch.setattr(stream, "_CHUNK_BYTES", step)
-    monkeypatch.setattr(stream, "_copy_some", slow)
+    monkeypatch.setattr(stream, "_copy_some", stepwise)
+
+
+def when_stopped(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """What is set when the threads of the next write are to stop."""
+    stopped = threading.Event()
+    monkeypatch.setattr(stream, "threading", SimpleNamespace(Event=lambda: stopped))
+    return stopped
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v4", "longcat_flash"])
@@ -69,8 +73,8 @@ def test_bytes_do_not_depend_on_threads(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Copied ranges, gathered rows and rewritten tables, in many steps although they are small."""
-    monkeypatch.setattr(stream, "_CHUNK_BYTES", 64)
-    monkeypatch.setattr(stream, "BUFFER_BYTES", 64)
+    monkeypatch.setattr(stream, "_CHUNK_BYTES", 500)
+    monkeypatch.setattr(stream, "BUFFER_BYTES", 300)
     full = tmp_path / "full"
     model = saved.save(name, full)
     saved.shard(full, SHARDS)
@@ -100,7 +104,7 @@ def test_so_many_files_are_written_at_once(
     def counted(folder: Path, shard: OutShard, progress: Progress) -> int:
         running.append(len(writers()))
         if shard.name != "model-00004-of-00004.safetensors" or expected == SHARDS:
-            together.wait(30)  # raises unless as many arrive
+            together.wait(HUNG)  # raises unless as many arrive
         return write(folder, shard, progress)
 
     monkeypatch.setattr(stream, "write_shard", counted)
@@ -120,19 +124,26 @@ def test_progress_is_one_thread_s_and_rises(
     in_main: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    copy_slowly(monkeypatch, 1024, 0.002)  # so that the calls do not become one
     calls: list[tuple[int, int, int]] = []
     callers: list[int] = []
+    told, copies = threading.Condition(), itertools.count()
+
+    def progress(done: int, total: int) -> None:
+        with told:
+            calls.append((threading.get_ident(), done, total))
+            told.notify_all()
+
+    def wait(_: BinaryIO) -> None:
+        """So that the calls do not become one: each copy but the first few is for a call more."""
+        needed = next(copies) - threads
+        with told:
+            assert told.wait_for(lambda: len(calls) > needed, HUNG)
+
+    copy_stepwise(monkeypatch, 1024, wait)
 
     def write() -> None:
         callers.append(threading.get_ident())
-        apply_plan(
-            full,
-            plan,
-            tmp_path / "pruned",
-            threads=threads,
-            progress=lambda done, total: calls.append((threading.get_ident(), done, total)),
-        )
+        apply_plan(full, plan, tmp_path / "pruned", threads=threads, progress=progress)
 
     if in_main:
         write()
@@ -152,16 +163,27 @@ def test_progress_is_one_thread_s_and_rises(
 def test_a_slow_progress_function_gets_fewer_calls(
     full: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One that returns when all is written is called for the first bytes, for the rest, and
+    for the files that are no shards.
+    """
     copies: list[str] = []
-    copy_slowly(monkeypatch, 64, 0, lambda source: copies.append(source.name))
+    copy_stepwise(monkeypatch, 64, lambda source: copies.append(source.name))
+    written, write = threading.Semaphore(0), stream.write_shard
     calls: list[int] = []
+
+    def counted(*args: Any) -> int:
+        size = write(*args)
+        written.release()
+        return size
 
     def slow(done: int, _: int) -> None:
         calls.append(done)
-        time.sleep(0.1)
+        if len(calls) == 1:
+            assert all(written.acquire(timeout=HUNG) for _ in range(SHARDS))
 
+    monkeypatch.setattr(stream, "write_shard", counted)
     apply_plan(full, plan, tmp_path / "pruned", progress=slow)
-    assert len(calls) < len(copies) / 4
+    assert len(calls) <= 3 < len(copies) / 4
 
 
 # What goes wrong
@@ -191,45 +213,61 @@ def test_an_error_of_one_thread_stops_the_others(
     part: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At once, though three would write for minutes and the caller's function takes its time."""
-    begun = threading.Barrier(SHARDS)
-    local = threading.local()
+    """Each after the piece at work, though the caller's function has not returned yet."""
+    begun, stopped = threading.Barrier(SHARDS), when_stopped(monkeypatch)
     copies: list[str] = []
 
     def fail(source: BinaryIO) -> None:
         copies.append(source.name)
-        if not hasattr(local, "begun"):
-            local.begun = True
-            begun.wait(30)
+        if copies.count(source.name) > 1:
+            assert_set(stopped)
+            return
+        begun.wait(HUNG)
         if "00003" in source.name:
             raise fault()
 
-    copy_slowly(monkeypatch, 16, 0.05, fail)
+    copy_stepwise(monkeypatch, 16, fail)
     alive = watch_removal(monkeypatch)
-    started = time.monotonic()
     with pytest.raises(error, match=part) as caught:
-        apply_plan(full, plan, tmp_path / "pruned", threads=4, progress=lambda *_: time.sleep(1))
+        apply_plan(
+            full,
+            plan,
+            tmp_path / "pruned",
+            threads=4,
+            progress=lambda *_: assert_set(stopped),
+        )
     assert type(caught.value) is error
-    assert len(copies) < 4 * SHARDS
-    assert time.monotonic() - started < 20
+    assert len(copies) < 2 * SHARDS
     assert alive == [[]]
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def assert_set(event: threading.Event) -> None:
+    """That it is set soon."""
+    assert event.wait(HUNG)
 
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_an_error_of_the_caller_stops_all(
     full: Path, plan: Plan, tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy_slowly(monkeypatch, 16, 0.05)
+    """Each after the piece at work."""
+    stopped = when_stopped(monkeypatch)
+    copies: list[str] = []
+
+    def wait(source: BinaryIO) -> None:
+        copies.append(source.name)
+        if copies.count(source.name) > 1:
+            assert_set(stopped)
 
     def fail(*_: int) -> None:
         raise KeyboardInterrupt
 
+    copy_stepwise(monkeypatch, 16, wait)
     alive = watch_removal(monkeypatch)
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         apply_plan(full, plan, tmp_path / "pruned", threads=threads, progress=fail)
-    assert time.monotonic() - started < 20
+    assert len(copies) <= 2 * threads
     assert alive == [[]]
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 

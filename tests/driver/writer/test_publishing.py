@@ -24,6 +24,7 @@ from reap_driver.writer.staging import clean_stale, publish, scratch, staged
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import CheckpointError
 from tests.driver.writer import saved
+from tests.forks import forked
 
 FILES = ("config.json", "model.safetensors", "templates/tools.jinja")
 
@@ -117,15 +118,6 @@ ENDS: dict[str, Callable[[], None]] = {
 }
 
 
-def in_fork(function: Callable[[], None]) -> int:
-    """Exit code of a process that calls a function, and may be killed in it."""
-    child = os.fork()
-    if child == 0:
-        function()
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.parametrize("exchanges", [True, False])
 @pytest.mark.parametrize("end", ENDS)
@@ -141,7 +133,7 @@ def test_ended_at_any_step(
             fill(out, "old")
         steps.seen, steps.when, steps.happens = 0, number, ENDS[end]
         if end == "kill":
-            ended = in_fork(lambda: replace(out)) != 0
+            ended = forked(lambda: replace(out)).code != 0
         else:
             with contextlib.suppress(CheckpointError, KeyboardInterrupt, SystemExit):
                 replace(out)
