@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
-from contextlib import ExitStack
+import shutil
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -287,11 +289,24 @@ def test_muon_updates_each_matrix_of_stacked_experts_by_itself():
 # --- the demo -----------------------------------------------------------------------------------
 
 
-def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "HELD_OUT_WINDOWS", 4)  # a quarter of the demo's, to be quick
-    out = tmp_path / "demo"
-    report = run_demo(out)
-    printed = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The demo's folder, figures and output; it ran over what looks like an earlier run's."""
+    out = tmp_path_factory.mktemp("demo")
+    for name in demo.FILES:
+        (out / name).write_bytes(b"of an earlier run")
+    for ratio in demo.RATIOS:
+        shutil.copytree(MODEL, out / f"reap-{ratio * 100:.0f}")
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(demo, "HELD_OUT_WINDOWS", 4)  # a quarter of the demo's, to be quick
+        patch.setattr(demo, "SAMPLE_TOKENS", 8)
+        report = run_demo(out)
+    return out, report, printed.getvalue()
+
+
+def test_demo_end_to_end(ran):
+    out, report, printed = ran
     json.dumps(report)
     assert printed.rstrip() == format_report(report)
 
@@ -322,19 +337,16 @@ def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
 
 
 def test_demo_measures_the_model_with_its_router_restricted_to_the_kept_experts(
-    tmp_path, monkeypatch, model, tokenizer
+    ran, documents, model, tokenizer
 ):
     """A pruned checkpoint has the figures of the whole model without the removed experts."""
-    for name in ("CALIBRATION_WINDOWS", "HELD_OUT_WINDOWS"):
-        monkeypatch.setattr(demo, name, 2)
-    monkeypatch.setattr(demo, "RANDOM_SEEDS", 1)
-    run_demo(tmp_path, quiet=True)
-    report = run_demo(tmp_path, quiet=True)  # over the results of the first run
-    held_out = demo.read_texts(tokenizer)[1]
+    out, report, _ = ran
+    texts = [d for d in documents if d.split == "held_out"]
+    held_out = token_windows(texts, tokenizer, per_domain=4, length=demo.WINDOW)
     base = evaluate(model, held_out)
     assert report["unpruned"]["perplexity"] == pytest.approx(base.perplexity, rel=1e-5)
     for percent in (25, 50):
-        plan = Plan.load(tmp_path / f"plan-{percent}.json")
+        plan = Plan.load(out / f"plan-{percent}.json")
         with ExitStack() as stack:
             for router, layer in zip(routers(model), plan.layers.values(), strict=True):
                 stack.enter_context(without_experts(router, layer.removed))

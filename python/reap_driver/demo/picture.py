@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
@@ -42,7 +43,8 @@ def draw_scores(
         figure.colorbar(image, ax=axis, label="score / layer's best", pad=0.01)
     figure.suptitle(title)
     figure.legend(handles=_legend(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=130)
+    figure.set_dpi(130)
+    FigureCanvasAgg(figure).print_png(path)  # `savefig` would draw everything twice
 
 
 # A filled and a hollow shape can be told apart without color. Experts that only the heavier plan
