@@ -1,9 +1,8 @@
 """Every storage format: `--dry-run`, `observe` and `apply` do what docs/formats.md says."""
 
-import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch
 from reap_driver import observe_streamed
 from reap_driver.load.resident import load_model
 from reap_driver.load.streamed_model import open_streamed
-from reap_driver.memory import rates
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from tests.driver.cli.conftest import Run, run
 from tests.driver.formats.build import FORMATS, Format, plain_model
@@ -27,15 +25,6 @@ __all__ = ["run"]  # a fixture
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("plain")
     return {name: plain_model(root / name, name) for name in {f.model for f in FORMATS}}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _measured_once() -> Iterator[None]:
-    """How fast this machine is does not depend on the format."""
-    measure = functools.cache(rates.measure)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rates, "measure", lambda device, dtype, _: measure(device, dtype, None))
-        yield
 
 
 @pytest.mark.parametrize("stored", FORMATS, ids=lambda stored: stored.id)
