@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reap_driver.evaluation.comparison_file import FORMAT
-from reap_driver.planning.published import public_name
+from reap_driver.planning.public_provenance import public_name
 from reap_driver.reporting.elements import Cell, Fact, Facts, Part, Share, Table
 
 # Key of a figure -> its name, in the order of the table.

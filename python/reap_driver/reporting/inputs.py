@@ -7,7 +7,7 @@ from functools import cached_property
 
 from reap_driver.planning.criteria import Scores, known_criterion
 from reap_driver.planning.plan import Plan
-from reap_driver.planning.published import public_name
+from reap_driver.planning.public_provenance import public_name
 from reap_driver.planning.scoring import score
 from reap_driver.planning.stability import (
     Uncertainty,

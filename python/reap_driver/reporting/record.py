@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from reap_driver.planning.criteria import named
-from reap_driver.planning.published import calibration_mix, router_weight_rule
+from reap_driver.planning.public_provenance import calibration_mix, router_weight_rule
 from reap_driver.reporting.elements import Cell, Fact, Facts, Paragraph, Share, Table
 from reap_driver.reporting.inputs import Inputs
 

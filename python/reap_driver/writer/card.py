@@ -21,7 +21,7 @@ from reap_driver.compat.load_pruned import SETTINGS
 from reap_driver.files.checkpoint import Checkpoint, belongs
 from reap_driver.planning.criteria import known_criterion
 from reap_driver.planning.plan import Plan
-from reap_driver.planning.published import calibration_mix, public_name
+from reap_driver.planning.public_provenance import calibration_mix, public_name
 from reap_driver.writer.markdown import Markdown, code, template, text
 from reap_driver.writer.report import ApplyReport
 from reap_kernels.files import is_file

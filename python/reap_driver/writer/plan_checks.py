@@ -7,7 +7,7 @@ from reap_driver.model.discover import MoELayer
 from reap_driver.model.stacks import Stack, stack_near
 from reap_driver.planning.budget import SERVED_STEP, is_served
 from reap_driver.planning.plan import Plan
-from reap_driver.planning.published import public_name
+from reap_driver.planning.public_provenance import public_name
 from reap_driver.writer.actions import split_layer
 from reap_kernels.errors import PlanError
 from reap_kernels.model_match import differences

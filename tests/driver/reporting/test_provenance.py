@@ -2,7 +2,7 @@
 
 import pytest
 
-from reap_driver.planning.published import calibration_mix, public_name, router_weight_rule
+from reap_driver.planning.public_provenance import calibration_mix, public_name, router_weight_rule
 
 
 @pytest.mark.parametrize(
