@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from reap_driver.base.arguments import typed
 from reap_driver.compat.config_file import read_config
+from reap_driver.compat.config_texts import without_texts
 from reap_driver.compat.library_errors import wrap_errors
 from reap_kernels.errors import UnsupportedModel
 from reap_kernels.schema import short
@@ -72,7 +73,7 @@ def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> P
     what = (
         f"{path_or_id}: config.json (model_type {short(model_type)}) is not a valid configuration"
     )
-    with wrap_errors(what, CORRECT):
+    with wrap_errors(what, CORRECT), without_texts():
         config = _known_config(str(path_or_id), model_type, architecture, remote=remote)
     if config is not None:
         config._name_or_path = str(path_or_id)  # for messages
@@ -110,11 +111,16 @@ def config_digest(config: PretrainedConfig) -> str:
     The digest stays the same when a configuration is saved, reloaded, dequantized, or read by
     another transformers version that only added fields.
     """
-    identity = identifying_fields(config)
+    return digest_of(identifying_fields(config))
+
+
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """`sha256:...` over `identifying_fields` that have been computed."""
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), default=str)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
+@without_texts()
 def identifying_fields(config: PretrainedConfig) -> dict[str, Any]:
     """The fields of a configuration that differ from the defaults of its class, at every level,
     except those about how the model is stored or run (dtype, cache, quantization, version, paths).

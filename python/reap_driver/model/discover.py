@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_driver.base.arguments import typed
-from reap_driver.compat.model_config import config_digest, identifying_fields
+from reap_driver.compat.model_config import digest_of, identifying_fields
 from reap_driver.model.adapters import ADAPTERS, Adapter
 from reap_driver.model.adapters.expert_parallel import ExpertSlice
 from reap_driver.model.unwrap import unwrap_model
@@ -150,14 +150,15 @@ def record_of(
     """
     model = unwrap_model(model)
     config = model.config
+    identity = identifying_fields(config)
     layers = find_moe_layers(model) if layers is None else layers
     return {
         "model": {
             "id": str(getattr(config, "_name_or_path", "") or "") if name is None else name,
-            "config_digest": config_digest(config),
+            "config_digest": digest_of(identity),
             "model_type": type(config).model_type,
             "architecture": type(model).__name__,
-            "config": _as_json(identifying_fields(config)),
+            "config": _as_json(identity),
         },
         "layers": {layer.name: layer.provenance() for layer in layers},
     }

@@ -10,12 +10,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from reap_driver.compat.config_texts import without_texts
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.model.expert_layout import ExpertDim, Shape, derive_layout
 from reap_driver.model.stacks import Stack, find_stacks, with_counts
 from reap_kernels.errors import UnsupportedModel
 
 
+@without_texts()
 def expert_dims(model: PreTrainedModel, layers: Mapping[str, int]) -> dict[str, ExpertDim]:
     """Where the tensors of a model hold experts, by name in its state dict. Tensors of single
     experts (in an `nn.ModuleList`) are not included.
@@ -45,6 +47,7 @@ def expert_dims(model: PreTrainedModel, layers: Mapping[str, int]) -> dict[str, 
     return dict(derive_layout(old, double, counts).tensors)
 
 
+@without_texts()
 def stacks_of(model: PreTrainedModel, layers: Mapping[str, int]) -> list[Stack]:
     """The stacks (see `model.stacks`) of a model in memory or on the meta device, in terms of the
     fields of its configuration's class.

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
+from reap_driver.compat.config_texts import without_texts
 from reap_driver.compat.model_config import config_digest, load_config
 from reap_driver.compat.pretrained import meta_model, model_class
 from reap_driver.compat.text_model import text_model
@@ -32,6 +33,18 @@ def _saved(folder: Path, name: str = "qwen3_moe", shard: str = "50GB", **fields:
 def _edit(folder: Path, **fields: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_configurations_keep_their_text(tmp_path: Path) -> None:
+    """Which is shortened only while they are built, also if that fails."""
+    folder = _saved(tmp_path)
+    with without_texts():
+        assert repr(load_config(folder)) == "Qwen3MoeConfig"
+    assert '"num_experts_per_tok": 3' in repr(load_config(folder))
+    _edit(folder, vocab_size="many")
+    with pytest.raises(CheckpointError, match="vocab_size"):
+        load_config(folder)
+    assert PretrainedConfig.__repr__(PretrainedConfig()).startswith("PreTrainedConfig {")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,6 +9,8 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+from reap_driver.compat.config_texts import without_texts
+
 # Applied to every field of that name a configuration class has; specs override. Sizes differ from
 # one another and from the expert count (8), so that an axis mistaken for another fails.
 SHRINK: dict[str, Any] = {
@@ -72,6 +74,7 @@ class Spec:
     nested: "dict[str, tuple[str, dict[str, Any]] | Spec]" = dataclasses.field(default_factory=dict)
 
 
+@without_texts()
 def make_config(spec: Spec, overrides: dict[str, Any]) -> PretrainedConfig:
     """The shrunken configuration; `overrides` go to the nested text config if there is one."""
     inner = overrides if spec.nested else {}
