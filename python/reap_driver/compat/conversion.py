@@ -110,14 +110,16 @@ class KeyMap:
         """
         return self._state[name].is_floating_point()
 
-    def expert_lists(self, keys: Sequence[str]) -> list[list[str]]:
+    def expert_lists(self, targets: Mapping[str, Target]) -> list[list[str]]:
         """The disk keys of one stacked model tensor, as one list per source pattern with one key
         per expert. Empty unless a subset of experts can be converted by itself and gives their
         rows.
+
+        Args:
+            targets: disk key -> where it goes, for the keys of the tensor.
         """
         lists: dict[str, list[str]] = {}
-        for key in keys:
-            target = self.locate(key)
+        for key, target in targets.items():
             if target.pattern is None or len(target.names) > 1:
                 return []
             lists.setdefault(target.pattern, []).append(key)

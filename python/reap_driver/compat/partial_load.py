@@ -1,16 +1,18 @@
 """Loads a checkpoint in parts: first everything but its decoder layers, then layers on request.
 
 transformers' own `from_pretrained` builds the model and its conversion code makes every tensor;
-this file only decides which keys are loaded when. Meanwhile it replaces two functions of the
-library: the one that loads all keys, to load some of them, and the one that puts a tensor into the
-model, to assemble stacked experts. These are converted a few at a time, so that memory does not
-hold a second copy of all of them.
+this file only decides which keys are loaded when. Meanwhile it replaces three functions of the
+library: the one that loads all keys, to load some of them; the one that puts a tensor into the
+model, to assemble stacked experts; and the one that copies converters. Stacked experts are
+converted a few at a time, so that memory does not hold a second copy of all of them.
 """
 
 import contextlib
+import copy
 import logging
 import os
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, core_model_loading, modeling_utils
-from transformers.core_model_loading import dot_natural_key
+from transformers.core_model_loading import WeightConverter, dot_natural_key
 from transformers.utils import logging as library_logging
 
-from reap_driver.compat.conversion import KeyMap
+from reap_driver.compat.conversion import KeyMap, Target
 from reap_driver.compat.decoder_layers import owner_of
 from reap_driver.compat.fp8 import partial_blocks
 from reap_kernels.errors import CheckpointError
@@ -114,7 +116,7 @@ class PartialLoad:
         for chunk in chunks:
             with _placing(self._placer(chunk, gathered)), _in_this_thread(), partial_blocks():
                 wanted = {key: self._tensors[key] for key in chunk.keys}
-                info, _ = _convert_and_load(self.model, wanted, config)
+                info, _ = _converted(self.model, wanted, config)
             for name, text in info.conversion_errors.items():
                 reason = " ".join(str(text).strip().splitlines()[-2:])  # after a traceback
                 raise CheckpointError(f"{name}: cannot be converted ({reason[:300]}); {_REMEDY}")
@@ -176,22 +178,22 @@ class PartialLoad:
         keys = KeyMap(model, load_config.weight_mapping)
         owners = {name: index for index, (name, _) in enumerate(self.layers)}
         outside: dict[str, LazyTensor] = {}
-        inside: list[list[str]] = [[] for _ in self.layers]
+        inside: list[dict[str, Target]] = [{} for _ in self.layers]
         covered: list[set[str]] = [set() for _ in self.layers]
-        for key, tensor in self._tensors.items():
-            target = keys.locate(key)
+        for key in sorted(self._tensors, key=dot_natural_key):  # as the library; rules have states
+            tensor, target = self._tensors[key], keys.locate(key)
             layer = owner_of(target.name, owners) if keys.known(target) else None
             owner = None if layer is None else owners[layer]
             if owner is None:
                 outside[key] = tensor
                 self._keys.setdefault(target.name, []).append(key)
             else:
-                inside[owner].append(key)
+                inside[owner][key] = target
                 covered[owner].update(target.names)
         state = model.state_dict()
         self._blank = [{name: state[name] for name in names if name in state} for names in covered]
         self._chunks = [divide_into_chunks(keys, part, self._tensors) for part in inside]
-        info, offload = _convert_and_load(model, outside, load_config, offload)
+        info, offload = _converted(model, outside, load_config, offload)
         for blanks in self._blank:
             info.missing_keys -= blanks.keys()
             for name in blanks:  # the library does not initialize what is marked as loaded
@@ -214,7 +216,7 @@ class PartialLoad:
         keys = {key: self._tensors[key] for name in changed for key in self._keys[name]}
         if keys:
             with _in_this_thread(), partial_blocks():
-                _convert_and_load(self.model, keys, self._load_config)
+                _converted(self.model, keys, self._load_config)
         self._loaded = {}
 
 
@@ -243,16 +245,25 @@ def load_in_parts(
 
 
 def divide_into_chunks(
-    keys: KeyMap, names: Sequence[str], tensors: Mapping[str, LazyTensor], size: int = CHUNK_BYTES
+    keys: KeyMap,
+    targets: Mapping[str, Target],
+    tensors: Mapping[str, LazyTensor],
+    size: int = CHUNK_BYTES,
 ) -> list[Chunk]:
     """Divides the keys of one layer into chunks of about `size` bytes.
 
     Tensors that one conversion combines are in one chunk, unless it stacks experts and converts
     each expert by itself.
+
+    Args:
+        keys: key map of the model.
+        targets: disk key -> where it goes, for the keys of the layer in the library's order.
+        tensors: every tensor of the checkpoint, by its key.
+        size: bytes per chunk.
     """
-    groups: dict[str, list[str]] = {}
-    for key in sorted(names, key=dot_natural_key):
-        groups.setdefault(keys.locate(key).name, []).append(key)
+    groups: dict[str, dict[str, Target]] = {}
+    for key, target in targets.items():
+        groups.setdefault(target.name, {})[key] = target
     chunks: list[Chunk] = []
     small: list[str] = []
     held = 0
@@ -261,7 +272,7 @@ def divide_into_chunks(
         if lists:
             chunks += _expert_chunks(target, lists, tensors, size)
             continue
-        small += group
+        small += list(group)
         held += sum(tensors[key].nbytes for key in group)
         if held >= size:
             chunks.append(Chunk(tuple(small)))
@@ -279,6 +290,25 @@ def _expert_chunks(
     for first in range(0, total, step):
         part = tuple(key for keys in lists for key in keys[first : first + step])
         yield Chunk(part, {target: total})
+
+
+def _converted(model: PreTrainedModel, tensors: Any, load_config: Any, offload: Any = None) -> Any:
+    """The library's own loading of tensors, without its copy of a converter for every key."""
+    with _replaced(core_model_loading, "deepcopy", _empty):
+        return _convert_and_load(model, tensors, load_config, offload)
+
+
+def _empty(converter: WeightConverter) -> WeightConverter:
+    """A converter with the same rules that has collected no tensors.
+
+    The library copies converters deeply, one for each key, and uses one for each model tensor. With
+    the operations it copies what they refer to, such as the quantizer: a third of the time that
+    loading a layer of many experts took.
+    """
+    made = copy.copy(converter)
+    made.collected_tensors = defaultdict(list)
+    made.layer_targets = defaultdict(set)
+    return made
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -208,8 +208,8 @@ def _is_dequantized(key: str, dtypes: Mapping[str, str], method: str | None) -> 
     weight = _weight_of(key, method)
     if weight != key:
         return weight in dtypes
-    scales = {f"{key}_scale_inv", key.removesuffix("weight") + "scale"}
-    return key.endswith(".weight") and not scales.isdisjoint(dtypes)
+    scales = (f"{key}_scale_inv", key.removesuffix("weight") + "scale")
+    return key.endswith(".weight") and any(scale in dtypes for scale in scales)
 
 
 _PAIRS = (("_blocks", "_scales"), ("_scales", "_blocks"))

@@ -41,8 +41,8 @@ def in_chunks_of(size: int, monkeypatch: pytest.MonkeyPatch) -> list[Chunk]:
     """Divides keys into chunks of `size` bytes, and lists them."""
     made: list[Chunk] = []
 
-    def small(keys: KeyMap, names: Any, tensors: Any) -> list[Chunk]:
-        chunks = divide_into_chunks(keys, names, tensors, size)
+    def small(keys: KeyMap, targets: Any, tensors: Any) -> list[Chunk]:
+        chunks = divide_into_chunks(keys, targets, tensors, size)
         made.extend(chunks)
         return chunks
 
@@ -115,13 +115,17 @@ def expert(number: int, matrix: str) -> str:
     return f"model.layers.0.mlp.experts.{number}.{matrix}_proj.weight"
 
 
+def divided(keys: KeyMap, names: list[str], size: int) -> list[Chunk]:
+    """Chunks of tensors of 10 bytes each."""
+    targets = {name: keys.locate(name) for name in sorted(names)}
+    return divide_into_chunks(keys, targets, {name: Sized(10) for name in names}, size)
+
+
 def test_chunks_are_as_large_as_asked(keys: KeyMap) -> None:
     """Chunks hold whole experts; other tensors are combined up to the size."""
     others = [f"model.layers.0.{n}.weight" for n in ("input_layernorm", "self_attn.q_proj")]
     names = [expert(number, m) for number in range(8) for m in ("up", "gate", "down")]
-    made = divide_into_chunks(
-        keys, [*others, *names], {name: Sized(10) for name in [*others, *names]}, 65
-    )
+    made = divided(keys, [*others, *names], 65)
     gate_up = [chunk for chunk in made if any("gate" in key for key in chunk.keys)]
     assert [len(chunk.keys) for chunk in gate_up] == [6, 6, 4]
     assert gate_up[0].keys == tuple(expert(n, m) for m in ("gate", "up") for n in range(3))
@@ -133,7 +137,7 @@ def test_chunks_are_as_large_as_asked(keys: KeyMap) -> None:
 def test_lists_of_unequal_length_stay_together(keys: KeyMap) -> None:
     """Experts of which one lacks a key are converted together, which raises an error."""
     names = [expert(n, m) for n in range(8) for m in ("gate", "up") if (n, m) != (3, "up")]
-    [chunk] = divide_into_chunks(keys, names, {name: Sized(10) for name in names}, 20)
+    [chunk] = divided(keys, names, 20)
     assert sorted(chunk.keys) == sorted(names)
     assert not chunk.experts
 
