@@ -207,7 +207,11 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, str] | None, dict[s
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path}: has no weight_map; restore the file.")
-    names = sorted({_inside(index_path, key, name) for key, name in weight_map.items()})
+    places: dict[str, str] = {}  # a shard as the index writes it -> its path; few for many keys
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or name not in places:
+            places[name] = _inside(index_path, key, name)
+    names = sorted(set(places.values()))
     for name in names:
         if not is_file(folder / name):
             raise CheckpointError(
@@ -240,9 +244,11 @@ def _check_index(
     folder: Path, shards: tuple[SafetensorsFile, ...], weight_map: dict[str, str] | None
 ) -> None:
     """Raises CheckpointError for a key of the index that is not in the shard the index names."""
-    held = {shard.path: shard.tensors for shard in shards}
+    by_path = {shard.path: shard.tensors for shard in shards}
+    names = set((weight_map or {}).values())
+    held = {name: by_path[folder / PurePosixPath(name)] for name in names}
     for key, name in (weight_map or {}).items():
-        if key not in held[folder / PurePosixPath(name)]:
+        if key not in held[name]:
             raise CheckpointError(
                 f"{folder / name}: lacks tensor {key!r}, which {INDEX_NAME} places there; "
                 "download index and shards of one and the same checkpoint."
