@@ -1,5 +1,6 @@
 """The automatic batch size: enough rows per expert, within the free memory."""
 
+import bisect
 import math
 from typing import Any
 
@@ -60,8 +61,10 @@ def test_size(changed: dict[str, Any], size: int) -> None:
 def test_the_most_that_fits(held: int, experts: int) -> None:
     """By search: experts take at most a quarter of the free memory, all activations half."""
     free = 4_000_000
-    fits = [n for n in range(1, free) if n * held + min(n * experts, free // 4) <= free // 2]
-    assert abs(Footprint(held, experts).tokens_within(free) - fits[-1]) <= 1
+    nbytes = lambda n: n * held + min(n * experts, free // 4)  # noqa: E731
+    most = bisect.bisect_right(range(1, free), free // 2, key=nbytes)
+    assert nbytes(most) <= free // 2 < nbytes(most + 1)
+    assert abs(Footprint(held, experts).tokens_within(free) - most) <= 1
 
 
 def test_bytes_of_a_batch_where_experts_are_computed_in_parts() -> None:
