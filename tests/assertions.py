@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from _pytest.assertion import util
+from _pytest.assertion import rewrite
 
 # Of the test whose function runs, whether it has asserted anything; None between tests.
 _asserted: bool | None = None
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Counts what asserts without an `assert` statement."""
+    """Counts `assert` statements that hold, and what asserts without one."""
+    rewrite._check_if_assertion_pass_impl = _held
     for place, name in ((pytest, "raises"), (pytest, "warns"), (torch.testing, "assert_close")):
         setattr(place, name, _counted(getattr(place, name)))
 
@@ -40,13 +41,12 @@ def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
     return counted
 
 
-def pytest_assertion_pass() -> None:
-    """Notes a test's first assertion. Others would only cost: pytest puts the operands of each into
-    words for this hook, a quarter of a millisecond, so the rest of the test goes without it.
+def _held() -> bool:
+    """In place of pytest's question whether a hook wants to know of an assertion that held. With
+    the hook itself, pytest would put the operands into words, for a model's tensors half a second.
     """
     _note()
-    if _asserted:
-        util._assertion_pass = None
+    return False
 
 
 @pytest.hookimpl(wrapper=True)
