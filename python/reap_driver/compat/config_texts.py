@@ -4,14 +4,14 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 _LOCK = threading.RLock()  # the method is replaced for all threads
 
 
 @contextlib.contextmanager
 def without_texts() -> Iterator[None]:
-    """Inside, the text of a configuration is the name of its class.
+    """Inside, the text of a configuration, of a model or of generation, is the name of its class.
 
     `from_dict` formats the whole configuration for a log message, whether or not it is logged. The
     check that a field is a dictionary or a configuration formats the configuration for the error of
@@ -20,13 +20,15 @@ def without_texts() -> Iterator[None]:
     reading the config.json of a model of several parts took.
     """
     with _LOCK:
-        original = PretrainedConfig.__repr__
-        PretrainedConfig.__repr__ = _name_of  # type: ignore[method-assign]
+        originals = {cls: cls.__repr__ for cls in (PretrainedConfig, GenerationConfig)}
+        for cls in originals:
+            cls.__repr__ = _name_of  # type: ignore[method-assign]
         try:
             yield
         finally:
-            PretrainedConfig.__repr__ = original  # type: ignore[method-assign]
+            for cls, original in originals.items():
+                cls.__repr__ = original  # type: ignore[method-assign]
 
 
-def _name_of(config: PretrainedConfig) -> str:
+def _name_of(config: object) -> str:
     return type(config).__name__

@@ -10,6 +10,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from reap_driver.compat.config_texts import without_texts
 from reap_driver.compat.fp8 import partial_blocks
 from reap_driver.compat.library_errors import offending_field, one_line, wrap_errors
 from reap_driver.compat.load_pruned import built_per_layer
@@ -149,6 +150,7 @@ def meta_model(
             for context in (torch.device("meta"), meta_device_safe_creation_ops()):
                 stack.enter_context(context)
             stack.enter_context(no_init_weights())
+            stack.enter_context(without_texts())
             stack.enter_context(built_per_layer(chosen))
             return chosen(config)
 
