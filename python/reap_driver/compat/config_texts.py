@@ -22,12 +22,12 @@ def without_texts() -> Iterator[None]:
     with _LOCK:
         originals = {cls: cls.__repr__ for cls in (PretrainedConfig, GenerationConfig)}
         for cls in originals:
-            cls.__repr__ = _name_of  # type: ignore[method-assign]
+            cls.__repr__ = _name_of
         try:
             yield
         finally:
             for cls, original in originals.items():
-                cls.__repr__ = original  # type: ignore[method-assign]
+                cls.__repr__ = original
 
 
 def _name_of(config: object) -> str:

@@ -267,10 +267,10 @@ def divide_into_chunks(
     chunks: list[Chunk] = []
     small: list[str] = []
     held = 0
-    for target, group in groups.items():
+    for name, group in groups.items():
         lists = keys.expert_lists(group)
         if lists:
-            chunks += _expert_chunks(target, lists, tensors, size)
+            chunks += _expert_chunks(name, lists, tensors, size)
             continue
         small += list(group)
         held += sum(tensors[key].nbytes for key in group)
