@@ -24,8 +24,8 @@ OUT = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
 # %%
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = rd.load_model(MODEL)
-functions = [f"def add_{i}(first, second):\n    return first + second + {i}\n" for i in range(64)]
-records = [json.dumps({"name": f"item {i}", "price": i, "tags": ["new"]}) for i in range(64)]
+functions = [f"def add_{i}(first, second):\n    return first + second + {i}\n" for i in range(16)]
+records = [json.dumps({"name": f"item {i}", "price": i, "tags": ["new"]}) for i in range(16)]
 groups = {"code": functions, "json": records}
 
 with rd.observe(model) as observer:

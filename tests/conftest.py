@@ -42,3 +42,10 @@ def poisoned():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def as_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the backends that an installed library has on a CPU; none that tests alone have."""
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("REAP_CUDA_HOST")

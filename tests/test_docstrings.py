@@ -34,7 +34,7 @@ def files(tmp_path_factory) -> Path:
     """What examples name: the bundled model, a little text, statistics and a plan."""
     folder = tmp_path_factory.mktemp("examples")
     shutil.copytree(ROOT / "python/reap_driver/demo/model", folder / "MODEL")
-    lines = [f'{{"text": "def add_{i}(a, b):\\n    return a + b + {i}\\n"}}' for i in range(600)]
+    lines = [f'{{"text": "def add_{i}(a, b):\\n    return a + b + {i}\\n"}}' for i in range(100)]
     (folder / "code.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -58,6 +58,7 @@ def names(files: Path) -> dict[str, Any]:
     return {"rd": rd, "rk": rk, "torch": torch, **known}
 
 
+@pytest.mark.usefixtures("as_installed")
 @pytest.mark.parametrize(("package", "name"), EXPORTED)
 def test_examples_run(package, name, files, names, monkeypatch, capsys) -> None:
     text = inspect.getdoc(getattr(import_module(package), name)) or ""

@@ -34,7 +34,7 @@ def files(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("files")
     shutil.copytree(ROOT / "python/reap_driver/demo/model", folder / "model")
-    lines = [f'{{"text": "def add_{i}(a, b):\\n    return a + b + {i}\\n"}}' for i in range(200)]
+    lines = [f'{{"text": "def add_{i}(a, b):\\n    return a + b + {i}\\n"}}' for i in range(100)]
     (folder / "code.jsonl").write_text("\n".join(lines) + "\n")
     model, data, stats, plan = (
         str(folder / name) for name in ("model", "code.jsonl", "stats.safetensors", "plan.json")
@@ -44,6 +44,7 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("as_installed")
 @pytest.mark.parametrize("page", RUNNING)
 def test_blocks_run_in_order(page: str, files: Path, tmp_path, monkeypatch, capsys) -> None:
     from reap_driver.cli.main import main

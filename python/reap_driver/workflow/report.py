@@ -23,7 +23,7 @@ class Reported(Result):
         files: the page, then the pictures.
 
     Example:
-        >>> rd.report(stats, plan, out="pictures").files[0].name
+        >>> rd.report(stats, out="pictures").files[0].name
         'report.html'
     """
 
