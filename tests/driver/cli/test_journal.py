@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import random
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,8 @@ from tests.driver.cli.forks import forked, killed_before
 from tests.driver.streaming.passes import assert_same_bits
 from tests.sealed import change_document
 
-KILLS = 12
-LAYERS = 6
+KILLS = 8
+LAYERS = 4
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +33,12 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture
-def words(deep: Path, tmp_path: Path) -> list[str]:
-    """An observation of two groups, 8 batches; an entry behind each."""
+@pytest.fixture(scope="module")
+def words(deep: Path) -> list[str]:
+    """An observation of two groups, 8 batches; an entry behind each. Its files are read only."""
     sources = []
     for group in ("code", "text"):
-        path = tmp_path / f"{group}.jsonl"
+        path = deep.with_name(f"{group}.jsonl")
         ids = [(7 * i + len(group)) % 250 for i in range(8 * 16)]
         path.write_text(json.dumps({"input_ids": ids}) + "\n")
         sources += ["--data", str(path)]
@@ -45,19 +46,26 @@ def words(deep: Path, tmp_path: Path) -> list[str]:
     return ["observe", str(deep), *sources, *options]
 
 
-def whole(words: list[str], out: Path, *more: str) -> SaliencyStats:
-    """Statistics of a run that nobody interrupts."""
-    assert main([*words, "--out", str(out), *more]) == 0
-    assert not out.with_name(out.name + ".journal").exists()
-    return SaliencyStats.load(out)
+@pytest.fixture(scope="module")
+def whole(deep: Path, words: list[str]) -> dict[str, SaliencyStats]:
+    """Statistics of runs that nobody interrupts, by --stream."""
+    found = {}
+    for stream in ("never", "always"):
+        out = deep.with_name(stream)
+        assert main([*words, "--out", str(out), "--stream", stream]) == 0
+        assert not out.with_name(out.name + ".journal").exists()
+        found[stream] = SaliencyStats.load(out)
+    return found
 
 
-@pytest.mark.parametrize("mode", [["--stream", "never"], ["--stream", "always"]], ids="-".join)
-def test_killed_at_random_points(words: list[str], mode: list[str], tmp_path: Path) -> None:
-    """kill -9 before a change to files, a dozen times, then to the end: the bits of a run that was
+@pytest.mark.parametrize("stream", ["never", "always"])
+def test_killed_at_random_points(
+    words: list[str], whole: dict[str, SaliencyStats], stream: str, tmp_path: Path
+) -> None:
+    """kill -9 before a change to files, eight times, then to the end: the bits of a run that was
     never killed.
     """
-    want = whole(words, tmp_path / "whole.safetensors", *mode)
+    want, mode = whole[stream], ["--stream", stream]
     counter = multiprocessing.get_context("fork").Value("i", 0)
     timed = tmp_path / "timed.safetensors"
     assert forked([*words, *mode, "--out", str(timed)], killed_before(None, counter)).code == 0
@@ -79,14 +87,19 @@ def test_killed_at_random_points(words: list[str], mode: list[str], tmp_path: Pa
             assert_same_bits(SaliencyStats.load(out), want)
             out.unlink()
         complete = kills >= KILLS and ended.code == 0
-    assert len(resumed) > 3
+    assert len(resumed) > 2
     assert not journal.exists()
 
 
 @pytest.mark.parametrize("offload", ["device", "file"])
-@pytest.mark.parametrize("layer", [0, 3, LAYERS - 1])
+@pytest.mark.parametrize("layer", [0, 2, LAYERS - 1])
 def test_every_place_of_states_resumes(
-    words: list[str], layer: int, offload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    whole: dict[str, SaliencyStats],
+    layer: int,
+    offload: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A run that fails right behind a layer goes on from it; layers before are not read again."""
     from reap_driver.load.streamed_model import StreamedModel
@@ -99,7 +112,6 @@ def test_every_place_of_states_resumes(
         lambda machine: [(offload, *rest) for _, *rest in places(machine)],
     )
     mode = ["--stream", "always", "--out", str(tmp_path / "out")]
-    want = whole(words, tmp_path / "whole", "--stream", "always")
     release, loaded = StreamedModel.release, []
 
     def fail(self: StreamedModel, number: int) -> None:
@@ -122,13 +134,13 @@ def test_every_place_of_states_resumes(
     monkeypatch.setattr(StreamedModel, "_load", count)
     assert main([*words, *mode, "--resume"]) == 0
     assert loaded == list(range(position, LAYERS))
-    assert_same_bits(SaliencyStats.load(tmp_path / "out"), want)
+    assert_same_bits(SaliencyStats.load(tmp_path / "out"), whole["always"])
     assert not (tmp_path / "out.journal").exists()
 
 
-@pytest.fixture
-def left(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The journal of a resident run that failed behind its fifth batch."""
+@pytest.fixture(scope="module")
+def failed(deep: Path, words: list[str]) -> Path:
+    """The journal of a resident run that failed behind its fifth batch; never changed."""
     from reap_driver.observation.observer import Observer
 
     calls, call = [0], Observer.__call__
@@ -139,11 +151,17 @@ def left(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
             raise RuntimeError("a power cut")
         return call(self, **batch)
 
-    monkeypatch.setattr(Observer, "__call__", fail)
-    with pytest.raises(RuntimeError, match="power cut"):
-        main([*words, "--out", str(tmp_path / "out")])
-    monkeypatch.setattr(Observer, "__call__", call)
-    return tmp_path / "out.journal"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Observer, "__call__", fail)
+        with pytest.raises(RuntimeError, match="power cut"):
+            main([*words, "--out", str(deep.with_name("failed"))])
+    return deep.with_name("failed.journal")
+
+
+@pytest.fixture
+def left(failed: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(failed, tmp_path / "out.journal"))
 
 
 def test_a_journal_is_not_overlooked(
@@ -175,15 +193,21 @@ def _other_model(words: list[str], folder: Path) -> list[str]:
 
 
 def _other_data(words: list[str], folder: Path) -> list[str]:
-    path = folder / "text.jsonl"
-    content = json.loads(path.read_text())
+    """A token of the second group differs."""
+    at = _last_data(words)
+    content = json.loads(Path(words[at + 1]).read_text())
     content["input_ids"][100] += 1
+    path = folder / "text.jsonl"
     path.write_text(json.dumps(content))
-    return words
+    return [*words[: at + 1], str(path), *words[at + 2 :]]
+
+
+def _last_data(words: list[str]) -> int:
+    return len(words) - 1 - words[::-1].index("--data")
 
 
 def _less_data(words: list[str], _: Path) -> list[str]:
-    at = len(words) - 1 - words[::-1].index("--data")
+    at = _last_data(words)
     return [*words[:at], *words[at + 2 :]]
 
 
@@ -251,8 +275,4 @@ def test_prune_goes_on_behind_an_observation(
     monkeypatch.setattr(Observer, "__call__", fail)
     assert run(*pruned, "--resume").code == 0
     assert (tmp_path / "pruned" / "config.json").is_file()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "code.jsonl",
-        "pruned",
-        "text.jsonl",
-    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
