@@ -1,10 +1,11 @@
 """The check that fails tests without an assertion, on tests with and without."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+
+from tests.forks import forked
 
 ROOT = Path(__file__).parent.parent
 TESTS = """
@@ -62,18 +63,14 @@ def test_that_is_skipped():
 """
 
 
-def test_tests_that_assert_nothing_fail(tmp_path: Path) -> None:
+def test_tests_that_assert_nothing_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a fork: a run of pytest of its own."""
     (tmp_path / "test_some.py").write_text(TESTS)
     settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-rA", "-p", "tests.assertions", *settings, str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = re.findall(r"^(PASSED|FAILED) \S*test_some\.py::(\S+)", done.stdout, re.MULTILINE)
+    options = ["-rA", "-p", "tests.assertions", *settings, str(tmp_path)]
+    monkeypatch.setenv("PYTEST_ADDOPTS", "")
+    done = forked(lambda: pytest.main(options))
+    lines = re.findall(r"^(PASSED|FAILED) \S*test_some\.py::(\S+)", done.out, re.MULTILINE)
     failed = [name for outcome, name in lines if outcome == "FAILED"]
     passed = [name for outcome, name in lines if outcome == "PASSED"]
     assert failed == [
@@ -82,9 +79,9 @@ def test_tests_that_assert_nothing_fail(tmp_path: Path) -> None:
         "TestFailed::test_no_round_of_a_loop",
         "TestFailed::test_of_a_fixture_only",
         "test_that_fails_keeps_its_reason",
-    ], done.stdout + done.stderr
+    ], done.out + done.err
     assert len(passed) == 5
     assert all(name.startswith("TestPassed::") for name in passed)
-    assert len(re.findall("^test_some.* an assertion that ran;", done.stdout, re.MULTILINE)) == 4
-    assert "ValueError: its own" in done.stdout
-    assert "1 skipped" in done.stdout
+    assert len(re.findall("^test_some.* an assertion that ran;", done.out, re.MULTILINE)) == 4
+    assert "ValueError: its own" in done.out
+    assert "1 skipped" in done.out

@@ -30,6 +30,7 @@ from bench.gpu.providers import PROVIDERS, Prepared, Work
 from reap_kernels.testing import CASES, Case
 from tests.gpu import checks, running
 from tests.gpu.checks import Check
+from tests.limits import HUNG
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -57,12 +58,11 @@ def here() -> machine.Machine:
     return machine.survey(CPU, True, "abc")
 
 
-@pytest.mark.slow
 def test_smoke_mode_runs_every_stage(tmp_path: Path) -> None:
     """In this process, where kernels have passed their self-checks already."""
     before = {path.name: path.stat().st_mtime_ns for path in rows.RESULTS.iterdir()}
-    only = ("--only", ",".join(command.STAGES))
-    assert command.main(["--smoke", *only, "--out", str(tmp_path)]) == 0
+    options = ["--only", ",".join(command.STAGES), "--budget", str(100 * HUNG)]
+    assert command.main(["--smoke", *options, "--out", str(tmp_path)]) == 0
     found = {path.name for path in tmp_path.iterdir()}
     assert found == {f"{name}.csv" for name in command.FILES.values()} | {"gpu.md"}
     for name in command.FILES.values():
@@ -145,11 +145,11 @@ def test_without_cuda_kernels_their_rows_are_refused(monkeypatch) -> None:
     bed = parts.Bed(here(), kernels.plan(smoke=True)[0])
     some = parts.of_layer(bed, ("cuda",))
     some += parts.of_formats(bed.machine, kernels.quantized(smoke=True), ("cuda",))
-    found = kernels.measure(some, bed.machine, Deadline(100))
+    found = kernels.measure(some, bed.machine, Deadline(HUNG))
     monkeypatch.setattr(layer, "PROVIDERS", [p for p in PROVIDERS if p.variant == "cuda"])
-    found += layer.run(bed.machine, layer.plan(smoke=True), Deadline(100))
+    found += layer.run(bed.machine, layer.plan(smoke=True), Deadline(HUNG))
     planned = [check for check in checks.plan(smoke=True) if check.backend == "cuda"]
-    checked = running.run(CPU, planned, Deadline(100))
+    checked = running.run(CPU, planned, Deadline(HUNG))
     assert len(found) == len(some) + 2
     assert len(checked) == 7
     assert {row["status"] for row in found} == {row["result"] for row in checked} == {"refused"}
@@ -225,7 +225,7 @@ def test_a_kernel_that_is_wrong_is_not_timed(stage, wrap, message, wrong, monkey
 
     monkeypatch.setattr(parts, "stage_kernels", stage_kernels)
     bed = parts.Bed(here(), kernels.plan(smoke=True)[0])
-    found = kernels.measure(parts.of_layer(bed, ("cuda",)), bed.machine, Deadline(100))
+    found = kernels.measure(parts.of_layer(bed, ("cuda",)), bed.machine, Deadline(HUNG))
     failed = {row["kernel"]: row for row in found if row["status"] == "failed"}
     assert wrong <= set(failed)
     assert all(message in str(failed[name]["note"]) and not failed[name]["us"] for name in wrong)
@@ -242,7 +242,7 @@ def test_dequantization_that_is_wrong_is_not_timed(monkeypatch) -> None:
     shape = kernels.quantized(smoke=True)[0]
     some = parts.of_formats(here(), [shape], ("cuda",))
     monkeypatch.setattr(parts.rk, "dequantize", broken)
-    (row,) = kernels.measure(some, here(), Deadline(100))
+    (row,) = kernels.measure(some, here(), Deadline(HUNG))
     assert row["status"] == "failed"
     assert "expert 1 has other bits" in str(row["note"])
 
@@ -269,7 +269,7 @@ def test_a_provider_that_is_wrong_is_not_timed(monkeypatch) -> None:
     own = replace(PROVIDERS[0], prepare=prepare)
     peer = replace(PROVIDERS[-2], prepare=prepare)
     monkeypatch.setattr(layer, "PROVIDERS", (own, peer))
-    found = layer.run(here(), layer.plan(smoke=True), Deadline(100))
+    found = layer.run(here(), layer.plan(smoke=True), Deadline(HUNG))
     assert [row["status"] for row in found] == ["failed", "wrong"]
     assert {row["ms"] for row in found} == {""}
 
@@ -301,7 +301,7 @@ def test_readme_tables_are_made_from_rows(tmp_path, monkeypatch) -> None:
     assert "A GPU" in text
 
 
-def streamed_rows(folder: Path, seconds: float = 100) -> list[dict[str, object]]:
+def streamed_rows(folder: Path, seconds: float = HUNG) -> list[dict[str, object]]:
     return streaming.run(here(), Deadline(seconds), folder)
 
 

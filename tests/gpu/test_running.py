@@ -14,6 +14,7 @@ from reap_kernels.testing import CASES, Case, make_experts, make_inputs
 from tests.gpu import checks, running
 from tests.gpu.checks import Check
 from tests.gpu.test_gpu import as_users_run, judge, name_of
+from tests.limits import HUNG
 
 CPU = torch.device("cpu")
 SMALL = replace(CASES[-1], tokens=16, experts=4, top_k=2, groups=2)
@@ -35,7 +36,7 @@ def test_single_ops_are_checked() -> None:
 def test_refusals_are_told_from_failures() -> None:
     def row(backend: str, case: Case, dtype: torch.dtype) -> dict[str, object]:
         check = Check(case.name, backend, dtype, checks.compare, (case,))
-        return running.outcome(check, CPU, Deadline(100))
+        return running.outcome(check, CPU, Deadline(HUNG))
 
     odd = next(case for case in CASES if case.name == "odd-sizes")
     assert row("grouped_mm", odd, torch.float32)["result"] == "refused"
@@ -75,7 +76,7 @@ def test_checks_run_in_processes_and_a_dead_one_is_red() -> None:
     odd = next(case for case in CASES if case.name == "odd-sizes")
     alive = Check("alive", "grouped_mm", torch.float32, checks.compare, (odd,))
     dead = Check("dead", "grouped_mm", torch.float32, dies, ())
-    found = running.run(CPU, [alive, dead], Deadline(100), workers=1)
+    found = running.run(CPU, [alive, dead], Deadline(HUNG), workers=1)
     assert [row["check"] for row in found] == ["alive", "dead"]
     assert [row["result"] for row in found] == ["refused", "failed"]
     assert "process died" in str(found[1]["detail"])
