@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 # Colors that are drawn; the page replaces them by its own, for its light and its dark theme.
 INK, MUTED, GRID = "#1f2430", "#5b6372", "#d3d8e0"
@@ -35,6 +35,7 @@ _ON_PAGE = {
 COLORS = "cividis"
 
 WIDE, NARROW = 9.6, 3.75  # inches
+_TITLE = 0.3  # inches that the title of a PNG file adds to the height
 _STYLE = {
     "font.family": "sans-serif",
     # DejaVu Sans comes with matplotlib. Verdana is as wide, for browsers that lack it.
@@ -95,11 +96,8 @@ class Picture:
             wide = self.draw(narrow=False)
             on_page = self._svg(wide, "wide")
             on_phone = self._svg(self.draw(narrow=True), "narrow")
-            wide.suptitle(f"{model}: {self.title}", x=0.01, ha="left", fontsize=11)
-            wide.set(dpi=150, facecolor="white")
-            buffer = io.BytesIO()
-            FigureCanvasAgg(wide).print_png(buffer, metadata={"Software": None})
-        return Rendered(self, on_page, on_phone, buffer.getvalue())
+            png = _titled(wide, f"{model}: {self.title}")
+        return Rendered(self, on_page, on_phone, png)
 
     def _svg(self, figure: Figure, form: str) -> str:
         """An `<svg>` element for the page, with ids that no other picture uses."""
@@ -142,6 +140,23 @@ class Rendered:
 def _drawing() -> Iterator[None]:
     with matplotlib.rc_context(_STYLE):
         yield
+
+
+def _titled(figure: Figure, title: str) -> bytes:
+    """A PNG file of a figure that was drawn, with a title above it; the layout stays."""
+    width, height = figure.get_size_inches()
+    figure.set_layout_engine(None)
+    figure.suptitle(title, x=0.01, y=1 + 0.06 / height, ha="left", va="bottom", fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(
+        buffer,
+        format="png",
+        dpi=150,
+        facecolor="white",
+        bbox_inches=Bbox.from_bounds(0, 0, width, height + _TITLE),
+        metadata={"Software": None},
+    )
+    return buffer.getvalue()
 
 
 def new_figure(height: float, *, narrow: bool) -> Figure:
