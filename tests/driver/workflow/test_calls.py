@@ -61,6 +61,24 @@ def test_results_keep_the_notes_of_their_time() -> None:
     assert (observed, heard.notes) == (("of observing",), ("of observing", "of planning"))
 
 
+def test_each_step_of_a_pruning_keeps_its_notes(
+    model: Path,  # noqa: F811
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Planning and writing layers of different sizes add notes that observing does not have."""
+    uneven: dict[str, Any] = {"allocation": "global", "non_uniform": True, **RUN}
+    pruned = rd.prune(model, data, ratio=0.5, out=tmp_path / "uneven", **uneven)
+    assert pruned is not None
+    observed, planned, written = (
+        step.notes for step in (pruned.observed, pruned.planned, pruned.applied)
+    )
+    assert len(observed) < len(planned) < len(written)
+    assert written[: len(planned)] == planned
+    assert planned[: len(observed)] == observed
+    assert pruned.notes == written
+
+
 def test_the_steps_one_by_one(model: Path, data: Path, tmp_path: Path) -> None:  # noqa: F811
     before = saved.snapshot(tmp_path)
     observed = rd.observe_data(model, [data], **RUN)
