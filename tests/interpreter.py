@@ -17,7 +17,6 @@ is slow. The sort counts the ranks of slots in pieces of 8, as suits a GPU; here
 """
 
 import functools
-import math
 import operator
 from typing import Any
 
@@ -67,18 +66,37 @@ def _new_tensor(self: tl.tensor, handle: Any, type: Any) -> None:
     """As `tl.tensor.__init__`."""
     super(tl.tensor, self).__init__()
     self.handle, self.type, self.dtype = handle, type, type.scalar
-    self.numel, self.shape = _extent(type.shape if type.is_block() else ())
+    self.numel, self.shape = _extent(tuple(type.shape) if type.is_block() else ())
+
+
+def _new_block_type(self: tl.block_type, element_ty: Any, shape: Any) -> None:
+    """As `tl.block_type.__init__`."""
+    sizes = tuple(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+    self.element_ty, (self.shape, self.numel, text) = element_ty, _block(sizes)
+    self.name = f"<{text}, {element_ty}>"
 
 
 @functools.cache
-def _extent(shape: tuple[int, ...]) -> tuple[Any, Any]:
-    """A shape as Triton's integers: their product, and each."""
-    return tl.constexpr(math.prod(shape)), tl.tuple([tl.constexpr(size) for size in shape])
+def _extent(sizes: tuple[int, ...]) -> tuple[Any, Any]:
+    """The number of elements of a value and its shape, as Triton makes them."""
+    made = object.__new__(tl.tensor)
+    _tensor(made, None, tl.block_type(tl.int1, sizes) if sizes else tl.int1)
+    return made.numel, made.shape
 
 
+@functools.cache
+def _block(sizes: tuple[int, ...]) -> tuple[Any, int, str]:
+    """The shape of a type, its number of elements and its text, as Triton makes and checks them."""
+    made = object.__new__(tl.block_type)
+    _block_type(made, tl.int1, sizes)
+    return made.shape, made.numel, str(made.shape)
+
+
+_tensor, _block_type = tl.tensor.__init__, tl.block_type.__init__
 _replaced: set[str] = set()
 _number = functools.cache(interpreter._get_np_dtype)
 interpreter.InterpretedFunction.__call__ = _call
 interpreter._get_np_dtype = _np_dtype
 TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
 tl.tensor.__init__ = _new_tensor
+tl.block_type.__init__ = _new_block_type
