@@ -18,9 +18,9 @@ import pytest
 import transformers
 from filelock import FileLock
 
+from reap_driver.compat.pretrained import read_model
 from reap_driver.planning.plan import Plan
 from reap_driver.writer.apply import apply_plan
-from tests.driver import zoo
 from tests.driver.published.checkpoint import write_checkpoint
 from tests.driver.writer import saved
 
@@ -92,7 +92,7 @@ def non_uniform(shared: Shared, original: Callable[[str], Path]) -> Callable[[st
 
     def make(name: str, folder: Path) -> None:
         full = original(name)
-        plan = saved.make_plan(full, zoo.tiny(name)[1], saved.differing())
+        plan = saved.make_plan(full, read_model(full)[1], saved.differing())
         folder.mkdir()
         plan.save(folder / "plan.json")
         apply_plan(full, plan, folder / "out", non_uniform=True)

@@ -65,14 +65,22 @@ def check_permutation(
         open_streamed(original, trust_remote_code=trust) as old,
         open_streamed(pruned, trust_remote_code=trust) as new,
     ):
-        experts = {layer.name: layer.num_experts for layer in find_moe_layers(old.model)}
-        layers = plan.covering(experts).layers
-        pair = _Pair(old, new, layers, _dims(old, experts, layers))
-        problems = list(pair.outside())
-        if [name for name, _ in old.layers] != [name for name, _ in new.layers]:
-            return [*problems, f"{pruned}: has other decoder layers than {original}"]
-        for index in _spread(len(old.layers), sample):
-            problems += pair.decoder_layer(index)
+        return differences_of(old, new, plan, sample)
+
+
+def differences_of(
+    old: StreamedModel, new: StreamedModel, plan: "Plan", sample: int | None = None
+) -> list[str]:
+    """What `check_permutation` returns, for checkpoints that are open."""
+    experts = {layer.name: layer.num_experts for layer in find_moe_layers(old.model)}
+    layers = plan.covering(experts).layers
+    pair = _Pair(old, new, layers, _dims(old, experts, layers))
+    problems = list(pair.outside())
+    if [name for name, _ in old.layers] != [name for name, _ in new.layers]:
+        where = [streamed.model.config.name_or_path for streamed in (new, old)]
+        return [*problems, f"{where[0]}: has other decoder layers than {where[1]}"]
+    for index in _spread(len(old.layers), sample):
+        problems += pair.decoder_layer(index)
     return problems
 
 

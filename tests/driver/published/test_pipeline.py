@@ -1,6 +1,7 @@
 """Observe, plan, apply, load and generate, on every published model through the public API."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections import Counter
@@ -38,7 +39,7 @@ def test_prune(
 ) -> None:
     entry, source, out = MODELS[name], checkpoint(name), tmp_path / "pruned"
     before = digests(source)
-    plan = rd.make_plan(rd.score(observed(source, entry)), ratio=entry.ratio)
+    plan = rd.make_plan(rd.score(observed(name, source)), ratio=entry.ratio)
     kept = kept_by_block(plan, entry)
     assert list(kept) == [entry.block.format(i=i) for i in entry.moe_layers]
     assert {len(experts) for experts in kept.values()} == {entry.kept}
@@ -58,7 +59,7 @@ def test_mtp_layers_without_experts_can_stay(
     name: str, checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
     entry, source, out = MODELS[name], checkpoint(name), tmp_path / "pruned"
-    plan = rd.make_plan(rd.score(observed(source, entry)), ratio=entry.ratio)
+    plan = rd.make_plan(rd.score(observed(name, source)), ratio=entry.ratio)
     rd.apply_plan(source, plan, out, mtp="keep")
     check_written(entry, source, out, kept_by_block(plan, entry), mtp=True)
     generates(load(entry, out), out)
@@ -87,7 +88,7 @@ def test_mtp_layer_with_experts_stays_when_the_plan_covers_it(
 ) -> None:
     """Per-expert matrices with scales after the last layer; stacked ones in a separate module."""
     entry, source, out = MODELS[name], checkpoint(name), tmp_path / "pruned"
-    plan = rd.make_plan(rd.score(observed(source, entry)), ratio=entry.ratio)
+    plan = rd.make_plan(rd.score(observed(name, source)), ratio=entry.ratio)
     with pytest.raises(errors.PlanError, match=re.escape(layer)):
         rd.apply_plan(source, plan, out, mtp="keep")
     assert not out.exists()
@@ -111,9 +112,10 @@ def test_command_line_prunes_a_model_type_unknown_to_transformers(
     generates(rd.load_model(out), out)
 
 
-def observed(source: Path, entry: Published) -> Any:
-    """Statistics of the model over a few rows of random tokens, every slot counted."""
-    model = rd.load_model(source)
+@functools.cache
+def observed(name: str, source: Path) -> Any:
+    """Statistics of a model over a few rows of random tokens, every slot counted; not changed."""
+    entry, model = MODELS[name], rd.load_model(source)
     tokens = torch.randint(3, 259, (2, 96), generator=torch.Generator().manual_seed(0))
     with rd.observe(model) as observer:
         for row in tokens:

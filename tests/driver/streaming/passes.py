@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from reap_driver.base.interrupts import Stop
 from reap_driver.load.resident import load_model
@@ -41,9 +42,11 @@ def batches(vocab: int, count: int = 3, seq: int = 16, batch: int = 2) -> Listed
     return Listed([torch.randint(3, vocab, shape, generator=rng) for shape in shapes])
 
 
-def resident(folder: Path, data: Listed, journal: Journal | None = None) -> SaliencyStats:
-    """Statistics of the whole model in memory."""
-    observer = observe(load_model(folder))
+def resident(
+    folder: Path, data: Listed, journal: Journal | None = None, model: PreTrainedModel | None = None
+) -> SaliencyStats:
+    """Statistics of the whole model in memory; `model` is it if it is loaded."""
+    observer = observe(load_model(folder) if model is None else model)
     if journal is not None and journal.position:
         raise AssertionError("resume with `go_on`")
     kept = None if journal is None else ObserverJournal(journal, observer)

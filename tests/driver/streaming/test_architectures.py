@@ -1,11 +1,14 @@
 """Every architecture streamed: the bits of a resident observation, each byte read once."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from reap_driver.compat.decoder_layers import owner_of
 from reap_driver.files.checkpoint import open_checkpoint
@@ -17,32 +20,48 @@ from tests.driver.streaming import passes
 from tests.driver.writer import saved
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_streamed_is_resident(
-    name: str, tmp_path: Path, support: Callable[[str, str, str], None]
-) -> None:
-    model = saved.save(name, tmp_path / "model")
-    saved.shard(tmp_path / "model", 3)
-    data = passes.batches(model.config.get_text_config().vocab_size)
-    mine, opened = passes.streamed(tmp_path / "model", data)
-    passes.assert_same_bits(mine, passes.resident(tmp_path / "model", data))
+@dataclass(frozen=True)
+class Loaded:
+    """An architecture's checkpoint in three files, and its model in memory; neither is changed."""
+
+    name: str
+    folder: Path
+    model: PreTrainedModel
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def loaded(
+    request: pytest.FixtureRequest,
+    original: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Loaded:
+    folder = tmp_path_factory.mktemp("model") / "model"
+    shutil.copytree(original(request.param), folder)
+    saved.shard(folder, 3)
+    return Loaded(request.param, folder, load_model(folder))
+
+
+def test_loaded_is_what_was_saved(loaded: Loaded) -> None:
+    """Every tensor, those that the library's initialization overwrites (zaya) included."""
+    _, model = zoo.tiny(loaded.name)
+    state = loaded.model.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(state[key], tensor), key
+
+
+def test_streamed_is_resident(loaded: Loaded, support: Callable[[str, str, str], None]) -> None:
+    name, folder = loaded.name, loaded.folder
+    data = passes.batches(loaded.model.config.get_text_config().vocab_size)
+    mine, opened = passes.streamed(folder, data)
+    passes.assert_same_bits(mine, passes.resident(folder, data, model=loaded.model))
     unread = {name for name, _ in opened.layers} - {name for name, _ in opened.text_layers}
-    entries = open_checkpoint(tmp_path / "model").tensors
+    entries = open_checkpoint(folder).tensors
     read = [e.nbytes for key, e in entries.items() if owner_of(key, unread) is None]
     assert opened.bytes_read == sum(read)
     assert bool(unread) == (name == "qwen3_omni_moe_whole")  # text goes to no layer of a talker
     assert all(p.is_meta for _, layer in opened.layers for p in layer.parameters())
     support(name, "streamed", "pass")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_loaded_is_what_was_saved(name: str, original: Callable[[str], Path]) -> None:
-    """Every tensor, those that the library's initialization overwrites (zaya) included."""
-    _, model = zoo.tiny(name)
-    loaded = load_model(original(name)).state_dict()
-    assert loaded.keys() == model.state_dict().keys()
-    for key, tensor in model.state_dict().items():
-        assert torch.equal(loaded[key], tensor), key
 
 
 _SPARSE = {"num_hidden_layers": 5, "mlp_layer_types": ["dense", *["sparse"] * 4]}
