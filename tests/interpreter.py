@@ -88,7 +88,7 @@ def _extent(sizes: tuple[int, ...]) -> tuple[Any, Any]:
 def _block(sizes: tuple[int, ...]) -> tuple[Any, int, str]:
     """The shape of a type, its number of elements and its text, as Triton makes and checks them."""
     made = object.__new__(tl.block_type)
-    _block_type(made, tl.int1, sizes)
+    _block_type(made, tl.int1, list(sizes))
     return made.shape, made.numel, str(made.shape)
 
 
