@@ -12,7 +12,6 @@ from transformers import PretrainedConfig
 from reap_driver.data.batches import PackedBatches
 from reap_driver.data.encode import Encoder
 from reap_driver.data.packing import PackedSource, pack
-from reap_driver.data.recipe import load_recipe
 from reap_driver.data.source import DataSource
 from reap_driver.data.token_cache import Cache
 from reap_driver.model.discover import MoELayer
@@ -28,6 +27,7 @@ from reap_driver.workflow.jobs import CalibrationOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.options import DataOptions, RunOptions
 from reap_driver.workflow.results import Result
+from reap_driver.workflow.sources import sources_of
 
 # What of a source's provenance adds up.
 _SUMMED = ("records", "sequences", "tokens", "counted_tokens")
@@ -83,16 +83,6 @@ def calibration(options: CalibrationOptions, listener: Listener | None = None) -
     sizes = [min(options.batch_size, source.full_sequences) for source in sources]
     batches = batches_of(model.config, model.layers, sources, sizes)
     return Calibration(heard.notes, [source.provenance() for source in sources], batches)
-
-
-def sources_of(data: DataOptions) -> list[DataSource]:
-    """What `recipe` and `data` name, in this order.
-
-    Raises:
-        DataError: there is no such recipe or data.
-    """
-    listed = [source for recipe in data.recipes for source in load_recipe(recipe)]
-    return [*listed, *map(DataSource.parse, data.sources)]
 
 
 def read_data(

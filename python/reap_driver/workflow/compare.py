@@ -25,7 +25,7 @@ from reap_driver.memory.machine import this_machine
 from reap_driver.memory.model_sizes import ModelSizes
 from reap_driver.observation.state_store import StateStore
 from reap_driver.planning.plan import Plan
-from reap_driver.workflow.calibration import batches_of, read_data, sources_of
+from reap_driver.workflow.calibration import batches_of, read_data
 from reap_driver.workflow.comparison_results import Compared, figures_table, integrity_lines
 from reap_driver.workflow.holding import in_memory, load_options, sized
 from reap_driver.workflow.inspection import (
@@ -38,6 +38,7 @@ from reap_driver.workflow.inspection import (
 from reap_driver.workflow.jobs import CompareOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.plan import Planned, plan_of
+from reap_driver.workflow.sources import sources_of
 from reap_driver.writer.plan_checks import check_model, check_same_layers
 from reap_kernels import SaliencyStats, check_backend
 from reap_kernels.errors import DataError, PlanError, ResourceError

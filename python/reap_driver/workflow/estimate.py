@@ -22,11 +22,12 @@ from reap_driver.memory.model_sizes import ModelSizes, model_sizes
 from reap_driver.memory.rates import Rates, measure
 from reap_driver.memory.workload import Workload, workload
 from reap_driver.model.discover import find_moe_layers, record_of
-from reap_driver.workflow.calibration import group_lines, read_data, sources_of
+from reap_driver.workflow.calibration import group_lines, read_data
 from reap_driver.workflow.inspection import Model, check_packing, device_of, sequence_length
 from reap_driver.workflow.jobs import EstimateOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.results import Result
+from reap_driver.workflow.sources import sources_of
 from reap_kernels.errors import ReapError, UnsupportedModel
 
 _GIGA = 10**9

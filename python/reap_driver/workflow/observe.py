@@ -31,7 +31,6 @@ from reap_driver.workflow.calibration import (
     group_facts,
     group_lines,
     read_data,
-    sources_of,
 )
 from reap_driver.workflow.holding import Held, Holding, decided, holding
 from reap_driver.workflow.inspection import (
@@ -46,6 +45,7 @@ from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.options import DataOptions, RunOptions
 from reap_driver.workflow.outputs import check_file, check_journal_folder, inputs_of
 from reap_driver.workflow.results import Result
+from reap_driver.workflow.sources import sources_of
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import CheckpointError
 

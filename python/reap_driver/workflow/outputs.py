@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from reap_driver.workflow.calibration import sources_of
 from reap_driver.workflow.fields import flat
 from reap_driver.workflow.options import DataOptions
+from reap_driver.workflow.sources import sources_of
 from reap_kernels.errors import CheckpointError
 from reap_kernels.files import is_file
 

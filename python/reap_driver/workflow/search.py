@@ -23,7 +23,7 @@ from reap_driver.data.packing import PackedSource
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.observation.data_parallel import Ranks
 from reap_driver.planning.plan import Plan
-from reap_driver.workflow.calibration import batches_of, read_data, sources_of
+from reap_driver.workflow.calibration import batches_of, read_data
 from reap_driver.workflow.holding import Holding, decided, holding
 from reap_driver.workflow.inspection import (
     Model,
@@ -39,6 +39,7 @@ from reap_driver.workflow.outputs import check_file, inputs_of
 from reap_driver.workflow.plan import plan_facts, plan_line, stats_of
 from reap_driver.workflow.ranking import planned, scored
 from reap_driver.workflow.results import Result
+from reap_driver.workflow.sources import sources_of
 from reap_driver.writer.plan_checks import check_model, check_same_layers
 from reap_kernels import check_backend
 from reap_kernels.errors import CheckpointError, DataError, ResourceError

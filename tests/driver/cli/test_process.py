@@ -81,10 +81,18 @@ def test_public_names_are_not_hidden_by_modules_of_the_same_name(
 
 
 def test_python_m_is_the_command() -> None:
-    done = python("-m", "reap_driver", "plan", "/nowhere/stats", "--out", "/nowhere/plan")
+    """And plans without transformers, whose import takes longer than the plan."""
+    words = ["-m", "reap_driver", "plan", "/nowhere/stats", "--out", "/nowhere/plan"]
+    done = python("-X", "importtime", *words)
+    lines = done.stderr.splitlines()
+    said = [line for line in lines if not line.startswith("import time: ")]
     assert done.returncode == 3
-    assert done.stderr.startswith("reap-kernels: error: /nowhere/plan: the folder /nowhere does")
+    assert len(said) == 1
+    assert said[0].startswith("reap-kernels: error: /nowhere/plan: the folder /nowhere does")
     assert done.stdout == ""
+    imported = {line.rpartition("|")[2].strip() for line in lines}
+    assert "reap_driver.workflow.plan" in imported
+    assert "transformers" not in imported
 
 
 def interrupted(model: Path, folder: Path, number: signal.Signals, *more: str) -> Ended:
