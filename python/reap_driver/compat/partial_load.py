@@ -113,14 +113,16 @@ class PartialLoad:
         gathered: dict[str, list[Tensor]] = {}
         refused: dict[str, list[int]] = {}
         config = replace(self._load_config, device_map={"": str(device)})
-        for chunk in chunks:
-            with _placing(self._placer(chunk, gathered)), _in_this_thread(), partial_blocks():
+        part: Any = _Part(self.model, self._blank[layer])
+        with _in_this_thread(), partial_blocks():
+            for chunk in chunks:
                 wanted = {key: self._tensors[key] for key in chunk.keys}
-                info, _ = _converted(self.model, wanted, config)
-            for name, text in info.conversion_errors.items():
-                reason = " ".join(str(text).strip().splitlines()[-2:])  # after a traceback
-                raise CheckpointError(f"{name}: cannot be converted ({reason[:300]}); {_REMEDY}")
-            refused |= {name: list(shape) for name, shape, _ in info.mismatched_keys}
+                with _placing(self._placer(chunk, gathered)):
+                    info, _ = _converted(part, wanted, config)
+                for name, text in info.conversion_errors.items():
+                    why = " ".join(str(text).strip().splitlines()[-2:])  # after a traceback
+                    raise CheckpointError(f"{name}: cannot be converted ({why[:300]}); {_REMEDY}")
+                refused |= {name: list(shape) for name, shape, _ in info.mismatched_keys}
         for name, blank in self._blank[layer].items():
             found = _tensor(self.model, name)
             if found.is_meta or found.shape != blank.shape:
@@ -290,6 +292,29 @@ def _expert_chunks(
     for first in range(0, total, step):
         part = tuple(key for keys in lists for key in keys[first : first + step])
         yield Chunk(part, {target: total})
+
+
+class _Part:
+    """A model of which loading sees only some tensors. The library lists all tensors and buffers of
+    a model for each call, here for each chunk of each layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+        vars(self).update(_model=model, _state=state)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_model"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:  # what saving needs to know later
+        setattr(vars(self)["_model"], name, value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors, on the meta device."""
+        return dict(vars(self)["_state"])
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The buffers matter only where modules are on disk, which these are not."""
+        return iter(())
 
 
 def _converted(model: PreTrainedModel, tensors: Any, load_config: Any, offload: Any = None) -> Any:
