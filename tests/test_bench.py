@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -58,36 +58,59 @@ def here() -> machine.Machine:
     return machine.survey(CPU, True, "abc")
 
 
-def test_smoke_mode_runs_every_stage(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Smoke:
+    """A run of every stage in smoke mode; never changed.
+
+    Attributes:
+        out: folder of its rows.
+        disk: folder in which streaming wrote.
+        kept: whether bench/results is as before.
+    """
+
+    out: Path
+    disk: Path
+    kept: bool
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Smoke:
     """In this process, where kernels have passed their self-checks already."""
+    out, disk = tmp_path_factory.mktemp("smoke"), tmp_path_factory.mktemp("disk")
     before = {path.name: path.stat().st_mtime_ns for path in rows.RESULTS.iterdir()}
     options = ["--only", ",".join(command.STAGES), "--budget", str(100 * HUNG)]
-    assert command.main(["--smoke", *options, "--out", str(tmp_path)]) == 0
-    found = {path.name for path in tmp_path.iterdir()}
+    options += ["--folder", str(disk), "--out", str(out)]
+    assert command.main(["--smoke", *options]) == 0
+    after = {path.name: path.stat().st_mtime_ns for path in rows.RESULTS.iterdir()}
+    return Smoke(out, disk, before == after)
+
+
+def test_smoke_mode_runs_every_stage(smoke: Smoke) -> None:
+    found = {path.name for path in smoke.out.iterdir()}
     assert found == {f"{name}.csv" for name in command.FILES.values()} | {"gpu.md"}
     for name in command.FILES.values():
-        assert {row["smoke"] for row in read(tmp_path / f"{name}.csv")} == {"yes"}
-    ran = read(tmp_path / "gpu_checks.csv")
+        assert {row["smoke"] for row in read(smoke.out / f"{name}.csv")} == {"yes"}
+    ran = read(smoke.out / "gpu_checks.csv")
     assert {row["backend"] for row in ran if row["result"] == "pass"} == set(checks.BACKENDS)
     skipped = {row["detail"] for row in ran if row["result"] != "pass"}
     assert skipped == {"needs a CUDA device"}
-    single = read(tmp_path / "gpu_kernels.csv")
+    single = read(smoke.out / "gpu_kernels.csv")
     assert {row["status"] for row in single} == {"timed"}
     assert {row["variant"] for row in single} == {"triton", "cuda", "reference", "torch"}
     assert all(float(row["us"]) > 0 and float(row["error"]) < 4e-3 for row in single)
-    timed = [row for row in read(tmp_path / "gpu_layer.csv") if row["status"] == "timed"]
+    timed = [row for row in read(smoke.out / "gpu_layer.csv") if row["status"] == "timed"]
     keys = [(row["provider"], row["variant"], row["observed"]) for row in timed]
     assert keys == [(p.name, p.variant, "yes" if p.observed else "no") for p in PROVIDERS]
     assert all(float(row["ms"]) > 0 and float(row["error"]) < 2e-2 for row in timed)
-    whole = read(tmp_path / "gpu_end_to_end.csv")
+    whole = read(smoke.out / "gpu_end_to_end.csv")
     assert {row["provider"] for row in whole} == {"reap", "transformers", "all-experts"}
-    streamed = read(tmp_path / "gpu_streaming.csv")
+    streamed = read(smoke.out / "gpu_streaming.csv")
     kinds = [("timed", "layer 0"), ("timed", "layer 1")] * 2 + [("projected", "projected")] * 2
     assert [(row["status"], row["what"]) for row in streamed] == kinds
-    page = (tmp_path / "gpu.md").read_text()
+    page = (smoke.out / "gpu.md").read_text()
     assert "Smoke run" in page
     assert all(f"{p.name}: {p.variant}" in page for p in PROVIDERS)
-    assert before == {path.name: path.stat().st_mtime_ns for path in rows.RESULTS.iterdir()}
+    assert smoke.kept
 
 
 def test_without_a_gpu_it_says_so() -> None:
@@ -305,9 +328,9 @@ def streamed_rows(folder: Path, seconds: float = HUNG) -> list[dict[str, object]
     return streaming.run(here(), Deadline(seconds), folder)
 
 
-def test_streaming_times_every_layer_and_leaves_no_file(tmp_path: Path) -> None:
-    found = streamed_rows(tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_streaming_times_every_layer_and_leaves_no_file(smoke: Smoke) -> None:
+    found = read(smoke.out / "gpu_streaming.csv")
+    assert not list(smoke.disk.iterdir())
     layers, totals = found[:4], found[4:]
     assert [(row["format"], row["what"]) for row in layers] == [
         (format, f"layer {number}") for format in streamed_files.FORMATS for number in range(2)
@@ -323,6 +346,7 @@ def test_streaming_times_every_layer_and_leaves_no_file(tmp_path: Path) -> None:
         assert float(str(first["gb"])) * 1e9 == pytest.approx(own, rel=1e-3)
     assert [row["model"] for row in totals] == ["Kimi-K2", "DeepSeek-V3.2"]
     page = report.streaming(found)
+    assert page in (smoke.out / "gpu.md").read_text()
     assert "Not timed" not in page
     assert "| Kimi-K2 | 1360 | 61 |" in page
 
