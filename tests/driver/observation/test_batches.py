@@ -1,8 +1,11 @@
 """Which tokens count: padding, token masks, groups, splitting, generation, decoding."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from reap_driver.observation.observer import Observer, observe
 from reap_kernels import LayerStats, SaliencyStats
@@ -21,16 +24,19 @@ PADDING_SENSITIVE = {
 }
 
 
-def _padded(name: str, side: str) -> tuple[torch.nn.Module, Tensor, Tensor, list[Tensor]]:
-    """A model, ids and mask [2, 12] of a row of 12 and one of 7 padded at `side`, and the rows."""
+def _tiny(name: str) -> tuple[PreTrainedModel, Tensor]:
+    """A model and ids [2, 12]."""
     config, model = zoo.tiny(name)
-    ids = zoo.tiny_inputs(name, config)["input_ids"]
-    rows = [ids[:1], ids[1:, :7]]
+    return model, zoo.tiny_inputs(name, config)["input_ids"]
+
+
+def _padded(ids: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    """Ids and mask [2, 12] of a row of `ids` and of 7 tokens of the next, padded at `side`."""
     padded, mask = torch.zeros_like(ids), torch.zeros_like(ids)
     padded[0], mask[0] = ids[0], 1
     place = slice(0, 7) if side == "right" else slice(5, 12)
     padded[1, place], mask[1, place] = ids[1, :7], 1
-    return model, padded, mask, rows
+    return padded, mask
 
 
 def _assert_same(got: SaliencyStats, want: SaliencyStats, rtol: float) -> None:
@@ -41,26 +47,42 @@ def _assert_same(got: SaliencyStats, want: SaliencyStats, rtol: float) -> None:
         torch.testing.assert_close(stats.sums, other.sums, rtol=rtol, atol=1e-9)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in PADDING_SENSITIVE])
-def test_padded_batch_equals_sequences(name: str, side: str, support: Support) -> None:
-    """A padded batch with its mask gives the statistics of the sequences one by one."""
-    model, padded, mask, rows = _padded(name, side)
-    with observe(model) as batched:
-        batched(input_ids=padded, attention_mask=mask)
+@dataclass(frozen=True)
+class Sequences:
+    """An architecture's model, and its statistics of two sequences one by one; never changed."""
+
+    name: str
+    model: PreTrainedModel
+    ids: Tensor
+    stats: SaliencyStats
+
+
+@pytest.fixture(scope="module", params=[n for n in NAMES if n not in PADDING_SENSITIVE])
+def sequences(request: pytest.FixtureRequest) -> Sequences:
+    model, ids = _tiny(request.param)
     with observe(model) as single:
-        for row in rows:
+        for row in (ids[:1], ids[1:, :7]):
             single(input_ids=row)
-    _assert_same(batched.stats, single.stats, 5e-6)
-    support(name, f"{side} padding", "pass")
+    return Sequences(request.param, model, ids, single.stats)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch_equals_sequences(side: str, sequences: Sequences, support: Support) -> None:
+    """A padded batch with its mask gives the statistics of the sequences one by one."""
+    padded, mask = _padded(sequences.ids, side)
+    with observe(sequences.model) as batched:
+        batched(input_ids=padded, attention_mask=mask)
+    _assert_same(batched.stats, sequences.stats, 5e-6)
+    support(sequences.name, f"{side} padding", "pass")
 
 
 @pytest.mark.parametrize("name", sorted(PADDING_SENSITIVE))
 def test_padding_is_refused_where_it_changes_the_model(name: str, support: Support) -> None:
     """Sparse attention over padded positions is refused by name, and works without padding."""
-    model, padded, mask, rows = _padded(name, "left")
+    model, ids = _tiny(name)
+    padded, mask = _padded(ids, "left")
     with observe(model) as obs:
-        obs(input_ids=rows[0], attention_mask=torch.ones_like(rows[0]))
+        obs(input_ids=ids[:1], attention_mask=torch.ones_like(ids[:1]))
         with pytest.raises(UnsupportedModel, match="without padding"):
             obs(input_ids=padded, attention_mask=mask)
     assert int(next(iter(obs.stats.layers.values())).tokens.sum()) == 12
@@ -88,7 +110,8 @@ def test_token_mask_counts_only_its_tokens() -> None:
 
 def test_token_mask_and_padding_combine() -> None:
     """A token counts if both masks say so."""
-    model, padded, attention, _ = _padded("qwen3_moe", "right")
+    model, ids = _tiny("qwen3_moe")
+    padded, attention = _padded(ids, "right")
     given = torch.zeros(2, 12, dtype=torch.bool)
     given[:, 4:] = True
     with observe(model) as obs:
@@ -147,7 +170,8 @@ def test_same_run_same_bits() -> None:
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "llama4", "longcat_flash"])
 def test_generation_works_inside(name: str) -> None:
     """Cached decoding with left padding: the same tokens, every step counted without padding."""
-    model, padded, mask, _ = _padded(name, "left")
+    model, ids = _tiny(name)
+    padded, mask = _padded(ids, "left")
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         plain = model.generate(padded, attention_mask=mask, **options)
@@ -160,7 +184,8 @@ def test_generation_works_inside(name: str) -> None:
 
 def test_model_may_be_called_directly() -> None:
     """Calling the model inside the context counts like calling the observer."""
-    model, padded, mask, _ = _padded("mixtral", "right")
+    model, ids = _tiny("mixtral")
+    padded, mask = _padded(ids, "right")
     with observe(model) as obs:
         obs(input_ids=padded, attention_mask=mask)
     with observe(model) as direct, direct.group("default"), torch.no_grad():
