@@ -67,17 +67,22 @@ assert set(reap_driver.__all__) <= set(dir(reap_driver))
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_public_names_are_not_hidden_by_modules_of_the_same_name(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Importing the module `observe` must not put it in the place of the function `observe`."""
-    monkeypatch.delitem(sys.modules, "reap_driver.observation.observer", raising=False)
-    module = importlib.import_module("reap_driver.observation.observer")
-    assert rd.observe is module.observe
-    for name in rd.__all__:
-        assert getattr(rd, name) is not module
-    with pytest.raises(AttributeError, match="'reap_driver' has no attribute 'nothing'"):
-        _ = rd.nothing
+def test_public_names_are_not_hidden_by_modules_of_the_same_name() -> None:
+    """Importing the module `observe` must not put it in the place of the function `observe`. In a
+    fork, since other modules keep what they import from one that is imported twice.
+    """
+
+    def call() -> None:
+        sys.modules.pop("reap_driver.observation.observer", None)
+        module = importlib.import_module("reap_driver.observation.observer")
+        assert rd.observe is module.observe
+        for name in rd.__all__:
+            assert getattr(rd, name) is not module
+        with pytest.raises(AttributeError, match="'reap_driver' has no attribute 'nothing'"):
+            _ = rd.nothing
+
+    ended = forked(call)
+    assert ended.code == 0, ended.err
 
 
 def test_python_m_is_the_command() -> None:
