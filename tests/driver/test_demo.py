@@ -336,6 +336,19 @@ def test_demo_end_to_end(ran):
     assert all(s.startswith("def read_lines(path):") for s in report["samples"].values())
 
 
+def test_quietly_into_folders_that_are_missing(tmp_path, capfd, monkeypatch):
+    """The whole demo on less data, without random plans."""
+    for name, less in {"CALIBRATION_WINDOWS": 2, "HELD_OUT_WINDOWS": 1, "SAMPLE_TOKENS": 1}.items():
+        monkeypatch.setattr(demo, name, less)
+    monkeypatch.setattr(demo, "RANDOM_SEEDS", 0)
+    out = tmp_path / "missing" / "out"
+    report = run_demo(out, quiet=True)
+    assert capfd.readouterr() == ("", "")
+    assert len(report["pruned"]) == len(demo.RATIOS) * len(demo.CRITERIA)
+    checkpoints = {Path(folder).name for folder in report["checkpoints"]}
+    assert {path.name for path in out.iterdir()} == checkpoints.union(demo.FILES)
+
+
 def test_demo_measures_the_model_with_its_router_restricted_to_the_kept_experts(
     ran, documents, model, tokenizer
 ):
