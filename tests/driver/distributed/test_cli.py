@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from reap_driver.cli.main import main
 from reap_driver.observation import run
@@ -21,6 +20,7 @@ from reap_driver.observation.data_parallel import Ranks
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import ResourceError
 from tests.driver.cli.conftest import write_model
+from tests.driver.data.test_folds import assert_close
 from tests.driver.distributed.launch import ranked
 from tests.limits import HUNG
 
@@ -50,20 +50,10 @@ def assert_one_process(mine: SaliencyStats, words: list[str], out: Path) -> None
     theirs = SaliencyStats.load(out)
     assert len(mine.parts) == 8
     for part, other in zip([mine, *mine.parts], [theirs, *theirs.parts], strict=True):
+        assert part.groups == ["code", "text"]
         assert_close(part, other)
-
-
-def assert_close(mine: SaliencyStats, theirs: SaliencyStats) -> None:
-    assert list(mine.layers) == list(theirs.layers)
-    assert mine.groups == theirs.groups == ["code", "text"]
-    for name, layer in mine.layers.items():
-        other = theirs.layers[name]
-        assert torch.equal(layer.counts, other.counts)
-        assert torch.equal(layer.tokens, other.tokens)
-        assert torch.equal(layer.extrema, other.extrema)
-        torch.testing.assert_close(layer.sums, other.sums, rtol=1e-12, atol=0)
-    left, right = ({**s.provenance, "created": None} for s in (mine, theirs))
-    assert left == right
+        left, right = ({**stats.provenance, "created": None} for stats in (part, other))
+        assert left == right
 
 
 def test_three_ranks_stream(words: list[str], tmp_path: Path) -> None:
