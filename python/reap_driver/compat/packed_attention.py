@@ -2,11 +2,11 @@
 
 By itself, the library takes every break in `position_ids` for the start of a document. It searches
 for breaks in every forward, which waits for the device, and not in all models: in 5.18, gpt_oss and
-afmoe do not pass their positions on, glm4v_moe and ernie4_5_vl_moe pass them with more dimensions.
+afmoe do not pass their positions on, glm4v_moe and ernie4_5_vl_moe pass them with more dimensions,
+and masks of bidirectional attention are made without a search.
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,28 +48,44 @@ def packed(documents: Tensor) -> Iterator[None]:
     Raises:
         UnsupportedModel: on exit, if the library made no mask: the model makes its own.
     """
-    prepare = masking_utils._preprocess_mask_arguments
-    signature = inspect.signature(prepare)
-    made = 0
-
-    def with_documents(*args: Any, **kwargs: Any) -> Any:
-        nonlocal made
-        made += 1
-        bound = signature.bind(*args, **kwargs)
-        # The document indices replace the positions that the library would derive them from.
-        bound.arguments["position_ids"] = _moved(documents, bound.arguments["inputs_embeds"].device)
-        return prepare(*bound.args, **bound.kwargs)
-
-    with (
-        _replaced("_preprocess_mask_arguments", with_documents),
-        _replaced("find_packed_sequence_indices", lambda documents: documents),
-    ):
+    interfaces = _WithDocuments(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, documents)
+    with never_packed(), _replaced("ALL_MASK_ATTENTION_FUNCTIONS", interfaces):
         yield
-    if not made:
+    if not interfaces.used:
         raise UnsupportedModel(
             "the model does not take its attention mask from the library, so documents packed in a "
             "sequence cannot be kept apart; pack with `packing='concat'`, or none"
         )
+
+
+class _WithDocuments:
+    """The library's functions that make masks, each given the boundaries as well. From 5.24 on the
+    library itself needs positions beside the boundaries, which not all models pass on.
+
+    Attributes:
+        used: whether one has made a mask.
+    """
+
+    def __init__(self, interfaces: Any, documents: Tensor) -> None:
+        self._interfaces, self._documents = interfaces, documents
+        self.used = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._interfaces, name)
+
+    def __getitem__(self, implementation: str) -> Callable[..., Any]:
+        interface = self._interfaces[implementation]
+
+        def made(*, mask_function: Callable[..., Any], **options: Any) -> Any:
+            self.used = True
+            same = masking_utils.packed_sequence_mask_function(
+                _moved(self._documents, options["device"])
+            )
+            skips = {name: False for name in options if name.endswith("_skip")}
+            both = masking_utils.and_masks(mask_function, same)
+            return interface(mask_function=both, **{**options, **skips})
+
+        return made
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -79,10 +95,10 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @contextlib.contextmanager
-def _replaced(name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the library's calls of one of its mask functions go to `function`."""
+def _replaced(name: str, value: Any) -> Iterator[None]:
+    """Inside, the library's module of masks has another value under a name."""
     before = getattr(masking_utils, name)
-    setattr(masking_utils, name, function)
+    setattr(masking_utils, name, value)
     try:
         yield
     finally:
