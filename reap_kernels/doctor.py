@@ -26,6 +26,7 @@ def _versions() -> dict[str, str | None]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = None
+    found["torch"] = torch.__version__  # which names the build, as in 2.10.0+cu128
     return found
 
 

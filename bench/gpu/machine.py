@@ -73,7 +73,7 @@ def _driver() -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0 and done.stdout.strip():
             return done.stdout.split()[0]
-    if torch.version.cuda is None:
+    if torch.version.cuda is None or not torch.cuda.is_available():
         return "none"
     return f"serves CUDA {torch._C._cuda_getDriverVersion() / 1000:g}"
 
