@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from reap_driver.compat.replacement import replaced
 from reap_kernels.errors import UnsupportedModel
 
 
@@ -34,7 +35,7 @@ def never_packed() -> Iterator[None]:
 
     A streamed model runs one forward per layer and batch, each of which would wait for the device.
     """
-    with _replaced("find_packed_sequence_indices", lambda position_ids: None):
+    with replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):
         yield
 
 
@@ -49,7 +50,7 @@ def packed(documents: Tensor) -> Iterator[None]:
         UnsupportedModel: on exit, if the library made no mask: the model makes its own.
     """
     interfaces = _WithDocuments(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, documents)
-    with never_packed(), _replaced("ALL_MASK_ATTENTION_FUNCTIONS", interfaces):
+    with never_packed(), replaced(masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS", interfaces):
         yield
     if not interfaces.used:
         raise UnsupportedModel(
@@ -92,14 +93,3 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device, copied without waiting for work that is queued there."""
     on_gpu = device.type == "cuda"
     return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
-
-
-@contextlib.contextmanager
-def _replaced(name: str, value: Any) -> Iterator[None]:
-    """Inside, the library's module of masks has another value under a name."""
-    before = getattr(masking_utils, name)
-    setattr(masking_utils, name, value)
-    try:
-        yield
-    finally:
-        setattr(masking_utils, name, before)

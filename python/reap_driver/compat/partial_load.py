@@ -26,6 +26,7 @@ from transformers.utils import logging as library_logging
 from reap_driver.compat.conversion import KeyMap, Target
 from reap_driver.compat.decoder_layers import owner_of
 from reap_driver.compat.fp8 import partial_blocks
+from reap_driver.compat.replacement import replaced
 from reap_kernels.errors import CheckpointError
 
 _convert_and_load = core_model_loading.convert_and_load_state_dict_in_model
@@ -241,8 +242,8 @@ def load_in_parts(
     ) -> Any:
         return parts._begin(model, load_config, disk_offload_index)
 
-    replaced = _replaced(modeling_utils, "convert_and_load_state_dict_in_model", begin)
-    with replaced, _in_this_thread():
+    loading = replaced(modeling_utils, "convert_and_load_state_dict_in_model", begin)
+    with loading, _in_this_thread():
         yield parts
 
 
@@ -319,7 +320,7 @@ class _Part:
 
 def _converted(model: PreTrainedModel, tensors: Any, load_config: Any, offload: Any = None) -> Any:
     """The library's own loading of tensors, without its copy of a converter for every key."""
-    with _replaced(core_model_loading, "deepcopy", _empty):
+    with replaced(core_model_loading, "deepcopy", _empty):
         return _convert_and_load(model, tensors, load_config, offload)
 
 
@@ -355,18 +356,8 @@ def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 @contextlib.contextmanager
 def _placing(place: Callable[..., None]) -> Iterator[None]:
-    with _replaced(core_model_loading, "set_param_for_module", place):
+    with replaced(core_model_loading, "set_param_for_module", place):
         yield
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 @contextlib.contextmanager
