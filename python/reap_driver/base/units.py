@@ -29,7 +29,15 @@ def row(name: str, text: str) -> str:
 
 
 def clock(seconds: float) -> str:
-    """75 as 1:15, 4000 as 1:06:40."""
+    """75 as 1:15, 4000 as 1:06:40; from a day on in days and hours: 975_600 as 11 days 7 h."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+    if hours < 24:
+        return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+    days, hour = divmod(round(seconds / 3600), 24)
+    return f"{days} day{'s' if days > 1 else ''}" + (f" {hour} h" if hour else "")
+
+
+def took(seconds: float) -> str:
+    """How long something took: 12.34 as 12.3 s, from a minute on as `clock` has it."""
+    return f"{seconds:.1f} s" if seconds < 60 else clock(seconds)

@@ -107,14 +107,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def count(text: str) -> int:
-    """A whole number above 0, with k, M, G or T (powers of 1000)."""
-    value = _scaled(text, r"(\d+(?:\.\d+)?)([kMGT]?)")
-    if value < 1 or value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 24M or 65536")
-    return int(value)
-
-
 def batch_size(text: str) -> int | None:
     """A whole number above 0, or `auto`: None."""
     if text == "auto":
@@ -123,20 +115,6 @@ def batch_size(text: str) -> int | None:
         return positive(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}, nor auto") from error
-
-
-def size(text: str) -> int:
-    """Bytes, with kB, MB, GB or TB (powers of 1000)."""
-    value = _scaled(text, r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?")
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 800MB")
-    return int(value)
-
-
-def _scaled(text: str, pattern: str) -> float:
-    """A number and its power of 1000, as `pattern` finds them; 0 where it does not fit."""
-    match = re.fullmatch(pattern, text)
-    return float(match[1]) * 1000 ** " kMGT".index(match[2] or " ") if match else 0
 
 
 def weights(text: str) -> dict[str, float]:
@@ -176,11 +154,9 @@ _VALUES: dict[str, Callable[[str], Any]] = {
     "seed": int,
     "seq_len": positive,
     "sequences": positive,
-    "shard_size": size,
     "skip_first": positive,
     "skip_last": positive,
     "tasks": words,
-    "tokens": count,
     "validation": float,
     "weights": weights,
 }

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap_driver.base.units import short
+from reap_driver.base.units import short, took
 from reap_driver.planning.plan import Plan
 from reap_driver.workflow.jobs import ApplyOptions
 from reap_driver.workflow.listener import Collector, Listener
@@ -105,7 +105,7 @@ def writer_arguments(write: WriteOptions, *, overwrite: bool, trust: bool) -> di
     """Arguments of the writer."""
     return {
         "mtp": write.mtp,
-        "shard_size": write.shard_size,
+        "shard_size": write.shard_bytes,
         "overwrite": overwrite,
         "trust_remote_code": trust,
         "non_uniform": write.non_uniform,
@@ -155,7 +155,7 @@ def report_lines(report: ApplyReport) -> str:
     equal = fewest == report.experts_after
     kept = str(fewest) if equal else f"{fewest} to {report.experts_after}"
     lines = [
-        f"wrote {report.out_path} in {report.seconds:.1f} s: {kept} of "
+        f"wrote {report.out_path} in {took(report.seconds)}: {kept} of "
         f"{report.experts_before} experts in each of {report.layers} layers, "
         f"{short(report.tensor_bytes)}B of {short(report.source_tensor_bytes)}B"
     ]

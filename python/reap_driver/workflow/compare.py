@@ -141,7 +141,7 @@ def _limited(source: DataSource, options: CompareOptions, seq_len: int) -> DataS
         return source
     if options.sequences is not None and options.data.packing == "none":
         return replace(source, samples=options.sequences)
-    tokens = options.tokens if options.sequences is None else options.sequences * seq_len
+    tokens = options.token_count if options.sequences is None else options.sequences * seq_len
     return replace(source, tokens=tokens)
 
 

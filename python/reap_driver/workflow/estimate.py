@@ -186,8 +186,8 @@ def _config_folder(model: str) -> Iterator[str]:
 
 def _count_tokens(options: EstimateOptions, model: Model, seq_len: int, heard: Listener) -> int:
     """The number given, or that of the data, which is read as in a real run."""
-    if options.tokens is not None:
-        return options.tokens
+    if options.token_count is not None:
+        return options.token_count
     wanted = sources_of(options.data)
     sources = read_data(model, wanted, options.data, options.run, seq_len, heard)
     for line in group_lines([source.provenance() for source in sources]):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from reap_driver.workflow.fields import group_of, option, options, refused
 from reap_driver.workflow.options import (
@@ -19,6 +19,7 @@ from reap_driver.workflow.options import (
     RunOptions,
     WriteOptions,
     check_positive,
+    read_count,
     trust_option,
 )
 
@@ -195,7 +196,7 @@ class EstimateOptions:
     """
 
     model: str | Path = _model("checkpoint folder, hub id or config .json file; needs no weights")
-    tokens: int | None = option(
+    tokens: int | str | None = option(
         None,
         metavar="N",
         group=PLANNING,
@@ -207,7 +208,7 @@ class EstimateOptions:
 
     def __post_init__(self) -> None:
         _plain(self)
-        check_positive(self, "tokens")
+        read_count(self, "tokens")
         if self.tokens is not None and self.data.given:
             named = "data" if self.data.data else "recipe"
             raise refused(
@@ -215,6 +216,11 @@ class EstimateOptions:
             )
         if self.tokens is None and not self.data.given:
             raise refused("no data to plan for; give `tokens`, or the `data` to count them in")
+
+    @property
+    def token_count(self) -> int | None:
+        """`tokens` as a number, which it is once checked."""
+        return cast("int | None", self.tokens)
 
 
 @options
@@ -346,7 +352,7 @@ class CompareOptions:
     )
     force_model: bool = _force()
     data: DataOptions = group_of(DataOptions)
-    tokens: int | None = option(
+    tokens: int | str | None = option(
         None,
         metavar="N",
         group=DATA,
@@ -377,11 +383,17 @@ class CompareOptions:
 
     def __post_init__(self) -> None:
         _plain(self)
-        check_positive(self, "tokens", "sequences", "limit", "draws")
+        read_count(self, "tokens")
+        check_positive(self, "sequences", "limit", "draws")
         if not self.tasks:
             _needs_data(self.data, ", `recipe` or `tasks`")
         if self.tokens is not None and self.sequences is not None:
             raise refused("`tokens`: not together with `sequences`; give one of them")
+
+    @property
+    def token_count(self) -> int | None:
+        """`tokens` as a number, which it is once checked."""
+        return cast("int | None", self.tokens)
 
 
 @options

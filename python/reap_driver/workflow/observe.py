@@ -16,7 +16,7 @@ import transformers
 
 import reap_kernels
 from reap_driver.base.interrupts import Stop, deferred
-from reap_driver.base.units import short
+from reap_driver.base.units import short, took
 from reap_driver.data.folds import FoldedBatches
 from reap_driver.data.packing import PackedSource
 from reap_driver.files.digest import weights_digest
@@ -98,7 +98,7 @@ class Observed(Result):
         """See `Result`."""
         facts = self.facts()
         text = (
-            f"observed {self.tokens:,} tokens in {facts['layers']} layers, {self.seconds:.1f} s "
+            f"observed {self.tokens:,} tokens in {facts['layers']} layers, {took(self.seconds)} "
             f"({short(self.tokens / self.seconds)} tokens/s); {facts['experts_never_routed']} of "
             f"{facts['experts']} experts were never routed to"
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from reap_driver.base.quantities import whole
 from reap_driver.planning.criteria import CRITERIA, criterion_named
 from reap_driver.workflow.fields import option, options, refused
 
@@ -37,6 +38,26 @@ def check_positive(given: Any, *names: str) -> None:
         value = getattr(given, name)
         if value is not None and value < 1:
             raise refused(f"`{name}={value}`: give a whole number above 0")
+
+
+def read_bytes(given: Any, name: str) -> None:
+    """Replaces the text of an option that is a number of bytes, such as "5GB", by the number."""
+    _read(given, name, "B", "a size such as 5GB, 800MB or 4GiB")
+
+
+def read_count(given: Any, name: str) -> None:
+    """Replaces the text of an option that is a count, such as "24M", by the number."""
+    _read(given, name, "", "a whole number such as 24M or 65536")
+
+
+def _read(given: Any, name: str, unit: str, expected: str) -> None:
+    text = getattr(given, name)
+    if isinstance(text, str):
+        value = whole(text, unit)
+        if value is None:
+            raise refused(f"`{name}={text}`: not {expected}")
+        object.__setattr__(given, name, value)
+    check_positive(given, name)
 
 
 @options
@@ -377,8 +398,8 @@ class WriteOptions:
     """How a checkpoint is written.
 
     Example:
-        >>> rd.WriteOptions(shard_size=5_000_000_000).mtp
-        'drop'
+        >>> rd.WriteOptions(shard_size="5GB").shard_bytes
+        5000000000
     """
 
     mtp: Literal["drop", "keep"] = option(
@@ -387,11 +408,11 @@ class WriteOptions:
         help="multi-token-prediction layers: leave them out, or keep them where they have no "
         "experts of their own",
     )
-    shard_size: int | None = option(
+    shard_size: int | str | None = option(
         None,
-        metavar="BYTES",
+        metavar="SIZE",
         group=_WRITE,
-        help="largest weight file in bytes, such as 5GB (default: as the source is divided)",
+        help="largest weight file, in bytes or such as 5GB (default: as the source is divided)",
     )
     non_uniform: bool = option(
         False,
@@ -402,4 +423,9 @@ class WriteOptions:
     )
 
     def __post_init__(self) -> None:
-        check_positive(self, "shard_size")
+        read_bytes(self, "shard_size")
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """`shard_size` as a number, which it is once checked."""
+        return cast("int | None", self.shard_size)

@@ -326,7 +326,10 @@ def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(
             "'taylor' is unknown; choose one of",
         ),
         (("plan", "s", "--out", "o", "--weights", "code"), "'code' is not GROUP=NUMBER"),
-        (("apply", "m", "p", "--out", "o", "--shard-size", "big"), "'big' is not a size"),
+        (
+            ("apply", "m", "p", "--out", "o", "--shard-size", "big"),
+            "--shard-size big: not a size such as 5GB",
+        ),
         (("observe", "m", "--data", "d", "--out", "o", "--seq-len", "0"), "'0' is not a whole"),
         (
             ("observe", "m", "--data", "d", "--out", "o", "--batch-size", "-1"),

@@ -91,7 +91,10 @@ USAGE = {
     ),
     "tokens of a real run": (("--tokens", "9"), "--tokens: only with --dry-run"),
     "both": (("--dry-run", "--tokens", "9", "--data", "d"), "--tokens 9: not together with --data"),
-    "not a number": (("--dry-run", "--tokens", "1.5"), "'1.5' is not a number of tokens such as"),
+    "not a number": (
+        ("--dry-run", "--tokens", "1.5"),
+        "--tokens 1.5: not a whole number such as 24M",
+    ),
     "no output": (("--data", "d"), "the following arguments are required: --out"),
     "nothing": ((), "the following arguments are required: --out"),
     "stream": (("--stream", "perhaps"), "argument --stream: invalid choice: 'perhaps'"),

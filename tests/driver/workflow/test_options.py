@@ -87,6 +87,9 @@ def test_options_have_defaults_docstrings_and_survive_a_round(cls: type) -> None
         (rd.PruneOptions, {"protect": "3:x"}, "`protect`: '3:x' is not super, LAYER:ID,ID"),
         (rd.PruneOptions, {"batch_size": 0}, "`batch_size=0`: give a whole number above 0"),
         (rd.PruneOptions, {"skip_first": -1}, "`skip_first=-1`: give 0 or more"),
+        (rd.PruneOptions, {"shard_size": "big"}, "`shard_size=big`: not a size such as 5GB"),
+        (rd.PruneOptions, {"shard_size": 0}, "`shard_size=0`: give a whole number above 0"),
+        (rd.EstimateOptions, {"tokens": "few"}, "`tokens=few`: not a whole number such as 24M"),
         (rd.EstimateOptions, {"tokens": 5}, "`tokens=5`: not together with `data`"),
         (rd.EstimateOptions, {"data": ()}, "no data to plan for"),
         (rd.ApplyOptions, {"as_masks": "m"}, "give one of `out` and `as_masks`"),
@@ -166,7 +169,7 @@ def test_flags_are_read_as_options() -> None:
     args = build_parser().parse_args([*words, "--out", "o", "--weights", "a=0.5,g=1"])
     made = arguments.read(rd.PruneOptions, args)
     assert made.data.sources == ("a", "g=b")
-    assert (made.write.shard_size, made.data.cache) == (5 * 10**9, False)
+    assert (made.write.shard_bytes, made.data.cache) == (5 * 10**9, False)
     assert made.rank.weights == {"a": 0.5, "g": 1.0}
     assert made.run == rd.RunOptions()
 
