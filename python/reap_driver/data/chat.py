@@ -11,19 +11,34 @@ from functools import cached_property
 from types import FrameType
 from typing import Any
 
-from jinja2 import TemplateError, TemplateRuntimeError
+from jinja2 import TemplateError, TemplateRuntimeError, TemplateSyntaxError
 
+from reap_driver.compat.chat_rendering import Span, render, render_marked
 from reap_driver.compat.library_errors import is_fault, one_line
 from reap_driver.data.record_formats import Chat
 from reap_driver.data.records import unused
 from reap_kernels.errors import DataError
 
-Span = tuple[int, int]
-
 # Forms of messages with tool calls: the type of arguments (object or JSON text) and the content if
 # it is empty (a text or null). transformers documents the first; DeepSeek-V3's templates take
 # others.
 _FORMS = ((dict, ""), (str, ""), (str, None))
+# Kinds of conversations that a template may refuse, and examples of them.
+_PLAIN = "conversations"
+_SYSTEM = "conversations with a system message"
+_TOOLS = "conversations with tools"
+_TOOL = [{"type": "function", "function": {"name": "probe", "description": "A probe."}}]
+_CALL = {"name": "probe", "arguments": {"argument": "probed"}}
+_CALLING: list[dict[str, Any]] = [
+    {"role": "user", "content": "probe"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "call00000", "type": "function", "function": _CALL}],
+    },
+]
+EVERY_KIND = Chat([{"role": "system", "content": "rules"}, *_CALLING], _TOOL)
+
 # After this many records with a field, a field that the template never wrote counts as unused.
 _TRIALS = 64
 
@@ -37,7 +52,7 @@ class ChatTemplate:
 
     Args:
         tokenizer: the tokenizer of the model.
-        model: name of the model, for error messages.
+        name: what error messages call it: `of` and the model, or a file.
         enable_thinking: passed to the template; None for the template's own default.
 
     Attributes:
@@ -45,12 +60,59 @@ class ChatTemplate:
             written, as `unwritten` names them.
     """
 
-    def __init__(self, tokenizer: Any, model: str, enable_thinking: bool | None) -> None:
+    def __init__(self, tokenizer: Any, name: str, enable_thinking: bool | None) -> None:
         self._tokenizer = tokenizer
-        self._model = model
+        self._name = name
         self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self._trials: Counter[str] = Counter()
+        self._faults: dict[str, str] = {}
         self.written: set[str] = set()
+
+    def check(self, place: str, chat: Chat, *, only_plain: bool = False) -> None:
+        """Checks that the template renders conversations of this kind: a question and its answer,
+        and whatever else the conversation has of a system message, tools and tool calls.
+
+        Args:
+            place: place of the record, for error messages.
+            chat: the conversation.
+            only_plain: check the question and its answer only.
+
+        Raises:
+            DataError: it does not; names what it cannot render, and why.
+        """
+        kinds = [_PLAIN]
+        if not only_plain:
+            roles = {message["role"] for message in chat.messages}
+            kinds += [_SYSTEM] * ("system" in roles) + [_TOOLS] * bool(chat.tools)
+            self._formed(place, chat)
+        for kind in kinds:
+            if kind not in self._faults:
+                self._faults[kind] = self._fault(kind)
+            if self._faults[kind]:
+                raise DataError(
+                    f"{place}: the chat template {self._name} cannot be used for {kind} "
+                    f"({self._faults[kind]}); correct it, or give another with `chat_template`"
+                )
+
+    def _fault(self, kind: str) -> str:
+        """What is wrong when a kind of conversation is rendered; empty if nothing is."""
+        messages = [
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": "answer"},
+        ]
+        if kind == _SYSTEM:
+            messages.insert(0, {"role": "system", "content": "rules"})
+        try:
+            with limited_steps():
+                text = render(
+                    self._tokenizer, messages, _TOOL if kind == _TOOLS else None, **self._options
+                )
+        except BaseException as error:  # a template can raise anything
+            if not is_fault(error):
+                raise
+            return _reason(error)
+        missing = [word for word in ("question", "answer") if word not in text]
+        return f"it does not write the {' and the '.join(missing)}" if missing else ""
 
     def render(self, place: str, chat: Chat) -> str:
         """The conversation as text, special tokens included.
@@ -62,7 +124,7 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the conversation.
         """
-        return str(self._apply(place, chat, self._formed(place, chat), tokenize=False))
+        return self._render(place, chat, self._formed(place, chat))
 
     def unwritten(self, place: str, chat: Chat) -> set[str]:
         """Names of the parts of a conversation that the template does not write.
@@ -103,21 +165,16 @@ class ChatTemplate:
             raise self._refused(place, error) from error
         return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
-    def marked(self, place: str, chat: Chat) -> tuple[list[int], bytes]:
-        """Token ids, and one byte per token: 1 if the template marks it as generated.
+    def marked(self, place: str, chat: Chat) -> tuple[str, list[Span]]:
+        """The conversation as text, and the spans [start, end) that the template marks as
+        generated.
 
         Raises:
             DataError: the template refuses the conversation.
         """
-        found = self._apply(
-            place,
-            chat,
-            self._formed(place, chat),
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        return found["input_ids"], bytes(found["assistant_masks"])
+        messages = self._formed(place, chat)
+        with self._guarded(place):
+            return render_marked(self._tokenizer, messages, chat.tools, **self._options)
 
     def answers(self, place: str, chat: Chat) -> tuple[str, list[Span]]:
         """The conversation as text, and the span [start, end) of each turn of the assistant.
@@ -133,7 +190,7 @@ class ChatTemplate:
                 others follow, so that the turns cannot be located.
         """
         chat = replace(chat, messages=self._formed(place, chat))
-        whole = str(self._apply(place, chat, chat.messages, tokenize=False))
+        whole = self._render(place, chat, chat.messages)
         spans = [
             (self._start(place, chat, number, whole), self._end(place, chat, number, whole))
             for number, message in enumerate(chat.messages)
@@ -147,10 +204,10 @@ class ChatTemplate:
         before = chat.messages[:number]
         if not before:  # templates refuse an empty conversation
             raise self._inseparable(place)
-        prompt = self._apply(place, chat, before, tokenize=False, add_generation_prompt=True)
+        prompt = self._render(place, chat, before, add_generation_prompt=True)
         if whole.startswith(prompt):
             return len(prompt)
-        text = self._apply(place, chat, before, tokenize=False)
+        text = self._render(place, chat, before)
         if not whole.startswith(text) or not prompt.startswith(text):
             raise self._inseparable(place)
         return _shared(prompt, whole)
@@ -159,7 +216,7 @@ class ChatTemplate:
         messages = chat.messages
         if number == len(messages) - 1:
             return len(whole)
-        text = self._apply(place, chat, messages[: number + 1], tokenize=False)
+        text = self._render(place, chat, messages[: number + 1])
         # Phi-3's template ends the text, not every turn, with the end-of-sequence token.
         for ended in (text, text.removesuffix(self._tokenizer.eos_token or "")):
             if whole.startswith(ended):
@@ -167,7 +224,7 @@ class ChatTemplate:
         before, after = messages[:number], messages[: number + 2]
         try:
             begin, skipped, end = (
-                self._apply(place, chat, part, tokenize=False)
+                self._render(place, chat, part)
                 for part in (before, [*before, messages[number + 1]], after)
             )
         except DataError as error:
@@ -183,7 +240,7 @@ class ChatTemplate:
             return chat.messages
         if self._form is None:
             raise DataError(
-                f"{place}: the chat template of {self._model} leaves out or refuses the tool "
+                f"{place}: the chat template {self._name} leaves out or refuses the tool "
                 "calls of the messages; use a template that writes them, or other data"
             )
         try:
@@ -196,17 +253,10 @@ class ChatTemplate:
         """The first form of tool calls that the template writes; None if it refuses or
         omits all.
         """
-        call = {"name": "probe", "arguments": {"argument": "probed"}}
-        calls = [{"id": "call00000", "type": "function", "function": call}]
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": "probe"},
-            {"role": "assistant", "content": "", "tool_calls": calls},
-        ]
-        tools = [{"type": "function", "function": {"name": "probe", "description": "A probe."}}]
         for form in _FORMS:
-            formed = [_with_calls_as(message, *form) for message in messages]
+            formed = [_with_calls_as(message, *form) for message in _CALLING]
             try:
-                text = self._apply("a probe", Chat([], tools), formed, tokenize=False)
+                text = self._render("a probe", EVERY_KIND, formed)
             except DataError:
                 continue
             if "probed" in text:
@@ -215,28 +265,40 @@ class ChatTemplate:
 
     def _inseparable(self, place: str) -> DataError:
         return DataError(
-            f"{place}: the chat template of {self._model} writes messages differently before "
+            f"{place}: the chat template {self._name} writes messages differently before "
             "others, so its answers cannot be located; mark them in the template with "
             "{% generation %}, or count all tokens"
         )
 
     def _refused(self, place: str, error: BaseException) -> DataError:
-        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         return DataError(
-            f"{place}: the chat template of {self._model} refuses the messages "
-            f"({kind}{one_line(error)}); correct the roles and contents, or the template"
+            f"{place}: the chat template {self._name} refuses the messages ({_reason(error)}); "
+            "correct the roles and contents, or the template"
         )
 
-    def _apply(self, place: str, chat: Chat, messages: list[dict[str, Any]], **options: Any) -> Any:
+    def _render(
+        self, place: str, chat: Chat, messages: list[dict[str, Any]], **options: Any
+    ) -> str:
+        with self._guarded(place):
+            return render(self._tokenizer, messages, chat.tools, **options, **self._options)
+
+    @contextmanager
+    def _guarded(self, place: str) -> Iterator[None]:
+        """Inside, whatever a template raises becomes a DataError."""
         try:
             with limited_steps():
-                return self._tokenizer.apply_chat_template(
-                    messages, tools=chat.tools, **options, **self._options
-                )
+                yield
         except BaseException as error:  # a template can raise anything: 1 / 0, endless recursion
             if not is_fault(error):
                 raise
             raise self._refused(place, error) from error
+
+
+def _reason(error: BaseException) -> str:
+    """An error of a template in words, with the line if it does not compile."""
+    line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
+    kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+    return f"{line}{kind}{one_line(error)}"
 
 
 def _without_role(chat: Chat, role: str) -> Chat:

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig
 
+from reap_driver.compat.chat_rendering import Span
 from reap_driver.compat.library_errors import wrap_errors
-from reap_driver.data.chat import ChatTemplate, Span
+from reap_driver.data.chat import EVERY_KIND, ChatTemplate
 from reap_driver.data.compressed_files import LARGEST
 from reap_driver.data.image_inputs import ImageEncoder, ImageInputs
 from reap_driver.data.images import read_images
-from reap_driver.data.record_formats import Chat, Text, Tokens, content_of
+from reap_driver.data.record_formats import Chat, Content, Text, Tokens, content_of
 from reap_driver.data.records import BadRecords, Record, guard
+from reap_driver.data.template_file import TemplateFile
 from reap_driver.data.tokenizer import load_tokenizer
 from reap_kernels.errors import DataError
 from reap_kernels.schema import short
@@ -60,9 +62,11 @@ class Encoder:
         enable_thinking: passed to the chat template; None for the template's own default.
         answers_only: mark the tokens of answers: the assistant's turns in conversations, and the
             answers to instructions and prompts. Records without an answer are an error.
+        chat_template: used instead of the tokenizer's.
 
     Attributes:
         vocab_size: ids must be below it; None if the configuration does not have it.
+        chat_template: as given.
     """
 
     def __init__(
@@ -73,12 +77,14 @@ class Encoder:
         trust_remote_code: bool = False,
         enable_thinking: bool | None = None,
         answers_only: bool = False,
+        chat_template: TemplateFile | None = None,
     ) -> None:
         self._model = model
         self._config = config
         self._trust = trust_remote_code
         self._enable_thinking = enable_thinking
         self._answers_only = answers_only
+        self.chat_template = chat_template
         self._tokenizer: Any = None
         self._fits = False  # whether the model has an embedding for every id of the tokenizer
         self._template: ChatTemplate | None = None
@@ -112,6 +118,33 @@ class Encoder:
     def written(self) -> frozenset[str]:
         """Names of fields of records that the chat template has written."""
         return frozenset() if self._template is None else frozenset(self._template.written)
+
+    def check_template(self, record: Record, *, only_plain: bool = False) -> None:
+        """Checks that the chat template can render conversations of a record's kind.
+
+        Args:
+            record: a record; nothing is checked if it is malformed or no conversation.
+            only_plain: check a question and an answer only, and not what the record has besides.
+
+        Raises:
+            DataError: there is no template, or it fails; names the record.
+        """
+        content: Content | None = None
+        with suppress(DataError):  # reading the data reports malformed records
+            content = content_of(record)
+        if isinstance(content, Chat) and self._has_template(record, content):
+            assert self._template is not None
+            self._template.check(record.place, content, only_plain=only_plain)
+
+    def renders_all(self, place: str) -> bool:
+        """Whether the chat template can render every kind of conversation."""
+        probe = Record(place, {"messages": [{"role": "user", "content": "probe"}]})
+        with suppress(DataError):
+            self.check_template(probe)
+            assert self._template is not None
+            self._template.check(place, EVERY_KIND)
+            return True
+        return False
 
     def encode(
         self, records: Sequence[Record], bad: BadRecords | None = None
@@ -176,7 +209,7 @@ class Encoder:
         elif not any(message["role"] == "assistant" for message in content.messages):
             raise _no_answer(record, "is a conversation in which no assistant speaks")
         elif template.marks_answers(place, content):
-            done[index] = Document(*template.marked(place, content))
+            group.texts[index], group.answers[index] = template.marked(place, content)
         else:
             group.texts[index], group.answers[index] = template.answers(place, content)
         if index in group.texts:
@@ -244,13 +277,15 @@ class Encoder:
         tokenizer = self._load_tokenizer(record)
         if getattr(tokenizer, "chat_template", None):
             if self._template is None:
-                self._template = ChatTemplate(tokenizer, str(self._model), self._enable_thinking)
+                given = self.chat_template
+                name = f"of {self._model}" if given is None else given.path
+                self._template = ChatTemplate(tokenizer, name, self._enable_thinking)
             return True
         if content.plain is None:
             raise DataError(
                 f"{record.place}: is a conversation, but the tokenizer of {self._model} has no "
-                "chat template; add chat_template.jinja to the model's folder, or give records "
-                "with text"
+                "chat template; give one with `chat_template`, such as that of the model's "
+                "instruction-tuned version, or records with text"
             )
         return False
 
@@ -266,6 +301,8 @@ class Encoder:
                     "tokens, which are needed to find answers; add a tokenizer.json, or count all "
                     "tokens"
                 )
+            if self.chat_template is not None:
+                self._tokenizer.chat_template = self.chat_template.template
             self._fits = max(self._tokenizer.get_vocab().values(), default=0) < self._size
         return self._tokenizer
 

@@ -6,10 +6,11 @@ the selected rows are read. With `HF_HUB_OFFLINE=1` it uses only the cache.
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
-from reap_driver.compat.library_errors import one_line
+from reap_driver.compat.library_errors import one_line, wrap_errors
 from reap_driver.data.arrow import known_columns, row_records
 from reap_driver.data.records import BadRecords, Record
 from reap_driver.data.source import SPLIT, HubDataset
@@ -57,6 +58,16 @@ class HubRows:
             yield from row_records(loaded.select(part), places, others, bad)
 
 
+def first_rows(location: HubDataset, count: int) -> list[Record]:
+    """The first rows of a data set, read without downloading it; none if that is impossible (its
+    format or the network does not allow it), which reading it in full will explain.
+    """
+    with suppress(DataError), wrap_errors("rows", "see above", error=DataError):
+        rows = list(_load(location, streaming=True).take(count))
+        return [Record(f"{location}, row {n}", row) for n, row in enumerate(rows, start=1)]
+    return []
+
+
 def _undecoded(rows: Any) -> Any:
     """The rows, with images as bytes and paths rather than as pixels."""
     import datasets
@@ -69,8 +80,8 @@ def _undecoded(rows: Any) -> Any:
     return rows
 
 
-def _load(location: HubDataset) -> Any:
-    """Loads the split as a `datasets.Dataset`."""
+def _load(location: HubDataset, **options: Any) -> Any:
+    """Loads the split as a `datasets.Dataset`, or as an iterable one with `streaming=True`."""
     try:
         import datasets
     except ImportError as error:
@@ -86,6 +97,7 @@ def _load(location: HubDataset) -> Any:
             data_files=files,
             split=location.split or SPLIT,
             revision=location.revision,
+            **options,
         )
     except Exception as error:  # of datasets, or of the network and Arrow libraries
         raise DataError(

@@ -60,6 +60,8 @@ class PackedSource:
             there are none.
         unused: names of fields of the records that were not used.
         image_inputs: documents with images, by the index in `ids` of their first token.
+        chat_template: digest of the file whose template was used instead of the tokenizer's; None
+            if the tokenizer's was.
     """
 
     source: DataSource
@@ -76,6 +78,7 @@ class PackedSource:
     given: Tensor | None = None
     unused: Sequence[str] = ()
     image_inputs: Mapping[int, ImageInputs] = field(default_factory=dict)
+    chat_template: str | None = None
 
     @cached_property
     def bounds(self) -> list[int]:
@@ -158,6 +161,8 @@ class PackedSource:
             "truncated": self.truncated,
             "unused": list(self.unused),
         }
+        if self.chat_template is not None:
+            facts["chat_template"] = self.chat_template
         if self.image_inputs:
             facts["images"] = sum(len(one.images) for one in self.image_inputs.values())
         bad = self.skipped
@@ -283,6 +288,7 @@ def pack(
         given if given.any() else None,
         _named(unused - encoder.written),
         stream.image_inputs,
+        None if encoder.chat_template is None else encoder.chat_template.digest,
     )
 
 

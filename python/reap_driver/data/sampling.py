@@ -33,11 +33,18 @@ def read_records(source: DataSource, seed: int, bad: BadRecords | None = None) -
     reader, found = _reader(source), False
     for record in _sampled(reader, source, seed, bad):
         found = True
-        if source.tools is not None and not record.fields.get("tools"):
-            record.fields["tools"] = source.tools
-        yield record
+        yield source.completed(record)
     if not found and not (bad and bad.count):
         raise DataError(f"data {source.name} holds no records; give data with at least one")
+
+
+def all_records(source: DataSource, bad: BadRecords | None = None) -> Iterator[Record]:
+    """All records of a source, in order, whatever its budget.
+
+    Raises:
+        DataError: see `read_records`.
+    """
+    return (source.completed(record) for record in _reader(source).read(bad))
 
 
 def _reader(source: DataSource) -> RecordReader:

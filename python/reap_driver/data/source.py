@@ -16,6 +16,7 @@ from pathlib import Path
 
 from reap_driver.compat.library_errors import one_line
 from reap_driver.data.compressed_files import COMPRESSIONS
+from reap_driver.data.records import Record
 from reap_kernels.errors import DataError
 from reap_kernels.files import exists
 from reap_kernels.schema import short
@@ -93,6 +94,12 @@ class DataSource:
         escaped.
         """
         return _escaped(str(self.location))
+
+    def completed(self, record: Record) -> Record:
+        """The record, with the source's tools if it has none."""
+        if self.tools is not None and not record.fields.get("tools"):
+            record.fields["tools"] = self.tools
+        return record
 
     @classmethod
     def parse(cls, text: str) -> "DataSource":

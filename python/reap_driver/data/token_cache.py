@@ -43,7 +43,7 @@ from reap_kernels import env
 from reap_kernels.errors import DataError
 from reap_kernels.files import is_file, replaced, save_tensors
 
-FORMAT = "reap-tokens-2"
+FORMAT = "reap-tokens-3"
 
 # Seconds of work above which a result is cached, and the maximum bytes of all entries, beyond which
 # the least recently used ones are deleted.
@@ -53,6 +53,7 @@ _LIMIT = 4 * 2**30
 # Files that a tokenizer may read; config.json has the end-of-sequence id.
 _TOKENIZER = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 _KEY_BYTES = 32
+_FACTS = ("records", "separator", "truncated", "unused", "chat_template")
 _TENSORS = ("ids", "starts", "counted", "given")
 
 
@@ -150,7 +151,7 @@ class Cache:
             bad.count, bad.first = facts["skipped"]
         return {
             **{name: tensors.get(name) for name in _TENSORS},
-            **{name: facts[name] for name in ("records", "separator", "truncated", "unused")},
+            **{name: facts[name] for name in _FACTS},
             "skipped": bad,
         }
 
@@ -161,10 +162,7 @@ class Cache:
         }
         bad = made.skipped
         facts = {
-            "records": made.records,
-            "separator": made.separator,
-            "truncated": made.truncated,
-            "unused": list(made.unused),
+            **{name: getattr(made, name) for name in _FACTS},
             "skipped": None if bad is None else [bad.count, bad.first],
         }
         try:

@@ -34,7 +34,8 @@ def evaluate(
     kept: Mapping[str, Sequence[int]] | None = None,
     folder: Path | None = None,
     limit: int | None = None,
-    chat_template: bool = False,
+    apply_chat_template: bool = False,
+    chat_template: str | dict[str, str] | None = None,
     batch_size: int = 1,
     trust_remote_code: bool = False,
 ) -> Results:
@@ -47,7 +48,8 @@ def evaluate(
         kept: layer -> ids of the experts that its router may select; None for all.
         folder: folder with more task files (.yaml).
         limit: questions per task; None for all.
-        chat_template: whether to format questions by the tokenizer's chat template.
+        apply_chat_template: whether to put questions through the tokenizer's chat template.
+        chat_template: used instead of the tokenizer's own.
         batch_size: requests per batch.
         trust_remote_code: run tokenizer code that comes with the checkpoint.
 
@@ -74,12 +76,14 @@ def evaluate(
     what = f"`tasks`: the tokenizer of {tokenizer} cannot be loaded"
     with wrap_errors(what, "add its files (tokenizer.json, ...)", error=DataError):
         own = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        own.chat_template = chat_template
     with contextlib.nullcontext() if kept is None else masked_experts(model, kept):
         found = harness.simple_evaluate(
             model=adapters.HFLM(pretrained=text_model(model), tokenizer=own, batch_size=batch_size),
             tasks=list(tasks),
             limit=limit,
-            apply_chat_template=chat_template,
+            apply_chat_template=apply_chat_template,
             task_manager=manager,
             log_samples=False,
         )

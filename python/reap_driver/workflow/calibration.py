@@ -13,6 +13,8 @@ from reap_driver.data.batches import PackedBatches
 from reap_driver.data.encode import Encoder
 from reap_driver.data.packing import PackedSource, pack
 from reap_driver.data.source import DataSource
+from reap_driver.data.template_check import check_template
+from reap_driver.data.template_file import TemplateFile, read_template
 from reap_driver.data.token_cache import Cache
 from reap_driver.model.discover import MoELayer
 from reap_driver.observation.token_mask import takes_padding
@@ -99,8 +101,11 @@ def read_data(
         "enable_thinking": data.enable_thinking,
         "answers_only": data.answers_only,
     }
-    encoder = Encoder(model.path, model.config, **options)
+    template = template_of(data)
+    encoder = Encoder(model.path, model.config, **options, chat_template=template)
+    check_template(encoder, wanted, skip_bad=data.skip_bad)
     folder = _tokenizer_folder(model.path) if data.cache else None
+    options["chat_template"] = None if template is None else template.digest
     made = pack if folder is None else Cache(folder, options, listener.note).pack
     with listener.progress("reading data", "tok") as progress:
         packed = [
@@ -118,6 +123,15 @@ def read_data(
     for note in (note for one in packed for note in one.notes()):
         listener.note(note)
     return packed
+
+
+def template_of(data: DataOptions) -> TemplateFile | None:
+    """The chat template that the options name; None where they name none.
+
+    Raises:
+        DataError: its file holds none.
+    """
+    return None if data.chat_template is None else read_template(data.chat_template)
 
 
 def _tokenizer_folder(model: str) -> Path | None:

@@ -25,7 +25,7 @@ from reap_driver.memory.machine import this_machine
 from reap_driver.memory.model_sizes import ModelSizes
 from reap_driver.observation.state_store import StateStore
 from reap_driver.planning.plan import Plan
-from reap_driver.workflow.calibration import batches_of, read_data
+from reap_driver.workflow.calibration import batches_of, read_data, template_of
 from reap_driver.workflow.comparison_results import Compared, figures_table, integrity_lines
 from reap_driver.workflow.holding import in_memory, load_options, sized
 from reap_driver.workflow.inspection import (
@@ -267,10 +267,12 @@ def _evaluated(
     options: CompareOptions, pair: Pair, heard: Listener
 ) -> tuple[tasks.Results, tasks.Results]:
     """Tasks by the original and by the pruned model, one in memory at a time."""
+    given = template_of(options.data)
     how: dict[str, Any] = {
         "folder": options.task_folder,
         "limit": options.limit,
-        "chat_template": options.chat_template,
+        "apply_chat_template": options.apply_chat_template,
+        "chat_template": None if given is None else given.template,
         "batch_size": options.run.batch_size or 1,
         "trust_remote_code": options.run.trust_remote_code,
     }

@@ -373,7 +373,7 @@ class CompareOptions:
     task_folder: str | Path | None = option(
         None, metavar="DIR", group=_TASKS, help="where more tasks are, as its .yaml files"
     )
-    chat_template: bool = option(
+    apply_chat_template: bool = option(
         False, group=_TASKS, help="put questions through the chat template"
     )
     limit: int | None = option(

@@ -350,6 +350,7 @@ def identity(
         "seq_len": sources[0].seq_len,
         "seed": options.seed,
         "answers only": options.answers_only,
+        "chat template": sources[0].chat_template,
         "folds": folds,
         "batch sizes": how.batch_sizes,
         "dtype": run.dtype,

@@ -112,6 +112,13 @@ class DataOptions:
         help="count only what the assistant says, or the answer to an instruction or prompt; the "
         "rest is read, not counted",
     )
+    chat_template: str | Path | None = option(
+        None,
+        metavar="FILE",
+        group=DATA,
+        help="use this chat template instead of the tokenizer's: a .jinja file, or a .json file "
+        "that has it as `chat_template`, such as another model's tokenizer_config.json",
+    )
     enable_thinking: bool | None = option(
         None, group=DATA, help="for chat templates that know it (default: as the template has it)"
     )

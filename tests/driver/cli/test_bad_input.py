@@ -167,7 +167,7 @@ DATA = {
     ),
     "no chat template": (
         '{"messages": [{"role": "user", "content": "a"}]}\n',
-        r"code.jsonl:1: is a conversation, .*no chat template; add chat_template.jinja",
+        r"code.jsonl:1: is a conversation, .*no chat template; give one with --chat-template",
     ),
     "no token": ('{"text": ""}\n', r"code.jsonl: its 1 records hold no token; give some text"),
 }

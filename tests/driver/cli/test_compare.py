@@ -234,7 +234,16 @@ def test_tasks_are_asked_of_both_models(
     """For a plan, the original with masked routers answers; all settings are passed on."""
     harness = Harness()
     harness.install(monkeypatch)
-    more = ["--tasks", "one,two", "--limit", 7, "--batch-size", 2, "--chat-template", "--json"]
+    more = [
+        "--tasks",
+        "one,two",
+        "--limit",
+        7,
+        "--batch-size",
+        2,
+        "--apply-chat-template",
+        "--json",
+    ]
     outcomes = []
     for second in (pruned, pruned / "reap" / "plan.json"):
         done = run("compare", words[1], second, *more)

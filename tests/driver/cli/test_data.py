@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,27 @@ def test_thinking_is_the_templates_business(run: Run, model: Path, tmp_path: Pat
         stats = observed(run, tmp_path / f"{number}", model, "--data", data, *option)
         counts.append(stats.provenance["data"][0]["tokens"])
     assert [count - counts[0] for count in counts] == [0, len("True"), len("False")]
+
+
+def test_a_given_chat_template_is_used_and_recorded(
+    run: Run, model: Path, chats: Path, data: Path, tmp_path: Path
+) -> None:
+    (model / "chat_template.jinja").unlink()
+    words = ("observe", model, "--data", data, "--data", chats, "--out", tmp_path / "none")
+    refused = run(*words)
+    assert refused.code == 3
+    assert "chats.jsonl:1: is a conversation, but the tokenizer of" in refused.error
+    assert "give one with --chat-template" in refused.error
+    given = tmp_path / "other.jinja"
+    given.write_text(TEMPLATE)
+    stats = observed(run, tmp_path / "out", model, "--data", chats, "--chat-template", given)
+    [source] = stats.provenance["data"]
+    assert source["chat_template"] == f"sha256:{hashlib.sha256(given.read_bytes()).hexdigest()}"
+    given.write_text("{% if %}")
+    broken = run(*words, "--chat-template", given)
+    assert broken.code == 3
+    assert "other.jinja cannot be used for conversations (line 1: " in broken.error
+    assert broken.error.count("\n") == 0
 
 
 def test_recipes_and_data_are_one_mix(

@@ -141,6 +141,21 @@ def test_calls_are_given_in_the_form_a_template_takes(
     assert document.ids == AutoTokenizer.from_pretrained(folder)(text).input_ids
 
 
+@pytest.mark.parametrize("marks", [False, True])
+def test_answers_are_found_where_null_contents_are_asked_for(
+    folder: Path, config: PretrainedConfig, marks: bool
+) -> None:
+    template = NULL.replace(_CALLS, "{% generation %}" + _CALLS) if marks else NULL
+    template = template.replace(
+        "{% else %}", "{% endgeneration %}{% else %}" if marks else "{% else %}"
+    )
+    message = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    document = encoded(
+        encoder(folder, config, template, answers_only=True), messages=[TALK[0], message]
+    )
+    assert counted(folder, document) == ["{};" if marks else "<bos>assistant:{};"]
+
+
 @pytest.mark.parametrize("template", [PLAIN, REFUSED], ids=["left out", "refused"])
 def test_a_template_without_calls_is_named(
     folder: Path, config: PretrainedConfig, template: str

@@ -91,7 +91,7 @@ def test_what_is_wrong_is_named(encoder: Encoder, record: dict[str, Any], says: 
 def test_no_chat_template(encoder: Encoder, folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(
-        DataError, match=r"data.jsonl:1: is a conversation, but .* no chat template; add"
+        DataError, match=r"data.jsonl:1: is a conversation, but .* no chat template; give one"
     ):
         encode(encoder, {"messages": TALK})
 
