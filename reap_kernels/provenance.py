@@ -56,5 +56,6 @@ _FIELDS: dict[str, Kind] = {
     "stacks": MapOf(ListOf(Text(500))),  # by field that counts experts: its layers
     "notes": ListOf(Text()),
     "served": MapOf(ListOf(Text(500))),  # by layer, of a snapshot: the backends it ran on
+    "run": MapOf(Anything()),  # what the command that made them asked for
 }
 PROVENANCE = Record(optional=_FIELDS, open=True)

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         search,
     )
     from reap_driver.workflow.comparison_results import Compared
+    from reap_driver.workflow.complete import Complete
     from reap_driver.workflow.errors import OptionError
     from reap_driver.workflow.estimate import Estimate
     from reap_driver.workflow.jobs import (
@@ -88,6 +89,7 @@ _HOMES = {
     "Calibration": "reap_driver.workflow.calibration",
     "CalibrationOptions": "reap_driver.workflow.jobs",
     "CompareOptions": "reap_driver.workflow.jobs",
+    "Complete": "reap_driver.workflow.complete",
     "Compared": "reap_driver.workflow.comparison_results",
     "Comparison": "reap_driver.evaluation.sequences",
     "DataOptions": "reap_driver.workflow.options",
@@ -160,6 +162,7 @@ __all__ = [
     "CompareOptions",
     "Compared",
     "Comparison",
+    "Complete",
     "DataOptions",
     "Estimate",
     "EstimateOptions",

@@ -85,6 +85,12 @@ class SearchState:
         self.path.unlink(missing_ok=True)
 
 
+def check_command(path: Path, asked: Mapping[str, Any]) -> None:
+    """Raises DataError unless a state file is of a search that was asked for the same."""
+    recorded = read(path).run
+    _file(path).check_same({field: recorded.get(field) for field in asked}, asked)
+
+
 def locked(path: Path) -> contextlib.AbstractContextManager[None]:
     """Keeps other processes from a state file, see `ResumeFile.locked`."""
     return _file(path).locked()

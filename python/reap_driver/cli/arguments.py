@@ -74,6 +74,8 @@ def _add(place: Any, field: "Field[Any]") -> None:
     common: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": field.name}
     if field.default is None and bool in _types(field):  # on, off, or neither
         place.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **common)
+    elif field.default is False and (words := _words(field)):  # off, on, or on in some way
+        place.add_argument(flag, nargs="?", const=True, choices=words, help=text, **common)
     elif field.default is False:
         place.add_argument(flag, action="store_true", help=text, **common)
     elif field.default is True:
@@ -81,9 +83,8 @@ def _add(place: Any, field: "Field[Any]") -> None:
             flag.replace("--", "--no-", 1), action="store_false", help=text, **common
         )
     else:
-        for one in _types(field):
-            if typing.get_origin(one) is typing.Literal:
-                shown["choices"] = typing.get_args(one)
+        if words := _words(field):
+            shown["choices"] = words
         if field.default is MISSING:
             common["required"] = True
         if field.name in _REPEATED:
@@ -98,6 +99,12 @@ def _types(field: "Field[Any]") -> tuple[Any, ...]:
     """The types that a field's value can have."""
     union = typing.get_origin(field.type) in (typing.Union, types.UnionType)
     return typing.get_args(field.type) if union else (field.type,)
+
+
+def _words(field: "Field[Any]") -> tuple[str, ...]:
+    """The words that a field's value can be, where they are known."""
+    literals = (one for one in _types(field) if typing.get_origin(one) is typing.Literal)
+    return next(map(typing.get_args, literals), ())
 
 
 def positive(text: str) -> int:

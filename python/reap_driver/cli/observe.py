@@ -46,10 +46,10 @@ def run(args: argparse.Namespace, console: Console) -> Result | None:
         return estimate
     require(args, "out")
     options = read(ObserveOptions, args)
-    from reap_driver.workflow.observe import observe_data
+    from reap_driver.workflow.observe import Observed, observe_data
 
     found = observe_data(options, console)
-    if found is not None:
+    if isinstance(found, Observed):
         next_step = f"reap-kernels plan {found.out} --ratio 0.5 --out plan.json"
         console.say(f"wrote {found.out}; next: {next_step}")
     return found

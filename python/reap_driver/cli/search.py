@@ -41,10 +41,11 @@ def run(args: argparse.Namespace, console: Console) -> Result:
     """Searches and saves."""
     require(args, "out")
     options = read(SearchOptions, args)
-    from reap_driver.workflow.search import search
+    from reap_driver.workflow.search import Searched, search
 
     found = search(options, console)
-    uneven = "" if found.plan.uniform else " --non-uniform"
-    next_step = f"reap-kernels apply MODEL {found.out}{uneven} --out DIR"
-    console.say(f"wrote {found.out}; next: {next_step}")
+    if isinstance(found, Searched):
+        uneven = "" if found.plan.uniform else " --non-uniform"
+        next_step = f"reap-kernels apply MODEL {found.out}{uneven} --out DIR"
+        console.say(f"wrote {found.out}; next: {next_step}")
     return found

@@ -91,9 +91,15 @@ class Ranks:
                 layers[name] = layers[name].merge_(layer) if name in layers else layer
         return _whole(layers, headers, stats.provenance)
 
+    def texts(self, text: str) -> list[str]:
+        """The text of every rank, none empty, in their order, on every rank. A collective
+        operation.
+        """
+        return [text] if self.size == 1 else [t.decode() for t in self._all(text.encode())]
+
     def of_first(self, text: str) -> str:
         """The text of rank 0, on every rank. A collective operation."""
-        return text if self.size == 1 else self._all(text.encode())[0].decode()
+        return self.texts(text)[0]
 
     def barrier(self) -> None:
         """Returns when every rank has called it.

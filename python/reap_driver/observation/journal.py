@@ -170,6 +170,17 @@ def exists(folder: Path) -> bool:
     return _file(folder).exists()
 
 
+def check_command(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Raises DataError unless a journal is of a run that was asked for the same, see `check_same`.
+
+    Args:
+        folder: of the journal.
+        asked: fields of the run's identity; on others it may differ.
+    """
+    recorded = read(folder)["run"]
+    _file(folder).check_same({field: recorded.get(field) for field in asked}, asked)
+
+
 def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """A lock that keeps other processes from a journal; see `ResumeFile.locked`."""
     return _file(folder).locked()

@@ -33,6 +33,20 @@ FIELDS: dict[str, Kind] = {
 }
 
 
+def difference(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first field in which the identities of two runs differ, with both values; None if none.
+
+    Example:
+        >>> difference({"seed": 0}, {"seed": 3})
+        'seed was 0, now it is 3'
+    """
+    for field in dict.fromkeys([*recorded, *now]):
+        before, after = recorded.get(field), now.get(field)
+        if before != after:
+            return f"{field[:300]} was {short(before, 300)}, now it is {short(after, 300)}"
+    return None
+
+
 @dataclass(frozen=True)
 class ResumeFile:
     """The file from which one run is resumed.
@@ -72,14 +86,12 @@ class ResumeFile:
         Raises:
             DataError: a field differs; names it, with both values.
         """
-        for field in dict.fromkeys([*recorded, *now]):
-            before, after = recorded.get(field), now.get(field)
-            if before != after:
-                raise DataError(
-                    f"{self.place}: the {self.format.what} is of another run: {field[:300]} was "
-                    f"{short(before, 300)}, now it is {short(after, 300)}; use the same "
-                    "arguments as then, or delete it and start again"
-                )
+        differs = difference(recorded, now)
+        if differs is not None:
+            raise DataError(
+                f"{self.place}: the {self.format.what} is of another run: {differs}; use the same "
+                "arguments as then, or delete it and start again"
+            )
 
     def write(self, run: Mapping[str, Any], seconds: float, **fields: Any) -> None:
         """Replaces the file.

@@ -13,7 +13,18 @@ from reap_kernels.errors import PlanError
 from reap_kernels.files import replaced
 from reap_kernels.model_match import DECIDING
 from reap_kernels.provenance import MAX_EXPERTS, MODEL, SOURCE
-from reap_kernels.schema import Int, Kind, ListOf, MapOf, OrNull, Real, Record, Text, short
+from reap_kernels.schema import (
+    Anything,
+    Int,
+    Kind,
+    ListOf,
+    MapOf,
+    OrNull,
+    Real,
+    Record,
+    Text,
+    short,
+)
 
 _IDS = ListOf(Int(0, MAX_EXPERTS - 1))
 _LAYER: dict[str, Kind] = {"num_experts": Int(1, MAX_EXPERTS), "kept": _IDS, "removed": _IDS}
@@ -40,7 +51,7 @@ FORMAT = Format(
     {**_FIELDS, "layers": MapOf(Record(_LAYER), 1)},
     PlanError,
     "make it again with `reap-kernels plan`",
-    {"settings": Record(optional=_SETTINGS)},
+    {"settings": Record(optional=_SETTINGS), "run": MapOf(Anything())},
 )
 
 
@@ -120,6 +131,8 @@ class Plan:
         notes: sentences for a reader, for instance about rounding.
         settings: further options of the allocation, as far as they were used: `protected`
             {layer: ids}, `layer_ratios` {layer: ratio}, `normalise` (`make_plan(normalize=)`).
+        run: what the command asked for that made it, in one run from the model on (`prune`,
+            `search`); empty for other plans.
         version: of the file format.
 
     Example:
@@ -138,6 +151,7 @@ class Plan:
     data: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT.version
 
     @property
@@ -204,6 +218,7 @@ class Plan:
             )
         content: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
         content |= {"settings": self.settings} if self.settings else {}
+        content |= {"run": self.run} if self.run else {}
         content["layers"] = {
             name: {key: getattr(layer, key) for key in _LAYER}
             for name, layer in self.layers.items()
@@ -230,7 +245,7 @@ class Plan:
         settings = content.get("settings", {})  # older plans have none
         _check_protected(path, settings.get("protected", {}), layers)
         fields = {name: content[name] for name in _FIELDS}
-        return cls(**fields, layers=layers, settings=settings)
+        return cls(**fields, layers=layers, settings=settings, run=content.get("run", {}))
 
 
 def _check_protected(

@@ -19,6 +19,7 @@ from reap_driver.workflow import prune as pruning
 from reap_driver.workflow import report as reporting
 from reap_driver.workflow import search as searching
 from reap_driver.workflow.comparison_results import Compared
+from reap_driver.workflow.complete import Complete
 from reap_driver.workflow.console import Console
 from reap_driver.workflow.errors import OptionError
 from reap_driver.workflow.fields import build, every_field
@@ -84,7 +85,7 @@ def prune(
     out: str | Path,
     progress: Heard = None,
     **options: Any,
-) -> pruning.Pruned | None:
+) -> pruning.Pruned | Complete | None:
     """Prunes a model: observes it on data, ranks its experts, writes a smaller checkpoint.
 
     What `reap-kernels prune` does, with the same checks, files and errors.
@@ -99,7 +100,8 @@ def prune(
         **options: of `PruneOptions` and the classes it holds.
 
     Returns:
-        Statistics, plan and report of the writer; None on ranks of torchrun other than the first.
+        Statistics, plan and report of the writer; `Complete` where `resume="auto"` found the output
+        complete; None on ranks of torchrun other than the first.
 
     Raises:
         OptionError: options are unknown or contradict each other.
@@ -122,7 +124,7 @@ def observe_data(
     out: str | Path | None = None,
     progress: Heard = None,
     **options: Any,
-) -> observing.Observed | None:
+) -> observing.Observed | Complete | None:
     """Observes a model on data: what `reap-kernels observe` does.
 
     For a model that is in memory, and batches of your own, there is `observe`.
@@ -135,7 +137,8 @@ def observe_data(
         **options: of `ObserveOptions` and the classes it holds.
 
     Returns:
-        Statistics and how long it took; None on ranks of torchrun other than the first.
+        Statistics and how long it took; `Complete` where `resume="auto"` found them complete; None
+        on ranks of torchrun other than the first.
 
     Raises:
         OptionError, ReapError: see `prune`.
@@ -220,7 +223,7 @@ def search(
     out: str | Path | None = None,
     progress: Heard = None,
     **options: Any,
-) -> searching.Searched:
+) -> searching.Searched | Complete:
     """Searches how many experts each layer should lose: what `reap-kernels search` does.
 
     For a model and batches in memory there is `search_plan`.
@@ -233,6 +236,9 @@ def search(
         out: where the plan is saved, and the state of the search on the way; None: nowhere.
         progress: see `prune`.
         **options: of `SearchOptions` and the classes it holds.
+
+    Returns:
+        The plan and its figures; `Complete` where `resume="auto"` found the plan complete.
 
     Raises:
         OptionError, ReapError: see `prune`.

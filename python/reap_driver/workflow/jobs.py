@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from reap_driver.workflow.fields import group_of, option, options, refused
 from reap_driver.workflow.options import (
@@ -19,6 +19,7 @@ from reap_driver.workflow.options import (
     RunOptions,
     WriteOptions,
     check_positive,
+    check_resume,
     read_count,
     trust_option,
 )
@@ -126,6 +127,7 @@ class ObserveOptions:
         _plain(self)
         check_positive(self, "folds")
         _needs_data(self.data)
+        check_resume(self.journal.resume, self.out, "journal")
 
 
 @options
@@ -295,11 +297,12 @@ class SearchOptions:
         group=_SEARCH,
         help="share of the sequences that are held out from the search; 0 for none",
     )
-    resume: bool = option(
+    resume: bool | Literal["auto"] = option(
         False,
         group=_SEARCH,
         help="go on where an interrupted search stopped, whose state is in OUT.search; the outcome "
-        "has the bits of one that was never interrupted",
+        "has the bits of one that was never interrupted. `resume='auto'` also begins where there "
+        "is no state, and does nothing where this command has found its plan",
     )
     data: DataOptions = group_of(DataOptions)
     run: RunOptions = group_of(RunOptions)
@@ -317,8 +320,7 @@ class SearchOptions:
                 f"`elites={self.elites}`: give fewer than the population of {self.population}"
             )
         self.share  # noqa: B018 - refuses a share that cannot be held out
-        if self.resume and self.out is None:
-            raise refused("`resume=True`: needs `out`, beside which the search's state is")
+        check_resume(self.resume, self.out, "search's state")
 
     @property
     def share(self) -> Fraction:

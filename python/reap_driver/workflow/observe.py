@@ -2,24 +2,20 @@
 
 import contextlib
 import dataclasses
+import glob
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-import reap_kernels
 from reap_driver.base.interrupts import Stop, deferred
 from reap_driver.base.units import short, took
 from reap_driver.data.folds import FoldedBatches
 from reap_driver.data.packing import PackedSource
-from reap_driver.files.digest import weights_digest
 from reap_driver.observation import journal as journals
 from reap_driver.observation.data_parallel import Ranks, ranks
 from reap_driver.observation.journal import Entry, Journal
@@ -32,14 +28,10 @@ from reap_driver.workflow.calibration import (
     group_lines,
     read_data,
 )
+from reap_driver.workflow.complete import Both, Complete, finished, made_by
 from reap_driver.workflow.holding import Held, Holding, decided, holding
-from reap_driver.workflow.inspection import (
-    Model,
-    check_packing,
-    device_of,
-    inspect_model,
-    sequence_length,
-)
+from reap_driver.workflow.identity import asked_for, environment
+from reap_driver.workflow.inspection import Model, check_packing, inspect_model, sequence_length
 from reap_driver.workflow.jobs import ObserveOptions, PruneOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.options import DataOptions, RunOptions
@@ -105,7 +97,9 @@ class Observed(Result):
         return "\n".join([text, *group_lines(facts["data"])])
 
 
-def observe_data(options: ObserveOptions, listener: Listener | None = None) -> Observed | None:
+def observe_data(
+    options: ObserveOptions, listener: Listener | None = None
+) -> Observed | Complete | None:
     """Observes a model on data and saves the statistics; what can be checked early is.
 
     Returns:
@@ -116,7 +110,9 @@ def observe_data(options: ObserveOptions, listener: Listener | None = None) -> O
     with ranks() as world, contextlib.ExitStack() as stack:
         heard.only(world.rank == 0)
         if isinstance(out, Path):
-            check_file(out, overwrite=options.overwrite, inputs=inputs_of(options, out))
+            # What is there may be the output of this command, see `complete`.
+            replaced = options.overwrite or options.journal.resume == "auto"
+            check_file(out, overwrite=replaced, inputs=inputs_of(options, out))
             place = out.absolute()
         else:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reap-")), "stats")
@@ -125,6 +121,8 @@ def observe_data(options: ObserveOptions, listener: Listener | None = None) -> O
         job.inspect()
         job.model.check_files()
         job.read_data()
+        if isinstance(out, Path) and job.complete(out, lambda: (run_of(out), job.asked)):
+            return finished(out, heard) if world.rank == 0 else None
         with job.observed() as found:
             if found is None:
                 return None
@@ -133,6 +131,12 @@ def observe_data(options: ObserveOptions, listener: Listener | None = None) -> O
                 found = dataclasses.replace(found, out=out)
     heard.say(found.describe())
     return found
+
+
+def run_of(path: Path) -> dict[str, Any]:
+    """What statistics record of the command that made them; empty where they record nothing."""
+    run: dict[str, Any] = SaliencyStats.load(path).provenance.get("run", {})
+    return run
 
 
 class Observing:
@@ -171,13 +175,34 @@ class Observing:
                 given; or its folder holds something else.
         """
         check_journal_folder(self._folder)
-        if self._options.journal.resume:
+        if self._options.journal.resume or not self._options.overwrite:
+            self._check_ranks()
+        if self._resumes:
             journals.read(self._folder)
         elif journals.exists(self._folder) and self._journals and not self._options.overwrite:
             raise CheckpointError(
                 f"{self._folder}: the journal of a run that was interrupted; give `resume=True` to "
                 "go on from it, or `overwrite=True` to start anew"
             )
+
+    def _check_ranks(self) -> None:
+        """Raises CheckpointError where there are journals of another number of ranks."""
+        size = self._ranks.size
+        own = {journal_folder(self._place, Ranks(rank, size)) for rank in range(size)}
+        for folder in sorted(self._place.parent.glob(f"{glob.escape(self._place.name)}.journal*")):
+            if folder not in own and journals.exists(folder):
+                run = journals.read(folder)["run"]
+                raise CheckpointError(
+                    f"{folder}: the journal of a run that was interrupted, as rank "
+                    f"{run.get('rank')}, and now there are {size}; start as many processes as "
+                    "then, or delete it and start again"
+                )
+
+    @property
+    def _resumes(self) -> bool:
+        """Whether this rank goes on from a journal."""
+        resume = self._options.journal.resume
+        return resume is True or (resume == "auto" and journals.exists(self._folder))
 
     def inspect(self) -> None:
         """Finds the model's layers; no weights are read."""
@@ -192,6 +217,34 @@ class Observing:
             self.model, self.wanted, self._data, self._run, seq_len, self._heard
         )
 
+    @cached_property
+    def asked(self) -> dict[str, Any]:
+        """What the command asks for, once `read_data` was called; see `asked_for`."""
+        return asked_for(self.model, self.sources, self._data, self._run, self._options.folds)
+
+    def complete(self, out: Path, both: Both) -> bool:
+        """With `resume='auto'`, whether this command has made its output already.
+
+        A journal that is left of it is deleted. Ranks agree, as the first one finds.
+
+        Args:
+            out: the output.
+            both: see `made_by`.
+
+        Raises:
+            CheckpointError, DataError: the output or the journal is of another command.
+        """
+        if self._options.journal.resume != "auto":
+            return False
+        overwrite = self._options.overwrite
+        mine = self._ranks.rank == 0 and made_by(out, both, overwrite=overwrite)
+        if not json.loads(self._ranks.of_first(json.dumps(mine))):
+            return False
+        if journals.exists(self._folder):
+            journals.check_command(self._folder, self.asked)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return True
+
     @contextlib.contextmanager
     def observed(self) -> Iterator[Observed | None]:
         """Runs the model; the journal is deleted when the block ends without an error.
@@ -204,26 +257,32 @@ class Observing:
             Interrupted: on request; the text says how to go on.
             DataError: the journal is of another run; an expert gave NaN or Inf.
         """
-        resume = self._options.journal.resume
         with contextlib.ExitStack() as stack:
             if self._journals:
                 stack.enter_context(journals.locked(self._folder))
-            recorded = journals.read(self._folder)["run"] if resume else None
+            recorded = journals.read(self._folder)["run"] if self._resumes else None
             how = self._agreed(recorded)
             journal = None
             if self._journals:
-                folds = self._options.folds
-                run = identity(
-                    self.model, self.sources, self._data, self._run, how, folds, self._ranks
-                )
+                run = {**self.asked, **environment(self._run, how, self._ranks)}
                 journal = Journal(self._folder, run, self._options.journal.journal_every)
-            yield self._observed(how, journal)
+            entry = None
+            if recorded is not None and journal is not None:
+                entry = journal.resume()  # before anything else: it may be of another run
+            elif journal is not None:
+                journal.remove()  # of a run that is started anew
+            yield self._observed(how, journal, entry)
             self._ranks.barrier()
             if journal is not None:
                 journal.remove()
 
     def _agreed(self, recorded: dict[str, Any] | None) -> Holding:
-        """How the model is held: as before where a run is resumed, else as the first rank says."""
+        """How the model is held: as before where a run is resumed, else as the first rank says.
+
+        Some ranks may have been killed before they wrote a journal; they do as the others did.
+        """
+        every = map(json.loads, self._ranks.texts(json.dumps(recorded)))
+        recorded = next((one for one in every if one is not None), None)
         if recorded is not None:
             # What is not recorded is named when the journal is compared.
             before = recorded.get("batch sizes", [])
@@ -252,13 +311,10 @@ class Observing:
         """The batch size asked for, 1 where none was, at most the sequences there are."""
         return [min(self._run.batch_size or 1, source.full_sequences) for source in self.sources]
 
-    def _observed(self, how: Holding, journal: Journal | None) -> Observed | None:
+    def _observed(
+        self, how: Holding, journal: Journal | None, entry: Entry | None
+    ) -> Observed | None:
         """Loads the model and observes this rank's batches, from where a journal is; merges all."""
-        entry = None
-        if journal is not None and self._options.journal.resume:
-            entry = journal.resume()  # before anything else: it may be of another run
-        elif journal is not None:
-            journal.remove()  # of a run that is started anew
         model, world, heard = self.model, self._ranks, self._heard
         folds = self._options.folds
         packed = batches_of(model.config, model.layers, self.sources, how.batch_sizes, folds)
@@ -291,7 +347,10 @@ class Observing:
                 journal.write(steps, observer.snapshot(), seconds=run.clock())
             stats, seconds = observer.stats, run.clock()
         whole = world.merged(stats)
-        return None if whole is None else Observed(heard.notes, batches.merged(whole), seconds)
+        if whole is None:
+            return None
+        whole.provenance["run"] = self.asked
+        return Observed(heard.notes, batches.merged(whole), seconds)
 
     def _prepare(
         self, observer: Observer, batches: FoldedBatches, how: Holding, entry: Entry | None
@@ -326,55 +385,6 @@ def journal_folder(out: Path, world: Ranks) -> Path:
     """Where the journal of an output is, beside it; each rank has its own."""
     rank = f"-{world.rank}-of-{world.size}" if world.size > 1 else ""
     return out.absolute().with_name(f"{out.absolute().name}.journal{rank}")
-
-
-def identity(
-    model: Model,
-    sources: Sequence[PackedSource],
-    options: DataOptions,
-    run: RunOptions,
-    how: Holding,
-    folds: int,
-    world: Ranks,
-) -> dict[str, Any]:
-    """What must be the same for a run to go on with the same bits."""
-    data = {}
-    for number, source in enumerate(sources, 1):
-        facts = source.provenance()
-        data[f"data {number}"] = f"{facts['group']}: {facts['tokens']} tokens {facts['digest']}"
-    return {
-        "model": model.provenance["model"]["config_digest"],
-        "weights": weights_digest(model.source),
-        **data,
-        "packing": options.packing,
-        "seq_len": sources[0].seq_len,
-        "seed": options.seed,
-        "answers only": options.answers_only,
-        "chat template": sources[0].chat_template,
-        "folds": folds,
-        "batch sizes": how.batch_sizes,
-        "dtype": run.dtype,
-        "streamed": how.stream,
-        "offload": how.offload,
-        "device": _device_name(run, world),
-        "backend": run.backend,
-        "rank": f"{world.rank} of {world.size}",
-        "reap_kernels": reap_kernels.__version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("REAP_")},
-    }
-
-
-def _device_name(run: RunOptions, world: Ranks) -> str:
-    """The kind of device: another kind, or another number of threads, may round otherwise."""
-    if run.device_map is not None:
-        return f"map {run.device_map}"
-    device = device_of(run, world)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    return f"{device.type} {capability}, {threads} threads"
 
 
 @contextlib.contextmanager

@@ -232,13 +232,15 @@ class JournalOptions:
         False
     """
 
-    resume: bool = option(
+    resume: bool | Literal["auto"] = option(
         False,
         group=_JOURNAL,
         about="Statistics and position are kept beside the output, in OUT.journal, until it is\n"
         "written: after each decoder layer of a streamed model, after batches of a resident one.",
         help="go on where an interrupted run of the same command stopped; the outcome has the bits "
-        "of a run that was never interrupted",
+        "of a run that was never interrupted. `resume='auto'` also begins where there is nothing "
+        "to go on from, and does nothing where this command has completed its output: for jobs "
+        "that are started again with one fixed command",
     )
     journal_every: int | None = option(
         None,
@@ -253,7 +255,7 @@ class JournalOptions:
         check_positive(self, "journal_every")
         if self.resume and not self.journal:
             raise refused(
-                "`resume=True`: not together with `journal=False`, which leaves no journal"
+                f"`resume={self.resume}`: not together with `journal=False`, which leaves none"
             )
 
 
@@ -319,6 +321,12 @@ def _protected(given: Any) -> Protected:
     raise refused(
         f"`protect`: {given!r} is not super, LAYER:ID,ID such as 3:17,40, or a .json or .yaml file"
     )
+
+
+def check_resume(resume: bool | str, out: Any, what: str) -> None:
+    """Raises OptionError for a run that is to be resumed and writes nothing."""
+    if resume and out is None:
+        raise refused(f"`resume={resume}`: needs `out`, beside which the {what} is")
 
 
 _LAYERS = """\

@@ -1,20 +1,30 @@
 """Pruning in one: observes, plans, and writes the checkpoint."""
 
+import dataclasses
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reap_driver.files.checkpoint import RECORD, open_checkpoint
 from reap_driver.observation.data_parallel import ranks
+from reap_driver.observation.resume_file import difference
+from reap_driver.planning.plan import Plan
 from reap_driver.workflow.apply import Applied, report_facts, writer_arguments
+from reap_driver.workflow.complete import Complete, finished, made_by
 from reap_driver.workflow.inspection import Model, check_groups
 from reap_driver.workflow.jobs import PruneOptions
 from reap_driver.workflow.listener import Collector, Listener
-from reap_driver.workflow.observe import Observed, Observing
+from reap_driver.workflow.observe import Observed, Observing, run_of
 from reap_driver.workflow.outputs import check_file, check_replaced_folder, inputs_of
 from reap_driver.workflow.plan import Planned, advice, decision_margin
 from reap_driver.workflow.ranking import foreseen, planned, scored
 from reap_driver.workflow.results import Result
 from reap_driver.writer.apply import apply_plan, check_plan
+from reap_kernels import SaliencyStats
+from reap_kernels.documents import as_read
+from reap_kernels.files import is_file
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,7 +63,7 @@ class Pruned(Result):
         return "\n".join(step.describe() for step in steps)
 
 
-def prune(options: PruneOptions, listener: Listener | None = None) -> Pruned | None:
+def prune(options: PruneOptions, listener: Listener | None = None) -> Pruned | Complete | None:
     """Prunes a model; see `reap_driver.prune`.
 
     Returns:
@@ -67,20 +77,73 @@ def prune(options: PruneOptions, listener: Listener | None = None) -> Pruned | N
         heard.only(world.rank == 0)
         job = Observing(options, out.absolute(), world, heard)
         inputs = inputs_of(options, out, stats)
-        if stats is not None:
-            check_file(stats, overwrite=options.overwrite, inputs=inputs)
+        resume = options.journal.resume
+        if stats is not None:  # where a run goes on, it may have been written: see `_check_own`
+            check_file(stats, overwrite=options.overwrite or bool(resume), inputs=inputs)
             inputs.append(stats)  # it stays
         check_replaced_folder(out, inputs)
         job.check_journal()
         job.inspect()
         job.model.check_files()
-        if world.rank == 0:  # the one that writes
+        there = resume == "auto" and os.path.lexists(out)  # it may be the output of this command
+        if world.rank == 0 and not there:  # the one that writes
             _check_writing(options, out, job.model, heard)
         world.barrier()
         check_groups(job.wanted, options.rank.weights)
         job.read_data()
+        if job.complete(out, lambda: _both(options, out, job.asked)):
+            return finished(out, heard) if world.rank == 0 else None
+        if world.rank == 0:
+            _check_own(options, stats, job.asked)
+            if there:
+                _check_writing(options, out, job.model, heard)
+        world.barrier()
         with job.observed() as found:
-            return None if found is None else _write(options, out, job.model, found, heard)
+            return None if found is None else _write(options, out, job, found, heard)
+
+
+def _both(
+    options: PruneOptions, out: Path, asked: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What a checkpoint records of the command that made it, and what is asked for now.
+
+    Raises:
+        CheckpointError, DataError, PlanError: it or its record is damaged.
+    """
+    plan, stats = out / RECORD / "plan.json", out / RECORD / "stats.safetensors"
+    if not (is_file(plan) and is_file(stats)):
+        return {}, asked
+    open_checkpoint(out)  # all its files are there
+    known = SaliencyStats.load(stats)
+    run = known.provenance.get("run", {})
+    if difference(run, as_read(dict(asked))) is not None:
+        return run, asked
+    return Plan.load(plan).run, {**asked, **_decided(options, _planned(options, known))}
+
+
+def _planned(options: PruneOptions, stats: SaliencyStats) -> Plan:
+    """The plan that the options ask for, by statistics of the model."""
+    scores = scored(stats, options.rank)
+    return planned(scores, options.rank, options.budget, options.allocation, stats)
+
+
+def _decided(options: PruneOptions, plan: Plan) -> dict[str, Any]:
+    """What is asked for besides an observation, files and names of layers resolved."""
+    return {
+        "criterion": plan.criterion,
+        "weights": plan.weights,
+        "allocation": plan.allocation,
+        "ratio": plan.ratio,
+        "settings": plan.settings,
+        "experts kept": sum(len(layer.kept) for layer in plan.layers.values()),
+        **dataclasses.asdict(options.write),
+    }
+
+
+def _check_own(options: PruneOptions, stats: Path | None, asked: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a run that goes on would replace statistics not its own."""
+    if stats is not None and not options.overwrite:
+        made_by(stats, lambda: (run_of(stats), asked), overwrite=False)
 
 
 def _check_writing(options: PruneOptions, out: Path, model: Model, heard: Listener) -> None:
@@ -100,21 +163,22 @@ def _writing(options: PruneOptions) -> dict[str, Any]:
 
 
 def _write(
-    options: PruneOptions, out: Path, model: Model, found: Observed, heard: Collector
+    options: PruneOptions, out: Path, job: Observing, found: Observed, heard: Collector
 ) -> Pruned:
     """Ranks, plans, and writes the checkpoint."""
     stats = found.stats
     heard.say(found.describe())
     if isinstance(options.stats, Path):
         stats.save(options.stats)
-    scores = scored(stats, options.rank)
-    plan = planned(scores, options.rank, options.budget, options.allocation, stats)
+    plan = _planned(options, stats)
+    plan = dataclasses.replace(plan, run={**job.asked, **_decided(options, plan)})
     inside = decision_margin(plan, stats, heard)
     for note in plan.notes:
         heard.note(note)
     made = Planned(heard.notes, plan, inside)
     heard.say(made.describe())
 
+    model = job.model
     model.check_unchanged()  # the plan is of the files that were observed
     with heard.progress("writing", "B") as progress:
         report = apply_plan(

@@ -1,8 +1,9 @@
 """Searching: how many experts each layer should lose, by trying plans on the model itself."""
 
 import contextlib
+import dataclasses
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.observation.data_parallel import Ranks
 from reap_driver.planning.plan import Plan
 from reap_driver.workflow.calibration import batches_of, read_data
+from reap_driver.workflow.complete import Complete, finished, made_by
 from reap_driver.workflow.holding import Holding, decided, holding
+from reap_driver.workflow.identity import asked_for, environment
 from reap_driver.workflow.inspection import (
     Model,
     check_packing,
@@ -34,7 +37,6 @@ from reap_driver.workflow.inspection import (
 )
 from reap_driver.workflow.jobs import SearchOptions
 from reap_driver.workflow.listener import Collector, Listener
-from reap_driver.workflow.observe import identity
 from reap_driver.workflow.outputs import check_file, inputs_of
 from reap_driver.workflow.plan import plan_facts, plan_line, stats_of
 from reap_driver.workflow.ranking import planned, scored
@@ -105,7 +107,7 @@ class Searched(Result):
         return plan_line(self.plan)
 
 
-def search(options: SearchOptions, listener: Listener | None = None) -> Searched:
+def search(options: SearchOptions, listener: Listener | None = None) -> Searched | Complete:
     """Searches and saves the plan, after all checks that need no weights. See `reap_driver.search`.
 
     Raises:
@@ -116,11 +118,15 @@ def search(options: SearchOptions, listener: Listener | None = None) -> Searched
     heard, out = Collector(listener), options.out
     with contextlib.ExitStack() as stack:
         if isinstance(out, Path):
-            check_file(out, overwrite=options.overwrite, inputs=inputs_of(options, out))
+            # What is there may be the output of this command, see `_searched`.
+            replaced = options.overwrite or options.resume == "auto"
+            check_file(out, overwrite=replaced, inputs=inputs_of(options, out))
             place = out.absolute()
         else:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reap-")), "plan")
         with _searched(options, place, heard) as found:
+            if isinstance(found, Complete):
+                return found
             if isinstance(out, Path):
                 found.plan.save(out)
     for note in found.plan.notes:
@@ -131,7 +137,9 @@ def search(options: SearchOptions, listener: Listener | None = None) -> Searched
 
 
 @contextlib.contextmanager
-def _searched(options: SearchOptions, place: Path, heard: Collector) -> Iterator[Searched]:
+def _searched(
+    options: SearchOptions, place: Path, heard: Collector
+) -> Iterator[Searched | Complete]:
     """Runs the search; its state is deleted when the block ends without an error."""
     path = state_path(place)
     with states.locked(path):
@@ -143,8 +151,13 @@ def _searched(options: SearchOptions, place: Path, heard: Collector) -> Iterator
         force = options.force_model
         task.notes = check_model(task.uniform, model.provenance, model.path, force=force)
         sources = _sources(options, model, heard)
+        wanted = _asked(options, model, sources, task)
+        whole = {**wanted, **dataclasses.asdict(_settings(options))}
+        if _complete(options, path, wanted, whole):
+            yield finished(place, heard)
+            return
         how = Holding(False, "device", _batch_sizes(options, model, sources, saved, place))
-        state = SearchState(path, _identity(options, model, sources, how, task))
+        state = SearchState(path, {**wanted, **environment(options.run, how, Ranks())})
         if saved is not None:
             saved = state.resume()  # before anything else: it may be of another search
         else:
@@ -153,8 +166,35 @@ def _searched(options: SearchOptions, place: Path, heard: Collector) -> Iterator
             model.check_unchanged()
             parts = _parts(options, model, sources, how)
             job = _Job(task, _settings(options), state, saved, options.run.backend)
-            yield _run(held.model, parts, job, heard, options.out)
+            found = _run(held.model, parts, job, heard, options.out)
+            plan = replace(found.plan, run=whole)
+            yield replace(found, found=replace(found.found, plan=plan))
         state.remove()
+
+
+def _complete(
+    options: SearchOptions, state: Path, wanted: Mapping[str, Any], whole: Mapping[str, Any]
+) -> bool:
+    """With `resume='auto'`, whether this command has saved its plan; a state left of it is deleted.
+
+    Args:
+        options: of the search.
+        state: path of the state.
+        wanted: what the search is asked for, but for how long it goes on.
+        whole: the same, and that.
+
+    Raises:
+        CheckpointError, PlanError, DataError: plan or state is of another command.
+    """
+    out = options.out
+    if options.resume != "auto" or not isinstance(out, Path):
+        return False
+    if not made_by(out, lambda: (Plan.load(out).run, whole), overwrite=options.overwrite):
+        return False
+    if state.exists():
+        states.check_command(state, wanted)
+    state.unlink(missing_ok=True)
+    return True
 
 
 def state_path(out: Path) -> Path:
@@ -169,7 +209,7 @@ def _saved(path: Path, options: SearchOptions) -> Saved | None:
         CheckpointError: there is a state, and neither `resume` nor `overwrite` is given.
         DataError: there is none to resume.
     """
-    if options.resume:
+    if options.resume is True or (options.resume == "auto" and path.exists()):
         return states.read(path)
     if path.exists() and not options.overwrite:
         raise CheckpointError(
@@ -230,18 +270,14 @@ def _batch_sizes(
     return [min(size, source.full_sequences) for source in sources]
 
 
-def _identity(
-    options: SearchOptions,
-    model: Model,
-    sources: Sequence[PackedSource],
-    how: Holding,
-    task: Task,
+def _asked(
+    options: SearchOptions, model: Model, sources: Sequence[PackedSource], task: Task
 ) -> dict[str, Any]:
-    """What must be the same for a search to go on; not for how long."""
+    """What a search is asked for, but for how long it goes on."""
     uniform = task.uniform
     folds = options.share.denominator
     return {
-        **identity(model, sources, options.data, options.run, how, folds, Ranks()),
+        **asked_for(model, sources, options.data, options.run, folds),
         "validation": str(options.share),
         "scores": uniform.scores_digest,
         "ratio": uniform.ratio,

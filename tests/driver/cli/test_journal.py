@@ -91,6 +91,62 @@ def test_killed_at_random_points(
     assert not journal.exists()
 
 
+def test_one_fixed_command(
+    words: list[str], whole: dict[str, SaliencyStats], tmp_path: Path
+) -> None:
+    """With --resume auto, the same words begin, go on after each kill -9, and find their output
+    complete, also where they were killed between writing it and deleting the journal.
+    """
+    out, counter = tmp_path / "out.safetensors", multiprocessing.get_context("fork").Value("i", 0)
+    command = [word for word in words if word != "--quiet"]
+    command += ["--stream", "never", "--out", str(out), "--resume", "auto"]
+    assert forked(command, killed_before(None, counter)).code == 0
+    changes = counter.value
+    out.unlink()
+    chance, kills = random.Random(1), 0
+    for last in [*(chance.randint(1, changes // 3) for _ in range(4)), changes - 3]:
+        counter.value = 0
+        kills += forked(command, killed_before(last, counter)).code == -signal.SIGKILL
+    assert kills > 3
+    ended = forked(command)
+    assert ended.code == 0, ended.err
+    assert_same_bits(SaliencyStats.load(out), whole["never"])
+    before = out.stat()
+    ended = forked(command)
+    assert (ended.code, ended.out.splitlines()) == (
+        0,
+        [f"{out} is complete, made by this command; nothing to do"],
+    )
+    assert (out.stat().st_mtime_ns, out.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_a_complete_output_and_its_journal(
+    run: Run, words: list[str], left: Path, tmp_path: Path
+) -> None:
+    """A journal that was not deleted any more is deleted; one of another command is refused."""
+    out = tmp_path / "out"
+    auto = [*words, "--out", out, "--resume", "auto"]
+    kept = shutil.copytree(left, tmp_path / "kept")
+    assert run(*auto).code == 0
+    shutil.copytree(kept, left)
+    refused = run(*auto, "--overwrite", "--seed", 3)
+    assert (refused.code, "seed was 0, now it is 3" in refused.error) == (3, True)
+    assert left.exists()
+    assert run(*auto, "--json").json == {"command": "observe", "out": str(out), "complete": True}
+    assert not left.exists()
+    refused = run(*auto, "--seed", 3)
+    assert refused.code == 3
+    assert f"{out}: exists, and was made by another command: seed was 0, now" in refused.error
+    assert run(*auto, "--seed", 3, "--overwrite").code == 0
+    assert SaliencyStats.load(out).provenance["run"]["seed"] == 3
+    stats = SaliencyStats.load(out)
+    assert "run" not in stats.merge(stats).provenance  # no command made that
+    del stats.provenance["run"]
+    stats.save(out)
+    assert f"{out}: exists, and does not record what made it;" in run(*auto).error
+
+
 @pytest.mark.parametrize("offload", ["device", "file"])
 @pytest.mark.parametrize("layer", [0, 2, LAYERS - 1])
 def test_every_place_of_states_resumes(
@@ -238,10 +294,12 @@ def test_a_journal_of_another_run_is_refused(
 ) -> None:
     """The field that differs is named; the journal stays as it is."""
     before = {path.name: path.read_bytes() for path in left.iterdir()}
-    outcome = run(*change(words, tmp_path), "--out", tmp_path / "out", "--resume")
-    assert outcome.code == 3
-    assert f"{left}: the journal is of another run: " in outcome.error
-    assert re.search(field, outcome.error), outcome.error
+    changed = change(words, tmp_path)
+    for resume in (["--resume"], ["--resume", "auto"]):
+        outcome = run(*changed, "--out", tmp_path / "out", *resume)
+        assert outcome.code == 3
+        assert f"{left}: the journal is of another run: " in outcome.error
+        assert re.search(field, outcome.error), outcome.error
     assert {path.name: path.read_bytes() for path in left.iterdir()} == before
 
 
@@ -276,3 +334,59 @@ def test_prune_goes_on_behind_an_observation(
     assert run(*pruned, "--resume").code == 0
     assert (tmp_path / "pruned" / "config.json").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+def test_prune_by_one_fixed_command(
+    run: Run, deep: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on where the statistics were saved and the checkpoint was not, and ends with success
+    once both are there; what another command made is refused by what differs.
+    """
+    import reap_driver.workflow.prune as job
+
+    out, stats = tmp_path / "pruned", tmp_path / "stats"
+    own = ["--protect", "super", "--stats", stats, "--resume", "auto"]
+    command = ["prune", *words[1:-1], "--out", out, *own]
+    apply_plan = job.apply_plan
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device", "pruned")
+
+    monkeypatch.setattr(job, "apply_plan", fail)
+    assert run(*command).code == 4
+    assert stats.exists()
+    monkeypatch.setattr(job, "apply_plan", apply_plan)
+    assert run(*command).code == 0
+    made = (out / "config.json").stat().st_mtime_ns
+    again = run(*command)
+    assert again.out == f"{out} is complete, made by this command; nothing to do\n"
+    assert (out / "config.json").stat().st_mtime_ns == made
+    (out / "model.safetensors.index.json").rename(tmp_path / "index")
+    assert run(*command).code == 3, "a checkpoint that lost a file is not complete"
+    (tmp_path / "index").rename(out / "model.safetensors.index.json")
+    for more, says in {
+        ("--ratio", "0.25"): "ratio was 0.5, now it is 0.25",
+        ("--protect", "1:0"): "settings was ",
+        ("--seed", "5"): "seed was 0, now it is 5",
+        ("--shard-size", "1GB"): "shard_size was None, now it is 1000000000",
+    }.items():
+        assert (
+            f"{out}: exists, and was made by another command: {says}" in run(*command, *more).error
+        )
+    assert run(*command, "--ratio", 0.25, "--overwrite").code == 0
+    assert json.loads((out / "reap" / "plan.json").read_text())["run"]["ratio"] == 0.25
+
+
+def test_statistics_of_another_command_stay(
+    run: Run, words: list[str], left: Path, tmp_path: Path
+) -> None:
+    """A run that goes on may replace only what it wrote itself."""
+    stats = tmp_path / "stats"
+    assert run(*words, "--seed", 3, "--out", stats).code == 0
+    before = stats.read_bytes()
+    command = ["prune", *words[1:], "--out", tmp_path / "out", "--stats", stats, "--resume"]
+    refused = run(*command)
+    assert f"{stats}: exists, and was made by another command: seed was 3, now" in refused.error
+    assert stats.read_bytes() == before
+    assert run(*command, "--overwrite").code == 0
+    assert not left.exists()

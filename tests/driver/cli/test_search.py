@@ -1,6 +1,7 @@
 """`search` on a tiny checkpoint: a plan, its figures, resumed searches, refusals."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,26 @@ def test_killed_and_interrupted_searches_go_on_to_the_same_bits(
     assert outcome.code == 0, outcome.err
     assert out.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.search*"))
+
+
+def test_one_fixed_command(run: Run, words: Any, tmp_path: Path) -> None:
+    """With --resume auto it begins, goes on, and finds its plan complete."""
+    out, state = tmp_path / "plan.json", tmp_path / "plan.json.search"
+    command = [*words, "--evaluations", 16, "--out", out, "--resume", "auto"]
+    ended = forked(list(map(str, command)), signalled_behind(5, signal.SIGKILL))
+    assert (ended.code, state.exists(), out.exists()) == (-9, True, False)
+    shutil.copy(state, tmp_path / "state")
+    assert run(*command).code == 0
+    found = out.read_bytes()
+    shutil.copy(tmp_path / "state", state)  # as if killed before it was deleted
+    again = run(*command)
+    assert again.out == f"{out} is complete, made by this command; nothing to do\n"
+    assert (out.read_bytes(), state.exists()) == (found, False)
+    refused = run(*command, "--evaluations", 17)
+    assert "was made by another command: evaluations was 16, now it is 17" in refused.error
+    SearchState(state, {}).write({(1,): 0.5}, 1)
+    other = run(*command)
+    assert "the state of a search is of another run: model was None" in other.error
 
 
 def test_a_state_that_is_there(run: Run, words: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,7 +129,38 @@ def test_a_rank_that_fails_ends_the_run(words: list[str], tmp_path: Path) -> Non
         for rank in range(2)
     ]
     assert positions == [7, 1]  # all of its own, and one
+    alone = ranked(1, lambda: main([*command, "--resume", "auto"]))
+    assert "interrupted, as rank 0 of 2, and now there are 1; start as many" in alone.err
     ended = ranked(2, lambda: main([*command, "--resume"]))
     assert ended.code == 0, ended.err
     assert re.search(r"observed 210 tokens in 3 layers", ended.out)
     assert_one_process(SaliencyStats.load(tmp_path / "out"), words, tmp_path / "one")
+
+
+def test_ranks_by_one_fixed_command(words: list[str], tmp_path: Path) -> None:
+    """One rank was killed before it wrote a journal, the other behind its last batch: they agree
+    how to go on, and in the end that nothing is left to do.
+    """
+    out = tmp_path / "out"
+    command = [*words, "--out", str(out), "--journal-every", "1", "--resume", "auto"]
+    folders = [tmp_path / f"out.journal-{rank}-of-2" for rank in range(2)]
+    save = SaliencyStats.save
+
+    def fail(self: SaliencyStats, path: Any) -> None:
+        if Path(path) == out:
+            raise ResourceError("the disk is full")
+        save(self, path)
+
+    def failing() -> int:
+        SaliencyStats.save = fail  # type: ignore[method-assign]
+        return main(command)
+
+    assert ranked(2, failing).code == 1
+    assert all((folder / "journal.json").exists() for folder in folders)
+    shutil.rmtree(folders[0])
+    ended = ranked(2, lambda: main(command))
+    assert ended.code == 0, ended.err
+    assert_one_process(SaliencyStats.load(out), words, tmp_path / "one")
+    ended = ranked(2, lambda: main([*command, "--json"]))
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out) == {"command": "observe", "out": str(out), "complete": True}

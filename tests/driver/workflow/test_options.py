@@ -79,6 +79,8 @@ def test_options_have_defaults_docstrings_and_survive_a_round(cls: type) -> None
         (rd.PruneOptions, {"max_len": 5}, "`max_len=5`: only with `packing='none'`"),
         (rd.PruneOptions, {"packing": "none", "seq_len": 5}, "`seq_len=5`: not together with"),
         (rd.PruneOptions, {"resume": True, "journal": False}, "`resume=True`: not together with"),
+        (rd.PruneOptions, {"resume": "auto", "journal": False}, "`resume=auto`: not together"),
+        (rd.ObserveOptions, {"resume": "auto", "out": None}, "`resume=auto`: needs `out`"),
         (rd.PruneOptions, {"normalize": "max"}, "`normalize=max`: only with"),
         (rd.PruneOptions, {"device_map": "auto", "device": "cpu"}, "`device_map=auto`: not"),
         (rd.PruneOptions, {"data": []}, "no data to run the model on"),
@@ -172,6 +174,10 @@ def test_flags_are_read_as_options() -> None:
     assert (made.write.shard_bytes, made.data.cache) == (5 * 10**9, False)
     assert made.rank.weights == {"a": 0.5, "g": 1.0}
     assert made.run == rd.RunOptions()
+    assert made.journal.resume is False
+    for more, value in {("--resume",): True, ("--resume", "auto"): "auto"}.items():
+        args = build_parser().parse_args([*words, "--out", "o", *more])
+        assert arguments.read(rd.PruneOptions, args).journal.resume == value
 
 
 VALUES = [
