@@ -10,11 +10,20 @@ Example:
     ShapeError
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 
 class ReapError(Exception):
-    """Base of every deliberate error; the command line ends with its `exit_code` (3: bad input)."""
+    """Base of every deliberate error; the command line ends with its `exit_code` (3: bad input).
+
+    `known` holds what a job had found out by then, as JSON values: the arithmetic of an estimate
+    that ends early.
+    """
 
     exit_code = 3
+    known: Mapping[str, Any] = MappingProxyType({})
 
 
 class UsageError(ReapError, TypeError):

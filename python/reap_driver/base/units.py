@@ -1,5 +1,11 @@
 """Formats numbers for people to read."""
 
+import re
+import textwrap
+
+COLUMNS = 80
+_NAMES = 12  # columns of the names of rows
+
 
 def in_bytes(nbytes: int) -> str:
     """Bytes with three significant digits, in powers of 1000: 1_030_000_000_000 is 1.03 TB."""
@@ -24,8 +30,17 @@ def short(number: float, letters: str = "kMGTPE") -> str:
 
 
 def row(name: str, text: str) -> str:
-    """A line of a report: a name, padded to a column, and a text."""
-    return f"{name:<12}{text}"
+    """A row of a report: a name, padded to a column, and a text, in lines of 80 columns."""
+    kept = re.sub(r"(?<=\d) (?=[kMGTP]?B\b)", "\xa0", text)  # a number and its unit stay together
+    lines = textwrap.fill(
+        kept,
+        COLUMNS,
+        initial_indent=name.ljust(_NAMES),
+        subsequent_indent=" " * _NAMES,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return lines.replace("\xa0", " ")
 
 
 def clock(seconds: float) -> str:

@@ -19,8 +19,8 @@ class DryRun:
         False,
         group=PLANNING,
         help="print what the run would read, hold and compute, and how long that takes at the "
-        "rates measured here; write nothing. MODEL may have no weights, or be a config .json file; "
-        "`out` may be left out",
+        "rates measured here (or given by `machine`); write nothing. MODEL may have no weights, or "
+        "be a config .json file; `out` may be left out",
     )
 
 
@@ -28,12 +28,16 @@ def estimated(args: argparse.Namespace, console: Console) -> Result | None:
     """What the run would take; None without `--dry-run`.
 
     Raises:
-        OptionError: `--tokens` without it.
+        OptionError: an option of the estimate without it.
     """
     if hasattr(args, "dry_run"):
         from reap_driver.workflow.estimate import estimate
 
         return estimate(read(EstimateOptions, args), console)
-    if hasattr(args, "tokens"):
-        raise refused("`tokens`: only with --dry-run; a real run counts the tokens of `data`")
+    for name, instead in (
+        ("tokens", "a real run counts the tokens of `data`"),
+        ("machine", "a real run takes the machine it is on"),
+    ):
+        if hasattr(args, name):
+            raise refused(f"`{name}`: only with --dry-run; {instead}")
     return None

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from reap_driver.base.interrupts import Interrupted, Terminated, terminations_raised
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = _explain(error)
         if known is None:  # a bug: its traceback says where
             raise
-        return _fail(type(error).__name__, *known, as_json)
+        return _fail(type(error).__name__, *known, as_json, getattr(error, "known", {}))
 
 
 def _run(words: Sequence[str], *, as_json: bool) -> int:
@@ -169,14 +169,19 @@ def _run(words: Sequence[str], *, as_json: bool) -> int:
     return 0
 
 
-def _fail(kind: str, message: str, code: int, as_json: bool) -> int:
-    """Reports an error on stderr (and as JSON on stdout); returns its exit code."""
+def _fail(
+    kind: str, message: str, code: int, as_json: bool, known: Mapping[str, Any] | None = None
+) -> int:
+    """Reports an error on stderr (and as JSON on stdout, after what was known when it occurred);
+    returns its exit code.
+    """
     line = printable(flags(" ".join(message.split())))
     if os.environ.get("WORLD_SIZE", "1") != "1":
         line = f"rank {os.environ.get('RANK', '?')}: {line}"
     print(f"{PROGRAM}: error: {line}", file=sys.stderr)
     if as_json:
-        emit(json.dumps({"error": {"type": kind, "message": line, "exit_code": code}}))
+        facts = {"type": kind, "message": line, "exit_code": code}
+        emit(json.dumps({**(known or {}), "error": facts}))
     return code
 
 

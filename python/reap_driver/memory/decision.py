@@ -224,9 +224,8 @@ def _needs(plan: Decision, machine: Machine) -> Iterator[tuple[str, Parts, Free 
     if plan.host:
         yield "host memory", plan.host, machine.host_free
     if plan.file_bytes:
-        disk = Free(machine.disk_free, f"on the disk of {machine.disk}")
         # The states of one layer are read while those of the next are written.
-        yield "disk", ((STATES, 2 * plan.file_bytes),), disk
+        yield "disk", ((STATES, 2 * plan.file_bytes),), machine.disk_free
 
 
 def _fits(plan: Decision, machine: Machine, device_share: float, host_share: float) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from reap_driver.memory.given_machine import AS_GIVEN, GivenMachine
 from reap_driver.memory.host_memory import Free, free_host_memory
 
 
@@ -14,18 +15,20 @@ class Machine:
     """Memory that is free before a model is loaded.
 
     Attributes:
-        device: the device that the model runs on, such as "cpu" or "cuda:0".
+        device: the device that the model runs on, such as "cpu", "cuda:0" or "H200".
         device_free: free memory of the device; on a CPU that of the host; None if unknown.
         host_free: free host memory; None if unknown.
-        disk: folder for hidden states that do not fit in memory.
-        disk_free: free bytes on its disk.
+        disk_free: free space of the disk for hidden states that do not fit in memory; None if
+            unknown.
+        ranks: number of processes that share the machine, each with a device of its own; what is
+            free is the share of one.
     """
 
     device: str
     device_free: Free | None
     host_free: Free | None
-    disk: Path
-    disk_free: int
+    disk_free: Free | None
+    ranks: int = 1
 
     @property
     def accelerated(self) -> bool:
@@ -37,10 +40,14 @@ class Machine:
 
         On a CPU the processes share all memory.
         """
-        host = None if self.host_free is None else self.host_free.divided(processes)
+        host, disk = (
+            None if free is None else free.divided(processes)
+            for free in (self.host_free, self.disk_free)
+        )
         device = self.device_free if self.accelerated else host
-        free = self.disk_free // processes
-        return replace(self, device_free=device, host_free=host, disk_free=free)
+        return replace(
+            self, device_free=device, host_free=host, disk_free=disk, ranks=self.ranks * processes
+        )
 
 
 def this_machine(device: torch.device, disk: Path) -> Machine:
@@ -51,16 +58,26 @@ def this_machine(device: torch.device, disk: Path) -> Machine:
         disk: folder for hidden states that do not fit in memory; it need not exist.
     """
     host = free_host_memory()
-    there = disk.absolute()
+    there = whole = disk.absolute()
     while not there.exists():
         there = there.parent
     return Machine(
         device=str(device),
         device_free=host if device.type == "cpu" else free_device_memory(device),
         host_free=host,
-        disk=disk,
-        disk_free=shutil.disk_usage(there).free,
+        disk_free=Free(shutil.disk_usage(there).free, f"on the disk of {whole}"),
     )
+
+
+def planned_machine(given: GivenMachine) -> Machine:
+    """The machine that was described, shared by one process per GPU, as under torchrun."""
+
+    def free(nbytes: int | None) -> Free | None:
+        return None if nbytes is None else Free(nbytes, AS_GIVEN)
+
+    host = free(given.ram)
+    device = free(given.memory) if given.gpus else host
+    return Machine(given.name, device, host, free(given.free)).shared(max(1, given.gpus))
 
 
 def free_device_memory(device: torch.device) -> Free | None:

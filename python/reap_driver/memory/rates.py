@@ -1,13 +1,14 @@
-"""Measures how fast this machine reads, copies and multiplies, in about one second each."""
+"""How fast a machine reads, copies and multiplies: measured in about one second each, or given."""
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from reap_driver.memory.given_machine import AS_GIVEN, GivenMachine
 from reap_kernels.experts.cpu import compute_dtype
 
 READ_BYTES = 256 << 20
@@ -18,7 +19,7 @@ _SECONDS = 0.7  # of one measurement, about 1 with its preparation
 
 @dataclass(frozen=True)
 class Rate:
-    """A rate per second, and how it was measured, in words."""
+    """A rate per second, and how it was measured or who says so, in words."""
 
     per_second: float
     how: str
@@ -26,17 +27,19 @@ class Rate:
 
 @dataclass(frozen=True)
 class Rates:
-    """The measured rates of a machine.
+    """The rates of a machine; None where one is not known or, as copying on a CPU, not needed.
 
     Attributes:
-        disk: bytes read per second; None if there is no file to read.
-        copy: bytes copied from host to GPU per second; None on a CPU.
+        disk: bytes read per second.
+        copy: bytes copied from host to GPU per second.
         matmul: floating-point operations per second in the run's dtype.
+        unknown: {name of a rate: why it is not known, or what would tell it}.
     """
 
     disk: Rate | None
     copy: Rate | None
-    matmul: Rate
+    matmul: Rate | None
+    unknown: Mapping[str, str] = field(default_factory=dict)
 
 
 def measure(device: torch.device, dtype: torch.dtype, file: Path | None) -> Rates:
@@ -45,12 +48,37 @@ def measure(device: torch.device, dtype: torch.dtype, file: Path | None) -> Rate
     Args:
         device: the device that the model runs on.
         dtype: the dtype that it runs in.
-        file: the largest file of weights; None if there is none.
+        file: the largest file of weights; None if there is none. The disk's rate is unknown then,
+            and where the file cannot be read.
     """
+    disk, unknown = None, {}
+    if file is None:
+        unknown["disk"] = "there are no weights here to measure the disk with"
+    else:
+        try:
+            disk = disk_rate(file)
+        except OSError as error:
+            unknown["disk"] = f"{file.name} cannot be read ({error.strerror})"
     return Rates(
-        disk=None if file is None else disk_rate(file),
+        disk=disk,
         copy=copy_rate(device) if device.type == "cuda" else None,
         matmul=matmul_rate(device, dtype),
+        unknown=unknown,
+    )
+
+
+def given_rates(given: GivenMachine) -> Rates:
+    """The rates of a machine that was described."""
+    keys = {"disk": "disk", "copy": "copy", "matmul": "flops"}
+    values = {name: getattr(given, key) for name, key in keys.items()}
+    needed = [name for name in keys if given.gpus or name != "copy"]
+    return Rates(
+        **{name: None if v is None else Rate(v, AS_GIVEN) for name, v in values.items()},
+        unknown={
+            name: f"{keys[name]}=RATE in `machine` would tell"
+            for name in needed
+            if values[name] is None
+        },
     )
 
 

@@ -354,7 +354,7 @@ def estimate(
     progress: Heard = None,
     **options: Any,
 ) -> estimating.Estimate:
-    """Says what observing a model would take here: what `--dry-run` does.
+    """Says what observing a model would take, here or on another `machine`: what `--dry-run` does.
 
     Args:
         model: checkpoint folder, hub id or config .json file; needs no weights.
@@ -364,7 +364,7 @@ def estimate(
 
     Raises:
         OptionError, ReapError: see `prune`.
-        ResourceError: the model fits this machine in no way.
+        ResourceError: the model fits the machine in no way; `known` has the arithmetic.
 
     Example:
         >>> rd.estimate("MODEL", tokens=24_000_000).forecast.compute_seconds > 0

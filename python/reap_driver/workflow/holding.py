@@ -83,10 +83,11 @@ def decided(
     machine = this_machine(device, beside).shared(world.local_size)
     decision = decide(run.stream, sizes, machine, work)
     states = work.tokens * sizes.state_bytes
-    if decision.stream and journal and 2 * states > machine.disk_free:
+    free = machine.disk_free
+    if decision.stream and journal and free is not None and 2 * states > free.nbytes:
         raise ResourceError(
             f"{beside}: the journal needs {2 * states} bytes for the states between two layers, "
-            f"{machine.disk_free} are free; free some space, choose an output on another disk, or "
+            f"{free.nbytes} are free; free some space, choose an output on another disk, or "
             "pass `journal=False`"
         )
     return decision

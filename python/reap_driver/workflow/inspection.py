@@ -98,6 +98,15 @@ def sequence_length(model: Model, data: DataOptions, run: RunOptions) -> int:
     """
     dtype = torch.float32 if run.dtype == "auto" else getattr(torch, run.dtype)
     check_backend("layer", device_of(run), dtype, run.backend)
+    return planned_length(model, data)
+
+
+def planned_length(model: Model, data: DataOptions) -> int:
+    """The number of tokens in a sequence, on whatever machine.
+
+    Raises:
+        DataError: sequences longer than the model has positions.
+    """
     name = "max_len" if data.packing == "none" else "seq_len"
     asked = getattr(data, name)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)

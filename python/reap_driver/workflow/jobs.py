@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from reap_driver.memory import given_machine as machines
 from reap_driver.workflow.fields import group_of, option, options, refused
 from reap_driver.workflow.options import (
     DATA,
@@ -190,7 +191,7 @@ class PruneOptions:
 @options
 @dataclass(frozen=True, kw_only=True)
 class EstimateOptions:
-    """What observing a model would take here, found without running it.
+    """What observing a model would take, found without running it.
 
     Example:
         >>> rd.EstimateOptions(model="MODEL", tokens=24_000_000).run.stream
@@ -204,6 +205,15 @@ class EstimateOptions:
         group=PLANNING,
         help="plan for N tokens, such as 24M, instead of reading data",
     )
+    machine: str | None = option(
+        None,
+        metavar="MACHINE",
+        group=PLANNING,
+        help="plan for a machine that is not this one, such as 1xH200-141GB,ram=128GB,disk=2GB/s: "
+        "N GPUs by name and memory of each, or cpu; then, of what is known, ram and free (on the "
+        "disk) as sizes, the rates disk (of reading), copy (from host to GPU), and flops, such as "
+        "400T, of one GPU; what is left out is unknown. N GPUs are N ranks of torchrun",
+    )
     out: str | Path | None = option(None, metavar="PATH", help="where the run would write")
     data: DataOptions = group_of(DataOptions)
     run: RunOptions = group_of(RunOptions)
@@ -211,6 +221,7 @@ class EstimateOptions:
     def __post_init__(self) -> None:
         _plain(self)
         read_count(self, "tokens")
+        self._check_machine()
         if self.tokens is not None and self.data.given:
             named = "data" if self.data.data else "recipe"
             raise refused(
@@ -223,6 +234,34 @@ class EstimateOptions:
     def token_count(self) -> int | None:
         """`tokens` as a number, which it is once checked."""
         return cast("int | None", self.tokens)
+
+    @property
+    def given_machine(self) -> machines.GivenMachine | None:
+        """The machine that `machine` describes."""
+        return None if self.machine is None else machines.parse_machine(self.machine)
+
+    def _check_machine(self) -> None:
+        if self.run.device_map is not None:
+            raise refused(
+                f"`device_map={self.run.device_map}`: nothing is estimated of a model spread over "
+                "devices; leave it out"
+            )
+        try:
+            given = self.given_machine
+        except ValueError as error:
+            raise refused(f"`machine={self.machine}`: {error}") from error
+        if given is None:
+            return
+        if self.run.device not in ("auto", given.kind):
+            raise refused(
+                f"`device={self.run.device}`: `machine={self.machine}` computes on {given.kind}; "
+                "leave `device` out"
+            )
+        if self.run.backend is not None:
+            raise refused(
+                f"`backend={self.run.backend}`: not together with `machine`; whether a backend "
+                "runs there is not known here; leave it out"
+            )
 
 
 @options

@@ -209,7 +209,7 @@ def test_a_model_that_does_not_fit_is_refused(
     run: Run, words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = Free(400_000_000, "by a test")
-    machine = Machine("cpu", free, free, tmp_path, 1 << 40)
+    machine = Machine("cpu", free, free, Free(1 << 40, "by a test"))
     monkeypatch.setattr(holding, "this_machine", lambda *_: machine)
     monkeypatch.setattr(holding, "decide", lambda _, *rest: decide("always", *rest))
     outcome = run(*words[:-2], "--out", tmp_path / "plan.json")

@@ -104,7 +104,8 @@ def test_limits_of_a_process(name: str) -> None:
 def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = this_machine(torch.device("cpu"), tmp_path / "not/yet/there")
     assert not machine.accelerated
-    assert machine.disk_free > 0
+    assert machine.disk_free is not None
+    assert machine.disk_free.nbytes > 0
     assert machine.host_free is not None
     assert machine.device_free == machine.host_free
     assert free_device_memory(torch.device("meta")) is None
