@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reap_driver.budget_search.search import search_plan
     from reap_driver.compat.model_config import load_config
+    from reap_driver.data.recipe import Recipe
     from reap_driver.evaluation.audit import check_permutation
     from reap_driver.evaluation.models import compare_models
     from reap_driver.evaluation.router_masks import masked_experts
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     )
     from reap_driver.workflow.plan import Planned
     from reap_driver.workflow.prune import Pruned
+    from reap_driver.workflow.recipes import load_recipe, recipe_names
     from reap_driver.workflow.report import Reported
     from reap_driver.workflow.search import Searched
     from reap_driver.writer.apply import apply_plan
@@ -112,6 +114,7 @@ _HOMES = {
     "PruneOptions": "reap_driver.workflow.jobs",
     "Pruned": "reap_driver.workflow.prune",
     "RankOptions": "reap_driver.workflow.options",
+    "Recipe": "reap_driver.data.recipe",
     "ReportOptions": "reap_driver.workflow.jobs",
     "Reported": "reap_driver.workflow.report",
     "RunOptions": "reap_driver.workflow.options",
@@ -132,6 +135,7 @@ _HOMES = {
     "load_config": "reap_driver.compat.model_config",
     "load_masks": "reap_driver.writer.mask_file",
     "load_model": "reap_driver.load.resident",
+    "load_recipe": "reap_driver.workflow.recipes",
     "make_plan": "reap_driver.planning.planner",
     "masked_experts": "reap_driver.evaluation.router_masks",
     "observe": "reap_driver.observation.observer",
@@ -142,6 +146,7 @@ _HOMES = {
     "plan_of_removals": "reap_driver.planning.planner",
     "prune": "reap_driver.workflow.calls",
     "random_plan": "reap_driver.planning.planner",
+    "recipe_names": "reap_driver.workflow.recipes",
     "record_of": "reap_driver.model.discover",
     "report": "reap_driver.workflow.calls",
     "retained": "reap_driver.evaluation.routing",
@@ -183,6 +188,7 @@ __all__ = [
     "PruneOptions",
     "Pruned",
     "RankOptions",
+    "Recipe",
     "ReportOptions",
     "Reported",
     "RunOptions",
@@ -203,6 +209,7 @@ __all__ = [
     "load_config",
     "load_masks",
     "load_model",
+    "load_recipe",
     "make_plan",
     "masked_experts",
     "observe",
@@ -213,6 +220,7 @@ __all__ = [
     "plan_of_removals",
     "prune",
     "random_plan",
+    "recipe_names",
     "record_of",
     "report",
     "retained",

@@ -109,8 +109,8 @@ def _parquet() -> Iterable[bytes]:
 
 
 def _use_recipe(path: Path) -> None:
-    from reap_driver.data.recipe import load_recipe
+    from reap_driver.workflow.recipes import load_recipe
 
-    for source in load_recipe(path):
+    for source in load_recipe(path).sources:
         if source.samples is not None and source.samples < 1:
             raise Nonsense("a recipe draws less than one record")

@@ -43,7 +43,6 @@ def typed(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
     @functools.wraps(function)
     def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:
         from reap_kernels.errors import UsageError
-        from reap_kernels.schema import short
 
         try:
             bound = signature.bind(*args, **kwargs)
@@ -52,12 +51,30 @@ def typed(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
         for argument, value in bound.arguments.items():
             hint = hints().get(argument, Any)
             if not _fits(value, hint):
-                kind = type(value).__name__
-                found = kind if "\n" in repr(value) else f"{short(value)}, a {kind}"
-                raise UsageError(f"{name}: {argument} is {found}; expected {_words(hint)}")
+                raise UsageError(f"{name}: {argument} {_unlike(value, hint)}")
         return function(*args, **kwargs)
 
     return call
+
+
+def mistake(cls: type, name: str, value: Any) -> str:
+    """What is wrong with a value of a dataclass's field by its type; empty if nothing is.
+
+    Example:
+        >>> mistake(rd.DataOptions, "seq_len", "long")
+        "seq_len is 'long', a str; expected int or None"
+    """
+    hint = typing.get_type_hints(cls, localns=_TypesOnly())[name]
+    return "" if _fits(value, hint) else f"{name} {_unlike(value, hint)}"
+
+
+def _unlike(value: Any, hint: Any) -> str:
+    """Says that a value has not the type that is expected."""
+    from reap_kernels.schema import short
+
+    kind = type(value).__name__
+    found = kind if "\n" in repr(value) else f"{short(value)}, a {kind}"
+    return f"is {found}; expected {_words(hint)}"
 
 
 class _TypesOnly(dict[str, Any]):

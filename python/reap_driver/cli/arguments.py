@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from reap_driver.workflow.console import flags
-from reap_driver.workflow.fields import build, every_field, refused, shows_default
+from reap_driver.workflow.fields import every_field, refused, shows_default
 
 _Options = TypeVar("_Options")
 
@@ -49,6 +49,8 @@ def read(cls: type[_Options], args: argparse.Namespace) -> _Options:
     Raises:
         OptionError: they contradict each other.
     """
+    from reap_driver.workflow.recipes import build  # with it comes torch
+
     names = [field.name for field in every_field(cls)]
     return build(cls, {name: getattr(args, name) for name in names if hasattr(args, name)})
 

@@ -7,7 +7,19 @@ and `run(args, console)`, which does the work, tells a human through the console
 
 from types import ModuleType
 
-from reap_driver.cli import apply, compare, demo, doctor, observe, plan, prune, report, search, tune
+from reap_driver.cli import (
+    apply,
+    compare,
+    demo,
+    doctor,
+    observe,
+    plan,
+    prune,
+    recipe,
+    report,
+    search,
+    tune,
+)
 
 COMMANDS: tuple[ModuleType, ...] = (
     demo,
@@ -18,6 +30,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     apply,
     compare,
     report,
+    recipe,
     doctor,
     tune,
 )

@@ -163,6 +163,8 @@ class PackedSource:
         }
         if self.chat_template is not None:
             facts["chat_template"] = self.chat_template
+        if self.source.recipe is not None:
+            facts["recipe"] = dict(zip(("name", "digest"), self.source.recipe, strict=True))
         if self.image_inputs:
             facts["images"] = sum(len(one.images) for one in self.image_inputs.values())
         bad = self.skipped
@@ -187,7 +189,8 @@ class PackedSource:
         bad records, unused fields.
         """
         name, asked, notes = self.source.name, self.source, []
-        if asked.samples is not None and self.records < asked.samples:
+        filled = asked.tokens is not None and self.tokens == asked.tokens
+        if asked.samples is not None and self.records < asked.samples and not filled:
             notes.append(f"{name} has {self.records} records, {asked.samples} were requested")
         if asked.tokens is not None and self.tokens < asked.tokens:
             notes.append(f"{name} has {self.tokens} tokens, {asked.tokens} were requested")

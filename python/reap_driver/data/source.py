@@ -11,7 +11,7 @@ and a folder `owner/name` takes precedence over the data set of that name.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from reap_driver.compat.library_errors import one_line
@@ -80,6 +80,7 @@ class DataSource:
         samples: number of records to draw; None for no limit.
         tokens: number of tokens to draw records for; None for no limit.
         tools: JSON text of a list of tools, for records that have none; set by recipes.
+        recipe: name and digest of the recipe that lists it; None if none does.
     """
 
     location: Path | HubDataset
@@ -87,6 +88,7 @@ class DataSource:
     samples: int | None = None
     tokens: int | None = None
     tools: str | None = None
+    recipe: tuple[str, str] | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:

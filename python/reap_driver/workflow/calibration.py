@@ -80,7 +80,7 @@ def calibration(options: CalibrationOptions, listener: Listener | None = None) -
     run = RunOptions(trust_remote_code=options.trust_remote_code)
     seq_len = sequence_length(model, options.data, run)
     check_packing(model, options.data)
-    wanted = sources_of(options.data)
+    wanted = sources_of(options, heard)
     sources = read_data(model, wanted, options.data, run, seq_len, heard)
     sizes = [min(options.batch_size, source.full_sequences) for source in sources]
     batches = batches_of(model.config, model.layers, sources, sizes)

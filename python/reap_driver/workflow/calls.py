@@ -22,7 +22,7 @@ from reap_driver.workflow.comparison_results import Compared
 from reap_driver.workflow.complete import Complete
 from reap_driver.workflow.console import Console
 from reap_driver.workflow.errors import OptionError
-from reap_driver.workflow.fields import build, every_field
+from reap_driver.workflow.fields import every_field
 from reap_driver.workflow.jobs import (
     ApplyOptions,
     CalibrationOptions,
@@ -35,6 +35,7 @@ from reap_driver.workflow.jobs import (
     SearchOptions,
 )
 from reap_driver.workflow.listener import Callback, Listener, Progress
+from reap_driver.workflow.recipes import build
 from reap_kernels import SaliencyStats
 
 Heard = bool | Listener | Callable[[Progress], Any] | None
@@ -80,7 +81,7 @@ def _job(options: type) -> Callable[[_Call], _Call]:
 def prune(
     model: str | Path,
     data: str | Path | Sequence[str | Path] = (),
-    ratio: float = 0.5,
+    ratio: float | None = None,
     *,
     out: str | Path,
     progress: Heard = None,
@@ -155,7 +156,7 @@ def observe_data(
 @_job(PlanOptions)
 def plan(
     stats: str | Path | SaliencyStats,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     *,
     out: str | Path | None = None,
     progress: Heard = None,
@@ -218,7 +219,7 @@ def search(
     model: str | Path,
     stats: str | Path | SaliencyStats,
     data: str | Path | Sequence[str | Path] = (),
-    ratio: float = 0.5,
+    ratio: float | None = None,
     *,
     out: str | Path | None = None,
     progress: Heard = None,

@@ -131,7 +131,7 @@ def _read_data(options: CompareOptions, pair: Pair, heard: Listener) -> list[Pac
     seq_len = min(sequence_length(model, data, run) for model in pair.models)
     for model in pair.models:
         check_packing(model, data)
-    wanted = [_limited(source, options, seq_len) for source in sources_of(data)]
+    wanted = [_limited(source, options, seq_len) for source in sources_of(options, heard)]
     return read_data(pair.original, wanted, data, run, seq_len, heard)
 
 

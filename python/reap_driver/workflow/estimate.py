@@ -200,7 +200,7 @@ class _Estimating:
         if options.token_count is not None or self._failed:
             return options.token_count
         with _later(self._failed):
-            wanted = sources_of(options.data)
+            wanted = sources_of(options, self._heard)
             sources = read_data(model, wanted, options.data, options.run, seq_len, self._heard)
             self._add(group_lines([source.provenance() for source in sources]))
             return sum(source.tokens for source in sources)

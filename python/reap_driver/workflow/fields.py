@@ -36,6 +36,8 @@ def option(
     metavar: str | None = None,
     positional: bool = False,
     exclusive: str = "",
+    needs: Mapping[str, tuple[Any, ...]] | None = None,
+    recipe: bool = True,
 ) -> Any:
     """A field of a class of options.
 
@@ -47,6 +49,8 @@ def option(
         metavar: what stands for its value in the command line's help.
         positional: whether the command line takes it by place, without a flag.
         exclusive: options with the same word here exclude each other on the command line.
+        needs: {name of another option: values of it with which this one can be given}.
+        recipe: whether recipes may hold it, if those of its group can (`workflow.recipes`).
     """
     metadata = {
         "help": help,
@@ -55,6 +59,8 @@ def option(
         "metavar": metavar,
         "positional": positional,
         "exclusive": exclusive,
+        "needs": needs or {},
+        "recipe": recipe,
     }
     return dataclasses.field(default=default, metadata=metadata)
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # it imports torch, and --help must not
 FOLDS = 8
 # Parts of the data of which some can be held out from a search, at most.
 _MOST_FOLDS = 20
-_SEARCH, _TASKS, PLANNING = "search", "tasks", "planning"
+_SEARCH, TASKS, PLANNING = "search", "tasks", "planning"
 
 
 # Options that several jobs have one by one.
@@ -339,6 +339,7 @@ class SearchOptions:
     resume: bool | Literal["auto"] = option(
         False,
         group=_SEARCH,
+        recipe=False,
         help="go on where an interrupted search stopped, whose state is in OUT.search; the outcome "
         "has the bits of one that was never interrupted. `resume='auto'` also begins where there "
         "is no state, and does nothing where this command has found its plan",
@@ -407,18 +408,18 @@ class CompareOptions:
     tasks: Sequence[str] = option(
         (),
         metavar="A,B",
-        group=_TASKS,
+        group=TASKS,
         about="Both models are handed to lm-evaluation-harness (extra `eval`).",
         help="names of its tasks",
     )
     task_folder: str | Path | None = option(
-        None, metavar="DIR", group=_TASKS, help="where more tasks are, as its .yaml files"
+        None, metavar="DIR", group=TASKS, help="where more tasks are, as its .yaml files"
     )
     apply_chat_template: bool = option(
-        False, group=_TASKS, help="put questions through the chat template"
+        False, group=TASKS, help="put questions through the chat template"
     )
     limit: int | None = option(
-        None, metavar="N", group=_TASKS, help="questions of each task (default: all)"
+        None, metavar="N", group=TASKS, help="questions of each task (default: all)"
     )
     draws: int = option(2000, metavar="N", help="draws of the bootstrap that intervals come from")
 

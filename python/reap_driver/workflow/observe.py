@@ -162,7 +162,7 @@ class Observing:
         self._data: DataOptions = options.data
         self._journals = options.journal.journal and options.out is not None
         self._folder = journal_folder(place, world)
-        self.wanted = sources_of(self._data)
+        self.wanted = sources_of(options, heard)
         self.model: Model
         self.sources: list[PackedSource]
 

@@ -18,7 +18,7 @@ SEQ_LEN = 2048
 SUPER = "super"
 Protected = str | tuple[str, tuple[int, ...]] | Path
 
-DATA, _RUN, _JOURNAL = "data", "running the model", "journal"
+DATA, RUN, JOURNAL = "data", "running the model", "journal"
 _RANK, _BUDGET = "which experts go", "how many experts each layer loses"
 _WRITE = "writing the checkpoint"
 
@@ -74,6 +74,7 @@ class DataOptions:
         (),
         metavar="[GROUP=]SOURCE[:N]",
         group=DATA,
+        recipe=False,
         help="a .jsonl, .parquet or .txt file, compressed or not, a folder of them, or a data set "
         "of the hub, owner/name[subset](split); :N takes a random sample of N records, :2Mtok one "
         "of 2 million tokens; GROUP names the statistics (default: the file's name); several "
@@ -83,8 +84,10 @@ class DataOptions:
         (),
         metavar="FILE",
         group=DATA,
-        help="sources listed in a .yaml or .json file, or a recipe that comes with the package, by "
-        "name",
+        recipe=False,
+        help="sources and values of options in a .yaml or .json file, or a recipe that comes with "
+        "the package, by name (`reap-kernels recipe` lists them); options that are given come "
+        "first",
     )
     packing: Literal["concat", "isolated", "none"] = option(
         "concat",
@@ -97,12 +100,14 @@ class DataOptions:
         None,
         metavar="L",
         group=DATA,
+        needs={"packing": ("concat", "isolated")},
         help=f"tokens in a sequence (default: {SEQ_LEN}, or the model's maximum if that is less)",
     )
     max_len: int | None = option(
         None,
         metavar="L",
         group=DATA,
+        needs={"packing": ("none",)},
         help="with `packing='none'`: tokens after which a document is cut off (same default)",
     )
     seed: int = option(0, group=DATA, help="of the samples")
@@ -128,7 +133,12 @@ class DataOptions:
         help="leave out records that are malformed or that the chat template refuses, and count "
         "them, instead of ending",
     )
-    cache: bool = option(True, group=DATA, help="tokenize again, and keep nothing for the next run")
+    cache: bool = option(
+        True,
+        group=DATA,
+        recipe=False,
+        help="tokenize again, and keep nothing for the next run",
+    )
 
     def __post_init__(self) -> None:
         for name in ("data", "recipe"):
@@ -177,7 +187,7 @@ class RunOptions:
     batch_size: int | None = option(
         None,
         metavar="B",
-        group=_RUN,
+        group=RUN,
         help="sequences at a time (with `packing='none'`: as many documents as have their tokens): "
         "a whole number, or auto (default) for as many as give 256 rows per expert on average and "
         "a GPU 16384 tokens, within half of the memory that is free once the model is loaded; "
@@ -185,33 +195,33 @@ class RunOptions:
     )
     device: str = option(
         "auto",
-        group=_RUN,
+        group=RUN,
         help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one, each rank its own",
     )
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = option(
         None,
         metavar="MAP",
-        group=_RUN,
+        group=RUN,
         help="spread the model over GPUs, main memory and disk as accelerate does by this name: "
         "auto, balanced, balanced_low_0 or sequential; one sequence at a time unless `batch_size` "
         "says more",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
-        "auto", group=_RUN, help="of the weights in memory; auto: as in the checkpoint"
+        "auto", group=RUN, help="of the weights in memory; auto: as in the checkpoint"
     )
     backend: str | None = option(
         None,
-        group=_RUN,
+        group=RUN,
         help="kernels to use, without falling back; `reap-kernels doctor` lists them",
     )
     stream: Literal["auto", "always", "never"] = option(
         "auto",
-        group=_RUN,
+        group=RUN,
         help="hold one decoder layer in memory at a time, each read once for all data; auto: where "
         "the whole model would take more than 90 % of the memory that is free",
     )
 
-    trust_remote_code: bool = trust_option(_RUN)
+    trust_remote_code: bool = trust_option(RUN)
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size")
@@ -234,7 +244,7 @@ class JournalOptions:
 
     resume: bool | Literal["auto"] = option(
         False,
-        group=_JOURNAL,
+        group=JOURNAL,
         about="Statistics and position are kept beside the output, in OUT.journal, until it is\n"
         "written: after each decoder layer of a streamed model, after batches of a resident one.",
         help="go on where an interrupted run of the same command stopped; the outcome has the bits "
@@ -245,11 +255,11 @@ class JournalOptions:
     journal_every: int | None = option(
         None,
         metavar="N",
-        group=_JOURNAL,
+        group=JOURNAL,
         help="write it every N layers or batches (default: as often as takes less than 5 % of the "
         "time)",
     )
-    journal: bool = option(True, group=_JOURNAL, help="write none; Ctrl-C ends at once")
+    journal: bool = option(True, group=JOURNAL, help="write none; Ctrl-C ends at once")
 
     def __post_init__(self) -> None:
         check_positive(self, "journal_every")
@@ -355,6 +365,7 @@ class AllocationOptions:
     normalize: Literal["mean", "max", "none"] | None = option(
         None,
         group=_BUDGET,
+        needs={"allocation": ("global",)},
         help="with `allocation='global'`: divide each layer's scores by their mean (default) or "
         "maximum before comparing layers, or compare them as they are",
     )

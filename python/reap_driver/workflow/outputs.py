@@ -47,7 +47,7 @@ def inputs_of(options: Any, *outputs: Path | None) -> list[Path]:
     found = [path for path in read if os.path.exists(path)]
     data = getattr(options, "data", None)
     if isinstance(data, DataOptions) and data.given:
-        places = (source.location for source in sources_of(data))
+        places = (source.location for source in sources_of(options))
         found += [place for place in places if isinstance(place, Path)]
     return found
 

@@ -234,7 +234,7 @@ def _task(options: SearchOptions) -> Task:
 
 def _sources(options: SearchOptions, model: Model, heard: Listener) -> list[PackedSource]:
     data, run = options.data, options.run
-    wanted = sources_of(data)
+    wanted = sources_of(options, heard)
     seq_len = sequence_length(model, data, run)
     check_backend("compare", device_of(run), model.meta.dtype, run.backend)
     check_packing(model, data)

@@ -411,7 +411,7 @@ USAGE = {
     "packing": (("--data", "d", "--packing", "tight"), "--packing: invalid choice: 'tight'"),
     "folds": (("--data", "d", "--folds", "0"), "'0' is not a whole number above 0"),
     "tokens": (
-        ("--dry-run", "--tokens", "9", "--recipe", "r"),
+        ("--dry-run", "--tokens", "9", "--recipe", "reap-coding"),
         "--tokens 9: not together with --recipe, whose tokens are counted",
     ),
 }
@@ -424,6 +424,62 @@ def test_usage(run: Run, command: str, case: str) -> None:
     done = run(command, "model", *words, "--out", "out")
     assert done.code == 2
     assert says in " ".join(done.err.split())
+
+
+def test_options_of_a_recipe_are_taken_said_and_recorded(
+    run: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mix.yaml"
+    recipe.write_text(
+        "options: {packing: none, max_len: 20, ratio: 0.25}\n"
+        f"sources: [{{source: {data.name}, samples: 8}}]\n"
+    )
+    words = ("observe", model, "--recipe", recipe, "--out", tmp_path / "out")
+    done = run(*words)
+    assert done.code == 0, done.err
+    assert f"note: from recipe {recipe}: --packing none, --max-len 20\n" in done.err
+    assert f"recipe {recipe} also has --ratio 0.25, which observe has no use for" in done.err
+    [source] = rd.SaliencyStats.load(tmp_path / "out").provenance["data"]
+    assert (source["packing"], source["seq_len"], source["records"]) == ("none", 20, 8)
+    digest = hashlib.sha256(recipe.read_bytes()).hexdigest()
+    assert source["recipe"] == {"name": str(recipe), "digest": f"sha256:{digest}"}
+    done = run(*words, "--max-len", 10, "--overwrite")
+    assert f"recipe {recipe} has --max-len 20; this run has --max-len 10" in done.err
+    pruned = run("prune", model, "--recipe", recipe, "--out", tmp_path / "small", "--json")
+    assert pruned.code == 0, pruned.err
+    assert rd.Plan.load(tmp_path / "small" / "reap" / "plan.json").ratio == 0.25
+    refused = run(*words, "--seq-len", 16, "--overwrite")
+    assert refused.code == 2
+    assert "--seq-len 16: not together with --packing none" in refused.error
+    assert f"(with --packing none of recipe {recipe}, unless another is given)" in refused.error
+
+
+def test_recipes_are_listed_checked_and_printed(run: Run, tmp_path: Path) -> None:
+    done = run("recipe")
+    assert done.code == 0
+    assert [line.split()[0] for line in done.out.splitlines()] == rd.recipe_names()
+    assert all(len(line) <= 80 for line in done.out.splitlines())
+    listed = run("recipe", "--json").json["recipes"]
+    one = run("recipe", "reap-coding", "--json").json
+    assert {"command": "recipe", **listed[1]} == one
+    assert one["options"]["max_len"] == 16384
+    assert one["sources"][0] == {
+        "source": "theblackcat102/evol-codealpaca-v1",
+        "group": "code",
+        "samples": 700,
+    }
+    # What is printed can be saved, and is the same recipe.
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(run("recipe", "reap-coding").out)
+    assert run("recipe", copy, "--json").json["digest"] == one["digest"]
+    for name, says in {
+        "reap-codin": "recipe 'reap-codin': no such file (did you mean reap-coding?); give a .yaml",
+        tmp_path / "typo.yaml": "typo.yaml, options: seqlen is no option of any job; did you mean",
+    }.items():
+        (tmp_path / "typo.yaml").write_text("options: {seqlen: 5}\nsources: [{source: o/n}]")
+        refused = run("recipe", name)
+        assert refused.code == 3
+        assert says in refused.error
 
 
 def test_a_recipe_that_is_not_there(run: Run, model: Path, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import datasets
 import pytest
 
 from reap_driver.data.encode import Encoder
-from reap_driver.data.recipe import load_recipe, recipe_names
 from reap_driver.data.sampling import read_records
 from reap_driver.data.source import DataSource, HubDataset
+from reap_driver.workflow.recipes import load_recipe, recipe_names
 from reap_kernels.errors import DataError
 
 
@@ -43,15 +43,15 @@ def test_every_key(here: Path, ending: str) -> None:
         DataSource(full, "a", tokens=5),
         DataSource(HubDataset("owner/name", files=("x.json", "y.json")), "name", 3, 1500),
     ]
-    assert load_recipe(path) == expected
+    assert list(load_recipe(path).sources) == expected
     path.write_text(json.dumps(sources))
-    assert load_recipe(path) == expected
+    assert list(load_recipe(path).sources) == expected
 
 
 def test_yaml_as_people_write_it(here: Path) -> None:
     path = here / "mix.yaml"
     path.write_text("sources:  # of mine\n  - source: mine.jsonl.gz\n    samples: 10\n")
-    assert load_recipe(str(path)) == [DataSource(here / "mine.jsonl.gz", "mine", 10)]
+    assert list(load_recipe(str(path)).sources) == [DataSource(here / "mine.jsonl.gz", "mine", 10)]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_yaml_as_people_write_it(here: Path) -> None:
     [
         (
             {"source": "mine.jsonl.gz", "sample": 5, "x": 1},
-            "does not know sample, x; the keys are ",
+            "does not know sample, x .did you mean samples..; the keys are ",
         ),
         ({"samples": 5}, "has no `source`; give a path or a hub data set"),
         ("mine.jsonl.gz", "is 'mine.jsonl.gz'; give an object with source, group, samples"),
@@ -98,7 +98,7 @@ def test_mistakes_are_named_by_file_source_and_key(here: Path, entry: Any, says:
         ("mix.yaml", "", "has no list of sources; give `sources`"),
         ("mix.yaml", "sources: []", "has no list of sources"),
         ("mix.yaml", "sources: owner/name", "has no list of sources"),
-        ("mix.yaml", "data: []", "does not know data; the keys are description, sources"),
+        ("mix.yaml", "data: []", "does not know data; the keys are description, options, sources"),
     ],
 )
 def test_files_that_are_no_recipes(here: Path, name: str, content: str, says: str) -> None:
@@ -110,7 +110,9 @@ def test_files_that_are_no_recipes(here: Path, name: str, content: str, says: st
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
     names = ["packed-40-30-10-20", "reap-coding", "reap-reasoning"]
     assert recipe_names() == names
-    with pytest.raises(DataError, match=f"recipe 'none': no such file; .* {', '.join(names)}"):
+    with pytest.raises(
+        DataError, match=f"recipe 'none': no such file.*; give .* {', '.join(names)}"
+    ):
         load_recipe("none")
 
 
@@ -119,7 +121,7 @@ def test_a_file_comes_before_a_recipe_of_its_name(
 ) -> None:
     monkeypatch.chdir(here)
     (here / "reap-coding").write_text("[{source: mine.jsonl.gz}]")
-    assert [source.group for source in load_recipe("reap-coding")] == ["mine"]
+    assert [source.group for source in load_recipe("reap-coding").sources] == ["mine"]
 
 
 # Two records per data set, with the fields that its card names and invented content.
@@ -195,7 +197,7 @@ ROWS: dict[str, dict[str, Any]] = {
             24576,
             0,
         ),
-        ("packed-40-30-10-20", ["agents", "code", "web", "mixed"], 0, 1024 * 2048),
+        ("packed-40-30-10-20", ["agents", "code", "web", "mixed"], 1000, 231 * 2048),
     ],
 )
 def test_included_recipes_read_what_the_data_sets_have(
@@ -206,7 +208,7 @@ def test_included_recipes_read_what_the_data_sets_have(
     encoder: Encoder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sources = load_recipe(name)
+    sources = load_recipe(name).sources
     assert [source.group for source in sources] == groups
     assert sum(source.samples or 0 for source in sources) == samples
     assert sum(source.tokens or 0 for source in sources) == tokens
@@ -229,7 +231,7 @@ def test_tools_of_a_recipe_are_for_records_without(here: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = here / "mix.json"
     recipe.write_text(json.dumps([{"source": "a.jsonl", "tools": [{"name": "f"}]}]))
-    [source] = load_recipe(recipe)
+    [source] = load_recipe(recipe).sources
     found = [record.fields["tools"] for record in read_records(source, 0)]
     assert found == ['[{"name": "f"}]', [{"name": "g"}], '[{"name": "f"}]']
 
