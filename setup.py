@@ -1,13 +1,20 @@
-"""Packages reap_kernels (top level) and reap_driver (under python/) as one distribution.
+"""Two distributions from one tree: reap-kernels-core (package reap_kernels) and reap-kernels
+(package reap_driver), which requires it in the same version.
 
-Everything declarative stands in pyproject.toml; this file holds what it cannot: two package roots,
-the version read from the source without importing torch, and the build of reap_kernels._C, which
-CMakeLists.txt describes.
+`core/`, whose sources are links, builds the first. This folder builds the second where it is a
+source distribution (it has PKG-INFO) or becomes one. A clone, which has no other place to take
+reap_kernels from, installs both packages as one, so that `pip install -e .` is all it takes.
+
+Everything declarative stands in the two pyproject.toml; this file holds what they cannot: which
+packages there are, the version read from the source without importing torch, and the build of
+reap_kernels._C, which CMakeLists.txt describes.
 
 REAP_BUILD_CUDA says whether to build it: auto (default) where nvcc is found, 1 insists, 0 leaves it
 out. nvcc is the one CUDACXX names, else CUDA_HOME's, else PATH's. CMAKE_ARGS adds arguments of
 CMake, such as -DREAP_ARCHS=90a-real for one architecture only.
 """
+
+from __future__ import annotations  # so that an older Python comes to the message below
 
 import os
 import re
@@ -17,9 +24,17 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
+
+if sys.version_info < (3, 11):  # noqa: UP036  pip may run this before it compares versions
+    sys.exit(
+        f"reap-kernels needs Python 3.11 or newer, this is {sys.version.split()[0]}; install a "
+        "newer one and run its pip, such as `python3.12 -m pip install ...`"
+    )
+import tomllib
 
 ROOT = Path(__file__).parent
 VERSION = re.search(
@@ -81,22 +96,53 @@ class CMakeBuild(build_ext):
                 )
 
 
+def extensions() -> list[Extension]:
+    """reap_kernels._C; none at all makes the wheel a pure one."""
+    builds = BUILDS & set(sys.argv) and builds_cuda()
+    return [Extension("reap_kernels._C", sources=[])] if builds else []
+
+
+def packages(folder: str, name: str) -> list[str]:
+    """A package and those in it, folders of data included: setuptools warns of others."""
+    found: list[str] = find_namespace_packages(
+        folder, include=[name, f"{name}.*"], exclude=["*.__pycache__"]
+    )
+    return found
+
+
+def dependencies(*place: str) -> Any:
+    """A list of pyproject.toml, by its place in there."""
+    found: Any = tomllib.loads((ROOT / place[0]).read_text(encoding="utf-8"))
+    for key in place[1:]:
+        found = found[key]
+    return found
+
+
+def distribution() -> dict[str, Any]:
+    """What this folder builds: see the first lines of this file."""
+    kernels = packages(".", "reap_kernels")
+    if not (ROOT / "python").is_dir():  # core/
+        return {"packages": kernels, "ext_modules": extensions()}
+    driver = packages("python", "reap_driver")
+    own = dependencies("pyproject.toml", "tool", "reap-kernels", "dependencies")
+    if (ROOT / "PKG-INFO").exists() or "sdist" in sys.argv:
+        kernels_of_it = f"reap-kernels-core=={VERSION[1]}"
+        return {"packages": driver, "install_requires": [kernels_of_it, *own]}
+    core = dependencies("core/pyproject.toml", "project", "dependencies")
+    return {
+        "packages": [*kernels, *driver],
+        "install_requires": [*core, *own],
+        "ext_modules": extensions(),
+    }
+
+
 setup(
     version=VERSION[1],
-    packages=[
-        *find_packages(".", include=["reap_kernels", "reap_kernels.*"]),
-        *find_packages("python", include=["reap_driver", "reap_driver.*"]),
-    ],
-    package_dir={"reap_kernels": "reap_kernels", "reap_driver": "python/reap_driver"},
+    package_dir={"reap_driver": "python/reap_driver"},
     package_data={
         "reap_kernels": ["py.typed", "configs/*.json"],
         "reap_driver": ["py.typed", "demo/model/*", "data/recipes/*.yaml", "*/templates/*"],
     },
-    # None at all makes the wheel a pure one.
-    ext_modules=(
-        [Extension("reap_kernels._C", sources=[])]
-        if BUILDS & set(sys.argv) and builds_cuda()
-        else []
-    ),
     cmdclass={"build_ext": CMakeBuild},
+    **distribution(),
 )

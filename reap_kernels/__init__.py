@@ -5,7 +5,7 @@ activation, quantized -> types -> dispatch, stats, device -> tuning, selfcheck -
 experts -> saliency -> layer, compare.
 """
 
-from reap_kernels import errors
+from reap_kernels import errors, requirements  # noqa: F401  which checks torch
 from reap_kernels.activation import Activation, probe_activation
 from reap_kernels.compare import LogitComparison, compare_logits
 from reap_kernels.dequant import dequantize

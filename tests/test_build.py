@@ -1,19 +1,28 @@
-"""setup.py builds wheels with and without CUDA, and says what is missing where it cannot."""
+"""setup.py builds two distributions from one tree, whole, without overlap, with CUDA or without,
+and says what is missing where it cannot.
+"""
 
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from email import message_from_string
+from email.message import Message
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LINKS = ("reap_kernels", "csrc", "CMakeLists.txt", "setup.py", "LICENSE")  # of core/
+DRIVER, KERNELS = "reap-kernels", "reap-kernels-core"
 # What a checkout holds beside the sources.
-OTHER = (".*", "build", "dist", "out", "*.egg-info", "__pycache__", "*.so")
+OTHER = (".git", ".venv", ".*_cache", ".benchmarks", "build", "dist", "out", "*.egg-info")
+OTHER = (*OTHER, "__pycache__", "*.so")
 # For one architecture, and not optimized: half of the time, and what is in the wheel is the same.
 QUICK = (
     "-DREAP_ARCHS=90a-real",
@@ -44,31 +53,142 @@ def wheel_of(done: subprocess.CompletedProcess[str], out: Path) -> Path:
     return found
 
 
+class Wheel(NamedTuple):
+    """A wheel's packages and facts."""
+
+    name: str
+    files: set[str]
+    metadata: Message
+
+    @classmethod
+    def of(cls, path: Path) -> "Wheel":
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            (text,) = (archive.read(n).decode() for n in names if n.endswith("/METADATA"))
+        files = {name for name in names if ".dist-info/" not in name}
+        return cls(path.name, files, message_from_string(text))
+
+    @property
+    def packages(self) -> set[str]:
+        return {name.partition("/")[0] for name in self.files}
+
+    @property
+    def requirements(self) -> set[str]:
+        """What it needs without any extra."""
+        return {r for r in self.metadata.get_all("Requires-Dist") or () if "extra ==" not in r}
+
+
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """The sources as a source distribution has them."""
+def checkout(tmp_path_factory) -> Path:
+    """The sources as a clone has them."""
+    if not (ROOT / "core" / "setup.py").exists():
+        pytest.skip("a source distribution has no links, from which core/ is built")
+    folder = tmp_path_factory.mktemp("clone") / "checkout"
+    ignored = shutil.ignore_patterns(*OTHER)
+    return Path(shutil.copytree(ROOT, folder, ignore=ignored, symlinks=True))
+
+
+@pytest.fixture(scope="module")
+def sources(checkout, tmp_path_factory) -> dict[str, Path]:
+    """Both source distributions, unpacked."""
     folder = tmp_path_factory.mktemp("source")
-    shutil.copytree(ROOT, folder / "checkout", ignore=shutil.ignore_patterns(*OTHER))
-    done = build("sdist", folder / "checkout", folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (archive,) = folder.glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder / "unpacked", filter="data")
-    (found,) = (folder / "unpacked").iterdir()
+    found = {}
+    for name, place in ((DRIVER, checkout), (KERNELS, checkout / "core")):
+        done = build("sdist", place, folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (archive,) = folder.glob(f"{name.replace('-', '_')}-[0-9]*.tar.gz")
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        found[name] = archive.with_name(archive.name.removesuffix(".tar.gz"))
     return found
 
 
 @pytest.fixture
-def fresh(source: Path, tmp_path: Path) -> Path:
-    """A copy to build in, which no other build has touched."""
-    return Path(shutil.copytree(source, tmp_path / "source"))
+def fresh(sources, tmp_path: Path) -> Path:
+    """A copy of the kernel library's sources to build in, which no other build has touched."""
+    return Path(shutil.copytree(sources[KERNELS], tmp_path / "source"))
 
 
-def test_a_source_distribution_has_the_kernels(source: Path) -> None:
-    here = {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    there = {path.relative_to(source) for path in (source / "csrc").rglob("*") if path.is_file()}
-    assert there == here
-    assert (source / "CMakeLists.txt").exists()
+@pytest.fixture(scope="module")
+def wheels(checkout, sources, tmp_path_factory) -> dict[str, Wheel]:
+    """The wheel of each source distribution, and of a clone."""
+    found = {}
+    for name, source in {**sources, "clone": checkout}.items():
+        out = tmp_path_factory.mktemp("wheel")
+        copy = shutil.copytree(source, out / "source", symlinks=True)
+        done = build("wheel", copy, out, REAP_BUILD_CUDA="0")
+        assert "would be ignored" not in done.stdout + done.stderr
+        found[name] = Wheel.of(wheel_of(done, out))
+    return found
+
+
+def files_in(folder: Path) -> set[str]:
+    """Names of all files in a folder, but for what builds leave there; links are files."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    names = {path.relative_to(folder).as_posix() for path in paths}
+    return {name for name in names if ".egg-info/" not in name}
+
+
+def test_a_source_distribution_has_everything(checkout, sources) -> None:
+    """Tests, benchmarks, documentation and all; and the kernels' what compiles them."""
+    links = {f"core/{name}" for name in LINKS}
+    assert links < files_in(checkout)
+    there = files_in(sources[DRIVER])
+    assert files_in(checkout) - there == links
+    assert there - files_in(checkout) == {"PKG-INFO", "setup.cfg"}
+
+    kernels = {name for name in files_in(checkout) if name.startswith(("csrc/", "reap_kernels/"))}
+    needed = {*kernels, "CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"}
+    assert needed - files_in(sources[KERNELS]) == set()
+
+
+def test_the_tests_of_a_source_distribution_can_be_collected(sources) -> None:
+    some = ("tests/driver/writer", "tests/ops/test_cuda.py", "tests/test_project_files.py")
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *some]
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=sources[DRIVER], env=clean, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert "tests/driver/writer/test_locks.py::" in done.stdout
+
+
+def test_the_two_wheels_have_no_file_in_common(wheels) -> None:
+    assert wheels[DRIVER].packages == {"reap_driver"}
+    assert wheels[KERNELS].packages == {"reap_kernels"}
+    both = wheels[DRIVER].files | wheels[KERNELS].files
+    assert both == wheels["clone"].files  # a clone has no other place to take the kernels from
+    assert "reap_kernels/configs/sm90.json" in both
+    assert "reap_driver/demo/model/model.safetensors" in both
+    assert "reap_driver/writer/templates/card.md.jinja" in both
+    assert not [name for name in both if name.endswith(".so") or "csrc" in name]
+
+
+def test_the_wheels_need_one_another_in_one_version(wheels) -> None:
+    version = wheels[KERNELS].metadata["Version"]
+    assert {wheel.metadata["Version"] for wheel in wheels.values()} == {version}
+    names = {key: wheel.metadata["Name"] for key, wheel in wheels.items()}
+    assert names == {DRIVER: DRIVER, KERNELS: KERNELS, "clone": DRIVER}
+    kernels, driver = wheels[KERNELS].requirements, wheels[DRIVER].requirements
+    assert {name.partition(">")[0] for name in kernels} == {"torch", "safetensors", "numpy"}
+    assert driver - wheels["clone"].requirements == {f"{KERNELS}=={version}"}
+    assert wheels["clone"].requirements - driver == kernels
+
+
+@pytest.mark.parametrize("name", [DRIVER, KERNELS])
+def test_a_wheel_says_what_it_is(wheels, name: str) -> None:
+    facts = wheels[name].metadata
+    assert facts["Author"] == "The reap-kernels authors"
+    assert facts["License-Expression"] == "Apache-2.0"
+    assert facts["License-File"] == "LICENSE"
+    assert "Typing :: Typed" in facts.get_all("Classifier")
+    assert facts.get_payload().startswith(f"# {name}\n")  # its own README
+
+
+def test_an_older_python_is_told_the_remedy(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    with pytest.raises(SystemExit, match=r"needs Python 3\.11 or newer, this is .*; install"):
+        runpy.run_path(str(ROOT / "setup.py"))
 
 
 @pytest.mark.parametrize("variables", [{"REAP_BUILD_CUDA": "0"}, NO_NVCC], ids=["off", "no nvcc"])
@@ -76,15 +196,6 @@ def test_without_cuda_the_wheel_is_pure(fresh, tmp_path, variables) -> None:
     done = build("wheel", fresh, tmp_path, **variables)
     wheel = wheel_of(done, tmp_path)
     assert wheel.name.endswith("-py3-none-any.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "reap_kernels/configs/sm90.json" in names
-    assert "reap_driver/demo/model/model.safetensors" in names
-    assert "reap_driver/writer/templates/card.md.jinja" in names
-    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {
-        "reap_driver",
-        "reap_kernels",
-    }  # the training of the bundled model stays in bench/
-    assert not [name for name in names if name.endswith(".so") or "csrc" in name]
     said = [line for line in done.stdout.splitlines() if "reap_kernels._C" in line]
     assert len(said) == ("REAP_BUILD_CUDA" not in variables), said
 

@@ -12,7 +12,7 @@ BENCH = ROOT / "bench"
 
 # Lowest first: a module may import from its own level or one before it.
 KERNEL_ORDER = (
-    ("errors", "files", "schema", "documents", "provenance"),
+    ("errors", "requirements", "files", "schema", "documents", "provenance"),
     ("model_match", "tensor_files", "stats_values"),
     ("env", "activation", "quantized"),
     ("types",),

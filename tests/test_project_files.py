@@ -1,16 +1,21 @@
 """Files for hosts of repositories agree with the code: versions, limits, links and the citation."""
 
 import re
+import sys
 import tomllib
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
 from reap_kernels import device
 from tests import test_layering
 
 ROOT = Path(__file__).parent.parent
+NAME = "reap-kernels"
 
 
 def pinned() -> dict[str, str]:
@@ -55,17 +60,59 @@ def test_contributing_states_the_limits_that_tests_hold() -> None:
     assert tuple(map(int, stated.groups())) == limits
 
 
+def project(name: str) -> dict[str, Any]:
+    return tomllib.loads((ROOT / name).read_text())
+
+
 def test_floors_have_reasons() -> None:
-    lines = (ROOT / "pyproject.toml").read_text().splitlines()
-    start, end = lines.index("dependencies = ["), lines.index("[project.optional-dependencies]")
-    for before, line in zip(lines[start:], lines[start + 1 : end], strict=False):
-        if line.strip().startswith('"'):
-            assert before.strip().startswith("#"), f"{line.strip()} has no reason above it"
-            assert ">=" in line, f"{line.strip()} has no floor"
+    seen = 0
+    for name in ("pyproject.toml", "core/pyproject.toml"):
+        lines = (ROOT / name).read_text().splitlines()
+        start = lines.index("dependencies = [")
+        end = lines.index("]", start)
+        for before, line in pairwise(lines[start:end]):
+            if line.strip().startswith('"'):
+                assert before.strip().startswith("#"), f"{line.strip()} has no reason above it"
+                assert ">=" in line, f"{line.strip()} has no floor"
+                seen += 1
+    kernels = project("core/pyproject.toml")["project"]["dependencies"]
+    assert seen == len(kernels) + len(project("pyproject.toml")["tool"][NAME]["dependencies"])
+
+
+# Where a package is imported by another name than it is installed by.
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+
+
+@pytest.mark.parametrize("package", [test_layering.KERNELS, test_layering.DRIVER])
+def test_what_a_package_imports_is_declared(package: Path) -> None:
+    """As a dependency of its distribution (or of the one it is built on), or as an extra."""
+    core, whole = project("core/pyproject.toml"), project("pyproject.toml")
+    declared = [*core["project"]["dependencies"]]
+    extras = core["project"]["optional-dependencies"]
+    if package == test_layering.DRIVER:
+        declared += whole["tool"][NAME]["dependencies"]
+        extras = whole["project"]["optional-dependencies"]
+    declared += [r for name in ("triton", "data", "eval") for r in extras.get(name, ())]
+    names = {re.split(r"[\[<>=]", requirement)[0] for requirement in declared}
+    imported = {
+        name.partition(".")[0]
+        for path in test_layering.sources(package)
+        for name in test_layering.imported(path)
+    }
+    foreign = imported - sys.stdlib_module_names - {"reap_kernels", "reap_driver"}
+    assert {DISTRIBUTIONS.get(name, name) for name in foreign} - names == set()
+    assert "torch" in foreign
+
+
+def test_both_distributions_are_built_and_described_alike() -> None:
+    core, whole = project("core/pyproject.toml"), project("pyproject.toml")
+    assert core["build-system"] == whole["build-system"]
+    for field in ("requires-python", "license", "authors"):
+        assert core["project"][field] == whole["project"][field]
 
 
 def test_the_oldest_triton_is_the_floor() -> None:
     """The backend refuses what the extra would not install."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    floors = project["optional-dependencies"]["triton"]
-    assert floors == [f"triton>={'.'.join(map(str, device.OLDEST_TRITON))}"]
+    for name in ("pyproject.toml", "core/pyproject.toml"):
+        floors = project(name)["project"]["optional-dependencies"]["triton"]
+        assert floors == [f"triton>={'.'.join(map(str, device.OLDEST_TRITON))}"]

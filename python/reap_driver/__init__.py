@@ -234,6 +234,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from reap_driver.base.requirements import check
+
+    check()
     return getattr(import_module(_HOMES[name]), name)
 
 

@@ -25,12 +25,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Collects and shows the report."""
+    from reap_driver.base.requirements import installation
     from reap_kernels.doctor import report
 
-    facts = report()
+    facts = {**report(), "installation": installation()}
     cpu = facts["cpu"]
     rows = [("python", facts["python"]), ("platform", facts["platform"])]
     rows += [(name, version or "not installed") for name, version in facts["packages"].items()]
+    installed = facts["installation"]
+    rows += [(name, installed[name]["folder"]) for name in ("reap_kernels", "reap_driver")]
+    rows += [("PROBLEM", text) for text in installed["problems"]]
     rows += [("nvcc", facts["nvcc"] or "not found")]
     kernels = facts["cuda_kernels"]
     rows += [("CUDA kernels", kernels["reason"] or f"built with CUDA {kernels['cuda']}")]

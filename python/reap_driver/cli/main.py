@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from reap_driver.base.interrupts import Interrupted, Terminated, terminations_raised
+from reap_driver.base.requirements import Unmet, check
 from reap_driver.cli.commands import COMMANDS
 from reap_driver.workflow.console import Console, emit, flags, printable
 
@@ -117,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(error.usage, end="", file=sys.stderr)
         return _fail("UsageError", str(error), USAGE, as_json)
+    except Unmet as error:
+        return _fail("ImportError", str(error), RESOURCES, as_json)
     except KeyboardInterrupt as error:
         text = str(error) or "interrupted; no half-written output is left behind"
         number = error.number if isinstance(error, Interrupted) else signal.SIGINT
@@ -149,12 +152,14 @@ def _run(words: Sequence[str], *, as_json: bool) -> int:
             )
     args = build_parser().parse_args(words)
     if args.version:
+        check()
         from reap_kernels import __version__
 
         emit(f"{PROGRAM} {__version__}")
         return 0
     if args.command is None:
         raise UsageError("a COMMAND is missing", build_parser().format_help())
+    check()
     try:
         result = args.run(args, Console(quiet=args.quiet, as_json=as_json))
     except Exception as error:
