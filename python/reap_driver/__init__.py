@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         report,
         search,
     )
-    from reap_driver.workflow.comparison_results import Compared
+    from reap_driver.workflow.comparison_results import Compared, Comparisons
     from reap_driver.workflow.complete import Complete
     from reap_driver.workflow.errors import OptionError
     from reap_driver.workflow.estimate import Estimate
@@ -93,6 +93,7 @@ _HOMES = {
     "CompareOptions": "reap_driver.workflow.jobs",
     "Complete": "reap_driver.workflow.complete",
     "Compared": "reap_driver.workflow.comparison_results",
+    "Comparisons": "reap_driver.workflow.comparison_results",
     "Comparison": "reap_driver.evaluation.sequences",
     "DataOptions": "reap_driver.workflow.options",
     "Estimate": "reap_driver.workflow.estimate",
@@ -167,6 +168,7 @@ __all__ = [
     "CompareOptions",
     "Compared",
     "Comparison",
+    "Comparisons",
     "Complete",
     "DataOptions",
     "Estimate",

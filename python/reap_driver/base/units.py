@@ -1,5 +1,6 @@
 """Formats numbers for people to read."""
 
+import math
 import re
 import textwrap
 
@@ -29,14 +30,26 @@ def short(number: float, letters: str = "kMGTPE") -> str:
     return f"{number:.3g}{letters[power - 1] if power else ''}"
 
 
-def row(name: str, text: str) -> str:
+def significant(number: float, digits: int = 4) -> str:
+    """A number with so many significant digits, and never fewer than its whole part has.
+
+    Example:
+        >>> significant(0.01), significant(10.5), significant(2293.4), significant(123456.7)
+        ('0.01000', '10.50', '2293', '123457')
+    """
+    if math.isfinite(number) and abs(number) >= 10 ** (digits - 1):
+        return f"{number:.0f}"
+    return f"{number:#.{digits}g}".removesuffix(".")
+
+
+def row(name: str, text: str, names: int = _NAMES) -> str:
     """A row of a report: a name, padded to a column, and a text, in lines of 80 columns."""
     kept = re.sub(r"(?<=\d) (?=[kMGTP]?B\b)", "\xa0", text)  # a number and its unit stay together
     lines = textwrap.fill(
         kept,
         COLUMNS,
-        initial_indent=name.ljust(_NAMES),
-        subsequent_indent=" " * _NAMES,
+        initial_indent=name.ljust(names),
+        subsequent_indent=" " * names,
         break_long_words=False,
         break_on_hyphens=False,
     )

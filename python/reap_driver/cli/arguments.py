@@ -69,6 +69,7 @@ def _add(place: Any, field: "Field[Any]") -> None:
     shown: dict[str, Any] = {"metavar": meta["metavar"]} if meta["metavar"] else {}
     if meta["positional"]:
         optional = {} if field.default is MISSING else {"nargs": "?"}
+        optional |= {"nargs": "+"} if field.name in _SEVERAL else {}
         place.add_argument(field.name, help=text, **shown, **optional)
         return
     flag = f"--{field.name.replace('_', '-')}"
@@ -145,6 +146,7 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
 
+_SEVERAL = ("pruned",)
 _REPEATED = ("data", "recipe", "protect")
 # What text means the value of an option; of others it is the text.
 _VALUES: dict[str, Callable[[str], Any]] = {

@@ -1,11 +1,12 @@
 """The file format of a comparison: `compare --json` prints it, `report` reads it."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
-from reap_kernels.documents import Format
+from reap_kernels.documents import Format, parse_json, read_bytes
 from reap_kernels.errors import DataError
-from reap_kernels.schema import Int, MapOf, Mismatch, OrNull, Real, Record, Text
+from reap_kernels.schema import Int, Kind, ListOf, MapOf, Mismatch, OrNull, Real, Record, Text
 
 RATES = ("orphan_rate", "stranded_rate", "retained_gate_share")
 
@@ -38,19 +39,49 @@ _COLUMN = Record(
     },
     open=True,
 )
+_INTEGRITY: dict[str, Kind] = {
+    "integrity": Record(optional=dict.fromkeys(RATES, Real(low=0, high=1.001)), open=True)
+}
+_ONE: dict[str, Kind] = {
+    "pruned": Text(),
+    "confidence": Real(above=0, below=1),
+    "overall": _COLUMN,
+    "groups": MapOf(_COLUMN, shortest=1),
+}
+_REMEDY = "give the output of `reap-kernels compare ... --json`"
 FORMAT = Format(
     "reap-comparison",
     1,
     "comparison",
-    {
-        "original": Text(),
-        "pruned": Text(),
-        "confidence": Real(above=0, below=1),
-        "overall": _COLUMN,
-        "groups": MapOf(_COLUMN, shortest=1),
-    },
+    {"original": Text(), **_ONE},
     DataError,
-    "give the output of `reap-kernels compare ... --json`",
-    {"integrity": Record(optional=dict.fromkeys(RATES, Real(low=0, high=1.001)), open=True)},
+    _REMEDY,
+    _INTEGRITY,
     open=True,
 )
+MANY = Format(
+    "reap-comparisons",
+    1,
+    "comparison",
+    {
+        "original": Text(),
+        "comparisons": ListOf(Record(_ONE, _INTEGRITY, open=True), shortest=1),
+    },
+    DataError,
+    _REMEDY,
+    open=True,
+)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A comparison of one pruned model, or of several (`MANY`).
+
+    Raises:
+        DataError: the file cannot be read or is neither; names the field.
+    """
+    try:
+        content = parse_json(read_bytes(path))
+    except ValueError as error:
+        raise FORMAT.refusal(path, str(error)) from error
+    several = isinstance(content, dict) and content.get("format") == MANY.name
+    return (MANY if several else FORMAT).read(path)

@@ -59,6 +59,23 @@ class Figures:
     same_top: Estimate
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How one pruned model compares with another of the same original, on the same sequences.
+
+    Attributes:
+        perplexity_ratio: its perplexity / that of the other.
+        kl: its KL divergence from the original minus that of the other, in nats.
+        acceptance: its expected acceptance minus that of the other.
+        same_top: its share of equal most likely tokens minus that of the other.
+    """
+
+    perplexity_ratio: Estimate
+    kl: Estimate
+    acceptance: Estimate
+    same_top: Estimate
+
+
 # Columns of the sums over a sequence's predictions.
 COLUMNS = ("original_loss", "pruned_loss", "kl", "acceptance", "same_top")
 
@@ -74,13 +91,33 @@ def figures(sums: Tensor, counts: Tensor, groups: Tensor, draws: int, seed: int)
         seed: seed of the bootstrap; equal arguments give equal intervals.
     """
     data = torch.cat([sums, counts.double()[:, None]], dim=1)
-    found = _means(data.sum(dim=0, keepdim=True))[0]
-    ranges = intervals(_means, data, groups, draws, seed)
-    estimates = [
+    estimates = _estimates(_means, data, groups, draws, seed)
+    return Figures(len(counts), int(counts.sum()), *estimates)
+
+
+def difference(
+    sums: Tensor, other: Tensor, counts: Tensor, groups: Tensor, draws: int, seed: int
+) -> Difference:
+    """How a pruned model compares with another one; both get the same draws of the bootstrap.
+
+    Args:
+        sums, other: float64 [S, 5] of each, as in `figures`.
+        counts, groups, draws, seed: as in `figures`, the same for both.
+    """
+    data = torch.cat([sums, other, counts.double()[:, None]], dim=1)
+    return Difference(*_estimates(_differences, data, groups, draws, seed))
+
+
+def _estimates(
+    estimate: Callable[[Tensor], Tensor], data: Tensor, groups: Tensor, draws: int, seed: int
+) -> list[Estimate]:
+    """The K estimates of `estimate`, each with its interval; see `intervals`."""
+    found = estimate(data.sum(dim=0, keepdim=True))[0]
+    ranges = intervals(estimate, data, groups, draws, seed)
+    return [
         Estimate(float(found[i]), *(None, None) if ranges is None else map(float, ranges[:, i]))
         for i in range(len(found))
     ]
-    return Figures(len(counts), int(counts.sum()), *estimates)
 
 
 def intervals(
@@ -110,6 +147,14 @@ def _means(totals: Tensor) -> Tensor:
     """Estimates [draws, 6], in the order of `Figures`, from sums [draws, 6]."""
     original, pruned, *rest = (totals[:, :-1] / totals[:, -1:]).unbind(dim=1)
     return torch.stack([original.exp(), pruned.exp(), (pruned - original).exp(), *rest], dim=1)
+
+
+def _differences(totals: Tensor) -> Tensor:
+    """Estimates [draws, 4], in the order of `Difference`, from sums [draws, 11]."""
+    columns = len(COLUMNS)
+    mine, other = totals[:, :columns], totals[:, columns:-1]
+    _, loss, *rest = ((mine - other) / totals[:, -1:]).unbind(dim=1)
+    return torch.stack([loss.exp(), *rest], dim=1)
 
 
 def _drawn(data: Tensor, groups: Tensor, draws: int, seed: int) -> Tensor:

@@ -1,9 +1,11 @@
-"""Compares the predictions of two models on the same batches, without keeping their logits.
+"""Compares the predictions of pruned models and their original on the same batches, without
+keeping their logits.
 
-Two models in memory, or one model and a plan that masks its routers, run one after the other on
-each batch. Streamed models run one after the other on all batches, layer by layer; of each, the
-hidden states behind its last decoder layer are kept ([batch, seq, hidden], much smaller than the
-logits). Then both models' heads run on one batch at a time.
+Models in memory, and plans that mask the original's routers, run one after the other on each
+batch; the original runs once, however many pruned models there are. Streamed models run one after
+the other on all batches, layer by layer; of each, the hidden states behind its last decoder layer
+are kept ([batch, seq, hidden], much smaller than the logits). Then all models' heads run on one
+batch at a time.
 """
 
 import contextlib
@@ -77,34 +79,38 @@ def compare_models(
     original = unwrap_model(original)
     pruned = pruned if isinstance(pruned, Plan) else unwrap_model(pruned)
     given = BatchList.checked(batches, groups)
-    sums = compare_resident(original, pruned, given, range(len(batches)), backend=backend)
+    [sums] = compare_resident(original, [pruned], given, range(len(batches)), backend=backend)
     return sums.comparison(draws, seed)
 
 
 def compare_resident(
     original: PreTrainedModel,
-    pruned: PreTrainedModel | Plan,
+    pruned: Sequence[PreTrainedModel | Plan],
     batches: Batches,
     numbers: Sequence[int],
     *,
     backend: str | None = None,
     done: Done = lambda _: None,
-) -> Sums:
-    """Like `compare_models`; calls `done` with each completed share of the work."""
-    sums = Sums(backend)
-    masks = RouterMasks(original) if isinstance(pruned, Plan) else None
+) -> list[Sums]:
+    """Like `compare_models`, for several pruned models; calls `done` with each completed share of
+    the work.
+    """
+    sums = [Sums(backend) for _ in pruned]
+    masks = RouterMasks(original) if any(isinstance(one, Plan) for one in pruned) else None
     inputs = prefetched(map(batches.inputs, numbers), original.device)
+    share = 1 / (len(numbers) * len(pruned))
     with contextlib.closing(inputs):
         for number, batch in zip(numbers, inputs, strict=True):
             full = predict(original, batch)
-            if isinstance(pruned, Plan):
-                assert masks is not None
-                with masks.keeping(pruned.kept):
-                    found = predict(original, batch)
-            else:
-                found = predict(pruned, batch)
-            sums.add(batches.group(number), batch, full, found)
-            done(1 / len(numbers))
+            for one, own in zip(pruned, sums, strict=True):
+                if isinstance(one, Plan):
+                    assert masks is not None
+                    with masks.keeping(one.kept):
+                        found = predict(original, batch)
+                else:
+                    found = predict(one, batch)
+                own.add(batches.group(number), batch, full, found)
+                done(share)
     return sums
 
 
@@ -116,11 +122,11 @@ def compare_streamed(
     *,
     backend: str | None = None,
     done: Done = lambda _: None,
-) -> Sums:
-    """Like `compare_resident`, with both models streamed from disk, one after the other.
+) -> list[Sums]:
+    """Like `compare_resident`, with all models streamed from disk, one after the other.
 
     Args:
-        models: the original and the pruned model, from `open_streamed`.
+        models: the original and the pruned models, from `open_streamed`.
         stores: where each model's hidden states are kept between two layers.
         batches: what the models run on.
         numbers: which of the batches.
@@ -133,21 +139,25 @@ def compare_streamed(
     """
     for streamed, store in zip(models, stores, strict=True):
         run = Run(
-            _Predictor(streamed.model), batches, numbers, Stop(), done=lambda share: done(share / 2)
+            _Predictor(streamed.model),
+            batches,
+            numbers,
+            Stop(),
+            done=lambda share: done(share / len(models)),
         )
         run_streamed(run, streamed, store)
-    sums = Sums(backend)
+    sums = [Sums(backend) for _ in models[1:]]
     with contextlib.ExitStack() as stack:
         runners = [LayerRunner(streamed.text_layers) for streamed in models]
         for runner in runners:
             stack.enter_context(runner.bound())
         for number in numbers:
             inputs = ready_for(batches.inputs(number), stores[0].device)
-            found = [
-                _head_predictions(runner, streamed, store, number, inputs)
-                for runner, streamed, store in zip(runners, models, stores, strict=True)
-            ]
-            sums.add(batches.group(number), inputs, *found)
+            each = zip(runners, models, stores, strict=True)
+            full = _head_predictions(*next(each), number, inputs)
+            for own, which in zip(sums, each, strict=True):
+                found = _head_predictions(*which, number, inputs)
+                own.add(batches.group(number), inputs, full, found)
     return sums
 
 

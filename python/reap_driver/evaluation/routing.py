@@ -1,6 +1,6 @@
 """What a plan does to a model's routing: from statistics, or by running the original model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +135,15 @@ def orphans(
         >>> list(found) == list(plan.layers)
         True
     """
-    observer = RoutingObserver(model, plan)
+    [found] = orphans_of_each(model, batches, [plan])
+    return found
+
+
+def orphans_of_each(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], plans: Sequence[Plan]
+) -> list[dict[str, Orphans]]:
+    """`orphans` of several plans, for which the model runs once."""
+    observer = RoutingObserver(model, plans)
     with observer:
         for batch in batches:
             if not isinstance(batch, Mapping):
@@ -144,11 +152,11 @@ def orphans(
                     "model's arguments, such as [{'input_ids': ids}]"
                 )
             observer(**batch)
-    return observer.orphans
+    return observer.of_each
 
 
 class RoutingObserver(Observer):
-    """An observer of the original model that also counts what each token loses under a plan.
+    """An observer of the original model that also counts what each token loses under plans.
 
     It is used like `observe`, resident or streamed. A token's first expert is the one with the
     largest router weight. Slots with weight 0 count as no loss, nor do identity experts, which are
@@ -160,15 +168,22 @@ class RoutingObserver(Observer):
             on several ranks.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: "Plan", backend: str | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, plans: Plan | Sequence[Plan], backend: str | None = None
+    ) -> None:
         super().__init__(model, backend)
+        plans = [plans] if isinstance(plans, Plan) else plans
+        self._plans = len(plans)
         self._followed: dict[str, _RoutingRecorder] = {}
         for layer in self.layers:
-            planned = plan.layers.get(layer.name)
-            if planned is not None:
-                _check_count(layer.name, planned.num_experts, layer.num_experts)
-                self._followed[layer.name] = _RoutingRecorder(self, layer, planned.removed)
-        if not self._followed:
+            removed = {}
+            for number, plan in enumerate(plans):
+                if (planned := plan.layers.get(layer.name)) is not None:
+                    _check_count(layer.name, planned.num_experts, layer.num_experts)
+                    removed[number] = planned.removed
+            if removed:
+                self._followed[layer.name] = _RoutingRecorder(self, layer, removed)
+        if any(not found for found in self.of_each):
             raise PlanError(
                 f"plan: names none of the model's {len(self.layers)} MoE layers (first "
                 f"{self.layers[0].name!r}); use the plan that was made for this model"
@@ -177,14 +192,29 @@ class RoutingObserver(Observer):
 
     @property
     def orphans(self) -> dict[str, Orphans]:
-        """Layer -> what its tokens have lost so far, for the layers that the plan names."""
-        return {name: recorder.orphans for name, recorder in self._followed.items()}
+        """Layer -> what its tokens have lost so far under the first plan, for its layers."""
+        return self.of_each[0]
+
+    @property
+    def of_each(self) -> list[dict[str, Orphans]]:
+        """The same for each plan."""
+        found: list[dict[str, Orphans]] = [{} for _ in range(self._plans)]
+        for name, recorder in self._followed.items():
+            for number, lost in recorder.orphans.items():
+                found[number][name] = lost
+        return found
 
 
 class _RoutingRecorder(LayerRecorder):
-    """Statistics of one layer, and counts of what its tokens lose under a plan."""
+    """Statistics of one layer, and counts of what its tokens lose under P plans that name it.
 
-    def __init__(self, observer: Observer, layer: MoELayer, removed: tuple[int, ...]) -> None:
+    Args:
+        removed: number of a plan -> ids that it removes from the layer.
+    """
+
+    def __init__(
+        self, observer: Observer, layer: MoELayer, removed: Mapping[int, Sequence[int]]
+    ) -> None:
         super().__init__(observer, layer)
         if layer.local is not None or not isinstance(adapter_of(layer), KernelAdapter):
             raise UnsupportedModel(
@@ -192,10 +222,14 @@ class _RoutingRecorder(LayerRecorder):
                 "routing, or experts on several ranks), so orphans cannot be counted; load the "
                 "model in one process, with a class that transformers ships"
             )
-        self._removed = torch.zeros(layer.num_experts + 1, dtype=torch.bool)
-        self._removed[list(removed)] = True  # the last entry is for identity experts, never removed
-        self._counts = torch.zeros(3, dtype=torch.int64)  # tokens, orphaned, stranded
-        self._share = torch.zeros((), dtype=torch.float64)
+        self._numbers = list(removed)
+        # [P, E + 1]; the last entry is for identity experts, which are never removed.
+        self._removed = torch.zeros(len(removed), layer.num_experts + 1, dtype=torch.bool)
+        for row, ids in zip(self._removed, removed.values(), strict=True):
+            row[list(ids)] = True
+        # [P, 3]: tokens, orphaned, stranded.
+        self._counts = torch.zeros(len(removed), 3, dtype=torch.int64)
+        self._share = torch.zeros(len(removed), dtype=torch.float64)
         self._seen = 0  # the last forward that was counted, and the counts before it
         self._earlier = self._counts, self._share
 
@@ -214,27 +248,35 @@ class _RoutingRecorder(LayerRecorder):
         if self._seen != self._observation.forwards:
             self._seen = self._observation.forwards
             self._earlier = self._counts, self._share
-        experts = len(self._removed) - 1
+        experts = self._removed.shape[1] - 1
         weights = weights.double()
-        lost = self._removed[torch.where((ids >= 0) & (ids < experts), ids, experts).long()]
-        any_lost = torch.where(weights != 0, lost, False)
-        total = weights.sum(dim=1)
         counted = (weights != 0).any(dim=1)
         mask = self.token_mask(len(ids), ids.device)
         counted = counted if mask is None else counted & mask
-        first = lost.gather(1, weights.argmax(dim=1, keepdim=True))[:, 0]
-        all_lost = (any_lost | (weights == 0)).all(dim=1)
-        share = torch.where(lost, 0, weights).sum(dim=1) / total
-        flags = torch.stack([counted, counted & first, counted & all_lost])
-        self._counts = self._counts + flags.sum(dim=1)
-        self._share = self._share + torch.where(counted, share, 0).sum()
+        first = weights.argmax(dim=1, keepdim=True)
+        total = weights.sum(dim=1)
+        known = torch.where((ids >= 0) & (ids < experts), ids, experts).long()
+        flags, shares = [], []
+        for removed in self._removed:  # one plan at a time, so that memory holds one [T, k]
+            lost = removed[known]
+            all_lost = (lost | (weights == 0)).all(dim=1)
+            share = torch.where(lost, 0, weights).sum(dim=1) / total
+            shares.append(torch.where(counted, share, 0).sum())
+            orphaned = counted & lost.gather(1, first)[:, 0]
+            flags.append(torch.stack([counted, orphaned, counted & all_lost]).sum(dim=1))
+        self._counts = self._counts + torch.stack(flags)
+        self._share = self._share + torch.stack(shares)
 
     @property
-    def orphans(self) -> Orphans:
-        """The counts, as Python numbers."""
-        tokens, orphaned, stranded = self._counts.tolist()
-        share = float(self._share) / tokens if tokens else 1.0
-        return Orphans(tokens, orphaned, stranded, share)
+    def orphans(self) -> dict[int, Orphans]:
+        """Number of a plan -> the counts, as Python numbers."""
+        found = {}
+        for number, counts, share in zip(self._numbers, self._counts, self._share, strict=True):
+            tokens, orphaned, stranded = counts.tolist()
+            found[number] = Orphans(
+                tokens, orphaned, stranded, float(share) / tokens if tokens else 1.0
+            )
+        return found
 
 
 def _check_count(name: str, planned: int, experts: int) -> None:

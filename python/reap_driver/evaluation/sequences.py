@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from reap_driver.evaluation.figures import DRAWS, Figures, figures
+from reap_driver.evaluation.figures import DRAWS, Difference, Figures, difference, figures
 from reap_driver.evaluation.predictions import Predictions
 from reap_kernels import compare_logits
 from reap_kernels.errors import DataError, ShapeError
@@ -43,6 +43,25 @@ class Comparison:
     def overall(self) -> Figures:
         """Figures of all sequences."""
         return figures(self.sums, self.counts, self.group, self.draws, self.seed)
+
+    def less(self, other: "Comparison") -> Difference:
+        """How this pruned model compares with another one, of the same original on the same text.
+
+        Raises:
+            DataError: the two are of other sequences.
+
+        Example:
+            >>> one, two = (rd.compare_models(model, p, batches) for p in (plan, smaller))
+            >>> two.less(one).kl.value > 0
+            True
+        """
+        if not torch.equal(self.counts, other.counts) or not torch.equal(self.group, other.group):
+            raise DataError(
+                f"comparisons of {len(self.counts)} and {len(other.counts)} sequences, which are "
+                "not the same; compare both models on the same batches"
+            )
+        rows = (self.sums, other.sums, self.counts, self.group)
+        return difference(*rows, self.draws, self.seed)
 
     @property
     def by_group(self) -> dict[str, Figures]:

@@ -100,16 +100,18 @@ def _metrics(values: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, floa
         yield key, (float(value), float(error) if isinstance(error, int | float) else None)
 
 
-def table(original: Results, pruned: Results) -> str:
-    """Both models side by side, one line per metric."""
-    lines = [f"{'task':<28}{'metric':<28}{'original':>18}{'pruned':>18}{'change':>10}"]
+def table(original: Results, pruned: Mapping[str, Results]) -> str:
+    """A block for each metric of a task: the original and, by name, each pruned model."""
+    width = max(len(name) for name in ("the original", *pruned))
+    lines = []
     for task, metrics in original.items():
         for metric, (value, error) in metrics.items():
-            other, spread = pruned[task][metric]
-            lines.append(
-                f"{task:<28}{metric.removesuffix(',none'):<28}{_shown(value, error):>18}"
-                f"{_shown(other, spread):>18}{other - value:>+10.4f}"
-            )
+            lines.append(f"{task}, {metric.removesuffix(',none')}")
+            lines.append(f"  {'the original':<{width}}  {_shown(value, error)}")
+            for name, results in pruned.items():
+                other, spread = results[task][metric]
+                change = f"  {other - value:+.4f}"
+                lines.append(f"  {name:<{width}}  {_shown(other, spread):<18}{change}")
     return "\n".join(lines)
 
 

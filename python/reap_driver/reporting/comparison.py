@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reap_driver.evaluation.comparison_file import FORMAT
+from reap_driver.base.units import significant
+from reap_driver.evaluation.comparison_file import read
 from reap_driver.planning.public_provenance import public_name
 from reap_driver.reporting.elements import Cell, Fact, Facts, Part, Share, Table
 
@@ -27,16 +28,18 @@ _RATES = {
 
 
 def read_comparison(path: Path) -> dict[str, Any]:
-    """Reads what `compare --json` printed.
+    """Reads what `compare --json` printed, of one pruned model or of several.
 
     Raises:
         DataError: the file cannot be read or is not a comparison; names the field.
     """
-    return FORMAT.read(path)
+    return read(path)
 
 
 def comparison_parts(found: Mapping[str, Any]) -> list[Part]:
-    """Figures per group with their intervals, and what the plan did to the routing."""
+    """Figures with their intervals, and what plans did to the routing."""
+    if "comparisons" in found:
+        return _several(found)
     groups = found["groups"] if len(found["groups"]) > 1 else {}
     columns = {**groups, "all": found["overall"]}
     rows: list[list[Cell]] = [
@@ -54,11 +57,39 @@ def comparison_parts(found: Mapping[str, Any]) -> list[Part]:
     return [table, Facts(known)] if known else [table]
 
 
+def _several(found: Mapping[str, Any]) -> list[Part]:
+    """A row for each pruned model, over all groups."""
+    each, original = found["comparisons"], public_name(str(found["original"]))
+    figures = {key: name for key, name in _FIGURES.items() if key != "original_perplexity"}
+    rates = {key: name for key, name in _RATES.items() if all(key in _rates(one) for one in each)}
+    rows: list[list[Cell]] = [
+        [
+            public_name(str(one["pruned"])),
+            *(_interval(one["overall"][key]) for key in figures),
+            *(str(Share(_rates(one)[key])) for key in rates),
+        ]
+        for one in each
+    ]
+    first = each[0]["overall"]
+    caption = (
+        f"{len(each)} pruned models, each compared with {original} (perplexity "
+        f"{_interval(first['original_perplexity'])}) on the same {first['predictions']:,} "
+        f"predictions, with {100 * each[0]['confidence']:g} % intervals"
+    )
+    return [Table(caption, ["pruned", *figures.values(), *rates.values()], rows)]
+
+
+def _rates(one: Mapping[str, Any]) -> Mapping[str, float]:
+    """What a plan did to the routing, where that is known."""
+    rates: Mapping[str, float] = one.get("integrity") or {}
+    return rates
+
+
 def _interval(figure: Mapping[str, Any]) -> str | None:
-    """`10.55 [10.2, 10.9]`; None for an infinite figure, which JSON stores as null."""
+    """`10.55 [10.20, 10.90]`; None for an infinite figure, which JSON stores as null."""
     value, low, high = figure["value"], figure["low"], figure["high"]
     if value is None:
         return None
     if low is None or high is None:
-        return f"{value:.4g}"
-    return f"{value:.4g} [{low:.4g}, {high:.4g}]"
+        return significant(value)
+    return f"{significant(value)} [{significant(low)}, {significant(high)}]"

@@ -18,7 +18,7 @@ from reap_driver.workflow import plan as plans
 from reap_driver.workflow import prune as pruning
 from reap_driver.workflow import report as reporting
 from reap_driver.workflow import search as searching
-from reap_driver.workflow.comparison_results import Compared
+from reap_driver.workflow.comparison_results import Compared, Comparisons
 from reap_driver.workflow.complete import Complete
 from reap_driver.workflow.console import Console
 from reap_driver.workflow.errors import OptionError
@@ -262,17 +262,21 @@ def compare(
     *,
     progress: Heard = None,
     **options: Any,
-) -> Compared:
-    """Compares a pruned model with its original: what `reap-kernels compare` does.
+) -> Compared | Comparisons:
+    """Compares pruned models with their original: what `reap-kernels compare` does.
 
     For models and batches in memory there is `compare_models`.
 
     Args:
         model: the original, checkpoint folder or hub id.
-        pruned: the pruned checkpoint; or a plan, or its file, by which routers are masked.
+        pruned: the pruned checkpoint; or a plan, or its file, by which routers are masked; or a
+            list of such, for which the original runs once.
         data: text to compare on, each `[group=]SOURCE[:N]`.
         progress: see `prune`.
         **options: of `CompareOptions` and the classes it holds.
+
+    Returns:
+        The figures; of a list, `Comparisons`, which has them for each and their differences.
 
     Raises:
         OptionError, ReapError: see `prune`.

@@ -1,8 +1,8 @@
-"""Comparing: how closely a pruned model follows its original, on the same batches."""
+"""Comparing: how closely pruned models follow their original, on the same batches."""
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from reap_driver.data.source import DataSource
 from reap_driver.evaluation import tasks
 from reap_driver.evaluation.audit import check_permutation
 from reap_driver.evaluation.models import compare_resident, compare_streamed
-from reap_driver.evaluation.routing import Orphans, orphans, retained
+from reap_driver.evaluation.routing import Orphans, orphans_of_each, retained
 from reap_driver.evaluation.sequences import Comparison, Sums
 from reap_driver.evaluation.vocabularies import check_vocabularies
 from reap_driver.load.streamed_model import open_streamed
@@ -26,7 +26,13 @@ from reap_driver.memory.model_sizes import ModelSizes
 from reap_driver.observation.state_store import StateStore
 from reap_driver.planning.plan import Plan
 from reap_driver.workflow.calibration import batches_of, read_data, template_of
-from reap_driver.workflow.comparison_results import Compared, figures_table, integrity_lines
+from reap_driver.workflow.comparison_results import (
+    Compared,
+    Comparisons,
+    figures_table,
+    integrity_lines,
+)
+from reap_driver.workflow.errors import OptionError
 from reap_driver.workflow.holding import in_memory, load_options, sized
 from reap_driver.workflow.inspection import (
     Model,
@@ -36,7 +42,7 @@ from reap_driver.workflow.inspection import (
     sequence_length,
 )
 from reap_driver.workflow.jobs import CompareOptions
-from reap_driver.workflow.listener import Collector, Listener
+from reap_driver.workflow.listener import Collector, Listener, Step
 from reap_driver.workflow.plan import Planned, plan_of
 from reap_driver.workflow.sources import sources_of
 from reap_driver.writer.plan_checks import check_model, check_same_layers
@@ -49,71 +55,109 @@ _CHECKED_LAYERS = 4
 
 
 @dataclass(frozen=True)
-class Pair:
-    """What is compared.
+class Candidate:
+    """A pruned model.
 
     Attributes:
-        original: the original.
-        pruned: the pruned model; None where a plan masks the original's routers.
+        name: as it was given.
+        pruned: the model; None where a plan masks the original's routers.
         plan: what was pruned, where that is known.
     """
 
-    original: Model
+    name: str
     pruned: Model | None
     plan: Plan | None
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What is compared: the original, and the candidates, each with it."""
+
+    original: Model
+    candidates: list[Candidate]
 
     @property
     def models(self) -> list[Model]:
         """Those that are loaded."""
-        return [self.original] if self.pruned is None else [self.original, self.pruned]
+        loaded = [one.pruned for one in self.candidates if one.pruned is not None]
+        return [self.original, *loaded]
 
 
-def compare(options: CompareOptions, listener: Listener | None = None) -> Compared:
-    """Compares a pruned model with its original; see `reap_driver.compare`."""
+def compare(options: CompareOptions, listener: Listener | None = None) -> Compared | Comparisons:
+    """Compares pruned models with their original; see `reap_driver.compare`."""
     if options.tasks:
         tasks.check_installed()
     heard = Collector(listener)
-    pair = pair_of(options, heard)
-    comparison, data, integrity = None, [], {}
+    given = subjects(options, heard)
+    names = [one.name for one in given.candidates]
+    nothing: list[None] = [None] * len(names)
+    found: Sequence[Comparison | None] = nothing
+    data, integrity = [], [dict[str, Any]() for _ in names]
     if options.data.given:
-        sources = _read_data(options, pair, heard)
-        comparison, lost = _compared(options, pair, sources, heard)
+        sources = _read_data(options, given, heard)
+        figures, lost = _compared(options, given, sources, heard)
+        found = figures
         data = [source.provenance() for source in sources]
-        heard.say(figures_table(comparison))
-        integrity = _integrity(options, pair, lost, heard)
-        if integrity:
-            heard.say(integrity_lines(integrity))
-    answers = None
+        heard.say(figures_table(dict(zip(names, figures, strict=True))))
+        each = zip(given.candidates, lost, strict=True)
+        integrity = [_integrity(options, given, one, own, heard) for one, own in each]
+        for name, known in zip(names, integrity, strict=True):
+            if known:
+                heard.say(integrity_lines(known, name if len(names) > 1 else ""))
+    answers: Sequence[tuple[tasks.Results, tasks.Results] | None] = nothing
     if options.tasks:
-        answers = _evaluated(options, pair, heard)
-        heard.say(tasks.table(*answers))
-    named = options.pruned if isinstance(options.pruned, str | Path) else "a plan"
-    return Compared(
-        heard.notes, str(options.model), str(named), comparison, data, integrity, answers
-    )
+        first, *others = _evaluated(options, given, heard)
+        answers = [(first, other) for other in others]
+        heard.say(tasks.table(first, dict(zip(names, others, strict=True))))
+    model = str(options.model)
+    results = [
+        Compared(heard.notes, model, name, one, data, known, answered)
+        for name, one, known, answered in zip(names, found, integrity, answers, strict=True)
+    ]
+    return Comparisons(heard.notes, tuple(results)) if options.several else results[0]
 
 
-def pair_of(options: CompareOptions, heard: Listener) -> Pair:
-    """Both models, checked without reading weights; `pruned` is a plan where it is a file.
+def subjects(options: CompareOptions, heard: Listener) -> Subjects:
+    """All models, checked without reading weights; a pruned one is a plan where it is a file.
 
     Raises:
         CheckpointError, UnsupportedModel: one of the models cannot be loaded.
         PlanError: the plan is of another model.
         DataError: the vocabularies differ.
+        OptionError: one is given twice.
     """
-    trust, given = options.run.trust_remote_code, options.pruned
+    trust = options.run.trust_remote_code
     original = inspect_model(str(options.model), trust_remote_code=trust)
     original.check_files()
+    each = [
+        _candidate(options, one, f"plan {number}" if options.several else "a plan", original, heard)
+        for number, one in enumerate(options.each, 1)
+    ]
+    names = [one.name for one in each]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise OptionError(f"`pruned`: {twice} is given twice; name each model and plan once")
+    return Subjects(original, each)
+
+
+def _candidate(
+    options: CompareOptions, given: Any, unnamed: str, original: Model, heard: Listener
+) -> Candidate:
+    """A pruned model, or a plan, which is named `unnamed` if it is no file."""
+    trust = options.run.trust_remote_code
     if isinstance(given, Plan | Planned) or is_file(given):
-        return Pair(original, None, _checked_plan(options, plan_of(given), original, heard))
+        name = str(given) if isinstance(given, str | Path) else unnamed
+        plan = _checked_plan(options, plan_of(given), original, heard)
+        return Candidate(name, None, plan)
     pruned = inspect_model(str(given), trust_remote_code=trust)
     pruned.check_files()
     folders = [(model.source.folder, model.config) for model in (original, pruned)]
     check_vocabularies(*folders, trust_remote_code=trust)
     record = pruned.source.folder / "reap" / "plan.json"
     if not record.is_file():
-        return Pair(original, pruned, None)
-    return Pair(original, pruned, _checked_plan(options, Plan.load(record), original, heard))
+        return Candidate(str(given), pruned, None)
+    plan = _checked_plan(options, Plan.load(record), original, heard)
+    return Candidate(str(given), pruned, plan)
 
 
 def _checked_plan(options: CompareOptions, plan: Plan, original: Model, heard: Listener) -> Plan:
@@ -125,14 +169,14 @@ def _checked_plan(options: CompareOptions, plan: Plan, original: Model, heard: L
     return plan
 
 
-def _read_data(options: CompareOptions, pair: Pair, heard: Listener) -> list[PackedSource]:
-    """Tokens of all sources, by the original's tokenizer, in sequences both models can read."""
+def _read_data(options: CompareOptions, given: Subjects, heard: Listener) -> list[PackedSource]:
+    """Tokens of all sources, by the original's tokenizer, in sequences all models can read."""
     data, run = options.data, options.run
-    seq_len = min(sequence_length(model, data, run) for model in pair.models)
-    for model in pair.models:
+    seq_len = min(sequence_length(model, data, run) for model in given.models)
+    for model in given.models:
         check_packing(model, data)
     wanted = [_limited(source, options, seq_len) for source in sources_of(options, heard)]
-    return read_data(pair.original, wanted, data, run, seq_len, heard)
+    return read_data(given.original, wanted, data, run, seq_len, heard)
 
 
 def _limited(source: DataSource, options: CompareOptions, seq_len: int) -> DataSource:
@@ -146,63 +190,86 @@ def _limited(source: DataSource, options: CompareOptions, seq_len: int) -> DataS
 
 
 def _compared(
-    options: CompareOptions, pair: Pair, sources: Sequence[PackedSource], heard: Listener
-) -> tuple[Comparison, dict[str, Orphans] | None]:
-    """Runs the models; counts orphans where the plan is known and the original is in memory.
+    options: CompareOptions, given: Subjects, sources: Sequence[PackedSource], heard: Listener
+) -> tuple[list[Comparison], list[dict[str, Orphans]]]:
+    """Runs the models; counts orphans where plans are known and the original is in memory.
+
+    Returns:
+        Figures, and orphans by layer, of each candidate; without orphans where they are not known.
 
     Raises:
         ResourceError: they do not fit; or a plan, and the original would have to be streamed.
         DataError: nothing counts, or logits are not finite.
     """
     run = options.run
-    check_backend("compare", device_of(run), pair.original.meta.dtype, run.backend)
-    decision = None if run.device_map is not None else _decided(options, pair, sources)
+    check_backend("compare", device_of(run), given.original.meta.dtype, run.backend)
+    decision = None if run.device_map is not None else _decided(options, given, sources)
     size = (run.batch_size or 1) if decision is None else decision.batch_size
     sizes = [min(size, source.full_sequences) for source in sources]
-    # Both models get the same inputs, so only what both can take.
-    layers = [layer for model in pair.models for layer in model.layers]
-    batches = batches_of(pair.original.config, layers, sources, sizes)
+    # All models get the same inputs, so only what all can take.
+    layers = [layer for model in given.models for layer in model.layers]
+    batches = batches_of(given.original.config, layers, sources, sizes)
     total = sum(source.tokens for source in sources)
-    draws, seed = options.draws, options.data.seed
     if decision is not None and decision.stream:
         for reason in decision.reasons:
-            heard.note(f"streaming both models: {reason}")
-        if pair.plan is not None:
+            heard.note(f"streaming all models: {reason}")
+        if any(one.plan is not None for one in given.candidates):
             heard.note("orphans are not counted of streamed models")
         with heard.progress("comparing", "tok", total) as progress:
-            sums = _streamed(options, pair, decision, batches, lambda s: progress.add(s * total))
-        return sums.comparison(draws, seed), None
+            done = _counting(progress, total)
+            sums = _streamed(options, given, decision, batches, done)
+        lost: list[dict[str, Orphans]] = [{} for _ in sums]
+    else:
+        sums, lost = _resident(options, given, batches, total, heard)
+    return [one.comparison(options.draws, options.data.seed) for one in sums], lost
+
+
+def _resident(
+    options: CompareOptions, given: Subjects, batches: PackedBatches, total: int, heard: Listener
+) -> tuple[list[Sums], list[dict[str, Orphans]]]:
+    """Runs the models in memory, and follows the original's routing where plans are known."""
     with contextlib.ExitStack() as stack:
-        loaded = [stack.enter_context(_loaded(options, model, heard)) for model in pair.models]
-        pruned = pair.plan if pair.pruned is None else loaded[1]
-        assert pruned is not None
+        original, *others = [
+            stack.enter_context(_loaded(options, model, heard)) for model in given.models
+        ]
+        checkpoints = iter(others)
+        pruned: list[PreTrainedModel | Plan] = []
+        for one in given.candidates:
+            masked = one.plan if one.pruned is None else None
+            pruned.append(next(checkpoints) if masked is None else masked)
         with heard.progress("comparing", "tok", total) as progress:
             sums = compare_resident(
-                loaded[0],
+                original,
                 pruned,
                 batches,
                 range(len(batches)),
-                backend=run.backend,
-                done=lambda share: progress.add(share * total),
+                backend=options.run.backend,
+                done=_counting(progress, total),
             )
-        lost = None if pair.plan is None else _orphans(loaded[0], batches, pair.plan, total, heard)
-    return sums.comparison(draws, seed), lost
+        plans = [one.plan for one in given.candidates if one.plan is not None]
+        found = iter(_orphans(original, batches, plans, total, heard) if plans else [])
+        return sums, [{} if one.plan is None else next(found) for one in given.candidates]
 
 
-def _decided(options: CompareOptions, pair: Pair, sources: Sequence[PackedSource]) -> Decision:
-    """Decides how both models are held.
+def _counting(progress: Step, total: int) -> Callable[[float], None]:
+    """Adds shares of the work to a step that counts tokens."""
+    return lambda share: progress.add(share * total)
+
+
+def _decided(options: CompareOptions, given: Subjects, sources: Sequence[PackedSource]) -> Decision:
+    """Decides how all models are held.
 
     Raises:
         ResourceError: see `decide`; or a plan, and the original does not fit in memory.
     """
     run = options.run
     device = device_of(run)
-    each = [sized(run, model, sources, device, all_logits=True) for model in pair.models]
+    each = [sized(run, model, sources, device, all_logits=True) for model in given.models]
     sizes, (work, *_) = zip(*each, strict=True)
     machine = this_machine(device, Path(tempfile.gettempdir()))
     decision = decide(run.stream, _together(sizes), machine, work)
-    if decision.stream and pair.pruned is None:
-        path = pair.original.path
+    if decision.stream and any(one.pruned is None for one in given.candidates):
+        path = given.original.path
         raise ResourceError(
             f"{path} would be streamed ({'; '.join(decision.reasons)}), and routers are masked in "
             f"memory only; write the checkpoint with `reap-kernels apply {path} PLAN --out DIR` "
@@ -212,7 +279,7 @@ def _decided(options: CompareOptions, pair: Pair, sources: Sequence[PackedSource
 
 
 def _together(sizes: Sequence[ModelSizes]) -> ModelSizes:
-    """Sizes of both models together."""
+    """Sizes of all models together."""
     return replace(
         sizes[0],
         layer_bytes=tuple(nbytes for each in sizes for nbytes in each.layer_bytes),
@@ -231,14 +298,14 @@ def _loaded(options: CompareOptions, model: Model, heard: Listener) -> Iterator[
 
 
 def _streamed(
-    options: CompareOptions, pair: Pair, decision: Decision, batches: PackedBatches, done: Any
-) -> Sums:
-    """Both models, one decoder layer at a time."""
+    options: CompareOptions, given: Subjects, decision: Decision, batches: PackedBatches, done: Any
+) -> list[Sums]:
+    """All models, one decoder layer at a time."""
     run, place = options.run, decision.offload or "device"
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reap-states-")))
         models, stores = [], []
-        for number, model in enumerate(pair.models):
+        for number, model in enumerate(given.models):
             device, how = device_of(run), load_options(run)
             models.append(stack.enter_context(open_streamed(model.path, device=device, **how)))
             model.check_unchanged()
@@ -250,9 +317,13 @@ def _streamed(
 
 
 def _orphans(
-    model: PreTrainedModel, batches: PackedBatches, plan: Plan, total: int, heard: Listener
-) -> dict[str, Orphans]:
-    """Runs the original once more, and follows its routing."""
+    model: PreTrainedModel,
+    batches: PackedBatches,
+    plans: Sequence[Plan],
+    total: int,
+    heard: Listener,
+) -> list[dict[str, Orphans]]:
+    """Runs the original once more, and follows its routing under every plan."""
     with heard.progress("following the routing", "tok", total) as progress:
 
         def each() -> Iterator[dict[str, Any]]:
@@ -260,37 +331,44 @@ def _orphans(
                 yield batches.inputs(number)
                 progress.add(total / len(batches))
 
-        return orphans(model, each(), plan)
+        return orphans_of_each(model, each(), plans)
 
 
-def _evaluated(
-    options: CompareOptions, pair: Pair, heard: Listener
-) -> tuple[tasks.Results, tasks.Results]:
-    """Tasks by the original and by the pruned model, one in memory at a time."""
-    given = template_of(options.data)
+def _evaluated(options: CompareOptions, given: Subjects, heard: Listener) -> list[tasks.Results]:
+    """Tasks by the original and by each pruned model, one in memory at a time."""
+    template = template_of(options.data)
     how: dict[str, Any] = {
         "folder": options.task_folder,
         "limit": options.limit,
         "apply_chat_template": options.apply_chat_template,
-        "chat_template": None if given is None else given.template,
+        "chat_template": None if template is None else template.template,
         "batch_size": options.run.batch_size or 1,
         "trust_remote_code": options.run.trust_remote_code,
     }
 
     def answers(model: PreTrainedModel, plan: Plan | None = None) -> tasks.Results:
         kept = None if plan is None else plan.kept
-        return tasks.evaluate(model, pair.original.path, options.tasks, kept=kept, **how)
+        return tasks.evaluate(model, given.original.path, options.tasks, kept=kept, **how)
 
-    with _loaded(options, pair.original, heard) as original:
+    found: dict[int, tasks.Results] = {}
+    with _loaded(options, given.original, heard) as original:
         first = answers(original)
-        if pair.pruned is None:
-            return first, answers(original, pair.plan)
-    with _loaded(options, pair.pruned, heard) as pruned:
-        return first, answers(pruned)
+        for number, one in enumerate(given.candidates):
+            if one.pruned is None:
+                found[number] = answers(original, one.plan)
+    for number, one in enumerate(given.candidates):
+        if one.pruned is not None:
+            with _loaded(options, one.pruned, heard) as pruned:
+                found[number] = answers(pruned)
+    return [first, *(found[number] for number in sorted(found))]
 
 
 def _integrity(
-    options: CompareOptions, pair: Pair, lost: dict[str, Orphans] | None, heard: Listener
+    options: CompareOptions,
+    given: Subjects,
+    one: Candidate,
+    lost: dict[str, Orphans],
+    heard: Listener,
 ) -> dict[str, Any]:
     """What the plan does to the original's routing, where that is known, over all layers."""
     found: dict[str, Any] = {}
@@ -304,16 +382,16 @@ def _integrity(
             / max(1, tokens),
             "orphans_by_layer": {name: la.rate for name, la in lost.items()},
         }
-    if pair.pruned is None or pair.plan is None:
+    if one.pruned is None or one.plan is None:
         return found
-    stats = pair.pruned.source.folder / "reap" / "stats.safetensors"
-    found |= _calibration(stats, pair.plan, heard)
-    names = [layer.name for layer in pair.original.layers]
-    checked = min(_CHECKED_LAYERS, len(decoder_layers(pair.original.meta, names)))
+    stats = one.pruned.source.folder / "reap" / "stats.safetensors"
+    found |= _calibration(stats, one.plan, heard)
+    names = [layer.name for layer in given.original.layers]
+    checked = min(_CHECKED_LAYERS, len(decoder_layers(given.original.meta, names)))
     problems = check_permutation(
-        pair.original.path,
-        pair.pruned.path,
-        pair.plan,
+        given.original.path,
+        one.pruned.path,
+        one.plan,
         sample=checked,
         trust_remote_code=options.run.trust_remote_code,
     )

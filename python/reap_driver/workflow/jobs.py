@@ -378,7 +378,7 @@ class SearchOptions:
 @options
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Comparing a pruned model with its original.
+    """Comparing pruned models with their original.
 
     Example:
         >>> data = rd.DataOptions(data="code.jsonl")
@@ -390,7 +390,8 @@ class CompareOptions:
     pruned: Any = option(
         metavar="PRUNED",
         positional=True,
-        help="checkpoint folder or hub id; or a plan, as a file",
+        help="checkpoint folder or hub id; or a plan, as a file; or several, each compared with "
+        "the original and with the first",
     )
     force_model: bool = _force()
     data: DataOptions = group_of(DataOptions)
@@ -409,7 +410,7 @@ class CompareOptions:
         (),
         metavar="A,B",
         group=TASKS,
-        about="Both models are handed to lm-evaluation-harness (extra `eval`).",
+        about="All models are handed to lm-evaluation-harness (extra `eval`).",
         help="names of its tasks",
     )
     task_folder: str | Path | None = option(
@@ -431,6 +432,21 @@ class CompareOptions:
             _needs_data(self.data, ", `recipe` or `tasks`")
         if self.tokens is not None and self.sequences is not None:
             raise refused("`tokens`: not together with `sequences`; give one of them")
+        if self.several:
+            if not self.pruned:
+                raise refused("`pruned`: names no model and no plan; give at least one")
+            each = (str(one) if isinstance(one, Path) else one for one in self.pruned)
+            object.__setattr__(self, "pruned", tuple(each))
+
+    @property
+    def several(self) -> bool:
+        """Whether a list of pruned models was given, were it of one."""
+        return isinstance(self.pruned, list | tuple)
+
+    @property
+    def each(self) -> tuple[Any, ...]:
+        """The pruned models, once checked."""
+        return self.pruned if self.several else (self.pruned,)
 
     @property
     def token_count(self) -> int | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from reap_driver.reporting.comparison import read_comparison
 from reap_driver.reporting.page import FILES, write_report
-from reap_driver.workflow.comparison_results import Compared
+from reap_driver.workflow.comparison_results import Compared, Comparisons
 from reap_driver.workflow.jobs import ReportOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.outputs import check_folder, inputs_of
@@ -47,7 +47,7 @@ def report(options: ReportOptions, listener: Listener | None = None) -> Reported
     stats = stats_of(options.stats)
     plan = None if options.plan is None else plan_of(options.plan)
     compared = options.compare
-    if isinstance(compared, Compared):
+    if isinstance(compared, Compared | Comparisons):
         compared = compared.facts()
     elif compared is not None:
         compared = read_comparison(Path(compared))

@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from reap_driver.base.units import significant
+
 
 @dataclass(frozen=True, repr=False)
 class Result(ABC):
@@ -42,4 +44,4 @@ class Result(ABC):
 def _shown(value: str | int | float) -> str:
     if isinstance(value, bool | str):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else significant(value)

@@ -19,7 +19,8 @@ from reap_driver.data.batches import PackedBatches
 from reap_driver.data.encode import Encoder
 from reap_driver.data.packing import pack
 from reap_driver.data.source import DataSource
-from reap_driver.evaluation import tasks
+from reap_driver.evaluation import models, tasks
+from reap_kernels.errors import DataError
 from tests.driver import zoo
 from tests.driver.cli.conftest import VOCAB, Run, write_model
 from tests.driver.writer import saved
@@ -116,6 +117,71 @@ def test_groups_limits_and_words(run: Run, words: list[object], data: Path) -> N
     assert (whole["kl"]["low"], whole["kl"]["high"]) == (None, None)
 
 
+def test_several(
+    run: Run, words: list[object], pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run of the original for all, the figures of one comparison each, differences besides."""
+    half, few = pruned / "reap" / "plan.json", tmp_path / "few.json"
+    assert run("plan", pruned / "reap/stats.safetensors", "--ratio", 0.25, "--out", few).code == 0
+    given = (half, few, pruned)
+    alone = [run(*words[:2], one, *words[3:], "--json").json for one in given]
+    several = [*words[:2], *given, *words[3:]]
+    ran, predict = [], models.predict
+    monkeypatch.setattr(models, "predict", lambda m, batch: ran.append(id(m)) or predict(m, batch))
+    found = run(*several, "--batch-size", 30, "--json")
+    assert found.code == 0, found.err
+    batches = len(ran) // 4
+    assert ran == [ran[0], ran[0], ran[0], ran[3]] * batches, "original, two plans, a checkpoint"
+    one = run(*several, "--json").json
+    assert [c["pruned"] for c in one["comparisons"]] == [str(path) for path in given]
+    for mine, want in zip(one["comparisons"], alone, strict=True):
+        assert mine["overall"] == want["overall"]
+        for key in ("orphan_rate", "orphans_by_layer", "retained_gate_share"):
+            assert mine["integrity"][key] == want["integrity"][key]
+    less = one["differences"][0]
+    assert (less["pruned"], less["less"]) == (str(few), str(half))
+    for key in ("kl", "acceptance", "same_top"):
+        parts = [figures["overall"][key] for figures in alone[:2]]
+        assert less[key]["value"] == pytest.approx(parts[1]["value"] - parts[0]["value"])
+        spread = sum(part["high"] - part["low"] for part in parts)
+        assert 0 < less[key]["high"] - less[key]["low"] < spread
+    said = run(*several).out
+    assert max(map(len, said.splitlines())) <= 80
+    assert said.count("the original") == 1
+    assert f"...{str(few)[-18:]}" in said
+    twice = run(*words[:2], half, few, half, *words[3:])
+    assert (twice.code, f"{half} is given twice" in twice.error) == (2, True)
+
+
+def test_several_streamed(
+    run: Run, words: list[object], pruned: Path, data: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "few"
+    assert run("prune", words[1], "--data", data, "--ratio", 0.25, "--out", other).code == 0
+    several = [*words[:2], pruned, other, *words[3:], "--json"]
+    streamed, resident = run(*several, "--stream", "always").json, run(*several).json
+    for key in ("comparisons", "differences"):
+        for mine, want in zip(streamed[key], resident[key], strict=True):
+            assert mine["pruned"] == want["pruned"]
+            assert mine.get("overall", mine) == want.get("overall", want)
+
+
+def test_several_by_python(originals: dict[str, Path], pruned: Path, data: Path) -> None:
+    """Plans that are no files are numbered; a list of one gives a list."""
+    plan = rd.Plan.load(pruned / "reap" / "plan.json")
+    found = rd.compare(originals["plain"], [plan, pruned], data, seq_len=32)
+    assert isinstance(found, rd.Comparisons)
+    assert [one.pruned for one in found.compared] == ["plan 1", str(pruned)]
+    assert "plan 1" in found.describe()
+    assert isinstance(rd.compare(originals["plain"], [plan], data, seq_len=32), rd.Comparisons)
+    one = rd.compare(originals["plain"], plan, data, seq_len=32)
+    assert isinstance(one, rd.Compared)
+    assert found.compared[0].comparison.overall == one.comparison.overall
+    shorter = rd.compare(originals["plain"], plan, data, seq_len=16).comparison
+    with pytest.raises(DataError, match="which are not the same; compare both models on the same"):
+        shorter.less(one.comparison)
+
+
 def test_integrity(run: Run, words: list[object], pruned: Path, originals: dict[str, Path]) -> None:
     """Orphans and retained routing equal those of `orphans`; a damaged checkpoint is reported."""
     found = run(*words, "--json").json["integrity"]
@@ -131,7 +197,7 @@ def test_integrity(run: Run, words: list[object], pruned: Path, originals: dict[
     tensors[name] = tensors[name].flip(0)
     save_file(tensors, shard, {"format": "pt"})
     said = run(*words)
-    assert f"4 PROBLEMS, first: {name}: expert 0" in said.out  # each of the rows
+    assert f"4 PROBLEMS, first: {name}: expert 0" in " ".join(said.out.split())
     assert "(2 decoder layers checked)" in said.out
 
 
@@ -258,8 +324,12 @@ def test_tasks_are_asked_of_both_models(
     asked = harness.asked[0]
     assert (asked["tasks"], asked["limit"], asked["model"].batch_size) == (["one", "two"], 7, 2)
     assert asked["apply_chat_template"] is True
+    both = run("compare", words[1], pruned, pruned / "reap" / "plan.json", *more).json
+    answers = [one["tasks"]["pruned"] for one in both["comparisons"]]
+    assert answers == [outcome["pruned"] for outcome in outcomes]
+    assert both["differences"] == []
     said = run("compare", words[1], pruned, *more[:-1])
-    assert "original" in said.out
+    assert "the original" in said.out
     assert said.out.count("acc") == 2
     done = run("compare", words[1], pruned, "--tasks", "three")
     assert (done.code, "has no task 'three'" in done.error) == (3, True)

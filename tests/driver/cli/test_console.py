@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from reap_driver.base.units import clock, short, took
+from reap_driver.base.units import clock, short, significant, took
 from reap_driver.workflow import listener
 from reap_driver.workflow.console import Console
 
@@ -109,6 +109,8 @@ def test_words_for_numbers() -> None:
     numbers = (0, 7, 999, 1000, 1_234_567, 7_090_000_000, 1e12)
     assert [short(n) for n in numbers] == ["0", "7", "999", "1k", "1.23M", "7.09G", "1T"]
     assert [clock(s) for s in (0, 59.6, 75, 4000)] == ["0:00", "1:00", "1:15", "1:06:40"]
+    figures = [significant(n) for n in (2293.4, 22934.6, 0.01, 10.5, 9999.9, float("inf"))]
+    assert figures == ["2293", "22935", "0.01000", "10.50", "10000", "inf"]
     days = (86_399, 86_400, 950_400, 975_600, 10 * 86_400 - 60)
     assert [clock(s) for s in days] == ["23:59:59", "1 day", "11 days", "11 days 7 h", "10 days"]
     assert [took(s) for s in (0.04, 59.9, 61)] == ["0.0 s", "59.9 s", "1:01"]

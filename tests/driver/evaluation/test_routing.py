@@ -10,7 +10,7 @@ import torch
 import reap_driver as rd
 from reap_driver.base.interrupts import Stop
 from reap_driver.compat.text_model import text_model
-from reap_driver.evaluation.routing import RoutingObserver, orphans, retained
+from reap_driver.evaluation.routing import RoutingObserver, orphans, orphans_of_each, retained
 from reap_driver.load.streamed_model import open_streamed
 from reap_driver.observation.run import BatchList, Run, run_streamed
 from reap_driver.observation.state_store import StateStore
@@ -151,3 +151,26 @@ def test_orphans_of_a_streamed_model(tmp_path: Path) -> None:
         given = BatchList.checked(batches, None)
         run_streamed(Run(observer, given, range(2), Stop()), streamed, store)
     assert observer.orphans == orphans(rd.load_model(tmp_path), batches, plan)
+
+
+def test_several_plans_in_one_run() -> None:
+    """As each by itself, also where the plans name different layers; the model runs once."""
+    _, model = zoo.tiny("qwen3_moe")
+    layers = [layer.name for layer in rd.find_moe_layers(model)]
+    keep = {"one": (0, 1, 2, 3), "two": (2, 4, 5, 6, 7)}
+    one = plan_keeping(dict.fromkeys(layers, keep["one"]))
+    two = plan_keeping({layers[-1]: keep["two"]})
+    rng = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, 96, (2, 9), generator=rng)} for _ in range(2)]
+    runs = []
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+    found = orphans_of_each(model, batches, [one, two])
+    assert len(runs) == 2
+    assert found == [rd.orphans(model, batches, plan) for plan in (one, two)]
+    assert list(found[1]) == layers[-1:]
+    assert 0 < found[0][layers[0]].orphaned < found[0][layers[0]].tokens
+
+
+def plan_keeping(kept: dict[str, tuple[int, ...]]) -> rd.Plan:
+    layers = {name: rd.LayerPlan.keeping(8, ids) for name, ids in kept.items()}
+    return rd.Plan({}, "none", "explicit", 0.5, layers, "")

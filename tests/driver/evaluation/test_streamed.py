@@ -39,7 +39,7 @@ def test_streamed_is_as_resident(tmp_path: Path, name: str, offload: str) -> Non
         ]
         for store in stores:
             stack.callback(store.close)
-        sums = compare_streamed(
+        [sums] = compare_streamed(
             models, stores, BatchList.checked(batches, groups), range(3), done=done.append
         )
     found = sums.comparison(want.draws, want.seed)

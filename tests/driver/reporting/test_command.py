@@ -159,15 +159,45 @@ def test_shows_a_comparison(run: Run, files: tuple[Path, Path], tmp_path: Path) 
     rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', table)
     cells = {name: re.findall(r"<td.*?>(.*?)</td>", rest) for name, rest in rows}
     assert cells["perplexity, pruned"] == [
-        "21 [20.75, 21.5]",
-        "31 [30.75, 31.5]",
-        "11 [10.75, 11.5]",
+        "21.00 [20.75, 21.50]",
+        "31.00 [30.75, 31.50]",
+        "11.00 [10.75, 11.50]",
     ]
     assert cells["expected acceptance"] == ["-", "-", "-"]
-    assert cells["same top token"] == ["0.5", "0.5", "0.5"]
+    assert cells["same top token"] == ["0.5000", "0.5000", "0.5000"]
     assert cells["predictions"] == ["1,234"] * 3
     assert "12.5\u00a0%" in source
     assert "/home/me" not in source
+
+
+def test_shows_a_comparison_of_several(
+    run: Run,  # noqa: F811
+    files: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    """A row for each, and the caption says what they are; a damaged entry is named."""
+    one = json.loads(compared(tmp_path / "one.json").read_text())
+    other = {**one, "pruned": "/home/me/few.json", "overall": figures(2000)}
+    content = {
+        "format": "reap-comparisons",
+        "version": 1,
+        "original": "/home/me/big",
+        "comparisons": [one, other],
+    }
+    path = tmp_path / "several.json"
+    path.write_text(json.dumps(content))
+    assert run("report", files[0], "--compare", path, "--out", tmp_path / "report").code == 0
+    source = (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    [table] = re.findall(r"<table><caption><span>2 pruned models.*?</table>", source, re.DOTALL)
+    assert "each compared with big (perplexity 10.00 [9.750, 10.50])" in table
+    rows = dict(re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', table))
+    assert list(rows) == ["acme/small", "few.json"]
+    assert "2001 [2001, 2002]" in rows["few.json"]
+    assert "12.5\u00a0%" in rows["acme/small"]
+    assert "/home/me" not in source
+    path.write_text(json.dumps({**content, "comparisons": [one, {**other, "confidence": 95}]}))
+    done = run("report", files[0], "--compare", path, "--out", tmp_path / "out")
+    assert "field 'comparisons[1].confidence' is 95" in done.error
 
 
 def test_refuses_what_is_no_comparison(run: Run, files: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
