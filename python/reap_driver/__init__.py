@@ -64,11 +64,8 @@ if TYPE_CHECKING:
     from reap_driver.workflow.listener import Listener, Progress
     from reap_driver.workflow.observe import Observed
     from reap_driver.workflow.options import (
-        AllocationOptions,
-        BudgetOptions,
         DataOptions,
         JournalOptions,
-        RankOptions,
         RunOptions,
         WriteOptions,
     )
@@ -83,11 +80,11 @@ if TYPE_CHECKING:
     from reap_kernels import LayerStats, SaliencyStats, __version__
 
 _HOMES = {
-    "AllocationOptions": "reap_driver.workflow.options",
+    "AllocationOptions": "reap_driver.workflow.rank_options",
     "Applied": "reap_driver.workflow.apply",
     "ApplyOptions": "reap_driver.workflow.jobs",
     "ApplyReport": "reap_driver.writer.report",
-    "BudgetOptions": "reap_driver.workflow.options",
+    "BudgetOptions": "reap_driver.workflow.rank_options",
     "Calibration": "reap_driver.workflow.calibration",
     "CalibrationOptions": "reap_driver.workflow.jobs",
     "CompareOptions": "reap_driver.workflow.jobs",
@@ -114,7 +111,7 @@ _HOMES = {
     "Progress": "reap_driver.workflow.listener",
     "PruneOptions": "reap_driver.workflow.jobs",
     "Pruned": "reap_driver.workflow.prune",
-    "RankOptions": "reap_driver.workflow.options",
+    "RankOptions": "reap_driver.workflow.rank_options",
     "Recipe": "reap_driver.data.recipe",
     "ReportOptions": "reap_driver.workflow.jobs",
     "Reported": "reap_driver.workflow.report",

@@ -18,11 +18,17 @@ from reap_driver.workflow.fields import every_field, refused, shows_default
 _Options = TypeVar("_Options")
 
 
-def add(parser: argparse.ArgumentParser, *classes: type) -> None:
-    """Adds a flag for every option of these classes, in their order; the first of a name counts."""
+def add(parser: argparse.ArgumentParser, *classes: type, without: tuple[type, ...] = ()) -> None:
+    """Adds a flag for every option of these classes, in their order; the first of a name counts.
+
+    Args:
+        parser: receives them.
+        classes: of options.
+        without: classes that these hold, whose options get no flags.
+    """
     groups: dict[str, Any] = {}
     exclusive: dict[str, Any] = {}
-    seen: set[str] = set()
+    seen = {field.name for cls in without for field in every_field(cls)}
     for cls in classes:
         for field in every_field(cls):
             if field.name in seen:
@@ -151,12 +157,14 @@ _REPEATED = ("data", "recipe", "protect")
 # What text means the value of an option; of others it is the text.
 _VALUES: dict[str, Callable[[str], Any]] = {
     "batch_size": batch_size,
+    "context": positive,
     "draws": positive,
     "elites": positive,
     "evaluations": positive,
     "folds": positive,
     "generations": positive,
     "journal_every": positive,
+    "keep": positive,
     "layer_ratios": Path,
     "limit": positive,
     "max_len": positive,

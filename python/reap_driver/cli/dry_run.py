@@ -7,7 +7,17 @@ from reap_driver.cli.arguments import read
 from reap_driver.workflow.console import Console
 from reap_driver.workflow.fields import option, options, refused
 from reap_driver.workflow.jobs import PLANNING, EstimateOptions
+from reap_driver.workflow.options import WriteOptions
+from reap_driver.workflow.rank_options import (
+    RATIO,
+    AllocationOptions,
+    BudgetOptions,
+    RankOptions,
+)
 from reap_driver.workflow.results import Result
+
+# What only a run that prunes has.
+PRUNING = (RankOptions, AllocationOptions, BudgetOptions, WriteOptions)
 
 
 @options
@@ -24,8 +34,10 @@ class DryRun:
     )
 
 
-def estimated(args: argparse.Namespace, console: Console) -> Result | None:
-    """What the run would take; None without `--dry-run`.
+def estimated(
+    args: argparse.Namespace, console: Console, *, pruning: bool = False
+) -> Result | None:
+    """What the run would take, and, with `pruning`, leave; None without `--dry-run`.
 
     Raises:
         OptionError: an option of the estimate without it.
@@ -33,7 +45,11 @@ def estimated(args: argparse.Namespace, console: Console) -> Result | None:
     if hasattr(args, "dry_run"):
         from reap_driver.workflow.estimate import estimate
 
-        return estimate(read(EstimateOptions, args), console)
+        options = read(EstimateOptions, args)
+        if pruning and not options.rank.given:  # also not by a recipe
+            args.ratio = RATIO
+            options = read(EstimateOptions, args)
+        return estimate(options, console, pruning=pruning)
     for name, instead in (
         ("tokens", "a real run counts the tokens of `data`"),
         ("machine", "a real run takes the machine it is on"),

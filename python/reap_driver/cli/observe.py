@@ -3,7 +3,7 @@
 import argparse
 
 from reap_driver.cli.arguments import add, read, require
-from reap_driver.cli.dry_run import DryRun, estimated
+from reap_driver.cli.dry_run import PRUNING, DryRun, estimated
 from reap_driver.workflow.console import Console
 from reap_driver.workflow.jobs import EstimateOptions, ObserveOptions
 from reap_driver.workflow.results import Result
@@ -36,7 +36,7 @@ examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Model, data, output."""
-    add(parser, ObserveOptions, DryRun, EstimateOptions)
+    add(parser, ObserveOptions, DryRun, EstimateOptions, without=PRUNING)
 
 
 def run(args: argparse.Namespace, console: Console) -> Result | None:

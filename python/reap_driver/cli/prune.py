@@ -27,7 +27,8 @@ examples:
   reap-kernels prune MODEL --data notes/ --dtype bfloat16 --device cuda --ratio 0.4 --out OUT
   reap-kernels prune MODEL --data code.jsonl --protect super --criterion msan --out OUT
   reap-kernels prune MODEL --data code.jsonl --allocation global --non-uniform --out OUT
-  reap-kernels prune MODEL --data notes/ --dry-run
+  reap-kernels prune MODEL --data code.jsonl --fits 16GB --context 8192 --out OUT
+  reap-kernels prune MODEL --data notes/ --fits 16GB --dry-run
 """
 
 
@@ -38,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> Result | None:
     """Prunes, or says what that would take."""
-    estimate = estimated(args, console)
+    estimate = estimated(args, console, pruning=True)
     if estimate is not None:
         return estimate
     require(args, "out")

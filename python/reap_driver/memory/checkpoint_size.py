@@ -37,6 +37,7 @@ class CheckpointSize:
         largest_file: the largest file of weights; None if there is none.
         dtype: the first floating-point dtype in the files; None if there is none.
         tensors: the entries of the headers; None without files.
+        file_bytes: bytes of the weight files, headers included; None without files.
     """
 
     nbytes: int
@@ -45,6 +46,7 @@ class CheckpointSize:
     largest_file: Path | None = None
     dtype: torch.dtype | None = None
     tensors: Mapping[str, TensorEntry] | None = None
+    file_bytes: int | None = None
 
 
 def stored_files(folder: Path, config: PretrainedConfig) -> CheckpointSize | None:
@@ -67,7 +69,9 @@ def stored_files(folder: Path, config: PretrainedConfig) -> CheckpointSize | Non
     dtype = next((_FLOATS[kind] for kind in kinds if kind in _FLOATS), None)
     largest = max(source.shards, key=lambda shard: shard.size)
     name = _format_name(config, dtype)
-    return CheckpointSize(source.nbytes, "headers", name, largest.path, dtype, source.tensors)
+    whole = sum(shard.size for shard in source.shards)
+    found = (source.nbytes, "headers", name, largest.path, dtype, source.tensors, whole)
+    return CheckpointSize(*found)
 
 
 def run_dtype(asked: str, config: PretrainedConfig, files: CheckpointSize | None) -> torch.dtype:

@@ -8,6 +8,7 @@ from typing import Any
 
 from reap_driver.base.arguments import typed
 from reap_driver.base.json_text import json_in_lines
+from reap_driver.base.units import in_bytes
 from reap_kernels.documents import Format
 from reap_kernels.errors import PlanError
 from reap_kernels.files import replaced
@@ -33,6 +34,9 @@ _SETTINGS: dict[str, Kind] = {
     NORMALIZE_KEY: Text(choices=("mean", "max", "none")),
     "layer_ratios": MapOf(Real(low=0, below=1)),
     "protected": MapOf(_IDS),
+    # What was given in place of a ratio: a number of experts, or bytes and tokens.
+    "keep": Int(1, MAX_EXPERTS),
+    **dict.fromkeys(("target_size", "fits", "context"), Int(1)),
 }
 _FIELDS: dict[str, Kind] = {
     "model": MODEL,
@@ -130,7 +134,9 @@ class Plan:
         data: of the calibration data, one entry per source.
         notes: sentences for a reader, for instance about rounding.
         settings: further options of the allocation, as far as they were used: `protected`
-            {layer: ids}, `layer_ratios` {layer: ratio}, `normalise` (`make_plan(normalize=)`).
+            {layer: ids}, `layer_ratios` {layer: ratio}, `normalise` (`make_plan(normalize=)`); and
+            what was asked for in place of a ratio: `keep` (experts of every layer), `target_size`
+            (bytes of the weight files), `fits` (bytes of memory) with `context` (tokens).
         run: what the command asked for that made it, in one run from the model on (`prune`,
             `search`); empty for other plans.
         version: of the file format.
@@ -159,6 +165,19 @@ class Plan:
         """Whether all layers with equally many experts keep equally many."""
         counts = {(layer.num_experts, len(layer.kept)) for layer in self.layers.values()}
         return len(counts) == len({experts for experts, _ in counts})
+
+    @property
+    def asked(self) -> str | None:
+        """What was asked for in place of a ratio, in words; None if a ratio was."""
+        given = self.settings
+        if "keep" in given:
+            return f"{given['keep']} experts in every layer"
+        if "target_size" in given:
+            return f"weight files of at most {in_bytes(given['target_size'])}"
+        if "fits" in given:
+            tokens = f"{given['context']:,} tokens" if "context" in given else "some tokens"
+            return f"weights and the cache of {tokens} in {in_bytes(given['fits'])} of memory"
+        return None
 
     @property
     def record(self) -> dict[str, Any]:

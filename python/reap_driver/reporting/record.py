@@ -57,7 +57,8 @@ def _of_plan(inputs: Inputs) -> list[Fact]:
         return []
     weights = "as observed" if plan.weights is None else _weights(plan.weights)
     found = [
-        Fact("Ratio requested", f"{plan.ratio:g}"),
+        *([Fact("Asked for", plan.asked)] if plan.asked else []),
+        Fact("Ratio", f"{plan.ratio:g}"),
         Fact("Allocation", plan.allocation),
         Fact("Group weights", weights),
     ]

@@ -94,7 +94,8 @@ def prune(
     Args:
         model: checkpoint folder or hub id.
         data: sources of calibration data, each `[group=]SOURCE[:N]`.
-        ratio: share of experts to remove, above 0 and below 1.
+        ratio: share of experts to remove, above 0 and below 1, default 0.5; or give `keep`,
+            `target_size` or `fits`.
         out: folder of the new checkpoint.
         progress: True prints progress and notes as the command line does; or a function that is
             called with a `Progress`.
@@ -168,7 +169,8 @@ def plan(
 
     Args:
         stats: statistics, or their file.
-        ratio: share of experts to remove, above 0 and below 1.
+        ratio: share of experts to remove, above 0 and below 1, default 0.5; or give `keep`,
+            `target_size` or `fits`.
         out: where the plan is saved; None: nowhere.
         progress: see `prune`.
         **options: of `PlanOptions` and the classes it holds.
@@ -233,7 +235,8 @@ def search(
         model: checkpoint folder or hub id.
         stats: statistics, or their file.
         data: text to search on, each `[group=]SOURCE[:N]`.
-        ratio: share of experts to remove, above 0 and below 1.
+        ratio: share of experts to remove, above 0 and below 1, default 0.5; or give `keep`,
+            `target_size` or `fits`.
         out: where the plan is saved, and the state of the search on the way; None: nowhere.
         progress: see `prune`.
         **options: of `SearchOptions` and the classes it holds.
@@ -361,6 +364,8 @@ def estimate(
 ) -> estimating.Estimate:
     """Says what observing a model would take, here or on another `machine`: what `--dry-run` does.
 
+    With `ratio`, `keep`, `target_size` or `fits` it also says what pruning would leave.
+
     Args:
         model: checkpoint folder, hub id or config .json file; needs no weights.
         tokens: to plan for; or give the `data` to count them in.
@@ -374,6 +379,8 @@ def estimate(
     Example:
         >>> rd.estimate("MODEL", tokens=24_000_000).forecast.compute_seconds > 0
         True
+        >>> rd.estimate("MODEL", tokens=1000, keep=16).leaves.experts["model.layers.0.mlp.experts"]
+        (32, 16)
     """
     given = {"model": model, "tokens": tokens, **options}
     return estimating.estimate(build(EstimateOptions, given), listener_of(progress))

@@ -33,6 +33,7 @@ from reap_driver.workflow.inspection import (
 from reap_driver.workflow.jobs import EstimateOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.results import Result
+from reap_driver.workflow.sizes import Leaves, Sizing, leaves_of
 from reap_driver.workflow.sources import sources_of
 from reap_kernels.errors import DataError, ReapError, UnsupportedModel
 
@@ -51,6 +52,7 @@ class Estimate(Result):
         decision: how the model would be held.
         rates: measured here, or given.
         forecast: seconds, at those rates.
+        leaves: what pruning leaves; None where no amount to remove is given.
 
     Example:
         >>> rd.estimate("MODEL", tokens=1000).decision.stream
@@ -66,6 +68,7 @@ class Estimate(Result):
     decision: Decision
     rates: Rates
     forecast: Forecast
+    leaves: Leaves | None
 
     def describe(self) -> str:
         """See `Result`."""
@@ -76,14 +79,21 @@ class Estimate(Result):
         return self.known
 
 
-def estimate(options: EstimateOptions, listener: Listener | None = None) -> Estimate:
+def estimate(
+    options: EstimateOptions, listener: Listener | None = None, *, pruning: bool = True
+) -> Estimate:
     """Decides as a real run would, with its arithmetic; see `reap_driver.estimate`.
+
+    Args:
+        options: of the run.
+        listener: hears the rows.
+        pruning: say what pruning leaves, where an amount to remove is given.
 
     Raises:
         ReapError: the model does not fit, or it or its data cannot be read. What is known by then
             is reported before, and is the error's `known`.
     """
-    job = _Estimating(options, Collector(listener))
+    job = _Estimating(options, Collector(listener), pruning=pruning)
     try:
         with _config_folder(str(options.model)) as folder:
             return job.run(folder)
@@ -100,10 +110,12 @@ class _Estimating:
     Args:
         options: those of the job.
         heard: hears the rows.
+        pruning: see `estimate`.
     """
 
-    def __init__(self, options: EstimateOptions, heard: Collector) -> None:
+    def __init__(self, options: EstimateOptions, heard: Collector, *, pruning: bool) -> None:
         self._options, self._heard = options, heard
+        self._pruning = pruning and options.rank.given
         self._given = options.given_machine
         self._failed: list[ReapError] = []
         self._lines: list[str] = []
@@ -137,6 +149,7 @@ class _Estimating:
             self._add(rows.no_data(sizes, work))
         self._add(rows.needs(sizes, machine, work), needs=rows.needs_facts(sizes, machine, work))
         self._add(rows.free(machine), free=rows.free_facts(machine))
+        leaves = self._leaves(folder, model, stored, machine)
         if self._failed or stored is None:
             raise self._failed[0]
         decision = decide(self._options.run.stream, sizes, machine, work)
@@ -144,7 +157,7 @@ class _Estimating:
         rates, found = self._times(decision, sizes, stored, work, machine, device, dtype)
         notes, lines = self._heard.notes, tuple(self._lines)
         return Estimate(
-            notes, lines, self.known, sizes, stored, machine, work, decision, rates, found
+            notes, lines, self.known, sizes, stored, machine, work, decision, rates, found, leaves
         )
 
     def _machine(self) -> tuple[torch.device, Machine]:
@@ -204,6 +217,23 @@ class _Estimating:
             sources = read_data(model, wanted, options.data, options.run, seq_len, self._heard)
             self._add(group_lines([source.provenance() for source in sources]))
             return sum(source.tokens for source in sources)
+        return None
+
+    def _leaves(
+        self, folder: str, model: Model, stored: CheckpointSize | None, machine: Machine
+    ) -> Leaves | None:
+        """What pruning leaves, where an amount to remove is given and the files can be sized."""
+        options = self._options
+        if not self._pruning or stored is None:
+            return None
+        with _later(self._failed):
+            files = None if stored.origin == "estimated" else stored
+            run, write = options.run, options.write
+            trust = run.trust_remote_code
+            sizing = Sizing(model, folder, files, write, dtype=run.dtype, trust=trust)
+            leaves = leaves_of(options, sizing, self._heard)
+            self._add(rows.pruned(leaves, machine), pruned=leaves.facts())
+            return leaves
         return None
 
     def _times(

@@ -12,6 +12,7 @@ from reap_driver.memory.machine import Machine
 from reap_driver.memory.model_sizes import ModelSizes
 from reap_driver.memory.rates import Rate, Rates
 from reap_driver.memory.workload import Workload
+from reap_driver.workflow.sizes import Leaves
 
 _ORIGINS = {"headers": "exact", "index": "as its index says", "estimated": "estimated"}
 
@@ -147,6 +148,14 @@ def free_facts(machine: Machine) -> dict[str, Any]:
         "disk_bytes": None if disk is None else disk.nbytes,
         "ranks": machine.ranks,
     }
+
+
+def pruned(leaves: Leaves, machine: Machine) -> Iterator[str]:
+    """What pruning leaves, and the disk that it takes."""
+    yield from leaves.lines()
+    disk = _amount(machine.disk_free, "free=SIZE")
+    bound = "" if machine.disk_free is None else f" {machine.disk_free.bound}"
+    yield row("to write it", f"{in_bytes(leaves.output)}; free: {disk}{bound}")
 
 
 def times(plan: Decision, found: Forecast, rates: Rates, ranks: int) -> Iterator[str]:

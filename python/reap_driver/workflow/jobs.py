@@ -12,11 +12,8 @@ from reap_driver.memory import given_machine as machines
 from reap_driver.workflow.fields import group_of, option, options, refused
 from reap_driver.workflow.options import (
     DATA,
-    AllocationOptions,
-    BudgetOptions,
     DataOptions,
     JournalOptions,
-    RankOptions,
     RunOptions,
     WriteOptions,
     check_positive,
@@ -24,6 +21,7 @@ from reap_driver.workflow.options import (
     read_count,
     trust_option,
 )
+from reap_driver.workflow.rank_options import AllocationOptions, BudgetOptions, RankOptions
 
 if TYPE_CHECKING:  # it imports torch, and --help must not
     from reap_kernels import SaliencyStats
@@ -78,6 +76,13 @@ def _plain(given: Any) -> None:
 
 
 _PATHS = ("out", "stats", "plan", "as_masks", "compare", "task_folder")
+
+
+def _check_context(rank: RankOptions) -> None:
+    if rank.context is not None and rank.fits is None:
+        raise refused(
+            f"`context={rank.context}`: only with `fits`, or with --dry-run, which shows the cache"
+        )
 
 
 def _needs_data(data: DataOptions, also: str = "") -> None:
@@ -142,6 +147,12 @@ class PlanOptions:
     """
 
     stats: "str | Path | SaliencyStats" = _stats()
+    model: str | Path | None = option(
+        None,
+        metavar="MODEL",
+        help="with `target_size` or `fits`: the model whose sizes count, as checkpoint folder or "
+        "hub id (default: the one that STATS name)",
+    )
     out: str | Path | None = option(None, metavar="FILE", help="where to save the plan")
     overwrite: bool = _overwrite()
     rank: RankOptions = group_of(RankOptions)
@@ -150,6 +161,9 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         _plain(self)
+        _check_context(self.rank)
+        if self.model is not None and self.rank.limit is None:
+            raise refused(f"`model={self.model}`: only with `target_size` or `fits`")
 
 
 @options
@@ -159,8 +173,8 @@ class PruneOptions:
 
     Example:
         >>> data = rd.DataOptions(data="code.jsonl")
-        >>> rd.PruneOptions(model="MODEL", out="half", data=data).rank.ratio
-        0.5
+        >>> rd.PruneOptions(model="MODEL", out="half", data=data, rank=rd.RankOptions(keep=8)).folds
+        8
     """
 
     model: str | Path = _model()
@@ -183,6 +197,7 @@ class PruneOptions:
     def __post_init__(self) -> None:
         _plain(self)
         check_positive(self, "folds")
+        _check_context(self.rank)
         _needs_data(self.data)
         if self.out is None:
             raise refused("`out` is required: the folder of the new checkpoint")
@@ -191,7 +206,7 @@ class PruneOptions:
 @options
 @dataclass(frozen=True, kw_only=True)
 class EstimateOptions:
-    """What observing a model would take, found without running it.
+    """What observing a model would take, and what pruning would leave, without running it.
 
     Example:
         >>> rd.EstimateOptions(model="MODEL", tokens=24_000_000).run.stream
@@ -217,6 +232,10 @@ class EstimateOptions:
     out: str | Path | None = option(None, metavar="PATH", help="where the run would write")
     data: DataOptions = group_of(DataOptions)
     run: RunOptions = group_of(RunOptions)
+    rank: RankOptions = group_of(RankOptions)
+    allocation: AllocationOptions = group_of(AllocationOptions)
+    budget: BudgetOptions = group_of(BudgetOptions)
+    write: WriteOptions = group_of(WriteOptions)
 
     def __post_init__(self) -> None:
         _plain(self)
@@ -350,6 +369,7 @@ class SearchOptions:
     def __post_init__(self) -> None:
         _plain(self)
         check_positive(self, "evaluations", "generations", "population", "elites")
+        _check_context(self.rank)
         _needs_data(self.data)
         if self.run.stream == "always":
             raise refused(

@@ -3,23 +3,16 @@
 An option that is one word on the command line is one word here: `--seq-len 512` is `seq_len=512`.
 """
 
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from reap_driver.base.quantities import whole
-from reap_driver.planning.criteria import CRITERIA, criterion_named
+from reap_driver.base.quantities import number, whole
 from reap_driver.workflow.fields import option, options, refused
 
 SEQ_LEN = 2048
-# What `protect` takes: SUPER, a layer and ids in it, or a file of them.
-SUPER = "super"
-Protected = str | tuple[str, tuple[int, ...]] | Path
-
 DATA, RUN, JOURNAL = "data", "running the model", "journal"
-_RANK, _BUDGET = "which experts go", "how many experts each layer loses"
 _WRITE = "writing the checkpoint"
 
 
@@ -40,24 +33,29 @@ def check_positive(given: Any, *names: str) -> None:
             raise refused(f"`{name}={value}`: give a whole number above 0")
 
 
-def read_bytes(given: Any, name: str) -> None:
-    """Replaces the text of an option that is a number of bytes, such as "5GB", by the number."""
-    _read(given, name, "B", "a size such as 5GB, 800MB or 4GiB")
+def read_bytes(given: Any, *names: str) -> None:
+    """Replaces the text of options that are numbers of bytes, such as "5GB", by the number."""
+    for name in names:
+        text = getattr(given, name)
+        if isinstance(text, str):
+            value = int(number(text, "B") or 0)  # 16.1GiB is no whole number
+            _replace(given, name, value or None, "a size such as 5GB, 800MB or 4GiB")
+    check_positive(given, *names)
 
 
 def read_count(given: Any, name: str) -> None:
     """Replaces the text of an option that is a count, such as "24M", by the number."""
-    _read(given, name, "", "a whole number such as 24M or 65536")
-
-
-def _read(given: Any, name: str, unit: str, expected: str) -> None:
     text = getattr(given, name)
     if isinstance(text, str):
-        value = whole(text, unit)
-        if value is None:
-            raise refused(f"`{name}={text}`: not {expected}")
-        object.__setattr__(given, name, value)
+        _replace(given, name, whole(text), "a whole number such as 24M or 65536")
     check_positive(given, name)
+
+
+def _replace(given: Any, name: str, value: int | None, expected: str) -> None:
+    """Sets an option that was given as text; `value` is None where the text is none."""
+    if value is None:
+        raise refused(f"`{name}={getattr(given, name)}`: not {expected}")
+    object.__setattr__(given, name, value)
 
 
 @options
@@ -269,153 +267,10 @@ class JournalOptions:
             )
 
 
-@options
-@dataclass(frozen=True, kw_only=True)
-class RankOptions:
-    """Which experts go.
-
-    Example:
-        >>> rd.RankOptions(ratio=0.25, protect="3:17,40").protected
-        (('3', (17, 40)),)
-    """
-
-    ratio: float = option(0.5, group=_RANK, help="share of experts to remove, above 0 and below 1")
-    criterion: str = option(
-        "reap",
-        metavar="NAME",
-        group=_RANK,
-        help="what experts are ranked by; one of "
-        + "; ".join(f"{name}: {known.formula}" for name, known in CRITERIA.items())
-        + "; S(b,alpha,p): n^-b sum g^alpha ||f||^p; random:SEED: by chance, to compare with",
-    )
-    weights: Mapping[str, float] | None = option(
-        None,
-        metavar="GROUP=W,...",
-        group=_RANK,
-        help="count the groups as if their tokens had these shares (default: as observed)",
-    )
-    protect: str | Path | Mapping[str, Collection[int]] | Sequence[Any] = option(
-        (),
-        metavar="WHAT",
-        group=_RANK,
-        help="experts that stay, one or several of: super, those with extreme activations (above "
-        "the 99.5th percentile and a tenth of the largest); LAYER:ID,ID, experts by id; a JSON or "
-        "YAML file {LAYER: [ID, ...]}",
-    )
-
-    def __post_init__(self) -> None:
-        try:
-            criterion_named(self.criterion)
-        except ValueError as error:
-            raise refused(f"`criterion`: {error}") from error
-        given = self.protect
-        if isinstance(given, Mapping):
-            given = [(layer, tuple(ids)) for layer, ids in given.items()]
-        listed = [given] if isinstance(given, str | Path) else given
-        object.__setattr__(self, "protect", tuple(map(_protected, listed)))
-
-    @property
-    def protected(self) -> tuple[Protected, ...]:
-        """`protect` as a tuple, which it is once checked."""
-        return cast("tuple[Protected, ...]", self.protect)
-
-
-def _protected(given: Any) -> Protected:
-    """`super`, LAYER:ID,ID or a JSON or YAML file."""
-    if given == SUPER or isinstance(given, tuple | Path):
-        return given
-    if isinstance(given, str) and (found := re.fullmatch(r"(.+):(\d+(?:,\d+)*)", given)):
-        return found[1], tuple(int(number) for number in found[2].split(","))
-    if isinstance(given, str) and Path(given).suffix in (".json", ".yaml", ".yml"):
-        return Path(given)
-    raise refused(
-        f"`protect`: {given!r} is not super, LAYER:ID,ID such as 3:17,40, or a .json or .yaml file"
-    )
-
-
 def check_resume(resume: bool | str, out: Any, what: str) -> None:
     """Raises OptionError for a run that is to be resumed and writes nothing."""
     if resume and out is None:
         raise refused(f"`resume={resume}`: needs `out`, beside which the {what} is")
-
-
-_LAYERS = """\
-LAYER is the name of an experts module, the number in it, or a pattern such as '*.3.*'.
-Transformers and serving engines read one number of experts for all layers, so every
-choice here but the default makes a checkpoint they cannot load as it is."""
-
-
-@options
-@dataclass(frozen=True, kw_only=True)
-class AllocationOptions:
-    """How what is removed is shared out among layers.
-
-    Example:
-        >>> rd.AllocationOptions(allocation="global", normalize="max").normalize
-        'max'
-    """
-
-    allocation: Literal["uniform", "global"] = option(
-        "uniform",
-        group=_BUDGET,
-        about=_LAYERS,
-        help="uniform: the same share of each layer; global: the lowest scores of all layers "
-        "together, but never more than a router can spare",
-    )
-    normalize: Literal["mean", "max", "none"] | None = option(
-        None,
-        group=_BUDGET,
-        needs={"allocation": ("global",)},
-        help="with `allocation='global'`: divide each layer's scores by their mean (default) or "
-        "maximum before comparing layers, or compare them as they are",
-    )
-
-    def __post_init__(self) -> None:
-        if self.normalize is not None and self.allocation != "global":
-            raise refused(
-                f"`normalize={self.normalize}`: only with `allocation='global'`, which compares "
-                "layers"
-            )
-
-
-@options
-@dataclass(frozen=True, kw_only=True)
-class BudgetOptions:
-    """Layers that lose another share of their experts than the others.
-
-    Example:
-        >>> rd.BudgetOptions(layer_ratios={"3": 0.25}, skip_last=1).skip_last
-        1
-    """
-
-    layer_ratios: str | Path | Mapping[str, float] | None = option(
-        None,
-        metavar="FILE",
-        group=_BUDGET,
-        about=_LAYERS,
-        help="JSON or YAML {LAYER: RATIO} of layers that lose another share, 0 for none, as for "
-        "layers that no token reached; of several that fit a layer the last counts; the other "
-        "layers lose `ratio` all the same",
-    )
-    skip_first: int = option(
-        0,
-        metavar="N",
-        group=_BUDGET,
-        help="keep all experts of the first N MoE layers; the others lose no more for it",
-    )
-    skip_last: int = option(
-        0,
-        metavar="N",
-        group=_BUDGET,
-        help="keep all experts of the last N MoE layers; the others lose no more for it",
-    )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.layer_ratios, str):
-            object.__setattr__(self, "layer_ratios", Path(self.layer_ratios))
-        for name in ("skip_first", "skip_last"):
-            if getattr(self, name) < 0:
-                raise refused(f"`{name}={getattr(self, name)}`: give 0 or more")
 
 
 @options

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from reap_driver.base.threads import single_threaded
-from reap_driver.planning.allocation import explicit
-from reap_driver.planning.budget import served_advice
 from reap_driver.planning.criteria import known_criterion
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.stability import CERTAIN, keep_probability, margin
@@ -14,7 +12,7 @@ from reap_driver.workflow.errors import OptionError
 from reap_driver.workflow.jobs import PlanOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.outputs import check_file, inputs_of
-from reap_driver.workflow.ranking import planned, scored
+from reap_driver.workflow.ranking import advice, planned, scored
 from reap_driver.workflow.results import Result
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import DataError
@@ -58,7 +56,13 @@ def make(options: PlanOptions, listener: Listener | None = None) -> Planned:
         check_file(out, overwrite=options.overwrite, inputs=inputs_of(options, out))
     stats = stats_of(options.stats)
     scores = scored(stats, options.rank)
-    plan = planned(scores, options.rank, options.budget, options.allocation, stats)
+    if options.rank.limit is None:
+        plan = planned(scores, options.rank, options.budget, options.allocation, stats)
+    else:
+        # Sizes need the model, and with it transformers, which planning imports for nothing else.
+        from reap_driver.workflow.plan_sizes import plan_of_size
+
+        plan = plan_of_size(options, stats, scores, heard)
     if isinstance(out, Path):
         plan.save(out)
     inside = decision_margin(plan, stats, heard)
@@ -87,16 +91,6 @@ def plan_of(given: Any) -> Plan:
     if isinstance(given, str | Path):
         return Plan.load(Path(given))
     raise OptionError(f"the plan is a {type(given).__name__}; give a file's name or a Plan")
-
-
-def advice(plan: Plan, layers: dict[str, dict[str, Any]]) -> list[str]:
-    """Numbers of experts that engines are surer to serve, of a plan they can load at all."""
-    if not plan.uniform:
-        return []
-    removed = {name: len(layer.removed) for name, layer in plan.layers.items()}
-    guarded = plan.settings.get("protected")
-    facts = {name: layers[name] for name in plan.layers}
-    return served_advice(explicit(facts, removed, protected=guarded))
 
 
 def decision_margin(
@@ -147,6 +141,7 @@ def plan_line(plan: Plan) -> str:
     layers = plan.layers.values()
     held = sum(len(ids) for ids in plan.settings.get("protected", {}).values())
     tail = f"; {held} of them protected" if held else ""
+    tail += f" (ratio {plan.ratio:g})" if plan.asked else ""
     if plan.uniform:
         counts = {(layer.num_experts, len(layer.kept)) for layer in layers}
         each = " and ".join(f"{kept} of {experts}" for experts, kept in sorted(counts))

@@ -18,9 +18,10 @@ from reap_driver.workflow.jobs import PruneOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.observe import Observed, Observing, run_of
 from reap_driver.workflow.outputs import check_file, check_replaced_folder, inputs_of
-from reap_driver.workflow.plan import Planned, advice, decision_margin
-from reap_driver.workflow.ranking import foreseen, planned, scored
+from reap_driver.workflow.plan import Planned, decision_margin
+from reap_driver.workflow.ranking import advice, foreseen, scored
 from reap_driver.workflow.results import Result
+from reap_driver.workflow.sizes import Sizing, foreseen_amount, sized_plan, sizing_of
 from reap_driver.writer.apply import apply_plan, check_plan
 from reap_kernels import SaliencyStats
 from reap_kernels.documents import as_read
@@ -85,25 +86,34 @@ def prune(options: PruneOptions, listener: Listener | None = None) -> Pruned | C
         job.check_journal()
         job.inspect()
         job.model.check_files()
+        sizing = _sizing(options, job.model)
         there = resume == "auto" and os.path.lexists(out)  # it may be the output of this command
         if world.rank == 0 and not there:  # the one that writes
-            _check_writing(options, out, job.model, heard)
+            _check_writing(options, out, job.model, sizing, heard)
         world.barrier()
         check_groups(job.wanted, options.rank.weights)
         job.read_data()
-        if job.complete(out, lambda: _both(options, out, job.asked)):
+        if job.complete(out, lambda: _both(options, out, sizing, job.asked)):
             return finished(out, heard) if world.rank == 0 else None
         if world.rank == 0:
             _check_own(options, stats, job.asked)
             if there:
-                _check_writing(options, out, job.model, heard)
+                _check_writing(options, out, job.model, sizing, heard)
         world.barrier()
         with job.observed() as found:
-            return None if found is None else _write(options, out, job, found, heard)
+            return None if found is None else _write(options, out, job, sizing, found, heard)
+
+
+def _sizing(options: PruneOptions, model: Model) -> Sizing | None:
+    """The model's sizes, where one of them decides how much goes."""
+    if options.rank.limit is None:
+        return None
+    run = options.run
+    return sizing_of(model, options.write, dtype=run.dtype, trust=run.trust_remote_code)
 
 
 def _both(
-    options: PruneOptions, out: Path, asked: Mapping[str, Any]
+    options: PruneOptions, out: Path, sizing: Sizing | None, asked: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """What a checkpoint records of the command that made it, and what is asked for now.
 
@@ -118,13 +128,13 @@ def _both(
     run = known.provenance.get("run", {})
     if difference(run, as_read(dict(asked))) is not None:
         return run, asked
-    return Plan.load(plan).run, {**asked, **_decided(options, _planned(options, known))}
+    return Plan.load(plan).run, {**asked, **_decided(options, _planned(options, sizing, known))}
 
 
-def _planned(options: PruneOptions, stats: SaliencyStats) -> Plan:
+def _planned(options: PruneOptions, sizing: Sizing | None, stats: SaliencyStats) -> Plan:
     """The plan that the options ask for, by statistics of the model."""
     scores = scored(stats, options.rank)
-    return planned(scores, options.rank, options.budget, options.allocation, stats)
+    return sized_plan(sizing, scores, options.rank, options.budget, options.allocation, stats)
 
 
 def _decided(options: PruneOptions, plan: Plan) -> dict[str, Any]:
@@ -146,12 +156,19 @@ def _check_own(options: PruneOptions, stats: Path | None, asked: Mapping[str, An
         made_by(stats, lambda: (run_of(stats), asked), overwrite=False)
 
 
-def _check_writing(options: PruneOptions, out: Path, model: Model, heard: Listener) -> None:
+def _check_writing(
+    options: PruneOptions, out: Path, model: Model, sizing: Sizing | None, heard: Listener
+) -> None:
     """Checks early that what will be planned can be written."""
+    rank, budget, allocation = options.rank, options.budget, options.allocation
+    amount = None if sizing is None else foreseen_amount(sizing, rank, budget, allocation)
     # Plans that remove as many of each layer need the same space and pass the same checks.
-    plans = foreseen(model.blank_scores(), options.rank, options.budget, options.allocation)
+    plans = foreseen(model.blank_scores(), rank, budget, allocation, amount)
     for blank in plans:
         check_plan(model.path, blank, out, **_writing(options))
+    if sizing is not None:
+        for line in sizing.leaves(sizing.largest(plans), rank).lines():
+            heard.say(line)
     for text in advice(plans[0], model.provenance["layers"]):
         heard.note(text)
 
@@ -163,14 +180,19 @@ def _writing(options: PruneOptions) -> dict[str, Any]:
 
 
 def _write(
-    options: PruneOptions, out: Path, job: Observing, found: Observed, heard: Collector
+    options: PruneOptions,
+    out: Path,
+    job: Observing,
+    sizing: Sizing | None,
+    found: Observed,
+    heard: Collector,
 ) -> Pruned:
     """Ranks, plans, and writes the checkpoint."""
     stats = found.stats
     heard.say(found.describe())
     if isinstance(options.stats, Path):
         stats.save(options.stats)
-    plan = _planned(options, stats)
+    plan = _planned(options, sizing, stats)
     plan = dataclasses.replace(plan, run={**job.asked, **_decided(options, plan)})
     inside = decision_margin(plan, stats, heard)
     for note in plan.notes:

@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from reap_driver.base.yaml_text import MAX_BYTES, parse_yaml
+from reap_driver.planning.allocation import explicit
+from reap_driver.planning.amount import Amount, keeping, possible_ratios
+from reap_driver.planning.budget import Router, served_advice
 from reap_driver.planning.criteria import Scores
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.planner import make_plan
 from reap_driver.planning.scoring import score
 from reap_driver.planning.selection import protected_experts, select_layers, super_experts
-from reap_driver.workflow.options import AllocationOptions, BudgetOptions, RankOptions
+from reap_driver.workflow.fields import refused
+from reap_driver.workflow.rank_options import (
+    RATIO,
+    AllocationOptions,
+    BudgetOptions,
+    RankOptions,
+)
 from reap_kernels import SaliencyStats
 from reap_kernels.documents import read_bytes
 from reap_kernels.errors import DataError, PlanError
@@ -29,6 +38,7 @@ def planned(
     budget: BudgetOptions,
     allocation: AllocationOptions | None = None,
     stats: SaliencyStats | None = None,
+    amount: Amount | None = None,
 ) -> Plan:
     """The plan that options ask for.
 
@@ -36,24 +46,33 @@ def planned(
         scores: of every layer.
         rank, budget, allocation: the options; without an allocation it is uniform.
         stats: what the scores are of; None where there are none yet, and super experts are unknown.
+        amount: how much is removed, where `rank` gives a size; otherwise `rank` decides.
 
     Raises:
         DataError: a file cannot be read or holds something else.
         PlanError: a layer or an expert that was named is not there, or the plan is not possible.
     """
     how = allocation or AllocationOptions()
-    return make_plan(
+    protected = _protected(rank, scores, stats)
+    own = _layer_ratios(budget, list(scores), scores.unobserved)
+    amount = amount or _amount(rank, how, _routers(scores, own), protected)
+    plan = make_plan(
         scores,
-        rank.ratio,
+        amount.ratio,
         allocation=how.allocation,
-        protected=_protected(rank, scores, stats),
-        layer_ratios=_layer_ratios(budget, list(scores), scores.unobserved),
+        protected=protected,
+        layer_ratios=own,
         normalize=how.normalize,
     )
+    return replace(plan, settings=plan.settings | dict(amount.asked))
 
 
 def foreseen(
-    blank: Scores, rank: RankOptions, budget: BudgetOptions, allocation: AllocationOptions
+    blank: Scores,
+    rank: RankOptions,
+    budget: BudgetOptions,
+    allocation: AllocationOptions,
+    amount: Amount | None = None,
 ) -> list[Plan]:
     """The plans, before any statistics, that bound those which the options can lead to.
 
@@ -62,16 +81,70 @@ def foreseen(
 
     Args:
         blank: scores of the model that is to be pruned; their values do not matter.
-        rank, budget, allocation: the options.
+        rank, budget, allocation, amount: see `planned`.
     """
-    plans = [planned(blank, rank, budget, allocation)]
+    plans = [planned(blank, rank, budget, allocation, amount=amount)]
     if allocation.allocation == "global":
         highest = max(len(values) for values in blank.values())
         rising = {name: v + n * highest for n, (name, v) in enumerate(blank.items())}
         facts = {"model": blank.model, "layers": blank.layers}
         scores = Scores(rising, criterion=blank.criterion, provenance=facts)
-        plans.append(planned(scores, rank, budget, replace(allocation, normalize="none")))
+        raw = replace(allocation, normalize="none")
+        plans.append(planned(scores, rank, budget, raw, amount=amount))
     return plans
+
+
+def ratios(
+    scores: Scores,
+    rank: RankOptions,
+    budget: BudgetOptions,
+    allocation: AllocationOptions | None = None,
+    stats: SaliencyStats | None = None,
+) -> list[float]:
+    """Every ratio that leads to another number of experts, ascending; see `planned`.
+
+    Raises:
+        PlanError: there is none, or see `planned`.
+    """
+    own = _layer_ratios(budget, list(scores), scores.unobserved)
+    together = allocation is not None and allocation.allocation == "global"
+    protected = _protected(rank, scores, stats)
+    return possible_ratios(_routers(scores, own), protected, together=together)
+
+
+def advice(plan: Plan, layers: dict[str, dict[str, Any]]) -> list[str]:
+    """Numbers of experts that engines are surer to serve, of a plan they can load at all."""
+    if not plan.uniform:
+        return []
+    removed = {name: len(layer.removed) for name, layer in plan.layers.items()}
+    guarded = plan.settings.get("protected")
+    facts = {name: layers[name] for name in plan.layers}
+    return served_advice(explicit(facts, removed, protected=guarded))
+
+
+def _amount(
+    rank: RankOptions,
+    allocation: AllocationOptions,
+    routers: list[Router],
+    protected: Mapping[str, frozenset[int]],
+) -> Amount:
+    """How much is removed, without sizes."""
+    assert rank.limit is None, "a size needs the model: see Sizing.amount"
+    if rank.keep is None:
+        return Amount(RATIO if rank.ratio is None else rank.ratio)
+    if allocation.allocation == "global":
+        raise refused(
+            f"`keep={rank.keep}`: not together with `allocation='global'`, by which layers keep "
+            "different numbers; give `ratio`"
+        )
+    if not routers:
+        raise PlanError(f"`keep={rank.keep}`: every layer has a ratio of its own; leave it out")
+    return keeping(routers, rank.keep, protected)
+
+
+def _routers(scores: Scores, own: Mapping[str, float]) -> list[Router]:
+    """Of the layers that have no ratio of their own."""
+    return [Router.of(name, scores.layers.get(name, {})) for name in scores if name not in own]
 
 
 def _protected(

@@ -37,10 +37,12 @@ from reap_driver.workflow.inspection import (
 )
 from reap_driver.workflow.jobs import SearchOptions
 from reap_driver.workflow.listener import Collector, Listener
+from reap_driver.workflow.options import WriteOptions
 from reap_driver.workflow.outputs import check_file, inputs_of
 from reap_driver.workflow.plan import plan_facts, plan_line, stats_of
-from reap_driver.workflow.ranking import planned, scored
+from reap_driver.workflow.ranking import scored
 from reap_driver.workflow.results import Result
+from reap_driver.workflow.sizes import sized_plan, sizing_of
 from reap_driver.workflow.sources import sources_of
 from reap_driver.writer.plan_checks import check_model, check_same_layers
 from reap_kernels import check_backend
@@ -144,9 +146,9 @@ def _searched(
     path = state_path(place)
     with states.locked(path):
         saved = _saved(path, options)
-        task = _task(options)
         trust = options.run.trust_remote_code
         model = inspect_model(str(options.model), trust_remote_code=trust)
+        task = _task(options, model, heard)
         check_same_layers(task.uniform, model.layers)
         force = options.force_model
         task.notes = check_model(task.uniform, model.provenance, model.path, force=force)
@@ -226,10 +228,23 @@ def _settings(options: SearchOptions) -> Settings:
     return Settings(evaluations, population, options.elites, options.data.seed)
 
 
-def _task(options: SearchOptions) -> Task:
+def _task(options: SearchOptions, model: Model, heard: Listener) -> Task:
     stats = stats_of(options.stats)
     scores = scored(stats, options.rank)
-    return Task(scores, planned(scores, options.rank, options.budget, stats=stats))
+    sizing = None
+    if options.rank.limit is not None:
+        sizing = sizing_of(
+            model,
+            WriteOptions(non_uniform=True),
+            dtype=options.run.dtype,
+            trust=options.run.trust_remote_code,
+            force=options.force_model,
+        )
+    plan = sized_plan(sizing, scores, options.rank, options.budget, stats=stats)
+    if sizing is not None:
+        for line in sizing.leaves(plan, options.rank).lines():
+            heard.say(line)
+    return Task(scores, plan)
 
 
 def _sources(options: SearchOptions, model: Model, heard: Listener) -> list[PackedSource]:

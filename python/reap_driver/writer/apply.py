@@ -167,6 +167,39 @@ def check_plan(
 
 
 @dataclass(frozen=True)
+class OutputSize:
+    """Size of a checkpoint that was not written yet.
+
+    Attributes:
+        weights: bytes of its weight files.
+        total: bytes of all files but the card, the index and the record.
+    """
+
+    weights: int
+    total: int
+
+
+def output_size(
+    model_path: str | Path,
+    plan: "Plan",
+    *,
+    mtp: Literal["drop", "keep"],
+    shard_size: int | None,
+    trust_remote_code: bool,
+    non_uniform: bool,
+    force_model: bool,
+) -> OutputSize:
+    """What `apply_plan` with these arguments would write; reads headers only.
+
+    Raises:
+        PlanError, CheckpointError, UnsupportedModel: see `apply_plan`.
+    """
+    options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
+    job = _prepare(resolve_folder(model_path), plan, options)
+    return OutputSize(job.weight_bytes(), job.bytes_needed())
+
+
+@dataclass(frozen=True)
 class _Options:
     """Arguments of `apply_plan`."""
 
@@ -195,11 +228,14 @@ class _Job:
     inherited: Mapping[str, Any] | None  # fields of the source's card; None: cannot be read
     card_note: str | None  # why they cannot be read
 
+    def weight_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(shard.nbytes + len(shard.header()) for shard in self.shards)
+
     def bytes_needed(self) -> int:
-        """Size of the output: shards, and what is copied beside them."""
-        weights = sum(shard.nbytes + len(shard.header()) for shard in self.shards)
+        """Size of the output: weight files, and what is copied beside them."""
         small = sum((self.source.folder / path).stat().st_size for path in self.source.small_files)
-        return weights + small + len(self.loader or "")
+        return self.weight_bytes() + small + len(self.loader or "")
 
 
 def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:

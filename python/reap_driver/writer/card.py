@@ -167,7 +167,8 @@ def _method(plan: "Plan") -> list[tuple[object, ...]]:
     return [
         ("setting", "value"),
         ("criterion", Markdown(code(plan.criterion) + formula)),
-        ("ratio asked", f"{plan.ratio:g}"),
+        *([("asked for", plan.asked)] if plan.asked else []),
+        ("ratio", f"{plan.ratio:g}"),
         ("experts removed", f"{removed:,} of {total:,} ({100 * removed / total:.1f} %)"),
         ("allocation", plan.allocation),
         ("weights of calibration groups", weights),

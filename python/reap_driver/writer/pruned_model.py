@@ -61,23 +61,34 @@ def derive_model(
     """
     before = {name: pair[0] for name, pair in counts.items()}
     after = {name: pair[1] for name, pair in counts.items()}
-    for stack in stacks:
-        cut = [name for name in stack.layers if after[name] != before[name]]
-        if cut and not stack.sites:
-            raise CheckpointError(
-                f"{folder / 'config.json'}: no field says {before[cut[0]]}, the number of experts "
-                f"of {cut[0]}, so it cannot be changed; use the config.json of this checkpoint."
-            )
-    complete = model.config.to_dict()
-    edited = with_counts(raw, complete, stacks, before, after)
+    edited = _edited(folder, model, raw, stacks, counts)
     old, new = KeyMap(model), _keys(folder, edited, trust_remote_code)
     other, compared = after, new.shapes
     if any(after[name] == before[name] for name in before):
         other = {name: 2 * count for name, count in before.items()}
-        doubled = with_counts(raw, complete, stacks, before, other)
+        doubled = with_counts(raw, model.config.to_dict(), stacks, before, other)
         compared = _keys(folder, doubled, trust_remote_code).shapes
     layout = derive_layout(old.shapes, compared, {n: (before[n], other[n]) for n in before})
     return PrunedModel(old, new, edited, layout)
+
+
+def smaller_model(
+    folder: Path,
+    model: PreTrainedModel,
+    raw: Mapping[str, Any],
+    stacks: Sequence[Stack],
+    counts: Mapping[str, tuple[int, int]],
+    *,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """The pruned model on meta, by its configuration alone.
+
+    Args: see `derive_model`; the folder need not hold weights.
+
+    Raises:
+        CheckpointError: config.json lacks the number of experts of a layer that loses some.
+    """
+    return _built(folder, _edited(folder, model, raw, stacks, counts), trust_remote_code)
 
 
 def stacks_of_files(
@@ -105,7 +116,32 @@ def stacks_of_files(
     return find_stacks(raw, model.config.to_dict(), experts, shapes, shapes_of)
 
 
+def _edited(
+    folder: Path,
+    model: PreTrainedModel,
+    raw: Mapping[str, Any],
+    stacks: Sequence[Stack],
+    counts: Mapping[str, tuple[int, int]],
+) -> dict[str, Any]:
+    """config.json with the new counts."""
+    before = {name: pair[0] for name, pair in counts.items()}
+    after = {name: pair[1] for name, pair in counts.items()}
+    for stack in stacks:
+        cut = [name for name in stack.layers if after[name] != before[name]]
+        if cut and not stack.sites:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: no field says {before[cut[0]]}, the number of experts "
+                f"of {cut[0]}, so it cannot be changed; use the config.json of this checkpoint."
+            )
+    return with_counts(raw, model.config.to_dict(), stacks, before, after)
+
+
 def _keys(folder: Path, edited: Mapping[str, Any], trust: bool) -> KeyMap:
+    """Key rules of the model of an edited config.json."""
+    return KeyMap(_built(folder, edited, trust))
+
+
+def _built(folder: Path, edited: Mapping[str, Any], trust: bool) -> PreTrainedModel:
     """Builds the model of an edited config.json, in the way in which the output will be loaded.
 
     The model code that comes with a checkpoint is found through the folder of its config.
@@ -114,7 +150,7 @@ def _keys(folder: Path, edited: Mapping[str, Any], trust: bool) -> KeyMap:
         (Path(name) / "config.json").write_text(json.dumps(edited), encoding="utf-8")
         for code in folder.glob("*.py") if trust else ():
             shutil.copy(code, name)
-        return KeyMap(meta_model(load_config(name, trust_remote_code=trust)))
+        return meta_model(load_config(name, trust_remote_code=trust))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,21 @@ from reap_kernels.errors import ReapError, UsageError
 
 COMMANDS = {
     "prune": (rd.PruneOptions, rd.EstimateOptions),
-    "observe": (rd.ObserveOptions, rd.EstimateOptions),
+    "observe": (rd.ObserveOptions,),
     "plan": (rd.PlanOptions,),
     "search": (rd.SearchOptions,),
     "apply": (rd.ApplyOptions,),
     "compare": (rd.CompareOptions,),
     "report": (rd.ReportOptions,),
 }
+# Of a dry run; that of observe says nothing of what pruning leaves.
+ESTIMATED = {"machine", "tokens"}
 GIVEN = {"model": "M", "data": ["a.jsonl"], "out": "o", "stats": "s", "plan": "p", "pruned": "q"}
 
 
 def given(cls: type, **changes: Any) -> dict[str, Any]:
     """What a class of options needs at least."""
-    names = {field.name for field in every_field(cls)}
+    names = {f.name for f in every_field(cls) if f.default is MISSING or f.name in ("data", "out")}
     return {name: value for name, value in (GIVEN | changes).items() if name in names}
 
 
@@ -43,7 +46,8 @@ def test_every_option_is_a_flag_with_its_default_and_help(command: str) -> None:
     actions = {action.dest: action for action in parser._actions}
     fields = {f.name: f for cls in COMMANDS[command] for f in every_field(cls)}
     rest = set(actions) - set(fields)
-    assert rest <= {"help", "json", "quiet", "dry_run"}
+    assert rest <= {"help", "json", "quiet", "dry_run", *ESTIMATED}
+    assert set(actions) >= ESTIMATED or command not in ("observe", "prune")
     assert set(fields) <= set(actions)
     for name, field in fields.items():
         first = flags(field.metadata["help"])[:30].replace("%", "%%")
@@ -87,6 +91,17 @@ def test_options_have_defaults_docstrings_and_survive_a_round(cls: type) -> None
         (rd.PruneOptions, {"out": None}, "`out` is required"),
         (rd.PruneOptions, {"criterion": "best"}, "`criterion`: criterion 'best' is unknown"),
         (rd.PruneOptions, {"protect": "3:x"}, "`protect`: '3:x' is not super, LAYER:ID,ID"),
+        (rd.PruneOptions, {"keep": 0}, "`keep=0`: give a whole number above 0"),
+        (rd.PruneOptions, {"keep": 4, "ratio": 0.5}, "`keep`: not together with `ratio`; give one"),
+        (rd.SearchOptions, {"keep": 4, "fits": 9}, "`fits`: not together with `keep`; give one"),
+        (rd.PlanOptions, {"fits": "16XB"}, "`fits=16XB`: not a size such as 5GB, 800MB or 4GiB"),
+        (rd.PlanOptions, {"fits": "0GB"}, "`fits=0GB`: not a size"),
+        (rd.PlanOptions, {"fits": 0}, "`fits=0`: give a whole number above 0"),
+        (rd.PlanOptions, {"target_size": "-5GB"}, "`target_size=-5GB`: not a size"),
+        (rd.ApplyOptions, {"shard_size": "5 apples"}, "`shard_size=5 apples`: not a size"),
+        (rd.PruneOptions, {"context": 9}, "`context=9`: only with `fits`, or with --dry-run"),
+        (rd.PruneOptions, {"context": 0, "fits": 9}, "`context=0`: give a whole number above 0"),
+        (rd.PlanOptions, {"model": "M"}, "`model=M`: only with `target_size` or `fits`"),
         (rd.PruneOptions, {"batch_size": 0}, "`batch_size=0`: give a whole number above 0"),
         (rd.PruneOptions, {"skip_first": -1}, "`skip_first=-1`: give 0 or more"),
         (rd.PruneOptions, {"shard_size": "big"}, "`shard_size=big`: not a size such as 5GB"),
@@ -117,13 +132,35 @@ def test_options_that_cannot_be(cls: type, changes: dict[str, Any], says: str) -
         ({"seq_len": "9"}, "DataOptions: seq_len is '9', a str; expected int or None"),
         ({"packing": "some"}, "expected one of 'concat', 'isolated', 'none'"),
         ({"overwrite": 1}, "PruneOptions: overwrite is 1, a int"),
-        ({"ratio": "half"}, "RankOptions: ratio is 'half', a str; expected float"),
+        ({"ratio": "half"}, "RankOptions: ratio is 'half', a str; expected float or None"),
     ],
 )
 def test_options_of_a_wrong_type(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError) as caught:
         build(rd.PruneOptions, given(rd.PruneOptions) | changes)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("16GB", 16 * 10**9),
+        ("16 gb", 16 * 10**9),
+        ("16G", 16 * 10**9),
+        ("16GiB", 16 * 2**30),
+        ("1.5TB", 15 * 10**11),
+        ("1.1kB", 1100),
+        ("0.5KiB", 512),
+        ("3MiB", 3 * 2**20),
+        ("16.1GiB", 17287243366),
+        ("4096", 4096),
+    ],
+)
+def test_sizes_are_bytes_or_text_in_powers_of_1000_or_1024(text: str, size: int) -> None:
+    assert rd.RankOptions(fits=text).fits == size == rd.RankOptions(fits=size).fits
+    assert rd.RankOptions(target_size=text).limit == ("target_size", size)
+    assert rd.WriteOptions(shard_size=text).shard_size == size
+    assert rd.RankOptions(keep=3).limit is None
 
 
 def test_classes_of_options_can_be_given_whole() -> None:
@@ -148,7 +185,7 @@ def test_protected_experts_in_all_their_forms() -> None:
         ("`seq_len=9`: give `resume=True`", "--seq-len 9: give --resume"),
         ("or `journal=False`, `packing='none'`", "or --no-journal, --packing none"),
         ("`as_masks` and `reap-kernels doctor`", "--as-masks and `reap-kernels doctor`"),
-        ("`model` and `other=3` stay", "`model` and `other=3` stay"),
+        ("`pruned` and `other=3` stay", "`pruned` and `other=3` stay"),
     ],
 )
 def test_options_in_texts_become_flags(text: str, shown: str) -> None:

@@ -1,0 +1,63 @@
+"""Plans of a size: from statistics, and from the model that they are of."""
+
+import re
+from pathlib import Path
+
+from reap_driver.memory.checkpoint_size import stored_files
+from reap_driver.planning.criteria import Scores
+from reap_driver.planning.plan import Plan
+from reap_driver.workflow.inspection import Model, inspect_model
+from reap_driver.workflow.jobs import PlanOptions
+from reap_driver.workflow.listener import Listener
+from reap_driver.workflow.options import WriteOptions
+from reap_driver.workflow.sizes import Sizing, sized_plan
+from reap_kernels import SaliencyStats
+from reap_kernels.errors import CheckpointError, DataError
+from reap_kernels.model_match import differences
+
+
+def plan_of_size(
+    options: PlanOptions, stats: SaliencyStats, scores: Scores, listener: Listener
+) -> Plan:
+    """The plan that removes least of those that keep the size that is asked for.
+
+    Args:
+        options: with `target_size` or `fits`.
+        stats: the statistics.
+        scores: by the criterion that is asked for.
+        listener: hears how the size is reached.
+
+    Raises:
+        DataError: the model that the statistics name is not found, or the one given is another.
+        PlanError: see `Sizing.amount`.
+    """
+    model = _model(options.model, stats)
+    folder = Path(model.path)
+    files = stored_files(folder, model.config) if folder.is_dir() else None
+    write = WriteOptions(non_uniform=True)  # whether that is wanted, the writer is told
+    sizing = Sizing(model, model.path, files, write, dtype="auto", trust=False)
+    plan = sized_plan(sizing, scores, options.rank, options.budget, options.allocation, stats)
+    for line in sizing.leaves(plan, options.rank).lines():
+        listener.say(line)
+    return plan
+
+
+def _model(given: str | Path | None, stats: SaliencyStats) -> Model:
+    """The model whose sizes count, checked to be that of the statistics."""
+    if given is not None:
+        model = inspect_model(str(given))
+        found = differences(stats.provenance, model.provenance)
+        if found.deciding or found.unnamed:
+            raise DataError(
+                f"`model={given}`: is not the model of the statistics: "
+                f"{', '.join(found.deciding) or found.text}; give the one they were observed on"
+            )
+        return model
+    name = str(stats.provenance["model"].get("id"))
+    missing = f"the statistics are of {name}, which is not found here; give the model by `model`"
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise DataError(missing)  # and is no name of the hub
+    try:
+        return inspect_model(name)
+    except CheckpointError as error:
+        raise DataError(missing) from error
