@@ -45,11 +45,11 @@ def estimated(
     if hasattr(args, "dry_run"):
         from reap_driver.workflow.estimate import estimate
 
-        options = read(EstimateOptions, args)
-        if pruning and not options.rank.given:  # also not by a recipe
+        wanted = read(EstimateOptions, args)
+        if pruning and not wanted.rank.given:  # also not by a recipe
             args.ratio = RATIO
-            options = read(EstimateOptions, args)
-        return estimate(options, console, pruning=pruning)
+            wanted = read(EstimateOptions, args)
+        return estimate(wanted, console, pruning=pruning)
     for name, instead in (
         ("tokens", "a real run counts the tokens of `data`"),
         ("machine", "a real run takes the machine it is on"),
