@@ -1,6 +1,5 @@
 """The options of each job; what jobs share is in `options`."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,73 +20,28 @@ from reap_driver.workflow.options import (
     read_count,
     trust_option,
 )
-from reap_driver.workflow.rank_options import AllocationOptions, BudgetOptions, RankOptions
+from reap_driver.workflow.rank_options import (
+    AllocationOptions,
+    BudgetOptions,
+    RankOptions,
+    check_context,
+)
+from reap_driver.workflow.single_options import (
+    folds_option,
+    force_option,
+    model_option,
+    needs_data,
+    overwrite_option,
+    set_paths,
+    stats_option,
+)
 
 if TYPE_CHECKING:  # it imports torch, and --help must not
     from reap_kernels import SaliencyStats
 
-FOLDS = 8
 # Parts of the data of which some can be held out from a search, at most.
 _MOST_FOLDS = 20
 _SEARCH, TASKS, PLANNING = "search", "tasks", "planning"
-
-
-# Options that several jobs have one by one.
-def _model(help: str = "checkpoint folder or hub id", metavar: str = "MODEL") -> Any:
-    return option(metavar=metavar, positional=True, help=help)
-
-
-def _stats() -> Any:
-    return option(metavar="STATS", positional=True, help="statistics: the file `observe` wrote")
-
-
-def _overwrite() -> Any:
-    return option(False, help="replace what is there, once the new is complete")
-
-
-def _force() -> Any:
-    return option(
-        False,
-        help="take a plan of a model that routes otherwise or has other sizes, where it can be "
-        "applied at all, and note what differs; a plan of a model that differs in neither, such as "
-        "the base of a fine-tuned one, is taken anyway",
-    )
-
-
-def _folds() -> Any:
-    return option(
-        FOLDS,
-        metavar="F",
-        group=DATA,
-        help="parts into which the sequences of each source are divided; each has statistics of "
-        "its own beside those of the whole, which tell how far a plan depends on the sample (1: "
-        "none)",
-    )
-
-
-def _plain(given: Any) -> None:
-    """Paths where paths are meant, in options that were given as text, and the reverse."""
-    for field in dataclasses.fields(given):
-        value = getattr(given, field.name)
-        if field.name in ("model", "pruned") and isinstance(value, Path):
-            object.__setattr__(given, field.name, str(value))
-        elif field.name in _PATHS and isinstance(value, str):
-            object.__setattr__(given, field.name, Path(value))
-
-
-_PATHS = ("out", "stats", "plan", "as_masks", "compare", "task_folder")
-
-
-def _check_context(rank: RankOptions) -> None:
-    if rank.context is not None and rank.fits is None:
-        raise refused(
-            f"`context={rank.context}`: only with `fits`, or with --dry-run, which shows the cache"
-        )
-
-
-def _needs_data(data: DataOptions, also: str = "") -> None:
-    if not data.given:
-        raise refused(f"no data to run the model on; give `data`{also or ' or `recipe`'}")
 
 
 @options
@@ -100,15 +54,15 @@ class CalibrationOptions:
         1
     """
 
-    model: str | Path = _model()
+    model: str | Path = model_option()
     trust_remote_code: bool = trust_option()
     batch_size: int = option(1, metavar="B", help="sequences at a time")
     data: DataOptions = group_of(DataOptions)
 
     def __post_init__(self) -> None:
-        _plain(self)
+        set_paths(self)
         check_positive(self, "batch_size")
-        _needs_data(self.data)
+        needs_data(self.data)
 
 
 @options
@@ -121,18 +75,18 @@ class ObserveOptions:
         8
     """
 
-    model: str | Path = _model()
+    model: str | Path = model_option()
     out: str | Path | None = option(None, metavar="FILE", help="where to save the statistics")
-    overwrite: bool = _overwrite()
+    overwrite: bool = overwrite_option()
     data: DataOptions = group_of(DataOptions)
-    folds: int = _folds()
+    folds: int = folds_option()
     run: RunOptions = group_of(RunOptions)
     journal: JournalOptions = group_of(JournalOptions)
 
     def __post_init__(self) -> None:
-        _plain(self)
+        set_paths(self)
         check_positive(self, "folds")
-        _needs_data(self.data)
+        needs_data(self.data)
         check_resume(self.journal.resume, self.out, "journal")
 
 
@@ -146,7 +100,7 @@ class PlanOptions:
         'reap'
     """
 
-    stats: "str | Path | SaliencyStats" = _stats()
+    stats: "str | Path | SaliencyStats" = stats_option()
     model: str | Path | None = option(
         None,
         metavar="MODEL",
@@ -154,14 +108,14 @@ class PlanOptions:
         "hub id (default: the one that STATS name)",
     )
     out: str | Path | None = option(None, metavar="FILE", help="where to save the plan")
-    overwrite: bool = _overwrite()
+    overwrite: bool = overwrite_option()
     rank: RankOptions = group_of(RankOptions)
     allocation: AllocationOptions = group_of(AllocationOptions)
     budget: BudgetOptions = group_of(BudgetOptions)
 
     def __post_init__(self) -> None:
-        _plain(self)
-        _check_context(self.rank)
+        set_paths(self)
+        check_context(self.rank)
         if self.model is not None and self.rank.limit is None:
             raise refused(f"`model={self.model}`: only with `target_size` or `fits`")
 
@@ -177,28 +131,28 @@ class PruneOptions:
         8
     """
 
-    model: str | Path = _model()
+    model: str | Path = model_option()
     out: str | Path | None = option(None, metavar="DIR", help="folder of the new checkpoint")
     stats: str | Path | None = option(
         None,
         metavar="FILE",
         help="save the statistics here too, as soon as there are any: for long runs",
     )
-    overwrite: bool = _overwrite()
+    overwrite: bool = overwrite_option()
     rank: RankOptions = group_of(RankOptions)
     allocation: AllocationOptions = group_of(AllocationOptions)
     budget: BudgetOptions = group_of(BudgetOptions)
     data: DataOptions = group_of(DataOptions)
-    folds: int = _folds()
+    folds: int = folds_option()
     run: RunOptions = group_of(RunOptions)
     journal: JournalOptions = group_of(JournalOptions)
     write: WriteOptions = group_of(WriteOptions)
 
     def __post_init__(self) -> None:
-        _plain(self)
+        set_paths(self)
         check_positive(self, "folds")
-        _check_context(self.rank)
-        _needs_data(self.data)
+        check_context(self.rank)
+        needs_data(self.data)
         if self.out is None:
             raise refused("`out` is required: the folder of the new checkpoint")
 
@@ -213,7 +167,9 @@ class EstimateOptions:
         'auto'
     """
 
-    model: str | Path = _model("checkpoint folder, hub id or config .json file; needs no weights")
+    model: str | Path = model_option(
+        "checkpoint folder, hub id or config .json file; needs no weights"
+    )
     tokens: int | str | None = option(
         None,
         metavar="N",
@@ -238,7 +194,7 @@ class EstimateOptions:
     write: WriteOptions = group_of(WriteOptions)
 
     def __post_init__(self) -> None:
-        _plain(self)
+        set_paths(self)
         read_count(self, "tokens")
         self._check_machine()
         if self.tokens is not None and self.data.given:
@@ -293,7 +249,7 @@ class ApplyOptions:
         False
     """
 
-    model: str | Path = _model()
+    model: str | Path = model_option()
     plan: Any = option(metavar="PLAN", positional=True, help="a plan: the file `plan` wrote")
     out: str | Path | None = option(
         None, metavar="DIR", exclusive="output", help="folder of the new checkpoint"
@@ -305,13 +261,13 @@ class ApplyOptions:
         help="write no checkpoint but a safetensors file of one bool tensor [E] per layer: the "
         "experts its router may choose",
     )
-    overwrite: bool = _overwrite()
+    overwrite: bool = overwrite_option()
     trust_remote_code: bool = trust_option()
-    force_model: bool = _force()
+    force_model: bool = force_option()
     write: WriteOptions = group_of(WriteOptions)
 
     def __post_init__(self) -> None:
-        _plain(self)
+        set_paths(self)
         if (self.out is None) == (self.as_masks is None):
             raise refused("give one of `out` and `as_masks`")
 
@@ -327,11 +283,11 @@ class SearchOptions:
         Fraction(1, 2)
     """
 
-    model: str | Path = _model()
-    stats: "str | Path | SaliencyStats" = _stats()
+    model: str | Path = model_option()
+    stats: "str | Path | SaliencyStats" = stats_option()
     out: str | Path | None = option(None, metavar="FILE", help="where to save the plan")
-    overwrite: bool = _overwrite()
-    force_model: bool = _force()
+    overwrite: bool = overwrite_option()
+    force_model: bool = force_option()
     rank: RankOptions = group_of(RankOptions)
     budget: BudgetOptions = group_of(BudgetOptions)
     evaluations: int = option(
@@ -367,10 +323,10 @@ class SearchOptions:
     run: RunOptions = group_of(RunOptions)
 
     def __post_init__(self) -> None:
-        _plain(self)
+        set_paths(self)
         check_positive(self, "evaluations", "generations", "population", "elites")
-        _check_context(self.rank)
-        _needs_data(self.data)
+        check_context(self.rank)
+        needs_data(self.data)
         if self.run.stream == "always":
             raise refused(
                 "`stream='always'`: a search needs the whole model in memory; leave it out"
@@ -406,14 +362,14 @@ class CompareOptions:
         2000
     """
 
-    model: str | Path = _model(metavar="ORIGINAL")
+    model: str | Path = model_option(metavar="ORIGINAL")
     pruned: Any = option(
         metavar="PRUNED",
         positional=True,
         help="checkpoint folder or hub id; or a plan, as a file; or several, each compared with "
         "the original and with the first",
     )
-    force_model: bool = _force()
+    force_model: bool = force_option()
     data: DataOptions = group_of(DataOptions)
     tokens: int | str | None = option(
         None,
@@ -445,11 +401,11 @@ class CompareOptions:
     draws: int = option(2000, metavar="N", help="draws of the bootstrap that intervals come from")
 
     def __post_init__(self) -> None:
-        _plain(self)
+        set_paths(self)
         read_count(self, "tokens")
         check_positive(self, "sequences", "limit", "draws")
         if not self.tasks:
-            _needs_data(self.data, ", `recipe` or `tasks`")
+            needs_data(self.data, ", `recipe` or `tasks`")
         if self.tokens is not None and self.sequences is not None:
             raise refused("`tokens`: not together with `sequences`; give one of them")
         if self.several:
@@ -484,7 +440,7 @@ class ReportOptions:
         True
     """
 
-    stats: "str | Path | SaliencyStats" = _stats()
+    stats: "str | Path | SaliencyStats" = stats_option()
     plan: Any = option(
         None, metavar="PLAN", positional=True, help="a plan of the same: the file `plan` wrote"
     )
@@ -497,7 +453,7 @@ class ReportOptions:
     compare: Any = option(
         None, metavar="FILE", help="show this comparison too: the output of `compare --json`"
     )
-    overwrite: bool = _overwrite()
+    overwrite: bool = overwrite_option()
 
     def __post_init__(self) -> None:
-        _plain(self)
+        set_paths(self)

@@ -130,6 +130,14 @@ class RankOptions:
         return cast("tuple[Protected, ...]", self.protect)
 
 
+def check_context(rank: RankOptions) -> None:
+    """Raises OptionError for a context that would count for nothing."""
+    if rank.context is not None and rank.fits is None:
+        raise refused(
+            f"`context={rank.context}`: only with `fits`, or with --dry-run, which shows the cache"
+        )
+
+
 def _protected(given: Any) -> Protected:
     """`super`, LAYER:ID,ID or a JSON or YAML file."""
     if given == SUPER or isinstance(given, tuple | Path):

@@ -1,0 +1,66 @@
+"""Options that several jobs have one by one, and what becomes of their values."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from reap_driver.workflow.fields import option, refused
+from reap_driver.workflow.options import DATA, DataOptions
+
+FOLDS = 8
+
+
+def model_option(help: str = "checkpoint folder or hub id", metavar: str = "MODEL") -> Any:
+    """The model of a job, by place."""
+    return option(metavar=metavar, positional=True, help=help)
+
+
+def stats_option() -> Any:
+    """The statistics of a job, by place."""
+    return option(metavar="STATS", positional=True, help="statistics: the file `observe` wrote")
+
+
+def overwrite_option() -> Any:
+    """Whether an output may be replaced."""
+    return option(False, help="replace what is there, once the new is complete")
+
+
+def force_option() -> Any:
+    """Whether a plan of another model is taken."""
+    return option(
+        False,
+        help="take a plan of a model that routes otherwise or has other sizes, where it can be "
+        "applied at all, and note what differs; a plan of a model that differs in neither, such as "
+        "the base of a fine-tuned one, is taken anyway",
+    )
+
+
+def folds_option() -> Any:
+    """Parts of the data with statistics of their own."""
+    return option(
+        FOLDS,
+        metavar="F",
+        group=DATA,
+        help="parts into which the sequences of each source are divided; each has statistics of "
+        "its own beside those of the whole, which tell how far a plan depends on the sample (1: "
+        "none)",
+    )
+
+
+def set_paths(given: Any) -> None:
+    """Paths where paths are meant, in options that were given as text, and the reverse."""
+    for field in dataclasses.fields(given):
+        value = getattr(given, field.name)
+        if field.name in ("model", "pruned") and isinstance(value, Path):
+            object.__setattr__(given, field.name, str(value))
+        elif field.name in _PATHS and isinstance(value, str):
+            object.__setattr__(given, field.name, Path(value))
+
+
+_PATHS = ("out", "stats", "plan", "as_masks", "compare", "task_folder")
+
+
+def needs_data(data: DataOptions, also: str = "") -> None:
+    """Raises OptionError without any source; `also` names what may be given in its place."""
+    if not data.given:
+        raise refused(f"no data to run the model on; give `data`{also or ' or `recipe`'}")
