@@ -2,12 +2,13 @@
 
 import csv
 import datetime
-import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from reap_driver.base.processor import cpu_name
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -29,16 +30,6 @@ def version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "absent"
-
-
-def cpu_name() -> str:
-    """The name of the processor, as the system reports it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def environment() -> dict[str, str]:

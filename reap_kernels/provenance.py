@@ -22,6 +22,7 @@ LAYER = Record(
         "intermediate_size": _NUMBER,
         "scale": OrNull(Real()),
         "norm_space": _NAME,
+        "expert_parameters": _NUMBER,  # of one expert, without its rows of the router
     },
     open=True,
 )
@@ -30,6 +31,8 @@ MODEL = Record(
     optional={
         **dict.fromkeys(("id", "config_digest", "model_type", "architecture"), _NAME),
         "config": MapOf(Anything()),  # what its digest is of
+        "parameters": _NUMBER,
+        "dtype": _NAME,  # of the weights in memory
         "layers": MapOf(LAYER),  # of a plan
     },
     open=True,
@@ -40,6 +43,17 @@ SOURCE = Record(
     optional={
         **dict.fromkeys(("group", "source", "packing", "digest"), _NAME),
         **dict.fromkeys(("records", "tokens", "counted_tokens", "sequences", "seq_len"), _NUMBER),
+    },
+    open=True,
+)
+
+# How a model was observed: the model of the device, not the name of the machine.
+OBSERVED = Record(
+    optional={
+        "device": _NAME,
+        **dict.fromkeys(("devices", "memory_bytes", "threads"), _NUMBER),
+        "seconds": OrNull(Real(low=0)),
+        "seed": OrNull(Int(-(2**63), 2**63)),  # of the samples of the data
     },
     open=True,
 )
@@ -56,6 +70,7 @@ _FIELDS: dict[str, Kind] = {
     "stacks": MapOf(ListOf(Text(500))),  # by field that counts experts: its layers
     "notes": ListOf(Text()),
     "served": MapOf(ListOf(Text(500))),  # by layer, of a snapshot: the backends it ran on
+    "observed": OBSERVED,
     "run": MapOf(Anything()),  # what the command that made them asked for
 }
 PROVENANCE = Record(optional=_FIELDS, open=True)

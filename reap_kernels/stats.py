@@ -289,7 +289,8 @@ class SaliencyStats:
             pairs = zip(self.parts, other.parts, strict=True)
             parts = [mine.merge(theirs) for mine, theirs in pairs]
         provenance = {**self.provenance, "data": data}
-        provenance.pop("run", None)  # no command made the two together
+        for name in ("run", "observed"):  # no command made the two together
+            provenance.pop(name, None)
         notes = [*self.provenance.get("notes", []), *other.provenance.get("notes", [])]
         if found.other:
             records = (other.provenance, self.provenance)

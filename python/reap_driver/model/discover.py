@@ -86,6 +86,9 @@ class MoELayer:
         """What a plan records of the layer, as JSON values."""
         keys = ("num_experts", "top_k", "n_group", "topk_group", "hidden_size", "intermediate_size")
         facts: dict[str, Any] = {key: getattr(self, key) for key in keys}
+        # A tensor that is sharded over ranks counts whole.
+        held = sum(parameter.numel() for parameter in self.module.parameters())
+        facts["expert_parameters"] = held // self.num_experts
         return {**facts, "scale": self.scale, "norm_space": self.norm_space}
 
 
@@ -138,8 +141,8 @@ def record_of(
 
     Returns:
         `{"model": {...}, "layers": {name: {...}}}`: id, architecture, digest and identifying fields
-        of the configuration; for each layer its sizes. `reap_kernels.model_match.differences`
-        compares two such records.
+        of the configuration, parameters, dtype; for each layer its sizes.
+        `reap_kernels.model_match.differences` compares two such records.
 
     Raises:
         UnsupportedModel: see `find_moe_layers`.
@@ -159,6 +162,8 @@ def record_of(
             "model_type": type(config).model_type,
             "architecture": type(model).__name__,
             "config": _as_json(identity),
+            "parameters": model.num_parameters(),
+            "dtype": str(model.dtype).removeprefix("torch."),
         },
         "layers": {layer.name: layer.provenance() for layer in layers},
     }

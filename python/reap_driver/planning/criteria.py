@@ -138,14 +138,15 @@ class Scores(_Values):
         criterion: name of the criterion.
         weights: {calibration group: share of the tokens} that the scores were made for; None: as
             observed.
-        provenance: `model`, `layers`, `data`, `unobserved`, `notes` and `stacks`, as statistics
-            have them; each is an attribute.
+        provenance: `model`, `layers`, `data`, `observed`, `unobserved`, `notes` and `stacks`, as
+            statistics have them; each is an attribute.
 
     Attributes:
         criterion, weights: as given.
         model: of the model: `id`, `config_digest` and others.
         layers: {layer name: facts}: `num_experts`, `top_k`, `n_group`, `topk_group` and others.
         data: of the calibration data, one entry per source.
+        observed: on what and for how long the model was observed.
         unobserved: names of MoE layers that no token reached; they have no scores.
         notes: sentences that a plan made from the scores repeats.
         stacks: {field of config.json that counts experts: names of the layers it counts}, known
@@ -172,6 +173,7 @@ class Scores(_Values):
         self.model: dict[str, Any] = dict(known.get("model") or {})
         self.layers: dict[str, dict[str, Any]] = dict(known.get("layers") or {})
         self.data: list[dict[str, Any]] = list(known.get("data") or [])
+        self.observed: dict[str, Any] = dict(known.get("observed") or {})
         self.unobserved: list[str] = list(known.get("unobserved") or [])
         self.notes: list[str] = list(known.get("notes") or [])
         self.stacks: dict[str, list[str]] = dict(known.get("stacks") or {})

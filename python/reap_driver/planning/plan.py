@@ -13,7 +13,7 @@ from reap_kernels.documents import Format
 from reap_kernels.errors import PlanError
 from reap_kernels.files import replaced
 from reap_kernels.model_match import DECIDING
-from reap_kernels.provenance import MAX_EXPERTS, MODEL, SOURCE
+from reap_kernels.provenance import MAX_EXPERTS, MODEL, OBSERVED, SOURCE
 from reap_kernels.schema import (
     Anything,
     Int,
@@ -48,6 +48,7 @@ _FIELDS: dict[str, Kind] = {
     "data": ListOf(SOURCE),
     "notes": ListOf(Text()),
 }
+_IF_ANY = ("settings", "run", "observed")  # fields that a file holds unless they are empty
 FORMAT = Format(
     "reap-plan",
     1,
@@ -55,7 +56,11 @@ FORMAT = Format(
     {**_FIELDS, "layers": MapOf(Record(_LAYER), 1)},
     PlanError,
     "make it again with `reap-kernels plan`",
-    {"settings": Record(optional=_SETTINGS), "run": MapOf(Anything())},
+    {
+        "settings": Record(optional=_SETTINGS),
+        "run": MapOf(Anything()),
+        "observed": OBSERVED,
+    },
 )
 
 
@@ -139,6 +144,8 @@ class Plan:
             (bytes of the weight files), `fits` (bytes of memory) with `context` (tokens).
         run: what the command asked for that made it, in one run from the model on (`prune`,
             `search`); empty for other plans.
+        observed: how the statistics were made: `device`, `devices`, `memory_bytes`, `threads`,
+            `seconds`, and the `seed` of the samples; empty where they do not record it.
         version: of the file format.
 
     Example:
@@ -158,6 +165,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+    observed: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT.version
 
     @property
@@ -236,8 +244,7 @@ class Plan:
                 f"plan: layers are {short(self.layers)}; give a LayerPlan under the name of each"
             )
         content: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
-        content |= {"settings": self.settings} if self.settings else {}
-        content |= {"run": self.run} if self.run else {}
+        content |= {name: value for name in _IF_ANY if (value := getattr(self, name))}
         content["layers"] = {
             name: {key: getattr(layer, key) for key in _LAYER}
             for name, layer in self.layers.items()
@@ -261,10 +268,10 @@ class Plan:
                 layers[name] = LayerPlan(entry["num_experts"], kept, removed)
             except PlanError as error:
                 raise FORMAT.refusal(path, f"layer {name}: {error}", ":") from error
-        settings = content.get("settings", {})  # older plans have none
-        _check_protected(path, settings.get("protected", {}), layers)
         fields = {name: content[name] for name in _FIELDS}
-        return cls(**fields, layers=layers, settings=settings, run=content.get("run", {}))
+        fields |= {name: content.get(name, {}) for name in _IF_ANY}  # older plans lack some
+        _check_protected(path, fields["settings"].get("protected", {}), layers)
+        return cls(**fields, layers=layers)
 
 
 def _check_protected(

@@ -249,6 +249,7 @@ def _plan(
         scores_digest=scores.digest(),
         weights=scores.weights,
         data=scores.data,
+        observed=scores.observed,
         notes=[*scores.notes, *notes],
         settings=settings | ({"protected": protected} if protected else {}),
     )

@@ -29,6 +29,7 @@ from reap_driver.workflow.calibration import (
     read_data,
 )
 from reap_driver.workflow.complete import Both, Complete, finished, made_by
+from reap_driver.workflow.hardware import hardware
 from reap_driver.workflow.holding import Held, Holding, decided, holding
 from reap_driver.workflow.identity import asked_for, environment
 from reap_driver.workflow.inspection import Model, check_packing, inspect_model, sequence_length
@@ -350,6 +351,11 @@ class Observing:
         if whole is None:
             return None
         whole.provenance["run"] = self.asked
+        whole.provenance["observed"] = {
+            **hardware(self._run, world),
+            "seconds": round(seconds, 3),
+            "seed": self._data.seed,
+        }
         return Observed(heard.notes, batches.merged(whole), seconds)
 
     def _prepare(

@@ -53,7 +53,9 @@ def assert_one_process(mine: SaliencyStats, words: list[str], out: Path) -> None
     for part, other in zip([mine, *mine.parts], [theirs, *theirs.parts], strict=True):
         assert part.groups == ["code", "text"]
         assert_close(part, other)
-        left, right = ({**stats.provenance, "created": None} for stats in (part, other))
+        left, right = (
+            {**stats.provenance, "created": None, "observed": None} for stats in (part, other)
+        )
         assert left == right
 
 

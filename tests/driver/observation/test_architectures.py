@@ -147,7 +147,12 @@ def test_provenance() -> None:
         "model_type": "qwen3_moe",
         "architecture": "Qwen3MoeForCausalLM",
         "config": identifying_fields(run.model.config),
+        "parameters": run.model.num_parameters(),
+        "dtype": "float32",
     }
+    [one, _] = record["layers"].values()
+    experts = [p for n, p in run.model.named_parameters() if ".0.mlp.experts." in n]
+    assert one["expert_parameters"] * one["num_experts"] == sum(p.numel() for p in experts)
     assert list(record["layers"]) == [f"model.layers.{i}.mlp.experts" for i in range(2)]
     assert (record["gate"], record["data"], record["backend"]) == ("model", [], "cpu")
     assert record["software"]["transformers"] == transformers.__version__

@@ -1,0 +1,23 @@
+"""The model and the memory of this machine's processor, for records of what a job ran on."""
+
+import os
+import platform
+from pathlib import Path
+
+
+def cpu_name() -> str:
+    """The name of the processor, as the system reports it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def physical_memory() -> int | None:
+    """Bytes of the machine's memory; None where the system does not report them."""
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
