@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from reap_driver.base.units import in_bytes, took
+
 
 @dataclass(frozen=True)
 class MixEntry:
@@ -61,6 +63,31 @@ def calibration_mix(data: Sequence[Mapping[str, Any]]) -> list[MixEntry]:
         )
         for entry in data
     ]
+
+
+def observation(observed: Mapping[str, Any]) -> dict[str, str]:
+    """How statistics were made, from `provenance["observed"]`: what is recorded, in words.
+
+    Example:
+        >>> observation({"device": "NVIDIA H200", "devices": 2, "seconds": 75.2, "seed": 42})
+        {'observed on': '2 x NVIDIA H200', 'observed in': '1:15', 'seed of the samples': '42'}
+    """
+    found = {}
+    if observed.get("device"):
+        number = observed.get("devices") or 1
+        words = [f"{number} x {observed['device']}" if number > 1 else str(observed["device"])]
+        if observed.get("memory_bytes"):
+            each = " each" if number > 1 else ""
+            words.append(f"{in_bytes(observed['memory_bytes'])} of memory{each}")
+        if observed.get("threads"):
+            number = observed["threads"]
+            words.append(f"{number} thread{'s' if number > 1 else ''}")
+        found["observed on"] = ", ".join(words)
+    if observed.get("seconds") is not None:
+        found["observed in"] = took(observed["seconds"])
+    if observed.get("seed") is not None:
+        found["seed of the samples"] = str(observed["seed"])
+    return found
 
 
 def router_weight_rule(provenance: Mapping[str, Any]) -> str:

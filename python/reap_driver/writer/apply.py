@@ -122,7 +122,7 @@ def apply_plan(
     model_card(job.inherited, job.plan, _report(job, out, 0))  # so that its errors come first
     needed = job.bytes_needed()
     with staged(out, needed=needed) as staging:
-        report = _write(job, staging, out, _counter(progress, needed), threads)
+        report = _write(job, staging, out, _counter(progress, needed), threads, started)
         report.bytes_written += _save_record(staging, job.plan, stats)
         job.source.fingerprints.check()
         left = publish(staging, out, overwrite=overwrite)
@@ -285,6 +285,7 @@ def _write(
     out: Path,
     progress: Callable[[int], None],
     threads: int | None,
+    started: float,
 ) -> ApplyReport:
     """Writes everything into the temporary folder, then verifies it."""
     written = write_shards(staging, job.shards, progress, threads)
@@ -304,6 +305,7 @@ def _write(
     tensors = [tensor for shard in job.shards for tensor in shard.tensors]
     check_output(tensors, job.model.new, job.checked, _renamed(job.keys))
     report = _report(job, out, written)
+    report.seconds = time.perf_counter() - started  # so far, for the card
     card = model_card(job.inherited, job.plan, report)
     report.bytes_written += (staging / "README.md").write_text(card, encoding="utf-8")
     return report
@@ -361,6 +363,11 @@ def _report(job: _Job, out: Path, written: int) -> ApplyReport:
         tables_rewritten=sum(isinstance(a, Relabel) for a in job.keys.actions.values()),
         mtp_dropped=job.keys.dropped("mtp"),
         left_out=[path.as_posix() for path in job.source.left_out],
+        licenses=[
+            path.as_posix()
+            for path in job.source.small_files
+            if path.name.lower().startswith(("license", "licence"))
+        ],
         warnings=warnings,
     )
 

@@ -15,13 +15,14 @@ import transformers
 from huggingface_hub import ModelCardData
 
 import reap_kernels
-from reap_driver.base.units import in_bytes, short
+from reap_driver.base.units import in_bytes, short, took
 from reap_driver.base.yaml_text import MAX_BYTES, parse_yaml
 from reap_driver.compat.load_pruned import SETTINGS
 from reap_driver.files.checkpoint import Checkpoint, belongs
 from reap_driver.planning.criteria import known_criterion
 from reap_driver.planning.plan import Plan
-from reap_driver.planning.public_provenance import calibration_mix, public_name
+from reap_driver.planning.public_provenance import calibration_mix, observation, public_name
+from reap_driver.writer.licenses import license_words
 from reap_driver.writer.markdown import Markdown, code, template, text
 from reap_driver.writer.report import ApplyReport
 from reap_kernels.files import is_file
@@ -29,7 +30,7 @@ from reap_kernels.files import is_file
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 _CALIBRATION = (
     *("group", "source", "records", "tokens", "share of tokens", "sequence length"),
-    *("packing", "digest of the tokens"),
+    "packing",
 )
 
 
@@ -43,7 +44,6 @@ def model_card(inherited: Mapping[str, Any] | None, plan: "Plan", report: "Apply
     """
     source = public_name(str(plan.model.get("id") or report.source.name))
     known = inherited or {}
-    named = known.get("license_name") or known.get("license")
     mix = calibration_mix(plan.data)
     body = template("reap_driver.writer", "card.md.jinja").render(
         plan=plan,
@@ -52,7 +52,8 @@ def model_card(inherited: Mapping[str, Any] | None, plan: "Plan", report: "Apply
         experts=_experts(report),
         fewer=_decrease(*report.specification.parameters),
         specification=_specification(report),
-        method=_method(plan),
+        method=_method(plan, report),
+        digests=_digests(plan),
         known_criterion=known_criterion(plan.criterion) is not None,
         calibration=_calibration(plan),
         tokens=_count(sum(entry.tokens or 0 for entry in mix)),
@@ -62,7 +63,7 @@ def model_card(inherited: Mapping[str, Any] | None, plan: "Plan", report: "Apply
         # Where layers differ, the section on use has the warning.
         warnings=report.warnings if report.uniform else [],
         inherited=inherited,
-        license=named if isinstance(named, str) else None,
+        license=license_words(known, report.licenses),
     )
     return f"---\n{_front_matter(known, source).to_yaml()}\n---\n\n{body}"
 
@@ -152,7 +153,7 @@ def _specification(report: "ApplyReport") -> list[tuple[object, ...]]:
     return [("", "original", "pruned"), *(row for row in rows if row[1] is not None)]
 
 
-def _method(plan: "Plan") -> list[tuple[object, ...]]:
+def _method(plan: "Plan", report: "ApplyReport") -> list[tuple[object, ...]]:
     """The table of how experts were chosen."""
     found = known_criterion(plan.criterion)
     formula = f": {code(found.formula)}" if found else ""
@@ -163,6 +164,7 @@ def _method(plan: "Plan") -> list[tuple[object, ...]]:
     protected = sum(len(experts) for experts in plan.settings.get("protected", {}).values())
     total = sum(layer.num_experts for layer in plan.layers.values())
     removed = sum(len(layer.removed) for layer in plan.layers.values())
+    wrote = took(report.seconds)
     versions = f"reap-kernels {reap_kernels.__version__}, transformers {transformers.__version__}"
     return [
         ("setting", "value"),
@@ -173,11 +175,21 @@ def _method(plan: "Plan") -> list[tuple[object, ...]]:
         ("allocation", plan.allocation),
         ("weights of calibration groups", weights),
         *([("protected experts", f"{protected:,}")] if protected else []),
-        ("digest of the scores", code(plan.scores_digest)),
-        ("digest of the model's config", code(plan.model.get("config_digest"))),
+        *observation(plan.observed).items(),
+        ("written in", wrote),
         ("written by", Markdown(versions)),
         *(("note", note) for note in plan.notes),
     ]
+
+
+def _digests(plan: "Plan") -> list[tuple[str, Markdown]]:
+    """Names and digests, which are too long for the tables."""
+    found = [
+        ("scores", plan.scores_digest),
+        ("the model's config", plan.model.get("config_digest")),
+        *((f"tokens of {text(one.group)}", one.digest) for one in calibration_mix(plan.data)),
+    ]
+    return [(Markdown(name), code(digest)) for name, digest in found if digest]
 
 
 def _calibration(plan: "Plan") -> list[list[object]]:
@@ -193,7 +205,6 @@ def _calibration(plan: "Plan") -> list[list[object]]:
             "" if entry.share is None else f"{100 * entry.share:.1f} %",
             _count(entry.seq_len),
             text(entry.packing or ""),
-            code(entry.digest or ""),
         )
         for entry in calibration_mix(plan.data)
     ]

@@ -72,6 +72,7 @@ class ApplyReport:
         mtp_dropped: keys of multi-token-prediction layers that were left out.
         left_out: files that were not copied: other formats of the weights, and hidden files.
         cleaned: folders of killed runs that were removed.
+        licenses: names of files with the text of the license.
         warnings: sentences for the user.
         seconds: the call took.
 
@@ -103,6 +104,7 @@ class ApplyReport:
     mtp_dropped: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     cleaned: list[str] = field(default_factory=list)
+    licenses: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
 

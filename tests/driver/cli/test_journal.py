@@ -139,7 +139,10 @@ def test_a_complete_output_and_its_journal(
     assert refused.code == 3
     assert f"{out}: exists, and was made by another command: seed was 0, now" in refused.error
     assert run(*auto, "--seed", 3, "--overwrite").code == 0
-    assert SaliencyStats.load(out).provenance["run"]["seed"] == 3
+    facts = SaliencyStats.load(out).provenance
+    assert facts["run"]["seed"] == facts["observed"]["seed"] == 3
+    assert facts["observed"]["seconds"] > 0
+    assert facts["observed"]["device"]
     stats = SaliencyStats.load(out)
     assert "run" not in stats.merge(stats).provenance  # no command made that
     del stats.provenance["run"]

@@ -73,7 +73,8 @@ def assert_same_bits(mine: SaliencyStats, theirs: SaliencyStats) -> None:
     for name, layer in mine.layers.items():
         for field, value in layer.fields().items():
             assert torch.equal(value, theirs.layers[name].fields()[field]), (name, field)
-    left, right = ({**s.provenance, "created": None} for s in (mine, theirs))
+    timed = ("created", "observed")
+    left, right = ({**s.provenance, **dict.fromkeys(timed)} for s in (mine, theirs))
     assert left == right
     for part, other in zip(mine.parts, theirs.parts, strict=True):
         assert_same_bits(part, other)

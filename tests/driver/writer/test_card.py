@@ -18,6 +18,7 @@ from reap_driver.model.discover import find_moe_layers
 from reap_driver.planning.plan import Plan
 from reap_driver.writer.apply import apply_plan
 from reap_driver.writer.card import inherited_fields, model_card
+from reap_driver.writer.licenses import license_words
 from reap_driver.writer.report import ApplyReport, specify
 from tests.driver import zoo
 from tests.driver.published.checkpoint import write_tokenizer
@@ -104,7 +105,8 @@ def test_the_mix_has_proportions_and_no_paths(tmp_path: Path) -> None:
     assert [entry["tokens"] for entry in mix] == ["3,000", "1,000"]
     assert [entry["records"] for entry in mix] == ["30", "7"]
     assert [entry["share of tokens"] for entry in mix] == ["75.0 %", "25.0 %"]
-    assert [entry["digest of the tokens"] for entry in mix] == ["`sha256:aa`", "`sha256:bb`"]
+    digests = card.partition("<details>")[2].partition("</details>")[0]
+    assert "- tokens of code: `sha256:aa`\n- tokens of a|b: `sha256:bb`\n" in digests
     assert "4,000 tokens in all" in card
     assert "/home" not in card
     assert str(tmp_path) not in card
@@ -173,7 +175,65 @@ def test_the_license_is_inherited(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "README.md").write_text("---\nlicense: other\nlicense_name: acme-1\n---\n")
     card, _ = write(tmp_path)
-    assert "[acme/tiny](https://huggingface.co/acme/tiny) applies: acme-1." in card
+    assert "[acme/tiny](https://huggingface.co/acme/tiny) applies: acme-1 (`other`)." in card
+
+
+@pytest.mark.parametrize(
+    ("fields", "files", "words"),
+    [
+        ({"license": "apache-2.0"}, [], "Apache License 2.0 (`apache-2.0`)"),
+        ({"license": "mit"}, ["LICENSE"], "MIT License (`mit`); its text: `LICENSE`"),
+        ({"license": ["mit", "acme"]}, [], "MIT License (`mit`), acme"),
+        (
+            {"license": "other", "license_name": "acme-1", "license_link": "https://a.b/c"},
+            [],
+            "acme-1 (`other`); its text: `https://a.b/c`",
+        ),
+        ({"license_name": "acme-1"}, [], "acme-1"),
+        ({"tags": ["moe"]}, ["LICENSE"], None),
+    ],
+)
+def test_licenses_in_words(fields: dict[str, object], files: list[str], words: str | None) -> None:
+    assert license_words(fields, files) == words
+
+
+def test_files_with_the_license_are_named(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "full" / "LICENSE.txt").write_text("all rights")
+    card, _ = write(tmp_path)
+    assert "applies: MIT License (`mit`); its text: `LICENSE.txt`." in card
+    assert yaml.safe_load(card.split("---")[1])["license"] == "mit"
+    assert (tmp_path / "out" / "LICENSE.txt").read_text() == "all rights"
+
+
+def test_how_the_statistics_were_made_is_said(tmp_path: Path) -> None:
+    observed = {
+        "device": "NVIDIA H200",
+        "devices": 8,
+        "memory_bytes": 150_754_820_096,
+        "seconds": 4000.0,
+        "seed": 42,
+    }
+    card, _ = write(tmp_path, observed=observed)
+    rows = dict(tables(card)["Method"])
+    assert rows["observed on"] == "8 x NVIDIA H200, 151 GB of memory each"
+    assert (rows["observed in"], rows["seed of the samples"]) == ("1:06:40", "42")
+    assert re.fullmatch(r"\d+\.\d s", rows["written in"])
+    older, _ = write(tmp_path / "older")
+    assert "observed on" not in dict(tables(older)["Method"])
+
+
+def test_the_citation_is_that_of_the_project(tmp_path: Path) -> None:
+    """All authors, in their order."""
+    card, _ = write(tmp_path)
+    known = yaml.safe_load((Path(__file__).parents[3] / "CITATION.cff").read_text())
+    [paper] = known["references"]
+    names = [f"{one['family-names']}, {one['given-names']}" for one in paper["authors"]]
+    cited = code(card, "bibtex")
+    assert f"author    = {{{' and '.join(names)}}}" in cited
+    assert re.sub("[{}]", "", cited).count(paper["title"]) == 1
+    assert f"{{{paper['year']}}}" in cited
 
 
 def test_a_source_without_a_license_names_none(tmp_path: Path) -> None:
@@ -280,14 +340,16 @@ def test_names_from_elsewhere_do_nothing(written: tuple[Plan, ApplyReport], name
         notes=[name],
         model={**plan.model, "id": name},
         scores_digest=name,
+        observed={"device": name, "devices": 2},
     )
-    card = model_card({"license_name": name, "tags": [name]}, changed, report)
+    given = {"license_name": name, "license": name, "license_link": name, "tags": [name]}
+    card = model_card(given, changed, report)
     front, body = re.findall(r"\A---\n(.*?)^---\n(.*)", card, re.DOTALL | re.MULTILINE)[0]
     assert yaml.safe_load(front)["license_name"] == name
-    inert = outside_code(body)
+    inert = re.sub(r"</?(details|summary)>", "", outside_code(body))
     for word in ("<", "evil", "alert", "javascript", "**", "__", "Heading", "\u202e", "\x1b", "~~"):
         assert word not in inert
-    assert {len(row) for row in cells(body)["Calibration data"]} == {8}
+    assert {len(row) for row in cells(body)["Calibration data"]} == {7}
 
 
 def outside_code(body: str) -> str:
