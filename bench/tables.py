@@ -12,7 +12,13 @@ from collections.abc import Callable
 from bench.rows import RESULTS, ROOT
 
 Row = dict[str, str]
-PAGES = ("README.md", "docs/criteria.md", "docs/figures.md", "docs/versions.md")
+PAGES = (
+    "README.md",
+    "docs/criteria.md",
+    "docs/guides/data.md",
+    "docs/figures.md",
+    "docs/versions.md",
+)
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -408,6 +414,17 @@ def versions() -> str:
     return markdown([*head, "tests", "outcome", "commit"], body)
 
 
+def record_formats() -> str:
+    """Formats of records, in the order in which they are tried."""
+    from reap_driver.data.record_formats import FORMATS
+
+    def names(fields: tuple[str, ...]) -> str:
+        return ", ".join(f"`{name}`" for name in fields)
+
+    body = [[names(one.needed), names(one.more), one.becomes] for one in FORMATS]
+    return markdown(["a record has", "and perhaps", "it becomes"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "observe_cpu": observe_cpu,
     "accuracy_cpu": accuracy_cpu,
@@ -424,6 +441,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_end_to_end": gpu_end_to_end,
     "headline": headline,
     "versions": versions,
+    "record_formats": record_formats,
 }
 
 

@@ -75,6 +75,11 @@ def data(world: World) -> Iterable[Reader]:
     for suffix, compress in (("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)):
         path = new / f"r.jsonl.{suffix}"
         yield Reader(f"records .{suffix}", [compress(joined)], raw_bytes, in_file(path, use))
+    array = b"[" + b", ".join(every) + b"]"
+    yield Reader("records .json", [array], json_value, in_file(new / "r.json", use), 2)
+    yield Reader("records .json bytes", [array], raw_bytes, in_file(new / "b.json", use), 2)
+    table = b'text,id\n"a ""b""\nc",1\n\nd,2\n'
+    yield Reader("records .csv", [table], raw_bytes, in_file(new / "r.csv", use), 2)
     yield from _images(world)
     yield Reader("text", [b"A text.\n\nOf lines.\n"], raw_bytes, in_file(new / "t.txt", use))
     yield Reader("parquet", list(_parquet()), raw_bytes, in_file(new / "r.parquet", use), 2)

@@ -15,10 +15,11 @@ Runs the model once over your data and saves, for every expert, how often it was
 it contributed. The slow step, and the only one that loads the weights: plans made from the
 statistics later cost seconds, whatever criterion, ratio or weights of groups you try.
 
-Records are JSON lines, Parquet rows, text files or rows of a hub data set, of any common shape:
-`text`, `messages` (put through the model's chat template), `instruction` and `output`, `input_ids`,
-and more. Documents are packed end to end into sequences of --seq-len tokens, where nothing is
-padded and nothing is cut off; --packing has other ways.
+Records are JSON lines, elements of JSON arrays, rows of Parquet, CSV or a hub data set, or text
+files, of any common shape: `text`, `messages` (put through the model's chat template),
+`instruction` and `output`, `question` and `answer`, `chosen`, `input_ids`, and more. Documents are
+packed end to end into sequences of --seq-len tokens, where nothing is padded and nothing is cut
+off; --packing has other ways.
 
 Statistics are kept by group, and for --folds shares of the sequences beside the whole: what `plan`
 and `report` say of how sure a choice is comes from them.

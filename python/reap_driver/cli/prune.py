@@ -16,9 +16,9 @@ ones that matter least. Everything that could refuse the model, the data or the 
 before the weights are loaded. The output also holds the statistics and the plan it came from, in
 DIR/reap.
 
-Records are JSON lines, Parquet rows, text files or rows of a hub data set, of any common shape:
-`text`, `messages` (put through the model's chat template), `instruction` and `output`, `input_ids`,
-and more.
+Records are JSON lines, elements of JSON arrays, rows of Parquet, CSV or a hub data set, or text
+files, of any common shape: `text`, `messages` (put through the model's chat template),
+`instruction` and `output`, `question` and `answer`, `chosen`, `input_ids`, and more.
 """
 EXAMPLES = """\
 examples:

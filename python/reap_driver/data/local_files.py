@@ -3,12 +3,15 @@
 | suffix | a record is |
 |---|---|
 | .jsonl, .ndjson | a line with a JSON object; empty lines are skipped |
+| .json | the same, or an element of an array |
 | .parquet | a row |
+| .csv, .tsv | a row; the first names the fields |
 | .txt | the whole file, as one document |
 
-JSON lines and text may be compressed, with a second suffix .gz, .bz2, .xz or .zst. A folder stands
-for all such files in it, at any depth, in the order of their names; hidden files and files with
-other suffixes are skipped. A record may have at most `compressed_files.LARGEST` bytes.
+All but Parquet may be compressed, with a second suffix .gz, .bz2, .xz or .zst. A folder stands for
+all such files in it, at any depth, in the order of their names; hidden files, files with other
+suffixes, and those that describe a data set (`_ABOUT`) are skipped. A record may have at most
+`compressed_files.LARGEST` bytes.
 """
 
 from bisect import bisect_left
@@ -22,14 +25,16 @@ from typing import Any
 from reap_driver.compat.library_errors import one_line, wrap_errors
 from reap_driver.data.arrow import known_columns, row_records, text_leaves
 from reap_driver.data.compressed_files import COMPRESSIONS, LARGEST, inner_suffix, lines, opened
-from reap_driver.data.records import BadRecords, Record, guard
+from reap_driver.data.csv_rows import DELIMITERS, count_rows, read_rows
+from reap_driver.data.json_array import elements, first_character
+from reap_driver.data.records import BadRecords, Chosen, Numbered, Record, guard
 from reap_kernels.documents import parse_json
 from reap_kernels.errors import DataError
 from reap_kernels.files import is_file
 
 _PARQUET_ROWS = 1024  # rows read at a time
-_Chosen = frozenset[int] | None  # numbers of records in a file, from 0; None for all
-_Numbered = Iterator[tuple[int, Record]]
+# Files beside those of a data set that hold no records.
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 class Files:
@@ -66,7 +71,7 @@ class Files:
             for _, record in _kind(file).read(file, None, bad):
                 yield record
 
-    def pick(self, chosen: Sequence[int], bad: BadRecords | None) -> _Numbered:
+    def pick(self, chosen: Sequence[int], bad: BadRecords | None) -> Numbered:
         """(number, record) of the chosen records, in order. No other record is parsed.
 
         Args:
@@ -89,7 +94,7 @@ class Files:
 @dataclass(frozen=True)
 class _Kind:
     count: Callable[[Path], int]
-    read: Callable[[Path, _Chosen, BadRecords | None], _Numbered]
+    read: Callable[[Path, Chosen, BadRecords | None], Numbered]
 
 
 def _files(path: Path) -> list[Path]:
@@ -100,6 +105,7 @@ def _files(path: Path) -> list[Path]:
         file
         for file in path.rglob("*")
         if _known(file)
+        and file.name not in _ABOUT
         and is_file(file)
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
@@ -115,7 +121,7 @@ def _known(file: Path) -> bool:
 
 def _kind(file: Path) -> _Kind:
     if not _known(file):
-        endings = f"{', '.join(_KINDS)}, the text ones also with {', '.join(COMPRESSIONS)}"
+        endings = f"{', '.join(_KINDS)}, all but Parquet also with {', '.join(COMPRESSIONS)}"
         raise DataError(f"data {file}: ending {file.suffix!r} is not known; give one of {endings}")
     return _KINDS[inner_suffix(file)]
 
@@ -124,26 +130,65 @@ def _count_lines(file: Path) -> int:
     return sum(1 for _ in lines(file))
 
 
-def _read_lines(file: Path, chosen: _Chosen, bad: BadRecords | None) -> _Numbered:
+def _read_lines(file: Path, chosen: Chosen, bad: BadRecords | None) -> Numbered:
     left_out = guard(bad)
     for number, (place, line) in enumerate(lines(file)):
         if chosen is None or number in chosen:
             record = None
             with left_out:
-                record = _parse_line(f"{file}:{place}", line, file.parent)
+                record = _parse(f"{file}:{place}", line, file.parent, "line")
             if record is not None:
                 yield number, record
 
 
-def _parse_line(place: str, line: bytes | None, folder: Path) -> Record:
-    if line is None:
+def _count_json(file: Path) -> int:
+    return sum(1 for _ in elements(file)) if _is_array(file) else _count_lines(file)
+
+
+def _read_json(file: Path, chosen: Chosen, bad: BadRecords | None) -> Numbered:
+    if not _is_array(file):
+        yield from _read_lines(file, chosen, bad)
+        return
+    left_out = guard(bad)
+    for number, text in enumerate(elements(file)):
+        if chosen is None or number in chosen:
+            record = None
+            with left_out:
+                place = f"{file}, record {number + 1}"
+                record = _parse(place, text, file.parent, "element")
+            if record is not None:
+                yield number, record
+
+
+def _is_array(file: Path) -> bool:
+    """Whether a .json file holds an array; else it holds JSON lines.
+
+    Raises:
+        DataError: it holds neither.
+    """
+    if first_character(file) == "[":
+        return True
+    first = next((line for _, line in lines(file)), b"{}")
+    try:
+        parse_json(first or b"", plain=False)
+    except ValueError as error:
+        raise DataError(
+            f"data {file}: holds neither JSON lines nor an array of objects (its first line "
+            f"{error}); if it is one object with a list of records, give that list as the file, "
+            "for example with `jq .NAME`"
+        ) from error
+    return False
+
+
+def _parse(place: str, text: str | bytes | None, folder: Path, what: str) -> Record:
+    if text is None:
         raise DataError(f"{place}: is larger than {LARGEST} bytes; divide the record")
     try:
-        value = parse_json(line, plain=False)
+        value = parse_json(text, plain=False)
     except ValueError as error:
-        raise DataError(f"{place}: {error}; correct the line") from error
+        raise DataError(f"{place}: {error}; correct the {what}") from error
     if not isinstance(value, dict):
-        raise DataError(f"{place}: a JSON {type(value).__name__}; every line must be an object")
+        raise DataError(f"{place}: a JSON {type(value).__name__}; every {what} must be an object")
     return Record(place, value, folder=folder)
 
 
@@ -170,7 +215,7 @@ def _count_parquet(file: Path) -> int:
         return int(source.metadata.num_rows)
 
 
-def _read_parquet(file: Path, chosen: _Chosen, bad: BadRecords | None) -> _Numbered:
+def _read_parquet(file: Path, chosen: Chosen, bad: BadRecords | None) -> Numbered:
     start = 0
     with _parquet(file) as source:
         columns, others = known_columns(source.schema_arrow.names)
@@ -185,7 +230,7 @@ def _read_parquet(file: Path, chosen: _Chosen, bad: BadRecords | None) -> _Numbe
             start += batch.num_rows
 
 
-def _read_text(file: Path, chosen: _Chosen, bad: BadRecords | None) -> _Numbered:
+def _read_text(file: Path, chosen: Chosen, bad: BadRecords | None) -> Numbered:
     text = None
     with guard(bad), opened(file) as stream:
         content = stream.read(LARGEST + 1)
@@ -208,6 +253,8 @@ _LINES = _Kind(_count_lines, _read_lines)
 _KINDS = {
     ".jsonl": _LINES,
     ".ndjson": _LINES,
+    ".json": _Kind(_count_json, _read_json),
     ".parquet": _Kind(_count_parquet, _read_parquet),
+    **dict.fromkeys(DELIMITERS, _Kind(count_rows, read_rows)),
     ".txt": _Kind(lambda _: 1, _read_text),
 }

@@ -25,10 +25,14 @@ _ROLES = {
     "gpt": "assistant",
     "assistant": "assistant",
     "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
 }
 # Fields of a tool call and of its function that are used.
 _CALL = ("id", "type", "function", "name", "arguments")
@@ -59,7 +63,7 @@ def list_of_objects(
     Raises:
         DataError: the value is anything else.
     """
-    value = _parsed(record, name, record.fields[name] if value is None else value)
+    value = parsed(record, name, record.fields[name] if value is None else value)
     if (
         not isinstance(value, list)
         or len(value) < least
@@ -167,14 +171,19 @@ def turn(record: Record, given: dict[str, Any]) -> dict[str, Any]:
             f"{record.place}: conversations are from {short(role)}, which is not known; give one "
             f"of {', '.join(_ROLES)}"
         )
-    if role == "function_call":
-        calls = _parsed(record, "the function_call", value)
+    if role in ("function_call", "tool_call"):
+        calls = parsed(record, f"the {role}", value)
         calls = [calls] if isinstance(calls, dict) else calls
         return {**message, "role": known, "tool_calls": calls}
     return {**message, "role": known, "content": value}
 
 
-def _parsed(record: Record, name: str, value: Any) -> Any:
+def parsed(record: Record, name: str, value: Any) -> Any:
+    """The value that a text is the JSON of; another value as it is.
+
+    Raises:
+        DataError: the text is not JSON.
+    """
     if not isinstance(value, str):
         return value
     try:

@@ -14,7 +14,8 @@ from reap_kernels.errors import DataError
 IRRELEVANT = frozenset(
     {"_id", "id", "idx", "index", "uid", "uuid", "instance_id", "__index_level_0__"}
     | {"dataset", "source", "path", "url", "date", "timestamp", "license", "licenses"}
-    | {"lang", "language", "length", "num_tokens", "size", "meta", "metadata"}
+    | {"lang", "language", "length", "num_tokens", "size", "meta", "metadata", "prompt_id"}
+    | {"avg_line_length", "max_line_length", "alphanum_fraction", "repository_name"}
     | {"tool_call_id", "tool_call_ids", "cache_control"}  # of messages
 )
 
@@ -77,6 +78,10 @@ class BadRecords:
 def guard(bad: BadRecords | None) -> AbstractContextManager[None]:
     """Inside, a DataError is counted by `bad`, or raised if that is None."""
     return nullcontext() if bad is None else bad
+
+
+Chosen = frozenset[int] | None  # numbers of records in a file, from 0; None for all
+Numbered = Iterator[tuple[int, Record]]
 
 
 class RecordReader(Protocol):

@@ -1,6 +1,6 @@
 """Parses data sources: `--data [group=]SOURCE[:BUDGET]`.
 
-SOURCE is a file (JSON lines, Parquet or text, compressed or not), a folder of such files, or a data
+SOURCE is a file (JSON, Parquet, CSV or text, compressed or not), a folder of such files, or a data
 set of the Hugging Face hub, `owner/name[subset](split)@revision`, of which only the name is
 required. BUDGET draws a random sample of the records with the seed: `:700` draws 700 records,
 `:2Mtok` records with 2 million tokens in total. The group is the name under which statistics are
@@ -31,8 +31,9 @@ _HUB = re.compile(
     re.ASCII,
 )
 _FORM = (
-    "give [GROUP=]SOURCE[:N] or [GROUP=]SOURCE[:Ntok], where SOURCE is a .jsonl, .parquet or .txt "
-    "file, a folder of such files, or a hub data set such as owner/name[subset](split)"
+    "give [GROUP=]SOURCE[:N] or [GROUP=]SOURCE[:Ntok], where SOURCE is a .jsonl, .json, .parquet, "
+    ".csv, .tsv or .txt file, a folder of such files, or a hub data set such as "
+    "owner/name[subset](split)"
 )
 
 
@@ -200,5 +201,5 @@ def _budget(text: str, written: str) -> tuple[int | None, int | None]:
 
 
 def _looks_like_a_file(name: str) -> bool:
-    endings = (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".csv", *COMPRESSIONS)
+    endings = (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".csv", ".tsv", *COMPRESSIONS)
     return name.endswith(endings)

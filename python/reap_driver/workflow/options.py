@@ -73,10 +73,10 @@ class DataOptions:
         metavar="[GROUP=]SOURCE[:N]",
         group=DATA,
         recipe=False,
-        help="a .jsonl, .parquet or .txt file, compressed or not, a folder of them, or a data set "
-        "of the hub, owner/name[subset](split); :N takes a random sample of N records, :2Mtok one "
-        "of 2 million tokens; GROUP names the statistics (default: the file's name); several "
-        "sources can be given",
+        help="a .jsonl, .json, .parquet, .csv, .tsv or .txt file, compressed or not, a folder of "
+        "them, or a data set of the hub, owner/name[subset](split); :N takes a random sample of N "
+        "records, :2Mtok one of 2 million tokens; GROUP names the statistics (default: the file's "
+        "name); several sources can be given",
     )
     recipe: str | Path | Sequence[str | Path] = option(
         (),

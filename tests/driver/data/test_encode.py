@@ -70,7 +70,7 @@ def test_tools_reach_the_template(encoder: Encoder, folder: Path) -> None:
         ({}, "it has none at all"),
         ({"text": None}, "no known format"),
         ({"text": 5}, "text is a int; it must be a string"),
-        ({"input_ids": "1 2"}, "input_ids must be a flat list of integers"),
+        ({"input_ids": "1 2"}, "input_ids is text, which is not JSON"),
         ({"input_ids": [[1, 2]]}, "input_ids must be a flat list of integers"),
         ({"input_ids": [1.0]}, "input_ids must be a flat list of integers"),
         ({"input_ids": [True]}, "input_ids must be a flat list of integers"),

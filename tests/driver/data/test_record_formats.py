@@ -294,3 +294,126 @@ def test_what_turns_of_a_conversation_have_stays() -> None:
     turn = {"from": "gpt", "value": "yes", "thought": "hm"}
     expected = {**ANSWER, "thought": "hm"}
     assert chat(conversations=[{"from": "human", "value": "hi"}, turn]).messages == [USER, expected]
+
+
+SYSTEM, PARTING = {"role": "system", "content": "s"}, {"role": "user", "content": "more"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "messages", "plain"),
+    [
+        ({"question": "q", "answer": "a #### 7"}, ["q", "a #### 7"], "q\n\na #### 7"),  # GSM8K
+        (
+            {"problem": "p", "level": "Level 5", "type": "Algebra", "solution": "s"},  # MATH
+            ["p", "s"],
+            "p\n\ns",
+        ),
+        (
+            {"id": "1", "system_prompt": "s", "question": "q", "response": "r"},  # OpenOrca
+            ["s", "q", "r"],
+            "s\n\nq\n\nr",
+        ),
+        (
+            {"instruction": "i", "context": "c", "response": "r", "category": "qa"},  # Dolly
+            ["i\n\nc", "r"],
+            "i\n\nc\n\nr",
+        ),
+        ({"instruction": "i", "context": "", "response": "r"}, ["i", "r"], "i\n\nr"),
+        ({"prompt": "p", "response": "r"}, ["p", "r"], "p\n\nr"),
+        ({"problem": "p", "solution": "s", "answer": "7"}, ["p", "s"], "p\n\ns"),  # NuminaMath
+        (
+            {"system": "s", "question": "q", "chosen": "c", "rejected": "r"},  # orca_dpo_pairs
+            ["s", "q", "c"],
+            "s\n\nq\n\nc",
+        ),
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, ["p", "c"], "p\n\nc"),
+    ],
+)
+def test_questions_with_answers_of_published_data_sets(
+    fields: dict[str, Any], messages: list[str], plain: str
+) -> None:
+    found = chat(**fields)
+    assert [message["content"] for message in found.messages] == messages
+    assert found.messages[-1]["role"] == "assistant"
+    assert found.plain == Text(plain, plain.rindex(messages[-1]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "messages"),
+    [
+        # UltraFeedback-binarized, of HuggingFaceH4 and of TRL
+        ({"prompt": "hi", "chosen": TALK, "rejected": TALK, "messages": TALK}, TALK),
+        ({"prompt": "hi", "prompt_id": "x", "chosen": TALK, "score_chosen": 8.5}, TALK),
+        ({"chosen": TALK, "rejected": TALK}, TALK),
+        ({"prompt": [USER], "chosen": [ANSWER]}, TALK),
+        ({"prompt": [SYSTEM, USER], "chosen": "yes"}, [SYSTEM, *TALK]),
+        ({"prompt": "hi", "chosen": [ANSWER], "system": "s"}, [SYSTEM, *TALK]),
+        ({"chosen": [SYSTEM, *TALK], "system": "other"}, [SYSTEM, *TALK]),
+        # OpenThoughts-114k, and data sets that call the list `conversation`
+        (
+            {
+                "system": "s",
+                "conversations": [
+                    {"from": "user", "value": "hi"},
+                    {"from": "assistant", "value": "yes"},
+                ],
+            },
+            [SYSTEM, *TALK],
+        ),
+        ({"conversation": TALK, "model": "m", "turn": 1}, TALK),
+        (
+            {"conversation": [{"from": "human", "value": "hi"}, {"from": "bot", "value": "yes"}]},
+            TALK,
+        ),
+        ({"messages": TALK, "num_tokens": 5, "source": "x"}, TALK),  # Mixture-of-Thoughts
+    ],
+)
+def test_conversations_of_published_data_sets(
+    fields: dict[str, Any], messages: list[dict[str, Any]]
+) -> None:
+    assert chat(**fields).messages == messages
+
+
+def test_texts_of_published_data_sets() -> None:
+    assert shape(chosen="Human: hi Assistant: yes", rejected="no") == Text(
+        "Human: hi Assistant: yes"
+    )
+    assert shape(code="def f(): ...", language="Python", func_name="f") == Text("def f(): ...")
+    assert shape(input_ids="[1, 2]") == Tokens([1, 2])
+    record = Record("a", {"content": "x", "avg_line_length": 1.0, "lang": "Python", "path": "a.py"})
+    assert content_of(record) == Text("x")
+    assert record.unused == set()
+
+
+def test_calls_and_answers_of_tools_by_other_names() -> None:
+    call = json.dumps({"name": "add", "arguments": {"n": 1}})
+    turns = [{"from": "user", "value": "hi"}, {"from": "tool_call", "value": call}]
+    found = chat(conversation=[*turns, {"from": "tool_response", "value": "2"}])
+    assert [message["role"] for message in found.messages] == ["user", "assistant", "tool"]
+    assert found.messages[1]["tool_calls"] == [called("add", {"n": 1})]
+
+
+def test_of_two_formats_the_first_counts_and_the_other_is_noted() -> None:
+    record = Record("a", {"question": "q", "answer": "a", "code": "c", "rejected": "r"})
+    assert [message["content"] for message in content_of(record).messages] == ["q", "a"]  # type: ignore[union-attr]
+    assert record.unused == {"code", "rejected"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"question": "q", "answer": 2}, "answer is a int; it must be a string"),
+        ({"chosen": 5}, "chosen is a int; it must be a string"),
+        ({"chosen": []}, "chosen must be a list of objects, at least one"),
+        ({"prompt": "p", "chosen": [{"content": "x"}]}, r"chosen\[0\] has no role"),
+        (
+            {"question": "q", "choices": ["a"]},
+            r"question \+ answer, .* \(it has choices, question\)",
+        ),
+        ({"data": TALK}, "if its records are those in data, give that list as the file"),
+        ({"conversation": "text"}, "conversation is text, which is not JSON"),
+    ],
+)
+def test_fields_of_wrong_kinds_are_named(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError, match=rf"^data.jsonl:7: .*{says}"):
+        shape(**fields)

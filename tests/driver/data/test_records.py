@@ -138,7 +138,9 @@ def test_empty_parquet_and_empty_folder(tmp_path: Path) -> None:
         read(tmp_path / "a.parquet")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "README.md").write_text("nothing")
-    with pytest.raises(DataError, match=r"none: no .jsonl, .ndjson, .parquet, .txt file in this"):
+    with pytest.raises(
+        DataError, match=r"none: no .jsonl, .ndjson, .json, .parquet, .csv, .tsv, .txt file in"
+    ):
         read(tmp_path / "none")
 
 
@@ -162,9 +164,9 @@ def test_parquet_without_pyarrow_says_what_to_install(
 
 
 def test_unknown_endings(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
+    path = tmp_path / "a.xml"
     path.write_text("text\n")
-    with pytest.raises(DataError, match=r"a.csv: ending '.csv' is not known; give one of .jsonl"):
+    with pytest.raises(DataError, match=r"a.xml: ending '.xml' is not known; give one of .jsonl"):
         read(path)
 
 
