@@ -30,7 +30,8 @@ too: orphans are tokens whose first expert the plan removes.
 EXAMPLES = """\
 examples:
   reap-kernels compare MODEL MODEL-half --data held-out.jsonl
-  reap-kernels compare MODEL plan.json --data code=src.parquet --data chat.jsonl --tokens 200k
+  reap-kernels compare MODEL plan.json --data code=src.parquet \\
+      --data chat.jsonl --tokens 200k
   reap-kernels compare MODEL half.json quarter.json --data held-out.jsonl
   reap-kernels compare MODEL MODEL-half --data held-out.jsonl \\
       --tasks gsm8k,ifeval --limit 200

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from reap_driver.base.library_bars import no_library_bars
 from reap_driver.workflow.console import Console
 
 NAME = "demo"
@@ -42,5 +43,5 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.out.is_dir():
         check_folder(args.out, FILES, overwrite=True, inputs=[])
 
-    with console.library_progress():
+    with no_library_bars():  # it loads small models several times
         return run_demo(args.out, seed=args.seed, quiet=console.quiet or console.as_json)

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from reap_driver.base.interrupts import Interrupted, Terminated, terminations_raised
 from reap_driver.base.requirements import Unmet, check
 from reap_driver.cli.commands import COMMANDS
+from reap_driver.cli.help import Help, usage
 from reap_driver.workflow.console import Console, emit, flags, printable
 
 PROGRAM = "reap-kernels"
@@ -65,12 +66,11 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    shape = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
         prog=PROGRAM,
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=shape,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
@@ -81,11 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
             help=command.SUMMARY,
             description=command.DESCRIPTION,
             epilog=command.EXAMPLES,
-            formatter_class=shape,
+            formatter_class=Help,
             allow_abbrev=False,
         )
         command.configure(sub)
         _add_output(sub)
+        sub.usage = usage(sub)
         sub.set_defaults(run=command.run, usage=sub.format_usage)
     return parser
 
@@ -160,8 +161,10 @@ def _run(words: Sequence[str], *, as_json: bool) -> int:
     if args.command is None:
         raise UsageError("a COMMAND is missing", build_parser().format_help())
     check()
+    console = Console(quiet=args.quiet, as_json=as_json)
     try:
-        result = args.run(args, Console(quiet=args.quiet, as_json=as_json))
+        with console.library_progress():
+            result = args.run(args, console)
     except Exception as error:
         from reap_driver.workflow.errors import OptionError  # with it comes torch
 

@@ -27,10 +27,10 @@ and `report` say of how sure a choice is comes from them.
 EXAMPLES = """\
 examples:
   reap-kernels observe MODEL --data code.jsonl --out stats.safetensors
-  reap-kernels observe MODEL --data code=src.parquet:700 --data tools=calls.jsonl:330 \\
-      --seq-len 2048 --out stats.safetensors
-  reap-kernels observe MODEL --recipe mix.yaml --packing none --max-len 16384 --answers-only \\
-      --out stats.safetensors
+  reap-kernels observe MODEL --data code=src.parquet:700 \\
+      --data tools=calls.jsonl:330 --seq-len 2048 --out stats.safetensors
+  reap-kernels observe MODEL --recipe mix.yaml --packing none --max-len 16384 \\
+      --answers-only --out stats.safetensors
   reap-kernels observe config.json --dry-run --tokens 24M
 """
 

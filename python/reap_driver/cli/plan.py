@@ -20,13 +20,18 @@ which experts other data of the same kind might have decided otherwise.
 EXAMPLES = """\
 examples:
   reap-kernels plan stats.safetensors --ratio 0.5 --out plan.json
-  reap-kernels plan stats.safetensors --criterion frequency --ratio 0.25 --out plan.json
+  reap-kernels plan stats.safetensors --criterion frequency --ratio 0.25 \\
+      --out plan.json
   reap-kernels plan stats.safetensors --criterion 'S(0.5,1,1)' --out plan.json
   reap-kernels plan stats.safetensors --criterion random:1 --out baseline.json
-  reap-kernels plan stats.safetensors --weights code=0.7,tools=0.3 --out plan.json
-  reap-kernels plan stats.safetensors --protect super --protect 3:17,40 --out plan.json
-  reap-kernels plan stats.safetensors --allocation global --ratio 0.3 --out plan.json
-  reap-kernels plan stats.safetensors --skip-first 1 --layer-ratios ratios.yaml --out plan.json
+  reap-kernels plan stats.safetensors --weights code=0.7,tools=0.3 \\
+      --out plan.json
+  reap-kernels plan stats.safetensors --protect super --protect 3:17,40 \\
+      --out plan.json
+  reap-kernels plan stats.safetensors --allocation global --ratio 0.3 \\
+      --out plan.json
+  reap-kernels plan stats.safetensors --skip-first 1 \\
+      --layer-ratios ratios.yaml --out plan.json
 """
 
 

@@ -23,11 +23,16 @@ files, of any common shape: `text`, `messages` (put through the model's chat tem
 EXAMPLES = """\
 examples:
   reap-kernels prune MODEL --data code.jsonl --ratio 0.5 --out MODEL-half
-  reap-kernels prune MODEL --data code.jsonl:1000 --data chat.parquet:500 --ratio 0.25 --out OUT
-  reap-kernels prune MODEL --data notes/ --dtype bfloat16 --device cuda --ratio 0.4 --out OUT
-  reap-kernels prune MODEL --data code.jsonl --protect super --criterion msan --out OUT
-  reap-kernels prune MODEL --data code.jsonl --allocation global --non-uniform --out OUT
-  reap-kernels prune MODEL --data code.jsonl --fits 16GB --context 8192 --out OUT
+  reap-kernels prune MODEL --data code.jsonl:1000 --data chat.parquet:500 \\
+      --ratio 0.25 --out OUT
+  reap-kernels prune MODEL --data notes/ --dtype bfloat16 --device cuda \\
+      --ratio 0.4 --out OUT
+  reap-kernels prune MODEL --data code.jsonl --protect super --criterion msan \\
+      --out OUT
+  reap-kernels prune MODEL --data code.jsonl --allocation global \\
+      --non-uniform --out OUT
+  reap-kernels prune MODEL --data code.jsonl --fits 16GB --context 8192 \\
+      --out OUT
   reap-kernels prune MODEL --data notes/ --fits 16GB --dry-run
 """
 

@@ -19,8 +19,10 @@ EXAMPLES = """\
 examples:
   reap-kernels report stats.safetensors plan.json --out report
   reap-kernels report stats.safetensors --criterion frequency --out report
-  reap-kernels compare MODEL MODEL-half --data held-out.jsonl --json > compare.json
-  reap-kernels report stats.safetensors plan.json --compare compare.json --out report
+  reap-kernels compare MODEL MODEL-half --data held-out.jsonl \\
+      --json > compare.json
+  reap-kernels report stats.safetensors plan.json --compare compare.json \\
+      --out report
 """
 
 

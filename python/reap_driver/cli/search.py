@@ -25,10 +25,12 @@ a checkpoint.
 """
 EXAMPLES = """\
 examples:
-  reap-kernels search MODEL stats.safetensors --data held.jsonl --ratio 0.5 --out plan.json
-  reap-kernels search MODEL stats.safetensors --data held.jsonl:200 --evaluations 1000 \\
+  reap-kernels search MODEL stats.safetensors --data held.jsonl --ratio 0.5 \\
       --out plan.json
-  reap-kernels search MODEL stats.safetensors --data held.jsonl --out plan.json --resume
+  reap-kernels search MODEL stats.safetensors --data held.jsonl:200 \\
+      --evaluations 1000 --out plan.json
+  reap-kernels search MODEL stats.safetensors --data held.jsonl \\
+      --out plan.json --resume
 """
 
 

@@ -18,7 +18,8 @@ EXAMPLES = """\
 examples:
   reap-kernels tune MODEL --out launches.json
   reap-kernels tune --shape 128,8,2048,768 --dtype bfloat16 --out launches.json
-  REAP_TUNING=launches.json reap-kernels observe MODEL --data code.jsonl --out stats.safetensors
+  REAP_TUNING=launches.json reap-kernels observe MODEL --data code.jsonl \\
+      --out stats.safetensors
 """
 
 

@@ -5,9 +5,11 @@ import functools
 import os
 import re
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+from reap_driver.base.library_bars import no_library_bars
 from reap_driver.base.units import clock, short
 from reap_driver.workflow import jobs
 from reap_driver.workflow.fields import every_field
@@ -30,6 +32,7 @@ class Console(Listener):
     def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
         self.quiet = quiet
         self.as_json = as_json
+        self._last: Shown | None = None
 
     def only(self, speaks: bool) -> None:
         """See `Listener`."""
@@ -38,25 +41,36 @@ class Console(Listener):
     def say(self, text: str) -> None:
         """A result, on stdout."""
         if not self.quiet and not self.as_json:
-            emit(flags(text))
+            with self._above_bars():
+                emit(flags(text))
 
     def note(self, text: str) -> None:
         """Something to know that is no error, on stderr."""
         if not self.quiet:
-            print(f"note: {printable(flags(text))}", file=sys.stderr, flush=True)
+            with self._above_bars():
+                print(f"note: {printable(flags(text))}", file=sys.stderr, flush=True)
 
     def step(self, what: str, unit: str, total: int | None) -> Step:
         """Progress with its rate and the time left: a bar on a terminal, else lines."""
-        return Step(what, unit, total) if self.quiet else Shown(what, unit, total)
+        if self.quiet:
+            return Step(what, unit, total)
+        self._last = Shown(what, unit, total)
+        return self._last
+
+    def _above_bars(self) -> AbstractContextManager[None]:
+        """Around what is printed while a bar may be on the screen."""
+        return nullcontext() if self._last is None else self._last.hidden()
 
     def library_progress(self) -> AbstractContextManager[None]:
-        """transformers' own loading bars: on a terminal only, and not when quiet."""
+        """The libraries' own bars: on a terminal only, and not when quiet."""
         shown = sys.stderr.isatty() and not self.quiet
         return nullcontext() if shown else super().library_progress()
 
 
 class Shown(Step):
-    """A step that shows its progress now and then, on stderr."""
+    """A step that shows its progress now and then, on stderr. Where it does so by a bar, the
+    libraries show none.
+    """
 
     def __init__(self, what: str, unit: str, total: int | None) -> None:
         super().__init__(what, unit, total)
@@ -64,9 +78,11 @@ class Shown(Step):
         self._tenth = 0
         self._counted = 0.0  # that the bar has been told
         self._bar: Any = None
+        self._alone = ExitStack()
         if sys.stderr.isatty():
             from tqdm import tqdm
 
+            self._alone.enter_context(no_library_bars())
             self._bar = tqdm(
                 total=total, desc=what, unit=unit, unit_scale=True, delay=_SILENT, leave=False
             )
@@ -90,6 +106,18 @@ class Shown(Step):
         """Takes the bar off the screen."""
         if self._bar is not None:
             self._bar.close()
+        self._alone.close()
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Takes the bar off the screen while something is printed; it is drawn again below."""
+        bar = self._bar
+        if bar is None or bar.disable or bar.last_print_t < bar.start_t + bar.delay:
+            yield  # closed, or never drawn so far
+            return
+        bar.clear()
+        yield
+        bar.refresh()
 
     def _maybe_line(self) -> None:
         now = self.seconds
@@ -147,8 +175,11 @@ def emit(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(printable(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        # What is left in the buffer must not fail again when the process ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 def printable(text: str) -> str:

@@ -1,10 +1,13 @@
 """Listeners: they receive notes, intermediate results and progress of a job while it runs."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from reap_driver.base.library_bars import no_library_bars
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,10 @@ class Step:
         self.changed()
 
     def add(self, count: float) -> None:
-        """`count` more are done."""
+        """`count` more are done; shares of the work add up to the whole but for rounding."""
         self.done += count
+        if self.total is not None and math.isclose(self.done, self.total, rel_tol=1e-9):
+            self.done = self.total
         self.changed()
 
     def reach(self, done: int, total: int) -> None:
@@ -106,21 +111,8 @@ class Listener:
             step.close()
 
     def library_progress(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which transformers shows no loading bars of its own."""
-        return _no_library_bars()
-
-
-@contextlib.contextmanager
-def _no_library_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+        """A context in which the libraries show no bars of their own."""
+        return no_library_bars()
 
 
 class _Told(Step):
