@@ -35,7 +35,13 @@ def plan_of_size(
     folder = Path(model.path)
     files = stored_files(folder, model.config) if folder.is_dir() else None
     write = WriteOptions(non_uniform=True)  # whether that is wanted, the writer is told
-    sizing = Sizing(model, model.path, files, write, dtype="auto", trust=False)
+    try:
+        sizing = Sizing(model, model.path, files, write, dtype="auto", trust=False)
+    except DataError as error:
+        raise DataError(
+            f"{model.path}: its configuration names no dtype, so its size is that of its weights; "
+            "give the folder that holds them by `model`"
+        ) from error
     plan = sized_plan(sizing, scores, options.rank, options.budget, options.allocation, stats)
     for line in sizing.leaves(plan, options.rank).lines():
         listener.say(line)

@@ -288,10 +288,11 @@ class Sizing:
             cached = f", and the cache of {asked['context']:,} tokens {cache:,}"
             remedy = ", a shorter `context`"
         return (
-            f"`{name}={_given(asked[name])}` cannot be reached: {_experts(least)}, the fewest that "
-            f"can be left, weigh {weights:,} bytes{how}, {in_bytes(self._rest(most, least))} of "
-            f"them no routed experts{cached}; the smallest that can be reached is {smallest:,} "
-            f"bytes; give `{name}={_up(smallest)}`{remedy} or a quantized checkpoint of the model"
+            f"`{name}={_given(asked[name])}` cannot be reached: with {_left(least)}, the fewest "
+            f"that can be left, the weights take {weights:,} bytes{how}, of which "
+            f"{in_bytes(self._rest(most, least))} are in no routed expert{cached}; the smallest "
+            f"that can be reached is {smallest:,} bytes; give `{name}={_up(smallest)}`{remedy} or "
+            "a quantized checkpoint of the model"
         )
 
     def _rest(self, most: Plan, least: Plan) -> int:
@@ -389,9 +390,13 @@ def _up(size: int) -> str:
     return _given(-(-size // step) * step)
 
 
-def _experts(plan: Plan) -> str:
-    """Experts of the layers of a plan, in words."""
-    return _counts({name: (la.num_experts, len(la.kept)) for name, la in plan.layers.items()})
+def _left(plan: Plan) -> str:
+    """The experts that a plan leaves, in words."""
+    layers = [(len(layer.kept), layer.num_experts) for layer in plan.layers.values()]
+    if len(set(layers)) == 1:
+        return f"{layers[0][0]} of {layers[0][1]} experts in each of {len(layers)} layers"
+    kept, experts = map(sum, zip(*layers, strict=True))
+    return f"{kept} of {experts} experts in {len(layers)} layers together"
 
 
 def _counts(experts: Mapping[str, Pair], *, shared: bool = False) -> str:
