@@ -43,7 +43,7 @@ support: $(READY) host
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
+	for system in linux darwin win32; do $(RUN) -m mypy --platform $$system || exit 1; done
 	$(VENV)/bin/codespell
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -type f)
 

@@ -9,9 +9,9 @@ Everything declarative stands in the two pyproject.toml; this file holds what th
 packages there are, the version read from the source without importing torch, and the build of
 reap_kernels._C, which CMakeLists.txt describes.
 
-REAP_BUILD_CUDA says whether to build it: auto (default) where nvcc is found, 1 insists, 0 leaves it
-out. nvcc is the one CUDACXX names, else CUDA_HOME's, else PATH's. CMAKE_ARGS adds arguments of
-CMake, such as -DREAP_ARCHS=90a-real for one architecture only.
+REAP_BUILD_CUDA says whether to build it: auto (default) on Linux where nvcc is found, 1 insists, 0
+leaves it out. nvcc is the one CUDACXX names, else CUDA_HOME's, else PATH's. CMAKE_ARGS adds
+arguments of CMake, such as -DREAP_ARCHS=90a-real for one architecture only.
 """
 
 from __future__ import annotations  # so that an older Python comes to the message below
@@ -57,15 +57,19 @@ def builds_cuda() -> bool:
     wanted = os.environ.get("REAP_BUILD_CUDA") or "auto"
     if wanted not in ("auto", "1", "0"):
         sys.exit(f"REAP_BUILD_CUDA={wanted!r} is not known; set it to auto, 1 or 0, or unset it")
-    if wanted == "0" or nvcc():
-        return wanted != "0"
-    missing = "no nvcc by CUDACXX, CUDA_HOME or PATH"
+    if wanted == "0":
+        return False
+    if nvcc() and (wanted == "1" or sys.platform == "linux"):
+        return True
+    why = "there is no nvcc by CUDACXX, CUDA_HOME or PATH"
+    if nvcc():
+        why = f"nobody has built it on {sys.platform}"
     if wanted == "1":
         sys.exit(
-            f"REAP_BUILD_CUDA=1, but there is {missing}; install the CUDA toolkit (12.8 or newer) "
-            "and set CUDA_HOME to it, or set REAP_BUILD_CUDA=0 to leave reap_kernels._C out"
+            f"REAP_BUILD_CUDA=1, but {why}; install the CUDA toolkit (12.8 or newer) and set "
+            "CUDA_HOME to it, or set REAP_BUILD_CUDA=0 to leave reap_kernels._C out"
         )
-    print(f"reap_kernels._C is left out: {missing} (REAP_BUILD_CUDA=1 would insist)", flush=True)
+    print(f"reap_kernels._C is left out: {why} (REAP_BUILD_CUDA=1 would insist)", flush=True)
     return False
 
 

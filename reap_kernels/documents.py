@@ -24,19 +24,31 @@ from reap_kernels.schema import MAX_INT, Anything, Kind, Mismatch, Record, Text,
 
 MAX_BYTES = 100_000_000  # the limit of the safetensors library for a header, which is JSON too
 MAX_DEPTH = 64
+# Of POSIX: does not wait for the other end of a pipe, and closes the file in other programs that
+# are started. Windows has neither, nor pipes among its files.
+_FLAGS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def open_file(path: str | os.PathLike[str]) -> BufferedReader:
+def open_file(path: str | os.PathLike[str], *, follow: bool = True) -> BufferedReader:
     """Opens a file to read; a pipe or a device, which may never end, is refused.
+
+    Args:
+        path: of the file.
+        follow: whether the file may be a symbolic link (Windows opens those in any case).
 
     Raises:
         OSError: it cannot be opened, or it is no file, with the reason as `strerror`.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | _FLAGS | (0 if follow else _NO_LINKS))
     except ValueError as error:  # a name that no file can have
         raise OSError(errno.EINVAL, str(error)) from error
+    except PermissionError as error:
+        if os.path.isdir(path):  # Windows opens no folders
+            raise OSError(errno.EINVAL, "a folder") from error
+        raise
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)

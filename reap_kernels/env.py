@@ -19,7 +19,7 @@ is computed in parts. Default: a quarter of free device memory.
 `cuda` backend serve the CPU, for tests.
 
 `REAP_BUILD_CUDA`: read by setup.py alone: `1` insists on building `reap_kernels._C`, `0` leaves it
-out, `auto` builds it where nvcc is. Default: `auto`.
+out, `auto` builds it on Linux where nvcc is. Default: `auto`.
 
 Triton's own `TRITON_INTERPRET=1` makes the `triton` backend serve the CPU, for tests.
 """

@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,13 +15,21 @@ from torch import Tensor
 
 from reap_kernels.errors import UsageError
 
+WINDOWS = sys.platform == "win32"
 # Errors by which a disk, a quota or a limit says that it is full.
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Flushes a file's content, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flushes a file's content, or a folder's entries, to disk.
+
+    Windows flushes only what is open for writing, and opens no folders: a name that was given
+    there is durable when the file system's own log is.
+    """
+    flags = os.O_RDWR if WINDOWS else os.O_RDONLY
+    if WINDOWS and os.path.isdir(path):
+        return
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

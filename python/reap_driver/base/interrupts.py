@@ -1,5 +1,7 @@
 """Handles Ctrl-C, SIGTERM and SIGHUP so that a run stops at a point where no results are lost.
 
+Windows has no SIGHUP; a console that is closed there, or Ctrl-Break, sends SIGBREAK instead.
+
 Signals that the process was started to ignore (by nohup or a shell's background jobs) stay ignored.
 """
 
@@ -11,7 +13,9 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-TERMINATIONS = (signal.SIGTERM, signal.SIGHUP)
+TERMINATIONS: tuple[int, ...] = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
+)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -181,7 +181,6 @@ def _place(nbytes: int, logits: Tensor) -> torch.device:
         if free is None or nbytes <= _SHARE * free.nbytes:
             return device
     host = free_host_memory()
-    assert host is not None  # else the loop would have returned the CPU
     raise ResourceError(
         f"the full model's logits take {in_bytes(nbytes)} ({short(nbytes // _row(logits))} "
         f"predictions, {in_bytes(_row(logits))} each), more than half of the "

@@ -19,7 +19,6 @@ import json
 import os
 import re
 import secrets
-import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +39,7 @@ from reap_driver.data.packing import PackedSource, Packing, pack
 from reap_driver.data.records import BadRecords
 from reap_driver.data.source import DataSource
 from reap_kernels import env
+from reap_kernels.documents import open_file
 from reap_kernels.errors import DataError
 from reap_kernels.files import is_file, replaced, save_tensors
 
@@ -251,14 +251,22 @@ def _key(folder: Path) -> bytes:
         with open(descriptor, "wb") as file:
             file.write(secrets.token_bytes(_KEY_BYTES))
         os.replace(temporary, path)
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+    with open_file(path, follow=False) as file:
+        if not _private(os.fstat(file.fileno())):
             raise PermissionError(errno.EPERM, f"{path} is not private to this user")
         key = file.read(_KEY_BYTES + 1)
     if len(key) != _KEY_BYTES:
         raise OSError(errno.EIO, f"{path} is no key; remove it")
     return key
+
+
+def _private(facts: os.stat_result) -> bool:
+    """Whether this user owns an open file, and no other user may read or write it. Windows does not
+    say so; the default folder, in the user's own, is closed to others there.
+    """
+    if not hasattr(os, "geteuid"):
+        return True
+    return facts.st_uid == os.geteuid() and not facts.st_mode & 0o077
 
 
 @functools.cache

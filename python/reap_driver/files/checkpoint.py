@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from reap_driver.files.exchange import restore
@@ -229,6 +229,7 @@ def _inside(index_path: Path, key: str, name: Any) -> str:
     if (
         path is None
         or path.is_absolute()
+        or PureWindowsPath(name).drive
         or ".." in path.parts
         or path.suffix != ".safetensors"
         or len(name) > _LONGEST_NAME

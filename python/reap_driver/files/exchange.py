@@ -11,6 +11,7 @@ import ctypes
 import os
 import re
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -102,8 +103,10 @@ def hidden(out: Path, kind: Kind) -> Iterator[Path]:
 
 def _exchanged(one: Path, other: Path) -> bool:
     """Exchanges two names atomically; whether the system could."""
+    if sys.platform != "linux":
+        return False
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if function is None:
+    if function is None:  # an old C library
         return False
     names = os.fsencode(one), os.fsencode(other)
     return function(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0

@@ -1,6 +1,5 @@
 """Reads tensors of a checkpoint in background threads, ahead of their use."""
 
-import os
 import threading
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from reap_driver.base.threads import background
 from reap_driver.compat.partial_load import LazyTensor
 from reap_driver.files.fingerprints import Fingerprints, unreadable
 from reap_driver.files.safetensors_file import TensorEntry
+from reap_driver.files.shared_file import SharedFile
 from reap_kernels.errors import CheckpointError
 
 # Concurrent reads, and bytes per read: enough for the throughput of a fast disk.
@@ -60,7 +60,7 @@ class TensorReader:
         self.bytes_read = 0
         self.pinned = False
         self._pool = background(THREADS, "reap-read")
-        self._files: dict[Path, int] = {}
+        self._files: dict[Path, SharedFile] = {}
         self._lock = threading.Lock()
 
     def start(self, entry: TensorEntry, dtype: torch.dtype) -> "PendingTensor":
@@ -76,20 +76,19 @@ class TensorReader:
     def close(self) -> None:
         """Ends the threads; reads that have not started are canceled."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        for descriptor in self._files.values():
-            os.close(descriptor)
+        for file in self._files.values():
+            file.close()
         self._files.clear()
 
     def _read(self, path: Path, start: int, view: memoryview) -> None:
         try:
-            descriptor = self._open(path)
-            self._fill(path, descriptor, start, view)
+            self._fill(path, self._open(path), start, view)
         except OSError as error:
             raise unreadable(path, error) from error
 
-    def _fill(self, path: Path, descriptor: int, start: int, view: memoryview) -> None:
+    def _fill(self, path: Path, file: SharedFile, start: int, view: memoryview) -> None:
         while view:
-            count = os.preadv(descriptor, [view], start)
+            count = file.read_into(view, start)
             if not count:
                 raise CheckpointError(
                     f"{path}: ended at byte {start} while it was read; do not change the "
@@ -99,11 +98,10 @@ class TensorReader:
             with self._lock:
                 self.bytes_read += count
 
-    def _open(self, path: Path) -> int:
+    def _open(self, path: Path) -> SharedFile:
         with self._lock:
             if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY)
-                self._fingerprints.check_open(path, self._files[path])
+                self._files[path] = SharedFile(path, self._fingerprints)
             return self._files[path]
 
 

@@ -3,13 +3,15 @@
 In a container, /proc/meminfo shows the whole machine, but the process is killed at the limit of its
 control group, which no library reports for both versions of control groups. The file formats are
 those of the Linux documentation: cgroup-v2, "Memory Interface Files"; cgroup-v1, "Memory Resource
-Controller"; proc_pid_statm(5).
+Controller"; proc_pid_statm(5). Other systems have none of them; psutil asks them for free memory.
 """
 
-import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+import psutil
 
 PROC = Path("/proc")
 
@@ -45,14 +47,14 @@ _V1 = _Version(
 )
 
 
-def free_host_memory(proc: Path = PROC) -> Free | None:
-    """The smallest of all bounds; None if the system reports none.
+def free_host_memory(proc: Path = PROC) -> Free:
+    """The smallest of all bounds.
 
     Args:
         proc: where procfs is mounted.
     """
     bounds = [*_available(proc / "meminfo"), *_groups(proc / "self"), *_limits(proc / "self/statm")]
-    return min(bounds, key=lambda free: free.nbytes, default=None)
+    return min(bounds, key=lambda free: free.nbytes)
 
 
 def _available(meminfo: Path) -> Iterator[Free]:
@@ -62,8 +64,7 @@ def _available(meminfo: Path) -> Iterator[Free]:
             if line.startswith("MemAvailable:"):
                 yield Free(int(line.split()[1]) * 1024, "by MemAvailable")
                 return
-    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        yield Free(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "by SC_AVPHYS_PAGES")
+    yield Free(psutil.virtual_memory().available, "by the system's count of available memory")
 
 
 def _groups(own: Path) -> Iterator[Free]:
@@ -116,14 +117,14 @@ def _own_groups(file: Path) -> Iterator[tuple[str, str]]:
 
 def _limits(statm: Path) -> Iterator[Free]:
     """Address space and data segment left by `ulimit -v` and `ulimit -d`."""
-    try:
-        import resource
-    except ImportError:  # not a POSIX system
+    if sys.platform == "win32":  # which has no such limits
         return
+    import resource
+
     fields = [int(field) for line in _lines(statm) for field in line.split()]
     if len(fields) < 6:
         return
-    page = os.sysconf("SC_PAGE_SIZE")
+    page = resource.getpagesize()
     for name, field in (("RLIMIT_AS", 0), ("RLIMIT_DATA", 5)):
         limit, _ = resource.getrlimit(getattr(resource, name))
         if limit != resource.RLIM_INFINITY:

@@ -1,6 +1,7 @@
 """How fast a machine reads, copies and multiplies: measured in about one second each, or given."""
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ def disk_rate(file: Path, most: int = READ_BYTES) -> Rate:
     buffer = memoryview(bytearray(_CHUNK))
     with file.open("rb", buffering=0) as stream:
         size = min(most, os.fstat(stream.fileno()).st_size)
-        if hasattr(os, "posix_fadvise"):
+        if sys.platform == "linux":
             os.posix_fadvise(stream.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
         cached = _cached(stream.fileno(), size)
         done, began = 0, time.perf_counter()
@@ -111,7 +112,7 @@ def disk_rate(file: Path, most: int = READ_BYTES) -> Rate:
 
 def _cached(descriptor: int, size: int) -> bool | None:
     """Whether most of a file's first `size` bytes are in the page cache; None if unknown."""
-    if not hasattr(os, "RWF_NOWAIT"):
+    if sys.platform != "linux":
         return None
     found, places = 0, range(0, size, max(_PAGE, size // 16))
     for offset in places:

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -190,7 +191,7 @@ def copy_range(source: BinaryIO, out: BinaryIO, start: int, stop: int, progress:
 
 def _announce(source: BinaryIO, start: int, stop: int) -> None:
     """Asks the system to begin reading [start, stop), at most one chunk of it."""
-    if start < stop and hasattr(os, "posix_fadvise"):
+    if start < stop and sys.platform == "linux":
         count = min(stop - start, _CHUNK_BYTES)
         os.posix_fadvise(source.fileno(), start, count, os.POSIX_FADV_WILLNEED)
 
@@ -205,15 +206,16 @@ def _copy_some(source: BinaryIO, out: BinaryIO, start: int, count: int) -> int:
                 raise
             # The system cannot copy between these two files; or one of them failed, and the calls
             # below will say which.
-    data = _pread(source, min(count, BUFFER_BYTES), start)
+    data = _read_some(source, min(count, BUFFER_BYTES), start)
     write_all(out, data)
     return len(data)
 
 
-def _pread(source: BinaryIO, count: int, start: int) -> bytes:
-    """Up to `count` bytes."""
+def _read_some(source: BinaryIO, count: int, start: int) -> bytes:
+    """Up to `count` bytes; only this thread reads from `source`."""
     try:
-        return os.pread(source.fileno(), count, start)
+        source.seek(start)
+        return source.read(count)
     except OSError as error:
         raise unreadable(Path(source.name), error) from error
 
@@ -335,9 +337,9 @@ def _extents(source: TensorEntry, dim: int) -> tuple[int, int, int]:
 
 def _read(source: BinaryIO, start: int, count: int) -> bytes:
     """Exactly `count` bytes."""
-    data = _pread(source, count, start)
+    data = _read_some(source, count, start)
     while len(data) < count:
-        more = _pread(source, count - len(data), start + len(data))
+        more = _read_some(source, count - len(data), start + len(data))
         if not more:
             raise CheckpointError(
                 f"{source.name}: ended at byte {start + len(data)} while it was read; "

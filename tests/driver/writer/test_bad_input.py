@@ -81,7 +81,9 @@ def test_missing_shard(full: Path, plan: Plan) -> None:
     assert_refused(full, plan, CheckpointError, SHARD, "missing", "download it again")
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/x.safetensors", "a.bin", "", 7])
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/x.safetensors", "C:x.safetensors", "a.bin", "", 7]
+)
 def test_index_leaving_the_folder(full: Path, plan: Plan, name: object) -> None:
     saved.shard(full, 3)
     index = json.loads((full / INDEX_NAME).read_text())
