@@ -11,7 +11,7 @@ NAME = "plan"
 SUMMARY = "rank experts by their statistics and decide which go"
 DESCRIPTION = """\
 Ranks the experts of every layer by a criterion and decides which go. Writes a plan: a JSON file you
-can read and edit. Takes no model, and no time.
+can read and edit. Takes no weights, and no time.
 
 Removed per layer = experts * ratio, rounded down. Where the router chooses among groups of experts,
 each group loses as many. Statistics that were observed in parts (`observe --folds 8`) also say
@@ -20,6 +20,7 @@ which experts other data of the same kind might have decided otherwise.
 EXAMPLES = """\
 examples:
   reap-kernels plan stats.safetensors --ratio 0.5 --out plan.json
+  reap-kernels plan stats.safetensors --fits 16GB --out plan.json
   reap-kernels plan stats.safetensors --criterion frequency --ratio 0.25 \\
       --out plan.json
   reap-kernels plan stats.safetensors --criterion 'S(0.5,1,1)' --out plan.json

@@ -47,23 +47,23 @@ class RankOptions:
         metavar="N",
         group=_AMOUNT,
         exclusive="amount",
-        help="or: the number of experts that every MoE layer keeps",
+        help="or: keep this number of experts in every MoE layer",
     )
     target_size: int | str | None = option(
         None,
         metavar="SIZE",
         group=_AMOUNT,
         exclusive="amount",
-        help="or: as few experts as make the weight files no larger than this, such as 12GB or "
-        "11GiB",
+        help="or: remove as few experts as make the weight files no larger than this, such as "
+        "12GB or 11GiB",
     )
     fits: int | str | None = option(
         None,
         metavar="SIZE",
         group=_AMOUNT,
         exclusive="amount",
-        help="or: as few as let the result run in this much memory: its weights as stored and the "
-        "key-value cache of `context` tokens take 90 % of it at most",
+        help="or: remove as few as let the result run in this much memory: its weights as stored "
+        "and the key-value cache of `context` tokens take 90 % of it at most",
     )
     context: int | None = option(
         None,

@@ -31,10 +31,6 @@ def weights(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def kept(plan: dict[str, Any]) -> set[int]:
-    return {len(layer["kept"]) for layer in plan["layers"].values()}
-
-
 @pytest.fixture
 def stats(model: Path, data: Path) -> rd.SaliencyStats:  # noqa: F811
     observed = rd.observe_data(model, data, **RUN)
