@@ -23,6 +23,8 @@ from reap_kernels.errors import DataError
 # it is empty (a text or null). transformers documents the first; DeepSeek-V3's templates take
 # others.
 _FORMS = ((dict, ""), (str, ""), (str, None))
+# A question and an answer that no template has of its own.
+_WORDS = {"question": "Probe 4711?", "answer": "Probed 4712."}
 # Kinds of conversations that a template may refuse, and examples of them.
 _PLAIN = "conversations"
 _SYSTEM = "conversations with a system message"
@@ -97,8 +99,8 @@ class ChatTemplate:
     def _fault(self, kind: str) -> str:
         """What is wrong when a kind of conversation is rendered; empty if nothing is."""
         messages = [
-            {"role": "user", "content": "question"},
-            {"role": "assistant", "content": "answer"},
+            {"role": "user", "content": _WORDS["question"]},
+            {"role": "assistant", "content": _WORDS["answer"]},
         ]
         if kind == _SYSTEM:
             messages.insert(0, {"role": "system", "content": "rules"})
@@ -111,7 +113,7 @@ class ChatTemplate:
             if not is_fault(error):
                 raise
             return _reason(error)
-        missing = [word for word in ("question", "answer") if word not in text]
+        missing = [what for what, word in _WORDS.items() if word not in text]
         return f"it does not write the {' and the '.join(missing)}" if missing else ""
 
     def render(self, place: str, chat: Chat) -> str:

@@ -10,7 +10,7 @@ from reap_kernels.documents import parse_json, read_bytes, utf8
 from reap_kernels.errors import DataError
 
 _LARGEST = 2**22  # bytes; a tokenizer_config.json lists added tokens too
-_NEEDS = "give a .jinja file, or a .json file with `chat_template` such as tokenizer_config.json"
+_NEEDS = "give a .jinja file, or a .json file with a chat_template, such as tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -56,5 +56,5 @@ def _from_json(what: str, value: Any) -> str | dict[str, str]:
         found = {one.get("name"): one.get("template") for one in named} if named else None
     texts = [*found, *found.values()] if isinstance(found, dict) else [found]
     if not isinstance(found, str | dict) or not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{what} has no text as `chat_template`; {_NEEDS}")
+        raise DataError(f"{what} has no text as chat_template; {_NEEDS}")
     return found

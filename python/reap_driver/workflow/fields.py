@@ -49,7 +49,7 @@ def option(
         metavar: what stands for its value in the command line's help.
         positional: whether the command line takes it by place, without a flag.
         exclusive: options with the same word here exclude each other on the command line.
-        needs: {name of another option: values of it with which this one can be given}.
+        needs: {name of another option: its values with which this one can be given; empty: any}.
         recipe: whether recipes may hold it, if those of its group can (`workflow.recipes`).
     """
     metadata = {

@@ -69,6 +69,7 @@ class RankOptions:
         None,
         metavar="TOKENS",
         group=_AMOUNT,
+        needs={"fits": ()},
         help=f"tokens whose cache `fits` counts (default: {CONTEXT}, or the model's maximum if "
         "that is less)",
     )

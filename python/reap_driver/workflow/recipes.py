@@ -43,7 +43,8 @@ def load_recipe(path: str | Path) -> Recipe:
         'theblackcat102/evol-codealpaca-v1'
     """
     recipe = read_recipe(path)
-    return dataclasses.replace(recipe, options=_checked(recipe))
+    _checked(recipe)
+    return recipe
 
 
 def recipe_names() -> list[str]:
@@ -100,26 +101,31 @@ def recipe_notes(options: Any) -> Iterator[str]:
     """
     for name in options.data.recipes:
         recipe, has = load_recipe(name), flat(options)
+        said, kept = recipe.options, _checked(recipe)
         allowed = {field.name for field in _allowed(type(options))}
-        said = dict(recipe.options)
-        same = [key for key in said if key in allowed and _same(has[key], said[key])]
+        same = [key for key in said if key in allowed and _same(has[key], kept[key])]
         other = [key for key in said if key in allowed and key not in same]
         unused = [key for key in said if key not in allowed]
         if same:
-            yield f"from recipe {name}: " + ", ".join(_shown(key, said[key]) for key in same)
+            yield f"from recipe {name}: {_list(said, same)}"
         if other:
-            yield (
-                f"recipe {name} has "
-                + ", ".join(_shown(key, said[key]) for key in other)
-                + "; this run has "
-                + ", ".join(_shown(key, has[key]) for key in other)
-            )
+            own = _list(has, _instead(type(options), other, has))
+            yield f"recipe {name} has {_list(said, other)}; this run has " + (own or "none of it")
         if unused:
             job = type(options).__name__.removesuffix("Options").lower()
-            yield (
-                f"recipe {name} also has {', '.join(_shown(key, said[key]) for key in unused)}, "
-                f"which {job} has no use for"
-            )
+            yield f"recipe {name} also has {_list(said, unused)}, which {job} has no use for"
+
+
+def _instead(cls: type, names: Sequence[str], has: Mapping[str, Any]) -> list[str]:
+    """The options that a run has in place of those of a recipe: these, or ones excluding them."""
+    fields = {field.name: field for field in every_field(cls)}
+    words = {fields[name].metadata["exclusive"] for name in names} - {""}
+    return [
+        name
+        for name, field in fields.items()
+        if has[name] is not None
+        and (name in names or (field.metadata["exclusive"] in words and has[name] != field.default))
+    ]
 
 
 def _taken(
@@ -129,6 +135,7 @@ def _taken(
     nothing given excludes.
     """
     allowed = {field.name: field for field in _allowed(cls)}
+    defaults = {field.name: field.default for field in every_field(cls)}
     words = {field.metadata["exclusive"] for field in every_field(cls) if field.name in chosen} - {
         ""
     }
@@ -141,8 +148,8 @@ def _taken(
     }
     for name in list(taken):
         for other, values in allowed[name].metadata["needs"].items():
-            value = chosen.get(other, taken.get(other))
-            if value not in values and (other in chosen or other in taken):
+            value = chosen.get(other, taken.get(other, defaults.get(other)))
+            if value not in values if values else value is None:
                 del taken[name]
                 break
     return taken
@@ -156,7 +163,7 @@ def _together(names: Sequence[str | Path], chosen: Collection[str]) -> dict[str,
     """
     found: dict[str, tuple[Any, str]] = {}
     for name in names:
-        for key, value in load_recipe(name).options.items():
+        for key, value in _checked(read_recipe(name)).items():
             before, other = found.setdefault(key, (value, f"recipe {name}"))
             if key not in chosen and not _same(before, value):
                 raise DataError(
@@ -240,3 +247,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def _shown(name: str, value: Any) -> str:
     return f"`{name}={value!r}`"
+
+
+def _list(values: Mapping[str, Any], names: Sequence[str]) -> str:
+    return ", ".join(_shown(name, values[name]) for name in names)

@@ -65,12 +65,12 @@ def test_files_that_hold_a_template(tmp_path: Path, name: str, content: str, exp
         ("t.jinja", b"\xff\xfe", "t.jinja' is not UTF-8"),
         ("t.jinja", b" " * (2**22 + 1), "is larger than 4194304 bytes"),
         ("t.json", b"{", "t.json' is not JSON"),
-        ("t.json", b"{}", "t.json' has no text as `chat_template`"),
-        ("t.json", b"[]", "t.json' has no text as `chat_template`"),
-        ("t.json", b'{"chat_template": 5}', "t.json' has no text as `chat_template`"),
+        ("t.json", b"{}", "t.json' has no text as chat_template"),
+        ("t.json", b"[]", "t.json' has no text as chat_template"),
+        ("t.json", b'{"chat_template": 5}', "t.json' has no text as chat_template"),
         ("t.json", b'{"chat_template": ""}', "t.json' is empty"),
-        ("t.json", b'{"chat_template": [{"name": "a"}]}', "has no text as `chat_template`"),
-        ("t.json", b'{"chat_template": []}', "has no text as `chat_template`"),
+        ("t.json", b'{"chat_template": [{"name": "a"}]}', "has no text as chat_template"),
+        ("t.json", b'{"chat_template": []}', "has no text as chat_template"),
     ],
 )
 def test_files_that_hold_none(tmp_path: Path, name: str, content: Any, says: str) -> None:
@@ -112,7 +112,11 @@ def test_records_without_conversations_need_no_template(
         ("{% for %}", {"messages": TALK}, r"for conversations \(line 1: "),
         ("{{ 1 / 0 }}", {"messages": TALK}, r"for conversations \(ZeroDivisionError: "),
         ("{{ 1 / 0 }}", {"instruction": "a", "output": "b"}, r"for conversations \(ZeroDivision"),
-        ("hello", {"messages": TALK}, r"\(it does not write the question and the answer\)"),
+        (
+            "question, answer",
+            {"messages": TALK},
+            r"\(it does not write the question and the answer\)",
+        ),
         (
             "{{ messages[0]['content'] }}",
             {"messages": TALK},

@@ -52,6 +52,13 @@ def test_what_is_given_takes_the_place_of_what_it_excludes(here: Path) -> None:
     made = pruned(path, packing="isolated", seq_len=64, allocation="global", normalize="max")
     assert (made.data.packing, made.data.max_len, made.data.seq_len) == ("isolated", None, 64)
     assert made.allocation.normalize == "max"
+    sized = written(here, "sized.yaml", fits="16GB", context=4096)
+    assert (pruned(sized).rank.fits, pruned(sized).rank.context) == (16_000_000_000, 4096)
+    kept = pruned(sized, keep=8)
+    assert (kept.rank.keep, kept.rank.fits, kept.rank.context) == (8, None, None)
+    assert list(recipe_notes(kept)) == [
+        f"recipe {sized} has `fits='16GB'`, `context=4096`; this run has `keep=8`"
+    ]
     given = {"model": "M", "stats": "s", "recipe": path, "evaluations": 10}
     found = build(rd.SearchOptions, given)
     assert (found.evaluations, found.generations) == (10, None)
@@ -109,7 +116,7 @@ def test_values_as_text_and_files_beside_the_recipe(here: Path) -> None:
     assert made.write.shard_bytes == 5_000_000_000
     assert made.data.chat_template == str(here / "t.jinja")
     assert made.rank.protected == ("super", ("3", (1,)))
-    assert next(recipe_notes(made)).startswith(f"from recipe {path}: `shard_size=5000000000`")
+    assert next(recipe_notes(made)).startswith(f"from recipe {path}: `shard_size='5GB'`")
     assert pruned(written(here, protect="keep.json")).rank.protected == (here / "keep.json",)
 
 
