@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,9 +133,20 @@ def test_without_transformers_the_rest_runs(tmp_path: Path) -> None:
     assert "not on this machine" in row["note"]
 
 
-def test_smoke_rows_need_a_folder_of_their_own() -> None:
-    with pytest.raises(SystemExit):
-        command.options_of(["--smoke"])
+def test_smoke_rows_go_to_a_folder_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(command, "_stage", lambda *_: [{"status": "timed"}])
+    written = []
+    monkeypatch.setattr(command, "_report", lambda folder, *_: written.append(folder))
+    assert command.main(["--smoke", "--only", "layer"]) == 0
+    [folder] = tmp_path.iterdir()
+    assert written == [folder]
+    assert f"--smoke: rows go to {folder}, not to" in capsys.readouterr().out
+
+
+def test_unknown_stages_are_refused() -> None:
     with pytest.raises(SystemExit):
         command.options_of(["--only", "layers"])
 

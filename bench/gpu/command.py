@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,10 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
         "--folder", type=Path, help="where streaming writes; default the system's temporary folder"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for rows and gpu.md; default bench/results"
+        "--out",
+        type=Path,
+        help="folder for rows and gpu.md; default bench/results, and with --smoke, whose rows are "
+        "no results, a new temporary folder",
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, also without a GPU")
     parser.add_argument("--commit", help="what to record where git cannot say")
@@ -66,8 +70,6 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(
             f"--only takes {', '.join(STAGES)}; got {', '.join(sorted(unknown)) or 'none'}"
         )
-    if options.smoke and options.out is None:
-        parser.error("--smoke needs --out: its rows are never written to bench/results")
     if options.folder is not None and not options.folder.is_dir():
         parser.error(f"--folder {options.folder}: no such folder")
     return options
@@ -93,10 +95,13 @@ def main(arguments: Sequence[str]) -> int:
         print(
             "python -m bench.gpu needs a CUDA device, and torch "
             f"{torch.__version__} sees none (or TRITON_INTERPRET=1 is set, which is for the CPU); "
-            "run it on a GPU, or with --smoke --out DIR to see that everything runs",
+            "run it on a GPU, or with --smoke to see that everything runs",
             file=sys.stderr,
         )
         return NO_GPU
+    if options.smoke and options.out is None:
+        options.out = Path(tempfile.mkdtemp(prefix="reap-smoke-"))
+        print(f"--smoke: rows go to {options.out}, not to bench/results", flush=True)
     from bench.gpu.machine import survey
 
     budget = deadlines(options.only, options.budget)

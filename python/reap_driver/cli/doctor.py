@@ -1,8 +1,10 @@
 """`reap-kernels doctor`: what this machine offers, for choosing a backend and for bug reports."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reap_driver.base.units import row
 from reap_driver.workflow.console import Console
 
 NAME = "doctor"
@@ -50,21 +52,53 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         )
         for gpu in facts["gpus"]
     ] or [("GPU", "none")]
-    console.say("\n".join(f"{name:<14}{value}" for name, value in rows))
-    console.say("\nbackends (op, backend: chosen, or why not)")
-    for device, dtype in dict.fromkeys((b["device"], b["dtype"]) for b in facts["backends"]):
-        console.say(f"  {device} {dtype}")
-        for b in facts["backends"]:
-            if (b["device"], b["dtype"]) == (device, dtype):
-                console.say(f"    {b['op']:<10}{b['backend']:<11}{b['reason'] or 'chosen'}")
+    console.say("\n".join(row(name, value, 14) for name, value in rows))
+    for device in dict.fromkeys(b["device"] for b in facts["backends"]):
+        console.say("\n" + "\n".join(_kernels(device, facts["backends"])))
     for arch, origins in facts["launch_tables"].items():
-        console.say(f"\nlaunches on {arch}: {'; then '.join(origins) or 'by arithmetic, no table'}")
+        said = "; then ".join(origins) or "by arithmetic, no table"
+        console.say(f"\nlaunches on {arch}: {said}")
     checks = facts["selfcheck"]
-    console.say(f"\nself-checks of compiled kernels, kept in {checks['file']}")
+    console.say(f"\nself-checks of compiled kernels\n{row('  in', checks['file'], 10)}")
     for what, reason in checks["verdicts"].items():
-        console.say(f"  {'passed' if reason is None else 'FAILED'}  {what}")
+        console.say(row("  passed" if reason is None else "  FAILED", what, 10))
         if reason is not None:
-            console.say(f"          {reason}")
+            console.say(row("", reason, 10))
     if not checks["verdicts"]:
         console.say("  none yet: each runs once, before its kernel first serves a GPU")
     return dict(facts)
+
+
+def _kernels(device: str, backends: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each op, and one for each reason why backends do not serve. Dtypes are named where
+    they differ.
+    """
+    own = [b for b in backends if b["device"] == device]
+    dtypes = list(dict.fromkeys(b["dtype"] for b in own))
+    serves: dict[str, dict[str, list[str]]] = {}  # op -> what serves -> its dtypes
+    refused: dict[str, dict[tuple[str, str], list[str]]] = {}  # reason -> backend, op -> dtypes
+    for op in dict.fromkeys(b["op"] for b in own):
+        for dtype in dtypes:
+            each = {b["backend"]: b["reason"] for b in own if (b["op"], b["dtype"]) == (op, dtype)}
+            chosen = next((name for name, reason in each.items() if reason is None), "none")
+            behind = [name for name, reason in each.items() if reason == f"{chosen} comes first"]
+            text = f"{chosen}; else {', '.join(behind)}" if behind else chosen
+            serves.setdefault(op, {}).setdefault(text, []).append(dtype)
+            for name, reason in each.items():
+                if reason is not None and name not in behind:
+                    refused.setdefault(reason, {}).setdefault((name, op), []).append(dtype)
+    lines = [f"kernels on {device}: the backend that serves; else what could be named"]
+    for op, found in serves.items():
+        lines += [row(f"  {op}", text + _of(named, dtypes), 14) for text, named in found.items()]
+    for reason, which in refused.items():
+        ops: dict[str, list[str]] = {}
+        for (name, op), named in which.items():
+            ops.setdefault(name, []).append(op + _of(named, dtypes))
+        each_of = (f"{name} ({', '.join(own_ops)})" for name, own_ops in ops.items())
+        lines.append(row("  not", f"{', '.join(each_of)}: {reason}", 14))
+    return lines
+
+
+def _of(named: Sequence[str], every: Sequence[str]) -> str:
+    """The dtypes that something holds for, where they are not all."""
+    return "" if len(named) == len(every) else f" ({', '.join(named)})"

@@ -1,7 +1,7 @@
 """How many experts one layer can lose and does lose, and which of them it keeps."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,6 @@ from reap_kernels.schema import Mismatch, check
 
 # A product such as 100 * 0.29 falls short of the integer it means by less than this.
 _ROUNDING = 1e-9
-# Serving engines have kernels for powers of two up to this number of experts, then for multiples.
-SERVED_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -191,26 +189,3 @@ def ranked(scores: Tensor, n_group: int, protected: Collection[int] = ()) -> Ten
     grouped = scores.unflatten(-1, (n_group, -1))
     # Stable: of equal scores the lower index comes first, and is kept.
     return grouped.sort(dim=-1, descending=True, stable=True).indices
-
-
-def is_served(experts: int) -> bool:
-    """Whether serving engines usually have kernels for this number of experts in a layer."""
-    return experts % SERVED_STEP == 0 if experts > SERVED_STEP else experts & (experts - 1) == 0
-
-
-def served_advice(budgets: Sequence[Budget]) -> list[str]:
-    """For each number of experts that engines may not serve, ratios for the nearest they do."""
-    advice = {}
-    for budget in budgets:
-        total, kept = budget.num_experts, budget.kept
-        possible = range(total - budget.most, total)
-        fit = [n for n in possible if is_served(n) and n % budget.n_group == 0]
-        near = [max((n for n in fit if n < kept), default=0)]
-        near += [min((n for n in fit if n > kept), default=0)]
-        if budget.removed and not is_served(kept) and any(near):
-            offers = [f"{n} (ratio {ratio_of(total - n, total):g})" for n in near if n]
-            advice[kept, total] = (
-                f"keeps {kept} of {total} experts a layer; serving engines are surest to have "
-                f"kernels for {' or '.join(offers)}"
-            )
-    return list(advice.values())

@@ -163,9 +163,10 @@ class Collector(Listener):
         self._listener.say(text)
 
     def note(self, text: str) -> None:
-        """See `Listener`."""
-        self._notes.append(text)
-        self._listener.note(text)
+        """See `Listener`; what was noted before is not said again."""
+        if text not in self._notes:
+            self._notes.append(text)
+            self._listener.note(text)
 
     def step(self, what: str, unit: str, total: int | None) -> Step:
         """See `Listener`."""

@@ -7,12 +7,13 @@ from typing import Any
 from reap_driver.base.threads import single_threaded
 from reap_driver.planning.criteria import known_criterion
 from reap_driver.planning.plan import Plan
+from reap_driver.planning.serving import served_advice
 from reap_driver.planning.stability import CERTAIN, keep_probability, margin
 from reap_driver.workflow.errors import OptionError
 from reap_driver.workflow.jobs import PlanOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.outputs import check_file, inputs_of
-from reap_driver.workflow.ranking import advice, planned, scored
+from reap_driver.workflow.ranking import planned, scored
 from reap_driver.workflow.results import Result
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import DataError
@@ -66,7 +67,7 @@ def make(options: PlanOptions, listener: Listener | None = None) -> Planned:
     if isinstance(out, Path):
         plan.save(out)
     inside = decision_margin(plan, stats, heard)
-    for note in [*plan.notes, *advice(plan, stats.provenance["layers"])]:
+    for note in [*plan.notes, *served_advice(plan, stats.provenance["layers"])]:
         heard.note(note)
     found = Planned(heard.notes, plan, inside, out if isinstance(out, Path) else None)
     heard.say(found.describe())

@@ -11,6 +11,7 @@ from reap_driver.files.checkpoint import RECORD, open_checkpoint
 from reap_driver.observation.data_parallel import ranks
 from reap_driver.observation.resume_file import difference
 from reap_driver.planning.plan import Plan
+from reap_driver.planning.serving import served_advice
 from reap_driver.workflow.apply import Applied, report_facts, writer_arguments
 from reap_driver.workflow.complete import Complete, finished, made_by
 from reap_driver.workflow.inspection import Model, check_groups
@@ -19,7 +20,7 @@ from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.observe import Observed, Observing, run_of
 from reap_driver.workflow.outputs import check_file, check_replaced_folder, inputs_of
 from reap_driver.workflow.plan import Planned, decision_margin
-from reap_driver.workflow.ranking import advice, foreseen, scored
+from reap_driver.workflow.ranking import foreseen, scored
 from reap_driver.workflow.results import Result
 from reap_driver.workflow.sizes import Sizing, foreseen_amount, sized_plan, sizing_of
 from reap_driver.writer.apply import apply_plan, check_plan
@@ -169,7 +170,7 @@ def _check_writing(
     if sizing is not None:
         for line in sizing.leaves(sizing.largest(plans), rank).lines():
             heard.say(line)
-    for text in advice(plans[0], model.provenance["layers"]):
+    for text in served_advice(plans[0], model.provenance["layers"]):
         heard.note(text)
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from reap_driver.base.yaml_text import MAX_BYTES, parse_yaml
-from reap_driver.planning.allocation import explicit
 from reap_driver.planning.amount import Amount, keeping, possible_ratios
-from reap_driver.planning.budget import Router, served_advice
+from reap_driver.planning.budget import Router
 from reap_driver.planning.criteria import Scores
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.planner import make_plan
@@ -110,16 +109,6 @@ def ratios(
     together = allocation is not None and allocation.allocation == "global"
     protected = _protected(rank, scores, stats)
     return possible_ratios(_routers(scores, own), protected, together=together)
-
-
-def advice(plan: Plan, layers: dict[str, dict[str, Any]]) -> list[str]:
-    """Numbers of experts that engines are surer to serve, of a plan they can load at all."""
-    if not plan.uniform:
-        return []
-    removed = {name: len(layer.removed) for name, layer in plan.layers.items()}
-    guarded = plan.settings.get("protected")
-    facts = {name: layers[name] for name in plan.layers}
-    return served_advice(explicit(facts, removed, protected=guarded))
 
 
 def _amount(

@@ -19,6 +19,7 @@ from reap_driver.model.discover import find_moe_layers
 from reap_driver.planning.amount import Amount, smallest_within
 from reap_driver.planning.criteria import Scores
 from reap_driver.planning.plan import Plan
+from reap_driver.planning.serving import served_advice
 from reap_driver.workflow.inspection import Model
 from reap_driver.workflow.jobs import EstimateOptions
 from reap_driver.workflow.listener import Listener
@@ -29,7 +30,7 @@ from reap_driver.workflow.rank_options import (
     BudgetOptions,
     RankOptions,
 )
-from reap_driver.workflow.ranking import advice, foreseen, planned, ratios
+from reap_driver.workflow.ranking import foreseen, planned, ratios
 from reap_driver.writer.apply import OutputSize, output_size
 from reap_driver.writer.plan_checks import check_counts
 from reap_driver.writer.pruned_model import smaller_model, stacks_of_files
@@ -373,7 +374,7 @@ def leaves_of(options: EstimateOptions, sizing: Sizing, listener: Listener) -> L
     amount = foreseen_amount(sizing, rank, budget, allocation)
     plans = foreseen(model.blank_scores(), rank, budget, allocation, amount)
     plan = sizing.largest(plans)
-    for note in [*plan.notes, *advice(plan, model.provenance["layers"])]:
+    for note in [*plan.notes, *served_advice(plan, model.provenance["layers"])]:
         listener.note(note)
     return sizing.leaves(plan, rank)
 

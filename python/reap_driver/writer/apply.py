@@ -20,6 +20,7 @@ from reap_driver.files.quantization import quantization_of
 from reap_driver.model.discover import find_moe_layers, record_of
 from reap_driver.model.stacks import Stack
 from reap_driver.planning.plan import Plan
+from reap_driver.planning.serving import served_advice
 from reap_driver.writer.actions import Drop, Relabel
 from reap_driver.writer.card import inherited_fields, model_card
 from reap_driver.writer.expert_names import ExpertNames, numbered_experts, other_modules
@@ -33,7 +34,6 @@ from reap_driver.writer.plan_checks import (
     check_model,
     loader_warning,
     no_such_layer,
-    served_warning,
 )
 from reap_driver.writer.pruned_model import (
     Checked,
@@ -225,6 +225,7 @@ class _Job:
     json_files: Mapping[str, dict[str, Any]]  # rewritten: config.json and quantisers' files
     specification: Specification
     loader: str | None  # content of load_pruned.py, where layers keep different numbers
+    served: list[str]  # why an engine refuses the number of experts
     inherited: Mapping[str, Any] | None  # fields of the source's card; None: cannot be read
     card_note: str | None  # why they cannot be read
 
@@ -248,7 +249,8 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     full = meta_model(config)
     layers = find_moe_layers(full)
     extra = check_layers(plan, layers)
-    notes = check_model(plan, record_of(full, layers), folder, force=options.force_model)
+    record = record_of(full, layers)
+    notes = check_model(plan, record, folder, force=options.force_model)
     experts = {la.name: la.num_experts for la in layers}
     kept = plan.covering(experts).kept
     counts = {name: (number, len(kept[name])) for name, number in experts.items()}
@@ -275,7 +277,8 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     spec = specify(full, layers, left, model.new.shapes, entries, source.config)
     loader = _loader(model.raw_config)
     plan = plan.noting(notes)
-    decided = (checked, shards, stacks, counts, files, spec, loader)
+    served = served_advice(plan, record["layers"])
+    decided = (checked, shards, stacks, counts, files, spec, loader, served)
     return _Job(plan, source, model, keys, *decided, *inherited)
 
 
@@ -337,9 +340,7 @@ def _report(job: _Job, out: Path, written: int) -> ApplyReport:
     cut = [part for part in parts if any(before != after for before, after in part.values())]
     before, after = zip(*(pair for part in cut for pair in part.values()), strict=True)
     uniform = job.loader is None
-    found = [served_warning(left) for left in sorted(set(after))] if uniform else []
-    warnings = [warning for warning in found if warning is not None]
-    warnings += [] if uniform else [loader_warning(after)]
+    warnings = [*job.served, *([] if uniform else [loader_warning(after)])]
     warnings += copied_names(job.source, job.json_files)
     return ApplyReport(
         plan=job.plan,

@@ -5,7 +5,6 @@ from typing import Any
 
 from reap_driver.model.discover import MoELayer
 from reap_driver.model.stacks import Stack, stack_near
-from reap_driver.planning.budget import SERVED_STEP, is_served
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.public_provenance import public_name
 from reap_driver.writer.actions import split_layer
@@ -234,17 +233,6 @@ def check_groups(layer: MoELayer, kept: Sequence[int]) -> None:
             f"is ranked by its two best, and {layer.topk_group} groups must hold {layer.top_k} "
             "experts; lower the ratio."
         )
-
-
-def served_warning(after: int) -> str | None:
-    """A warning if serving engines may have no kernels for this number of experts; else None."""
-    if is_served(after):
-        return None
-    return (
-        f"{after} experts per layer is no multiple of {SERVED_STEP} (below it: no power of two); "
-        "some serving engines "
-        "have no kernel for such counts. transformers loads any."
-    )
 
 
 def loader_warning(counts: Collection[int]) -> str:

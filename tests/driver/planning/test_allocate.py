@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from reap_driver.planning.allocation import explicit, max_removable, removal_steps, uniform
-from reap_driver.planning.budget import is_served, kept_experts, ratio_of, served_advice
+from reap_driver.planning.budget import kept_experts, ratio_of
+from reap_driver.planning.planner import make_plan
+from reap_driver.planning.serving import is_served, served_advice
 from reap_kernels.errors import PlanError
 
 PUBLISHED = [(288, 0.4, 173), (128, 0.25, 96), (160, 0.5, 80), (512, 0.5, 256), (100, 0.29, 71)]
@@ -137,23 +139,32 @@ def test_a_ratio_in_few_digits_removes_exactly_so_many() -> None:
     ("layer", "ratio", "advice"),
     [
         (facts(128), 0.5, None),
-        (facts(288), 0.4, "keeps 173 of 288 experts a layer; .* 128 .ratio 0.5556. or 192 .ratio"),
-        (facts(24, n_group=3), 0.5, None),  # no number that engines serve has three equal groups
-        (facts(6), 0.5, "keeps 3 of 6 experts a layer; .*kernels for 2 .ratio 0.6667. or 4 .ratio"),
-        (facts(6, 3), 0.5, "for 4 .ratio 0.3334.$"),  # two are fewer than the router chooses
-        (facts(6, n_group=2), 0.5, None),
+        (
+            facts(288),
+            0.4,
+            "keeps 173 of 288 experts in a layer, .* 128 .ratio 0.5556. or 192",
+        ),
+        (facts(24, n_group=3), 0.5, "it takes none that this layer can be left with$"),
+        (facts(6), 0.5, "keeps 3 of 6 experts in a layer, .* 2 .ratio 0.6667. or 4 .ratio"),
+        (facts(6, 3), 0.5, "takes 4 .ratio 0.3334.$"),  # two are fewer than the router chooses
     ],
 )
-def test_numbers_of_experts_that_engines_serve(
+def test_numbers_of_experts_that_engines_refuse(
     layer: dict[str, int], ratio: float, advice: str | None
 ) -> None:
-    found = served_advice(uniform({"a": layer, "b": layer}, ratio))
-    assert len(found) == (advice is not None)
-    assert advice is None or re.search(advice, found[0])
-    for kept, offered in re.findall(r"(\d+) \(ratio ([\d.]+)\)", " ".join(found)):
-        [budget] = uniform({"a": layer}, float(offered))
-        assert budget.num_experts - budget.removed == int(kept)
-        assert is_served(int(kept))
+    """Only the router of one model refuses any; the numbers offered in their place are taken."""
+    layers = {"a": layer, "b": layer}
+    scores = {name: torch.arange(float(layer["num_experts"])) for name in layers}
+    for kind, said in {"deepseek_v4": advice, "step3p5": None}.items():
+        record = {"model": {"model_type": kind}, "layers": layers}
+        found = served_advice(make_plan(scores, ratio, criterion="x", of=record), layers)
+        assert len(found) == (said is not None)
+        assert said is None or re.search(said, found[0])
+        for kept, offered in re.findall(r"(\d+) \(ratio ([\d.]+)\)", " ".join(found)):
+            [budget] = uniform({"a": layer}, float(offered))
+            assert budget.num_experts - budget.removed == int(kept)
+            assert is_served(int(kept), kind)
+    assert not any(is_served(n, "deepseek_v4") for n in (3, 48, 160, 173, 640))
 
 
 def test_layers_can_have_ratios_of_their_own() -> None:

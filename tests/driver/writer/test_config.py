@@ -13,7 +13,6 @@ from reap_driver.compat.config_edit import count_sites, with_count
 from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.writer.apply import apply_plan
-from reap_driver.writer.plan_checks import served_warning
 from tests.driver.writer import saved
 
 
@@ -144,11 +143,3 @@ def test_card_says_what_was_done(full: Path, tmp_path: Path) -> None:
     assert f"{report.tensor_bytes:,}" in card
     assert "2510.13999" in card
     assert "vllm serve" in card
-
-
-@pytest.mark.parametrize(
-    ("count", "served"),
-    [(1, True), (32, True), (48, False), (64, True), (96, False), (192, True), (173, False)],
-)
-def test_counts_without_serving_kernels_are_warned_about(count: int, served: bool) -> None:
-    assert (served_warning(count) is None) is served
