@@ -192,7 +192,7 @@ def _draw_near(axis: Any, layers: Layers, near: str) -> None:
     top = max(int(above.max()), int(below.max()), 1)
     axis.set_ylim(-1.15 * top, 1.15 * top)
     axis.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
-    axis.set_title(f"Experts {near} (kept: up)")
+    axis.set_title(f"Experts {near}")
     axis.grid(axis="y")
 
 

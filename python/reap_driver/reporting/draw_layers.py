@@ -16,9 +16,12 @@ from reap_driver.reporting.measures import LayerMeasures
 from reap_driver.reporting.style import (
     COLORS,
     DASHES,
+    INK,
     MUTED,
     SERIES,
     color_bar,
+    depth_bar,
+    depth_colors,
     layer_ticks,
     new_figure,
 )
@@ -26,11 +29,9 @@ from reap_driver.reporting.style import (
 Layers = Sequence[LayerMeasures]
 
 _INTERVAL = 0.9  # probability that an interval of the margin holds the true score
-# Up to so many layers each point is marked; each cell has its number (by `narrow`); each layer has
-# a curve of its own.
+# Up to so many layers each point is marked; each cell has its number (by `narrow`).
 _MARKED_LAYERS = 24
 _NUMBERED_LAYERS = {False: 24, True: 6}
-_CURVE_LAYERS = len(DASHES)
 _LOAD_FLOOR = 1e-3  # of the logarithmic axis; lower loads, dead experts included, lie on it
 _LOAD_POINTS = 201
 
@@ -176,10 +177,12 @@ def draw_load(layers: Layers, *, narrow: bool) -> Figure:
     """Sorted load curves; below, per layer: the busiest expert, Gini coefficient, dead experts."""
     figure = new_figure(7.0, narrow=narrow)
     curves, *axes = figure.subplots(4, 1, height_ratios=[3, 1, 1, 1])
-    if len(layers) <= _CURVE_LAYERS:
-        _draw_curves(curves, layers)
+    labels = [layer.label for layer in layers]
+    if colored_by_depth(layers):
+        _draw_many_curves(curves, layers)
+        depth_bar(figure, curves, labels, narrow=narrow)
     else:
-        _draw_quantiles(curves, layers)
+        _draw_curves(curves, layers)
     _finish_curves(curves, layers)
     for axis in axes[:-1]:
         axis.sharex(axes[-1])
@@ -188,8 +191,13 @@ def draw_load(layers: Layers, *, narrow: bool) -> Figure:
     _draw_line(axes[1], [layer.gini for layer in layers], "Gini coefficient (0: even load)")
     axes[1].set_ylim(0, 1)
     _draw_dead(axes[2], [layer.dead for layer in layers])
-    layer_ticks(axes[2], [layer.label for layer in layers], narrow=narrow)
+    layer_ticks(axes[2], labels, narrow=narrow)
     return figure
+
+
+def colored_by_depth(layers: Layers) -> bool:
+    """Whether there are more load curves than dashes that tell them apart."""
+    return len(layers) > len(DASHES)
 
 
 def load_curves(layers: Layers) -> np.ndarray:
@@ -212,23 +220,17 @@ def _draw_curves(axis: Any, layers: Layers) -> None:
         axis.plot(where, curve, color=color, linestyle=dash, label=f"layer {layer.label}")
 
 
-def _draw_quantiles(axis: Any, layers: Layers) -> None:
-    """The median layer, and bands that hold 80 % of the layers and all of them."""
+def _draw_many_curves(axis: Any, layers: Layers) -> None:
+    """A curve for each layer, colored by its place in the model."""
     where = np.linspace(0, 100, _LOAD_POINTS)
-    low, tenth, middle, ninetieth, high = np.quantile(
-        load_curves(layers), [0, 0.1, 0.5, 0.9, 1], axis=0
-    )
-    axis.fill_between(where, low, high, color=SERIES[0], alpha=0.18, lw=0, label="all layers")
-    axis.fill_between(
-        where, tenth, ninetieth, color=SERIES[0], alpha=0.35, lw=0, label="80 % of layers"
-    )
-    axis.plot(where, middle, color=SERIES[0], linewidth=1.6, label="median layer")
+    for curve, color in zip(load_curves(layers), depth_colors(len(layers)), strict=True):
+        axis.plot(where, curve, color=color, linewidth=0.9)
 
 
 def _finish_curves(axis: Any, layers: Layers) -> None:
     """Axes, ticks and legend of the load curves."""
     values = load_curves(layers)
-    axis.axhline(1, color=SERIES[4], linewidth=1, linestyle=DASHES[1], label="even load")
+    axis.axhline(1, color=INK, linewidth=1, linestyle=DASHES[1], label="even load")
     axis.set_yscale("log")
     low, high = max(_LOAD_FLOOR, values.min() * 0.7), values.max() * 1.3
     axis.set_ylim(low, high)

@@ -29,12 +29,21 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column names the row; see `shown` for how cells look."""
+    """A table whose first column names the row; see `shown` for how cells look.
+
+    Attributes:
+        caption: above it.
+        headings: of the columns.
+        rows: their cells.
+        stacked: whether a phone shows each row as a block of names and values, which needs no
+            scrolling to the side; of a long table that would be a long page.
+    """
 
     kind: ClassVar[str] = "table"
     caption: str
     headings: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    stacked: bool = True
 
     @property
     def numeric(self) -> list[bool]:
@@ -45,10 +54,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Fact:
-    """A name and its value."""
+    """A name and its value; `short` stands for a long value, which opens on demand."""
 
     name: str
     value: str
+    short: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,11 +130,23 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Term:
+    """A word that the page uses: what it means, and what to do about it."""
+
+    name: str
+    meaning: str
+    advice: str
+
+
+@dataclass(frozen=True)
 class Summary:
-    """The first screen: the result in words, large numbers, notes, and where to look first."""
+    """The first screen: the result in words, large numbers, the words it uses, notes, and where to
+    look first.
+    """
 
     lead: str
     tiles: Sequence[Tile]
+    terms: Sequence[Term]
     notes: Sequence[str]
     first: Table | None
 

@@ -197,7 +197,7 @@ def _correlation_table(inputs: Inputs) -> Part:
         for one in scores
     ]
     caption = "Rank correlation of scores between groups, mean over layers (1: the same order)"
-    return Table(caption, ["group", *scores], rows)
+    return Table(caption, ["group", *scores], rows, stacked=False)
 
 
 def _reweighted_table(inputs: Inputs) -> list[Part]:

@@ -98,7 +98,7 @@ class Inputs:
     @property
     def near(self) -> str:
         """How experts near the cut are described on the page."""
-        return f"within {100 * NEAR:g} % of the cut" if self.doubt else "inside the margin"
+        return f"within {100 * NEAR:g} % of the cut" if self.doubt else "in the decision margin"
 
     @cached_property
     def uncertainty(self) -> dict[str, Uncertainty]:

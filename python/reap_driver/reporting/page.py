@@ -111,7 +111,12 @@ def _page(
             "layers",
             "All layers",
             "All layers",
-            [Folded("Show the table", layer_table("All layers", inputs.layers, inputs))],
+            [
+                Folded(
+                    "Show the table",
+                    layer_table("All layers", inputs.layers, inputs, stacked=False),
+                )
+            ],
         ),
         Section(
             "record", "Data and method", "Data and method", [calibration(inputs), method(inputs)]

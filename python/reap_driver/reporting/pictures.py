@@ -10,9 +10,8 @@ from functools import partial
 import numpy as np
 
 from reap_driver.planning.criteria import named
-from reap_driver.planning.stability import CERTAIN
 from reap_driver.reporting.draw_cut import draw_budget, draw_cut, draw_map
-from reap_driver.reporting.draw_layers import draw_groups, draw_load, draw_margin
+from reap_driver.reporting.draw_layers import colored_by_depth, draw_groups, draw_load, draw_margin
 from reap_driver.reporting.elements import Share
 from reap_driver.reporting.groups import threshold
 from reap_driver.reporting.inputs import Inputs
@@ -51,15 +50,9 @@ def _cut(inputs: Inputs) -> Picture:
 
 def _cut_lines(inputs: Inputs) -> str:
     """What the lines of the cut are."""
-    margin = (
-        ""
-        if inputs.doubt
-        else " Inside the decision margin are experts that another sample of the same data would "
-        f"keep with a probability between {100 * (1 - CERTAIN):g} % and {100 * CERTAIN:g} %."
-    )
     return (
-        f" The thick line is the cut; the thin lines enclose as many experts as are {inputs.near}."
-        f"{margin} Routing mass is the sum of the router weights."
+        f" The thick line is the cut; the thin lines enclose as many experts as are {inputs.near}; "
+        "below, the kept ones of these are drawn upward and the removed ones downward."
     )
 
 
@@ -146,6 +139,7 @@ def _load(inputs: Inputs) -> Picture:
         caption="Load is the number of tokens routed to an expert. Dead experts received no token "
         "of the calibration data. Removing them costs nothing on data of the same kind.",
         draw=partial(draw_load, layers),
+        depth=len(layers) if colored_by_depth(layers) else 0,
     )
 
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from reap_driver.planning.criteria import named
-from reap_driver.planning.public_provenance import calibration_mix, router_weight_rule
+from reap_driver.planning.public_provenance import (
+    calibration_mix,
+    observation,
+    router_weight_rule,
+)
 from reap_driver.reporting.elements import Cell, Fact, Facts, Paragraph, Share, Table
 from reap_driver.reporting.inputs import Inputs
+
+_DIGITS = len("sha256:") + 8  # of a digest, which tell two apart
 
 
 def calibration(inputs: Inputs) -> Table | Paragraph:
@@ -43,9 +49,13 @@ def method(inputs: Inputs) -> Facts:
             Fact("Router weights g", router_weight_rule(known)),
             *_of_plan(inputs),
             Fact("Observed", _recorded(known.get("created"))),
+            *(
+                Fact(name.capitalize(), value)
+                for name, value in observation(known.get("observed") or {}).items()
+            ),
             Fact("Software", _recorded(", ".join(f"{k} {v}" for k, v in software.items()))),
             Fact("Backend", _recorded(known.get("backend"))),
-            Fact("Digest of the model's config", _recorded(model.get("config_digest"))),
+            _digest("Digest of the model's config", _recorded(model.get("config_digest"))),
         ]
     )
 
@@ -64,7 +74,12 @@ def _of_plan(inputs: Inputs) -> list[Fact]:
     ]
     if inputs.protected:
         found.append(Fact("Protected experts", f"{inputs.protected:,}"))
-    return [*found, Fact("Digest of the plan's scores", plan.scores_digest)]
+    return [*found, _digest("Digest of the plan's scores", plan.scores_digest)]
+
+
+def _digest(name: str, value: str) -> Fact:
+    """A digest, of which the first digits are shown."""
+    return Fact(name, value, f"{value[:_DIGITS]}..." if len(value) > _DIGITS else "")
 
 
 def _recorded(value: object) -> str:

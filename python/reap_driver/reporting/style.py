@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
@@ -33,6 +36,9 @@ _ON_PAGE = {
 }
 # Its lightness increases steadily, also for color-blind readers and in gray print.
 COLORS = "cividis"
+# Of lines, one for each of many layers: a map with more hues, of which color-blind readers see the
+# lightness too. Each theme has the part of it with a contrast of at least 3:1 to its background.
+_DEPTH, _DEPTH_ON_LIGHT, _DEPTH_ON_DARK = "plasma", (0.0, 0.64), (0.4, 1.0)
 
 WIDE, NARROW = 9.6, 3.75  # inches
 _TITLE = 0.3  # inches that the title of a PNG file adds to the height
@@ -82,6 +88,7 @@ class Picture:
         text: what it shows, for readers who do not see it.
         caption: how to read it.
         draw: makes the figure; `narrow=True` for a phone.
+        depth: number of layers that have a color each, by `depth_colors`; 0 if none has.
     """
 
     name: str
@@ -89,6 +96,7 @@ class Picture:
     text: str
     caption: str
     draw: Callable[..., Figure]
+    depth: int = 0
 
     def render(self, model: str) -> Rendered:
         """Draws the figure in all its forms; `model` is named in the title of the PNG file."""
@@ -114,6 +122,11 @@ class Picture:
         )
         text = re.sub(r'href="#', f'href="#{prefix}', text)
         text = re.sub(r"url\(#", f"url(#{prefix}", text)
+        themes = (depth_colors(self.depth, dark=dark) for dark in (False, True))
+        for drawn, dark in zip(*themes, strict=True):
+            # The first is for browsers that do not know the second.
+            themed = rf"\1: {drawn}; \1: light-dark({drawn}, {dark})"
+            text = re.sub(f"(stroke|fill): {drawn}", themed, text)
         for drawn, css in _ON_PAGE.items():
             text = text.replace(drawn, css)
         return re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
@@ -164,15 +177,44 @@ def new_figure(height: float, *, narrow: bool) -> Figure:
     return Figure(figsize=(NARROW if narrow else WIDE, height), layout="constrained")
 
 
+def depth_colors(number: int, *, dark: bool = False) -> list[str]:
+    """As many different colors, in an order that can be seen, for a light or a dark background."""
+    first, last = _DEPTH_ON_DARK if dark else _DEPTH_ON_LIGHT
+    known: Any = matplotlib.colormaps[_DEPTH]
+    smooth = LinearSegmentedColormap.from_list(_DEPTH, known.colors, N=1 << 14)
+    return [to_hex(color) for color in smooth(np.linspace(first, last, number))]
+
+
 def layer_ticks(axis: Any, labels: list[str], *, narrow: bool) -> None:
     """Labels layers along x, as many as there is room for."""
-    room = 8 if narrow else 24
-    step = next(
-        s for s in (1, 2, 3, 4, 5, 6, 8, 10, 12, 20, 50, 100, 1000) if len(labels) / s <= room
-    )
-    places = range(0, len(labels), step)
+    places = _some(len(labels), 8 if narrow else 24)
     axis.set_xticks(places, [labels[place] for place in places])
     axis.set_xlim(-0.5, len(labels) - 0.5)
+
+
+def _some(number: int, room: int) -> range:
+    """Every nth of `number` places, as many as there is room for."""
+    steps = (1, 2, 3, 4, 5, 6, 8, 10, 12, 20, 50, 100, 1000)
+    return range(0, number, next(step for step in steps if number / step <= room))
+
+
+def depth_bar(figure: Figure, axis: Any, labels: list[str], *, narrow: bool) -> None:
+    """A color bar with the color of every layer."""
+    number = len(labels)
+    colors = ListedColormap(depth_colors(number))
+    cells = ScalarMappable(BoundaryNorm(np.arange(number + 1) - 0.5, number), colors)
+    bar = figure.colorbar(
+        cells,
+        ax=axis,
+        label="MoE layer",
+        location="bottom" if narrow else "right",
+        aspect=40 if narrow else 20,
+        pad=0.02,
+    )
+    places = _some(number, 8 if narrow else 12)
+    bar.set_ticks(list(places), labels=[labels[place] for place in places])
+    bar.minorticks_off()
+    bar.outline.set_visible(False)
 
 
 def color_bar(figure: Figure, image: Any, axes: Any, label: str, *, narrow: bool) -> Any:

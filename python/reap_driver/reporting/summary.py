@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from reap_driver.reporting.elements import Cell, Share, Summary, Table, Tile
+from reap_driver.base.units import in_bytes, short
+from reap_driver.planning.stability import CERTAIN
+from reap_driver.reporting.elements import Cell, Share, Summary, Table, Term, Tile
 from reap_driver.reporting.inputs import Inputs
-from reap_driver.reporting.measures import LayerMeasures
+from reap_driver.reporting.measures import NEAR, LayerMeasures
+from reap_driver.reporting.sizes import sizes_of
 
 _FIRST = 5  # layers in the table of the first screen
 
@@ -23,7 +27,8 @@ def summary(inputs: Inputs) -> Summary:
             f"{inputs.scores.criterion}. No plan was given, so nothing is cut: make one with "
             "`reap-kernels plan` and pass it to `reap-kernels report` as well."
         )
-        return Summary(lead, [_dead_tile(layers)], inputs.notes(), None)
+        terms = [replace(_MASS, advice=""), _DEAD]
+        return Summary(lead, [_dead_tile(layers)], terms, inputs.notes(), None)
     worst = min(layers, key=retained_of)
     near = sum(layer.cut.near for layer in layers if layer.cut is not None)
     kept = sum(int(layer.cut.kept.sum()) for layer in layers if layer.cut is not None)
@@ -31,17 +36,73 @@ def summary(inputs: Inputs) -> Summary:
     lead = (
         f"The plan keeps {kept_of(inputs)} and removes {Share(1 - kept / experts)} of all "
         f"experts. On average over layers, the kept experts carried {Share(mean)} of the routing "
-        f"mass; least in layer {worst.label}, {Share(retained_of(worst))}."
+        "mass, which is the sum of the weights that the router gave to experts; least in layer "
+        f"{worst.label}, {Share(retained_of(worst))}."
     )
     tiles = [
         Tile(f"{kept:,}", f"of {experts:,} experts are kept", f"by {inputs.scores.criterion}"),
+        *_size_tiles(inputs),
         Tile(str(Share(mean)), "of the routing mass is kept", _range_of_retained(layers)),
-        Tile(f"{near:,}", f"experts {inputs.near}", f"{Share(near / experts)} of all"),
+        Tile(f"{near:,}", f"experts {inputs.near}", _near_more(near / experts, inputs)),
         _dead_tile(layers),
     ]
     first = sorted(layers, key=retained_of)[:_FIRST]
     caption = "Layers to look at first: least routing mass kept"
-    return Summary(lead, tiles, inputs.notes(), layer_table(caption, first, inputs))
+    terms = [_MASS, _near_term(inputs), _DEAD]
+    return Summary(lead, tiles, terms, inputs.notes(), layer_table(caption, first, inputs))
+
+
+def _near_more(share: float, inputs: Inputs) -> str:
+    """What the number of experts near the cut is, in words."""
+    known = "" if inputs.doubt else "; another sample of the data may decide otherwise"
+    return f"{Share(share)} of all{known}"
+
+
+def _size_tiles(inputs: Inputs) -> list[Tile]:
+    """Parameters and weights before and after, where they are known."""
+    found = sizes_of(inputs)
+    if found is None:
+        return []
+    before, after = (short(number, "kMBT") for number in found.parameters)
+    tiles = [Tile(f"≈ {after}", "parameters", f"of {before} before")]
+    if found.nbytes is not None:
+        old, new = map(in_bytes, found.nbytes)
+        tiles.append(Tile(f"≈ {new}", f"of weights in {found.dtype}", f"of {old} before"))
+    return tiles
+
+
+_MASS = Term(
+    "Routing mass",
+    "the sum, over all tokens of the calibration data, of the weights with which the router "
+    "combines the outputs of the experts it chose.",
+    "Without the removed experts, others are chosen in their place. Where a layer keeps little of "
+    "the mass, let it lose fewer experts (layer ratios, or a lower ratio for all layers), and "
+    "compare the pruned model with the original on text of your own.",
+)
+_DEAD = Term(
+    "Dead experts",
+    "those that no token of the calibration data was routed to.",
+    "If there are many, the data may be too few or too narrow: they say nothing of these experts.",
+)
+
+
+def _near_term(inputs: Inputs) -> Term:
+    """What is meant by experts near the cut, which is the decision margin where that is known."""
+    if inputs.doubt:
+        return Term(
+            "Near the cut",
+            f"experts whose score differs by less than {100 * NEAR:g} % from the cut, which lies "
+            "midway between the last kept and the first removed expert.",
+            "How sure these decisions are is not known here; see the note.",
+        )
+    return Term(
+        "Decision margin",
+        "the experts that another sample of the same data would keep with a probability between "
+        f"{100 * (1 - CERTAIN):g} % and {100 * CERTAIN:g} %.",
+        "If it holds many experts, observe more data of the same kind: intervals narrow with the "
+        "square root of the tokens. If it stays large, the experts in it score alike, and it "
+        "matters little which of them stay.",
+    )
 
 
 def retained_of(layer: LayerMeasures) -> float:
@@ -80,18 +141,20 @@ def _dead_tile(layers: Sequence[LayerMeasures]) -> Tile:
     return Tile(f"{dead:,}", "dead experts", more)
 
 
-def layer_table(caption: str, layers: Sequence[LayerMeasures], inputs: Inputs) -> Table:
+def layer_table(
+    caption: str, layers: Sequence[LayerMeasures], inputs: Inputs, *, stacked: bool = True
+) -> Table:
     """The numbers behind the pictures, a row per layer."""
     headings = ["layer"]
     if inputs.plan is not None:
         headings += ["kept of", "mass kept"]
         if len(inputs.stats.groups) > 1:
             headings += ["worst group", "its mass kept"]
-        headings += ["near the cut" if inputs.doubt else "in the margin", "gap"]
+        headings += ["near the cut" if inputs.doubt else "in the decision margin", "gap"]
     else:
         headings += ["experts"]
     headings += ["busiest / mean", "Gini", "dead"]
-    return Table(caption, headings, [_layer_row(layer, inputs) for layer in layers])
+    return Table(caption, headings, [_layer_row(layer, inputs) for layer in layers], stacked)
 
 
 def _layer_row(layer: LayerMeasures, inputs: Inputs) -> list[Cell]:

@@ -156,7 +156,7 @@ def test_shows_a_comparison(run: Run, files: tuple[Path, Path], tmp_path: Path) 
     source = (tmp_path / "report/report.html").read_text(encoding="utf-8")
     [table] = re.findall(r"<table><caption><span>big and acme/small.*?</table>", source, re.DOTALL)
     assert '<th scope="col">a&lt;b</th>' in table
-    rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', table)
+    rows = re.findall(r'<th scope="row".*?>(.*?)</th>(.*?)</tr>', table)
     cells = {name: re.findall(r"<td.*?>(.*?)</td>", rest) for name, rest in rows}
     assert cells["perplexity, pruned"] == [
         "21.00 [20.75, 21.50]",
@@ -190,7 +190,7 @@ def test_shows_a_comparison_of_several(
     source = (tmp_path / "report/report.html").read_text(encoding="utf-8")
     [table] = re.findall(r"<table><caption><span>2 pruned models.*?</table>", source, re.DOTALL)
     assert "each compared with big (perplexity 10.00 [9.750, 10.50])" in table
-    rows = dict(re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', table))
+    rows = dict(re.findall(r'<th scope="row".*?>(.*?)</th>(.*?)</tr>', table))
     assert list(rows) == ["acme/small", "few.json"]
     assert "2001 [2001, 2002]" in rows["few.json"]
     assert "12.5\u00a0%" in rows["acme/small"]

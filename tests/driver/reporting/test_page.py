@@ -1,6 +1,7 @@
 """The page needs no other file, escapes all names, and is the same for the same input."""
 
 import dataclasses
+import html
 import re
 import shutil
 from html.parser import HTMLParser
@@ -109,8 +110,66 @@ def test_the_figures_are_on_the_page(report: Path, make: Make) -> None:
 
 def test_statistics_in_parts_show_the_margin(report_in_parts: Path) -> None:
     text = read(report_in_parts).text
-    assert "experts inside the margin" in text
+    assert "experts in the decision margin" in text
     assert "observe with --folds" not in text
+
+
+@pytest.mark.parametrize("which", ["report", "report_in_parts"])
+def test_words_are_defined_where_they_are_first_used(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    """With advice: what to do where little of the mass is kept, or the margin is large."""
+    text = " ".join(visible(request.getfixturevalue(which)).split())
+    first = text.index("routing mass")
+    assert text[first:].startswith("routing mass, which is the sum of the weights that the router")
+    assert "Routing mass the sum, over all tokens" in text
+    assert "let it lose fewer experts" in text
+    if which == "report_in_parts":
+        first = text.index("decision margin")
+        assert "another sample of the data may decide otherwise" in text[first : first + 100]
+        assert "Decision margin the experts that another sample of the same data would keep" in text
+        assert "If it holds many experts, observe more data" in text
+    else:
+        assert "Near the cut experts whose score differs by less than 5 % from the cut" in text
+
+
+def visible(folder: Path) -> str:
+    """The words of a page, without its title and style, and those of pictures."""
+    source = (folder / "report.html").read_text(encoding="utf-8")
+    body = re.sub(r"<svg.*?</svg>", "", source.partition("<main>")[2], flags=re.DOTALL)
+    return html.unescape(re.sub(r"<[^>]+>", " ", body))
+
+
+def test_sizes_before_and_after(make: Make, tmp_path: Path) -> None:
+    """As the statistics record them; older ones do not."""
+    stats, plan = make()
+    write_report(stats, tmp_path, plan)
+    assert "parameters" not in visible(tmp_path)
+    stats.provenance["model"] = {
+        **stats.provenance["model"],
+        "parameters": 1_000_000,
+        "dtype": "bfloat16",
+    }
+    layers = stats.provenance["layers"]
+    stats.provenance["layers"] = {
+        name: {**facts, "expert_parameters": 10_000} for name, facts in layers.items()
+    }
+    write_report(stats, tmp_path, plan)
+    text = " ".join(visible(tmp_path).split())
+    assert "≈ 910k parameters of 1M before" in text  # 9 experts are removed
+    assert "≈ 1.82 MB of weights in bfloat16 of 2.00 MB before" in text
+
+
+def test_rows_are_blocks_on_phones_and_digests_are_folded(report: Path, make: Make) -> None:
+    source = (report / "report.html").read_text(encoding="utf-8")
+    start = r"<div class=.table stacked.[^>]*>\s*<table><caption><span>Layers to"
+    [first] = re.findall(start + ".*?</table>", source, re.DOTALL)
+    headings = re.findall(r'<th scope="col".*?>(.*?)</th>', first)
+    for row in re.findall(r"<tr>(?!<th scope=.col).*?</tr>", first, re.DOTALL):
+        assert re.findall(r'data-name="(.*?)"', row) == headings
+    assert '<div class="table" role="region" tabindex="0" aria-label="All layers">' in source
+    digest = make()[1].scores_digest
+    assert f"<summary>{digest[:15]}...</summary>{digest}</details>" in source
 
 
 def test_without_a_plan_nothing_is_cut(report: Path, make: Make, tmp_path: Path) -> None:
