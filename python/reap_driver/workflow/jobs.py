@@ -107,6 +107,7 @@ class PlanOptions:
         help="with `target_size` or `fits`: the model whose sizes count, as checkpoint folder or "
         "hub id (default: the one that STATS name)",
     )
+    trust_remote_code: bool = trust_option()
     out: str | Path | None = option(None, metavar="FILE", help="where to save the plan")
     overwrite: bool = overwrite_option()
     rank: RankOptions = group_of(RankOptions)

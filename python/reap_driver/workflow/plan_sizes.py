@@ -31,12 +31,13 @@ def plan_of_size(
         DataError: the model that the statistics name is not found, or the one given is another.
         PlanError: see `Sizing.amount`.
     """
-    model = _model(options.model, stats)
+    trust = options.trust_remote_code
+    model = _model(options.model, stats, trust=trust)
     folder = Path(model.path)
     files = stored_files(folder, model.config) if folder.is_dir() else None
     write = WriteOptions(non_uniform=True)  # whether that is wanted, the writer is told
     try:
-        sizing = Sizing(model, model.path, files, write, dtype="auto", trust=False)
+        sizing = Sizing(model, model.path, files, write, dtype="auto", trust=trust)
     except DataError as error:
         raise DataError(
             f"{model.path}: its configuration names no dtype, so its size is that of its weights; "
@@ -48,10 +49,10 @@ def plan_of_size(
     return plan
 
 
-def _model(given: str | Path | None, stats: SaliencyStats) -> Model:
+def _model(given: str | Path | None, stats: SaliencyStats, *, trust: bool) -> Model:
     """The model whose sizes count, checked to be that of the statistics."""
     if given is not None:
-        model = inspect_model(str(given))
+        model = inspect_model(str(given), trust_remote_code=trust)
         found = differences(stats.provenance, model.provenance)
         if found.deciding or found.unnamed:
             raise DataError(
@@ -64,6 +65,6 @@ def _model(given: str | Path | None, stats: SaliencyStats) -> Model:
     if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise DataError(missing)  # and is no name of the hub
     try:
-        return inspect_model(name)
+        return inspect_model(name, trust_remote_code=trust)
     except CheckpointError as error:
         raise DataError(missing) from error

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from reap_driver.base.units import in_bytes, row, short
 from reap_driver.compat.config_file import read_config
+from reap_driver.files.checkpoint import Checkpoint, open_checkpoint
 from reap_driver.memory.cache_size import CacheSize, cache_size
 from reap_driver.memory.checkpoint_size import CheckpointSize, estimated, run_dtype, stored_files
 from reap_driver.memory.decision import SHARE
@@ -151,6 +153,11 @@ class Sizing:
         self._exact, self._before = before.origin == "headers", before.file_bytes or before.nbytes
         self._known: dict[tuple[int, ...], OutputSize] = {}
 
+    @cached_property
+    def _source(self) -> Checkpoint:
+        """The headers, which are read once for all plans."""
+        return open_checkpoint(self._folder)
+
     def amount(
         self, rank: RankOptions, ratios: Sequence[float], plans: Callable[[Amount], list[Plan]]
     ) -> Amount:
@@ -250,7 +257,7 @@ class Sizing:
         write, trust = self._write, self._trust
         if self._exact:
             return output_size(
-                self._folder,
+                self._source,
                 plan,
                 mtp=write.mtp,
                 shard_size=write.shard_bytes,

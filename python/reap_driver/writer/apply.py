@@ -16,7 +16,7 @@ from reap_driver.compat.load_pruned import SETTINGS
 from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.files.checkpoint import RECORD, Checkpoint, open_checkpoint, resolve_folder
-from reap_driver.files.quantization import quantization_of
+from reap_driver.files.quantization import Quantization, quantization_of
 from reap_driver.model.discover import find_moe_layers, record_of
 from reap_driver.model.stacks import Stack
 from reap_driver.planning.plan import Plan
@@ -118,11 +118,12 @@ def apply_plan(
     cleaned = clean_stale(out)
     check_target(out, folder, overwrite=overwrite)
     options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
-    job = _prepare(folder, plan, options)
+    job = _prepare(open_checkpoint(folder), plan, options)
+    checked = job.check()
     model_card(job.inherited, job.plan, _report(job, out, 0))  # so that its errors come first
     needed = job.bytes_needed()
     with staged(out, needed=needed) as staging:
-        report = _write(job, staging, out, _counter(progress, needed), threads, started)
+        report = _write(job, checked, staging, out, _counter(progress, needed), threads, started)
         report.bytes_written += _save_record(staging, job.plan, stats)
         job.source.fingerprints.check()
         left = publish(staging, out, overwrite=overwrite)
@@ -162,7 +163,8 @@ def check_plan(
     clean_stale(out)
     check_target(out, folder, overwrite=overwrite)
     options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
-    job = _prepare(folder, plan, options)
+    job = _prepare(open_checkpoint(folder), plan, options)
+    job.check()
     rehearse(out, needed=job.bytes_needed())
 
 
@@ -180,7 +182,7 @@ class OutputSize:
 
 
 def output_size(
-    model_path: str | Path,
+    source: Checkpoint,
     plan: "Plan",
     *,
     mtp: Literal["drop", "keep"],
@@ -189,13 +191,15 @@ def output_size(
     non_uniform: bool,
     force_model: bool,
 ) -> OutputSize:
-    """What `apply_plan` with these arguments would write; reads headers only.
+    """What `apply_plan` with these arguments would write of a checkpoint, by its headers.
+
+    That every tensor has the shape that the configuration gives it is not checked.
 
     Raises:
         PlanError, CheckpointError, UnsupportedModel: see `apply_plan`.
     """
     options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
-    job = _prepare(resolve_folder(model_path), plan, options)
+    job = _prepare(source, plan, options)
     return OutputSize(job.weight_bytes(), job.bytes_needed())
 
 
@@ -218,7 +222,7 @@ class _Job:
     source: Checkpoint
     model: PrunedModel
     keys: KeyActions
-    checked: Checked
+    quantization: Quantization
     shards: list[OutShard]
     stacks: Sequence[Stack]
     counts: Mapping[str, tuple[int, int]]  # experts of every layer, before and after
@@ -228,6 +232,11 @@ class _Job:
     served: list[str]  # why an engine refuses the number of experts
     inherited: Mapping[str, Any] | None  # fields of the source's card; None: cannot be read
     card_note: str | None  # why they cannot be read
+
+    def check(self) -> Checked:
+        """Compares every tensor of the source with the configuration; see `check_source`."""
+        where = str(self.source.folder / "config.json")
+        return check_source(self.source.tensors, self.model.old, where, self.quantization)
 
     def weight_bytes(self) -> int:
         """Size of the weight files."""
@@ -239,9 +248,9 @@ class _Job:
         return self.weight_bytes() + small + len(self.loader or "")
 
 
-def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
-    """Reads, checks and decides everything; writes nothing."""
-    source = open_checkpoint(folder)
+def _prepare(source: Checkpoint, plan: "Plan", options: _Options) -> _Job:
+    """Decides everything, and checks all but the shapes of tensors; writes nothing."""
+    folder = source.folder
     source.check_copied()
     inherited = inherited_fields(source)
     config = load_config(folder, trust_remote_code=options.trust)
@@ -263,8 +272,6 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     quantization = quantization_of(source)
     decider = KeyDecider(source.tensors, model.old, model.new, model.layout, kept, quantization)
     keys = decider.decide(mtp, keep_mtp=options.keep_mtp)
-    where = str(folder / "config.json")
-    checked = check_source(source.tensors, model.old, where, quantization)
     # Also without MTP tensors: MiniMax-M2 announces layers that it does not have.
     if not options.keep_mtp:
         clear_mtp(model.raw_config)
@@ -278,12 +285,13 @@ def _prepare(folder: Path, plan: "Plan", options: _Options) -> _Job:
     loader = _loader(model.raw_config)
     plan = plan.noting(notes)
     served = served_advice(plan, record["layers"])
-    decided = (checked, shards, stacks, counts, files, spec, loader, served)
+    decided = (quantization, shards, stacks, counts, files, spec, loader, served)
     return _Job(plan, source, model, keys, *decided, *inherited)
 
 
 def _write(
     job: _Job,
+    checked: Checked,
     staging: Path,
     out: Path,
     progress: Callable[[int], None],
@@ -306,7 +314,7 @@ def _write(
     if job.loader is not None:
         written += (staging / LOADER).write_text(job.loader, encoding="utf-8")
     tensors = [tensor for shard in job.shards for tensor in shard.tensors]
-    check_output(tensors, job.model.new, job.checked, _renamed(job.keys))
+    check_output(tensors, job.model.new, checked, _renamed(job.keys))
     report = _report(job, out, written)
     report.seconds = time.perf_counter() - started  # so far, for the card
     card = model_card(job.inherited, job.plan, report)
