@@ -90,6 +90,7 @@ def _ablation_figures(growth: Tensor) -> dict[str, float]:
 _CARD = """\
 ---
 library_name: transformers
+license: apache-2.0
 pipeline_tag: text-generation
 ---
 # A small Mixture-of-Experts model of Python's own library
@@ -109,6 +110,12 @@ The text is the library that comes with Python, in four domains; training tokens
 {available}.
 Modules are split by a hash of their name into training (80 %), calibration (10 %) and held-out text
 (10 %); no paragraph of the latter two is trained on.
+
+## License
+
+The weights and the tokenizer are under Apache-2.0, the license of the package they come with. They
+were trained on the text of Python's library, which the Python Software Foundation distributes under
+its own license (https://docs.python.org/3/license.html); none of its files is part of the model.
 
 ## Measured on {held_out_tokens:,} held-out tokens
 

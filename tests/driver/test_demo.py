@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import tomllib
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from matplotlib import pyplot as plt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench.demo_model import measure
 from bench.demo_model.measure import unigram_loss
 from bench.demo_model.specialization import (
     domain_information,
@@ -45,6 +47,14 @@ from reap_kernels.stats import SaliencyStats
 
 MODEL = Path(corpus.__file__).parent / "model"
 ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_card_states_the_license_that_its_script_writes() -> None:
+    card = (MODEL / "README.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"\nlicense: {project['license'].lower()}\n" in card.partition("\n---\n")[0]
+    section = card[card.index("## License") : card.index("## Measured on")]
+    assert section in measure._CARD
 
 
 @pytest.fixture(scope="module")
