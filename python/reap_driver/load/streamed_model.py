@@ -19,9 +19,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_driver.base.threads import background
 from reap_driver.compat.decoder_layers import decoder_layers
+from reap_driver.compat.library_faults import check_runs
 from reap_driver.compat.model_config import load_config, quantization_settings
 from reap_driver.compat.partial_load import Chunk, PartialLoad, load_in_parts
-from reap_driver.compat.pretrained import check_loading, from_checkpoint
+from reap_driver.compat.pretrained import check_loading, from_checkpoint, model_class
 from reap_driver.compat.text_model import text_prefix
 from reap_driver.files.checkpoint import Checkpoint, open_checkpoint, resolve_folder
 from reap_driver.load.compressed_matrices import plain_weights
@@ -221,6 +222,7 @@ def opened_model(
 def checked_files(path_or_id: str | Path, trust: bool) -> tuple[PretrainedConfig, Checkpoint]:
     """The configuration and the files of a checkpoint, both checked."""
     config = load_config(path_or_id, trust_remote_code=trust)
+    check_runs(path_or_id, model_class(config))  # before a hub's files are downloaded
     source = open_checkpoint(resolve_folder(path_or_id))
     check_storage(path_or_id, config, source.tensors)
     return config, source

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from reap_driver.compat.library_faults import check_runs
 from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.load.storage import check_storage
@@ -178,6 +179,7 @@ class _Estimating:
         path, run, data = str(self._options.model), self._options.run, self._options.data
         config = load_config(folder, trust_remote_code=run.trust_remote_code)
         meta = meta_model(config)
+        check_runs(path, type(meta))
         try:
             layers = find_moe_layers(meta)
         except UnsupportedModel as error:
