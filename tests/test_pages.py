@@ -1,5 +1,6 @@
 """The README and the documentation are true: commands and Python run, links and paths exist."""
 
+import json
 import re
 import shlex
 import shutil
@@ -18,10 +19,14 @@ LANGUAGES = ("python", "sh")
 
 def blocks(page: str) -> list[tuple[str, str]]:
     """(language, text) of the fenced blocks that run: not those marked `no-run`, which need a hub,
-    another package or a GPU.
+    another package or a GPU. A block of YAML that is followed by a name is that file: (name, text).
     """
     found = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
-    return [(lang, body) for lang, info, body in found if lang in LANGUAGES and not info.strip()]
+    return [
+        (info.strip() or lang, body)
+        for lang, info, body in found
+        if (lang in LANGUAGES and not info.strip()) or (lang == "yaml" and info.strip())
+    ]
 
 
 RUNNING = [page for page in PAGES if blocks(page)]
@@ -29,13 +34,16 @@ RUNNING = [page for page in PAGES if blocks(page)]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """The files that pages assume: the bundled model, a little text, statistics and a plan."""
+    """The files that pages assume: the bundled model, a little data, statistics and a plan."""
     from reap_driver.cli.main import main
 
     folder = tmp_path_factory.mktemp("files")
     shutil.copytree(ROOT / "python/reap_driver/demo/model", folder / "model")
     lines = [f'{{"text": "def add_{i}(a, b):\\n    return a + b + {i}\\n"}}' for i in range(100)]
     (folder / "code.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "questions.csv").write_text("question,answer\n" + "What is 2 + 2?,4\n" * 20)
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
+    (folder / "chats.json").write_text(json.dumps([{"conversations": turns}] * 20))
     model, data, stats, plan = (
         str(folder / name) for name in ("model", "code.jsonl", "stats.safetensors", "plan.json")
     )
@@ -55,6 +63,9 @@ def test_blocks_run_in_order(page: str, files: Path, tmp_path, monkeypatch, caps
     ran = 0
     for language, block in blocks(page):
         ran += 1
+        if language not in LANGUAGES:
+            Path(language).write_text(block)
+            continue
         if language == "python":
             exec(compile(block, page, "exec"), namespace)
             continue

@@ -11,7 +11,8 @@ from reap_kernels.errors import DataError
 
 _CHUNK = 2**20  # bytes read at a time
 _SPACE = " \t\r\n"
-_decode = json.JSONDecoder().raw_decode
+# Finds where an element ends; its numbers, which may have thousands of digits, are read later.
+_decode = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str).raw_decode
 
 
 def first_character(file: Path) -> str:

@@ -300,16 +300,9 @@ def test_tasks_are_asked_of_both_models(
     """For a plan, the original with masked routers answers; all settings are passed on."""
     harness = Harness()
     harness.install(monkeypatch)
-    more = [
-        "--tasks",
-        "one,two",
-        "--limit",
-        7,
-        "--batch-size",
-        2,
-        "--apply-chat-template",
-        "--json",
-    ]
+    (pruned / "given.jinja").write_text("{{ messages }}")
+    more = ["--tasks", "one,two", "--limit", 7, "--batch-size", 2, "--apply-chat-template"]
+    more += ["--chat-template", pruned / "given.jinja", "--json"]
     outcomes = []
     for second in (pruned, pruned / "reap" / "plan.json"):
         done = run("compare", words[1], second, *more)
@@ -324,6 +317,7 @@ def test_tasks_are_asked_of_both_models(
     asked = harness.asked[0]
     assert (asked["tasks"], asked["limit"], asked["model"].batch_size) == (["one", "two"], 7, 2)
     assert asked["apply_chat_template"] is True
+    assert asked["model"].tokenizer.chat_template == "{{ messages }}"
     both = run("compare", words[1], pruned, pruned / "reap" / "plan.json", *more).json
     answers = [one["tasks"]["pruned"] for one in both["comparisons"]]
     assert answers == [outcome["pruned"] for outcome in outcomes]

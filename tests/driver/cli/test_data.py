@@ -13,6 +13,7 @@ import torch
 from pyarrow import parquet
 
 import reap_driver as rd
+from reap_driver.data.encode import Encoder
 from tests.driver.cli.conftest import Run, write_model
 from tests.driver.cli.test_bad_input import listing
 
@@ -222,12 +223,21 @@ def test_thinking_is_the_templates_business(run: Run, model: Path, tmp_path: Pat
 
 
 def test_a_given_chat_template_is_used_and_recorded(
-    run: Run, model: Path, chats: Path, data: Path, tmp_path: Path
+    run: Run,
+    model: Path,
+    chats: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (model / "chat_template.jinja").unlink()
     words = ("observe", model, "--data", data, "--data", chats, "--out", tmp_path / "none")
-    refused = run(*words)
+    tokenized: list[object] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Encoder, "encode", lambda *given: tokenized.append(given))
+        refused = run(*words)
     assert refused.code == 3
+    assert tokenized == []  # nothing of the first source either
     assert "chats.jsonl:1: is a conversation, but the tokenizer of" in refused.error
     assert "give one with --chat-template" in refused.error
     given = tmp_path / "other.jinja"

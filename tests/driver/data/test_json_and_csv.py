@@ -61,6 +61,7 @@ def test_arrays_may_be_compressed_and_stand_in_folders(tmp_path: Path) -> None:
         ('[{"text": "a"}] x', "a.json: something follows the array, after record 1"),
         ("[" * 100_000, "a.json, record 1: is not JSON (nested too deeply)"),
         ('[{"text": "a"}, 5]', "a.json, record 2: a JSON int; every element must be an object"),
+        ('[{"a": ' + "9" * 5000 + "}]", "a.json, record 1: holds a number that cannot be read ("),
         ('[{"text": "a", "text": "b"}]', "a.json, record 1: has the name 'text' twice"),
         ("[]", "a.json holds no records; give data with at least one"),
         ('{\n  "data": [{"text": "a"}]\n}', "a.json: holds neither JSON lines nor an array of ob"),
