@@ -319,6 +319,9 @@ def test_demo_end_to_end(ran):
     out, report, printed = ran
     json.dumps(report)
     assert printed.rstrip() == format_report(report)
+    table = printed.partition("A sample of")[0].splitlines()
+    assert len(table) > 10
+    assert max(map(len, table)) <= 80
 
     base, rows = report["unpruned"], report["pruned"]
     assert [(r["ratio"], r["criterion"], r["experts"]) for r in rows] == [

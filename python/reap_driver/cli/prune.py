@@ -1,6 +1,7 @@
 """`reap-kernels prune`: observe, plan and apply in one."""
 
 import argparse
+import shlex
 
 from reap_driver.cli.arguments import add, read, require
 from reap_driver.cli.dry_run import DryRun, estimated
@@ -49,6 +50,10 @@ def run(args: argparse.Namespace, console: Console) -> Result | None:
         return estimate
     require(args, "out")
     options = read(PruneOptions, args)
-    from reap_driver.workflow.prune import prune
+    from reap_driver.workflow.prune import Pruned, prune
 
-    return prune(options, console)
+    found = prune(options, console)
+    if isinstance(found, Pruned):
+        words = ["reap-kernels", "compare", str(options.model), str(found.out)]
+        console.say(f"next: {shlex.join(words)} --data HELD-OUT")
+    return found

@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=("bfloat16", "float16", "float32"),
         help="of the weights (default: %(default)s; bfloat16 and float16 share a table)",
     )
-    parser.add_argument("--device", default="cuda", help="the GPU (default: %(default)s)")
+    parser.add_argument("--device", help="the GPU (default: cuda, the current one)")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace what is there, once the new is complete"
     )
@@ -76,11 +76,17 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from reap_driver.workflow.inspection import device_of, inspect_model
     from reap_driver.workflow.options import RunOptions
     from reap_driver.workflow.outputs import check_file
+    from reap_kernels.errors import BackendUnavailable
     from reap_kernels.tune import Measured, Shape, tune
 
     inputs = [Path(args.model)] if args.model and Path(args.model).exists() else []
     check_file(args.out, overwrite=args.overwrite, inputs=inputs)
-    where = device_of(RunOptions(device=args.device))
+    if args.device is None and not torch.cuda.is_available():
+        raise BackendUnavailable(
+            "tune times kernels on a GPU, and torch sees none here; run it where `reap-kernels "
+            "doctor` shows one"
+        )
+    where = device_of(RunOptions(device=args.device or "cuda"))
     shapes = [Shape(*sizes) for sizes in args.shape or ()]
     if args.model is not None:
         keys = ("num_experts", "top_k", "hidden_size", "intermediate_size")

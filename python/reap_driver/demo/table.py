@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-_COLUMNS = "{:<26} {:>7} {:>8} {:>24} {:>24}"
+from reap_driver.base.units import COLUMNS
+
+_COLUMNS = "{:<25}{:>8}{:>8}{:>20}{:>19}"
 
 
 def format_report(report: dict[str, Any]) -> str:
     """The table, the samples and the paths of the results, from what ``run_demo`` returns."""
     base, pruned = report["unpruned"], report["pruned"]
     lines = [
-        _COLUMNS.format("", "experts", "size", "held-out perplexity", "next-token agreement"),
+        _COLUMNS.format("", "experts", "size", "perplexity", "agreement"),
         _line("unpruned", [base]),
     ]
     for ratio in sorted({row["ratio"] for row in pruned}):
@@ -24,14 +27,18 @@ def format_report(report: dict[str, Any]) -> str:
     domains = len(base["domain_perplexity"])
     lines += [
         "",
-        f"{report['held_out_tokens']:,} held-out tokens of {domains} domains, weighted equally;"
-        f" plans made from {report['calibration_tokens']:,} other tokens.",
-        "Several seeds: mean (lowest to highest). Agreement: share of positions where the pruned"
-        " model's",
-        "most likely next token is the unpruned model's.",
+        *textwrap.wrap(
+            f"Perplexity on {report['held_out_tokens']:,} held-out tokens of {domains} domains, "
+            f"weighted equally; plans made from {report['calibration_tokens']:,} other tokens. "
+            "Agreement: share of positions where the pruned model's most likely next token is the "
+            "unpruned model's. Several seeds: mean (lowest-highest).",
+            COLUMNS,
+            break_on_hyphens=False,
+        ),
         "",
         *(line for name, text in report["samples"].items() for line in _sample(name, text)),
-        f"Picture: {report['picture']}    Checkpoints: {', '.join(report['checkpoints'])}",
+        f"Picture: {report['picture']}",
+        *(f"Checkpoint: {path}" for path in report["checkpoints"]),
         f"{report['seconds']} seconds",
     ]
     return "\n".join(lines)
@@ -59,4 +66,4 @@ def _spread(values: Iterable[float], form: str) -> str:
     if len(numbers) == 1:
         return mean
     low, high = form.format(min(numbers)), form.format(max(numbers))
-    return f"{mean} ({low.removesuffix(' %')} to {high.removesuffix(' %')})"
+    return f"{mean} ({low.removesuffix(' %')}-{high.removesuffix(' %')})"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap_driver.base.units import short, took
+from reap_driver.base.units import in_bytes, took
 from reap_driver.planning.plan import Plan
 from reap_driver.workflow.jobs import ApplyOptions
 from reap_driver.workflow.listener import Collector, Listener
@@ -70,7 +70,7 @@ class Masked(Result):
         experts = sum(layer.num_experts for layer in self.plan.layers.values())
         return (
             f"wrote {self.masks}: {facts['kept']} of {experts} experts may be routed to, in "
-            f"{facts['layers']} layers; reap_driver.masked_experts applies them"
+            f"{facts['layers']} layers\n  reap_driver.masked_experts applies them"
         )
 
 
@@ -155,9 +155,9 @@ def report_lines(report: ApplyReport) -> str:
     equal = fewest == report.experts_after
     kept = str(fewest) if equal else f"{fewest} to {report.experts_after}"
     lines = [
-        f"wrote {report.out_path} in {took(report.seconds)}: {kept} of "
-        f"{report.experts_before} experts in each of {report.layers} layers, "
-        f"{short(report.tensor_bytes)}B of {short(report.source_tensor_bytes)}B"
+        f"wrote {report.out_path} in {took(report.seconds)}",
+        f"  {kept} of {report.experts_before} experts in each of {report.layers} layers, "
+        f"{in_bytes(report.tensor_bytes)} of {in_bytes(report.source_tensor_bytes)}",
     ]
     if report.whole:
         lines.append(f"left whole: {len(report.whole)} MoE layers of another part of the model")

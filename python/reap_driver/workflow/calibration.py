@@ -9,6 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from reap_driver.base.units import row
 from reap_driver.data.batches import PackedBatches
 from reap_driver.data.encode import Encoder
 from reap_driver.data.packing import PackedSource, pack
@@ -193,11 +194,12 @@ def group_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for name, facts in groups.items():
         counted, skipped = facts["counted_tokens"], facts["skipped"]
-        lines.append(
-            f"  {name}: {facts['tokens']:,} tokens of {facts['records']:,} records in "
+        text = (
+            f"{name}: {facts['tokens']:,} tokens of {facts['records']:,} records in "
             f"{facts['sequences']:,} sequences, {facts['share']:.1%} of all"
             + (f"; {counted:,} counted" if counted < facts["tokens"] else "")
             + (f"; {skipped:,} bad records left out" if skipped else "")
         )
+        lines.append(row("", text, 2))
     plain = len(groups) == 1 and all(";" not in line for line in lines)
     return [] if plain else lines

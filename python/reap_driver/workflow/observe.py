@@ -92,7 +92,7 @@ class Observed(Result):
         facts = self.facts()
         text = (
             f"observed {self.tokens:,} tokens in {facts['layers']} layers, {took(self.seconds)} "
-            f"({short(self.tokens / self.seconds)} tokens/s); {facts['experts_never_routed']} of "
+            f"({short(self.tokens / self.seconds)} tokens/s)\n  {facts['experts_never_routed']} of "
             f"{facts['experts']} experts were never routed to"
         )
         return "\n".join([text, *group_lines(facts["data"])])

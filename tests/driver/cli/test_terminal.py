@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from reap_driver.workflow import console
 from reap_driver.workflow.console import Console
 from reap_driver.workflow.listener import Listener, Step
 from tests import forks
+from tests.driver.cli.conftest import Run
 from tests.driver.cli.forks import forked
 
 NAMES = [command.NAME for command in COMMANDS]
@@ -40,6 +42,44 @@ def test_help_fits_80_columns(
     assert not [line for line in lines if len(line) > 80]
     assert lines[0].startswith("usage: reap-kernels")
     assert command is None or lines[1] == "", "the usage is one line"
+
+
+def test_results_fit_80_columns(
+    run: Run,
+    originals: dict[str, Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What commands print, but for paths, which stay whole."""
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(originals["plain"])
+    data.rename("code.jsonl")
+    shutil.copy("code.jsonl", "the-text-of-the-other-group.jsonl")
+    sources = ["--data", "code.jsonl", "--data", "the-text-of-the-other-group.jsonl"]
+    own = [*sources, "--seq-len", "32"]
+    search = ["--evaluations", 5, "--population", 3, "--elites", 1]
+    for words, rows in (
+        (["observe", "model", *own, "--out", "stats"], 5),
+        (["plan", "stats", "--out", "plan.json"], 2),
+        (["plan", "stats", "--ratio", 0.25, "--out", "quarter.json"], 2),
+        (["prune", "model", *own, "--out", "half"], 8),
+        (["prune", "model", *own, "--dry-run"], 12),
+        (["apply", "model", "quarter.json", "--out", "cut"], 2),
+        (["apply", "model", "plan.json", "--as-masks", "masks"], 2),
+        (["search", "model", "stats", *own, *search, "--ratio", 0.25, "--out", "found"], 2),
+        (["compare", "model", "half", *own], 20),
+        (["compare", "model", "plan.json", "quarter.json", "half", *own], 25),
+        (["report", "stats", "plan.json", "--out", "page"], 1),
+        (["recipe"], 2),
+        (["doctor"], 15),
+    ):
+        done = run(*words)
+        assert done.code == 0, done.err
+        lines = [line for line in done.out.splitlines() if "/" not in line]
+        assert len(lines) >= rows - ("/" in done.out), done.out
+        assert not [line for line in lines if len(line) > 80]
+        assert "\r" not in done.err + done.out
 
 
 class Steps(Listener):

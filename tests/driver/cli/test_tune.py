@@ -38,6 +38,9 @@ def test_needs_a_gpu(run: Run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     if not torch.cuda.is_available():
         done = run("tune", "--shape", "8,2,64,32", "--out", tmp_path / "t.json")
+        assert done.code == 4
+        assert "tune times kernels on a GPU, and torch sees none here" in done.err
+        done = run("tune", "--shape", "8,2,64,32", "--device", "cuda", "--out", tmp_path / "t.json")
         assert done.code == 3
         assert "--device cuda: not there" in done.err
     done = run("tune", "--shape", "8,2,64,32", "--device", "cpu", "--out", tmp_path / "t.json")
