@@ -10,6 +10,9 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
 from reap_driver.compat.library_errors import one_line, wrap_errors
 from reap_driver.data.arrow import known_columns, row_records
 from reap_driver.data.records import BadRecords, Record
@@ -56,6 +59,24 @@ class HubRows:
             part = chosen[start : start + _ROWS]
             places = {number: f"{self._location}, row {number + 1}" for number in part}
             yield from row_records(loaded.select(part), places, others, bad)
+
+
+def check_access(location: HubDataset) -> None:
+    """Checks that the hub has a data set and gives access to it, before others are downloaded.
+
+    Raises:
+        DataError: it does not. If the hub cannot be asked, nothing is raised: the data set may be
+            in the cache, and loading it will tell.
+    """
+    try:
+        HfApi().auth_check(location.name, repo_type="dataset")
+    except RepositoryNotFoundError as error:  # or its subclass for gated ones
+        raise DataError(
+            f"data {location}: no file or folder has that name, and the hub gives no access to a "
+            f"data set of that name ({type(error).__name__}); {_remedy(error)}"
+        ) from error
+    except Exception:  # noqa: BLE001  of the network, of any class: the hub cannot be asked
+        return
 
 
 def first_rows(location: HubDataset, count: int) -> list[Record]:
@@ -108,6 +129,8 @@ def _load(location: HubDataset, **options: Any) -> Any:
 
 def _remedy(error: Exception) -> str:
     kind, text = type(error).__name__, str(error)
+    if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+        return "check its name, and log in with `hf auth login` if it is private"
     if isinstance(error, ValueError) and ("split" in text or "Config name" in text):
         return "give one that it has, as name[subset](split)"
     if "Gated" in kind or "gated" in text:

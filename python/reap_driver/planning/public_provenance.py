@@ -65,6 +65,18 @@ def calibration_mix(data: Sequence[Mapping[str, Any]]) -> list[MixEntry]:
     ]
 
 
+def recipes_of(data: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """{name: digest} of the recipes that list the sources of `provenance["data"]`.
+
+    Example:
+        >>> recipes_of([{"recipe": {"name": "/home/me/mix.yaml", "digest": "sha256:1f"}}])
+        {'mix.yaml': 'sha256:1f'}
+    """
+    given = [entry.get("recipe") for entry in data]
+    named = [one for one in given if isinstance(one, Mapping) and one.get("name")]
+    return {public_name(str(one["name"])): str(one.get("digest") or "") for one in named}
+
+
 def observation(observed: Mapping[str, Any]) -> dict[str, str]:
     """How statistics were made, from `provenance["observed"]`: what is recorded, in words.
 

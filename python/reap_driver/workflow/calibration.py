@@ -12,8 +12,9 @@ from transformers import PretrainedConfig
 from reap_driver.base.units import row
 from reap_driver.data.batches import PackedBatches
 from reap_driver.data.encode import Encoder
+from reap_driver.data.hub import check_access
 from reap_driver.data.packing import PackedSource, pack
-from reap_driver.data.source import DataSource
+from reap_driver.data.source import DataSource, HubDataset
 from reap_driver.data.template_check import check_template
 from reap_driver.data.template_file import TemplateFile, read_template
 from reap_driver.data.token_cache import Cache
@@ -104,6 +105,9 @@ def read_data(
     }
     template = template_of(data)
     encoder = Encoder(model.path, model.config, **options, chat_template=template)
+    for source in wanted:
+        if isinstance(source.location, HubDataset):
+            check_access(source.location)
     check_template(encoder, wanted, skip_bad=data.skip_bad)
     folder = _tokenizer_folder(model.path) if data.cache else None
     options["chat_template"] = None if template is None else template.digest

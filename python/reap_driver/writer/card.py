@@ -21,7 +21,12 @@ from reap_driver.compat.load_pruned import SETTINGS
 from reap_driver.files.checkpoint import Checkpoint, belongs
 from reap_driver.planning.criteria import known_criterion
 from reap_driver.planning.plan import Plan
-from reap_driver.planning.public_provenance import calibration_mix, observation, public_name
+from reap_driver.planning.public_provenance import (
+    calibration_mix,
+    observation,
+    public_name,
+    recipes_of,
+)
 from reap_driver.writer.licenses import license_words
 from reap_driver.writer.markdown import Markdown, code, template, text
 from reap_driver.writer.report import ApplyReport
@@ -175,6 +180,7 @@ def _method(plan: "Plan", report: "ApplyReport") -> list[tuple[object, ...]]:
         ("allocation", plan.allocation),
         ("weights of calibration groups", weights),
         *([("protected experts", f"{protected:,}")] if protected else []),
+        *(("calibration recipe", name) for name in recipes_of(plan.data)),
         *observation(plan.observed).items(),
         ("written in", wrote),
         ("written by", Markdown(versions)),
@@ -187,6 +193,7 @@ def _digests(plan: "Plan") -> list[tuple[str, Markdown]]:
     found = [
         ("scores", plan.scores_digest),
         ("the model's config", plan.model.get("config_digest")),
+        *((f"recipe {text(name)}", digest) for name, digest in recipes_of(plan.data).items()),
         *((f"tokens of {text(one.group)}", one.digest) for one in calibration_mix(plan.data)),
     ]
     return [(Markdown(name), code(digest)) for name, digest in found if digest]

@@ -458,6 +458,9 @@ def test_options_of_a_recipe_are_taken_said_and_recorded(
     pruned = run("prune", model, "--recipe", recipe, "--out", tmp_path / "small", "--json")
     assert pruned.code == 0, pruned.err
     assert rd.Plan.load(tmp_path / "small" / "reap" / "plan.json").ratio == 0.25
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "mix.yaml" in card
+    assert digest in card
     refused = run(*words, "--seq-len", 16, "--overwrite")
     assert refused.code == 2
     assert "--seq-len 16: not together with --packing none" in refused.error

@@ -10,8 +10,11 @@ import datasets
 import huggingface_hub.constants
 import pyarrow as pa
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from pyarrow import parquet
 
+from reap_driver.data.hub import check_access
 from reap_driver.data.records import Record
 from reap_driver.data.sampling import read_records
 from reap_driver.data.source import DataSource, HubDataset
@@ -190,3 +193,34 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"data owner/name: .*pip install reap-kernels\[data\]"):
         read("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (GatedRepoError, r"\(GatedRepoError\); ask for access on its page and log in with `hf a"),
+        (
+            RepositoryNotFoundError,
+            r"\(RepositoryNotFoundError\); check its name, and log in with `hf a",
+        ),
+        (HfHubHTTPError, None),
+        (OSError, None),
+    ],
+)
+def test_access_is_checked_before_other_data_is_downloaded(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception], says: str | None
+) -> None:
+    asked = []
+
+    def refuse(self: HfApi, name: str, *, repo_type: str) -> None:
+        asked.append((name, repo_type))
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr(HfApi, "auth_check", refuse)
+    location = HubDataset("owner/name", files=("a.json",))
+    if says is None:
+        check_access(location)
+    else:
+        with pytest.raises(DataError, match=rf"data owner/name{{a.json}}: no file .*{says}"):
+            check_access(location)
+    assert asked == [("owner/name", "dataset")]

@@ -2,7 +2,12 @@
 
 import pytest
 
-from reap_driver.planning.public_provenance import calibration_mix, public_name, router_weight_rule
+from reap_driver.planning.public_provenance import (
+    calibration_mix,
+    public_name,
+    recipes_of,
+    router_weight_rule,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,3 +38,10 @@ def test_what_is_not_recorded_is_not_made_up() -> None:
 def test_router_weight_rules_are_named() -> None:
     assert router_weight_rule({"gate": "model"}) == "the model's own combine weights"
     assert router_weight_rule({"gate": "softmax"}) == "softmax"
+
+
+def test_recipes_are_named_once_and_without_folders() -> None:
+    given = {"name": "/home/me/mix.yaml", "digest": "sha256:1f"}
+    data = [{"recipe": given}, {"recipe": given}, {"recipe": {"name": "reap-coding"}}, {}]
+    assert recipes_of(data) == {"mix.yaml": "sha256:1f", "reap-coding": ""}
+    assert recipes_of([{"recipe": "odd"}, {"recipe": {}}]) == {}
