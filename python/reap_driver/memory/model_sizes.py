@@ -118,13 +118,15 @@ def tensor_bytes(
     """Name and bytes of every tensor of the model; tied tensors are counted once.
 
     Loading casts floating-point tensors to `dtype`, except those that the model's class keeps in
-    float32. Non-persistent buffers keep their dtype. Some router biases are created in float32
-    without being listed by the class; a model on the meta device does not show that (some kB).
+    float32. Of these, files have vectors in float32 (correction biases), and matrices in `dtype`
+    (routers, which newer library versions widen). Non-persistent buffers keep their dtype. Some
+    router biases are created in float32 without being listed by the class; a model on the meta
+    device does not show that (some kB).
 
     Args:
         model: the model, on any device.
         dtype: dtype of the model.
-        stored: leave out non-persistent buffers, which no checkpoint contains.
+        stored: as in files, which contain no non-persistent buffers.
     """
     kept = _kept_in_float32(model, dtype)
     held = model.state_dict().keys()
@@ -137,6 +139,7 @@ def tensor_bytes(
                 yield name, tensor.nbytes
             else:
                 wide = kept is not None and kept.search(name) is not None
+                wide &= tensor.ndim < 2 or not stored
                 yield name, tensor.numel() * (4 if wide else dtype.itemsize)
 
 
