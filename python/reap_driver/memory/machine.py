@@ -35,6 +35,11 @@ class Machine:
         """Whether the device has its own memory, unlike a CPU."""
         return self.device.partition(":")[0] != "cpu"
 
+    @property
+    def whole_disk(self) -> int | None:
+        """Free bytes of the disk, the shares of all ranks together."""
+        return None if self.disk_free is None else self.disk_free.nbytes * self.ranks
+
     def shared(self, processes: int) -> "Machine":
         """The share of one of several processes on this machine, each with a device of its own.
 

@@ -80,10 +80,8 @@ class Shown(Step):
         self._bar: Any = None
         self._alone = ExitStack()
         if sys.stderr.isatty():
-            from tqdm import tqdm
-
             self._alone.enter_context(no_library_bars())
-            self._bar = tqdm(
+            self._bar = _bar(
                 total=total, desc=what, unit=unit, unit_scale=True, delay=_SILENT, leave=False
             )
 
@@ -137,6 +135,24 @@ class Shown(Step):
             share = int(100 * self.done // self.total)
             text += f", {share} % of {short(self.total)}{self.unit}, {clock(left)} left"
         return text
+
+
+def _bar(**options: Any) -> Any:
+    """A bar of tqdm that writes times as all messages do: tqdm's own has hours, however many."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        @property
+        def format_dict(self) -> dict[str, Any]:
+            found: dict[str, Any] = super().format_dict
+            done, passed, total = found["n"], found["elapsed"], found["total"]
+            rate = found["rate"] or (done - found["initial"]) / passed if passed else 0
+            left = clock(max(0, total - done) / rate) if total and rate > 0 else "?"
+            return {**found, "passed": clock(passed), "left": left}
+
+    # Shown even where the libraries' bars, which are tqdm's too, are turned off by its variable.
+    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{passed}<{left}, {rate_fmt}]"
+    return Bar(bar_format=form, disable=False, **options)
 
 
 def flags(text: str) -> str:

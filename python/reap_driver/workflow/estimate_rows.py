@@ -153,9 +153,9 @@ def free_facts(machine: Machine) -> dict[str, Any]:
 def pruned(leaves: Leaves, machine: Machine) -> Iterator[str]:
     """What pruning leaves, and the disk that it takes."""
     yield from leaves.lines()
-    disk = _amount(machine.disk_free, "free=SIZE")
-    bound = "" if machine.disk_free is None else f" {machine.disk_free.bound}"
-    yield row("to write it", f"{in_bytes(leaves.output)}; free: {disk}{bound}")
+    disk = machine.whole_disk
+    there = "an unknown amount" if disk is None else in_bytes(disk)
+    yield row("to write it", f"{in_bytes(leaves.output)}; {there} is free on the disk")
 
 
 def times(plan: Decision, found: Forecast, rates: Rates, ranks: int) -> Iterator[str]:

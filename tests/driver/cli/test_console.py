@@ -1,5 +1,6 @@
 """Progress where stderr is no terminal, and the words numbers are put in."""
 
+import io
 import os
 
 import pytest
@@ -93,6 +94,20 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown[0]["delay"] == 2
     assert (shown[0]["total"], shown[0]["unit"]) == (10, "tok")
     assert shown[1:] == [4, 6, "closed"]
+
+
+def test_a_bar_counts_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    shown.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", shown)
+    now = [1e6]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with Console().progress("observing", "tok", 12_000) as progress:
+        now[0] += 86_400
+        progress.add(1000)
+        drawn = shown.getvalue()
+    assert "| 1.00k/12.0k [1 day<11 days, " in drawn
 
 
 @pytest.mark.does_not_raise

@@ -77,6 +77,9 @@ def test_ranks_share_it() -> None:
     host = Free(250 * GB, "as `machine` says, a share of 4")
     device = Free(141 * GB, "as `machine` says")
     assert planned_machine(given) == Machine("H200", device, host, None, ranks=4)
+    shared = planned_machine(parse_machine("4xH200-141GB,free=2TB"))
+    assert shared.disk_free == Free(500 * GB, "as `machine` says, a share of 4")
+    assert (shared.whole_disk, planned_machine(given).whole_disk) == (2000 * GB, None)
     alone = planned_machine(parse_machine("cpu,ram=64GB"))
     assert (alone.device_free, alone.ranks) == (alone.host_free, 1)
 
