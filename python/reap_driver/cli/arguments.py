@@ -7,7 +7,7 @@ import argparse
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,7 +84,8 @@ def _add(place: Any, field: "Field[Any]") -> None:
     if field.default is None and bool in _types(field):  # on, off, or neither
         place.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **common)
     elif field.default is False and (words := _words(field)):  # off, on, or on in some way
-        place.add_argument(flag, nargs="?", const=True, choices=words, help=text, **common)
+        how: dict[str, Any] = {"nargs": "?", "const": True, "metavar": "|".join(words)}
+        place.add_argument(flag, type=_word(flag, words), help=text, **how, **common)
     elif field.default is False:
         place.add_argument(flag, action="store_true", help=text, **common)
     elif field.default is True:
@@ -114,6 +115,19 @@ def _words(field: "Field[Any]") -> tuple[str, ...]:
     """The words that a field's value can be, where they are known."""
     literals = (one for one in _types(field) if typing.get_origin(one) is typing.Literal)
     return next(map(typing.get_args, literals), ())
+
+
+def _word(flag: str, words: Sequence[str]) -> Callable[[str], str]:
+    """Reads what may follow a flag that stands alone, too; what follows may be meant otherwise."""
+
+    def read(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {' or '.join(words)}; put {flag} alone behind the other arguments"
+            )
+        return text
+
+    return read
 
 
 def positive(text: str) -> int:

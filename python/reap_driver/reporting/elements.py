@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from reap_driver.base.units import significant
+
 
 class Share(float):
     """A share in [0, 1], shown in percent."""
@@ -186,5 +188,5 @@ def shown(cell: Cell) -> str:
     if cell is None or cell != cell:  # NaN
         return "-"
     if isinstance(cell, float):
-        return str(cell) if isinstance(cell, Share) else f"{cell:.3g}"
+        return str(cell) if isinstance(cell, Share) else significant(cell, 3)
     return f"{cell:,}" if isinstance(cell, int) else cell

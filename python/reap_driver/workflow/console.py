@@ -62,8 +62,9 @@ class Console(Listener):
         return nullcontext() if self._last is None else self._last.hidden()
 
     def library_progress(self) -> AbstractContextManager[None]:
-        """The libraries' own bars: on a terminal only, and not when quiet."""
-        shown = sys.stderr.isatty() and not self.quiet
+        """The libraries' own bars: on a terminal only, of one rank, and not when quiet."""
+        first = os.environ.get("RANK", "0") == "0"
+        shown = sys.stderr.isatty() and first and not self.quiet
         return nullcontext() if shown else super().library_progress()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import reap_driver as rd
-from reap_driver.cli import arguments
+from reap_driver.cli import arguments, main
 from reap_driver.cli.main import build_parser
 from reap_driver.workflow import calls, jobs
 from reap_driver.workflow.console import flags
@@ -215,6 +215,10 @@ def test_flags_are_read_as_options() -> None:
     for more, value in {("--resume",): True, ("--resume", "auto"): "auto"}.items():
         args = build_parser().parse_args([*words, "--out", "o", *more])
         assert arguments.read(rd.PruneOptions, args).journal.resume == value
+    with pytest.raises(
+        main.UsageError, match="'M' is not auto; put --resume alone behind the other"
+    ):
+        build_parser().parse_args(["prune", "--resume", "M", "--data", "a", "--out", "o"])
 
 
 VALUES = [
