@@ -95,7 +95,12 @@ def prune(options: PruneOptions, listener: Listener | None = None) -> Pruned | C
         check_groups(job.wanted, options.rank.weights)
         job.read_data()
         if job.complete(out, lambda: _both(options, out, sizing, job.asked)):
-            return finished(out, heard) if world.rank == 0 else None
+            if world.rank > 0:
+                return None
+            if stats is not None and not stats.exists():
+                SaliencyStats.load(out / RECORD / "stats.safetensors").save(stats)
+                heard.note(f"{stats}: was missing, and is written again from {out / RECORD}")
+            return finished(out, heard)
         if world.rank == 0:
             _check_own(options, stats, job.asked)
             if there:

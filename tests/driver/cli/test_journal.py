@@ -364,6 +364,10 @@ def test_prune_by_one_fixed_command(
     again = run(*command)
     assert again.out == f"{out} is complete, made by this command; nothing to do\n"
     assert (out / "config.json").stat().st_mtime_ns == made
+    stats.rename(tmp_path / "kept")
+    again = run(*command)
+    assert (again.code, f"{stats}: was missing, and is written again" in again.err) == (0, True)
+    assert stats.read_bytes() == (tmp_path / "kept").read_bytes()
     (out / "model.safetensors.index.json").rename(tmp_path / "index")
     assert run(*command).code == 3, "a checkpoint that lost a file is not complete"
     (tmp_path / "index").rename(out / "model.safetensors.index.json")
