@@ -193,6 +193,11 @@ def _draw_near(axis: Any, layers: Layers, near: str) -> None:
     axis.set_ylim(-1.15 * top, 1.15 * top)
     axis.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     axis.set_title(f"Experts {near}")
+    for side, place in (("kept", "top"), ("removed", "bottom")):
+        height = 0.97 if place == "top" else 0.03
+        axis.text(
+            0.005, height, side, transform=axis.transAxes, va=place, fontsize=8, in_layout=False
+        )
     axis.grid(axis="y")
 
 
