@@ -19,14 +19,14 @@ LANGUAGES = ("python", "sh")
 
 def blocks(page: str) -> list[tuple[str, str]]:
     """(language, text) of the fenced blocks that run: not those marked `no-run`, which need a hub,
-    another package or a GPU. A block of YAML that is followed by a name is that file: (name, text).
+    another package or a GPU. A block with a title is that file: (title, text).
     """
-    found = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
-    return [
-        (info.strip() or lang, body)
-        for lang, info, body in found
-        if (lang in LANGUAGES and not info.strip()) or (lang == "yaml" and info.strip())
-    ]
+    found = []
+    for lang, info, body in BLOCK.findall((ROOT / page).read_text(encoding="utf-8")):
+        title = re.fullmatch(r' title="([\w.]+)"', info)
+        if title is not None or (lang in LANGUAGES and not info.strip()):
+            found.append((title[1] if title else lang, body))
+    return found
 
 
 RUNNING = [page for page in PAGES if blocks(page)]
