@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from reap_driver.base.units import in_bytes, row, short
@@ -126,7 +127,7 @@ class Sizing:
         folder: its checkpoint, or a folder that only has its config.json; or its hub id.
         files: size of its files; None where there are none, and sizes are estimated.
         write: how the output is written.
-        dtype: of the model in memory, or "auto".
+        dtype: of the model, where neither its configuration nor its weights tell.
         trust: run model code that comes with the checkpoint.
         force: plans may have been made for a model with other routing or sizes.
 
@@ -148,7 +149,7 @@ class Sizing:
         self._force = force
         self.model, self._folder, self._write, self._trust = model, Path(folder), write, trust
         self._raw = read_config(folder)
-        self._dtype = run_dtype(dtype, model.config, files)
+        self._dtype = _own_dtype(dtype, model, files)
         before = files or estimated(model.meta, model.config, self._dtype)
         self._exact, self._before = before.origin == "headers", before.file_bytes or before.nbytes
         self._known: dict[tuple[int, ...], OutputSize] = {}
@@ -177,14 +178,14 @@ class Sizing:
         limit, asked = size, {name: size}
         if name == "fits":
             asked["context"] = self.context(rank)
-            limit = math.floor(_SHARE * size) - self.cache().of(asked["context"])
+            limit = math.floor(_SHARE * size) - self.cache.of(asked["context"])
 
         def largest(ratio: float) -> int:
             return self.files(self.largest(plans(Amount(ratio, asked)))).weights
 
         whole = self._before
         if whole <= limit:
-            cache = in_bytes(self.cache().of(asked.get("context", 0)))
+            cache = in_bytes(self.cache.of(asked.get("context", 0)))
             cached = f" and the cache {cache}" if name == "fits" else ""
             raise PlanError(
                 f"`{name}={_given(size)}`: nothing has to be pruned for that: the weights take "
@@ -219,7 +220,7 @@ class Sizing:
             exact=self._exact,
             output=output.total,
             context=self.context(rank),
-            cache=self.cache(),
+            cache=self.cache,
             limit=rank.limit,
         )
 
@@ -232,6 +233,7 @@ class Sizing:
             self._known[counts] = self._computed(plan)
         return self._known[counts]
 
+    @cached_property
     def cache(self) -> CacheSize:
         """The key-value cache, which pruning does not change."""
         return cache_size(self.model.meta, self.model.layers, self._dtype)
@@ -291,7 +293,7 @@ class Sizing:
         weights = smallest = self.files(least).weights
         how, cached, remedy = "" if self._exact else " (estimated)", "", ""
         if name == "fits":
-            cache = self.cache().of(asked["context"])
+            cache = self.cache.of(asked["context"])
             smallest = math.ceil((weights + cache) / _SHARE)
             cached = f", and the cache of {asked['context']:,} tokens {cache:,}"
             remedy = ", a shorter `context`"
@@ -312,6 +314,16 @@ class Sizing:
         if many == few:  # only one number of experts is possible
             many, large = sum(la.num_experts for la in least.layers.values()), self._before
         return small - few * (large - small) // (many - few)
+
+
+def _own_dtype(wanted: str, model: Model, files: CheckpointSize | None) -> torch.dtype:
+    """The dtype of the checkpoint, in which the result runs, whatever the model is observed in."""
+    try:
+        return run_dtype("auto", model.config, files)
+    except DataError:
+        if wanted == "auto":
+            raise
+        return run_dtype(wanted, model.config, files)
 
 
 def sizing_of(

@@ -134,6 +134,15 @@ def test_parameters_are_those_of_the_written_model(model: Path, data: Path, tmp_
     assert "keeps 5 of 8 experts in each of 2 layers (ratio 0.375)" in repr(pruned)
 
 
+def test_the_dtype_of_observing_is_not_that_of_the_result(model: Path) -> None:  # noqa: F811
+    """The checkpoint is float32, and stays it."""
+    wide, narrow = (
+        rd.estimate(model, tokens=100, keep=5, dtype=dtype, **RUN) for dtype in ("auto", "bfloat16")
+    )
+    assert wide.leaves == narrow.leaves
+    assert wide.sizes.weight_bytes > narrow.sizes.weight_bytes
+
+
 def test_plans_of_a_size(stats: rd.SaliencyStats, model: Path, tmp_path: Path) -> None:  # noqa: F811
     """The model is the one that the statistics name, or another folder of the same."""
     plan = rd.plan(stats, target_size="195kB").plan
