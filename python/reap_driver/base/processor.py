@@ -1,8 +1,9 @@
 """The model and the memory of this machine's processor, for records of what a job ran on."""
 
-import os
 import platform
 from pathlib import Path
+
+import psutil
 
 
 def cpu_name() -> str:
@@ -15,9 +16,6 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def physical_memory() -> int | None:
-    """Bytes of the machine's memory; None where the system does not report them."""
-    names = getattr(os, "sysconf_names", {})
-    if "SC_PHYS_PAGES" not in names:
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def physical_memory() -> int:
+    """Bytes of the machine's memory."""
+    return int(psutil.virtual_memory().total)
