@@ -22,7 +22,7 @@ def no_library_bars() -> Iterator[None]:
     Libraries that are imported inside it show none afterwards either, so a process that goes on
     imports them first.
     """
-    shown = {name: on for name, (_, on) in _SWITCHES.items() if _shows(name)}
+    shown = [getattr(sys.modules[name], on) for name, (_, on) in _SWITCHES.items() if _shows(name)]
     before = {name: os.environ.get(name) for name in _VARIABLES}
     os.environ.update(dict.fromkeys(_VARIABLES, "1"))
     for name, (off, _) in _SWITCHES.items():
@@ -33,8 +33,8 @@ def no_library_bars() -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-        for name, on in shown.items():
-            getattr(sys.modules[name], on)()
+        for switch_on in shown:
+            switch_on()
 
 
 def _shows(name: str) -> bool:

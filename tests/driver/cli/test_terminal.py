@@ -132,7 +132,9 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     shown = io.StringIO()
     shown.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(console, "_SILENT", 0)
-    monkeypatch.setattr(tqdm, "tqdm", functools.partial(tqdm.tqdm, mininterval=0, miniters=0))
+    init = tqdm.tqdm.__init__
+    drawn = functools.partialmethod(init, mininterval=0, miniters=0)
+    monkeypatch.setattr(tqdm.tqdm, "__init__", drawn)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, shown)
     return shown
