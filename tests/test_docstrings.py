@@ -55,6 +55,7 @@ def names(files: Path) -> dict[str, Any]:
     plan.save(files / "plan.json")
     known = {"model": model, "batches": batches, "batch": batches[0], "stats": stats}
     known |= {"scores": scores, "plan": plan, "ids": batches[0]["input_ids"]}
+    known["smaller"] = rd.make_plan(scores, ratio=0.5)
     return {"rd": rd, "rk": rk, "torch": torch, **known}
 
 

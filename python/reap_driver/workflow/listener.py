@@ -75,11 +75,11 @@ class Listener:
     """Receives what a job reports while it runs. This one ignores it; `Console` prints it.
 
     Example:
-        >>> class Notes(rd.Listener):
-        ...     def note(self, text):
-        ...         print("note:", text)
-        >>> planned = rd.plan(stats, 0.25, progress=Notes())
-        note: ...
+        >>> class Lines(rd.Listener):
+        ...     def say(self, text):
+        ...         print(text)
+        >>> planned = rd.plan(stats, 0.25, progress=Lines())
+        plan by reap: keeps 24 of 32 experts in each of 4 layers
     """
 
     def only(self, speaks: bool) -> None:
