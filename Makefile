@@ -77,7 +77,7 @@ bench: $(READY)
 	$(RUN) -m bench
 
 clean:
-	rm -rf $(VENV) build out *.egg-info
+	rm -rf $(VENV) build core/build out *.egg-info core/*.egg-info
 
 $(READY): pyproject.toml setup.py $(CONSTRAINTS)
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(ENOUGH)' || { echo "reap-kernels needs Python 3.11 or \
