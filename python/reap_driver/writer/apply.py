@@ -86,7 +86,8 @@ def apply_plan(
         shard_size: bytes of tensor data per file; None keeps the division of the source.
         overwrite: replace a checkpoint at `out_path`, once the new one is complete.
         trust_remote_code: run model code that comes with the checkpoint.
-        threads: number of files written at once; None: at most 4. The output does not depend on it.
+        threads: number of files written at once; None: at most 4. The output does not depend on it,
+            but for the time that the card states.
         progress: called with (bytes written, bytes to write) in the calling thread. An exception
             that it raises ends the run.
         non_uniform: layers may keep different numbers of experts. Such a checkpoint is loaded by
