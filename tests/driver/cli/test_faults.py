@@ -167,13 +167,13 @@ def test_a_shard_replaced_while_data_is_read(
 def test_a_shard_replaced_between_observing_and_writing(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned = prune.planned
+    planned = prune._planned
 
     def replaced(*args: Any) -> Any:
         swap(place)
         return planned(*args)
 
-    monkeypatch.setattr(prune, "planned", replaced)
+    monkeypatch.setattr(prune, "_planned", replaced)
     done = run("prune", "model", "--data", "code.jsonl", "--out", "new")
     assert done.code == 3
     assert "changed after it was inspected" in done.error
