@@ -51,7 +51,8 @@ class Comparison:
             DataError: the two are of other sequences.
 
         Example:
-            >>> one, two = (rd.compare_models(model, p, batches) for p in (plan, smaller))
+            >>> half = rd.make_plan(scores, ratio=0.5)
+            >>> one, two = (rd.compare_models(model, p, batches) for p in (plan, half))
             >>> two.less(one).kl.value > 0
             True
         """
