@@ -18,6 +18,8 @@ from reap_kernels.errors import PlanError
 
 # How `make_plan` can divide the removed experts among layers.
 ALLOCATIONS = ("uniform", "global")
+# The largest share of experts that the paper of REAP has results for (arXiv 2510.13999: 0.25, 0.5).
+_MEASURED = 0.5
 
 
 @typed
@@ -255,6 +257,7 @@ def _plan(
     )
     if not plan.uniform:
         plan.notes.append(_uneven_note(budgets))
+    plan.notes.extend(_much_notes(budgets))
     return plan
 
 
@@ -294,3 +297,14 @@ def _uneven_note(budgets: Sequence[Budget]) -> str:
         "vLLM and SGLang read one number for all layers and refuse such a checkpoint; `apply "
         "--non-uniform` writes it for reap_driver to load"
     )
+
+
+def _much_notes(budgets: Sequence[Budget]) -> list[str]:
+    """A note where more goes than the paper of REAP measured, as a size may ask for unknowingly."""
+    removed, experts = sum(b.removed for b in budgets), sum(b.num_experts for b in budgets)
+    if removed <= _MEASURED * experts:
+        return []
+    return [
+        f"removes {removed / experts:.0%} of the experts; the results of REAP's paper end at "
+        f"{_MEASURED:.0%}, so compare the result with the original before you use it"
+    ]

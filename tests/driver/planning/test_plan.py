@@ -49,6 +49,10 @@ def test_rounding_by_groups_is_noted() -> None:
     ]
 
 
+def test_more_than_the_paper_measured_is_noted() -> None:
+    assert make_plan(scores(), 4 / 6).notes == [MUCH]
+
+
 def test_round_trip(tmp_path: Path) -> None:
     plan = make_plan(scores(), 1 / 3)
     plan.save(tmp_path / "plan.json")
@@ -75,6 +79,10 @@ def test_saving_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "plan.json").read_bytes() == before
 
 
+MUCH = (
+    "removes 67% of the experts; the results of REAP's paper end at 50%, so compare the result "
+    "with the original before you use it"
+)
 UNEVEN = (
     "layers keep from 1 to 5 experts: transformers' own from_pretrained, vLLM and SGLang read one "
     "number for all layers and refuse such a checkpoint; `apply --non-uniform` writes it for "
@@ -106,10 +114,12 @@ def test_a_global_plan_that_falls_short_says_so() -> None:
     assert plan.uniform
     assert plan.notes == [
         "removes 8 instead of 9 of 12 experts: routers need as many as they choose, and routing "
-        "groups stay equal in size"
+        "groups stay equal in size",
+        MUCH,
     ]
     plan = make_plan(scores(), 0.75, allocation="global", layer_ratios={LAYERS[0]: 0.5})
-    assert [note.partition(" experts")[0] for note in plan.notes] == ["layers keep from 2 to 3"]
+    starts = [note.partition(" experts")[0] for note in plan.notes]
+    assert starts == ["layers keep from 2 to 3", "removes 58% of the"]
     assert [len(plan.kept[name]) for name in LAYERS] == [3, 2]
 
 
