@@ -120,7 +120,7 @@ class DataOptions:
         metavar="FILE",
         group=DATA,
         help="use this chat template instead of the tokenizer's: a .jinja file, or a .json file "
-        "that has it as `chat_template`, such as another model's tokenizer_config.json",
+        "with a field chat_template, such as another model's tokenizer_config.json",
     )
     enable_thinking: bool | None = option(
         None, group=DATA, help="for chat templates that know it (default: as the template has it)"
