@@ -101,12 +101,21 @@ class Passing(str):
 class Verdict:
     """One line of `explain()`: a backend, the reason it is not chosen (None: it is), and how it
     serves where that needs saying.
+
+    Example:
+        >>> import reap_kernels as rk
+        >>> print(rk.explain("cpu", backend="reference")[0])
+        sort, reference: chosen
     """
 
     op: str
     backend: str
     reason: str | None
     note: str = ""
+
+    def __str__(self) -> str:
+        said = "chosen" if self.reason is None else f"not chosen: {self.reason}"
+        return f"{self.op}, {self.backend}: {said}{f' ({self.note})' if self.note else ''}"
 
 
 _REGISTRY: dict[str, list[Backend]] = {op: [] for op in OPS}

@@ -111,6 +111,9 @@ class LayerStats:
         """counts [2, G, E], sums [5, G, E], extrema [2, G, E], tokens [G], as kernels take them."""
         return [self.counts, self.sums, self.extrema, self.tokens]
 
+    def __repr__(self) -> str:
+        return f"LayerStats(num_experts={self.num_experts}, tokens={self.tokens.tolist()})"
+
     count = property(lambda self: self.counts[0])
     nonfinite = property(lambda self: self.counts[1])
     router_weight_sum = property(lambda self: self.sums[0])
@@ -220,6 +223,9 @@ class SaliencyStats:
             provenance of the whole, which is their merge; without parts of their own. They say how
             far the scores depend on the sample. Empty where the data were not divided.
 
+    Raises:
+        ShapeError: a layer has more or fewer groups than `groups` names.
+
     Example:
         >>> import reap_kernels as rk
         >>> first, second = (
@@ -234,6 +240,18 @@ class SaliencyStats:
     groups: list[str]
     provenance: dict[str, Any] = field(default_factory=dict)
     parts: list["SaliencyStats"] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, layer in self.layers.items():
+            if layer.num_groups != len(self.groups):
+                raise ShapeError(
+                    f"layer {name} has statistics of {layer.num_groups} groups, but groups names "
+                    f"{len(self.groups)}: {self.groups}; name each group, in order"
+                )
+
+    def __repr__(self) -> str:
+        counts = f"layers={len(self.layers)}, groups={self.groups}, parts={len(self.parts)}"
+        return f"SaliencyStats({counts}, model={(self.provenance.get('model') or {}).get('id')!r})"
 
     def check_finite(self) -> None:
         """Raises DataError if any expert produced NaN or Inf, naming layer, group and count."""

@@ -91,9 +91,9 @@ def group_ids(group: int | Tensor, rows: int, stats: LayerStats) -> int | Tensor
         raise ShapeError(f"group has shape {tuple(group.shape)}; expected an int or ({rows},)")
     if group.dtype.is_floating_point or group.dtype == torch.bool:
         raise DtypeError(f"group is {group.dtype}; expected an integer dtype")
-    if group.device.type != "cpu":
-        # Reading values would wait for the device; an assertion there stops it, as torch's own
-        # index checks do.
+    if group.device.type != "cpu" or torch.compiler.is_compiling():
+        # Reading values would wait for the device, or break a compiled graph; an assertion where
+        # they are stops it, as torch's own index checks do.
         inside = (group >= 0) & (group < stats.num_groups)
         torch._assert_async(inside.all(), "a group id is outside the groups of the statistics")
     elif rows and not 0 <= int(group.min()) <= int(group.max()) < (stats.num_groups):

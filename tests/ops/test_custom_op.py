@@ -75,6 +75,23 @@ def test_compiles_without_a_graph_break() -> None:
     assert torch.equal(compiled.sums, eager.sums)
 
 
+def test_compiles_with_the_group_of_each_token() -> None:
+    """Whose values the compiled graph checks without leaving it."""
+    inputs, experts = make_inputs(CASE), make_experts(CASE)
+    compiled, eager = (rk.LayerStats(CASE.experts, CASE.groups) for _ in range(2))
+
+    def layer(group, mask, stats):
+        ids, weights = inputs.topk_ids, inputs.topk_weights
+        return rk.observe_layer(inputs.hidden, ids, weights, experts, stats, mask=mask, group=group)
+
+    fast = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    given = inputs.group, inputs.mask
+    assert torch.equal(fast(*given, compiled), layer(*given, eager))
+    assert all(map(torch.equal, compiled.packed(), eager.packed()))
+    with pytest.raises(RuntimeError, match="a group id is outside the groups"):
+        fast(inputs.group + CASE.groups, inputs.mask, compiled)
+
+
 def test_inference_mode_adds_to_ordinary_statistics() -> None:
     inputs, experts = make_inputs(CASE), make_experts(CASE)
     with torch.inference_mode():

@@ -101,6 +101,22 @@ def test_save_and_load_are_inverse(tmp_path) -> None:
     assert os.listdir(tmp_path) == ["stats.safetensors"]
 
 
+def test_every_group_has_a_name() -> None:
+    with pytest.raises(
+        ShapeError, match=r"layer a has statistics of 2 groups, but .* 1: \['code'\]"
+    ):
+        rk.SaliencyStats({"a": rk.LayerStats(4, num_groups=2)}, ["code"])
+
+
+def test_statistics_are_shown_without_their_numbers() -> None:
+    layer = rk.LayerStats(4, num_groups=2)
+    layer.add_tokens(7, group=1)
+    assert repr(layer) == "LayerStats(num_experts=4, tokens=[0, 7])"
+    stats = rk.SaliencyStats({"a": layer}, ["code", "chat"], {"model": {"id": "M"}})
+    shown = "SaliencyStats(layers=1, groups=['code', 'chat'], parts=0, model='M')"
+    assert repr(stats) == shown
+
+
 def test_merge_joins_groups_by_name_and_data_in_order() -> None:
     a, b = model(seed=1), model(seed=5, groups=("chat", "math"))
     merged = a.merge(b)
