@@ -32,10 +32,10 @@ class Comparison:
         ['code', 'text']
     """
 
-    sums: Tensor
-    counts: Tensor
+    sums: Tensor = field(repr=False)
+    counts: Tensor = field(repr=False)
     groups: list[str]
-    group: Tensor
+    group: Tensor = field(repr=False)
     draws: int = DRAWS
     seed: int = 0
 

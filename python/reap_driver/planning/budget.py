@@ -47,8 +47,8 @@ class Router:
         except (KeyError, Mismatch) as error:
             what = f"do not record {error}" if isinstance(error, KeyError) else f"say: {error}"
             raise PlanError(
-                f"layer {name}: the statistics {what}; observe with reap-kernels, or correct "
-                'provenance["layers"]'
+                f"layer {name}: the statistics {what}; observe with reap-kernels, or say how it "
+                f'routes: provenance["layers"]["{name}"] = {{"num_experts": 64, "top_k": 8}}'
             ) from error
         n_group, topk_group = layer.get("n_group") or 1, layer.get("topk_group") or 1
         if experts % n_group:

@@ -121,7 +121,7 @@ def deciding_facts(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Which experts every layer keeps, and how that was decided.
 
@@ -167,6 +167,27 @@ class Plan:
     run: dict[str, Any] = field(default_factory=dict)
     observed: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT.version
+
+    def describe(self) -> str:
+        """The plan in a line, for people."""
+        layers = self.layers.values()
+        held = sum(len(ids) for ids in self.settings.get("protected", {}).values())
+        tail = f"; {held} of them protected" if held else ""
+        tail += f" (ratio {self.ratio:g})" if self.asked else ""
+        if self.uniform:
+            counts = {(layer.num_experts, len(layer.kept)) for layer in layers}
+            each = " and ".join(f"{kept} of {experts}" for experts, kept in sorted(counts))
+            text = f"keeps {each} experts in each of {len(layers)} layers"
+            return f"plan by {self.criterion}: {text}{tail}"
+        kept = [len(layer.kept) for layer in layers]
+        experts = sum(layer.num_experts for layer in layers)
+        return (
+            f"plan by {self.criterion}, {self.allocation}: keeps {sum(kept)} of {experts} experts, "
+            f"from {min(kept)} to {max(kept)} in each of {len(layers)} layers{tail}"
+        )
+
+    def __repr__(self) -> str:
+        return f"Plan: {self.describe()}"
 
     @property
     def uniform(self) -> bool:

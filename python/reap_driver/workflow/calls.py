@@ -273,7 +273,7 @@ def compare(
     Args:
         model: the original, checkpoint folder or hub id.
         pruned: the pruned checkpoint; or a plan, or its file, by which routers are masked; or a
-            list of such, for which the original runs once.
+            list of such, or a dictionary that names them, for which the original runs once.
         data: text to compare on, each `[group=]SOURCE[:N]`.
         progress: see `prune`.
         **options: of `CompareOptions` and the classes it holds.
@@ -285,6 +285,10 @@ def compare(
         OptionError, ReapError: see `prune`.
 
     Example:
+        >>> own = rd.make_plan(rd.score(stats, "frequency"), ratio=0.5)
+        >>> several = rd.compare("MODEL", {"reap": plan, "own": own}, "code.jsonl", seq_len=64)
+        >>> [one.pruned for one in several.compared]
+        ['reap', 'own']
         >>> compared = rd.compare("MODEL", "plan.json", data=["code.jsonl:50"], seq_len=64)
         >>> compared.comparison.overall.acceptance.value
         0.8...

@@ -129,10 +129,10 @@ def subjects(options: CompareOptions, heard: Listener) -> Subjects:
     trust = options.run.trust_remote_code
     original = inspect_model(str(options.model), trust_remote_code=trust)
     original.check_files()
-    each = [
-        _candidate(options, one, f"plan {number}" if options.several else "a plan", original, heard)
-        for number, one in enumerate(options.each, 1)
-    ]
+    each = []
+    for number, (name, one) in enumerate(options.each, 1):
+        candidate = _candidate(options, one, number, original, heard)
+        each.append(replace(candidate, name=name or candidate.name))
     names = [one.name for one in each]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -141,14 +141,19 @@ def subjects(options: CompareOptions, heard: Listener) -> Subjects:
 
 
 def _candidate(
-    options: CompareOptions, given: Any, unnamed: str, original: Model, heard: Listener
+    options: CompareOptions, given: Any, number: int, original: Model, heard: Listener
 ) -> Candidate:
-    """A pruned model, or a plan, which is named `unnamed` if it is no file."""
+    """A pruned model, or a plan, which is named by its number and criterion if it is no file."""
     trust = options.run.trust_remote_code
-    if isinstance(given, Plan | Planned) or is_file(given):
-        name = str(given) if isinstance(given, str | Path) else unnamed
+    if not isinstance(given, Plan | Planned | str | Path):
+        raise OptionError(
+            f"`pruned` has a {type(given).__name__}; give a checkpoint, a plan's file or a plan, "
+            "such as rd.make_plan(scores, ratio=0.5), or several as a list or {name: plan}"
+        )
+    if not isinstance(given, str | Path) or is_file(given):
         plan = _checked_plan(options, plan_of(given), original, heard)
-        return Candidate(name, None, plan)
+        name = f"plan {number}, {plan.criterion}" if options.several else "a plan"
+        return Candidate(str(given) if isinstance(given, str | Path) else name, None, plan)
     pruned = inspect_model(str(given), trust_remote_code=trust)
     pruned.check_files()
     folders = [(model.source.folder, model.config) for model in (original, pruned)]

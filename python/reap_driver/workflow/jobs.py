@@ -412,18 +412,22 @@ class CompareOptions:
         if self.several:
             if not self.pruned:
                 raise refused("`pruned`: names no model and no plan; give at least one")
-            each = (str(one) if isinstance(one, Path) else one for one in self.pruned)
-            object.__setattr__(self, "pruned", tuple(each))
+            named = isinstance(self.pruned, dict)
+            each = self.pruned.items() if named else ((None, one) for one in self.pruned)
+            kept = ((name, str(one) if isinstance(one, Path) else one) for name, one in each)
+            object.__setattr__(self, "pruned", dict(kept) if named else tuple(x for _, x in kept))
 
     @property
     def several(self) -> bool:
-        """Whether a list of pruned models was given, were it of one."""
-        return isinstance(self.pruned, list | tuple)
+        """Whether several pruned models were given, were it a list or a dictionary of one."""
+        return isinstance(self.pruned, list | tuple | dict)
 
     @property
-    def each(self) -> tuple[Any, ...]:
-        """The pruned models, once checked."""
-        return self.pruned if self.several else (self.pruned,)
+    def each(self) -> tuple[tuple[str | None, Any], ...]:
+        """The pruned models, once checked, each with the name that it was given, if any."""
+        if isinstance(self.pruned, dict):
+            return tuple(self.pruned.items())
+        return tuple((None, one) for one in (self.pruned if self.several else (self.pruned,)))
 
     @property
     def token_count(self) -> int | None:

@@ -46,7 +46,7 @@ class Planned(Result):
 
     def describe(self) -> str:
         """See `Result`."""
-        return plan_line(self.plan)
+        return self.plan.describe()
 
 
 def make(options: PlanOptions, listener: Listener | None = None) -> Planned:
@@ -135,22 +135,3 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "scores_digest": plan.scores_digest,
         "notes": plan.notes,
     }
-
-
-def plan_line(plan: Plan) -> str:
-    """A plan in a line, for people."""
-    layers = plan.layers.values()
-    held = sum(len(ids) for ids in plan.settings.get("protected", {}).values())
-    tail = f"; {held} of them protected" if held else ""
-    tail += f" (ratio {plan.ratio:g})" if plan.asked else ""
-    if plan.uniform:
-        counts = {(layer.num_experts, len(layer.kept)) for layer in layers}
-        each = " and ".join(f"{kept} of {experts}" for experts, kept in sorted(counts))
-        text = f"keeps {each} experts in each of {len(layers)} layers"
-        return f"plan by {plan.criterion}: {text}{tail}"
-    kept = [len(layer.kept) for layer in layers]
-    experts = sum(layer.num_experts for layer in layers)
-    return (
-        f"plan by {plan.criterion}, {plan.allocation}: keeps {sum(kept)} of {experts} experts, "
-        f"from {min(kept)} to {max(kept)} in each of {len(layers)} layers{tail}"
-    )

@@ -1,11 +1,9 @@
-"""What every job's result has: facts for machines, words for people, a table in a notebook."""
+"""What every job's result has: facts for machines, words for people, the same in a notebook."""
 
 import html
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
-
-from reap_driver.base.units import significant
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,18 +28,6 @@ class Result(ABC):
         return f"{type(self).__name__}: {self.describe()}"
 
     def _repr_html_(self) -> str:
-        """The single values among the facts as a table, which notebooks show."""
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(key.replace('_', ' '))}</th>"
-            f"<td>{html.escape(_shown(value))}</td></tr>"
-            for key, value in self.facts().items()
-            if isinstance(value, str | int | float)
-        )
+        """The outcome in words, and the notes, which notebooks show."""
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return f"<table>{rows}</table>{notes}"
-
-
-def _shown(value: str | int | float) -> str:
-    if isinstance(value, bool | str):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else significant(value)
+        return f"<pre>{html.escape(self.describe())}</pre>{notes}"

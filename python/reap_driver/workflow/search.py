@@ -39,7 +39,7 @@ from reap_driver.workflow.jobs import SearchOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.options import WriteOptions
 from reap_driver.workflow.outputs import check_file, inputs_of
-from reap_driver.workflow.plan import plan_facts, plan_line, stats_of
+from reap_driver.workflow.plan import plan_facts, stats_of
 from reap_driver.workflow.ranking import scored
 from reap_driver.workflow.results import Result
 from reap_driver.workflow.sizes import sized_plan, sizing_of
@@ -106,7 +106,7 @@ class Searched(Result):
 
     def describe(self) -> str:
         """See `Result`."""
-        return plan_line(self.plan)
+        return self.plan.describe()
 
 
 def search(options: SearchOptions, listener: Listener | None = None) -> Searched | Complete:

@@ -20,6 +20,7 @@ from reap_driver.data.encode import Encoder
 from reap_driver.data.packing import pack
 from reap_driver.data.source import DataSource
 from reap_driver.evaluation import models, tasks
+from reap_driver.workflow.errors import OptionError
 from reap_kernels.errors import DataError
 from tests.driver import zoo
 from tests.driver.cli.conftest import VOCAB, Run, write_model
@@ -167,12 +168,18 @@ def test_several_streamed(
 
 
 def test_several_by_python(originals: dict[str, Path], pruned: Path, data: Path) -> None:
-    """Plans that are no files are numbered; a list of one gives a list."""
+    """Plans that are no files have numbers, or a dictionary's names; a list of one gives a list."""
     plan = rd.Plan.load(pruned / "reap" / "plan.json")
     found = rd.compare(originals["plain"], [plan, pruned], data, seq_len=32)
     assert isinstance(found, rd.Comparisons)
-    assert [one.pruned for one in found.compared] == ["plan 1", str(pruned)]
-    assert "plan 1" in found.describe()
+    assert [one.pruned for one in found.compared] == ["plan 1, reap", str(pruned)]
+    assert "plan 1, reap" in found.describe()
+    assert "plan 1, reap" in found._repr_html_()
+    named = rd.compare(originals["plain"], {"mine": plan, "theirs": pruned}, data, seq_len=32)
+    assert [one.pruned for one in named.compared] == ["mine", "theirs"]
+    assert named.differences == found.differences
+    with pytest.raises(OptionError, match=r"`pruned` has a list; give .* \{name: plan\}"):
+        rd.compare(originals["plain"], {"mine": [plan]}, data, seq_len=32)
     assert isinstance(rd.compare(originals["plain"], [plan], data, seq_len=32), rd.Comparisons)
     one = rd.compare(originals["plain"], plan, data, seq_len=32)
     assert isinstance(one, rd.Compared)

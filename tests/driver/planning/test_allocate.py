@@ -111,7 +111,7 @@ def test_ratios_out_of_range(ratio: float) -> None:
         (facts(16, 2, 4, 2), 0.2, r"removes none \(4 routing groups of equal size\).*from 0.25"),
         (facts(4, 4), 0.5, r"this model cannot lose experts"),
         (facts(10, 2, 4, 2), 0.5, r"10 experts do not divide into 4 routing groups"),
-        ({"num_experts": 8}, 0.5, r"layer a: the statistics do not record 'top_k'"),
+        ({"num_experts": 8}, 0.5, r"a: .* record 'top_k'; .*say how it routes: provenance"),
     ],
 )
 def test_what_a_router_cannot_lose(layer: dict[str, int], ratio: float, says: str) -> None:
