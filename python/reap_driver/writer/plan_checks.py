@@ -43,9 +43,17 @@ def check_model(
     Raises:
         PlanError: it was made for another model; the message names the fields that differ.
     """
-    found = differences(plan.record, record)
+    found, here = differences(plan.record, record), public_name(str(where))
     if not found.text:
         return []
+    if not plan.model.get("config_digest") and not found.deciding:
+        if force:
+            return [f"made from statistics that record no model, applied to {here} by force"]
+        raise PlanError(
+            "plan: made from statistics that record no model, so whether it is of "
+            f"{where} cannot be checked; pass `force_model=True` if it is, or record the model in "
+            "the statistics: SaliencyStats(layers, groups, rd.record_of(model))."
+        )
     made_for = plan.model.get("id")
     if not force and (found.deciding or found.unnamed):
         raise PlanError(
@@ -53,7 +61,6 @@ def check_model(
             f"{', '.join(found.deciding) or found.text}; make the plan from statistics of this "
             "model, or take it all the same by `force_model=True`."
         )
-    here = public_name(str(where))
     how = "applied by force" if found.deciding or found.unnamed else "applied"
     return [f"made for {public_name(str(made_for))} (there), {how} to {here} (here): {found.text}"]
 
@@ -171,7 +178,8 @@ def check_layers(plan: "Plan", layers: Sequence[MoELayer]) -> tuple[str, ...]:
             if known is not None and layer.name not in known:
                 raise PlanError(
                     f"plan: made for a model without {layer.name!r}, one of the {len(layers)} MoE "
-                    "layers of this one; make the plan from statistics of this model."
+                    f"layers of this one, and with {next(iter(plan.layers), None)!r}; make the "
+                    "plan from statistics of this model, under the names of its layers."
                 )
             continue
         if planned.num_experts != layer.num_experts:

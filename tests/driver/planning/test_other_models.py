@@ -98,6 +98,21 @@ def test_what_decides_is_refused_by_field_and_can_be_forced(plan: Plan, field: s
     assert f"{fact} is" in note
 
 
+def test_statistics_of_another_tool_record_no_model() -> None:
+    """They say how layers route, which is compared; that the model is the same, the user says."""
+    stats = statistics(config())
+    del stats.provenance["model"]
+    plan = rd.make_plan(rd.score(stats), 0.5)
+    with pytest.raises(
+        PlanError, match=r"record no model.* of here .*`force_model=True`.*record_of"
+    ):
+        check_model(plan, record(config()), "here")
+    [note] = check_model(plan, record(config()), "acme/tuned", force=True)
+    assert note == "made from statistics that record no model, applied to acme/tuned by force"
+    with pytest.raises(PlanError, match="no match for here: top_k is"):
+        check_model(plan, record(config(num_experts_per_tok=1)), "here")
+
+
 def test_routing_groups_decide() -> None:
     grouped = plan_for(config("deepseek_v3", n_group=2, topk_group=2))
     other = record(config("deepseek_v3", n_group=1, topk_group=1))
