@@ -86,7 +86,6 @@ class ChatTemplate:
         if not only_plain:
             roles = {message["role"] for message in chat.messages}
             kinds += [_SYSTEM] * ("system" in roles) + [_TOOLS] * bool(chat.tools)
-            self._formed(place, chat)
         for kind in kinds:
             if kind not in self._faults:
                 self._faults[kind] = self._fault(kind)
@@ -95,6 +94,8 @@ class ChatTemplate:
                     f"{place}: the chat template {self._name} cannot be used for {kind} "
                     f"({self._faults[kind]}); correct it, or give another with `chat_template`"
                 )
+        if not only_plain:
+            self._formed(place, chat)
 
     def _fault(self, kind: str) -> str:
         """What is wrong when a kind of conversation is rendered; empty if nothing is."""

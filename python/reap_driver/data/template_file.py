@@ -38,7 +38,7 @@ def read_template(path: str | Path) -> TemplateFile:
     try:
         content = read_bytes(path, _LARGEST)
         text = utf8(content)
-        value = parse_json(text) if Path(path).suffix == ".json" else text
+        value = parse_json(text, plain=False) if Path(path).suffix == ".json" else text
     except ValueError as error:
         raise DataError(f"{what} {error}; {_NEEDS}") from error
     template = value if isinstance(value, str) else _from_json(what, value)

@@ -19,6 +19,7 @@ OTHER = "{% for m in messages %}{{ m['role'] }}={{ m['content'] }};{% endfor %}"
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 RULES = [{"role": "system", "content": "be brief"}, *TALK]
 CALL = {"name": "f", "arguments": {"n": 1}}
+CALLS = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
 TOOL = {"name": "f", "description": "F.", "parameters": {}}
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no rules') }}{% endif %}"
 
@@ -42,6 +43,8 @@ def source(path: Path, *rows: dict[str, Any], **more: Any) -> DataSource:
         ("t.jinja", OTHER, OTHER),
         ("t.j2", "\ufeff" + OTHER, OTHER),
         ("tokenizer_config.json", json.dumps({"chat_template": OTHER, "eos_token": "x"}), OTHER),
+        # transformers writes this number for "no limit" into every tokenizer_config.json.
+        ("t.json", json.dumps({"chat_template": OTHER, "model_max_length": int(1e30)}), OTHER),
         (
             "t.json",
             json.dumps({"chat_template": [{"name": "default", "template": OTHER}]}),
@@ -110,6 +113,7 @@ def test_records_without_conversations_need_no_template(
     ("template", "row", "says"),
     [
         ("{% for %}", {"messages": TALK}, r"for conversations \(line 1: "),
+        ("{% for %}", {"messages": CALLS}, r"for conversations \(line 1: "),
         ("{{ 1 / 0 }}", {"messages": TALK}, r"for conversations \(ZeroDivisionError: "),
         ("{{ 1 / 0 }}", {"instruction": "a", "output": "b"}, r"for conversations \(ZeroDivision"),
         (
@@ -129,7 +133,16 @@ def test_records_without_conversations_need_no_template(
             r"for conversations with tools \(no tools\)",
         ),
     ],
-    ids=["syntax", "fault", "instruction", "constant", "no answer", "system", "tools"],
+    ids=[
+        "syntax",
+        "syntax before tool calls",
+        "fault",
+        "instruction",
+        "constant",
+        "no answer",
+        "system",
+        "tools",
+    ],
 )
 def test_templates_that_cannot_be_used_are_found_first(
     folder: Path,
@@ -148,7 +161,7 @@ def test_templates_that_cannot_be_used_are_found_first(
 def test_templates_that_leave_out_tool_calls_are_found_first(
     folder: Path, config: PretrainedConfig, tmp_path: Path
 ) -> None:
-    row = {"messages": [TALK[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]}
+    row = {"messages": CALLS}
     with pytest.raises(DataError, match=r"a.jsonl:1: the chat template of .* leaves out or refus"):
         check_template(
             made(folder, config, OTHER), [source(tmp_path / "a.jsonl", row)], skip_bad=False
