@@ -66,6 +66,15 @@ _Loader.yaml_constructors = {
 } | {"tag:yaml.org,2002:int": _Loader.construct_yaml_int}
 
 
+def _reason(error: yaml.YAMLError) -> str:
+    """What is wrong, and where, without the excerpt of the text that the library draws."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(getattr(error, "reason", error)).split())  # of characters: no place
+    said = ", ".join(filter(None, (error.context, error.problem)))
+    return f"line {mark.line + 1}, column {mark.column + 1}: {said}"
+
+
 def parse_yaml(text: str | bytes) -> Any:
     """The value of a YAML document. Every JSON document is a YAML document too.
 
@@ -87,7 +96,7 @@ def parse_yaml(text: str | bytes) -> Any:
     except _Refused:
         raise
     except yaml.YAMLError as error:
-        raise ValueError(f"is not YAML ({' '.join(str(error).split())})") from error
+        raise ValueError(f"is not YAML ({_reason(error)})") from error
     except RecursionError as error:
         raise ValueError("is nested too deeply") from error
     except Exception as error:  # constructors of tagged values raise what int() and others do

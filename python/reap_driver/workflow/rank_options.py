@@ -99,6 +99,8 @@ class RankOptions:
     def __post_init__(self) -> None:
         read_bytes(self, "target_size", "fits")
         check_positive(self, "keep", "context")
+        if self.ratio is not None and not 0 < self.ratio < 1:  # NaN is refused too
+            raise refused(f"`ratio={self.ratio:g}`: give a number above 0 and below 1, such as 0.5")
         given = [name for name in ("ratio", *SIZES) if getattr(self, name) is not None]
         if len(given) > 1:
             raise refused(f"`{given[1]}`: not together with `{given[0]}`; give one of them")

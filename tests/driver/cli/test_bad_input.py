@@ -122,11 +122,11 @@ def test_models(run: Run, model: Path, data: Path, case: str, command: str) -> N
 
 
 RATIOS = {
-    "0": r"ratio 0 is not .* above 0 and below 1",
-    "1": r"ratio 1 is not",
-    "1.5": r"ratio 1.5 is not",
-    "-0.5": r"ratio -0.5 is not",
-    "nan": r"ratio nan is not",
+    "0": r"--ratio 0: give a number above 0 and below 1",
+    "1": r"--ratio 1: give",
+    "1.5": r"--ratio 1.5: give",
+    "-0.5": r"--ratio -0.5: give",
+    "nan": r"--ratio nan: give",
     "0.75": r"ratio 0.75 of the 8 experts of layer model.layers.0.mlp.experts leaves 2, but the "
     r"router chooses 3 experts; use a ratio from 0.125 to 0.625",
     "0.1": r"ratio 0.1 of the 8 experts .* removes none .*from 0.125",
@@ -138,7 +138,7 @@ def test_ratios(run: Run, model: Path, data: Path, tmp_path: Path, ratio: str) -
     """Refused before the weights are read: they are not even there."""
     before = listing(tmp_path)
     done = run("prune", model, "--data", data, "--ratio", ratio, "--out", tmp_path / "out")
-    assert done.code == 3
+    assert done.code == (3 if "experts" in RATIOS[ratio] else 2)
     assert re.search(RATIOS[ratio], done.error), done.error
     assert listing(tmp_path) == before
 

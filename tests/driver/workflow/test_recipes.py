@@ -141,6 +141,7 @@ def test_the_recipes_that_are_included_hold_what_their_cards_say() -> None:
         ({"data": ["b.jsonl"]}, "options: data belongs to a run"),
         ({"recipe": "b.yaml"}, "options: recipe belongs to a run"),
         ({"ratio": "half"}, "options: ratio is 'half', a str; expected float"),
+        ({"ratio": 1.5}, "options: `ratio=1.5`: give a number above 0 and below 1"),
         ({"seed": 1.5}, "options: seed is 1.5, a float; expected int"),
         ({"packing": "some"}, "options: packing is 'some', a str; expected one of 'concat', "),
         ({"folds": "8"}, "options: folds is '8', a str; expected int"),
@@ -167,7 +168,7 @@ def test_mistakes_are_one_error_that_names_recipe_and_key(
     [
         ("option: {}\nsources: [a.jsonl]", "does not know option (did you mean options?)"),
         ("options: [seed]\nsources: [{source: a.jsonl}]", "options is ['seed']; give names and"),
-        ("options: {seed: 1\nsources: []", "is not YAML ("),
+        ("options: {seed: 1\nsources: []", "is not YAML (line 2, column 8: "),
         ("description: 5\nsources: [{source: a.jsonl}]", "description is 5; it must be a text"),
     ],
 )
