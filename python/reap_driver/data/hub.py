@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
+from socket import gaierror
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -121,10 +122,31 @@ def _load(location: HubDataset, **options: Any) -> Any:
             **options,
         )
     except Exception as error:  # of datasets, or of the network and Arrow libraries
+        if not _offline() and (unreachable := _unreachable(error)):
+            raise DataError(
+                f"data {location}: no file or folder has that name, and the hub cannot be reached "
+                f"({one_line(unreachable)}); check the network, give a local file, or download the "
+                "data set elsewhere, copy the cache of Hugging Face here and set HF_HUB_OFFLINE=1"
+            ) from error
         raise DataError(
             f"data {location}: no file or folder has that name, and the hub's data set cannot be "
             f"loaded ({type(error).__name__}: {one_line(error)}); {_remedy(error)}"
         ) from error
+
+
+def _offline() -> bool:
+    """Whether the user has forbidden to ask the hub."""
+    return bool(os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE"))
+
+
+def _unreachable(error: BaseException) -> BaseException | None:
+    """The error of the network behind an error of the libraries, whose own text says that a file
+    is missing; None if there is none.
+    """
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, gaierror | ConnectionError | TimeoutError):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 def _remedy(error: Exception) -> str:
@@ -135,6 +157,6 @@ def _remedy(error: Exception) -> str:
         return "give one that it has, as name[subset](split)"
     if "Gated" in kind or "gated" in text:
         return "ask for access on its page and log in with `hf auth login`"
-    if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE"):
+    if _offline():
         return "unset HF_HUB_OFFLINE, or download it before on a machine with network"
     return "check its name and the network, or give a local file"

@@ -1,6 +1,7 @@
 """Data sets of the hub, loaded by the `datasets` library from local files instead of the hub."""
 
 import json
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +163,28 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         r"cannot be loaded \(ConnectionError: .*\); unset HF_HUB_OFFLINE, or download it before",
     ):
         read("owner/none[a]:5")
+
+
+def test_a_hub_that_cannot_be_reached_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's error says that a file is missing, because it wraps that of the network."""
+
+    def load(*given: Any, **options: Any) -> Any:
+        try:
+            raise socket.gaierror(-2, "Name or service not known")
+        except OSError as error:
+            raise FileNotFoundError("Couldn't find any data file") from error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(
+        DataError,
+        match=r"data owner/name: .* the hub cannot be reached \(\[Errno -2\] Name or service not "
+        r"known\); check the network, .* set HF_HUB_OFFLINE=1",
+    ):
+        read("owner/name")
 
 
 @pytest.mark.parametrize(
