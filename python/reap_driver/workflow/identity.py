@@ -33,12 +33,12 @@ def asked_for(
     return {
         "model": model.provenance["model"]["config_digest"],
         "weights": weights_digest(model.source),
-        **data,
         "packing": options.packing,
         "seq_len": sources[0].seq_len,
         "seed": options.seed,
         "answers only": options.answers_only,
         "chat template": sources[0].chat_template,
+        **data,  # last: what is above changes the tokens too, and errors name the first difference
         "folds": folds,
         "dtype": run.dtype,
         "backend": run.backend,

@@ -364,7 +364,7 @@ def test_a_resumed_run_refuses_another_division(
     monkeypatch.setattr(Observer, "__call__", call)
     for more, says in (
         (("--folds", 4), "folds was 8, now it is 4"),
-        (("--packing", "isolated"), "data 1 was"),
+        (("--packing", "isolated"), "packing was"),
     ):
         refused = run(*words, *more, "--resume")
         assert refused.code == 3
