@@ -17,20 +17,24 @@ class MixEntry:
         source: its name, see `public_name`.
         records: records read.
         tokens: tokens the model saw.
+        counted: those of them that count in the statistics.
         share: of all tokens of the mix.
         seq_len: tokens in a sequence.
         packing: how documents became sequences.
         digest: of the tokens.
+        chat_template: digest of the chat template that was given in place of the model's.
     """
 
     group: str
     source: str
     records: int | None
     tokens: int | None
+    counted: int | None
     share: float | None
     seq_len: int | None
     packing: str | None
     digest: str | None
+    chat_template: str | None
 
 
 def public_name(text: str) -> str:
@@ -56,10 +60,12 @@ def calibration_mix(data: Sequence[Mapping[str, Any]]) -> list[MixEntry]:
             source=public_name(str(entry.get("source", ""))),
             records=entry.get("records"),
             tokens=entry.get("tokens"),
+            counted=entry.get("counted_tokens"),
             share=entry["tokens"] / total if entry.get("tokens") else None,
             seq_len=entry.get("seq_len"),
             packing=entry.get("packing"),
             digest=entry.get("digest"),
+            chat_template=entry.get("chat_template"),
         )
         for entry in data
     ]

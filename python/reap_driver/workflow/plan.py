@@ -113,7 +113,8 @@ def decision_margin(
         return None
     experts = sum(layer.num_experts for layer in plan.layers.values())
     listener.note(
-        f"{sum(map(len, inside.values()))} of {experts} experts, in {len(inside)} layers, are "
+        f"{sum(map(len, inside.values()))} of {experts} experts, in {len(inside)} "
+        f"layer{'s' if len(inside) != 1 else ''}, are "
         f"inside the decision margin: other data of this kind would keep them with a probability "
         f"between {1 - CERTAIN:.1%} and {CERTAIN:.1%} (as {len(stats.parts)} parts of it differ)"
     )

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import ModelCardData
 
@@ -22,6 +23,7 @@ from reap_driver.files.checkpoint import Checkpoint, belongs
 from reap_driver.planning.criteria import known_criterion
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.public_provenance import (
+    MixEntry,
     calibration_mix,
     observation,
     public_name,
@@ -62,6 +64,7 @@ def model_card(inherited: Mapping[str, Any] | None, plan: "Plan", report: "Apply
         known_criterion=known_criterion(plan.criterion) is not None,
         calibration=_calibration(plan),
         tokens=_count(sum(entry.tokens or 0 for entry in mix)),
+        counted=_counted(mix),
         edits=_edits(report),
         loader_settings=SETTINGS,
         load=_load(report),
@@ -170,7 +173,10 @@ def _method(plan: "Plan", report: "ApplyReport") -> list[tuple[object, ...]]:
     total = sum(layer.num_experts for layer in plan.layers.values())
     removed = sum(len(layer.removed) for layer in plan.layers.values())
     wrote = took(report.seconds)
-    versions = f"reap-kernels {reap_kernels.__version__}, transformers {transformers.__version__}"
+    versions = (
+        f"reap-kernels {reap_kernels.__version__}, transformers {transformers.__version__}, "
+        f"torch {torch.__version__}"
+    )
     return [
         ("setting", "value"),
         ("criterion", Markdown(code(plan.criterion) + formula)),
@@ -190,11 +196,13 @@ def _method(plan: "Plan", report: "ApplyReport") -> list[tuple[object, ...]]:
 
 def _digests(plan: "Plan") -> list[tuple[str, Markdown]]:
     """Names and digests, which are too long for the tables."""
+    mix = calibration_mix(plan.data)
     found = [
         ("scores", plan.scores_digest),
         ("the model's config", plan.model.get("config_digest")),
         *((f"recipe {text(name)}", digest) for name, digest in recipes_of(plan.data).items()),
-        *((f"tokens of {text(one.group)}", one.digest) for one in calibration_mix(plan.data)),
+        *((f"tokens of {text(one.group)}", one.digest) for one in mix),
+        *((f"chat template given for {text(one.group)}", one.chat_template) for one in mix),
     ]
     return [(Markdown(name), code(digest)) for name, digest in found if digest]
 
@@ -268,6 +276,13 @@ def _decrease(before: int, after: int) -> str:
 
 def _parameters(number: int) -> str:
     return f"{number:,} ({short(number, 'kMBT')})"
+
+
+def _counted(mix: Sequence[MixEntry]) -> str:
+    """How many tokens of the mix count in the statistics; empty if that is all or unknown."""
+    if any(entry.counted is None for entry in mix) or all(e.counted == e.tokens for e in mix):
+        return ""
+    return _count(sum(entry.counted or 0 for entry in mix))
 
 
 def _count(number: int | None) -> str:

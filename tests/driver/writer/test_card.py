@@ -107,7 +107,17 @@ def test_the_mix_has_proportions_and_no_paths(tmp_path: Path) -> None:
     assert [entry["share of tokens"] for entry in mix] == ["75.0 %", "25.0 %"]
     digests = card.partition("<details>")[2].partition("</details>")[0]
     assert "- tokens of code: `sha256:aa`\n- tokens of a|b: `sha256:bb`\n" in digests
-    assert "4,000 tokens in all" in card
+    assert "4,000 tokens in all.\n" in card
+
+
+def test_tokens_that_do_not_count_and_a_given_template_are_said(tmp_path: Path) -> None:
+    """A run with --answers-only or --chat-template cannot be repeated without them."""
+    counted = [{**DATA[0], "counted_tokens": 1200, "chat_template": "sha256:cc"}]
+    card, _ = write(tmp_path, data=[*counted, {**DATA[1], "counted_tokens": 1000}])
+    assert "4,000 tokens in all, of which the statistics count 2,200.\n" in card
+    digests = card.partition("<details>")[2].partition("</details>")[0]
+    assert "- chat template given for code: `sha256:cc`\n" in digests
+    assert "given for a|b" not in digests
     assert "/home" not in card
     assert str(tmp_path) not in card
 
