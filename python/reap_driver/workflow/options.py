@@ -293,7 +293,7 @@ class WriteOptions:
         None,
         metavar="SIZE",
         group=_WRITE,
-        help="largest weight file, in bytes or such as 5GB (default: as the source is divided)",
+        help="largest weight file, such as 5GB (default: as the source is divided)",
     )
     non_uniform: bool = option(
         False,

@@ -333,6 +333,7 @@ def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(
         (("plan", "s", "--out", "o", "--keep", "few"), "'few' is not a whole number above 0"),
         (("plan", "s", "--out", "o", "--keep", "4", "--fits", "9GB"), "not allowed with argument"),
         (("plan", "s", "--out", "o", "--fits", "16XB"), "--fits 16XB: not a size such as 5GB"),
+        (("plan", "s", "--out", "o", "--fits", "16"), "--fits 16: not a size such as 5GB"),
         (("plan", "s", "--out", "o", "--target-size", "0"), "--target-size 0: not a size such as"),
         (("plan", "s", "--out", "o", "--fits", "9GB", "--context", "0"), "'0' is not a whole"),
         (("plan", "s", "--out", "o", "--context", "9"), "--context 9: only with --fits, or with"),

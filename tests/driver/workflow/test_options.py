@@ -153,7 +153,7 @@ def test_options_of_a_wrong_type(changes: dict[str, Any], says: str) -> None:
         ("0.5KiB", 512),
         ("3MiB", 3 * 2**20),
         ("16.1GiB", 17287243366),
-        ("4096", 4096),
+        ("4096B", 4096),
     ],
 )
 def test_sizes_are_bytes_or_text_in_powers_of_1000_or_1024(text: str, size: int) -> None:
