@@ -355,7 +355,7 @@ def test_usage(run: Run, words: tuple[str, ...], says: str) -> None:
 
 
 def test_errors_as_json(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
-    words = ("prune", model, "--data", data, "--ratio", 2, "--out", tmp_path / "out", "--json")
+    words = ("prune", model, "--data", data, "--ratio", 0.75, "--out", tmp_path / "out", "--json")
     done = run(*words)
     assert done.code == 3
     error = done.json["error"]
