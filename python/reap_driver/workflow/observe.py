@@ -270,6 +270,8 @@ class Observing:
             entry = None
             if recorded is not None and journal is not None:
                 entry = journal.resume()  # before anything else: it may be of another run
+                done = f"{'layer' if how.stream else 'batch'} {entry.position}"
+                self._heard.note(f"continuing from {self._folder}, written after {done}")
             elif journal is not None:
                 journal.remove()  # of a run that is started anew
             yield self._observed(how, journal, entry)

@@ -227,11 +227,16 @@ def test_a_journal_is_not_overlooked(
     run: Run, words: list[str], left: Path, tmp_path: Path
 ) -> None:
     """Without --resume the run is refused, unless it is to replace what is there."""
+    kept = shutil.copytree(left, tmp_path / "kept")
     refused = run(*words, "--out", tmp_path / "out")
     assert refused.code == 3
     assert f"{left}: the journal of a run that was interrupted; give --resume" in refused.error
     assert run(*words, "--out", tmp_path / "out", "--overwrite").code == 0
     assert not left.exists()
+    shutil.copytree(kept, left)
+    loud = [word for word in words if word != "--quiet"]
+    again = run(*loud, "--out", tmp_path / "out", "--overwrite", "--resume")
+    assert f"note: continuing from {left}, written after batch " in again.err
     missing = run(*words, "--out", tmp_path / "out", "--resume", "--overwrite")
     assert missing.code == 3
     assert "there is no journal, so nothing to resume; run without --resume" in missing.error
