@@ -8,13 +8,23 @@ COLUMNS = 80
 _NAMES = 12  # columns of the names of rows
 
 
-def in_bytes(nbytes: int) -> str:
+def in_bytes(nbytes: float) -> str:
     """Bytes with three significant digits, in powers of 1000: 1_030_000_000_000 is 1.03 TB."""
-    size, units = float(nbytes), ["B", "kB", "MB", "GB", "TB", "PB"]
-    while size >= 999.5 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    digits = 0 if size >= 99.95 or units[0] == "B" else 1 if size >= 9.995 else 2
-    return f"{size:.{digits}f} {units[0]}"
+    return _in_units(nbytes, "B")
+
+
+def in_operations(flops: float) -> str:
+    """Floating-point operations, the same way: 12_500_000_000_000_000 are 12.5 PFLOP."""
+    return _in_units(flops, "FLOP")
+
+
+def _in_units(number: float, unit: str) -> str:
+    """A number with three significant digits and its unit, in powers of 1000."""
+    size, prefixes = float(number), ["", "k", "M", "G", "T", "P", "E"]
+    while size >= 999.5 and len(prefixes) > 1:
+        size, prefixes = size / 1000, prefixes[1:]
+    digits = 0 if size >= 99.95 or not prefixes[0] else 1 if size >= 9.995 else 2
+    return f"{size:.{digits}f} {prefixes[0]}{unit}"
 
 
 def short(number: float, letters: str = "kMGTPE") -> str:
@@ -44,7 +54,8 @@ def significant(number: float, digits: int = 4) -> str:
 
 def row(name: str, text: str, names: int = _NAMES) -> str:
     """A row of a report: a name, padded to a column, and a text, in lines of 80 columns."""
-    kept = re.sub(r"(?<=\d) (?=[kMGTP]?B\b)", "\xa0", text)  # a number and its unit stay together
+    # A number and its unit stay together.
+    kept = re.sub(r"(?<=\d) (?=[kMGTPE]?(B|FLOP)\b)", "\xa0", text)
     lines = textwrap.fill(
         kept,
         COLUMNS,

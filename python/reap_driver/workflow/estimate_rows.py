@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from reap_driver.base.units import clock, in_bytes, row, short
+from reap_driver.base.units import clock, in_bytes, in_operations, row, short
 from reap_driver.memory.checkpoint_size import CheckpointSize
 from reap_driver.memory.decision import Decision, resident, streamed
 from reap_driver.memory.forecast import Forecast
@@ -173,11 +173,11 @@ def times(plan: Decision, found: Forecast, rates: Rates, ranks: int) -> Iterator
     if found.spill_bytes:
         pace = "unknown" if found.spill_seconds is None else clock(found.spill_seconds)
         yield row("spill", f"{pace}: {in_bytes(found.spill_bytes)}, as fast as reading")
-    flops = f"{short(found.flops)}FLOP"
+    flops = in_operations(found.flops)
     if rates.matmul is None or found.compute_seconds is None:
         yield row("compute", f"unknown: {flops}; {missing['matmul']}")
     else:
-        rate = f"{short(rates.matmul.per_second)}FLOP/s ({rates.matmul.how})"
+        rate = f"{in_operations(rates.matmul.per_second)}/s ({rates.matmul.how})"
         yield row("compute", f"{clock(found.compute_seconds)} at least: {flops} at {rate}")
     if found.seconds is None:
         yield row("in all", "unknown, as one of these is")

@@ -170,7 +170,7 @@ def test_what_is_not_given_is_unknown(run: Run) -> None:
     assert "host unknown (ram=SIZE in --machine would tell); disk unknown (free=SIZE in" in text
     assert "read unknown: 61.1 GB; disk=RATE in --machine would tell" in text
     assert "copy unknown: 61.1 GB; copy=RATE in --machine would tell" in text
-    assert "compute unknown: 150PFLOP; flops=RATE in --machine would tell" in text
+    assert "compute unknown: 150 PFLOP; flops=RATE in --machine would tell" in text
     assert "in all unknown, as one of these is" in text
     done = run(*words, "--machine", "cpu,ram=64GB,flops=1T,disk=1GB/s", "--json").json
     assert (done["decision"]["stream"], done["decision"]["offload"]) == (True, "file")
