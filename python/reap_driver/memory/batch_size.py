@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from reap_driver.compat.layer_fields import layer_values
 from reap_driver.compat.text_model import text_model
 from reap_driver.model.discover import MoELayer
 
@@ -122,7 +123,8 @@ def footprint_of(
     all_logits = all_logits or computes_all_logits(model)
     eager = config._attn_implementation == "eager"
     # Remote code may use another name; heads are hardly ever narrower than 64.
-    heads = int(getattr(config, "num_attention_heads", hidden // 64))
+    named = [value for value in layer_values(config, "num_attention_heads") if value]
+    heads = max(map(int, named), default=hidden // 64)
     return token_footprint(
         # CPUs without half-precision instructions compute in float32.
         itemsize=max(itemsize, 4) if device.type == "cpu" else itemsize,

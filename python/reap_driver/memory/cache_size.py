@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_driver.compat.cache_layers import CacheLayer, cache_layers
 from reap_driver.compat.decoder_layers import decoder_layers
+from reap_driver.compat.layer_fields import query_heads
 from reap_driver.compat.text_model import text_model, text_prefix
 from reap_driver.model.discover import MoELayer
 
@@ -114,8 +115,7 @@ def _key_values(module: Any, config: PretrainedConfig) -> int:
     value = _number(module, "v_head_dim") or key
     heads = _number(module, "num_key_value_heads")
     if not heads:
-        queries = _number(module, "num_heads", "num_attention_heads") or config.num_attention_heads
-        heads = queries // _number(module, "num_key_value_groups") or 1
+        heads = query_heads(module, config) // (_number(module, "num_key_value_groups") or 1)
     return heads * (key + value)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_driver.compat.decoder_layers import decoder_layers, owner_of
+from reap_driver.compat.layer_fields import query_heads
 from reap_driver.compat.text_model import text_model, text_prefix
 from reap_driver.memory.batch_size import computes_all_logits
 from reap_driver.model.discover import MoELayer
@@ -211,11 +212,9 @@ def _attention(module: Any, config: PretrainedConfig, seq_len: int) -> int:
     key = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
     if not isinstance(key, int) or not isinstance(getattr(module, "scaling", None), float):
         return 0
-    heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None)
-    heads = heads or config.num_attention_heads
     value = getattr(module, "v_head_dim", None) or key
     limits = (getattr(module, "sliding_window", None), getattr(config, "index_topk", None))
     window = min([seq_len, *(limit for limit in limits if isinstance(limit, int) and limit > 0)])
     # The first `window` tokens attend to 1, 2, ... positions, the others to `window` each.
     seen = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
-    return int(2 * heads * (key + value) * seen)
+    return int(2 * query_heads(module, config) * (key + value) * seen)

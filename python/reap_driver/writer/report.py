@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from reap_driver.compat.layer_fields import layer_values
 from reap_driver.files.safetensors_file import TensorEntry
 from reap_driver.model.discover import MoELayer
 from reap_driver.planning.plan import Plan
@@ -170,9 +171,7 @@ def _idle(
 
 def _number(config: Any, name: str) -> int | None:
     """A field of the configuration; None where it has none, or another one for every layer."""
-    differing = getattr(config, "is_heterogeneous", False)  # then it refuses to be asked itself
-    parts = list(config.per_layer_config) if differing else [config]
-    first, *rest = (getattr(part, name, None) for part in parts)
+    first, *rest = layer_values(config, name)
     return first if isinstance(first, int) and all(value == first for value in rest) else None
 
 

