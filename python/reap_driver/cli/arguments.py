@@ -137,6 +137,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """A number; the options say which are shares that they take."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; write 50% as 0.5") from error
+
+
 def batch_size(text: str) -> int | None:
     """A whole number above 0, or `auto`: None."""
     if text == "auto":
@@ -183,13 +191,13 @@ _VALUES: dict[str, Callable[[str], Any]] = {
     "limit": positive,
     "max_len": positive,
     "population": positive,
-    "ratio": float,
+    "ratio": share,
     "seed": int,
     "seq_len": positive,
     "sequences": positive,
     "skip_first": positive,
     "skip_last": positive,
     "tasks": words,
-    "validation": float,
+    "validation": share,
     "weights": weights,
 }

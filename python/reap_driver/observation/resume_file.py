@@ -76,7 +76,7 @@ class ResumeFile:
         if not self.exists():
             raise DataError(
                 f"{self.place}: there is no {self.format.what}, so nothing to resume; run without "
-                "`resume=True`"
+                "`resume=True`, or with `resume='auto'`, which begins where there is none"
             )
         return self.format.read(self.path)
 

@@ -231,7 +231,8 @@ def _rows(*rows: Any) -> Callable[[Path], None]:
     [
         (
             Path.unlink,
-            "there is no state of a search, so nothing to resume; run without `resume=True`",
+            "no state of a search, so nothing to resume; run without `resume=True`, or with "
+            "`resume='auto'`",
         ),
         (_damaged, r"state of a search .* is not JSON .*; delete it and run without `resume=True`"),
         (_version, "has version 9, this reap-kernels reads 2"),

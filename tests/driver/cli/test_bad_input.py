@@ -320,7 +320,8 @@ def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(
         (("frobnicate",), "invalid choice: 'frobnicate'"),
         (("prune", "m", "--out", "o"), "no data to run the model on; give --data or --recipe"),
         (("prune", "m", "--data", "d"), "required: --out"),
-        (("plan", "s", "--out", "o", "--ratio", "half"), "invalid float value: 'half'"),
+        (("plan", "s", "--out", "o", "--ratio", "half"), "'half' is no share"),
+        (("plan", "s", "--out", "o", "--ratio", "50%"), "'50%' is no share; write 50% as 0.5"),
         (
             ("plan", "s", "--out", "o", "--criterion", "taylor"),
             "'taylor' is unknown; choose one of",

@@ -239,7 +239,10 @@ def test_a_journal_is_not_overlooked(
     assert f"note: continuing from {left}, written after batch " in again.err
     missing = run(*words, "--out", tmp_path / "out", "--resume", "--overwrite")
     assert missing.code == 3
-    assert "there is no journal, so nothing to resume; run without --resume" in missing.error
+    assert (
+        "there is no journal, so nothing to resume; run without --resume, or with --resume auto"
+        in missing.error
+    )
 
 
 Change = Callable[[list[str], Path], list[str]]
