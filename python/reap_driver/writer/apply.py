@@ -376,7 +376,7 @@ def _report(job: _Job, out: Path, written: int) -> ApplyReport:
         licenses=[
             path.as_posix()
             for path in job.source.small_files
-            if path.name.lower().startswith(("license", "licence"))
+            if path.name.lower().startswith("licen")  # in either spelling
         ],
         warnings=warnings,
     )
