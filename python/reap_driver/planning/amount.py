@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from reap_driver.planning.budget import Router, floor_of, ratio_of, refusal
+from reap_driver.planning.budget import Router, floor_of, nearest, ratio_of, refusal
 from reap_kernels.errors import PlanError
 
 Protected = Mapping[str, Collection[int]]
@@ -142,7 +142,5 @@ def _why_not(routers: Sequence[Router], keep: int, protected: Protected) -> str:
 
 def _nearest(possible: Sequence[int], keep: int) -> str:
     """The remedy: the nearest numbers that work."""
-    near = [max((n for n in possible if n < keep), default=0)]
-    near += [min((n for n in possible if n > keep), default=0)]
-    found = [str(n) for n in near if n]
+    found = [str(n) for n in nearest(possible, keep)]
     return f"give {' or '.join(found)}" if found else "this model cannot lose experts"

@@ -1,7 +1,7 @@
 """How many experts one layer can lose and does lose, and which of them it keeps."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,12 @@ def floor_of(experts: int, ratio: float) -> int:
 def ratio_of(removed: int, experts: int) -> float:
     """The ratio, rounded up to four decimals, that removes exactly this number of experts."""
     return math.ceil(removed / experts * 1e4 - _ROUNDING) / 1e4
+
+
+def nearest(possible: Iterable[int], number: int) -> list[int]:
+    """The nearest of some numbers below and above another one, as far as there are any."""
+    known = sorted(possible)
+    return [n for n in known if n < number][-1:] + [n for n in known if n > number][:1]
 
 
 def refusal(router: Router, removed: int, protected: Collection[int]) -> str | None:

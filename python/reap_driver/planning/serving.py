@@ -11,7 +11,7 @@ sqrt(softplus(x)), DeepSeek-V4's, where vLLM 0.26 ends with `Unsupported expert 
 from collections.abc import Mapping
 from typing import Any
 
-from reap_driver.planning.budget import Router, ratio_of
+from reap_driver.planning.budget import Router, nearest, ratio_of
 from reap_driver.planning.plan import Plan
 
 # model_type -> numbers of experts that its router's kernels are compiled for.
@@ -48,9 +48,7 @@ def served_advice(plan: Plan, layers: Mapping[str, Mapping[str, Any]]) -> list[s
         held = plan.settings.get("protected", {}).get(name, ())
         possible = range(total - router.most(held), total)
         fit = [n for n in possible if is_served(n, kind) and n % router.n_group == 0]
-        near = [max((n for n in fit if n < kept), default=0)]
-        near += [min((n for n in fit if n > kept), default=0)]
-        offers = [f"{n} (ratio {ratio_of(total - n, total):g})" for n in near if n]
+        offers = [f"{n} (ratio {ratio_of(total - n, total):g})" for n in nearest(fit, kept)]
         found[kept, total] = (
             f"keeps {kept} of {total} experts in a layer, a number that vLLM's router for {kind} "
             f"refuses; it takes {' or '.join(offers) or 'none that this layer can be left with'}"

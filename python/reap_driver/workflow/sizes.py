@@ -19,6 +19,7 @@ from reap_driver.memory.checkpoint_size import CheckpointSize, estimated, run_dt
 from reap_driver.memory.decision import SHARE
 from reap_driver.memory.model_sizes import model_sizes
 from reap_driver.model.discover import find_moe_layers
+from reap_driver.model.stacks import Stack
 from reap_driver.planning.amount import Amount, smallest_within
 from reap_driver.planning.criteria import Scores
 from reap_driver.planning.plan import Plan
@@ -203,15 +204,13 @@ class Sizing:
 
     def leaves(self, plan: Plan, rank: RankOptions) -> Leaves:
         """What a plan leaves; `rank` may give the context."""
-        model, before = self.model, {la.name: la.num_experts for la in self.model.layers}
-        kept = plan.covering(before).kept
-        smaller, output = self._smaller(plan), self.files(plan)
+        model, smaller, output = self.model, self._smaller(plan), self.files(plan)
         sizes = [
             model_sizes(one, layers, dtype=self._dtype, seq_len=1)
             for one, layers in ((model.meta, model.layers), (smaller, find_moe_layers(smaller)))
         ]
         return Leaves(
-            experts={name: (number, len(kept[name])) for name, number in before.items()},
+            experts=self._counts(plan),
             ratio=plan.ratio,
             shared=plan.allocation == "global",
             parameters=(sizes[0].parameters, sizes[1].parameters),
@@ -273,14 +272,26 @@ class Sizing:
 
     def _smaller(self, plan: Plan) -> PreTrainedModel:
         """The pruned model, on the meta device."""
-        model, folder = self.model, self._folder
-        experts = {layer.name: layer.num_experts for layer in model.layers}
-        kept = plan.covering(experts).kept
-        counts = {name: (number, len(kept[name])) for name, number in experts.items()}
-        trust = {"trust_remote_code": self._trust}
-        stacks = stacks_of_files(folder, model.meta, self._raw, experts, **trust)
+        counts, stacks = self._counts(plan), self._stacks
         check_counts(plan, stacks, counts, non_uniform=self._write.non_uniform)
-        return smaller_model(folder, model.meta, self._raw, stacks, counts, **trust)
+        folder, meta, trust = self._folder, self.model.meta, self._trust
+        return smaller_model(folder, meta, self._raw, stacks, counts, trust_remote_code=trust)
+
+    @cached_property
+    def _stacks(self) -> list[Stack]:
+        """The stacks of the checkpoint, which are the same for every plan."""
+        folder, meta, trust = self._folder, self.model.meta, self._trust
+        return stacks_of_files(folder, meta, self._raw, self._experts, trust_remote_code=trust)
+
+    @cached_property
+    def _experts(self) -> dict[str, int]:
+        """{MoE layer: its experts}."""
+        return {layer.name: layer.num_experts for layer in self.model.layers}
+
+    def _counts(self, plan: Plan) -> dict[str, Pair]:
+        """{MoE layer: its experts before and after}."""
+        kept = plan.covering(self._experts).kept
+        return {name: (number, len(kept[name])) for name, number in self._experts.items()}
 
     def _unreachable(self, name: str, asked: Mapping[str, int], most: Plan, least: Plan) -> str:
         """Why a size cannot be reached, with the smallest that can.
