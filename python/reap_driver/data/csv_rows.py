@@ -9,7 +9,7 @@ from typing import IO
 from reap_driver.compat.library_errors import one_line
 from reap_driver.data.compressed_files import LARGEST, inner_suffix, opened
 from reap_driver.data.record_formats import FIELDS, known_formats
-from reap_driver.data.records import BadRecords, Chosen, Numbered, Record, guard
+from reap_driver.data.records import BadRecords, Chosen, Numbered, Record, picked
 from reap_kernels.errors import DataError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -32,17 +32,14 @@ def read_rows(file: Path, chosen: Chosen, bad: BadRecords | None) -> Numbered:
         DataError: the file cannot be read or has no row of names, or a row has another number of
             cells; names file and line.
     """
-    left_out = guard(bad)
-    for number, (place, row) in enumerate(_rows(file)):
-        if chosen is not None and number not in chosen:
-            continue
-        record = None
-        with left_out:
-            if isinstance(row, DataError):
-                raise row
-            record = Record(place, {k: v for k, v in row.items() if v}, folder=file.parent)
-        if record is not None:
-            yield number, record
+
+    def parse(_: int, part: tuple[str, dict[str, str] | DataError]) -> Record:
+        place, row = part
+        if isinstance(row, DataError):
+            raise row
+        return Record(place, {k: v for k, v in row.items() if v}, folder=file.parent)
+
+    return picked(_rows(file), parse, chosen, bad)
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, str] | DataError]]:

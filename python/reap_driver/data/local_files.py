@@ -27,7 +27,7 @@ from reap_driver.data.arrow import known_columns, row_records, text_leaves
 from reap_driver.data.compressed_files import COMPRESSIONS, LARGEST, inner_suffix, lines, opened
 from reap_driver.data.csv_rows import DELIMITERS, count_rows, read_rows
 from reap_driver.data.json_array import elements, first_character
-from reap_driver.data.records import BadRecords, Chosen, Numbered, Record, guard
+from reap_driver.data.records import BadRecords, Chosen, Numbered, Record, guard, picked
 from reap_kernels.documents import parse_json
 from reap_kernels.errors import DataError
 from reap_kernels.files import is_file
@@ -131,14 +131,11 @@ def _count_lines(file: Path) -> int:
 
 
 def _read_lines(file: Path, chosen: Chosen, bad: BadRecords | None) -> Numbered:
-    left_out = guard(bad)
-    for number, (place, line) in enumerate(lines(file)):
-        if chosen is None or number in chosen:
-            record = None
-            with left_out:
-                record = _parse(f"{file}:{place}", line, file.parent, "line")
-            if record is not None:
-                yield number, record
+    def parse(_: int, part: tuple[int, bytes | None]) -> Record:
+        place, line = part
+        return _parse(f"{file}:{place}", line, file.parent, "line")
+
+    return picked(lines(file), parse, chosen, bad)
 
 
 def _count_json(file: Path) -> int:
@@ -147,17 +144,12 @@ def _count_json(file: Path) -> int:
 
 def _read_json(file: Path, chosen: Chosen, bad: BadRecords | None) -> Numbered:
     if not _is_array(file):
-        yield from _read_lines(file, chosen, bad)
-        return
-    left_out = guard(bad)
-    for number, text in enumerate(elements(file)):
-        if chosen is None or number in chosen:
-            record = None
-            with left_out:
-                place = f"{file}, record {number + 1}"
-                record = _parse(place, text, file.parent, "element")
-            if record is not None:
-                yield number, record
+        return _read_lines(file, chosen, bad)
+
+    def parse(number: int, text: str) -> Record:
+        return _parse(f"{file}, record {number + 1}", text, file.parent, "element")
+
+    return picked(elements(file), parse, chosen, bad)
 
 
 def _is_array(file: Path) -> bool:

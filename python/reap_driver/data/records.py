@@ -1,11 +1,11 @@
 """Records of calibration data, their readers, and how bad records are skipped and counted."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from reap_driver.compat.library_errors import one_line
 from reap_kernels.errors import DataError
@@ -82,6 +82,31 @@ def guard(bad: BadRecords | None) -> AbstractContextManager[None]:
 
 Chosen = frozenset[int] | None  # numbers of records in a file, from 0; None for all
 Numbered = Iterator[tuple[int, Record]]
+_Raw = TypeVar("_Raw")
+
+
+def picked(
+    parts: Iterable[_Raw],
+    parse: Callable[[int, _Raw], Record],
+    chosen: Chosen,
+    bad: BadRecords | None,
+) -> Numbered:
+    """(number, record) of the chosen parts of a file; no other part is parsed.
+
+    Args:
+        parts: the parts that are records, such as lines.
+        parse: makes a record of a part and its number, counted from 0; raises DataError.
+        chosen: numbers of the records to return; None for all.
+        bad: collects the errors of bad records, which are skipped; if None, errors are raised.
+    """
+    left_out = guard(bad)
+    for number, part in enumerate(parts):
+        if chosen is None or number in chosen:
+            record = None
+            with left_out:
+                record = parse(number, part)
+            if record is not None:
+                yield number, record
 
 
 class RecordReader(Protocol):
