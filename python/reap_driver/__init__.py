@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from reap_driver.workflow.recipes import load_recipe, recipe_names
     from reap_driver.workflow.report import Reported
     from reap_driver.workflow.search import Searched
+    from reap_driver.workflow.shape_options import ShapeOptions
     from reap_driver.writer.apply import apply_plan
     from reap_driver.writer.mask_file import load_masks, save_masks
     from reap_driver.writer.report import ApplyReport
@@ -120,6 +121,7 @@ _HOMES = {
     "Scores": "reap_driver.planning.criteria",
     "SearchOptions": "reap_driver.workflow.jobs",
     "Searched": "reap_driver.workflow.search",
+    "ShapeOptions": "reap_driver.workflow.shape_options",
     "WriteOptions": "reap_driver.workflow.options",
     "__version__": "reap_kernels",
     "apply": "reap_driver.workflow.calls",
@@ -195,6 +197,7 @@ __all__ = [
     "Scores",
     "SearchOptions",
     "Searched",
+    "ShapeOptions",
     "WriteOptions",
     "__version__",
     "apply",
