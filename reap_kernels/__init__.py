@@ -1,8 +1,8 @@
 """reap-kernels, the kernel library: MoE layer output and expert statistics in one pass.
 
 Tensors in, tensors out; imports torch, never transformers. Layers, lowest first: errors, env,
-activation, quantized -> types -> dispatch, stats, device -> tuning, selfcheck -> sort, dequant ->
-experts -> saliency -> layer, compare.
+activation, quantized -> types -> dispatch, stats, layer_gram, device -> tuning, selfcheck -> sort,
+dequant -> experts -> saliency -> layer, compare.
 """
 
 from reap_kernels import errors, requirements  # noqa: F401  which checks torch
@@ -12,6 +12,7 @@ from reap_kernels.dequant import dequantize
 from reap_kernels.dispatch import check_backend, explain
 from reap_kernels.experts import expert_outputs
 from reap_kernels.layer import observe_layer
+from reap_kernels.layer_gram import LayerGram
 from reap_kernels.quantized import Quantized
 from reap_kernels.saliency import accumulate
 from reap_kernels.sort import sort_by_expert
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Activation",
     "ExpertWeights",
+    "LayerGram",
     "LayerStats",
     "LogitComparison",
     "Quantized",

@@ -16,7 +16,7 @@ KERNEL_ORDER = (
     ("model_match", "tensor_files", "stats_values"),
     ("env", "activation", "quantized"),
     ("types",),
-    ("dispatch", "stats", "device", "testing", "scratch"),
+    ("dispatch", "stats", "layer_gram", "device", "testing", "scratch"),
     ("tuning", "selfcheck", "cuda"),
     ("sort", "dequant"),
     ("experts",),
