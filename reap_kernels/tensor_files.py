@@ -22,7 +22,7 @@ def write_tensors(
     path: str | os.PathLike[str],
     form: Format,
     content: Mapping[str, Any],
-) -> None:
+) -> dict[str, Any]:
     """Writes a file at once under its name; see `reap_kernels.files.replaced`.
 
     Args:
@@ -31,6 +31,9 @@ def write_tensors(
         form: its format; the metadata has its name as the only key.
         content: the fields of the format.
 
+    Returns:
+        The head of the file, with its digest where the format is sealed.
+
     Raises:
         ReapError: of the format: a field could not be read again.
         OSError: the disk refused.
@@ -38,6 +41,7 @@ def write_tensors(
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     head = form.complete(content, _bytes(stored))
     save_tensors(stored, path, {form.name: json.dumps(head)})
+    return head
 
 
 def read_tensors(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from reap_driver.evaluation.router_masks import masked_experts
     from reap_driver.evaluation.routing import orphans, retained
     from reap_driver.evaluation.sequences import Comparison
+    from reap_driver.files.matrices import Matrices
     from reap_driver.load.resident import load_model
     from reap_driver.model.discover import MoELayer, find_moe_layers, record_of
     from reap_driver.observation.observer import Observer, observe
@@ -101,6 +102,7 @@ _HOMES = {
     "LayerStats": "reap_kernels",
     "Listener": "reap_driver.workflow.listener",
     "Masked": "reap_driver.workflow.apply",
+    "Matrices": "reap_driver.files.matrices",
     "MoELayer": "reap_driver.model.discover",
     "ObserveOptions": "reap_driver.workflow.jobs",
     "Observed": "reap_driver.workflow.observe",
@@ -177,6 +179,7 @@ __all__ = [
     "LayerStats",
     "Listener",
     "Masked",
+    "Matrices",
     "MoELayer",
     "ObserveOptions",
     "Observed",

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from reap_driver.budget_search.search_state import read as read_search
+from reap_driver.files.matrices import FORMAT as MATRICES
+from reap_driver.files.matrices import LAYER_FORMAT
 from reap_driver.files.safetensors_file import read_header
 from reap_driver.observation.journal import FORMAT as JOURNAL
 from reap_driver.observation.state_store import read_state
@@ -18,6 +20,7 @@ from reap_driver.workflow.ranking import _Experts, _read
 from reap_driver.writer.mask_file import load_masks
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import ReapError
+from reap_kernels.tensor_files import read_tensors
 from reap_kernels.tuning import Table
 
 Read = Callable[[Path], Any]
@@ -28,12 +31,14 @@ JSON: dict[str, Read] = {
     "state of a search": read_search,
     "launch table": Table.load,
     "comparison": read_comparison,
+    "matrices": MATRICES.read,
     "layers": lambda path: _read(path, _Experts()),
 }
 TENSORS: dict[str, Read] = {
     "statistics": SaliencyStats.load,
     "masks": load_masks,
     "state of a batch": read_state,
+    "matrices of a layer": lambda path: read_tensors(path, LAYER_FORMAT),
     "header": read_header,
 }
 every = pytest.mark.parametrize("read", [*JSON.values(), *TENSORS.values()], ids=[*JSON, *TENSORS])

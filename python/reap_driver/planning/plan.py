@@ -1,4 +1,4 @@
-"""The plan: which experts each layer keeps, and its JSON file."""
+"""The plan: which experts each layer keeps, and which neurons of them, and its JSON file."""
 
 import itertools
 import os
@@ -9,6 +9,13 @@ from typing import Any
 from reap_driver.base.arguments import typed
 from reap_driver.base.json_text import json_in_lines
 from reap_driver.base.units import in_bytes
+from reap_driver.planning.neurons import (
+    MAX_WIDTH,
+    Neurons,
+    check_neurons,
+    from_bitmap,
+    to_bitmap,
+)
 from reap_kernels.documents import Format
 from reap_kernels.errors import PlanError
 from reap_kernels.files import replaced
@@ -29,6 +36,8 @@ from reap_kernels.schema import (
 
 _IDS = ListOf(Int(0, MAX_EXPERTS - 1))
 _LAYER: dict[str, Kind] = {"num_experts": Int(1, MAX_EXPERTS), "kept": _IDS, "removed": _IDS}
+# Of a layer whose experts lose neurons: I before the cut, and a bitmap per kept expert.
+_WIDTH: dict[str, Kind] = {"width": Int(1, MAX_WIDTH), "neurons": ListOf(Text(MAX_WIDTH))}
 NORMALIZE_KEY = "normalise"  # of `make_plan(normalize=)` in plan files, whose spelling stays
 _SETTINGS: dict[str, Kind] = {
     NORMALIZE_KEY: Text(choices=("mean", "max", "none")),
@@ -37,6 +46,11 @@ _SETTINGS: dict[str, Kind] = {
     # What was given in place of a ratio: a number of experts, or bytes and tokens.
     "keep": Int(1, MAX_EXPERTS),
     **dict.fromkeys(("target_size", "fits", "context"), Int(1)),
+    # Of plans that remove neurons: the shape that was asked for ("auto", "96x512"), what the width
+    # is a multiple of, and the ridge of the compensation.
+    "shape": Text(100),
+    "width_multiple": Int(1, MAX_WIDTH),
+    "ridge": Real(low=0),
 }
 _FIELDS: dict[str, Kind] = {
     "model": MODEL,
@@ -48,29 +62,39 @@ _FIELDS: dict[str, Kind] = {
     "data": ListOf(SOURCE),
     "notes": ListOf(Text()),
 }
-_IF_ANY = ("settings", "run", "observed")  # fields that a file holds unless they are empty
+_IF_ANY = (
+    "settings",
+    "run",
+    "observed",
+    "matrices",
+)  # fields that a file holds unless they are empty
 FORMAT = Format(
     "reap-plan",
     1,
     "plan",
-    {**_FIELDS, "layers": MapOf(Record(_LAYER), 1)},
+    {**_FIELDS, "layers": MapOf(Record(_LAYER, _WIDTH), 1)},
     PlanError,
     "make it again with `reap-kernels plan`",
     {
         "settings": Record(optional=_SETTINGS),
         "run": MapOf(Anything()),
         "observed": OBSERVED,
+        "matrices": Record({"digest": Text(100)}),
     },
 )
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Which experts of one layer are kept and which are removed.
+    """Which experts of one layer are kept and which are removed, and the neurons of those kept.
 
     Attributes:
         num_experts: E.
         kept, removed: ids, ascending; together each of 0..E - 1 once. `kept` is not empty.
+        width: I, the neurons of an expert (the size between its projections); None in a plan that
+            removes whole experts only.
+        neurons: per kept expert, in the order of `kept`, the ids of the neurons that it keeps,
+            ascending in 0..I - 1; equally many of each. None where `width` is.
 
     Raises:
         PlanError: the ids are not as above.
@@ -78,11 +102,15 @@ class LayerPlan:
     Example:
         >>> rd.LayerPlan.keeping(4, kept=(0, 2)).removed
         (1, 3)
+        >>> rd.LayerPlan.keeping(4, (0, 2), width=3, neurons=((0, 1), (1, 2))).narrow_width
+        2
     """
 
     num_experts: int
     kept: tuple[int, ...]
     removed: tuple[int, ...]
+    width: int | None = None
+    neurons: Neurons | None = None
 
     def __post_init__(self) -> None:
         if type(self.num_experts) is not int:
@@ -101,12 +129,29 @@ class LayerPlan:
                 f"kept {short(self.kept)} and removed {short(self.removed)} do not share out the "
                 f"ids 0..{self.num_experts - 1}"
             )
+        if (self.width is None) != (self.neurons is None):
+            given, missing = ("width", "neurons") if self.neurons is None else ("neurons", "width")
+            raise PlanError(f"{given} is given without {missing}; give both or neither")
+        if self.neurons is not None:
+            check_neurons(self.width, self.neurons, len(self.kept))
 
     @classmethod
-    def keeping(cls, num_experts: int, kept: tuple[int, ...]) -> "LayerPlan":
-        """The plan that keeps `kept` and removes the rest."""
+    def keeping(
+        cls,
+        num_experts: int,
+        kept: tuple[int, ...],
+        width: int | None = None,
+        neurons: Neurons | None = None,
+    ) -> "LayerPlan":
+        """The plan that keeps `kept`, of them `neurons`, and removes the rest."""
         stays = set(kept)
-        return cls(num_experts, kept, tuple(e for e in range(num_experts) if e not in stays))
+        removed = tuple(e for e in range(num_experts) if e not in stays)
+        return cls(num_experts, kept, removed, width, neurons)
+
+    @property
+    def narrow_width(self) -> int | None:
+        """I', the neurons that each kept expert keeps; None where the plan leaves the width."""
+        return None if self.neurons is None else len(self.neurons[0])
 
 
 def deciding_facts(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -146,6 +191,8 @@ class Plan:
             `search`); empty for other plans.
         observed: how the statistics were made: `device`, `devices`, `memory_bytes`, `threads`,
             `seconds`, and the `seed` of the samples; empty where they do not record it.
+        matrices: `digest` of the folder of matrices that has the plan's new down projections, which
+            compensate for what it removes; empty where the kept experts stay as they are.
         version: of the file format.
 
     Example:
@@ -166,6 +213,7 @@ class Plan:
     settings: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     observed: dict[str, Any] = field(default_factory=dict)
+    matrices: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT.version
 
     def describe(self) -> str:
@@ -177,14 +225,21 @@ class Plan:
         if self.uniform:
             counts = {(layer.num_experts, len(layer.kept)) for layer in layers}
             each = " and ".join(f"{kept} of {experts}" for experts, kept in sorted(counts))
-            text = f"keeps {each} experts in each of {len(layers)} layers"
+            text = f"keeps {each} experts in each of {len(layers)} layers{self._widths()}"
             return f"plan by {self.criterion}: {text}{tail}"
         kept = [len(layer.kept) for layer in layers]
         experts = sum(layer.num_experts for layer in layers)
         return (
             f"plan by {self.criterion}, {self.allocation}: keeps {sum(kept)} of {experts} experts, "
-            f"from {min(kept)} to {max(kept)} in each of {len(layers)} layers{tail}"
+            f"from {min(kept)} to {max(kept)} in each of {len(layers)} layers"
+            f"{self._widths()}{tail}"
         )
+
+    def _widths(self) -> str:
+        """What it leaves of the experts' width, in words; empty where it leaves all."""
+        found = {(la.width, la.narrow_width) for la in self.layers.values() if la.neurons}
+        each = " and ".join(f"{narrow} of {width}" for width, narrow in sorted(found, key=str))
+        return f", with {each} neurons of each" if each else ""
 
     def __repr__(self) -> str:
         return f"Plan: {self.describe()}"
@@ -194,6 +249,25 @@ class Plan:
         """Whether all layers with equally many experts keep equally many."""
         counts = {(layer.num_experts, len(layer.kept)) for layer in self.layers.values()}
         return len(counts) == len({experts for experts, _ in counts})
+
+    @property
+    def narrows(self) -> bool:
+        """Whether it removes neurons of experts that it keeps."""
+        return any(layer.neurons is not None for layer in self.layers.values())
+
+    @property
+    def compensates(self) -> bool:
+        """Whether kept experts get new down projections: it is used with its matrices only."""
+        return self.narrows or bool(self.matrices)
+
+    @property
+    def shape(self) -> str | None:
+        """Experts x neurons that each layer keeps, such as "96x512"; None where it removes whole
+        experts only, or where layers differ.
+        """
+        shapes = {(len(layer.kept), layer.narrow_width) for layer in self.layers.values()}
+        [(experts, neurons), *others] = shapes
+        return None if others or neurons is None else f"{experts}x{neurons}"
 
     @property
     def asked(self) -> str | None:
@@ -266,10 +340,8 @@ class Plan:
             )
         content: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
         content |= {name: value for name in _IF_ANY if (value := getattr(self, name))}
-        content["layers"] = {
-            name: {key: getattr(layer, key) for key in _LAYER}
-            for name, layer in self.layers.items()
-        }
+        _check_widths(self.layers)
+        content["layers"] = {name: _entry(layer) for name, layer in self.layers.items()}
         return FORMAT.complete(content)
 
     @classmethod
@@ -285,14 +357,66 @@ class Plan:
         layers = {}
         for name, entry in content["layers"].items():
             try:
-                kept, removed = tuple(entry["kept"]), tuple(entry["removed"])
-                layers[name] = LayerPlan(entry["num_experts"], kept, removed)
+                layers[name] = _layer(entry)
             except PlanError as error:
                 raise FORMAT.refusal(path, f"layer {name}: {error}", ":") from error
+        try:
+            _check_widths(layers)
+        except PlanError as error:
+            raise FORMAT.refusal(path, str(error), ":") from error
         fields = {name: content[name] for name in _FIELDS}
         fields |= {name: content.get(name, {}) for name in _IF_ANY}  # older plans lack some
         _check_protected(path, fields["settings"].get("protected", {}), layers)
         return cls(**fields, layers=layers)
+
+
+def _entry(layer: LayerPlan) -> dict[str, Any]:
+    """A layer as its file holds it."""
+    entry = {key: getattr(layer, key) for key in _LAYER}
+    if layer.width is not None and layer.neurons is not None:
+        entry["width"] = layer.width
+        entry["neurons"] = [to_bitmap(ids, layer.width) for ids in layer.neurons]
+    return entry
+
+
+def _layer(entry: Mapping[str, Any]) -> LayerPlan:
+    """The layer that a file holds.
+
+    Raises:
+        PlanError: its ids or bitmaps are not as `LayerPlan` says.
+    """
+    neurons, width = entry.get("neurons"), entry.get("width")
+    if neurons is not None and width is not None:
+        try:
+            neurons = tuple(from_bitmap(text, width) for text in neurons)
+        except ValueError as error:
+            raise PlanError(f"one of the bitmaps in neurons {error}") from error
+    kept, removed = tuple(entry["kept"]), tuple(entry["removed"])
+    return LayerPlan(entry["num_experts"], kept, removed, width, neurons)
+
+
+def _check_widths(layers: Mapping[str, LayerPlan]) -> None:
+    """Checks that experts of one width before the cut have one width after it.
+
+    Raises:
+        PlanError: two layers differ, or only some name the neurons that they keep.
+    """
+    first: dict[int | None, tuple[str, int]] = {}
+    if all(layer.neurons is None for layer in layers.values()):
+        return
+    for name, layer in layers.items():
+        narrow = layer.narrow_width
+        if narrow is None:
+            raise PlanError(
+                f"layer {name!r} has no `neurons`, other layers have; a checkpoint has one width "
+                "of experts, so give every layer its neurons"
+            )
+        other, same = first.setdefault(layer.width, (name, narrow))
+        if narrow != same:
+            raise PlanError(
+                f"layer {name!r} keeps {narrow} of {layer.width} neurons and layer {other!r} keeps "
+                f"{same}; a checkpoint has one width of experts, so keep equally many"
+            )
 
 
 def _check_protected(

@@ -75,7 +75,8 @@ def save_masks(
         The plan, with notes on how the model differs from the one it was made for.
 
     Raises:
-        PlanError: the plan is for another model, or leaves a router too few experts.
+        PlanError: the plan is for another model, leaves a router too few experts, or changes
+            experts that it keeps.
         CheckpointError: the configuration cannot be read.
         UnsupportedModel: the model's MoE layers are of an unknown kind.
 
@@ -84,6 +85,12 @@ def save_masks(
         0.25
     """
     plan.check()
+    if plan.compensates:
+        raise PlanError(
+            f"plan: changes the experts that it keeps ({plan.shape or 'their down projections'}), "
+            "which masks of a router cannot say; write its checkpoint, or use a plan that removes "
+            "whole experts only"
+        )
     folder = resolve_folder(model_path)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     full = meta_model(config)

@@ -69,11 +69,17 @@ def check_kept(plan: "Plan") -> None:
     """Checks what can be checked of a plan without the model.
 
     Raises:
-        PlanError: there is no layer, kept ids are invalid, or nothing is removed.
+        PlanError: there is no layer, kept ids are invalid, nothing is removed, or the plan needs
+            matrices.
     """
     if not plan.layers:
         raise PlanError("plan: has no layers.")
     plan.check()
+    if plan.compensates:
+        raise PlanError(
+            "plan: changes the experts that it keeps (neurons, down projections), and this version "
+            "writes checkpoints of whole experts only; use a plan without `shape`."
+        )
     for name, layer in plan.layers.items():
         kept = layer.kept
         if (

@@ -128,6 +128,13 @@ METHODS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "Plan.save": lambda w: {"self": w["plan"], "path": w["root"] / "out.json"},
     "SaliencyStats.save": lambda w: {"self": w["stats"], "path": w["root"] / "out.safetensors"},
     "SaliencyStats.merge": lambda w: {"self": w["stats"], "other": w["stats"]},
+    "Matrices.create": lambda w: {"folder": w["root"] / "m", "model": {}, "resume": True},
+    "Matrices.open": lambda w: {"folder": w["root"] / "m"},
+    "Matrices.put": lambda w: {
+        "self": rd.Matrices.create(w["root"] / "put", model={}, resume=True),
+        "name": "layer",
+        "down": torch.zeros(1, 2, 3),
+    },
     "Plan.load": lambda w: {"path": w["root"] / "out.json"},
     "SaliencyStats.load": lambda w: {"path": w["root"] / "out.safetensors"},
     "LayerPlan": lambda _: {"num_experts": 4, "kept": (0, 1), "removed": (2, 3)},
