@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from reap_kernels.errors import DataError
 from reap_kernels.schema import short
 
 # Facts of a layer that decide.
@@ -79,6 +80,46 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Difference
         if first.get(name, _ABSENT) != second.get(name, _ABSENT)
     ]
     return Differences(tuple(deciding), tuple(other), "")
+
+
+def merged_provenance(
+    here: Mapping[str, Any], there: Mapping[str, Any], what: str
+) -> dict[str, Any]:
+    """The provenance of two observations as one; what else differs in the models is noted.
+
+    Args:
+        here, there: the provenance of each.
+        what: begins the message, such as "cannot merge statistics".
+
+    Raises:
+        DataError: the models do not match, or the gate rules differ; names what does.
+
+    Example:
+        >>> model = {"model_type": "qwen3_moe", "config_digest": "a"}
+        >>> first, second = ({"model": model, "data": [{"tokens": n}]} for n in (64, 32))
+        >>> merged_provenance(first, second, "cannot merge")["data"]
+        [{'tokens': 64}, {'tokens': 32}]
+    """
+    found = differences(there, here)
+    if found.deciding or found.unnamed:
+        raise DataError(f"{what}: {found.text}; merge observations of one model only")
+    if here.get("gate") != there.get("gate"):
+        raise DataError(
+            f"{what}: gate is {here.get('gate')!r} here and {there.get('gate')!r} there; merge "
+            "observations of one model only"
+        )
+    data = [*here.get("data", []), *there.get("data", [])]
+    # No command made the two together.
+    known = {name: value for name, value in here.items() if name not in ("run", "observed")}
+    notes = [*here.get("notes", []), *there.get("notes", [])]
+    if found.other:
+        ids = [(record.get("model") or {}).get("id") for record in (there, here)]
+        notes.append(
+            f"statistics of {ids[0]!r} (there) were merged into those of {ids[1]!r} (here): "
+            f"{found.text}"
+        )
+    noted = {"notes": list(dict.fromkeys(notes))} if notes else {}
+    return {**known, "data": data, **noted}
 
 
 def _layer_differences(

@@ -15,7 +15,7 @@ from torch import Tensor
 from reap_kernels.documents import Format
 from reap_kernels.errors import DataError, ShapeError, UsageError
 from reap_kernels.files import replaced
-from reap_kernels.model_match import differences
+from reap_kernels.model_match import merged_provenance
 from reap_kernels.provenance import PROVENANCE
 from reap_kernels.schema import Int, ListOf, Text, short
 from reap_kernels.stats_values import check_parts, check_values
@@ -281,44 +281,22 @@ class SaliencyStats:
         """
         if not isinstance(other, SaliencyStats):
             raise UsageError(f"other is a {type(other).__name__}; give statistics")
-        found = differences(other.provenance, self.provenance)
-        if found.deciding or found.unnamed:
+        provenance = merged_provenance(self.provenance, other.provenance, "cannot merge statistics")
+        if list(self.layers) != list(other.layers):
             raise DataError(
-                f"cannot merge statistics: {found.text}; merge observations of one model only"
+                f"cannot merge statistics: layers is {list(self.layers)!r} here and "
+                f"{list(other.layers)!r} there; merge observations of one model only"
             )
-        for key, mine, theirs in (
-            ("gate", self.provenance.get("gate"), other.provenance.get("gate")),
-            ("layers", list(self.layers), list(other.layers)),
-        ):
-            if mine != theirs:
-                raise DataError(
-                    f"cannot merge statistics: {key} is {mine!r} here and {theirs!r} there; merge "
-                    "observations of one model only"
-                )
         groups = list(dict.fromkeys([*self.groups, *other.groups]))
         layers = {}
         for name, mine in self.layers.items():
             layers[name] = LayerStats(mine.num_experts, len(groups), mine.device)
             for part, names in ((mine, self.groups), (other.layers[name], other.groups)):
                 layers[name].merge_(part, [groups.index(group) for group in names])
-        data = [*self.provenance.get("data", []), *other.provenance.get("data", [])]
         parts = []
         if len(self.parts) == len(other.parts):
             pairs = zip(self.parts, other.parts, strict=True)
             parts = [mine.merge(theirs) for mine, theirs in pairs]
-        provenance = {**self.provenance, "data": data}
-        for name in ("run", "observed"):  # no command made the two together
-            provenance.pop(name, None)
-        notes = [*self.provenance.get("notes", []), *other.provenance.get("notes", [])]
-        if found.other:
-            records = (other.provenance, self.provenance)
-            ids = [(record.get("model") or {}).get("id") for record in records]
-            notes.append(
-                f"statistics of {ids[0]!r} (there) were merged into those of {ids[1]!r} (here): "
-                f"{found.text}"
-            )
-        if notes:
-            provenance["notes"] = list(dict.fromkeys(notes))
         return SaliencyStats(layers, groups, provenance, parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from reap_driver.evaluation.router_masks import masked_experts
     from reap_driver.evaluation.routing import orphans, retained
     from reap_driver.evaluation.sequences import Comparison
+    from reap_driver.files.gram_folder import GramFolder, GramWriter
     from reap_driver.files.matrices import Matrices
     from reap_driver.load.resident import load_model
     from reap_driver.model.discover import MoELayer, find_moe_layers, record_of
@@ -97,6 +98,8 @@ _HOMES = {
     "DataOptions": "reap_driver.workflow.options",
     "Estimate": "reap_driver.workflow.estimate",
     "EstimateOptions": "reap_driver.workflow.jobs",
+    "GramFolder": "reap_driver.files.gram_folder",
+    "GramWriter": "reap_driver.files.gram_folder",
     "JournalOptions": "reap_driver.workflow.options",
     "LayerPlan": "reap_driver.planning.plan",
     "LayerStats": "reap_kernels",
@@ -174,6 +177,8 @@ __all__ = [
     "DataOptions",
     "Estimate",
     "EstimateOptions",
+    "GramFolder",
+    "GramWriter",
     "JournalOptions",
     "LayerPlan",
     "LayerStats",
