@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reap_driver.budget_search.search import search_plan
     from reap_driver.compat.model_config import load_config
+    from reap_driver.compensation.width import WidthCut, prune_width
     from reap_driver.data.recipe import Recipe
     from reap_driver.evaluation.audit import check_permutation
     from reap_driver.evaluation.models import compare_models
@@ -127,6 +128,7 @@ _HOMES = {
     "SearchOptions": "reap_driver.workflow.jobs",
     "Searched": "reap_driver.workflow.search",
     "ShapeOptions": "reap_driver.workflow.shape_options",
+    "WidthCut": "reap_driver.compensation.width",
     "WriteOptions": "reap_driver.workflow.options",
     "__version__": "reap_kernels",
     "apply": "reap_driver.workflow.calls",
@@ -150,6 +152,7 @@ _HOMES = {
     "plan": "reap_driver.workflow.calls",
     "plan_of_removals": "reap_driver.planning.planner",
     "prune": "reap_driver.workflow.calls",
+    "prune_width": "reap_driver.compensation.width",
     "random_plan": "reap_driver.planning.planner",
     "recipe_names": "reap_driver.workflow.recipes",
     "record_of": "reap_driver.model.discover",
@@ -206,6 +209,7 @@ __all__ = [
     "SearchOptions",
     "Searched",
     "ShapeOptions",
+    "WidthCut",
     "WriteOptions",
     "__version__",
     "apply",
@@ -229,6 +233,7 @@ __all__ = [
     "plan",
     "plan_of_removals",
     "prune",
+    "prune_width",
     "random_plan",
     "recipe_names",
     "record_of",

@@ -107,6 +107,11 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "allocation": "mine",
         "ratio": 0.25,
     },
+    "prune_width": lambda _: {
+        "down": torch.ones(3, 4, 5),
+        "gram": torch.eye(5).expand(3, 5, 5),
+        "keep": 2,
+    },
     "random_plan": lambda w: {"scores": w["scores"], "ratio": 0.25, "seed": 0},
     "record_of": lambda w: {"model": w["model"]},
     "retained": lambda w: {"stats": w["stats"], "plan": w["plan"]},
