@@ -2,7 +2,7 @@
 
 Tensors in, tensors out; imports torch, never transformers. Layers, lowest first: errors, env,
 activation, quantized -> types -> dispatch, stats, layer_gram, device -> tuning, selfcheck -> sort,
-dequant -> experts -> saliency -> layer, compare.
+dequant -> experts -> saliency, gram -> layer, compare.
 """
 
 from reap_kernels import errors, requirements  # noqa: F401  which checks torch
@@ -11,6 +11,7 @@ from reap_kernels.compare import LogitComparison, compare_logits
 from reap_kernels.dequant import dequantize
 from reap_kernels.dispatch import check_backend, explain
 from reap_kernels.experts import expert_outputs
+from reap_kernels.gram import gram
 from reap_kernels.layer import observe_layer
 from reap_kernels.layer_gram import LayerGram
 from reap_kernels.quantized import Quantized
@@ -37,6 +38,7 @@ __all__ = [
     "errors",
     "expert_outputs",
     "explain",
+    "gram",
     "observe_layer",
     "probe_activation",
     "sort_by_expert",

@@ -46,6 +46,7 @@ class Request(NamedTuple):
         sizes: of the call, or typical ones where a question is asked without one.
         layout: `ExpertWeights.layout`, where the op takes weights.
         biased: whether the experts add biases.
+        gram: whether a layer is asked for Gram matrices too.
     """
 
     op: str
@@ -55,6 +56,7 @@ class Request(NamedTuple):
     sizes: Sizes = Sizes()
     layout: str = "stacked"
     biased: bool = False
+    gram: bool = False
 
 
 @dataclass(frozen=True)
@@ -243,10 +245,12 @@ def check_backend(
     of typical sizes and the commonest kind of experts; see `explain` for others.
 
     Args:
-        op: one of `dispatch.OPS`: `sort`, `dequant`, `experts`, `saliency`, `layer`, `compare`.
+        op: one of `dispatch.OPS`: `sort`, `dequant`, `experts`, `saliency`, `gram`, `layer`,
+            `compare`.
         device: where the inputs will lie.
-        dtype: of the hidden states (`layer`, `experts`), expert outputs (`saliency`), logits
-            (`compare`), expert ids (`sort`) or dequantized matrices (`dequant`).
+        dtype: of the hidden states (`layer`, `experts`), expert outputs (`saliency`), inner
+            activations (`gram`), logits (`compare`), expert ids (`sort`) or dequantized matrices
+            (`dequant`).
         backend: an explicit request, as in the ops. Default: `REAP_BACKEND`, else automatic choice.
 
     Returns:

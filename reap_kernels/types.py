@@ -232,18 +232,27 @@ class ExpertWeights:
         Returns:
             [n, H].
         """
+        return self.output(expert, self.inner(expert, x))
 
-        def product(a: Tensor, matrices: Matrices, bias: Tensor | None) -> Tensor:
-            matrix, own = matrices[expert], None if bias is None else bias[expert].to(x.dtype)
-            if matrix.dtype != x.dtype:  # asking is cheaper than a conversion that does nothing
-                matrix = matrix.to(x.dtype)
-            return torch.nn.functional.linear(a, matrix, own)
-
-        projected = product(x, self.up, self.up_bias)
+    def inner(self, expert: int, x: Tensor) -> Tensor:
+        """h(x) of one expert, what its down projection reads: [n, I] of x [n, H], in its dtype."""
+        projected = _product(expert, x, self.up, self.up_bias)
         if self.gate is not None:
-            projected = torch.cat([product(x, self.gate, self.gate_bias), projected], dim=-1)
-        inner = self.activation.apply(projected, interleaved=self.interleaved)
-        return product(inner, self.down, self.down_bias)
+            gate = _product(expert, x, self.gate, self.gate_bias)
+            projected = torch.cat([gate, projected], dim=-1)
+        return self.activation.apply(projected, interleaved=self.interleaved)
+
+    def output(self, expert: int, h: Tensor) -> Tensor:
+        """The down projection of one expert: [n, H] of h [n, I], in its dtype."""
+        return _product(expert, h, self.down, self.down_bias)
+
+
+def _product(expert: int, a: Tensor, matrices: Matrices, bias: Tensor | None) -> Tensor:
+    """a [n, K] times one expert's matrix, transposed, with its bias, in a's dtype: [n, N]."""
+    matrix, own = matrices[expert], None if bias is None else bias[expert].to(a.dtype)
+    if matrix.dtype != a.dtype:  # asking is cheaper than a conversion that does nothing
+        matrix = matrix.to(a.dtype)
+    return torch.nn.functional.linear(a, matrix, own)
 
 
 @dataclass(frozen=True)

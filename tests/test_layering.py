@@ -20,7 +20,7 @@ KERNEL_ORDER = (
     ("tuning", "selfcheck", "cuda"),
     ("sort", "dequant"),
     ("experts",),
-    ("saliency",),
+    ("saliency", "gram"),
     ("layer", "compare"),
     ("doctor", "tune", "__init__"),
 )

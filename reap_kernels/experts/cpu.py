@@ -7,7 +7,7 @@ slower than converting one expert's weights and computing in float32.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -43,10 +43,10 @@ def partition(offsets: Tensor) -> list[tuple[int, int]]:
     return parts
 
 
-def pieces(
+def inner_pieces(
     hidden: Tensor, routing: Routing, experts: ExpertWeights, parts: list[tuple[int, int]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Expert outputs piece by piece, in sorted row order.
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """What the down projections read, piece by piece, in sorted row order.
 
     Args:
         hidden: [T, H].
@@ -55,14 +55,39 @@ def pieces(
         parts: from `partition`.
 
     Yields:
-        (tokens, y): token indices [n] of a piece's rows, and their outputs [n, H] in the compute
-        dtype, owned by the caller.
+        (expert, tokens, h): token indices [n] of a piece's rows, and h [n, I] in the compute dtype,
+        owned by the caller.
     """
     hidden = hidden.to(compute_dtype(hidden.dtype))
     sizes = [rows for _, rows in parts]
     tokens = (routing.gather_index[: sum(sizes)] // routing.top_k).split(sizes)
     for (expert, _), rows in zip(parts, tokens, strict=True):
-        yield rows, experts.project(expert, hidden.index_select(0, rows))
+        yield expert, rows, experts.inner(expert, hidden.index_select(0, rows))
+
+
+def pieces(
+    hidden: Tensor,
+    routing: Routing,
+    experts: ExpertWeights,
+    parts: list[tuple[int, int]],
+    seen: Callable[[Tensor], None] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Expert outputs piece by piece, in sorted row order.
+
+    Args:
+        hidden, routing, experts, parts: as `inner_pieces` takes them.
+        seen: called with h [n, I] of each piece, which it may overwrite.
+
+    Yields:
+        (tokens, y): token indices [n] of a piece's rows, and their outputs [n, H] in the compute
+        dtype, owned by the caller.
+    """
+    for expert, rows, h in inner_pieces(hidden, routing, experts, parts):
+        y = experts.output(expert, h)
+        if seen is not None:
+            seen(h)
+        del h  # while the outputs are in use
+        yield rows, y
 
 
 def expert_outputs(hidden: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:

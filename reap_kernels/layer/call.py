@@ -6,6 +6,8 @@ from torch import Tensor
 
 from reap_kernels.dispatch import Request
 from reap_kernels.experts.request import request_of
+from reap_kernels.gram.factors import row_factors
+from reap_kernels.layer_gram import LayerGram
 from reap_kernels.stats import LayerStats
 from reap_kernels.types import ExpertWeights
 
@@ -24,6 +26,8 @@ class LayerCall:
         group: of every token, or [T] int64, contiguous.
         chunk: tokens computed at a time by backends that hold whole expert outputs; None for as
             many as fit.
+        gram: added to in place; None where only outputs and statistics are wanted.
+        gram_scale: factor of every token, or [T], in `gram`.
     """
 
     hidden: Tensor
@@ -34,14 +38,22 @@ class LayerCall:
     mask: Tensor | None = None
     group: int | Tensor = 0
     chunk: int | None = None
+    gram: LayerGram | None = None
+    gram_scale: float | Tensor = 1.0
 
     @property
     def request(self) -> Request:
         """What a backend is chosen by."""
-        return request_of("layer", self.hidden, self.topk_ids.shape[1], self.experts)
+        request = request_of("layer", self.hidden, self.topk_ids.shape[1], self.experts)
+        return request if self.gram is None else request._replace(gram=True)
+
+    def gram_factors(self) -> Tensor:
+        """[T, k]: see `row_factors`."""
+        return row_factors(self.topk_weights, self.mask, self.gram_scale)
 
     def part(self, tokens: slice) -> "LayerCall":
         """The call of some of the tokens, as views."""
+        scale = self.gram_scale
         return replace(
             self,
             hidden=self.hidden[tokens],
@@ -49,4 +61,5 @@ class LayerCall:
             topk_weights=self.topk_weights[tokens],
             mask=None if self.mask is None else self.mask[tokens],
             group=self.group[tokens] if isinstance(self.group, Tensor) else self.group,
+            gram_scale=scale[tokens] if isinstance(scale, Tensor) else scale,
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reap_kernels.experts.cpu import partition, pieces
+from reap_kernels.gram import cpu as gram_cpu
 from reap_kernels.layer.call import LayerCall
 from reap_kernels.saliency.cpu import RowMeasures, reduce_rows
 from reap_kernels.sort import cpu as sort_cpu
@@ -23,8 +24,12 @@ def observe_layer(call: LayerCall) -> Tensor:
     parts = partition(routing.offsets)
     columns = router_weights.unsqueeze(1).split([rows for _, rows in parts])
     measures: list[RowMeasures] = []
+    add = None
+    if call.gram is not None:
+        add = gram_cpu.adder(call.gram, routing, call.gram_factors(), parts)
     out = torch.zeros_like(hidden, dtype=accumulator)
-    for column, (rows, y) in zip(columns, pieces(hidden, routing, experts, parts), strict=True):
+    found = pieces(hidden, routing, experts, parts, seen=add)
+    for column, (rows, y) in zip(columns, found, strict=True):
         if stats is not None:
             measures.append(RowMeasures.of(y))
         wide = y if y.dtype == accumulator else y.to(accumulator)

@@ -46,6 +46,8 @@ def refusal(request: Request) -> str | None:
             reason = f"k = {request.sizes.top_k} is above {most}; `triton` has no limit"
     if reason is None:
         reason = product_limits(request)
+    if reason is None and request.gram:
+        reason = "it sums no Gram matrices yet"
     if reason is not None:
         return reason
     chosen = stage_backends(request)

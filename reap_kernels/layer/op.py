@@ -12,8 +12,11 @@ from reap_kernels.device import without_autocast
 from reap_kernels.dispatch import Backend, always, direct, register, select
 from reap_kernels.errors import ShapeError
 from reap_kernels.experts.op import check_experts
+from reap_kernels.gram.factors import checked_scale
+from reap_kernels.gram.op import check_sums
 from reap_kernels.layer import cpu, cuda_backend, reference, triton_backend
 from reap_kernels.layer.call import LayerCall
+from reap_kernels.layer_gram import LayerGram
 from reap_kernels.quantized import FORMATS, Quantized
 from reap_kernels.saliency.op import checked_mask, group_ids
 from reap_kernels.sort.op import check_routing, cpu_only
@@ -31,6 +34,8 @@ def observe_layer(
     mask: Tensor | None = None,
     group: int | Tensor = 0,
     chunk: int | None = None,
+    gram: LayerGram | None = None,
+    gram_scale: float | Tensor = 1.0,
     backend: str | None = None,
 ) -> Tensor:
     """The routed part of an MoE layer, and what REAP needs to know of it, in one pass.
@@ -51,6 +56,10 @@ def observe_layer(
         chunk: tokens computed at a time by backends that keep whole expert outputs (GPUs'); outputs
             keep their bits, sums move by at most about 1e-12 relative. Default: as many as
             `REAP_SCRATCH_BYTES` allows, see `env.py`.
+        gram: sums of the experts' inner activations to add to in place, on the same device; see
+            `gram`. Nothing else changes by them. Default none.
+        gram_scale: factor of 0 or more of all tokens in `gram`, or [T] floats, such as the weight
+            of each token's calibration group.
         backend: explicit backend, never falls back. Default: see `explain()`.
 
     Returns:
@@ -72,7 +81,11 @@ def observe_layer(
         >>> stats.count
         tensor([[5, 5, 0, 0, 0, 0, 0, 0]])
     """
-    call = _checked(LayerCall(hidden, topk_ids, topk_weights, experts, stats, mask, group, chunk))
+    call = _checked(
+        LayerCall(
+            hidden, topk_ids, topk_weights, experts, stats, mask, group, chunk, gram, gram_scale
+        )
+    )
     # A torch function cannot pass through an operator schema: it always runs as plain torch code.
     if experts.activation.fn is not None or direct(hidden):
         return _run(call, backend)
@@ -101,6 +114,9 @@ def _checked(call: LayerCall) -> LayerCall:
                 f"{experts.num_experts} on {hidden.device}"
             )
         group = group_ids(call.group, tokens, stats)
+    if call.gram is not None:
+        check_sums(call.gram, experts.num_experts, experts.intermediate_size, hidden.device)
+        checked_scale(call.gram_scale, tokens)
     if mask is call.mask and group is call.group:
         return call
     return replace(call, mask=mask, group=group)
@@ -157,6 +173,9 @@ def _flattened(call: LayerCall, backend: str | None) -> tuple[Any, ...]:
         0 if isinstance(group, Tensor) else group,
         group if isinstance(group, Tensor) else None,
         call.chunk,
+        [] if call.gram is None else call.gram.packed(),
+        1.0 if isinstance(call.gram_scale, Tensor) else call.gram_scale,
+        call.gram_scale if isinstance(call.gram_scale, Tensor) else None,
         backend,
         *_format(experts.down),
     )
@@ -176,7 +195,7 @@ def _matrices(flat: list[Tensor], quantized: str | None, block: tuple[int, int])
     return flat[0] if len(flat) == 1 and flat[0].ndim == 3 else flat
 
 
-@torch.library.custom_op("reap_kernels::observe_layer", mutates_args=("stats",))
+@torch.library.custom_op("reap_kernels::observe_layer", mutates_args=("stats", "gram"))
 def _observe_layer(
     hidden: Tensor,
     topk_ids: Tensor,
@@ -196,6 +215,9 @@ def _observe_layer(
     group: int,
     groups: Tensor | None,
     chunk: int | None,
+    gram: list[Tensor],
+    scale: float,
+    scales: Tensor | None,
     backend: str | None,
     quantized: str | None = None,
     block_rows: int = 0,
@@ -214,7 +236,9 @@ def _observe_layer(
     )
     layer = LayerStats.from_packed(stats) if stats else None
     own = group if groups is None else groups
-    call = LayerCall(hidden, topk_ids, topk_weights, experts, layer, mask, own, chunk)
+    sums = LayerGram.from_packed(gram) if gram else None
+    factor = scale if scales is None else scales
+    call = LayerCall(hidden, topk_ids, topk_weights, experts, layer, mask, own, chunk, sums, factor)
     return _run(call, backend)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from reap_kernels.experts import reference as experts_reference
+from reap_kernels.gram import reference as gram_reference
 from reap_kernels.layer.call import LayerCall
 from reap_kernels.saliency import reference as saliency_reference
 from reap_kernels.sort import reference as sort_reference
@@ -25,4 +26,7 @@ def observe_layer(call: LayerCall) -> Tensor:
         rows_mask = None if call.mask is None else call.mask[tokens]
         own = call.group[tokens] if isinstance(call.group, Tensor) else call.group
         saliency_reference.accumulate(y, ids, router_weights, call.stats, rows_mask, own)
+    if call.gram is not None:
+        h = experts_reference.inner_outputs(hidden, routing, experts)
+        gram_reference.gram(h, routing, call.gram_factors(), call.gram)
     return out.to(hidden.dtype)

@@ -39,6 +39,8 @@ _ROUNDED = {"triton": 1.0, "grouped_mm": 1.6}
 def refusal(products: str, request: Request) -> str | None:
     """Why `layer` cannot be served with these products, or None."""
     reason = product_limits(request)
+    if reason is None and request.gram:
+        reason = "it sums no Gram matrices yet"
     if reason is None and products == "grouped_mm":
         reason = grouped_limits(request)
     return reason or selfcheck.verdict(

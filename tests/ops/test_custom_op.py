@@ -9,7 +9,9 @@ from reap_kernels.testing import CASES, LAYOUTS, make_experts, make_inputs
 CASE = CASES[-1]
 
 
-def arguments(layout: str, with_stats: bool, backend: str | None = None) -> tuple:
+def arguments(
+    layout: str, with_stats: bool, backend: str | None = None, with_gram: bool = False
+) -> tuple:
     """The operator's flat arguments for one layout."""
     inputs = make_inputs(CASE)
     kind = "relu2" if layout == "ungated" else "silu"
@@ -39,6 +41,9 @@ def arguments(layout: str, with_stats: bool, backend: str | None = None) -> tupl
         0,
         inputs.group if with_stats else None,
         None,
+        rk.LayerGram(CASE.experts, CASE.intermediate).packed() if with_gram else [],
+        0.5,
+        torch.rand(CASE.tokens) if with_gram else None,
         backend,
     )
 
@@ -49,6 +54,12 @@ def test_opcheck(layout: str, with_stats: bool) -> None:
     result = torch.library.opcheck(
         torch.ops.reap_kernels.observe_layer.default, arguments(layout, with_stats)
     )
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_opcheck_with_gram_matrices() -> None:
+    operator = torch.ops.reap_kernels.observe_layer.default
+    result = torch.library.opcheck(operator, arguments("stacked", True, with_gram=True))
     assert set(result.values()) == {"SUCCESS"}
 
 
@@ -90,6 +101,22 @@ def test_compiles_with_the_group_of_each_token() -> None:
     assert all(map(torch.equal, compiled.packed(), eager.packed()))
     with pytest.raises(RuntimeError, match="a group id is outside the groups"):
         fast(inputs.group + CASE.groups, inputs.mask, compiled)
+
+
+def test_compiles_with_gram_matrices_and_the_factor_of_each_token() -> None:
+    inputs, experts = make_inputs(CASE), make_experts(CASE)
+    compiled, eager = (rk.LayerGram(CASE.experts, CASE.intermediate) for _ in range(2))
+    call = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts)
+
+    def layer(scale, sums):
+        return rk.observe_layer(*call, mask=inputs.mask, gram=sums, gram_scale=scale)
+
+    fast = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    scale = torch.rand(CASE.tokens)
+    assert torch.equal(fast(scale, compiled), layer(scale, eager))
+    assert all(map(torch.equal, compiled.packed(), eager.packed()))
+    with pytest.raises(RuntimeError, match="scale has values below 0"):
+        fast(scale - 2, compiled)
 
 
 def test_inference_mode_adds_to_ordinary_statistics() -> None:
