@@ -2,12 +2,13 @@
 
 Tensors in, tensors out; imports torch, never transformers. Layers, lowest first: errors, env,
 activation, quantized -> types -> dispatch, stats, layer_gram, device -> tuning, selfcheck -> sort,
-dequant -> experts -> saliency, gram -> layer, compare.
+dequant -> experts -> saliency, gram -> layer, cross, compare.
 """
 
 from reap_kernels import errors, requirements  # noqa: F401  which checks torch
 from reap_kernels.activation import Activation, probe_activation
 from reap_kernels.compare import LogitComparison, compare_logits
+from reap_kernels.cross import cross
 from reap_kernels.dequant import dequantize
 from reap_kernels.dispatch import check_backend, explain
 from reap_kernels.experts import expert_outputs
@@ -34,6 +35,7 @@ __all__ = [
     "accumulate",
     "check_backend",
     "compare_logits",
+    "cross",
     "dequantize",
     "errors",
     "expert_outputs",

@@ -246,11 +246,11 @@ def check_backend(
 
     Args:
         op: one of `dispatch.OPS`: `sort`, `dequant`, `experts`, `saliency`, `gram`, `layer`,
-            `compare`.
+            `cross`, `compare`.
         device: where the inputs will lie.
-        dtype: of the hidden states (`layer`, `experts`), expert outputs (`saliency`), inner
-            activations (`gram`), logits (`compare`), expert ids (`sort`) or dequantized matrices
-            (`dequant`).
+        dtype: of the hidden states (`layer`, `experts`, `cross`), expert outputs (`saliency`),
+            inner activations (`gram`), logits (`compare`), expert ids (`sort`) or dequantized
+            matrices (`dequant`).
         backend: an explicit request, as in the ops. Default: `REAP_BACKEND`, else automatic choice.
 
     Returns:
@@ -269,7 +269,7 @@ def check_backend(
     """
     if op not in OPS:
         raise UsageError(f"op {op!r} is not known; choose one of {', '.join(OPS)}")
-    activation = "silu" if op in ("experts", "layer") else ""
+    activation = "silu" if op in ("experts", "layer", "cross") else ""
     return select(Request(op, torch.device(device), dtype, activation), backend).name
 
 

@@ -21,7 +21,7 @@ KERNEL_ORDER = (
     ("sort", "dequant"),
     ("experts",),
     ("saliency", "gram"),
-    ("layer", "compare"),
+    ("layer", "cross", "compare"),
     ("doctor", "tune", "__init__"),
 )
 DRIVER_ORDER = (

@@ -90,6 +90,21 @@ def pieces(
         yield rows, y
 
 
+def summable(rows: Tensor) -> Tensor:
+    """The rows in the dtype that products which enter sums are computed in: float64 for float64,
+    else float32; not a copy where they have it.
+    """
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in the dtype of the factors, which may be wider than the total's."""
+    if right.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
 def expert_outputs(hidden: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     """See `reap_kernels.experts.op.expert_outputs`."""
     found = [y for _, y in pieces(hidden, routing, experts, partition(routing.offsets))]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reap_kernels.experts.cpu import partition
+from reap_kernels.experts.cpu import add_product, partition, summable
 from reap_kernels.layer_gram import LayerGram
 from reap_kernels.types import Routing
 
@@ -59,7 +59,7 @@ def adder(
 
 def _add_piece(gram: Tensor, first: Tensor, h: Tensor, factor: Tensor) -> None:
     """Adds rows of one expert, all of which count: h [n, I], factor [n]."""
-    rows = h if h.dtype == torch.float64 else h.float()
+    rows = summable(h)
     factor = factor.to(rows.dtype)
     rows.mul_(factor[:, None])
     first.add_(rows.T @ factor)
@@ -67,8 +67,4 @@ def _add_piece(gram: Tensor, first: Tensor, h: Tensor, factor: Tensor) -> None:
     number = -(-width // _BLOCK)
     cuts = (width * block // number for block in range(number + 1))
     for start, stop in itertools.pairwise(cuts):
-        block, left, right = gram[start:stop, :stop], rows[:, start:stop].T, rows[:, :stop]
-        if rows.dtype == gram.dtype:
-            block.addmm_(left, right)
-        else:
-            block.add_(left @ right)
+        add_product(gram[start:stop, :stop], rows[:, start:stop].T, rows[:, :stop])
