@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from reap_driver.workflow.shape_options import ShapeOptions
     from reap_driver.writer.apply import apply_plan
     from reap_driver.writer.mask_file import load_masks, save_masks
+    from reap_driver.writer.replace import ReplaceReport, replace_matrices
     from reap_driver.writer.report import ApplyReport
     from reap_kernels import LayerStats, SaliencyStats, __version__
 
@@ -120,6 +121,7 @@ _HOMES = {
     "Pruned": "reap_driver.workflow.prune",
     "RankOptions": "reap_driver.workflow.rank_options",
     "Recipe": "reap_driver.data.recipe",
+    "ReplaceReport": "reap_driver.writer.replace",
     "ReportOptions": "reap_driver.workflow.jobs",
     "Reported": "reap_driver.workflow.report",
     "RunOptions": "reap_driver.workflow.options",
@@ -156,6 +158,7 @@ _HOMES = {
     "random_plan": "reap_driver.planning.planner",
     "recipe_names": "reap_driver.workflow.recipes",
     "record_of": "reap_driver.model.discover",
+    "replace_matrices": "reap_driver.writer.replace",
     "report": "reap_driver.workflow.calls",
     "retained": "reap_driver.evaluation.routing",
     "save_masks": "reap_driver.writer.mask_file",
@@ -201,6 +204,7 @@ __all__ = [
     "Pruned",
     "RankOptions",
     "Recipe",
+    "ReplaceReport",
     "ReportOptions",
     "Reported",
     "RunOptions",
@@ -237,6 +241,7 @@ __all__ = [
     "random_plan",
     "recipe_names",
     "record_of",
+    "replace_matrices",
     "report",
     "retained",
     "save_masks",

@@ -1,8 +1,9 @@
 """How transformers maps the keys of a checkpoint on disk to the tensors of a model in memory.
 
 The only file that uses the library's conversion API (`get_model_conversion_mapping`,
-`rename_source_key`, weight converters). It computes shapes only, by passing tensors on the meta
-device through the library's own operations.
+`rename_source_key`, weight converters). Shapes are found by passing tensors on the meta device
+through the library's own operations; values of single groups of tensors go through the same
+operations, in both directions.
 """
 
 import copy
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -22,6 +24,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+from reap_kernels.errors import UnsupportedModel
 
 Shape = tuple[int, ...]
 
@@ -44,6 +48,20 @@ class Target:
     def name(self) -> str:
         """The first model tensor, usually the only one."""
         return self.names[0]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that one conversion makes from each other.
+
+    Attributes:
+        names: tensors of the model.
+        keys: disk key -> source pattern of the converter (None if the key is only renamed); the
+            patterns in the converter's order, the keys of each in the order of their experts.
+    """
+
+    names: tuple[str, ...]
+    keys: Mapping[str, str | None]
 
 
 @dataclass
@@ -130,6 +148,97 @@ class KeyMap:
         found = list(lists.values())
         return found if all(len(part) == len(found[0]) for part in found) else []
 
+    def groups(self, keys: Iterable[str], modules: Iterable[str]) -> list[Group]:
+        """The groups of disk tensors that tensors of some modules are made of.
+
+        Args:
+            keys: every disk key.
+            modules: qualified names of modules.
+        """
+        inside = tuple(f"{module}." for module in modules)
+        found: dict[tuple[str, ...], dict[str, str | None]] = {}
+        for key in sorted(keys, key=dot_natural_key):
+            target = self.locate(key)
+            if self.known(target) and any(name.startswith(inside) for name in target.names):
+                found.setdefault(target.names, {})[key] = target.pattern
+        return [Group(names, self._ordered(keys)) for names, keys in found.items()]
+
+    def _ordered(self, keys: Mapping[str, str | None]) -> dict[str, str | None]:
+        """Keys of one group, by the order of their patterns."""
+        first = next(iter(keys.values()))
+        if first is None:
+            return dict(keys)
+        order = self._by_pattern[first].source_patterns
+        return dict(sorted(keys.items(), key=lambda item: order.index(str(item[1]))))
+
+    def to_model(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What loading makes of the disk tensors of a group: model tensor -> its values.
+
+        Raises:
+            UnsupportedModel: the library cannot convert them.
+        """
+        [(key, pattern), *_] = group.keys.items()
+        if pattern is None:
+            return {group.names[0]: tensors[key]}
+        members = [(key, str(pattern), tensors[key]) for key, pattern in group.keys.items()]
+        try:
+            made = self._run(self._by_pattern[pattern], group.names[0], members)
+        except Exception as error:  # an operation may raise anything on odd shapes
+            raise UnsupportedModel(
+                f"{group.names[0]}: cannot be made from {key} and {len(members) - 1} others "
+                f"({_first_line(error)}); use config.json and weights of one checkpoint."
+            ) from error
+        return {name: made[name] for name in group.names}
+
+    def to_disk(self, group: Group, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the disk tensors of a group hold if the model tensors made of them have these
+        values: the library's conversion reversed. Outputs that are not on the meta device were
+        converted back, and gave the values to the bit.
+
+        The names are those of the group. The library's own reversal, `revert_weight_conversion`,
+        finds the same tensors, but for some models other names than published checkpoints have.
+
+        Raises:
+            UnsupportedModel: the conversion cannot be reversed.
+        """
+        [(key, pattern), *_] = group.keys.items()
+        if pattern is None:
+            return {key: values[group.names[0]]}
+        made: list[Tensor] = []
+        try:
+            reverse = self._by_pattern[pattern].reverse_transform()
+            members = [(name, *reverse.rename_source_key(name)) for name in group.names]
+            inputs = [(name, str(source), values[name]) for name, _, source in members]
+            made = list(self._run(reverse, members[0][1], inputs).values())
+            problem = f"it gives {len(made)} tensors in place of {len(group.keys)}"
+        except Exception as error:  # noqa: BLE001 - as in `to_model`
+            problem = _first_line(error)
+        if len(made) == len(group.keys):
+            found = dict(zip(group.keys, made, strict=True))
+            again = self.to_model(group, found)
+            wrong = [name for name in group.names if not _equal(again[name], values[name])]
+            if not wrong:
+                return found
+            problem = f"converting it again gives another {wrong[0]}"
+        raise UnsupportedModel(
+            f"{group.names[0]}: its conversion from {key} and {len(group.keys) - 1} others cannot "
+            f"be reversed ({problem}), so new values cannot be written; apply plans that remove "
+            "whole experts only."
+        )
+
+    def _run(
+        self,
+        converter: WeightConverter,
+        name: str,
+        members: Iterable[tuple[str, str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """What a converter makes of (name, pattern, tensor), in the order that it makes it."""
+        used = copy.deepcopy(converter)
+        for key, pattern, tensor in members:
+            used.add_tensor(name, key, pattern, tensor)
+        made = used.convert(name, model=self._model, config=self._model.config)
+        return {key: t[0] if isinstance(t, list) else t for key, t in made.items()}
+
     def loaded_shapes(self, shapes: Mapping[str, Shape]) -> LoadedShapes:
         """What loading makes of disk tensors of these shapes: runs the library's conversions on
         meta tensors, in the order that loading uses.
@@ -162,18 +271,31 @@ class KeyMap:
         result: LoadedShapes,
     ) -> None:
         """Runs one converter on meta tensors. A failure is recorded in `result`, not raised."""
-        converter = copy.deepcopy(self._by_pattern[pattern])
-        for key, target in members:
-            tensor = torch.empty(shapes[key], device="meta")
-            converter.add_tensor(name, key, str(target.pattern), tensor)
+        empty = [
+            (key, str(target.pattern), torch.empty(shapes[key], device="meta"))
+            for key, target in members
+        ]
         try:
-            made = converter.convert(name, model=self._model, config=self._model.config)
+            made = self._run(self._by_pattern[pattern], name, empty)
         except Exception as error:  # noqa: BLE001 - an operation may raise anything on odd shapes
-            result.failed[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            result.failed[name] = _first_line(error)
             return
-        for full_name, tensor in made.items():
-            tensor = tensor[0] if isinstance(tensor, list) else tensor
-            result.shapes[full_name] = tuple(tensor.shape)
+        result.shapes |= {full_name: tuple(tensor.shape) for full_name, tensor in made.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bits; on the meta device without bits."""
+    if (left.shape, left.dtype, left.device) != (right.shape, right.dtype, right.device):
+        return False
+    if left.is_meta:
+        return True
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    kind = kinds[left.dtype.itemsize]
+    return torch.equal(left.contiguous().view(kind), right.contiguous().view(kind))
 
 
 def _within_expert(operation: object) -> bool:

@@ -80,7 +80,15 @@ class Relabel:
     num_experts: int
 
 
-Action = Copy | Drop | Select | SelectCodes | SetLength | Relabel
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """The values are new, and computed when everything else is written; see new_experts.py."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+Action = Copy | Drop | Select | SelectCodes | SetLength | Relabel | Compute
 
 
 @dataclass

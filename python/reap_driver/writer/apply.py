@@ -1,7 +1,6 @@
 """Writes a pruned checkpoint from a checkpoint's files and a plan."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,10 +44,10 @@ from reap_driver.writer.pruned_model import (
 )
 from reap_driver.writer.report import ApplyReport, Specification, specify
 from reap_driver.writer.shards import OutShard, plan_shards, write_index
+from reap_driver.writer.small_files import copy_file, counter
 from reap_driver.writer.staging import check_target, clean_stale, publish, rehearse, staged
 from reap_driver.writer.stream import check_threads, write_shards
 from reap_kernels import SaliencyStats
-from reap_kernels.files import named
 
 LOADER = "load_pruned.py"  # of checkpoints whose layers keep different numbers of experts
 
@@ -124,7 +123,7 @@ def apply_plan(
     model_card(job.inherited, job.plan, _report(job, out, 0))  # so that its errors come first
     needed = job.bytes_needed()
     with staged(out, needed=needed) as staging:
-        report = _write(job, checked, staging, out, _counter(progress, needed), threads, started)
+        report = _write(job, checked, staging, out, counter(progress, needed), threads, started)
         report.bytes_written += _save_record(staging, job.plan, stats)
         job.source.fingerprints.check()
         left = publish(staging, out, overwrite=overwrite)
@@ -303,12 +302,8 @@ def _write(
     written = write_shards(staging, job.shards, progress, threads)
     written += write_index(staging, job.shards, job.source.index_metadata)
     for path in job.source.small_files:
-        target = staging / path
-        target.parent.mkdir(parents=True, exist_ok=True)
         if path.as_posix() not in (*job.json_files, LOADER):
-            _copy(job.source, path, target)
-            progress(target.stat().st_size)
-            written += target.stat().st_size
+            written += copy_file(job.source, path, staging, progress)
     for name, content in job.json_files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         written += (staging / name).write_text(text, encoding="utf-8")
@@ -321,16 +316,6 @@ def _write(
     card = model_card(job.inherited, job.plan, report)
     report.bytes_written += (staging / "README.md").write_text(card, encoding="utf-8")
     return report
-
-
-def _copy(source: Checkpoint, path: Path, target: Path) -> None:
-    """Copies a small file, and checks that it is the one that was inspected."""
-    with (
-        source.fingerprints.open(source.folder / path) as file,
-        named(target),
-        target.open("xb") as copy,
-    ):
-        shutil.copyfileobj(file, copy)
 
 
 def _save_record(staging: Path, plan: "Plan", stats: "SaliencyStats | None") -> int:
@@ -399,16 +384,3 @@ def _check_extra_layers(names: tuple[str, ...], mtp: MtpKeys) -> None:
 def _renamed(keys: KeyActions) -> dict[str, str]:
     """Old name -> new name of every tensor that is kept."""
     return {key: a.name for key, a in keys.actions.items() if not isinstance(a, Drop)}
-
-
-def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
-    """Adds up byte counts for the caller's progress function."""
-    done = 0
-
-    def add(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(min(done, total), total)
-
-    return add

@@ -17,7 +17,7 @@ from reap_driver.files.safetensors_file import (
     encode_header,
     tensor_bytes,
 )
-from reap_driver.writer.actions import Action, Drop, Select, SelectCodes
+from reap_driver.writer.actions import Action, Compute, Drop, Select, SelectCodes
 from reap_driver.writer.codes import words_of
 from reap_kernels.errors import PlanError, UnsupportedModel
 
@@ -77,6 +77,8 @@ def out_tensor(key: str, entry: TensorEntry, action: Action) -> OutTensor | None
                 "bytes; "
                 "unpack the checkpoint first."
             )
+    elif isinstance(action, Compute):
+        shape = list(action.shape)
     elif isinstance(action, SelectCodes):
         shape[action.dim] = words_of(len(action.positions), action.bits)
     return OutTensor(action.name, entry.dtype, tuple(shape), entry, action)

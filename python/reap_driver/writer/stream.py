@@ -3,7 +3,8 @@
 Memory does not grow with the checkpoint: whole tensors and rows of dimension 0 are byte ranges of
 the source and never enter the process. Rows of other dimensions, packed codes and tables of ids
 pass through buffers of `BUFFER_BYTES` (or of one slab, the rows of all experts, where that is
-larger), three at a time in each thread.
+larger), three at a time in each thread. Values that are computed are written when all files have
+the rest, one part of a layer after the other, into room that was left for them.
 
 Only the calling thread runs the caller's progress function and receives signals; the others copy.
 The caller gets the first error of any thread, after every thread has ended: each checks at least
@@ -17,18 +18,20 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from reap_driver.files.fingerprints import unreadable
 from reap_driver.files.safetensors_file import DTYPE_BITS, TensorEntry
 from reap_driver.model.routing_table import relabel
-from reap_driver.writer.actions import Copy, Relabel, Select, SelectCodes, SetLength
+from reap_driver.writer.actions import Compute, Copy, Relabel, Select, SelectCodes, SetLength
 from reap_driver.writer.codes import select_codes, slab_bytes
 from reap_driver.writer.shards import OutShard, OutTensor
 from reap_kernels.errors import CheckpointError, PlanError
@@ -129,10 +132,44 @@ def write_shard(folder: Path, shard: OutShard, progress: Progress) -> int:
         write_all(out, header)
         progress(len(header))
         _write_tensors(out, shard, progress)
+        out.truncate(len(header) + shard.nbytes)  # if the last tensors are computed
         return os.fstat(out.fileno()).st_size
 
 
-def write_all(out: BinaryIO, data: bytes) -> None:
+def write_computed(
+    folder: Path,
+    shards: Sequence[OutShard],
+    values: Iterable[Mapping[str, Tensor]],
+    progress: Progress,
+) -> None:
+    """Writes the tensors that are computed into files that have everything else.
+
+    Args:
+        folder: of `write_shards`.
+        shards: as there.
+        values: name -> values, for some tensors at a time.
+        progress: called with bytes written.
+    """
+    places = {}
+    for shard in shards:
+        start = len(shard.header())
+        for tensor in shard.tensors:
+            if isinstance(tensor.action, Compute):
+                places[tensor.name] = (folder / shard.name, start, tensor)
+            start += tensor.nbytes
+    for group in values:
+        for name, value in group.items():
+            path, start, tensor = places.pop(name)
+            data = value.contiguous().view(-1).view(torch.uint8).numpy()
+            assert (tuple(value.shape), data.nbytes) == (tensor.shape, tensor.nbytes), name
+            with named(path), path.open("r+b", buffering=0) as out:
+                out.seek(start)
+                write_all(out, data.data)
+            progress(tensor.nbytes)
+    assert not places, f"no values for {next(iter(places))}"
+
+
+def write_all(out: BinaryIO, data: bytes | memoryview) -> None:
     """Writes every byte of `data` to an unbuffered file."""
     view = memoryview(data)
     while view:
@@ -165,6 +202,8 @@ def _write_tensors(out: BinaryIO, shard: OutShard, progress: Progress) -> None:
                 _announce(source_of(following), following.start, following.stop)
             if isinstance(piece, _Range):
                 copy_range(source_of(piece), out, piece.start, piece.stop, progress)
+            elif piece is not None and isinstance(piece.action, Compute):
+                out.seek(piece.nbytes, os.SEEK_CUR)
             elif piece is not None:
                 for block in _computed(source_of(piece), piece):
                     write_all(out, block)
