@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from reap_driver.compensation.width import WidthCut, prune_width
     from reap_driver.data.recipe import Recipe
     from reap_driver.evaluation.audit import check_permutation
+    from reap_driver.evaluation.compensation import compensated
     from reap_driver.evaluation.models import compare_models
     from reap_driver.evaluation.router_masks import masked_experts
     from reap_driver.evaluation.routing import orphans, retained
@@ -139,6 +140,7 @@ _HOMES = {
     "check_permutation": "reap_driver.evaluation.audit",
     "compare": "reap_driver.workflow.calls",
     "compare_models": "reap_driver.evaluation.models",
+    "compensated": "reap_driver.evaluation.compensation",
     "estimate": "reap_driver.workflow.calls",
     "find_moe_layers": "reap_driver.model.discover",
     "load_config": "reap_driver.compat.model_config",
@@ -222,6 +224,7 @@ __all__ = [
     "check_permutation",
     "compare",
     "compare_models",
+    "compensated",
     "estimate",
     "find_moe_layers",
     "load_config",

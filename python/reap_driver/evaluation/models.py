@@ -1,7 +1,7 @@
 """Compares the predictions of pruned models and their original on the same batches, without
 keeping their logits.
 
-Models in memory, and plans that mask the original's routers, run one after the other on each
+Models in memory, and plans that are put into the original, run one after the other on each
 batch; the original runs once, however many pruned models there are. Streamed models run one after
 the other on all batches, layer by layer; of each, the hidden states behind its last decoder layer
 are kept ([batch, seq, hidden], much smaller than the logits). Then all models' heads run on one
@@ -10,6 +10,7 @@ batch at a time.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from reap_driver.base.arguments import typed
 from reap_driver.base.interrupts import Stop
 from reap_driver.data.prefetch import prefetched, ready_for
+from reap_driver.evaluation.compensation import PlannedModel
 from reap_driver.evaluation.figures import DRAWS
 from reap_driver.evaluation.predictions import Predictions, predict
 from reap_driver.evaluation.router_masks import RouterMasks
@@ -28,6 +30,7 @@ from reap_driver.observation.layer_runner import LayerRunner
 from reap_driver.observation.run import Batches, BatchList, Run, run_streamed
 from reap_driver.observation.state_store import StateStore
 from reap_driver.planning.plan import Plan
+from reap_kernels.errors import UsageError
 
 Done = Callable[[float], Any]
 
@@ -39,6 +42,7 @@ def compare_models(
     batches: Sequence[Mapping[str, Tensor]],
     *,
     groups: Sequence[str] | None = None,
+    matrices: Mapping[str, Tensor] | str | Path | None = None,
     draws: int = DRAWS,
     seed: int = 0,
     backend: str | None = None,
@@ -50,11 +54,13 @@ def compare_models(
     Args:
         original: a model in memory, in eval mode.
         pruned: a model in memory with the same vocabulary, in eval mode; or a plan, which is
-            applied to `original` by masking its routers.
+            put into `original` in memory.
         batches: the models' arguments for each batch: `input_ids` [batch, seq] int64, and
             optionally `attention_mask`, `position_ids` and `token_mask` (bool), each [batch, seq];
             `reap_driver.evaluation.predictions.counted_targets` says which predictions count.
         groups: the calibration group of each batch; None puts all batches in one group.
+        matrices: of a plan that changes experts it keeps: {layer: [E', H, I']} or their folder; see
+            `compensated`.
         draws: samples of the bootstrap that gives the 95 % intervals.
         seed: seed of the bootstrap.
         backend: backend of `reap_kernels.compare_logits`; None chooses one, and a backend that is
@@ -68,7 +74,8 @@ def compare_models(
         DataError: no prediction counts, logits are not finite, or the number of groups is not the
             number of batches.
         ShapeError: the models' vocabularies differ in size.
-        PlanError: the plan does not fit the model; see `masked_experts`.
+        PlanError: the plan or its matrices do not fit the model; see `compensated`.
+        UsageError: matrices are given without a plan.
         UnsupportedModel: a model without a language model head, or whose routers cannot be masked.
 
     Example:
@@ -77,15 +84,20 @@ def compare_models(
         (252, True)
     """
     original = unwrap_model(original)
-    pruned = pruned if isinstance(pruned, Plan) else unwrap_model(pruned)
     given = BatchList.checked(batches, groups)
-    [sums] = compare_resident(original, [pruned], given, range(len(batches)), backend=backend)
+    if not isinstance(pruned, Plan):
+        if matrices is not None:
+            raise UsageError("compare_models: matrices go with a plan; a model has its own weights")
+        other: PreTrainedModel | PlannedModel = unwrap_model(pruned)
+    else:
+        other = PlannedModel(RouterMasks(original), pruned, matrices)
+    [sums] = compare_resident(original, [other], given, range(len(batches)), backend=backend)
     return sums.comparison(draws, seed)
 
 
 def compare_resident(
     original: PreTrainedModel,
-    pruned: Sequence[PreTrainedModel | Plan],
+    pruned: Sequence[PreTrainedModel | PlannedModel],
     batches: Batches,
     numbers: Sequence[int],
     *,
@@ -96,16 +108,14 @@ def compare_resident(
     the work.
     """
     sums = [Sums(backend) for _ in pruned]
-    masks = RouterMasks(original) if any(isinstance(one, Plan) for one in pruned) else None
     inputs = prefetched(map(batches.inputs, numbers), original.device)
     share = 1 / (len(numbers) * len(pruned))
     with contextlib.closing(inputs):
         for number, batch in zip(numbers, inputs, strict=True):
             full = predict(original, batch)
             for one, own in zip(pruned, sums, strict=True):
-                if isinstance(one, Plan):
-                    assert masks is not None
-                    with masks.keeping(one.kept):
+                if isinstance(one, PlannedModel):
+                    with one.active():
                         found = predict(original, batch)
                 else:
                     found = predict(one, batch)

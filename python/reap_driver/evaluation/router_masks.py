@@ -115,12 +115,15 @@ class RouterMasks:
 
     Args:
         model: a loaded MoE model. Its tensors must not be replaced while this is used.
+
+    Attributes:
+        layers: of the model, by name.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model = unwrap_model(model)
-        self._layers = {layer.name: layer for layer in find_moe_layers(model)}
-        experts = {name: layer.num_experts for name, layer in self._layers.items()}
+        self.layers = {layer.name: layer for layer in find_moe_layers(model)}
+        experts = {name: layer.num_experts for name, layer in self.layers.items()}
         self._dims = expert_dims(model, experts)
         self._state = model.state_dict(keep_vars=True)
         self._known: dict[str, _Routing] = {}
@@ -128,7 +131,7 @@ class RouterMasks:
     @contextlib.contextmanager
     def keeping(self, kept: Mapping[str, Sequence[int]]) -> Iterator[RouterMask]:
         """See `masked_experts`."""
-        layers = self._layers
+        layers = self.layers
         removed = {name: ids for name in kept if (ids := _removed(layers, name, kept[name]))}
         routing = {name: self._routing(name) for name in removed}
         routers = [pair for name in removed for pair in routing[name].without(removed[name])]
@@ -149,7 +152,7 @@ class RouterMasks:
     def _routing(self, name: str) -> "_Routing":
         """The tensors that decide the routing of a layer."""
         if name not in self._known:
-            self._known[name] = _find_routing(self._layers[name], self._dims, self._state)
+            self._known[name] = _find_routing(self.layers[name], self._dims, self._state)
         return self._known[name]
 
 

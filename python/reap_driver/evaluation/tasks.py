@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from reap_driver.compat.library_errors import wrap_errors
 from reap_driver.compat.text_model import text_model
-from reap_driver.evaluation.router_masks import masked_experts
+from reap_driver.evaluation.compensation import PlannedModel
 from reap_kernels.errors import DataError
 
 # Task -> metric -> (value, standard error).
@@ -31,7 +31,7 @@ def evaluate(
     tokenizer: str | Path,
     tasks: Sequence[str],
     *,
-    kept: Mapping[str, Sequence[int]] | None = None,
+    plan: PlannedModel | None = None,
     folder: Path | None = None,
     limit: int | None = None,
     apply_chat_template: bool = False,
@@ -45,7 +45,7 @@ def evaluate(
         model: a loaded model, in eval mode.
         tokenizer: folder or hub id of its tokenizer.
         tasks: names of tasks and task groups, of the harness or in `folder`.
-        kept: layer -> ids of the experts that its router may select; None for all.
+        plan: put into the model meanwhile; None for the model as it is.
         folder: folder with more task files (.yaml).
         limit: questions per task; None for all.
         apply_chat_template: whether to put questions through the tokenizer's chat template.
@@ -78,7 +78,7 @@ def evaluate(
         own = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
     if chat_template is not None:
         own.chat_template = chat_template
-    with contextlib.nullcontext() if kept is None else masked_experts(model, kept):
+    with contextlib.nullcontext() if plan is None else plan.active():
         found = harness.simple_evaluate(
             model=adapters.HFLM(pretrained=text_model(model), tokenizer=own, batch_size=batch_size),
             tasks=list(tasks),

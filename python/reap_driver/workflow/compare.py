@@ -2,11 +2,12 @@
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from reap_driver.compat.decoder_layers import decoder_layers
@@ -15,10 +16,13 @@ from reap_driver.data.packing import PackedSource
 from reap_driver.data.source import DataSource
 from reap_driver.evaluation import tasks
 from reap_driver.evaluation.audit import check_permutation
+from reap_driver.evaluation.compensation import PlannedModel
 from reap_driver.evaluation.models import compare_resident, compare_streamed
+from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.evaluation.routing import Orphans, orphans_of_each, retained
 from reap_driver.evaluation.sequences import Comparison, Sums
 from reap_driver.evaluation.vocabularies import check_vocabularies
+from reap_driver.files.matrices import folder_beside
 from reap_driver.load.streamed_model import open_streamed
 from reap_driver.memory.decision import Decision, decide
 from reap_driver.memory.machine import this_machine
@@ -46,6 +50,7 @@ from reap_driver.workflow.listener import Collector, Listener, Step
 from reap_driver.workflow.plan import Planned, plan_of
 from reap_driver.workflow.sources import sources_of
 from reap_driver.writer.plan_checks import check_model, check_same_layers
+from reap_driver.writer.plan_matrices import matrices_of, shapes_of
 from reap_kernels import SaliencyStats, check_backend
 from reap_kernels.errors import DataError, PlanError, ResourceError
 from reap_kernels.files import is_file
@@ -60,13 +65,30 @@ class Candidate:
 
     Attributes:
         name: as it was given.
-        pruned: the model; None where a plan masks the original's routers.
+        pruned: the model; None where a plan is put into the original.
         plan: what was pruned, where that is known.
+        matrices: of a plan that is put into the original and changes experts that it keeps.
     """
 
     name: str
     pruned: Model | None
     plan: Plan | None
+    matrices: Mapping[str, Tensor] | None = None
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that its matrices and what they replace add to the original in memory."""
+        total = 0
+        for name, (experts, hidden, narrow) in shapes_of(self.matrices or {}).items():
+            layer = None if self.plan is None else self.plan.layers.get(name)
+            width = narrow if layer is None or layer.width is None else layer.width
+            total += experts * hidden * (narrow + width)
+        return total
+
+    def ready(self, masks: RouterMasks) -> PlannedModel:
+        """The plan, to be put into the original."""
+        assert self.plan is not None
+        return PlannedModel(masks, self.plan, self.matrices)
 
 
 @dataclass(frozen=True)
@@ -153,7 +175,10 @@ def _candidate(
     if not isinstance(given, str | Path) or is_file(given):
         plan = _checked_plan(options, plan_of(given), original, heard)
         name = f"plan {number}, {plan.criterion}" if options.several else "a plan"
-        return Candidate(str(given) if isinstance(given, str | Path) else name, None, plan)
+        file = given.out if isinstance(given, Planned) else given
+        beside = folder_beside(file) if isinstance(file, str | Path) else None
+        found = matrices_of(plan, None, beside)
+        return Candidate(str(given) if isinstance(given, str | Path) else name, None, plan, found)
     pruned = inspect_model(str(given), trust_remote_code=trust)
     pruned.check_files()
     folders = [(model.source.folder, model.config) for model in (original, pruned)]
@@ -238,10 +263,12 @@ def _resident(
             stack.enter_context(_loaded(options, model, heard)) for model in given.models
         ]
         checkpoints = iter(others)
-        pruned: list[PreTrainedModel | Plan] = []
-        for one in given.candidates:
-            masked = one.plan if one.pruned is None else None
-            pruned.append(next(checkpoints) if masked is None else masked)
+        planned = any(one.pruned is None for one in given.candidates)
+        masks = RouterMasks(original) if planned else None
+        pruned: list[PreTrainedModel | PlannedModel] = [
+            next(checkpoints) if masks is None or one.pruned is not None else one.ready(masks)
+            for one in given.candidates
+        ]
         with heard.progress("comparing", "tok", total) as progress:
             sums = compare_resident(
                 original,
@@ -272,7 +299,11 @@ def _decided(options: CompareOptions, given: Subjects, sources: Sequence[PackedS
     each = [sized(run, model, sources, device, all_logits=True) for model in given.models]
     sizes, (work, *_) = zip(*each, strict=True)
     machine = this_machine(device, Path(tempfile.gettempdir()))
-    decision = decide(run.stream, _together(sizes), machine, work)
+    together = _together(sizes)
+    itemsize = given.original.meta.dtype.itemsize
+    more = itemsize * sum(one.numbers for one in given.candidates if one.pruned is None)
+    together = replace(together, rest_bytes=together.rest_bytes + more)
+    decision = decide(run.stream, together, machine, work)
     if decision.stream and any(one.pruned is None for one in given.candidates):
         path = given.original.path
         raise ResourceError(
@@ -351,16 +382,15 @@ def _evaluated(options: CompareOptions, given: Subjects, heard: Listener) -> lis
         "trust_remote_code": options.run.trust_remote_code,
     }
 
-    def answers(model: PreTrainedModel, plan: Plan | None = None) -> tasks.Results:
-        kept = None if plan is None else plan.kept
-        return tasks.evaluate(model, given.original.path, options.tasks, kept=kept, **how)
+    def answers(model: PreTrainedModel, plan: PlannedModel | None = None) -> tasks.Results:
+        return tasks.evaluate(model, given.original.path, options.tasks, plan=plan, **how)
 
     found: dict[int, tasks.Results] = {}
     with _loaded(options, given.original, heard) as original:
         first = answers(original)
         for number, one in enumerate(given.candidates):
             if one.pruned is None:
-                found[number] = answers(original, one.plan)
+                found[number] = answers(original, one.ready(RouterMasks(original)))
     for number, one in enumerate(given.candidates):
         if one.pruned is not None:
             with _loaded(options, one.pruned, heard) as pruned:

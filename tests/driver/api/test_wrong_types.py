@@ -91,6 +91,7 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "batches": w["batches"],
         "draws": 10,
     },
+    "compensated": lambda w: {"model": w["model"], "plan": w["plan"]},
     "find_moe_layers": lambda w: {"model": w["model"]},
     "load_config": lambda w: {"path_or_id": w["root"] / "full"},
     "load_masks": lambda w: {"path": w["root"] / "masks"},
