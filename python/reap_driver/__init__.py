@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reap_driver.budget_search.search import search_plan
     from reap_driver.compat.model_config import load_config
+    from reap_driver.compensation.refit import LayerRefit, refit_layer
+    from reap_driver.compensation.rows import ExpertRows
     from reap_driver.compensation.width import WidthCut, prune_width
     from reap_driver.data.recipe import Recipe
     from reap_driver.evaluation.audit import check_permutation
@@ -101,10 +103,12 @@ _HOMES = {
     "DataOptions": "reap_driver.workflow.options",
     "Estimate": "reap_driver.workflow.estimate",
     "EstimateOptions": "reap_driver.workflow.jobs",
+    "ExpertRows": "reap_driver.compensation.rows",
     "GramFolder": "reap_driver.files.gram_folder",
     "GramWriter": "reap_driver.files.gram_folder",
     "JournalOptions": "reap_driver.workflow.options",
     "LayerPlan": "reap_driver.planning.plan",
+    "LayerRefit": "reap_driver.compensation.refit",
     "LayerStats": "reap_kernels",
     "Listener": "reap_driver.workflow.listener",
     "Masked": "reap_driver.workflow.apply",
@@ -160,6 +164,7 @@ _HOMES = {
     "random_plan": "reap_driver.planning.planner",
     "recipe_names": "reap_driver.workflow.recipes",
     "record_of": "reap_driver.model.discover",
+    "refit_layer": "reap_driver.compensation.refit",
     "replace_matrices": "reap_driver.writer.replace",
     "report": "reap_driver.workflow.calls",
     "retained": "reap_driver.evaluation.routing",
@@ -185,10 +190,12 @@ __all__ = [
     "DataOptions",
     "Estimate",
     "EstimateOptions",
+    "ExpertRows",
     "GramFolder",
     "GramWriter",
     "JournalOptions",
     "LayerPlan",
+    "LayerRefit",
     "LayerStats",
     "Listener",
     "Masked",
@@ -244,6 +251,7 @@ __all__ = [
     "random_plan",
     "recipe_names",
     "record_of",
+    "refit_layer",
     "replace_matrices",
     "report",
     "retained",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import reap_driver as rd
+import reap_kernels as rk
 from reap_driver.budget_search.evolution import Settings
 from reap_kernels.errors import ReapError, UsageError
 from tests.driver import zoo
@@ -115,6 +116,21 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     },
     "random_plan": lambda w: {"scores": w["scores"], "ratio": 0.25, "seed": 0},
     "record_of": lambda w: {"model": w["model"]},
+    "refit_layer": lambda _: {
+        "experts": rk.ExpertWeights(
+            torch.ones(2, 6, 4), torch.ones(2, 4, 3), rk.Activation("silu")
+        ),
+        "rows": [
+            rd.ExpertRows(
+                torch.ones(5, 4),
+                torch.zeros(5, 1).long(),
+                torch.ones(5, 1),
+                torch.ones(5, 4),
+                held_out=held,
+            )
+            for held in (False, True)
+        ],
+    },
     "retained": lambda w: {"stats": w["stats"], "plan": w["plan"]},
     "save_masks": lambda w: {
         "model_path": w["root"] / "full",
