@@ -52,5 +52,6 @@ def run(args: argparse.Namespace, console: Console) -> Result | None:
     found = observe_data(options, console)
     if isinstance(found, Observed):
         next_step = f"reap-kernels plan {found.out} --ratio 0.5 --out plan.json"
-        console.say(f"wrote {found.out}; next: {next_step}")
+        also = "" if found.gram is None else f" and {found.gram}"
+        console.say(f"wrote {found.out}{also}; next: {next_step}")
     return found

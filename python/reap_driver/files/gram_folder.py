@@ -74,6 +74,11 @@ class GramFile:
     intermediate_size: int
     digest: str
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """E and I."""
+        return self.experts, self.intermediate_size
+
 
 @dataclass(frozen=True)
 class GramFolder:
@@ -131,13 +136,11 @@ class GramFolder:
         """
         known = self._known(layer)
         path = self.folder / known.file
-        head, tensors = read_tensors(path, LAYER)
-        if head["layer"] != layer or head["digest"] != known.digest:
+        head, sums = read_layer(path)
+        sizes = sums.num_experts, sums.intermediate_size
+        if (head["layer"], head["digest"]) != (layer, known.digest) or sizes != known.sizes:
             raise LAYER.refusal(path, f"is not the one that {HEAD} names for {layer}")
-        try:
-            return _unpacked(tensors, known)
-        except ValueError as error:
-            raise LAYER.refusal(path, str(error)) from error
+        return sums
 
     @property
     def nbytes(self) -> int:
@@ -158,7 +161,7 @@ class GramFolder:
         provenance = merged_provenance(self.provenance, other.provenance, what)
         for name in [*self.layers, *other.layers]:
             mine, theirs = (folder.layers.get(name) for folder in (self, other))
-            sizes = [known and (known.experts, known.intermediate_size) for known in (mine, theirs)]
+            sizes = [known and known.sizes for known in (mine, theirs)]
             if sizes[0] != sizes[1]:
                 raise DataError(
                     f"{what}: experts and neurons of {name} are {sizes[0]} in {self.folder} and "
@@ -228,8 +231,9 @@ class GramWriter:
         return read_tensors(path, LAYER)[1]
 
     def done(self, layer: str) -> bool:
-        """Whether this run has written a layer."""
-        return _head(self.part / self._files[layer], self._of) is not None
+        """Whether this run has written a layer, or completed the folder with it."""
+        folders = (self.part, self.out)
+        return any(_head(folder / self._files[layer], self._of) for folder in folders)
 
     def finish(self, provenance: Mapping[str, Any]) -> GramFolder:
         """Writes the head, and gives the folder its name; an older one is removed.
@@ -241,6 +245,8 @@ class GramWriter:
             DataError: no layer was written.
             OSError: the disk refused.
         """
+        if not self.part.exists() and any(map(self.done, self._files)):
+            return GramFolder.open(self.out)  # completed before what followed it was interrupted
         layers = []
         for name, file in self._files.items():
             path = self.part / file
@@ -292,13 +298,39 @@ def packed(sums: LayerGram) -> dict[str, Tensor]:
     return {"gram": gram, **rest}
 
 
-def _unpacked(tensors: Mapping[str, Tensor], known: GramFile) -> LayerGram:
+def read_layer(path: Path) -> tuple[dict[str, Any], LayerGram]:
+    """The head of a layer's file, and its sums, on the CPU.
+
+    Raises:
+        DataError: it is damaged, or holds numbers that no observation leaves.
+    """
+    head, tensors = read_tensors(path, LAYER)
+    try:
+        return head, _unpacked(tensors)
+    except ValueError as error:
+        raise LAYER.refusal(path, str(error)) from error
+
+
+def file_bytes(experts: int, intermediate_size: int) -> int:
+    """Bytes of the tensors of a layer's file, for E experts of I neurons.
+
+    Example:
+        >>> file_bytes(128, 768)  # a layer of Qwen3-30B-A3B
+        151980032
+    """
+    whole = LayerGram.nbytes_of(experts, intermediate_size)
+    return whole - 4 * experts * (intermediate_size * (intermediate_size - 1) // 2)
+
+
+def _unpacked(tensors: Mapping[str, Tensor]) -> LayerGram:
     """The sums of a layer from the tensors of its file.
 
     Raises:
-        ValueError: they are not those of a layer of these sizes, or no observation leaves them.
+        ValueError: they are not those of a layer, or no observation leaves them.
     """
-    experts, width = known.experts, known.intermediate_size
+    if "first" not in tensors or tensors["first"].ndim != 2 or not tensors["first"].numel():
+        raise ValueError("has no tensor first [experts, neurons]")
+    experts, width = tensors["first"].shape
     wanted = {
         "gram": ((experts, width * (width + 1) // 2), torch.float32),
         "first": ((experts, width), torch.float64),

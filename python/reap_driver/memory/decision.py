@@ -28,6 +28,7 @@ PINNED_BYTES = 512 << 20
 
 WEIGHTS, REST, PAIR = "weights", "all but layers", "two layers"
 STATES, ACTIVATIONS, READING = "hidden states", "activations", "buffers"
+GRAMS, GRAM, GRAM_FILE = "Gram matrices", "a layer's Gram matrices", "their file"
 
 
 @dataclass(frozen=True)
@@ -142,15 +143,17 @@ def resident(
 
     Args: see `streamed`.
     """
-    free = _left(_core(machine), sizes.weight_bytes)
+    core = ((WEIGHTS, sizes.weight_bytes), *_parts(GRAMS, sum(work.grams)))
+    free = _left(_core(machine), sum(nbytes for _, nbytes in core))
     batch = _batch(work, free, full)
     active = (ACTIVATIONS, work.activations(batch, free))
-    weights = (WEIGHTS, sizes.weight_bytes)
+    file = _parts(GRAM_FILE, max(work.grams, default=0))
     if machine.accelerated:
-        return Decision(False, None, batch, (weights, active), ((READING, PINNED_BYTES),), 0, ())
+        host = ((READING, PINNED_BYTES), *file)
+        return Decision(False, None, batch, (*core, active), host, 0, ())
     # The buffers are freed before the first batch runs.
     peak = max(active, (READING, READING_BYTES), key=lambda part: part[1])
-    return Decision(False, None, batch, (), (weights, peak), 0, ())
+    return Decision(False, None, batch, (), (*core, peak, *file), 0, ())
 
 
 def streamed(
@@ -174,8 +177,10 @@ def streamed(
     """
     states = work.tokens * sizes.state_bytes
     waiting = ((STATES, states),)
-    core: Parts = ((REST, sizes.rest_bytes), (PAIR, sizes.largest_pair))
+    gram = max(work.grams, default=0)
+    core: Parts = ((REST, sizes.rest_bytes), (PAIR, sizes.largest_pair), *_parts(GRAM, gram))
     buffers: Parts = ((READING, PINNED_BYTES if machine.accelerated else READING_BYTES),)
+    buffers += _parts(GRAM_FILE, gram)
     if offload == "device" or (offload == "host" and not machine.accelerated):
         core += waiting
     elif offload == "host":
@@ -187,6 +192,11 @@ def streamed(
     core += ((ACTIVATIONS, work.activations(batch, free)),)
     device, host = (core, buffers) if machine.accelerated else ((), core)
     return Decision(True, offload, batch, device, host, states if offload == "file" else 0, ())
+
+
+def _parts(name: str, nbytes: int) -> Parts:
+    """A part of the memory where there is any."""
+    return ((name, nbytes),) if nbytes else ()
 
 
 def _places(machine: Machine) -> Iterator[tuple[Offload, bool, float, float]]:

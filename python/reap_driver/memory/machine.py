@@ -63,15 +63,20 @@ def this_machine(device: torch.device, disk: Path) -> Machine:
         disk: folder for hidden states that do not fit in memory; it need not exist.
     """
     host = free_host_memory()
-    there = whole = disk.absolute()
-    while not there.exists():
-        there = there.parent
     return Machine(
         device=str(device),
         device_free=host if device.type == "cpu" else free_device_memory(device),
         host_free=host,
-        disk_free=Free(shutil.disk_usage(there).free, f"on the disk of {whole}"),
+        disk_free=free_disk(disk),
     )
+
+
+def free_disk(folder: Path) -> Free:
+    """Free space of the disk of a folder, which need not exist."""
+    there = whole = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    return Free(shutil.disk_usage(there).free, f"on the disk of {whole}")
 
 
 def planned_machine(given: GivenMachine) -> Machine:

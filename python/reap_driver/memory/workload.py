@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from reap_driver.files.gram_folder import file_bytes
 from reap_driver.memory.batch_size import Footprint, footprint_of, full_batch
 from reap_driver.model.discover import MoELayer
+from reap_kernels import LayerGram
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Workload:
         footprint: bytes of activations per token.
         full_batch: the batch size in sequences that keeps the processor busy, or the one requested.
         fixed: whether it was requested; if not, a smaller one is used if memory is short.
+        grams: bytes of the Gram sums of each MoE layer; empty if none are wanted.
     """
 
     tokens: int
@@ -28,6 +31,7 @@ class Workload:
     footprint: Footprint
     full_batch: int
     fixed: bool = False
+    grams: tuple[int, ...] = ()
 
     @property
     def smallest_batch(self) -> int:
@@ -58,6 +62,7 @@ def workload(
     dtype: torch.dtype,
     batch_size: int | None = None,
     all_logits: bool = False,
+    gram: bool = False,
 ) -> Workload:
     """The workload of running a model on some data.
 
@@ -70,6 +75,7 @@ def workload(
         dtype: the dtype that it will run in.
         batch_size: sequences per batch; None for as many as keep the device busy.
         all_logits: whether the logits of every token are needed.
+        gram: whether Gram matrices are summed.
     """
     sequences = math.ceil(tokens / seq_len)
     wanted = full_batch(
@@ -87,4 +93,17 @@ def workload(
         footprint=footprint,
         full_batch=wanted if batch_size is None else min(batch_size, sequences),
         fixed=batch_size is not None,
+        grams=gram_bytes(layers) if gram else (),
     )
+
+
+def gram_bytes(layers: Sequence[MoELayer]) -> tuple[int, ...]:
+    """Bytes of the Gram sums of each layer."""
+    return tuple(
+        LayerGram.nbytes_of(layer.local_experts, layer.intermediate_size) for layer in layers
+    )
+
+
+def gram_file_bytes(layers: Sequence[MoELayer]) -> tuple[int, ...]:
+    """Bytes of the file of Gram matrices of each layer."""
+    return tuple(file_bytes(layer.num_experts, layer.intermediate_size) for layer in layers)

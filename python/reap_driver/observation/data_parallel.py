@@ -33,6 +33,9 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # loading times may differ by much more than gloo's default of 30 minutes.
 _TIMEOUT = datetime.timedelta(hours=2)
 
+# Elements of a tensor that the ranks send at a time.
+_PIECE = 1 << 22
+
 # Seconds that a rank which lost another waits before it fails. torchrun reports the first rank that
 # exits as the cause, which should be the one that failed, and ends the others within a second.
 _EXIT_DELAY = 20.0
@@ -90,6 +93,23 @@ class Ranks:
             for name, layer in _layers_of(header, part).items():
                 layers[name] = layers[name].merge_(layer) if name in layers else layer
         return _whole(layers, headers, stats.provenance)
+
+    def added(self, own: Tensor) -> Tensor | None:
+        """The sum of a tensor of every rank, in their order, on rank 0; None on the other ranks.
+
+        A collective operation. The tensors, on the CPU, have one shape and dtype. They are sent in
+        pieces, so that rank 0 holds its own and the sum beside a piece of every rank.
+        """
+        flat = own.contiguous().view(-1)
+        whole = torch.empty_like(flat) if self.rank == 0 else None
+        for at in range(0, len(flat), _PIECE):
+            piece = flat[at : at + _PIECE].view(torch.uint8)
+            parts = self._to_first(piece, [len(piece)] * self.size)
+            if parts is not None and whole is not None:
+                target = whole[at : at + _PIECE].copy_(parts[0].view(own.dtype))
+                for part in parts[1:]:
+                    target.add_(part.view(own.dtype))
+        return None if whole is None else whole.view(own.shape)
 
     def texts(self, text: str) -> list[str]:
         """The text of every rank, none empty, in their order, on every rank. A collective

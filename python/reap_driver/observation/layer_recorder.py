@@ -11,7 +11,14 @@ from reap_driver.compat.experts_interface import Forward
 from reap_driver.model.adapters import KernelAdapter
 from reap_driver.model.discover import MoELayer, adapter_of
 from reap_driver.observation.token_mask import TokenMask
-from reap_kernels import Activation, ExpertWeights, LayerStats, check_backend, observe_layer
+from reap_kernels import (
+    Activation,
+    ExpertWeights,
+    LayerGram,
+    LayerStats,
+    check_backend,
+    observe_layer,
+)
 from reap_kernels.dispatch import select
 from reap_kernels.errors import DataError, UnsupportedModel
 from reap_kernels.experts.request import request_of
@@ -38,9 +45,11 @@ class Observation(Protocol):
         forwards: number of forwards that the model has started.
         groups: names of the calibration groups so far.
         tokens: the token mask of the current forward.
+        gram: whether Gram matrices are summed.
     """
 
     backend: str | None
+    gram: bool
     forwards: int
     groups: list[str]
     tokens: TokenMask
@@ -66,6 +75,8 @@ class LayerRecorder:
         self._dtype: torch.dtype | None = None  # in which the model computes the layer
         self._forward = 0  # the last one recorded; `_before` are the statistics before it
         self._before: LayerStats | None = None
+        self._gram: LayerGram | None = None
+        self._gram_lost = ""  # why it cannot be added to any more
         self._total: Tensor | None = None  # sum of the inputs; not finite if one is not
         self._served: dict[int, str] = {}
         self._served_before: set[str] = set()  # of the restored snapshot
@@ -74,6 +85,11 @@ class LayerRecorder:
     def called(self) -> bool:
         """Whether the layer has run."""
         return self._stats is not None
+
+    @property
+    def reached(self) -> bool:
+        """Whether tokens that count have reached the layer."""
+        return self._stats is not None and bool(self._stats.tokens.sum())
 
     @property
     def backend(self) -> str | None:
@@ -109,9 +125,19 @@ class LayerRecorder:
         stats, group = self.open(hidden.device)
         if len(hidden) not in self._served:
             request = request_of("layer", rows, ids.shape[1], experts)
+            if self._observation.gram:
+                request = request._replace(gram=True)
             self._served[len(hidden)] = select(request, self.backend).name
         out = observe_layer(
-            rows, ids, weights, experts, stats, mask=mask, group=group, backend=self.backend
+            rows,
+            ids,
+            weights,
+            experts,
+            stats,
+            mask=mask,
+            group=group,
+            backend=self.backend,
+            gram=self.gram(hidden.device),
         ).to(hidden.dtype)
         few = self.sample(len(hidden), self._comparable(ids, mask))
         if few is not None:
@@ -138,13 +164,14 @@ class LayerRecorder:
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, ExpertWeights]:
         """The input and the module's current weights, in the dtype that the model computes in."""
-        experts = self._weights()
+        experts = self.weights()
         dtype = _computed_dtype(experts.dtype, hidden.device)
         if dtype == experts.dtype:
             return hidden, experts
         return hidden.to(dtype), _cast(experts, dtype)
 
-    def _weights(self) -> ExpertWeights:
+    def weights(self) -> ExpertWeights:
+        """The module's weights where they are now, as views."""
         module, adapter = self._layer.module, adapter_of(self._layer)
         if not isinstance(adapter, KernelAdapter):
             raise TypeError(f"adapter {adapter.name!r} does not describe its weights to kernels")
@@ -172,6 +199,44 @@ class LayerRecorder:
         self._stats.grow_groups(len(self._observation.groups))
         return self._stats, group
 
+    def gram(self, device: torch.device) -> LayerGram | None:
+        """The layer's Gram sums on `device`, to add to; None where none are asked for.
+
+        Raises:
+            DataError: a forward failed that had added to them, or they were taken already.
+        """
+        if not self._observation.gram:
+            return None
+        if self._gram_lost:
+            raise DataError(
+                f"{self.name}: {self._gram_lost}; observe anew, or without Gram matrices"
+            )
+        if self._gram is None:
+            width = self._layer.intermediate_size
+            self._gram = LayerGram(self._layer.local_experts, width, device)
+        elif self._gram.device != device:  # restored, so on the CPU
+            self._gram = self._gram.to(device)
+        return self._gram
+
+    def gram_so_far(self) -> LayerGram | None:
+        """The layer's Gram sums where they are; None if there are none.
+
+        Raises:
+            DataError: see `gram`.
+        """
+        return None if self._gram is None else self.gram(self._gram.device)
+
+    def take_gram(self) -> LayerGram | None:
+        """The same, which the layer then lets go of: it cannot run again."""
+        taken = self.gram_so_far()
+        if taken is not None:
+            self._gram, self._gram_lost = None, "runs again after its Gram matrices were taken"
+        return taken
+
+    def restore_gram(self, sums: LayerGram) -> None:
+        """Continues from these sums."""
+        self._gram = sums
+
     def watch(self, rows: Tensor, mask: Tensor | None) -> None:
         """Records whether the input of the experts is finite for all counted tokens.
 
@@ -193,6 +258,10 @@ class LayerRecorder:
     def undo(self, forward: int) -> None:
         """Removes what was recorded in a forward, if it is the last one recorded."""
         if self._forward == forward:
+            if self._before is None:
+                self._gram = None
+            elif self._gram is not None:  # a copy before every forward would cost as much again
+                self._gram_lost = "a forward failed after it had added to the Gram matrices"
             self._stats, self._forward = self._before, 0
             self._dtype = None if self._stats is None else self._dtype
 

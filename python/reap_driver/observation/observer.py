@@ -24,9 +24,10 @@ from reap_driver.model.discover import adapter_of, block_of, find_moe_layers, re
 from reap_driver.model.expert_dims import stacks_of
 from reap_driver.model.forward import forward
 from reap_driver.model.unwrap import check_mode, unwrap_model
+from reap_driver.observation.gram_sums import GramSink, check_gram
 from reap_driver.observation.layer_recorder import LayerRecorder
 from reap_driver.observation.token_mask import TokenMask
-from reap_kernels import LayerStats, SaliencyStats
+from reap_kernels import LayerGram, LayerStats, SaliencyStats
 from reap_kernels.documents import as_read
 from reap_kernels.errors import DataError, UnsupportedModel, UsageError
 from reap_kernels.provenance import SOURCE
@@ -45,6 +46,7 @@ class Observer:
     Attributes:
         model: the observed model, without wrappers.
         backend: the requested kernel backend; None for the best one for each call.
+        gram: whether Gram matrices are summed.
         layers: its MoE layers, in the model's order.
         groups: names of the calibration groups so far, in the order of their first use.
 
@@ -56,10 +58,14 @@ class Observer:
         ['code']
     """
 
-    def __init__(self, model: PreTrainedModel, backend: str | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, backend: str | None = None, *, gram: bool = False
+    ) -> None:
         self.model = model = unwrap_model(model)
-        self.backend = backend
+        self.backend, self.gram = backend, gram
         self.layers = find_moe_layers(model)
+        if gram:
+            check_gram(self.layers)
         self.groups: list[str] = []
         self.current = DEFAULT_GROUP
         self._reader = text_model(model)
@@ -234,6 +240,48 @@ class Observer:
         self._check_finite(kept)
         return SaliencyStats(kept, list(groups), self._provenance(list(kept)))
 
+    @property
+    def grams(self) -> dict[str, LayerGram]:
+        """{layer: its Gram sums so far}, where they are, not copied; of layers that tokens reached.
+
+        Empty without `gram=True`, and for layers that a streamed run has given to its sink.
+
+        Raises:
+            DataError: a forward failed after it had added to them, so they hold a part of it; or an
+                expert's output was NaN or Inf.
+        """
+        self.check_finite()
+        summed = {name: recorder.gram_so_far() for name, recorder in self._recorders.items()}
+        return {
+            name: sums
+            for name, sums in summed.items()
+            if sums is not None and self._recorders[name].reached
+        }
+
+    def give_grams(self, below: str, sink: GramSink) -> None:
+        """Gives the Gram sums of the layers below a module to a sink; they are freed here.
+
+        Args:
+            below: qualified name of the module, such as a decoder layer's; its layers have run on
+                all batches.
+            sink: receives each layer.
+
+        Raises:
+            DataError: see `grams`.
+        """
+        groups = len(self.groups or [DEFAULT_GROUP])
+        for name, recorder in self._recorders.items():
+            if name.startswith(f"{below}.") and recorder.called:
+                stats, sums = recorder.local(groups), recorder.take_gram()
+                self._check_finite({name: stats})
+                if sums is not None and recorder.reached:
+                    sink(name, stats, sums, recorder.weights())
+
+    def restore_grams(self, grams: Mapping[str, LayerGram]) -> None:
+        """Continues from the sums of an earlier run, as `restore` does from its statistics."""
+        for name, sums in grams.items():
+            self._recorders[name].restore_gram(sums)
+
     def snapshot(self) -> SaliencyStats:
         """A copy, on the CPU, of the statistics of this process so far, for `restore`.
 
@@ -386,7 +434,7 @@ class Observer:
 
 
 @typed
-def observe(model: PreTrainedModel, *, backend: str | None = None) -> Observer:
+def observe(model: PreTrainedModel, *, backend: str | None = None, gram: bool = False) -> Observer:
     """Collects statistics of every expert in all forwards of `model` inside the context.
 
     No gradients are computed inside it. The context may be entered again, which adds to the
@@ -396,17 +444,19 @@ def observe(model: PreTrainedModel, *, backend: str | None = None) -> Observer:
         model: a loaded MoE model in evaluation mode. If `torch.compile`, `DataParallel` or
             `DistributedDataParallel` wraps it, the wrapped model runs.
         backend: kernel backend, without fallback; None for the best one for each call.
+        gram: also sum the Gram matrices that removing neurons needs, E * I^2 float32 per layer of
+            E experts of width I; the observer's `grams` has them. Statistics stay the same bits.
 
     Returns:
         The observer: call it with a batch to run the model, read `stats` for the statistics.
 
     Raises:
         UsageError: `model` is not a model.
-        UnsupportedModel: see `find_moe_layers`.
+        UnsupportedModel: see `find_moe_layers`; or Gram matrices cannot be summed of a layer.
 
     Example:
         >>> with rd.observe(model) as obs:
         ...     obs(input_ids=ids)  # int64 [batch, seq]
         >>> scores = rd.score(obs.stats)
     """
-    return Observer(model, backend)
+    return Observer(model, backend, gram=gram)

@@ -97,10 +97,17 @@ class ModelContext(Protocol):
 
 @dataclass(frozen=True)
 class ObserverJournal:
-    """A journal, and the observer whose statistics are written to it."""
+    """A journal, and the observer whose statistics are written to it.
+
+    Attributes:
+        journal: it.
+        observer: its statistics are written.
+        states: writes what else a position of a resident model needs; None for nothing.
+    """
 
     journal: Journal
     observer: Observer
+    states: Callable[[Path], None] | None = None
 
     @property
     def folder(self) -> Path:
@@ -120,6 +127,7 @@ class ObserverJournal:
         self, position: int, seconds: float, states: Callable[[Path], None] | None = None
     ) -> None:
         """Writes an entry with the statistics so far; see `Journal.write`."""
+        states = states or self.states
         self.journal.write(position, self.observer.snapshot(), states, seconds=seconds)
 
 
@@ -134,6 +142,8 @@ class Run:
         stop: the request to end the run.
         journal: the journal to write; None for none.
         done: called with the fraction of the work that was just finished.
+        layer_done: called with the name of a streamed decoder layer that has run on all batches,
+            while it is loaded.
         seconds: duration of the run, the earlier runs that it resumes included.
     """
 
@@ -143,6 +153,7 @@ class Run:
     stop: Stop
     journal: ObserverJournal | None = None
     done: Callable[[float], Any] = lambda _: None
+    layer_done: Callable[[str], Any] = lambda _: None
     seconds: float = 0.0
     _began: float = field(default_factory=time.monotonic)
 
@@ -213,6 +224,7 @@ def run_streamed(run: Run, streamed: StreamedModel, store: StateStore) -> None:
                 _run_batch(run, runner, store, layer, number, following)
                 run.done(1 / total / len(run.numbers))
                 _leave_if_current(run, layer, total)
+            run.layer_done(layers[layer][0])
             streamed.release(layer)
             _write(run, store, layer + 1, total)
             store.turn()

@@ -1,6 +1,7 @@
 """Observes a checkpoint that need not fit in memory, one decoder layer at a time."""
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from reap_driver.base.arguments import typed
 from reap_driver.base.interrupts import Stop
 from reap_driver.load.streamed_model import open_streamed
 from reap_driver.memory.decision import Offload
+from reap_driver.observation.gram_sums import GramSink
 from reap_driver.observation.observer import observe
 from reap_driver.observation.run import BatchList, Run, run_streamed
 from reap_driver.observation.state_store import StateStore
@@ -29,6 +31,7 @@ def observe_streamed(
     offload: Offload = "device",
     offload_folder: str | Path | None = None,
     backend: str | None = None,
+    gram: GramSink | None = None,
     trust_remote_code: bool = False,
 ) -> SaliencyStats:
     """Collects expert statistics of a checkpoint that need not fit in memory.
@@ -50,6 +53,9 @@ def observe_streamed(
             "file".
         offload_folder: folder for the files; by default a temporary one.
         backend: kernel backend, without fallback; None for the best one.
+        gram: called once for every MoE layer, as soon as it has run on all batches: with its name,
+            its statistics, its Gram sums (`LayerGram`, on `device`), and its weights. Only the
+            sums of one layer are in memory.
         trust_remote_code: whether to run model code that comes with the checkpoint.
 
     Returns:
@@ -78,7 +84,9 @@ def observe_streamed(
         )
         store = StateStore(offload, streamed.device, None if folder is None else Path(folder))
         stack.callback(store.close)
-        observer = observe(streamed.model, backend=backend)
+        observer = observe(streamed.model, backend=backend, gram=gram is not None)
         run = Run(observer, given, range(len(batches)), Stop())
+        if gram is not None:
+            run.layer_done = functools.partial(observer.give_grams, sink=gram)
         run_streamed(run, streamed, store)
         return observer.stats

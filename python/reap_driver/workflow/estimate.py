@@ -20,8 +20,9 @@ from reap_driver.memory.forecast import Forecast, forecast
 from reap_driver.memory.machine import Machine, planned_machine, this_machine
 from reap_driver.memory.model_sizes import ModelSizes, model_sizes
 from reap_driver.memory.rates import Rates, given_rates, measure
-from reap_driver.memory.workload import Workload, workload
+from reap_driver.memory.workload import Workload, gram_file_bytes, workload
 from reap_driver.model.discover import find_moe_layers, record_of
+from reap_driver.observation.gram_sums import check_gram
 from reap_driver.workflow import estimate_rows as rows
 from reap_driver.workflow.calibration import group_lines, read_data
 from reap_driver.workflow.inspection import (
@@ -117,6 +118,7 @@ class _Estimating:
     def __init__(self, options: EstimateOptions, heard: Collector, *, pruning: bool) -> None:
         self._options, self._heard = options, heard
         self._pruning = pruning and options.rank.given
+        self._gram = options.gram is not None
         self._given = options.given_machine
         self._failed: list[ReapError] = []
         self._lines: list[str] = []
@@ -142,7 +144,12 @@ class _Estimating:
             device=device,
             dtype=dtype,
             batch_size=self._options.run.batch_size,
+            gram=self._gram,
         )
+        if self._gram:
+            check_gram(model.layers)
+            disk = sum(gram_file_bytes(model.layers))
+            self._add(rows.grams(work, disk), gram=rows.gram_facts(work, disk))
         if tokens is not None:
             facts = rows.data_facts(tokens, sizes, work)
             self._add(rows.data(tokens, sizes, work, machine), data=facts)

@@ -57,6 +57,24 @@ def stored_facts(found: CheckpointSize) -> dict[str, Any]:
     return {"bytes": found.nbytes, "origin": found.origin, "format": found.format}
 
 
+def grams(work: Workload, disk: int) -> Iterator[str]:
+    """The Gram matrices, in memory and on disk."""
+    yield row(
+        "Gram",
+        f"{in_bytes(max(work.grams))} for a layer, {in_bytes(sum(work.grams))} for all layers, "
+        f"which a resident model holds; {in_bytes(disk)} on disk",
+    )
+
+
+def gram_facts(work: Workload, disk: int) -> dict[str, Any]:
+    """The same as JSON values."""
+    return {
+        "layer_bytes": max(work.grams),
+        "bytes": sum(work.grams),
+        "disk_bytes": disk,
+    }
+
+
 def data(tokens: int, sizes: ModelSizes, work: Workload, machine: Machine) -> Iterator[str]:
     """The data, and the ranks that share it."""
     yield row(

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from reap_driver.base.units import in_bytes
 from reap_driver.data.packing import PackedSource
 from reap_driver.load.resident import load_model
 from reap_driver.load.streamed_model import StreamedModel, open_streamed
 from reap_driver.memory.checkpoint_size import run_dtype, stored_files
 from reap_driver.memory.decision import Decision, Offload, decide
-from reap_driver.memory.machine import this_machine
+from reap_driver.memory.machine import free_disk, this_machine
 from reap_driver.memory.model_sizes import ModelSizes, model_sizes
-from reap_driver.memory.workload import Workload, workload
+from reap_driver.memory.workload import Workload, gram_file_bytes, workload
 from reap_driver.observation.data_parallel import Ranks
 from reap_driver.workflow.inspection import Model, device_of
 from reap_driver.workflow.listener import Listener
@@ -62,6 +63,7 @@ def decided(
     *,
     journal: bool = False,
     all_logits: bool = False,
+    gram: Path | None = None,
 ) -> Decision:
     """How a model is best held on this machine, and how many sequences run at a time.
 
@@ -73,13 +75,22 @@ def decided(
         ranks: processes that share the data.
         journal: whether states are kept twice on that disk, for a journal.
         all_logits: whether the logits of every token are wanted.
+        gram: the folder of Gram matrices; None if none are summed.
 
     Raises:
         ResourceError: it does not fit as wanted.
     """
     world = ranks or Ranks()
     device = device_of(run, ranks)
-    sizes, work = sized(run, model, sources, device, share=world.size, all_logits=all_logits)
+    sizes, work = sized(
+        run,
+        model,
+        sources,
+        device,
+        share=world.size,
+        all_logits=all_logits,
+        gram=gram is not None,
+    )
     machine = this_machine(device, beside).shared(world.local_size)
     decision = decide(run.stream, sizes, machine, work)
     states = work.tokens * sizes.state_bytes
@@ -90,7 +101,29 @@ def decided(
             f"{free.nbytes} are free; free some space, choose an output on another disk, or "
             "pass `journal=False`"
         )
+    if gram is not None:
+        _check_gram_disk(gram, model, world, copies=2 if journal and not decision.stream else 0)
     return decision
+
+
+def _check_gram_disk(gram: Path, model: Model, world: Ranks, copies: int) -> None:
+    """Refuses a disk on which the Gram matrices do not fit.
+
+    Args:
+        gram: their folder.
+        model: what is known of it.
+        world: each rank writes its own, and they are added up in one more.
+        copies: of those so far, in the journal of a resident model.
+    """
+    once = sum(gram_file_bytes(model.layers))
+    need = once * (1 + copies) * world.local_size + (once if world.size > 1 else 0)
+    free = free_disk(gram.parent)
+    if need > free.nbytes:
+        raise ResourceError(
+            f"{gram}: the Gram matrices need {in_bytes(need)} on this disk, "
+            f"{in_bytes(free.nbytes)} are free; free some space, or choose a folder on another "
+            "disk" + (", or `stream='always'`, which keeps one copy only" if copies else "")
+        )
 
 
 def sized(
@@ -101,6 +134,7 @@ def sized(
     *,
     share: int = 1,
     all_logits: bool = False,
+    gram: bool = False,
 ) -> tuple[ModelSizes, Workload]:
     """What a model takes in memory, and what is to run.
 
@@ -111,6 +145,7 @@ def sized(
         device: where it runs.
         share: processes that share the data.
         all_logits: whether the logits of every token are wanted.
+        gram: whether Gram matrices are summed.
     """
     files = stored_files(model.source.folder, model.config)
     dtype = run_dtype(run.dtype, model.config, files)
@@ -125,6 +160,7 @@ def sized(
         dtype=dtype,
         batch_size=run.batch_size,
         all_logits=all_logits,
+        gram=gram,
     )
     return sizes, work
 

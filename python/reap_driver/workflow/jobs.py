@@ -77,6 +77,13 @@ class ObserveOptions:
 
     model: str | Path = model_option()
     out: str | Path | None = option(None, metavar="FILE", help="where to save the statistics")
+    gram: str | Path | None = option(
+        None,
+        metavar="DIR",
+        help="also sum the Gram matrices of the experts' neurons, by which `rd.prune_width` "
+        "removes neurons, and save them in this folder, a file per layer; --dry-run says how much "
+        "memory and disk they take",
+    )
     overwrite: bool = overwrite_option()
     data: DataOptions = group_of(DataOptions)
     folds: int = folds_option()
@@ -88,6 +95,8 @@ class ObserveOptions:
         check_positive(self, "folds")
         needs_data(self.data)
         check_resume(self.journal.resume, self.out, "journal")
+        if self.gram is not None and self.out is None:
+            raise refused(f"`gram={self.gram}`: needs `out`, where the statistics go")
 
 
 @options
@@ -187,6 +196,9 @@ class EstimateOptions:
         "400T, of one GPU; what is left out is unknown. N GPUs are N ranks of torchrun",
     )
     out: str | Path | None = option(None, metavar="PATH", help="where the run would write")
+    gram: str | Path | None = option(
+        None, metavar="DIR", help="where the run would write Gram matrices, as in `observe_data`"
+    )
     data: DataOptions = group_of(DataOptions)
     run: RunOptions = group_of(RunOptions)
     rank: RankOptions = group_of(RankOptions)

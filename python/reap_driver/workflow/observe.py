@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,10 @@ from reap_driver.base.interrupts import Stop, deferred
 from reap_driver.base.units import short, took
 from reap_driver.data.folds import FoldedBatches
 from reap_driver.data.packing import PackedSource
+from reap_driver.files.gram_folder import GramFolder
 from reap_driver.observation import journal as journals
 from reap_driver.observation.data_parallel import Ranks, ranks
+from reap_driver.observation.gram_sums import GramRun, check_gram, load_grams, save_grams
 from reap_driver.observation.journal import Entry, Journal
 from reap_driver.observation.observer import Observer, observe
 from reap_driver.observation.run import ObserverJournal, Run, run_resident, run_streamed
@@ -36,7 +39,12 @@ from reap_driver.workflow.inspection import Model, check_packing, inspect_model,
 from reap_driver.workflow.jobs import ObserveOptions, PruneOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.options import DataOptions, RunOptions
-from reap_driver.workflow.outputs import check_file, check_journal_folder, inputs_of
+from reap_driver.workflow.outputs import (
+    check_file,
+    check_gram_folder,
+    check_journal_folder,
+    inputs_of,
+)
 from reap_driver.workflow.results import Result
 from reap_driver.workflow.sources import sources_of
 from reap_kernels import SaliencyStats
@@ -51,6 +59,7 @@ class Observed(Result):
         stats: statistics of all ranks.
         seconds: the first rank ran, interrupted runs included.
         out: where the statistics were saved; None: nowhere.
+        gram: the folder of Gram matrices; None if none were summed.
 
     Example:
         >>> observed = rd.observe_data("MODEL", "code.jsonl:40", seq_len=64)
@@ -61,14 +70,17 @@ class Observed(Result):
     stats: SaliencyStats
     seconds: float
     out: Path | None = None
+    gram: Path | None = None
 
     def facts(self) -> dict[str, Any]:
         """See `Result`."""
         sources = self.stats.provenance["data"]
         layers = self.stats.layers.values()
         out = {} if self.out is None else {"out": str(self.out)}
+        gram = {} if self.gram is None else {"gram": str(self.gram)}
         return {
             **out,
+            **gram,
             "layers": len(self.stats.layers),
             "groups": self.stats.groups,
             "group_data": group_facts(sources),
@@ -108,22 +120,29 @@ def observe_data(
     """
     heard = Collector(listener)
     out = options.out
+    gram = options.gram if isinstance(options.gram, Path) else None  # as once checked
     with ranks() as world, contextlib.ExitStack() as stack:
         heard.only(world.rank == 0)
         if isinstance(out, Path):
             # What is there may be the output of this command, see `complete`.
             replaced = options.overwrite or options.journal.resume == "auto"
-            check_file(out, overwrite=replaced, inputs=inputs_of(options, out))
+            check_file(out, overwrite=replaced, inputs=inputs_of(options, out, gram))
             place = out.absolute()
+            if gram is not None:
+                check_gram_folder(gram, overwrite=replaced)
         else:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reap-")), "stats")
-        job = Observing(options, place, world, heard)
+        job = Observing(options, place, world, heard, gram)
         job.check_journal()
         job.inspect()
         job.model.check_files()
         job.read_data()
-        if isinstance(out, Path) and job.complete(out, lambda: (run_of(out), job.asked)):
-            return finished(out, heard) if world.rank == 0 else None
+        if isinstance(out, Path):
+            made: dict[Path, Both] = {out: lambda: (run_of(out), job.asked)}
+            if gram is not None:
+                made[gram] = lambda: (gram_run_of(gram), job.asked)
+            if job.complete(made):
+                return finished(out, heard) if world.rank == 0 else None
         with job.observed() as found:
             if found is None:
                 return None
@@ -140,6 +159,12 @@ def run_of(path: Path) -> dict[str, Any]:
     return run
 
 
+def gram_run_of(folder: Path) -> dict[str, Any]:
+    """The same of a Gram folder."""
+    run: dict[str, Any] = GramFolder.open(folder).provenance.get("run", {})
+    return run
+
+
 class Observing:
     """One observation, of `observe_data` or `prune`.
 
@@ -148,6 +173,7 @@ class Observing:
         place: the output, beside which the journal and what memory cannot hold are.
         world: the processes that observe together.
         heard: receives notes and progress.
+        gram: folder to write Gram matrices to; None to sum none.
 
     Attributes:
         wanted: the sources that are named.
@@ -156,13 +182,20 @@ class Observing:
     """
 
     def __init__(
-        self, options: ObserveOptions | PruneOptions, place: Path, world: Ranks, heard: Collector
+        self,
+        options: ObserveOptions | PruneOptions,
+        place: Path,
+        world: Ranks,
+        heard: Collector,
+        gram: Path | None = None,
     ) -> None:
         self._options, self._place, self._ranks, self._heard = options, place, world, heard
         self._run: RunOptions = options.run
         self._data: DataOptions = options.data
         self._journals = options.journal.journal and options.out is not None
         self._folder = journal_folder(place, world)
+        self._gram = None if gram is None else gram.absolute()
+        self._grams: GramRun | None = None
         self.wanted = sources_of(options, heard)
         self.model: Model
         self.sources: list[PackedSource]
@@ -209,6 +242,8 @@ class Observing:
         """Finds the model's layers; no weights are read."""
         trust = self._run.trust_remote_code
         self.model = inspect_model(str(self._options.model), trust_remote_code=trust)
+        if self._gram is not None:
+            check_gram(self.model.layers)
 
     def read_data(self) -> None:
         """Reads, tokenizes and packs the data, in sequences that the model can read."""
@@ -223,22 +258,23 @@ class Observing:
         """What the command asks for, once `read_data` was called; see `asked_for`."""
         return asked_for(self.model, self.sources, self._data, self._run, self._options.folds)
 
-    def complete(self, out: Path, both: Both) -> bool:
-        """With `resume='auto'`, whether this command has made its output already.
+    def complete(self, made: Mapping[Path, Both]) -> bool:
+        """With `resume='auto'`, whether this command has made its outputs already.
 
         A journal that is left of it is deleted. Ranks agree, as the first one finds.
 
         Args:
-            out: the output.
-            both: see `made_by`.
+            made: {output: see `made_by`}.
 
         Raises:
-            CheckpointError, DataError: the output or the journal is of another command.
+            CheckpointError, DataError: an output or the journal is of another command.
         """
         if self._options.journal.resume != "auto":
             return False
         overwrite = self._options.overwrite
-        mine = self._ranks.rank == 0 and made_by(out, both, overwrite=overwrite)
+        mine = self._ranks.rank == 0 and all(
+            made_by(out, both, overwrite=overwrite) for out, both in made.items()
+        )
         if not json.loads(self._ranks.of_first(json.dumps(mine))):
             return False
         if journals.exists(self._folder):
@@ -263,9 +299,13 @@ class Observing:
                 stack.enter_context(journals.locked(self._folder))
             recorded = journals.read(self._folder)["run"] if self._resumes else None
             how = self._agreed(recorded)
+            run = {**self.asked, **environment(self._run, how, self._ranks)}
             journal = None
+            if self._gram is not None:
+                run["gram"] = True
+                names = [layer.name for layer in self.model.layers]
+                self._grams = GramRun(self._gram, names, run, self._ranks)
             if self._journals:
-                run = {**self.asked, **environment(self._run, how, self._ranks)}
                 journal = Journal(self._folder, run, self._options.journal.journal_every)
             entry = None
             if recorded is not None and journal is not None:
@@ -274,8 +314,15 @@ class Observing:
                 self._heard.note(f"continuing from {self._folder}, written after {done}")
             elif journal is not None:
                 journal.remove()  # of a run that is started anew
+            if self._grams is not None:
+                if entry is None:
+                    self._grams.remove()
+                if journal is None:
+                    stack.callback(self._grams.remove)
             yield self._observed(how, journal, entry)
             self._ranks.barrier()
+            if self._grams is not None:
+                self._grams.remove()
             if journal is not None:
                 journal.remove()
 
@@ -302,6 +349,7 @@ class Observing:
             self._place.parent,
             self._ranks,
             journal=self._journals,
+            gram=self._gram,
         )
         if decision.stream:
             for reason in decision.reasons:
@@ -329,7 +377,8 @@ class Observing:
             holding(model.path, self._run, how, self._place, heard, world) as held,
         ):
             model.check_unchanged()  # the files that were loaded are those that were inspected
-            observer = observe(held.model, backend=self._run.backend)
+            grams = self._grams
+            observer = observe(held.model, backend=self._run.backend, gram=grams is not None)
             self._prepare(observer, batches, how, entry)
             with heard.progress("observing", "tok", total) as progress:
                 run = Run(
@@ -337,28 +386,41 @@ class Observing:
                     batches,
                     world.share(len(packed)),
                     stop,
-                    None if journal is None else ObserverJournal(journal, observer),
+                    self._journal_of(observer, journal, how),
                     done=lambda share: progress.add(share * total),
                     seconds=before,
                 )
                 steps = len(held.layers) if how.stream else len(run.numbers)
                 progress.skip(run.start / max(1, steps) * total)
-                self._go(run, how, held, entry)
+                self._go(run, observer, how, held, entry)
             if self._run.device_map is not None:  # what is on the disk may be read from these files
                 model.check_unchanged()
             if journal is not None:  # what follows may fail, and then go on from here
                 journal.write(steps, observer.snapshot(), seconds=run.clock())
             stats, seconds = observer.stats, run.clock()
         whole = world.merged(stats)
+        if whole is not None:
+            whole.provenance["run"] = self.asked
+            whole.provenance["observed"] = {
+                **hardware(self._run, world),
+                "seconds": round(seconds, 3),
+                "seed": self._data.seed,
+            }
+        if grams is not None:
+            grams.finish(whole)
         if whole is None:
             return None
-        whole.provenance["run"] = self.asked
-        whole.provenance["observed"] = {
-            **hardware(self._run, world),
-            "seconds": round(seconds, 3),
-            "seed": self._data.seed,
-        }
-        return Observed(heard.notes, batches.merged(whole), seconds)
+        return Observed(heard.notes, batches.merged(whole), seconds, gram=self._gram)
+
+    def _journal_of(
+        self, observer: Observer, journal: Journal | None, how: Holding
+    ) -> ObserverJournal | None:
+        """The journal of a run; of a resident model it has the Gram sums so far."""
+        if journal is None:
+            return None
+        if self._grams is None or how.stream:
+            return ObserverJournal(journal, observer)
+        return ObserverJournal(journal, observer, lambda folder: save_grams(observer.grams, folder))
 
     def _prepare(
         self, observer: Observer, batches: FoldedBatches, how: Holding, entry: Entry | None
@@ -366,6 +428,11 @@ class Observing:
         """Every group exists on every rank, in one order."""
         if entry is not None:
             observer.restore(entry.snapshot)
+        if entry is not None and self._grams is not None:
+            if how.stream or entry.states is None:
+                self._grams.check(entry.snapshot)
+            else:
+                observer.restore_grams(load_grams(entry.states))
         for group in batches.groups:
             with observer.group(group):
                 observer.group_index()
@@ -373,11 +440,17 @@ class Observing:
         for source, size in zip(self.sources, how.batch_sizes, strict=True):
             observer.add_source({**source.provenance(), "batch_size": size, "folds": folds})
 
-    def _go(self, run: Run, how: Holding, held: Held, entry: Entry | None) -> None:
-        """Runs, resident or streamed."""
+    def _go(
+        self, run: Run, observer: Observer, how: Holding, held: Held, entry: Entry | None
+    ) -> None:
+        """Runs, resident or streamed; Gram sums are written when they are complete."""
         if held.streamed is None:
             run_resident(run)
+            if self._grams is not None:
+                self._grams.put(observer.grams)
             return
+        if self._grams is not None:
+            run.layer_done = functools.partial(observer.give_grams, sink=self._grams.take)
         store = StateStore(how.offload, held.streamed.device, self._folder)
         try:
             if entry is not None and entry.states is not None:

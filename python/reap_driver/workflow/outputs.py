@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from reap_driver.files.gram_folder import HEAD, partial_of
 from reap_driver.workflow.fields import flat
 from reap_driver.workflow.options import DataOptions
 from reap_driver.workflow.sources import sources_of
@@ -25,6 +26,7 @@ _WEIGHTS = (
 )
 _TEXTS = ("model", "pruned", "recipe")  # a file or a folder, or the name of something else
 # What a journal's folder holds, also after a kill.
+_GRAMS = re.compile(r"\.?(gram\.json|gram-\d+\.safetensors)(\.[0-9a-f]{8})?")
 _JOURNAL = re.compile(r"\.?(journal\.json|stats-\d+\.safetensors|states-\d+)(\.[0-9a-f]{8})?")
 
 
@@ -67,16 +69,12 @@ def check_file(path: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
     Raises:
         CheckpointError: naming the path and the way out.
     """
-    folder = path.absolute().parent
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; give the name of a file to write")
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path}: exists; choose another name, or pass `overwrite=True`")
     _check_no_input(path, inputs)
-    if not folder.is_dir():
-        raise CheckpointError(f"{path}: the folder {folder} does not exist; make it first")
-    if not os.access(folder, os.W_OK):
-        raise CheckpointError(f"{path}: the folder {folder} cannot be written; choose another")
+    _check_place(path, path.absolute().parent)
 
 
 def check_folder(
@@ -89,11 +87,7 @@ def check_folder(
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; give the name of a folder")
-    existing = folder if folder.exists() else folder.absolute().parent
-    if not existing.is_dir():
-        raise CheckpointError(f"{folder}: the folder {existing} does not exist; make it first")
-    if not os.access(existing, os.W_OK):
-        raise CheckpointError(f"{folder}: the folder {existing} cannot be written; choose another")
+    _check_place(folder, folder if folder.exists() else folder.absolute().parent)
     inputs = list(inputs)
     for name in names:
         if (folder / name).exists() and not overwrite:
@@ -101,6 +95,37 @@ def check_folder(
                 f"{folder / name}: exists; choose another folder, or pass `overwrite=True`"
             )
         _check_no_input(folder / name, inputs)
+
+
+def check_gram_folder(folder: Path, *, overwrite: bool) -> None:
+    """Refuses a folder for Gram matrices that exists, or cannot be made.
+
+    Args:
+        folder: what is written.
+        overwrite: whether an older one may be replaced; anything else never is.
+
+    Raises:
+        CheckpointError: naming the path and the way out.
+    """
+    part = partial_of(folder)
+    if os.path.lexists(folder):
+        if not is_file(folder / HEAD) or folder.is_symlink():
+            raise CheckpointError(
+                f"{folder}: exists and is no folder of Gram matrices; choose another name"
+            )
+        if not overwrite:
+            raise CheckpointError(
+                f"{folder}: exists; choose another name, or pass `overwrite=True`"
+            )
+    _check_place(folder, folder.absolute().parent)
+    strange = [part.name] if os.path.lexists(part) else []
+    if part.is_dir() and not part.is_symlink():
+        strange = sorted(p.name for p in part.iterdir() if not _GRAMS.fullmatch(p.name))
+    if strange:
+        raise CheckpointError(
+            f"{part}: is where Gram matrices go until they are complete, and holds {strange[0]!r}, "
+            "which is none; move it away, or choose another name"
+        )
 
 
 def check_replaced_folder(out: Path, inputs: Iterable[Path]) -> None:
@@ -135,6 +160,14 @@ def check_journal_folder(folder: Path) -> None:
             f"{folder}: is where the journal goes, and holds {strange[0]!r}, which is none; move "
             "it away, or choose another output"
         )
+
+
+def _check_place(out: Path, folder: Path) -> None:
+    """Refuses an output in a folder that is not there or cannot be written."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{out}: the folder {folder} does not exist; make it first")
+    if not os.access(folder, os.W_OK):
+        raise CheckpointError(f"{out}: the folder {folder} cannot be written; choose another")
 
 
 def _check_no_input(path: Path, inputs: Iterable[Path]) -> None:

@@ -94,7 +94,7 @@ def prune(options: PruneOptions, listener: Listener | None = None) -> Pruned | C
         world.barrier()
         check_groups(job.wanted, options.rank.weights)
         job.read_data()
-        if job.complete(out, lambda: _both(options, out, sizing, job.asked)):
+        if job.complete({out: lambda: _both(options, out, sizing, job.asked)}):
             if world.rank > 0:
                 return None
             if stats is not None and not stats.exists():

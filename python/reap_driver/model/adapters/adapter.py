@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reap_driver.compat.experts_interface import Forward
 from reap_driver.model.adapters.expert_parallel import ExpertSlice, slice_of
-from reap_kernels import Activation, ExpertWeights, LayerStats
+from reap_kernels import Activation, ExpertWeights, LayerGram, LayerStats
 from reap_kernels.errors import UnsupportedModel
 
 # An nn.Module whose attributes depend on its kind; adapters know them.
@@ -63,6 +63,10 @@ class Recorder(Protocol):
 
     def open(self, device: torch.device) -> tuple[LayerStats, int]:
         """The layer's statistics and the current group's index."""
+        ...
+
+    def gram(self, device: torch.device) -> LayerGram | None:
+        """The layer's Gram sums, to add to; None where none are asked for."""
         ...
 
     def compare(self, own: Tensor, eager: Tensor) -> None:
@@ -123,6 +127,11 @@ class Adapter(ABC):
     @property
     def takes_mask(self) -> bool:
         """Whether a token mask can exclude tokens from the statistics of this kind of module."""
+        return True
+
+    @property
+    def takes_gram(self) -> bool:
+        """Whether the inputs of the down projections, of which Gram matrices are, are at hand."""
         return True
 
 

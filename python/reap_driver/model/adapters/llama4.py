@@ -99,6 +99,7 @@ def _run(
         mask=counted,
         group=group,
         backend=recorder.backend,
+        gram=recorder.gram(rows.device),  # of f(g x), whose weight is 1
     )
     # The op was given router weights of 1, since the input is scaled already, and one row per
     # (token, expert) pair. What it recorded of router weights and tokens is replaced.

@@ -112,6 +112,10 @@ class InlineExperts(Adapter):
     def takes_mask(self) -> bool:
         return False
 
+    @property
+    def takes_gram(self) -> bool:
+        return False
+
     def serves(self, module: ExpertsModule, block: ExpertsModule) -> bool:
         return is_expert_list(module) and bool(_linears(module[0]))
 
