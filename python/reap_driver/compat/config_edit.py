@@ -1,4 +1,4 @@
-"""Edits config.json as written: the number of experts and the fields of MTP layers.
+"""Edits config.json as written: the number of experts, their width, and the fields of MTP layers.
 
 Single fields are edited. Writing the file through a configuration class would rename and move
 fields (Qwen3's `num_experts` becomes `num_local_experts`), and older readers would not find them.
@@ -8,7 +8,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reap_driver.compat.config_file import COUNT_FIELDS, MTP_FIELDS
+from reap_driver.compat.config_file import COUNT_FIELDS, MTP_FIELDS, SHARED_COUNT_FIELDS
 
 # Fields with the number of MTP layers, or whether there are any.
 _MTP_FIELDS = frozenset({*MTP_FIELDS, "mtp_num_hidden_layers", "mtp_num_layers", "use_mtp"})
@@ -39,6 +39,47 @@ def with_count(config: Mapping[str, Any], sites: list[Site], after: int) -> dict
         parent = _at(edited, path)
         value = parent.get(name)  # None if the file relies on a default
         parent[name] = [after] * len(value) if isinstance(value, list) else after
+    return edited
+
+
+def width_sites(config: Mapping[str, Any], width: int) -> list[tuple[Site, Any]]:
+    """(field, value) of fields, at any depth, that may say this width of a feed-forward network,
+    or are a list that holds it.
+    """
+    return [
+        (path, value)
+        for path, value in _walk(config)
+        if any(word in str(path[-1]) for word in ("intermediate", "ffn"))
+        and not isinstance(value, bool)
+        and (value == width or (isinstance(value, list) and width in value))
+    ]
+
+
+def shared_count_sites(
+    config: Mapping[str, Any], complete: Mapping[str, Any], parent: Site
+) -> list[tuple[Site, int]]:
+    """(field, value) of fields of one object that say how many shared experts a layer has.
+
+    Args:
+        config: the configuration as written; its fields come first.
+        complete: with every default.
+        parent: path of the object.
+    """
+    found = {
+        path: value
+        for source in (complete, config)
+        for path, value in _walk(source)
+        if path[:-1] == parent and path[-1] in SHARED_COUNT_FIELDS and type(value) is int and value
+    }
+    written = {path for path, _ in _walk(config)}
+    return sorted(found.items(), key=lambda item: item[0] not in written)
+
+
+def with_values(config: Mapping[str, Any], values: Mapping[Site, Any]) -> dict[str, Any]:
+    """A copy of the configuration with other values in these fields."""
+    edited = copy.deepcopy(dict(config))
+    for (*path, name), value in values.items():
+        _at(edited, path)[name] = value
     return edited
 
 

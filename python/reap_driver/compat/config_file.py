@@ -77,12 +77,17 @@ COUNT_FIELDS = (
     "num_routed_experts",
     "n_experts",
 )
-_EXPERT_FIELDS = (
-    *COUNT_FIELDS,
-    "zero_expert_num",
-    "moe_num_shared_experts",
+# Those for the number of shared experts, which are as wide as so many routed ones.
+SHARED_COUNT_FIELDS = (
     "n_shared_experts",
     "num_shared_experts",
+    "moe_num_shared_experts",
+    "num_shared_expert",
+)
+_EXPERT_FIELDS = (
+    *COUNT_FIELDS,
+    *SHARED_COUNT_FIELDS,
+    "zero_expert_num",
     "num_experts_per_tok",
     "num_experts_per_token",
     "top_k_experts",

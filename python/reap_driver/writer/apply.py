@@ -8,6 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from reap_driver.base.arguments import typed
 from reap_driver.compat import load_pruned
 from reap_driver.compat.config_edit import clear_mtp, differences
@@ -20,12 +23,20 @@ from reap_driver.model.discover import find_moe_layers, record_of
 from reap_driver.model.stacks import Stack
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.serving import served_advice
-from reap_driver.writer.actions import Drop, Relabel
+from reap_driver.writer.actions import Compute, Drop, Relabel
 from reap_driver.writer.card import inherited_fields, model_card
 from reap_driver.writer.expert_names import ExpertNames, numbered_experts, other_modules
 from reap_driver.writer.json_files import copied_names, renamed_metadata, rewritten_files
 from reap_driver.writer.keys import KeyActions, KeyDecider
 from reap_driver.writer.mtp import MtpKeys
+from reap_driver.writer.narrowing import (
+    Computed,
+    Narrowed,
+    compute,
+    narrow,
+    notes_on,
+    unchanged,
+)
 from reap_driver.writer.plan_checks import (
     check_counts,
     check_kept,
@@ -34,6 +45,7 @@ from reap_driver.writer.plan_checks import (
     loader_warning,
     no_such_layer,
 )
+from reap_driver.writer.plan_matrices import Given, matrices_of
 from reap_driver.writer.pruned_model import (
     Checked,
     PrunedModel,
@@ -46,7 +58,7 @@ from reap_driver.writer.report import ApplyReport, Specification, specify
 from reap_driver.writer.shards import OutShard, plan_shards, write_index
 from reap_driver.writer.small_files import copy_file, counter
 from reap_driver.writer.staging import check_target, clean_stale, publish, rehearse, staged
-from reap_driver.writer.stream import check_threads, write_shards
+from reap_driver.writer.stream import check_threads, write_computed, write_shards
 from reap_kernels import SaliencyStats
 
 LOADER = "load_pruned.py"  # of checkpoints whose layers keep different numbers of experts
@@ -67,12 +79,14 @@ def apply_plan(
     non_uniform: bool = False,
     force_model: bool = False,
     stats: "SaliencyStats | None" = None,
+    matrices: "Given" = None,
 ) -> ApplyReport:
     """Writes the pruned checkpoint from the files of the original one, in constant memory.
 
     The output appears under its name only when it is complete, flushed to disk and verified; it
     holds the plan as `reap/plan.json`. The source is never changed. Kept tensors have the bytes of
-    the source, whatever their format.
+    the source, whatever their format. Experts that the plan changes keep the source's names, layout
+    and dtype; a plan that leaves them fewer neurons sets their width in config.json.
 
     Args:
         model_path: folder of a Hugging Face checkpoint in safetensors, or a hub id.
@@ -95,15 +109,20 @@ def apply_plan(
         force_model: apply the plan even if it was made for a model with other routing or sizes, as
             far as it can be written. The model card and the report's plan note the differences.
         stats: the statistics that the plan was made from, to be saved in the folder `reap` too.
+        matrices: new down projections of the experts that stay, {layer: [E', H, I']} (expert,
+            output, input) or the folder that was written with the plan; needed by plans with
+            neurons, and by no plan of whole experts.
 
     Returns:
         What was written.
 
     Raises:
-        PlanError: the plan is for another model or cannot be applied to it, or `mtp`, `shard_size`
-            or `threads` has another value than above.
+        PlanError: the plan is for another model or cannot be applied to it, its matrices are
+            missing or not its own, or `mtp`, `shard_size` or `threads` has another value than
+            above.
         CheckpointError: the source is damaged or inconsistent, or the output cannot be written.
-        UnsupportedModel: the model cannot be pruned correctly from its files.
+        UnsupportedModel: the model cannot be pruned correctly from its files, or experts are to
+            change that are quantized or have no width of their own.
         ResourceError: the disk is full.
 
     Example:
@@ -118,7 +137,8 @@ def apply_plan(
     cleaned = clean_stale(out)
     check_target(out, folder, overwrite=overwrite)
     options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
-    job = _prepare(open_checkpoint(folder), plan, options)
+    found = matrices_of(plan, matrices)
+    job = _prepare(open_checkpoint(folder), plan, options, found)
     checked = job.check()
     model_card(job.inherited, job.plan, _report(job, out, 0))  # so that its errors come first
     needed = job.bytes_needed()
@@ -154,8 +174,9 @@ def check_plan(
 ) -> None:
     """Raises what `apply_plan` with these arguments would raise before it writes its first byte.
 
-    The result is the same for all plans that remove equally many experts, so it can be checked
-    before a long observation that its plan can be written.
+    The result is the same for all plans that remove equally many experts, and leave them equally
+    many neurons, so it can be checked before a long observation that its plan can be written.
+    Matrices are not asked for.
     """
     check_threads(threads)  # before the model is read or downloaded
     out = Path(out_path).absolute()
@@ -163,7 +184,7 @@ def check_plan(
     clean_stale(out)
     check_target(out, folder, overwrite=overwrite)
     options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
-    job = _prepare(open_checkpoint(folder), plan, options)
+    job = _prepare(open_checkpoint(folder), plan, options, None)
     job.check()
     rehearse(out, needed=job.bytes_needed())
 
@@ -199,7 +220,7 @@ def output_size(
         PlanError, CheckpointError, UnsupportedModel: see `apply_plan`.
     """
     options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
-    job = _prepare(source, plan, options)
+    job = _prepare(source, plan, options, None)
     return OutputSize(job.weight_bytes(), job.bytes_needed())
 
 
@@ -222,6 +243,8 @@ class _Job:
     source: Checkpoint
     model: PrunedModel
     keys: KeyActions
+    narrowed: Narrowed
+    computed: Computed  # tensors with new values
     quantization: Quantization
     shards: list[OutShard]
     stacks: Sequence[Stack]
@@ -248,8 +271,16 @@ class _Job:
         return self.weight_bytes() + small + len(self.loader or "")
 
 
-def _prepare(source: Checkpoint, plan: "Plan", options: _Options) -> _Job:
-    """Decides everything, and checks all but the shapes of tensors; writes nothing."""
+def _prepare(
+    source: Checkpoint,
+    plan: "Plan",
+    options: _Options,
+    matrices: Mapping[str, Tensor] | None,
+) -> _Job:
+    """Decides everything, and checks all but the shapes of tensors; writes nothing.
+
+    Without matrices, their names are taken from the plan; then nothing can be written.
+    """
     folder = source.folder
     source.check_copied()
     inherited = inherited_fields(source)
@@ -261,7 +292,8 @@ def _prepare(source: Checkpoint, plan: "Plan", options: _Options) -> _Job:
     record = record_of(full, layers)
     notes = check_model(plan, record, folder, force=options.force_model)
     experts = {la.name: la.num_experts for la in layers}
-    kept = plan.covering(experts).kept
+    whole = plan.covering(experts)
+    kept = whole.kept
     counts = {name: (number, len(kept[name])) for name, number in experts.items()}
     trust = {"trust_remote_code": options.trust}
     stacks = stacks_of_files(folder, full, source.config, experts, **trust)
@@ -275,18 +307,30 @@ def _prepare(source: Checkpoint, plan: "Plan", options: _Options) -> _Job:
     # Also without MTP tensors: MiniMax-M2 announces layers that it does not have.
     if not options.keep_mtp:
         clear_mtp(model.raw_config)
+    narrowed, computed = unchanged(model, keys)
+    if plan.compensates or matrices:
+        narrowed = narrow(folder, full, model, whole, stacks, layers, trust=options.trust)
+        values = _unknown(plan) if matrices is None else matrices
+        computed = compute(source, layers, narrowed, whole, keys, values, quantization)
+    model = narrowed.model
     names = ExpertNames(numbered_experts(keys, model.layout, plan.kept), other_modules(keys))
     files = rewritten_files(source, model.raw_config, names, counts)
     rename = partial(renamed_metadata, names=names)
-    shards = plan_shards(source, keys.actions, options.shard_size, rename)
+    shards = plan_shards(source, computed.actions, options.shard_size, rename)
     left = {name: after for name, (_, after) in counts.items()}
     entries = source.tensors.values()
     spec = specify(full, layers, left, model.new.shapes, entries, source.config)
     loader = _loader(model.raw_config)
-    plan = plan.noting(notes)
+    plan = plan.noting([*notes, *notes_on(narrowed)])
     served = served_advice(plan, record["layers"])
     decided = (quantization, shards, stacks, counts, files, spec, loader, served)
-    return _Job(plan, source, model, keys, *decided, *inherited)
+    return _Job(plan, source, model, keys, narrowed, computed, *decided, *inherited)
+
+
+def _unknown(plan: "Plan") -> dict[str, Tensor]:
+    """In place of the matrices of a plan, where they are not asked for."""
+    changed = (name for name, layer in plan.layers.items() if layer.neurons is not None)
+    return dict.fromkeys(changed, torch.empty(0, device="meta"))
 
 
 def _write(
@@ -309,6 +353,7 @@ def _write(
         written += (staging / name).write_text(text, encoding="utf-8")
     if job.loader is not None:
         written += (staging / LOADER).write_text(job.loader, encoding="utf-8")
+    write_computed(staging, job.shards, job.computed, progress)
     tensors = [tensor for shard in job.shards for tensor in shard.tensors]
     check_output(tensors, job.model.new, checked, _renamed(job.keys))
     report = _report(job, out, written)
@@ -331,7 +376,12 @@ def _save_record(staging: Path, plan: "Plan", stats: "SaliencyStats | None") -> 
 def _report(job: _Job, out: Path, written: int) -> ApplyReport:
     """The report, without what is known only after writing."""
     parts = [{name: job.counts[name] for name in stack.layers} for stack in job.stacks]
-    cut = [part for part in parts if any(before != after for before, after in part.values())]
+    widths = job.narrowed.widths
+    cut = [
+        part
+        for part in parts
+        if any(before != after or name in widths for name, (before, after) in part.items())
+    ] or parts
     before, after = zip(*(pair for part in cut for pair in part.values()), strict=True)
     uniform = job.loader is None
     warnings = [*job.served, *([] if uniform else [loader_warning(after)])]
@@ -344,6 +394,8 @@ def _report(job: _Job, out: Path, written: int) -> ApplyReport:
         experts_before=max(before),
         experts_after=max(after),
         experts_per_layer=job.counts,
+        neurons_per_layer=widths,
+        tensors_computed=sum(isinstance(a, Compute) for a in job.computed.actions.values()),
         whole=[name for part in parts if part not in cut for name in part],
         uniform=uniform,
         tensors=sum(len(shard.tensors) for shard in job.shards),

@@ -151,7 +151,7 @@ class ExpertValues:
         found: dict[str, Tensor] = {}
         for group in self._sources[unit]:
             entries = {key: self._old.tensors[key] for key in group.keys}
-            found |= self._old.keys.to_model(group, _read(entries))
+            found |= self._old.keys.to_model(group, read_values(entries))
         return found
 
 
@@ -173,8 +173,8 @@ def _within(tensors: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith(f"{layer}.")}
 
 
-def _read(entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
-    """Values of tensors of the source."""
+def read_values(entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+    """Values of tensors of the source, by their keys there."""
     found: dict[str, Tensor] = {}
     for path in dict.fromkeys(entry.file for entry in entries.values()):
         with named(path), safe_open(path, "pt") as file:

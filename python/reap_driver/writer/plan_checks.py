@@ -69,17 +69,11 @@ def check_kept(plan: "Plan") -> None:
     """Checks what can be checked of a plan without the model.
 
     Raises:
-        PlanError: there is no layer, kept ids are invalid, nothing is removed, or the plan needs
-            matrices.
+        PlanError: there is no layer, kept ids are invalid, or nothing is removed or changed.
     """
     if not plan.layers:
         raise PlanError("plan: has no layers.")
     plan.check()
-    if plan.compensates:
-        raise PlanError(
-            "plan: changes the experts that it keeps (neurons, down projections), and this version "
-            "writes checkpoints of whole experts only; use a plan without `shape`."
-        )
     for name, layer in plan.layers.items():
         kept = layer.kept
         if (
@@ -92,7 +86,8 @@ def check_kept(plan: "Plan") -> None:
                 f"plan: layer {name!r} keeps {list(kept)}, expected ascending ids in [0, "
                 f"{layer.num_experts})."
             )
-    if all(len(layer.kept) == layer.num_experts for layer in plan.layers.values()):
+    whole = all(len(layer.kept) == layer.num_experts for layer in plan.layers.values())
+    if whole and not plan.compensates:
         numbers = sorted({layer.num_experts for layer in plan.layers.values()})
         experts = " or ".join(map(str, numbers))
         raise PlanError(f"plan: removes none of {experts} experts; use a ratio above 0.")

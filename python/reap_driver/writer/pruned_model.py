@@ -5,7 +5,7 @@ whether tensors load into them by their shapes.
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,8 @@ def smaller_model(
     Raises:
         CheckpointError: config.json lacks the number of experts of a layer that loses some.
     """
-    return _built(folder, _edited(folder, model, raw, stacks, counts), trust_remote_code)
+    edited = _edited(folder, model, raw, stacks, counts)
+    return built(folder, edited, trust_remote_code=trust_remote_code)
 
 
 def stacks_of_files(
@@ -108,12 +109,20 @@ def stacks_of_files(
         experts: name of every MoE layer -> its number of experts.
         trust_remote_code: run model code that comes with the checkpoint.
     """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes_of = shapes_for(folder, trust_remote_code=trust_remote_code)
+    return find_stacks(raw, model.config.to_dict(), experts, shapes, shapes_of)
+
+
+def shapes_for(
+    folder: Path, *, trust_remote_code: bool
+) -> Callable[[Mapping[str, Any]], Mapping[str, Shape]]:
+    """A function from an edited config.json to the tensors of its model, name -> shape."""
 
     def shapes_of(edited: Mapping[str, Any]) -> Mapping[str, Shape]:
         return _keys(folder, edited, trust_remote_code).shapes
 
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return find_stacks(raw, model.config.to_dict(), experts, shapes, shapes_of)
+    return shapes_of
 
 
 def _edited(
@@ -138,19 +147,19 @@ def _edited(
 
 def _keys(folder: Path, edited: Mapping[str, Any], trust: bool) -> KeyMap:
     """Key rules of the model of an edited config.json."""
-    return KeyMap(_built(folder, edited, trust))
+    return KeyMap(built(folder, edited, trust_remote_code=trust))
 
 
-def _built(folder: Path, edited: Mapping[str, Any], trust: bool) -> PreTrainedModel:
+def built(folder: Path, edited: Mapping[str, Any], *, trust_remote_code: bool) -> PreTrainedModel:
     """Builds the model of an edited config.json, in the way in which the output will be loaded.
 
     The model code that comes with a checkpoint is found through the folder of its config.
     """
     with tempfile.TemporaryDirectory(prefix="reap_config_") as name:
         (Path(name) / "config.json").write_text(json.dumps(edited), encoding="utf-8")
-        for code in folder.glob("*.py") if trust else ():
+        for code in folder.glob("*.py") if trust_remote_code else ():
             shutil.copy(code, name)
-        return meta_model(load_config(name, trust_remote_code=trust))
+        return meta_model(load_config(name, trust_remote_code=trust_remote_code))
 
 
 @dataclass(frozen=True)

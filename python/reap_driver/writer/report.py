@@ -55,11 +55,13 @@ class ApplyReport:
     Attributes:
         plan: that was applied, with notes on how the model differs from the plan's own.
         source, out_path: folders.
-        layers: MoE layers, without those of stacks that lose no expert.
+        layers: MoE layers, without those of stacks that lose neither experts nor neurons.
         experts_before, experts_after: routed experts of such a layer; the largest number where
             layers differ.
         experts_per_layer: {MoE layer: experts (before, after)}, all layers.
-        whole: layers of stacks that lose no expert.
+        neurons_per_layer: {MoE layer: neurons of an expert (before, after)}, layers whose experts
+            lose some.
+        whole: layers of stacks that lose neither.
         uniform: whether every stack has one number of experts; if not, `load_pruned.py` in the
             folder loads the checkpoint.
         tensors, tensor_bytes: written, and their data in bytes.
@@ -69,6 +71,8 @@ class ApplyReport:
         specification: both models in numbers.
         edited_config: {field of config.json, with dots: (old, new)}.
         expert_keys_dropped: tensors of removed experts.
+        tensors_computed: tensors with new values: of experts that lose neurons or get new down
+            projections, and of shared experts that became wider.
         tables_rewritten: tables of expert ids by token (DeepSeek-V4).
         mtp_dropped: keys of multi-token-prediction layers that were left out.
         left_out: files that were not copied: other formats of the weights, and hidden files.
@@ -90,6 +94,7 @@ class ApplyReport:
     experts_before: int
     experts_after: int
     experts_per_layer: Mapping[str, tuple[int, int]]
+    neurons_per_layer: Mapping[str, tuple[int, int]]
     whole: list[str]
     uniform: bool
     tensors: int
@@ -101,6 +106,7 @@ class ApplyReport:
     specification: Specification
     edited_config: Mapping[str, tuple[Any, Any]]
     expert_keys_dropped: int
+    tensors_computed: int = 0
     tables_rewritten: int = 0
     mtp_dropped: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)

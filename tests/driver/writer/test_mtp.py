@@ -14,7 +14,7 @@ from reap_driver.compat.pretrained import meta_model
 from reap_driver.planning.plan import LayerPlan, Plan
 from reap_driver.writer.apply import apply_plan
 from reap_kernels.errors import PlanError, UsageError
-from tests.driver.writer import saved
+from tests.driver.writer import narrow_plans, saved
 from tests.driver.writer.test_packed_router import Codes
 
 MTP = "model.layers.3."  # the tiny model has layers 0 to 2
@@ -80,6 +80,17 @@ def test_kept_when_the_plan_names_its_experts(full: Path, tmp_path: Path) -> Non
         assert torch.equal(after[MTP + name], before[MTP + name][list(kept)])
     for name in ("eh_proj.weight", "enorm.weight", "mlp.shared_experts.up_proj.weight"):
         assert torch.equal(after[MTP + name], before[MTP + name])
+
+
+def test_not_kept_beside_experts_that_change(full: Path, tmp_path: Path) -> None:
+    model = meta_model(load_config(full))
+    plan = narrow_plans.narrow_plan(full, model)
+    matrices = narrow_plans.random_matrices(model, plan)
+    cut = LayerPlan.keeping(8, KEPT, 24, tuple(tuple(range(16)) for _ in KEPT))
+    plan = replace(plan, layers={**plan.layers, LAYER: cut})
+    matrices[LAYER] = torch.ones(6, 32, 16)
+    with pytest.raises(PlanError, match=r"layers\.3.*multi-token-prediction.*mtp='drop'"):
+        apply_plan(full, plan, tmp_path / "out", mtp="keep", matrices=matrices)
 
 
 def test_kept_with_a_number_of_its_own(full: Path, tmp_path: Path) -> None:

@@ -1,0 +1,248 @@
+"""What changes in a pruned checkpoint beside the numbers of experts: their width, and their values.
+
+A plan with neurons gives experts another width, set by a field of config.json; a plan with matrices
+gives them new down projections. Both are computed tensors, which take the place of copied ones.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from reap_driver.compat.config_edit import with_values
+from reap_driver.compat.conversion import KeyMap
+from reap_driver.files.checkpoint import Checkpoint
+from reap_driver.files.quantization import Quantization
+from reap_driver.model.discover import MoELayer, find_moe_layers
+from reap_driver.model.expert_layout import Shape
+from reap_driver.model.expert_parts import NewExperts
+from reap_driver.model.stacks import Stack
+from reap_driver.model.width_fields import find_width_edit
+from reap_driver.planning.plan import Plan
+from reap_driver.writer.actions import Action, Compute, Drop
+from reap_driver.writer.keys import KeyActions
+from reap_driver.writer.new_experts import ExpertValues, Side, read_values, refuse_quantized
+from reap_driver.writer.pruned_model import PrunedModel, built, shapes_for
+from reap_kernels.errors import PlanError, UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """The pruned model with experts of another width, on meta.
+
+    Attributes:
+        model: the pruned model; `new` and `raw_config` have the new width.
+        layers: its MoE layers.
+        widths: layer whose experts lose neurons -> their number before and after.
+        widened: tensors of shared experts that become wider -> shape before; see `width_fields`.
+    """
+
+    model: PrunedModel
+    layers: Mapping[str, MoELayer]
+    widths: Mapping[str, tuple[int, int]]
+    widened: Mapping[str, Shape] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The tensors that are computed, and the action of every other.
+
+    Attributes:
+        actions: of every key of the source.
+        values: key in the output -> values, for some tensors at a time.
+    """
+
+    actions: Mapping[str, Action]
+    values: "Sequence[ExpertValues | WidenedValues]" = ()
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return itertools.chain.from_iterable(self.values)
+
+
+def unchanged(model: PrunedModel, keys: KeyActions) -> tuple[Narrowed, Computed]:
+    """What a plan of whole experts leaves: the same width, and no new values."""
+    return Narrowed(model, {}, {}), Computed(keys.actions)
+
+
+def narrow(
+    folder: Path,
+    full: PreTrainedModel,
+    model: PrunedModel,
+    plan: Plan,
+    stacks: Sequence[Stack],
+    layers: Sequence[MoELayer],
+    *,
+    trust: bool,
+) -> Narrowed:
+    """Gives the pruned model the width that the plan leaves, and the field that says so.
+
+    Args:
+        folder: the source.
+        full: its model, on meta.
+        model: pruned, its experts as wide as before.
+        plan: covers all layers of the model.
+        stacks, layers: of the full model.
+        trust: run model code that comes with the checkpoint.
+
+    Raises:
+        PlanError: the plan is of another width than the model, or leaves different ones in layers
+            that one field describes.
+        UnsupportedModel: see `find_width_edit`.
+    """
+    widths = _widths(plan, stacks, layers)
+    config = model.raw_config
+    shapes: Mapping[str, Shape] = model.new.shapes
+    widened: dict[str, Shape] = {}
+    for stack in stacks:
+        for pair in dict.fromkeys(widths[name] for name in stack.layers if name in widths):
+            edit = find_width_edit(
+                config,
+                full.config.to_dict(),
+                [name for name in stack.layers if widths.get(name) == pair],
+                pair,
+                shapes,
+                shapes_for(folder, trust_remote_code=trust),
+            )
+            config, shapes = with_values(config, edit.values), edit.shapes
+            widened |= edit.widened
+    made = built(folder, config, trust_remote_code=trust)
+    narrowed = replace(model, new=KeyMap(made), raw_config=config)
+    return Narrowed(narrowed, {la.name: la for la in find_moe_layers(made)}, widths, widened)
+
+
+def _widths(
+    plan: Plan, stacks: Sequence[Stack], layers: Sequence[MoELayer]
+) -> dict[str, tuple[int, int]]:
+    """Layer that loses neurons -> neurons of its experts before and after."""
+    before = {layer.name: layer.intermediate_size for layer in layers}
+    found: dict[str, tuple[int, int]] = {}
+    for name, width in before.items():
+        entry = plan.layers[name]
+        if entry.width not in (None, width):
+            raise PlanError(
+                f"plan: counts {entry.width} neurons in the experts of {name!r}, the model has "
+                f"{width}; make the plan from this model."
+            )
+        if entry.narrow_width not in (None, width):
+            found[name] = (width, int(entry.narrow_width or width))
+    for stack in stacks:
+        after = {name: found.get(name, (0, before[name]))[1] for name in stack.layers}
+        for name, other in itertools.combinations(stack.layers, 2):
+            if before[name] == before[other] and after[name] != after[other]:
+                raise PlanError(
+                    f"plan: leaves {after[name]} neurons in the experts of {name!r} and "
+                    f"{after[other]} in those of {other!r}, but one field of config.json says the "
+                    "width of both; make a plan that leaves the same number everywhere."
+                )
+    return found
+
+
+def compute(
+    source: Checkpoint,
+    layers: Sequence[MoELayer],
+    narrowed: Narrowed,
+    plan: Plan,
+    keys: KeyActions,
+    matrices: Mapping[str, Tensor],
+    quantization: Quantization,
+) -> Computed:
+    """Replaces the actions of tensors whose values change.
+
+    Args:
+        source: the checkpoint.
+        layers: its MoE layers.
+        narrowed: the pruned model.
+        plan: what it was made by; covers all layers.
+        keys: what happens to every key if no values change.
+        matrices: layer -> new down projections [E', H, I'].
+        quantization: of the source.
+
+    Raises:
+        PlanError: the plan cuts multi-token-prediction layers, of which it says no neurons.
+        UnsupportedModel: the source is quantized, or new values cannot be written in its layout.
+    """
+    refuse_quantized(source, quantization)
+    old = {layer.name: layer for layer in layers}
+    extra = [name for name in plan.layers if name not in old]
+    if extra:
+        raise PlanError(
+            f"plan: keeps experts of {extra[0]!r}, a multi-token-prediction layer, while it "
+            "changes those of the other layers, and nothing was observed of it; leave it out by "
+            "`mtp='drop'` and a plan without it."
+        )
+    kept = {a.name: k for k, a in keys.actions.items() if not isinstance(a, Drop)}
+    entries = {name: source.tensors[key] for name, key in kept.items()}
+    changes = {
+        name: NewExperts(plan.layers[name].kept, plan.layers[name].neurons) for name in matrices
+    }
+    sides = (
+        Side(narrowed.model.old, old, source.tensors),
+        Side(narrowed.model.new, narrowed.layers, entries),
+    )
+    experts = ExpertValues(*sides, changes, matrices)
+    widened = WidenedValues(sides[1], narrowed.widened)
+    shapes = {**experts.shapes, **widened.shapes}
+    new = {kept[name]: Compute(name, shape) for name, shape in shapes.items()}
+    return Computed({**keys.actions, **new}, (experts, widened))
+
+
+class WidenedValues:
+    """Tensors of shared experts that become wider, with zeros for the neurons that are added: their
+    gate and up rows and their down columns, so that they add nothing to any output.
+
+    Args:
+        side: the pruned model.
+        widened: tensor of the model -> shape in the source.
+
+    Raises:
+        UnsupportedModel: a tensor is stored in another layout than the model's.
+    """
+
+    def __init__(self, side: Side, widened: Mapping[str, Shape]) -> None:
+        self._side = side
+        self._keys: dict[str, str] = {}
+        modules = dict.fromkeys(name.removesuffix(".weight").rpartition(".")[0] for name in widened)
+        for group in side.keys.groups(side.tensors, modules) if widened else ():
+            [(key, pattern), *_] = group.keys.items()
+            if group.names[0] in widened and pattern is None:
+                self._keys[key] = group.names[0]
+        for name, shape in widened.items():
+            found = [key for key, made in self._keys.items() if made == name]
+            if not found or side.tensors[found[0]].shape != shape:
+                raise UnsupportedModel(
+                    f"{name}: belongs to a shared expert that becomes wider with the routed "
+                    f"experts, and no tensor on disk is known to hold it as {list(shape)}; use a "
+                    "plan without `shape`."
+                )
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Key in the output -> shape."""
+        shapes = self._side.keys.shapes
+        return {key: shapes[name] for key, name in self._keys.items()}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Key in the output -> values, tensor by tensor."""
+        for key, shape in self.shapes.items():
+            value = read_values({key: self._side.tensors[key]})[key]
+            wide = torch.zeros(shape, dtype=value.dtype)
+            wide[tuple(map(slice, value.shape))] = value
+            yield {key: wide}
+
+
+def notes_on(narrowed: Narrowed) -> list[str]:
+    """Sentences on what else the new width changed."""
+    if not narrowed.widened:
+        return []
+    name, before = next(iter(narrowed.widened.items()))
+    after = narrowed.model.new.shapes[name]
+    width = next((a, b) for a, b in zip(before, after, strict=True) if a != b)
+    return [
+        f"shared experts are {width[1]} neurons wide in place of {width[0]}, a multiple of the "
+        "routed experts' width as config.json must say it; the neurons that were added are zero "
+        "and change no output."
+    ]
