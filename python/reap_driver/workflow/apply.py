@@ -10,10 +10,11 @@ from reap_driver.workflow.jobs import ApplyOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.options import WriteOptions
 from reap_driver.workflow.outputs import check_file, check_replaced_folder, inputs_of
-from reap_driver.workflow.plan import plan_of
+from reap_driver.workflow.plan import matrices_beside, plan_of
 from reap_driver.workflow.results import Result
 from reap_driver.writer.apply import apply_plan
 from reap_driver.writer.mask_file import save_masks
+from reap_driver.writer.plan_matrices import matrices_of
 from reap_driver.writer.report import ApplyReport
 
 
@@ -80,6 +81,7 @@ def apply(options: ApplyOptions, listener: Listener | None = None) -> Applied | 
     plan = plan_of(options.plan)
     if isinstance(options.as_masks, Path):
         return _write_masks(options, plan, options.as_masks, heard)
+    matrices = matrices_of(plan, options.matrices, matrices_beside(options.plan))
     out = options.out
     assert isinstance(out, Path)  # as options that were checked have it
     check_replaced_folder(out, inputs_of(options, out))
@@ -90,6 +92,7 @@ def apply(options: ApplyOptions, listener: Listener | None = None) -> Applied | 
             out,
             progress=progress.reach,
             force_model=options.force_model,
+            matrices=matrices,
             **writer_arguments(
                 options.write, overwrite=options.overwrite, trust=options.trust_remote_code
             ),
@@ -136,6 +139,7 @@ def report_facts(report: ApplyReport) -> dict[str, Any]:
         "experts_before": report.experts_before,
         "experts_after": report.experts_after,
         "experts_per_layer": {name: list(pair) for name, pair in report.experts_per_layer.items()},
+        "neurons_per_layer": {name: list(pair) for name, pair in report.neurons_per_layer.items()},
         "whole": report.whole,
         "tensor_bytes_before": report.source_tensor_bytes,
         "tensor_bytes_after": report.tensor_bytes,
@@ -154,9 +158,11 @@ def report_lines(report: ApplyReport) -> str:
     fewest = min(after for _, after in report.pruned.values())
     equal = fewest == report.experts_after
     kept = str(fewest) if equal else f"{fewest} to {report.experts_after}"
+    widths = sorted({f"{after} of {before}" for before, after in report.neurons_per_layer.values()})
+    narrow = f", {' or '.join(widths)} neurons in each expert" if widths else ""
     lines = [
         f"wrote {report.out_path} in {took(report.seconds)}",
-        f"  {kept} of {report.experts_before} experts in each of {report.layers} layers, "
+        f"  {kept} of {report.experts_before} experts in each of {report.layers} layers{narrow}, "
         f"{in_bytes(report.tensor_bytes)} of {in_bytes(report.source_tensor_bytes)}",
     ]
     if report.whole:

@@ -22,7 +22,6 @@ from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.evaluation.routing import Orphans, orphans_of_each, retained
 from reap_driver.evaluation.sequences import Comparison, Sums
 from reap_driver.evaluation.vocabularies import check_vocabularies
-from reap_driver.files.matrices import folder_beside
 from reap_driver.load.streamed_model import open_streamed
 from reap_driver.memory.decision import Decision, decide
 from reap_driver.memory.machine import this_machine
@@ -47,7 +46,7 @@ from reap_driver.workflow.inspection import (
 )
 from reap_driver.workflow.jobs import CompareOptions
 from reap_driver.workflow.listener import Collector, Listener, Step
-from reap_driver.workflow.plan import Planned, plan_of
+from reap_driver.workflow.plan import Planned, matrices_beside, plan_of
 from reap_driver.workflow.sources import sources_of
 from reap_driver.writer.plan_checks import check_model, check_same_layers
 from reap_driver.writer.plan_matrices import matrices_of, shapes_of
@@ -175,9 +174,7 @@ def _candidate(
     if not isinstance(given, str | Path) or is_file(given):
         plan = _checked_plan(options, plan_of(given), original, heard)
         name = f"plan {number}, {plan.criterion}" if options.several else "a plan"
-        file = given.out if isinstance(given, Planned) else given
-        beside = folder_beside(file) if isinstance(file, str | Path) else None
-        found = matrices_of(plan, None, beside)
+        found = matrices_of(plan, None, matrices_beside(given))
         return Candidate(str(given) if isinstance(given, str | Path) else name, None, plan, found)
     pruned = inspect_model(str(given), trust_remote_code=trust)
     pruned.check_files()

@@ -274,6 +274,12 @@ class ApplyOptions:
         help="write no checkpoint but a safetensors file of one bool tensor [E] per layer: the "
         "experts its router may choose",
     )
+    matrices: str | Path | None = option(
+        None,
+        metavar="DIR",
+        help="folder of the plan's new down projections, for plans that leave experts fewer "
+        "neurons (default: PLAN.matrices beside PLAN.json)",
+    )
     overwrite: bool = overwrite_option()
     trust_remote_code: bool = trust_option()
     force_model: bool = force_option()
@@ -283,6 +289,8 @@ class ApplyOptions:
         set_paths(self)
         if (self.out is None) == (self.as_masks is None):
             raise refused("give one of `out` and `as_masks`")
+        if self.matrices is not None and self.out is None:
+            raise refused("`matrices` change experts, which masks cannot; give `out`")
 
 
 @options

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from reap_driver.base.threads import single_threaded
+from reap_driver.files.matrices import folder_beside
 from reap_driver.planning.criteria import known_criterion
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.serving import served_advice
@@ -92,6 +93,12 @@ def plan_of(given: Any) -> Plan:
     if isinstance(given, str | Path):
         return Plan.load(Path(given))
     raise OptionError(f"the plan is a {type(given).__name__}; give a file's name or a Plan")
+
+
+def matrices_beside(given: Any) -> Path | None:
+    """Where the matrices of a plan are that was given to a job; None if it came from no file."""
+    file = given.out if isinstance(given, Planned) else given
+    return folder_beside(file) if isinstance(file, str | Path) else None
 
 
 def decision_margin(

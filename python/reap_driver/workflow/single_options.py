@@ -57,7 +57,7 @@ def set_paths(given: Any) -> None:
             object.__setattr__(given, field.name, Path(value))
 
 
-_PATHS = ("out", "stats", "plan", "as_masks", "compare", "task_folder", "gram")
+_PATHS = ("out", "stats", "plan", "as_masks", "compare", "task_folder", "gram", "matrices")
 
 
 def needs_data(data: DataOptions, also: str = "") -> None:

@@ -395,6 +395,7 @@ def _report(job: _Job, out: Path, written: int) -> ApplyReport:
         experts_after=max(after),
         experts_per_layer=job.counts,
         neurons_per_layer=widths,
+        refitted=list(job.computed.layers),
         tensors_computed=sum(isinstance(a, Compute) for a in job.computed.actions.values()),
         whole=[name for part in parts if part not in cut for name in part],
         uniform=uniform,

@@ -35,6 +35,12 @@ from reap_driver.writer.report import ApplyReport
 from reap_kernels.files import is_file
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+# Settings of plans that remove neurons, and their names in the card.
+_SHAPE = {
+    "shape": "shape asked for (experts x neurons)",
+    "width_multiple": "neurons are a multiple of",
+    "ridge": "ridge, relative to the mean of the Gram matrix's diagonal",
+}
 _CALIBRATION = (
     *("group", "source", "records", "tokens", "share of tokens", "sequence length"),
     "packing",
@@ -57,6 +63,7 @@ def model_card(inherited: Mapping[str, Any] | None, plan: "Plan", report: "Apply
         report=report,
         source=_link(source),
         experts=_experts(report),
+        neurons=_neurons(report),
         fewer=_decrease(*report.specification.parameters),
         specification=_specification(report),
         method=_method(plan, report),
@@ -147,6 +154,7 @@ def _specification(report: "ApplyReport") -> list[tuple[object, ...]]:
         ("parameters", *map(_parameters, spec.parameters)),
         ("parameters used for a token", *map(_parameters, spec.active_parameters)),
         ("routed experts per layer", *_experts(report)),
+        *([("neurons of a routed expert", *_neurons(report))] if report.neurons_per_layer else []),
         ("experts a token is routed to", top_k, top_k),
         ("MoE layers", report.layers, report.layers),
         ("decoder layers", spec.layers, spec.layers),
@@ -182,6 +190,7 @@ def _method(plan: "Plan", report: "ApplyReport") -> list[tuple[object, ...]]:
         ("criterion", Markdown(code(plan.criterion) + formula)),
         *([("asked for", plan.asked)] if plan.asked else []),
         ("ratio", f"{plan.ratio:g}"),
+        *((name, plan.settings[key]) for key, name in _SHAPE.items() if key in plan.settings),
         ("experts removed", f"{removed:,} of {total:,} ({100 * removed / total:.1f} %)"),
         ("allocation", plan.allocation),
         ("weights of calibration groups", weights),
@@ -199,6 +208,7 @@ def _digests(plan: "Plan") -> list[tuple[str, Markdown]]:
     mix = calibration_mix(plan.data)
     found = [
         ("scores", plan.scores_digest),
+        ("new down projections", plan.matrices.get("digest")),
         ("the model's config", plan.model.get("config_digest")),
         *((f"recipe {text(name)}", digest) for name, digest in recipes_of(plan.data).items()),
         *((f"tokens of {text(one.group)}", one.digest) for one in mix),
@@ -261,6 +271,13 @@ def _experts(report: "ApplyReport") -> tuple[str, str]:
     """
     before, after = zip(*report.pruned.values(), strict=True)
     return _range(before), _range(after)
+
+
+def _neurons(report: "ApplyReport") -> tuple[str, str]:
+    """Neurons of a routed expert before and after; empty where experts keep them all."""
+    pairs = report.neurons_per_layer.values()
+    before, after = zip(*pairs, strict=True) if pairs else ((), ())
+    return ("", "") if not pairs else (_range(before), _range(after))
 
 
 def _range(numbers: Sequence[int]) -> str:

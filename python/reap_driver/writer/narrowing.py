@@ -54,10 +54,12 @@ class Computed:
     Attributes:
         actions: of every key of the source.
         values: key in the output -> values, for some tensors at a time.
+        layers: names of those whose experts change.
     """
 
     actions: Mapping[str, Action]
     values: "Sequence[ExpertValues | WidenedValues]" = ()
+    layers: Sequence[str] = ()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return itertools.chain.from_iterable(self.values)
@@ -187,7 +189,7 @@ def compute(
     widened = WidenedValues(sides[1], narrowed.widened)
     shapes = {**experts.shapes, **widened.shapes}
     new = {kept[name]: Compute(name, shape) for name, shape in shapes.items()}
-    return Computed({**keys.actions, **new}, (experts, widened))
+    return Computed({**keys.actions, **new}, (experts, widened), tuple(changes))
 
 
 class WidenedValues:

@@ -61,7 +61,8 @@ class ApplyReport:
         experts_per_layer: {MoE layer: experts (before, after)}, all layers.
         neurons_per_layer: {MoE layer: neurons of an expert (before, after)}, layers whose experts
             lose some.
-        whole: layers of stacks that lose neither.
+        refitted: layers whose experts have new down projections.
+        whole: layers of stacks that lose neither experts nor neurons.
         uniform: whether every stack has one number of experts; if not, `load_pruned.py` in the
             folder loads the checkpoint.
         tensors, tensor_bytes: written, and their data in bytes.
@@ -95,6 +96,7 @@ class ApplyReport:
     experts_after: int
     experts_per_layer: Mapping[str, tuple[int, int]]
     neurons_per_layer: Mapping[str, tuple[int, int]]
+    refitted: list[str]
     whole: list[str]
     uniform: bool
     tensors: int

@@ -282,3 +282,38 @@ def test_stopping_leaves_nothing(made: Made) -> None:
     with pytest.raises(KeyboardInterrupt):
         apply_plan(full, plan, full.parent / "narrow", matrices=down, progress=stop)
     assert [path.name for path in full.parent.iterdir()] == ["full"]
+
+
+def test_the_job_finds_matrices_beside_the_plan(made: Made, tmp_path: Path) -> None:
+    full, plan, down = made
+    folder = rd.Matrices.create(tmp_path / "plan.matrices", model=plan.model)
+    for name, values in down.items():
+        folder.put(name, values)
+    settings = {"shape": "5x16", "width_multiple": 8, "ridge": 0.001}
+    plan = replace(plan, matrices={"digest": folder.digest}, settings=settings)
+    plan.save(tmp_path / "plan.json")
+
+    applied = rd.apply(full, tmp_path / "plan.json", out=tmp_path / "narrow")
+
+    assert "5 of 8 experts in each of 2 layers, 16 of 24 neurons in each expert" in str(
+        applied.describe()
+    )
+    check_experts(saved.read_all(full), saved.read_all(tmp_path / "narrow"), plan, down)
+    card = (tmp_path / "narrow/README.md").read_text()
+    for words in (
+        "with 5 of 8 routed experts in each of its 2 MoE layers, and 16 of 24 neurons in each",
+        "solved again by linear least squares",
+        "| neurons of a routed expert | 24 | 16 |",
+        "| shape asked for (experts x neurons) | 5x16 |",
+        "- New: the down projections of the experts in 2 MoE layers",
+        "- Unchanged: every other tensor",
+        "`moe_intermediate_size` `24` -> `16`",
+        folder.digest,
+    ):
+        assert words in card
+    (tmp_path / "plan.matrices").rename(tmp_path / "elsewhere")
+    with pytest.raises(PlanError, match=r"plan\.matrices is no folder of them"):
+        rd.apply(full, tmp_path / "plan.json", out=tmp_path / "other")
+    rd.apply(full, tmp_path / "plan.json", out=tmp_path / "again", matrices=tmp_path / "elsewhere")
+    with pytest.raises(rd.OptionError, match="masks cannot"):
+        rd.apply(full, plan, as_masks=tmp_path / "masks", matrices=tmp_path / "elsewhere")
