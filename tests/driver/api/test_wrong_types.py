@@ -70,6 +70,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "scores": scores,
         "plan": plan,
         "removals": dict.fromkeys(scores, 2),
+        "layer": next(iter(scores)),
     }
 
 
@@ -130,6 +131,12 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             )
             for held in (False, True)
         ],
+    },
+    "replace_matrices": lambda w: {
+        "model_path": w["root"] / "full",
+        "matrices": {w["layer"]: torch.zeros_like(w["model"].get_submodule(w["layer"]).down_proj)},
+        "out_path": w["root"] / "replaced",
+        "record": {"kind": "test"},
     },
     "retained": lambda w: {"stats": w["stats"], "plan": w["plan"]},
     "save_masks": lambda w: {
