@@ -1,4 +1,5 @@
-"""Which numbers of experts in a layer serving engines take, and advice where one takes others.
+"""Which numbers of experts in a layer, and of neurons in an expert, serving engines take, and
+advice where one takes others.
 
 vLLM and SGLang serve any number: their grouped products align the tokens of up to 991 experts, and
 their routers have a general kernel beside those for single numbers (published checkpoints keep 103,
@@ -6,14 +7,21 @@ their routers have a general kernel beside those for single numbers (published c
 take its place, whatever other number is left. One router has no general kernel: that of scores
 sqrt(softplus(x)), DeepSeek-V4's, where vLLM 0.26 ends with `Unsupported expert number`
 (github.com/vllm-project/vllm/issues/51521).
+
+Tensor parallelism divides the neurons of every expert: both engines refuse a width that the number
+of GPUs does not divide, and, in FP8 with a scale per block of 128, one whose part on each GPU is no
+multiple of 128 (github.com/vllm-project/vllm/issues/54178). transformers' grouped products need
+rows of 16 bytes, 8 neurons of 2 bytes.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from reap_driver.planning.budget import Router, nearest, ratio_of
 from reap_driver.planning.plan import Plan
 
+_USUAL_WIDTH = 64  # a multiple of it are the experts of published models
 # model_type -> numbers of experts that its router's kernels are compiled for.
 _ROUTERS = {"deepseek_v4": frozenset({*(1 << n for n in range(8)), *range(192, 577, 64)})}
 
@@ -29,7 +37,8 @@ def is_served(experts: int, model_type: str | None) -> bool:
 
 
 def served_advice(plan: Plan, layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """For each number of experts that an engine refuses, the ratios of the nearest it takes.
+    """For each number of experts that an engine refuses, the ratios of the nearest it takes; and
+    for each width that fewer GPUs can divide than before, how many.
 
     Args:
         plan: one that leaves layers of different numbers is refused as a whole, so nothing is said.
@@ -53,4 +62,21 @@ def served_advice(plan: Plan, layers: Mapping[str, Mapping[str, Any]]) -> list[s
             f"keeps {kept} of {total} experts in a layer, a number that vLLM's router for {kind} "
             f"refuses; it takes {' or '.join(offers) or 'none that this layer can be left with'}"
         )
-    return list(found.values())
+    return [*found.values(), *_width_advice(plan)]
+
+
+def _width_advice(plan: Plan) -> list[str]:
+    """What a width costs that is a multiple of less than the one before."""
+    found = []
+    widths = {(la.width, la.narrow_width) for la in plan.layers.values()}
+    for before, after in sorted((b, a) for b, a in widths if b is not None and a is not None):
+        parts = math.gcd(after, _USUAL_WIDTH)
+        if parts < math.gcd(before, _USUAL_WIDTH):
+            rows = "" if parts % 8 == 0 else ", and transformers' grouped products a multiple of 8"
+            found.append(
+                f"leaves {after} of {before} neurons in an expert: by tensor parallelism vLLM and "
+                f"SGLang divide them among at most {parts} GPUs (a power of two), and FP8 blocks "
+                f"need a multiple of 128 on each{rows}; plan with `width_multiple={_USUAL_WIDTH}`, "
+                "or 128 times the number of GPUs"
+            )
+    return found

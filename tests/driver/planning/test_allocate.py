@@ -9,6 +9,7 @@ import torch
 
 from reap_driver.planning.allocation import explicit, max_removable, removal_steps, uniform
 from reap_driver.planning.budget import kept_experts, ratio_of
+from reap_driver.planning.plan import LayerPlan, Plan
 from reap_driver.planning.planner import make_plan
 from reap_driver.planning.serving import is_served, served_advice
 from reap_kernels.errors import PlanError
@@ -165,6 +166,22 @@ def test_numbers_of_experts_that_engines_refuse(
             assert budget.num_experts - budget.removed == int(kept)
             assert is_served(int(kept), kind)
     assert not any(is_served(n, "deepseek_v4") for n in (3, 48, 160, 173, 640))
+
+
+def test_widths_that_fewer_gpus_can_divide_are_said() -> None:
+    def advice(before: int, after: int) -> list[str]:
+        cut = LayerPlan.keeping(4, (0, 2), before, (tuple(range(after)),) * 2)
+        plan = Plan({}, "x", "uniform", 0.5, {"a": cut, "b": cut}, "sha256:0")
+        return served_advice(plan, {})
+
+    assert advice(768, 512) == advice(768, 448) == advice(48, 32) == advice(24, 24) == []
+    [said] = advice(768, 520)
+    assert "leaves 520 of 768 neurons" in said
+    assert "at most 8 GPUs" in said
+    assert "grouped" not in said
+    [odd] = advice(768, 500)
+    assert "at most 4 GPUs" in odd
+    assert "transformers' grouped products a multiple of 8" in odd
 
 
 def test_layers_can_have_ratios_of_their_own() -> None:
