@@ -100,11 +100,11 @@ class Layer:
             found = torch.stack([self.sums.second(e) for e in self.ids[part]])
         return self._finite("Gram", found, part)
 
-    def shifts(self, ridge: float, rows: int) -> Tensor:
+    def shifts(self, ridge: float) -> Tensor:
         """What is added to the diagonal of each Gram: float64 [len(ids)].
 
-        The ridge times the mean of the diagonal, times rows / n for experts of n < `rows` rows; 1
-        for a Gram that is 0.
+        The ridge times the mean of the diagonal, and at least (I / rows)^2 times it; 1 for a Gram
+        that is 0.
 
         Raises:
             UsageError: the ridge is negative or not finite.
@@ -113,17 +113,18 @@ class Layer:
             raise UsageError(f"ridge is {ridge:g}; give a number of at least 0, such as 0.001")
         square = self.sums if isinstance(self.sums, Tensor) else self.sums.gram
         mean = square.diagonal(dim1=1, dim2=2)[self.ids].double().mean(1)
-        shift, counts = ridge * mean, self.counts()
+        share, counts = torch.full_like(mean, ridge), self.counts()
         if counts is not None:
-            shift *= (rows / counts.clamp(min=1)).clamp(min=1)
-        return torch.where(mean == 0, torch.ones_like(mean), shift)
+            share.clamp_(min=(self.width / counts.clamp(min=1)) ** 2)
+        return torch.where(mean == 0, torch.ones_like(mean), mean * share)
 
     def counts(self) -> Tensor | None:
         """Rows of each expert, int64 [len(ids)]; None if they are not known."""
         return None if isinstance(self.sums, Tensor) else self.sums.count[self.ids]
 
-    def notes(self, rows: int) -> tuple[str, ...]:
-        """Sentences on experts with fewer than `rows` rows, and on those with none."""
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on experts with fewer than 2 I rows, and on those with none."""
+        rows = 2 * self.width
         counts = self.counts()
         if counts is None:
             return ()
@@ -134,7 +135,8 @@ class Layer:
         if few:
             notes.append(
                 f"{len(few)} of {len(known)} experts have fewer than {rows} rows, twice their "
-                f"width, so their ridge is raised (expert: rows): {short(few)}"
+                "width, so their down projections are corrected little; calibrate on more text "
+                f"(expert: rows): {short(few)}"
             )
         if none:
             notes.append(

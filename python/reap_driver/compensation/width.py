@@ -116,8 +116,10 @@ def prune_width(
     with the shift `ridge` times the mean of A's diagonal: W' = W A[:, kept] A[kept, kept]^-1, where
     the shift is added to A's diagonal.
 
-    An expert with fewer than 2 I rows gets a larger ridge, by the factor 2 I / rows. One without
-    rows keeps the neurons whose columns of W are the longest, uncorrected. The notes say so.
+    The fewer the rows, the less a Gram says about other text: the ridge of an expert is at least
+    (I / rows)^2, which exceeds the default below 32 I rows. An expert without rows keeps the
+    neurons whose columns of W are the longest, uncorrected. The notes name the experts without rows
+    and those with fewer than 2 I.
 
     Args:
         down: [E, H, I], stacked or one [H, I] per expert; bf16, fp16, fp32 or fp64.
@@ -167,8 +169,7 @@ def width_order(
     """
     layer = Layer.of(down, gram, experts)
     layer.check_keep(least)
-    rows = 2 * layer.width
-    shift = layer.shifts(ridge, rows)
+    shift = layer.shifts(ridge)
     parts: list[tuple[Tensor, ...]] = []
     for part in _parts(layer):
         matrices, plain = layer.down(part), layer.gram(part)
@@ -178,7 +179,7 @@ def width_order(
         found = eliminate(torch.cholesky_inverse(factor), product, layer.width - least)
         parts.append((found.neurons, found.costs, energy))
     removed, costs, energy = (torch.cat(column) for column in zip(*parts, strict=True))
-    return WidthOrder(removed, costs, energy, shift, layer.width, layer.notes(rows))
+    return WidthOrder(removed, costs, energy, shift, layer.width, layer.notes())
 
 
 def cut_width(

@@ -125,7 +125,7 @@ def test_repeats_to_the_bit_whatever_is_worked_on_together(rows, down, monkeypat
 
 
 def test_reads_the_lower_triangle_of_sums(rows, down) -> None:
-    cut = rd.prune_width(down, summed(rows), 30)
+    cut = rd.prune_width(down, summed(rows, 10_000), 30)
     expected = rd.prune_width(down, (rows.mT @ rows).float(), 30)
     assert torch.equal(cut.neurons, expected.neurons)
     torch.testing.assert_close(cut.down, expected.down, rtol=1e-12, atol=1e-12)
@@ -161,11 +161,11 @@ def test_experts_without_rows_keep_their_largest_neurons(rows, down) -> None:
 
 
 def test_experts_with_few_rows_get_a_larger_ridge(rows, down) -> None:
-    sums = summed(rows)
+    sums = summed(rows, 10_000)
     sums.count[2] = 35
     cut = rd.prune_width(down, sums, 30)
-    enough = rd.prune_width(down, summed(rows), 30)
-    raised = rd.prune_width(down, summed(rows), 30, ridge=1e-3 * 2 * WIDTH / 35)
+    gram = (rows.mT @ rows).float()
+    enough, raised = rd.prune_width(down, gram, 30), rd.prune_width(down, gram, 30, ridge=4.0)
     torch.testing.assert_close(cut.down[:2], enough.down[:2], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(cut.down[2], raised.down[2], rtol=1e-12, atol=1e-12)
     [note] = cut.notes
