@@ -32,8 +32,10 @@ import reap_kernels as rk
 from bench import rows
 from reap_kernels import device, tuning
 from reap_kernels.compare import gpu as compare
+from reap_kernels.cross import gpu as cross
 from reap_kernels.experts import triton_backend
 from reap_kernels.experts.gpu import activated
+from reap_kernels.gram.gpu import outer_launch
 from reap_kernels.layer import gpu
 from reap_kernels.layer.call import LayerCall
 from reap_kernels.saliency.stage_kernels import accumulate, stage_kernels
@@ -177,11 +179,22 @@ def _observe(
     experts = make_experts(case, layout, activation, dtype)
     stats = rk.LayerStats(case.experts, case.groups) if observed else None
     arguments = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts, stats)
-    call = LayerCall(*arguments, inputs.mask, inputs.group)
+    gram = rk.LayerGram(case.experts, case.intermediate) if observed else None
+    call = LayerCall(*arguments, inputs.mask, inputs.group, gram=gram)
     launches = launches or triton_backend.launches(call.request)
-    gpu.observe_layer(
-        gpu.LayerKernels(gpu.TRITON, stage_kernels("triton", "triton"), launches), call
-    )
+    gpu.prepared(gpu.TRITON, stage_kernels("triton", "triton"), launches, call.request)(call)
+    if observed:
+        _cross(call, launches)
+
+
+def _cross(call: LayerCall, launches: Launches) -> None:
+    """Cross moments of the same call, with its input as targets."""
+    experts = call.experts
+    outer = outer_launch(call.request, experts.hidden_size, experts.intermediate_size)
+    shape = (experts.num_experts, experts.hidden_size, experts.intermediate_size)
+    routed = (call.hidden, call.topk_ids, call.topk_weights, experts)
+    kernels = cross.CrossKernels(launches.up, outer)
+    cross.cross(kernels, *routed, call.hidden, torch.zeros(shape))
 
 
 def _compare(vocabulary: int, dtype: torch.dtype) -> None:

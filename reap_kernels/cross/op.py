@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from reap_kernels.cross import cpu, reference
+from reap_kernels.cross import cpu, reference, triton_backend
 from reap_kernels.device import without_autocast
 from reap_kernels.dispatch import Backend, always, register, select
 from reap_kernels.errors import DtypeError, ShapeError
@@ -38,7 +38,8 @@ def cross(
         topk_ids: [T, k] integers; ids outside [0, E) are foreign and add nothing.
         topk_weights: [T, k] float, g; slots of weight exactly 0 add nothing.
         experts: the layer's weights, same dtype and device as `hidden`; down is not read.
-        targets: [T, H] float.
+        targets: [T, H] float; GPU backends round them to `hidden`'s dtype, as tensor cores take
+            one.
         out: [E, H, I] float32, added to.
         mask: [T] bool, tokens that count; others may hold anything in `targets`. Default all.
         backend: explicit backend, never falls back. Default: see `explain()`.
@@ -92,3 +93,4 @@ def _check(
 
 register(Backend("cross", "reference", lambda _: 0, lambda _: None, always(reference.cross)))
 register(Backend("cross", "cpu", lambda _: 10, cpu_only, always(cpu.cross)))
+register(triton_backend.BACKEND)

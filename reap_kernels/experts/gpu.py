@@ -8,7 +8,7 @@ rows of its experts, in the tiles they would have anyway: the same bits whatever
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +100,8 @@ class _AddressTables:
 
 _ADDRESSES = _AddressTables()
 
+# Is given h [S, I] by sorted row, contiguous, once the outputs are computed, and may write to it.
+Seen = Callable[[Tensor], None]
 # Matrices of some experts, and their bias.
 Side = tuple[Matrices, Tensor | None]
 
@@ -214,7 +216,7 @@ def product(
             BIASED=biased,
             TABLE=b.table,
             ALIGNED=b.aligned and other.aligned,
-            PRECISION=_precision(a.dtype),
+            PRECISION=precision(a.dtype),
             UPCAST=a.dtype == torch.bfloat16 and device.interpreted(),
             **_tile_options(launch, n, depth),
             **device.OPTIONS,
@@ -236,8 +238,8 @@ def _tile_options(launch: Launch, n: int, depth: int) -> dict[str, int]:
     }
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """TF32 for float32 only where the user asked torch for it."""
+def precision(dtype: torch.dtype) -> str:
+    """Of a kernel's products: TF32 for float32 only where the user asked torch for it."""
     return "tf32" if device.tf32(dtype) else "ieee"
 
 
@@ -247,27 +249,39 @@ def room_for(rows: SortedSlots, n: int, a: Tensor) -> Tensor:
     return torch.empty(len(rows.gather_index), n, dtype=dtype, device=a.device)
 
 
+def triton_inner(
+    hidden: Tensor, rows: SortedSlots, experts: ExpertWeights, launch: Launch
+) -> Tensor:
+    """h [S, I] by sorted row, contiguous; nothing else of that size but for an opaque activation.
+    `launch` is that of the first product.
+    """
+    activation = experts.activation
+    if activation.kind == "opaque":
+        return activation.apply(_projected(hidden, rows, experts, launch)).contiguous()
+    h = room_for(rows, experts.intermediate_size, hidden)
+    for own, sides in chunks(rows, first_sides(experts)):
+        up, gate = halves(experts, sides) if activation.gated else (Operand.of(*sides[0]), None)
+        product(hidden, up, own, launch, gate=gate, activation=activation, gather=True, out=h)
+    return h.to(hidden.dtype)
+
+
 def triton_outputs(
-    hidden: Tensor, rows: SortedSlots, experts: ExpertWeights, launches: Launches
+    hidden: Tensor,
+    rows: SortedSlots,
+    experts: ExpertWeights,
+    launches: Launches,
+    seen: Seen | None = None,
 ) -> Tensor:
     """[S, H] expert outputs by sorted row, through h [S, I]; nothing else of that size. Every chunk
     of quantized experts has its first product before any has its second, so that scratch holds the
     matrices of one of them only.
     """
-    activation = experts.activation
-    if activation.kind == "opaque":
-        h = activation.apply(_projected(hidden, rows, experts, launches.up)).contiguous()
-    else:
-        h = room_for(rows, experts.intermediate_size, hidden)
-        for own, sides in chunks(rows, first_sides(experts)):
-            up, gate = halves(experts, sides) if activation.gated else (Operand.of(*sides[0]), None)
-            product(
-                hidden, up, own, launches.up, gate=gate, activation=activation, gather=True, out=h
-            )
-        h = h.to(hidden.dtype)
+    h = triton_inner(hidden, rows, experts, launches.up)
     y = room_for(rows, experts.hidden_size, hidden)
     for own, (down,) in chunks(rows, [(experts.down, experts.down_bias)]):
         product(h, Operand.of(*down), own, launches.down, out=y)
+    if seen is not None:
+        seen(h)
     return y.to(hidden.dtype)
 
 
@@ -285,7 +299,11 @@ def _projected(hidden: Tensor, rows: SortedSlots, experts: ExpertWeights, launch
 
 
 def grouped_outputs(
-    hidden: Tensor, rows: SortedSlots, experts: ExpertWeights, launches: Launches
+    hidden: Tensor,
+    rows: SortedSlots,
+    experts: ExpertWeights,
+    launches: Launches,
+    seen: Seen | None = None,
 ) -> Tensor:
     """[S, H] expert outputs by sorted row, products by torch's grouped_mm.
 
@@ -308,7 +326,11 @@ def grouped_outputs(
         else:
             gate, up = up[:, :inner], up[:, inner:]
     del gathered
-    return multiply(activated(up, gate, experts.activation, rows), experts.down)
+    h = activated(up, gate, experts.activation, rows)
+    y = multiply(h, experts.down)
+    if seen is not None:
+        seen(h)
+    return y
 
 
 def activated(up: Tensor, gate: Tensor, activation: Activation, rows: SortedSlots) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 from reap_kernels.device import without_autocast
 from reap_kernels.dispatch import Backend, Request, Sizes, always, register, select
 from reap_kernels.errors import DtypeError, ShapeError
-from reap_kernels.gram import cpu, reference
+from reap_kernels.gram import cpu, reference, triton_backend
 from reap_kernels.gram.factors import checked_scale, row_factors
 from reap_kernels.layer_gram import LayerGram
 from reap_kernels.saliency.op import checked_mask
@@ -101,3 +101,4 @@ def check_sums(sums: LayerGram, experts: int, width: int, where: torch.device) -
 
 register(Backend("gram", "reference", lambda _: 0, lambda _: None, always(reference.gram)))
 register(Backend("gram", "cpu", lambda _: 10, cpu_only, always(cpu.gram)))
+register(triton_backend.BACKEND)

@@ -6,13 +6,13 @@ exists for no architecture yet.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor
 
 from reap_kernels import cuda, selfcheck, tuning
 from reap_kernels.dispatch import Backend, Request
 from reap_kernels.experts.triton_backend import facts, launches, note, product_limits
+from reap_kernels.gram import triton_backend as gram_backend
 from reap_kernels.layer.call import LayerCall
 from reap_kernels.layer.triton_backend import check, grouped_limits
 from reap_kernels.saliency.stage_kernels import stage_kernels
@@ -47,7 +47,7 @@ def refusal(request: Request) -> str | None:
     if reason is None:
         reason = product_limits(request)
     if reason is None and request.gram:
-        reason = "it sums no Gram matrices yet"
+        reason = gram_backend.refusal(request)
     if reason is not None:
         return reason
     chosen = stage_backends(request)
@@ -74,8 +74,7 @@ def prepare(request: Request) -> Callable[[LayerCall], Tensor]:
 
     chosen = stage_backends(request)
     around = stage_kernels(chosen["sort"], chosen["saliency"])
-    kernels = gpu.LayerKernels(gpu.PRODUCTS[chosen["layer"]], around, launches(request))
-    return partial(gpu.observe_layer, kernels)
+    return gpu.prepared(gpu.PRODUCTS[chosen["layer"]], around, launches(request), request)
 
 
 BACKEND = Backend("layer", "cuda", priority, refusal, prepare, served)

@@ -20,6 +20,7 @@ from reap_kernels.experts.triton_backend import (
     output_bound,
     product_limits,
 )
+from reap_kernels.gram import triton_backend as gram_backend
 from reap_kernels.layer import reference
 from reap_kernels.layer.call import LayerCall
 from reap_kernels.saliency.stage_kernels import stage_kernels
@@ -40,7 +41,7 @@ def refusal(products: str, request: Request) -> str | None:
     """Why `layer` cannot be served with these products, or None."""
     reason = product_limits(request)
     if reason is None and request.gram:
-        reason = "it sums no Gram matrices yet"
+        reason = gram_backend.refusal(request)
     if reason is None and products == "grouped_mm":
         reason = grouped_limits(request)
     return reason or selfcheck.verdict(
@@ -91,8 +92,7 @@ def prepare(products: str, request: Request) -> Callable[[LayerCall], Tensor]:
     from reap_kernels.layer import gpu
 
     around = stage_kernels("triton", "triton")
-    kernels = gpu.LayerKernels(gpu.PRODUCTS[products], around, launches(request))
-    return partial(gpu.observe_layer, kernels)
+    return gpu.prepared(gpu.PRODUCTS[products], around, launches(request), request)
 
 
 def check(run: Callable[[LayerCall], Tensor], products: str, request: Request) -> str | None:

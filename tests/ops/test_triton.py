@@ -219,14 +219,14 @@ def test_order_of_choice(monkeypatch) -> None:
 def test_tf32_only_where_torch_was_asked() -> None:
     from reap_kernels.experts import gpu as experts
 
-    assert experts._precision(torch.float32) == "ieee"
+    assert experts.precision(torch.float32) == "ieee"
     torch.set_float32_matmul_precision("high")
     try:
-        assert experts._precision(torch.float32) == "tf32"
-        assert experts._precision(torch.bfloat16) == "ieee"
+        assert experts.precision(torch.float32) == "tf32"
+        assert experts.precision(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert experts._precision(torch.float32) == "ieee"
+    assert experts.precision(torch.float32) == "ieee"
 
 
 def test_address_tables_are_made_once_and_never_stale() -> None:
