@@ -14,8 +14,9 @@ from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.tuning import Launch, fallback
 from reap_kernels.types import Routing
 
-# Rows that do not begin at 16 bytes are loaded element by element, through registers.
-_UNALIGNED = Launch(32, 32, 32, 1, 4, 2)
+# Rows that do not begin at 16 bytes are loaded element by element, through registers. Tensor cores
+# take blocks of at least 64 rows; float32 does without them and would spill there.
+_UNALIGNED, _UNALIGNED_FLOAT32 = Launch(64, 64, 32, 1, 4, 2), Launch(32, 32, 32, 1, 4, 2)
 # Columns and warps of a program that weighs rows or adds tiles.
 _COLUMNS, _WARPS = 64, 8
 
@@ -23,7 +24,7 @@ _COLUMNS, _WARPS = 64, 8
 def outer_launch(request: Request, *widths: int) -> Launch:
     """Tiles of outer products of rows that are `widths` wide; square, as the diagonal needs."""
     if any(width * request.dtype.itemsize % 16 for width in widths):
-        return _UNALIGNED
+        return _UNALIGNED_FLOAT32 if request.dtype == torch.float32 else _UNALIGNED
     return fallback("down", request.dtype, TILE, device.shared_memory(request.device))
 
 
