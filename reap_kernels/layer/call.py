@@ -44,8 +44,8 @@ class LayerCall:
     @property
     def request(self) -> Request:
         """What a backend is chosen by."""
-        request = request_of("layer", self.hidden, self.topk_ids.shape[1], self.experts)
-        return request if self.gram is None else request._replace(gram=True)
+        top_k, gram = self.topk_ids.shape[1], self.gram is not None
+        return request_of("layer", self.hidden, top_k, self.experts, gram=gram)
 
     def gram_factors(self) -> Tensor:
         """[T, k]: see `row_factors`."""

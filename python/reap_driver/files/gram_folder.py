@@ -322,6 +322,16 @@ def file_bytes(experts: int, intermediate_size: int) -> int:
     return whole - 4 * experts * (intermediate_size * (intermediate_size - 1) // 2)
 
 
+def layout(experts: int, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor of a layer's file, for E experts of I neurons."""
+    return {
+        "gram": ((experts, width * (width + 1) // 2), torch.float32),
+        "first": ((experts, width), torch.float64),
+        "weight": ((experts,), torch.float64),
+        "count": ((experts,), torch.int64),
+    }
+
+
 def _unpacked(tensors: Mapping[str, Tensor]) -> LayerGram:
     """The sums of a layer from the tensors of its file.
 
@@ -331,12 +341,7 @@ def _unpacked(tensors: Mapping[str, Tensor]) -> LayerGram:
     if "first" not in tensors or tensors["first"].ndim != 2 or not tensors["first"].numel():
         raise ValueError("has no tensor first [experts, neurons]")
     experts, width = tensors["first"].shape
-    wanted = {
-        "gram": ((experts, width * (width + 1) // 2), torch.float32),
-        "first": ((experts, width), torch.float64),
-        "weight": ((experts,), torch.float64),
-        "count": ((experts,), torch.int64),
-    }
+    wanted = layout(experts, width)
     if tensors.keys() != wanted.keys():
         raise ValueError(f"holds the tensors {sorted(tensors)}; expected {sorted(wanted)}")
     for name, (shape, dtype) in wanted.items():

@@ -62,10 +62,10 @@ def find_width_edit(
     search = _Search(config, complete, inside, shapes, shapes_of)
     seen: list[tuple[Site, list[str]]] = []
     for site, value in _sites(config, complete, before):
-        made = search.built({site: _replaced(value, before, after)})
+        values = {site: _replaced(value, before, after)}
+        made = search.built(values)
         if made is None or not search.covers(made):
             continue
-        values = {site: _replaced(value, before, after)}
         others = search.others(made)
         if others:
             edit = search.with_shared(values, before, after)

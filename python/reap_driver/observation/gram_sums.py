@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from reap_driver.files.gram_folder import GramWriter, partial_of, read_layer
+from reap_driver.files.gram_folder import GramWriter, layout, partial_of, read_layer
 from reap_driver.model.discover import MoELayer, adapter_of
 from reap_driver.observation.data_parallel import Ranks
 from reap_kernels import ExpertWeights, LayerGram, LayerStats, SaliencyStats
@@ -115,9 +115,11 @@ class GramRun:
     def _add(self, name: str) -> None:
         """Writes the sums of a layer over all ranks, of which some may have had no batch."""
         world, own = self._world, self._own.get_packed(name)
-        shapes = {key: list(tensor.shape) for key, tensor in (own or {}).items()}
-        known = next(filter(None, map(json.loads, world.texts(json.dumps(shapes)))))
-        tensors = own or {key: torch.zeros(known[key], dtype=_DTYPES[key]) for key in known}
+        sizes = [] if own is None else list(own["first"].shape)
+        known = layout(*next(filter(None, map(json.loads, world.texts(json.dumps(sizes))))))
+        tensors = own or {
+            key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in known.items()
+        }
         added = {key: world.added(tensors[key]) for key in sorted(known)}
         whole = {key: tensor for key, tensor in added.items() if tensor is not None}
         if whole:
@@ -126,11 +128,3 @@ class GramRun:
     def remove(self) -> None:
         """Deletes what this rank wrote; the folder stays if it is complete."""
         self._own.remove()
-
-
-_DTYPES = {
-    "gram": torch.float32,
-    "first": torch.float64,
-    "weight": torch.float64,
-    "count": torch.int64,
-}

@@ -124,9 +124,8 @@ class LayerRecorder:
         rows, experts = self.operands(hidden)
         stats, group = self.open(hidden.device)
         if len(hidden) not in self._served:
-            request = request_of("layer", rows, ids.shape[1], experts)
-            if self._observation.gram:
-                request = request._replace(gram=True)
+            gram = self._observation.gram
+            request = request_of("layer", rows, ids.shape[1], experts, gram=gram)
             self._served[len(hidden)] = select(request, self.backend).name
         out = observe_layer(
             rows,

@@ -25,7 +25,7 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 _TEXTS = ("model", "pruned", "recipe")  # a file or a folder, or the name of something else
-# What a journal's folder holds, also after a kill.
+# What an unfinished folder of Gram matrices holds, and a journal's folder, also after a kill.
 _GRAMS = re.compile(r"\.?(gram\.json|gram-\d+\.safetensors)(\.[0-9a-f]{8})?")
 _JOURNAL = re.compile(r"\.?(journal\.json|stats-\d+\.safetensors|states-\d+)(\.[0-9a-f]{8})?")
 
@@ -118,12 +118,10 @@ def check_gram_folder(folder: Path, *, overwrite: bool) -> None:
                 f"{folder}: exists; choose another name, or pass `overwrite=True`"
             )
     _check_place(folder, folder.absolute().parent)
-    strange = [part.name] if os.path.lexists(part) else []
-    if part.is_dir() and not part.is_symlink():
-        strange = sorted(p.name for p in part.iterdir() if not _GRAMS.fullmatch(p.name))
+    strange = _strange(part, _GRAMS)
     if strange:
         raise CheckpointError(
-            f"{part}: is where Gram matrices go until they are complete, and holds {strange[0]!r}, "
+            f"{part}: is where Gram matrices go until they are complete, and holds {strange!r}, "
             "which is none; move it away, or choose another name"
         )
 
@@ -150,16 +148,23 @@ def check_journal_folder(folder: Path) -> None:
     Raises:
         CheckpointError: naming it and what it holds.
     """
-    if not os.path.lexists(folder):
-        return
-    strange = [folder.name]
-    if folder.is_dir() and not folder.is_symlink():
-        strange = sorted(p.name for p in folder.iterdir() if not _JOURNAL.fullmatch(p.name))
+    strange = _strange(folder, _JOURNAL)
     if strange:
         raise CheckpointError(
-            f"{folder}: is where the journal goes, and holds {strange[0]!r}, which is none; move "
+            f"{folder}: is where the journal goes, and holds {strange!r}, which is none; move "
             "it away, or choose another output"
         )
+
+
+def _strange(folder: Path, known: re.Pattern[str]) -> str | None:
+    """The first name in a folder that is not one of the known, or its own where it is no folder;
+    None if there is none.
+    """
+    if not os.path.lexists(folder):
+        return None
+    if not folder.is_dir() or folder.is_symlink():
+        return folder.name
+    return min((p.name for p in folder.iterdir() if not known.fullmatch(p.name)), default=None)
 
 
 def _check_place(out: Path, folder: Path) -> None:

@@ -275,9 +275,10 @@ def _experts(report: "ApplyReport") -> tuple[str, str]:
 
 def _neurons(report: "ApplyReport") -> tuple[str, str]:
     """Neurons of a routed expert before and after; empty where experts keep them all."""
-    pairs = report.neurons_per_layer.values()
-    before, after = zip(*pairs, strict=True) if pairs else ((), ())
-    return ("", "") if not pairs else (_range(before), _range(after))
+    if not report.neurons_per_layer:
+        return "", ""
+    before, after = zip(*report.neurons_per_layer.values(), strict=True)
+    return _range(before), _range(after)
 
 
 def _range(numbers: Sequence[int]) -> str:
