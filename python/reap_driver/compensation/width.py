@@ -48,6 +48,18 @@ class WidthOrder:
         alive = self._alive(keep)
         return (~alive).nonzero()[:, 1].view(len(alive), self.width - keep)
 
+    def of(self, experts: Sequence[int]) -> "WidthOrder":
+        """The order of some of its experts alone, by their positions in it."""
+        chosen = torch.tensor(list(experts), device=self.removed.device)
+        return WidthOrder(
+            self.removed[chosen],
+            self.costs[chosen],
+            self.energy[chosen],
+            self.shift[chosen],
+            self.width,
+            self.notes,
+        )
+
     def error(self, keep: int) -> Tensor:
         """Expected squared error of each expert at width `keep`, relative to its energy: float64
         [E], 0 for an expert without rows. It includes what the ridge costs.

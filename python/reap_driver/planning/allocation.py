@@ -251,8 +251,8 @@ def explicit(
         protected: {layer: ids} that stay.
 
     Raises:
-        PlanError: the removals name other layers, a layer cannot lose that many, its routing groups
-            would differ in size, or no expert is removed at all.
+        PlanError: the removals name other layers, a layer cannot lose that many, or its routing
+            groups would differ in size.
     """
     unknown, missing = sorted(set(removals) - set(layers)), sorted(set(layers) - set(removals))
     if unknown or missing:
@@ -265,8 +265,6 @@ def explicit(
     for name, layer in layers.items():
         router, kept = Router.of(name, layer), frozenset(guarded.get(name, ()))
         budgets.append(_explicit_budget(router, removals[name], kept))
-    if not any(budget.removed for budget in budgets):
-        raise PlanError("removals are 0 in every layer; remove at least one expert")
     return budgets
 
 

@@ -99,6 +99,8 @@ def make_plan(
     else:
         budgets = uniform(facts, ratio, protected=protected, layer_ratios=layer_ratios)
         notes = _rounding_notes(budgets)
+    if not any(budget.removed for budget in budgets):
+        raise PlanError("nothing is removed: every layer is to keep all its experts")
     if asked:
         settings["layer_ratios"] = dict(asked)
     return _plan(scores, budgets, allocation, ratio, notes, settings, whole)
@@ -142,7 +144,36 @@ def plan_of_removals(
     whole = unobserved_kept_whole(scores, removals)
     ranked = {name: number for name, number in removals.items() if name not in scores.unobserved}
     budgets = explicit(facts, ranked, protected=protected)
+    if not any(budget.removed for budget in budgets):
+        raise PlanError("removals are 0 in every layer; remove at least one expert")
     return _plan(scores, budgets, allocation, ratio, [], {}, whole)
+
+
+def plan_keeping(
+    scores: Scores,
+    keep: int,
+    *,
+    ratio: float,
+    protected: Mapping[str, Collection[int]] | None = None,
+) -> Plan:
+    """The plan that keeps equally many experts of every layer, perhaps all of them: what a plan
+    begins with that removes neurons, too.
+
+    Args:
+        scores: of every MoE layer.
+        keep: experts that each layer keeps, those with the highest scores.
+        ratio: recorded as the share of the expert weights that was asked to be removed.
+        protected: {layer: ids} of experts that are kept whatever their scores.
+
+    Raises:
+        PlanError: a layer cannot keep that many.
+    """
+    check_ratio(ratio)
+    facts = _facts(scores)
+    _check_names(facts, protected or {}, {})
+    removals = {name: len(scores[name]) - keep for name in facts}
+    budgets = explicit(facts, removals, protected=protected)
+    return _plan(scores, budgets, "uniform", ratio, [], {}, [])
 
 
 @typed
@@ -232,8 +263,6 @@ def _plan(
     """The plan that keeps the experts with the highest scores, as many as the budgets leave."""
     unobserved_facts: dict[str, dict[str, Any]] = {name: {} for name in scores.unobserved}
     notes = [*notes, *unobserved_notes(scores, whole, [b.name for b in budgets if b.removed])]
-    if not any(budget.removed for budget in budgets):
-        raise PlanError("nothing is removed: every layer is to keep all its experts")
     check_decides(scores, scores.criterion, [b.name for b in budgets if b.removed])
     layers = {
         budget.name: LayerPlan.keeping(

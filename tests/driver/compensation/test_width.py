@@ -233,3 +233,13 @@ def test_refused(name, rows, down) -> None:
     call, kind, message = REFUSED[name]
     with pytest.raises(kind, match=re.escape(message)):
         call(down, rows.mT @ rows)
+
+
+def test_an_order_of_some_experts(rows, down) -> None:
+    sums = summed(rows)
+    some = width_order(down, sums).of([2, 0])
+    cut = cut_width(down, sums, some, 37, experts=[2, 0])
+    alone = rd.prune_width(down, sums, 37, experts=[2, 0])
+    assert cut.neurons.equal(alone.neurons)
+    torch.testing.assert_close(cut.down, alone.down)
+    torch.testing.assert_close(cut.error, alone.error)

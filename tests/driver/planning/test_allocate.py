@@ -223,7 +223,6 @@ def test_removals_layer_by_layer() -> None:
         ({"a": 6, "b": 0}, r"6 of the 8 experts of layer a leaves 2, .* 3 .*; remove from 0 to 5$"),
         ({"a": -1, "b": 0}, r"removing -1 of the 8 experts of layer a is no number of experts"),
         ({"a": 0, "b": 6}, r"removing 6 .* b is no multiple of its 4 .* 0 to 8 in steps of 4"),
-        ({"a": 0, "b": 0}, r"removals are 0 in every layer"),
     ],
 )
 def test_removals_that_cannot_be(removals: dict[str, int], says: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from reap_driver.planning.criteria import Scores
 from reap_driver.planning.plan import LayerPlan, Plan
-from reap_driver.planning.planner import make_plan, plan_of_removals, random_plan
+from reap_driver.planning.planner import make_plan, plan_keeping, plan_of_removals, random_plan
 from reap_driver.planning.scoring import score
 from reap_kernels.errors import PlanError
 from tests.driver.planning.statistics import EXPERTS, MODEL, Rows, model_stats
@@ -156,6 +156,18 @@ def test_plans_of_given_removals() -> None:
     assert set(plan.layers[LAYERS[0]].removed) <= set(guarded.kept[LAYERS[0]])
     with pytest.raises(PlanError, match="removing 5 of the 6 experts"):
         plan_of_removals(known, dict.fromkeys(LAYERS, 5), allocation="searched", ratio=0.5)
+    with pytest.raises(PlanError, match="removals are 0 in every layer"):
+        plan_of_removals(known, dict.fromkeys(LAYERS, 0), allocation="searched", ratio=0.5)
+
+
+def test_plans_that_keep_a_number_or_all() -> None:
+    known = scores()
+    assert plan_keeping(known, 3, ratio=0.5) == make_plan(known, 0.5)
+    whole = plan_keeping(known, 6, ratio=0.25)
+    assert (whole.ratio, whole.uniform) == (0.25, True)
+    assert {layer.removed for layer in whole.layers.values()} == {()}
+    with pytest.raises(PlanError, match="removing 5 of the 6 experts"):
+        plan_keeping(known, 1, ratio=0.5)
 
 
 def test_uniform_means_one_number_for_layers_of_one_size() -> None:
