@@ -4,7 +4,7 @@ The order in which the neurons of a layer can go serves all shapes, so it is fou
 layer. What a shape is expected to cost, its plan and its new down projections follow from it.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -19,9 +19,6 @@ from reap_driver.planning.planner import plan_keeping
 from reap_kernels import LayerGram, SaliencyStats
 from reap_kernels.errors import PlanError
 from reap_kernels.schema import short
-
-# Of a layer: the down projections of all its experts, [E, H, I] or [H, I] each, and their Grams.
-Reader = Callable[[str], tuple[Tensor | Sequence[Tensor], LayerGram]]
 
 
 class Shaping:
@@ -82,18 +79,20 @@ class Shaping:
             )
         return left
 
-    def measure(self, name: str, read: Reader, least: int) -> None:
-        """Finds the order of the neurons of one layer, down to `least` of each expert.
+    def measure(
+        self, name: str, down: Tensor | Sequence[Tensor], gram: LayerGram, least: int
+    ) -> None:
+        """Finds the order of the neurons of one layer, which shapes need of all of them.
 
         Args:
             name: of the layer.
-            read: its matrices and Grams.
+            down: [E, H, I], or [H, I] of each of its experts.
+            gram: of the layer.
             least: the smallest width that is wanted later.
 
         Raises:
             ShapeError, DtypeError, DataError: see `prune_width`.
         """
-        down, gram = read(name)
         self._orders[name] = width_order(down, gram, least=least, ridge=self.ridge)
         counts = gram.count
         self._few[name] = int(((counts > 0) & (counts < 2 * self.width)).sum())
@@ -132,23 +131,22 @@ class Shaping:
             layers[name] = LayerPlan.keeping(layer.num_experts, layer.kept, self.width, kept)
         return replace(plan, layers=layers).noting(self._notes())
 
-    def matrices(self, plan: Plan, read: Reader) -> Iterator[tuple[str, Tensor]]:
-        """The new down projections of a plan, layer by layer.
+    def matrices(
+        self, plan: Plan, name: str, down: Tensor | Sequence[Tensor], gram: LayerGram
+    ) -> Tensor:
+        """The new down projections of one layer of a plan that removes neurons.
 
         Args:
             plan: from `plan`.
-            read: as for `measure`.
+            name, down, gram: as given to `measure`.
 
-        Yields:
-            Name of the layer and [E', H, I'], in the dtype of the down projections that were read,
-            on the device of the Grams; nothing for a plan of whole experts.
+        Returns:
+            [E', H, I'] in the dtype of `down`, on the device of `gram`.
         """
-        for name, layer in plan.layers.items():
-            if layer.narrow_width is not None:
-                down, gram = read(name)
-                order = self._orders[name].of(layer.kept)
-                cut = cut_width(down, gram, order, layer.narrow_width, experts=layer.kept)
-                yield name, cut.down
+        layer = plan.layers[name]
+        assert layer.narrow_width is not None, "a plan of whole experts needs no matrices"
+        order = self._orders[name].of(layer.kept)
+        return cut_width(down, gram, order, layer.narrow_width, experts=layer.kept).down
 
     def _notes(self) -> list[str]:
         """Sentences on experts whose Grams have few rows, or none."""

@@ -1,19 +1,17 @@
 """Plans of one shape: which experts and neurons stay, their matrices, and what is refused."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import reap_driver as rd
 from reap_driver.compensation.shapes import Shape, expected_error
 from reap_driver.compensation.shaping import Shaping
 from reap_driver.compensation.width import width_order
-from reap_kernels import LayerGram, SaliencyStats
+from reap_kernels import SaliencyStats
 from reap_kernels.errors import PlanError
 from tests.driver import zoo
 
@@ -32,49 +30,43 @@ def observed() -> Any:
     return obs.stats, down, obs.grams
 
 
-def shaping_of(observed: Any, **options: Any) -> tuple[Shaping, Any]:
+def shaping_of(observed: Any, **options: Any) -> Shaping:
     stats, down, grams = observed
-
-    def read(name: str) -> tuple[Sequence[Tensor], LayerGram]:
-        return list(down[name]), grams[name]
-
     found = Shaping(rd.score(stats), stats, **options)
     for name in found.names:
-        found.measure(name, read, LEAST)
-    return found, read
+        found.measure(name, down[name], grams[name], LEAST)
+    return found
 
 
 @pytest.mark.parametrize("shape", [Shape(6, 24), Shape(8, 16), Shape(4, 8)])
 def test_it_is_each_layer_cut_by_itself(observed: Any, shape: Shape, tmp_path: Path) -> None:
     stats, down, grams = observed
-    shaping, read = shaping_of(observed)
+    shaping = shaping_of(observed)
     plan = shaping.plan(shape, 0.4, SETTINGS)
     assert (plan.shape, plan.ratio, plan.settings) == (str(shape), 0.4, SETTINGS)
     assert (plan.allocation, plan.criterion) == ("uniform", "reap")
     plan.save(tmp_path / "plan.json")
     assert rd.Plan.load(tmp_path / "plan.json") == plan
-    matrices = dict(shaping.matrices(plan, read))
-    assert list(matrices) == list(plan.layers) == list(down)
+    assert list(plan.layers) == list(down) == shaping.names
     for name, layer in plan.layers.items():
         best = rd.score(stats)[name].argsort(descending=True)[: shape.experts]
         assert layer.kept == tuple(sorted(best.tolist()))
         cut = rd.prune_width(down[name], grams[name], shape.width, experts=layer.kept)
         assert torch.tensor(layer.neurons).equal(cut.neurons)
-        torch.testing.assert_close(matrices[name], cut.down, rtol=1e-4, atol=1e-6)
-        assert matrices[name].dtype == down[name].dtype
+        new = shaping.matrices(plan, name, list(down[name]), grams[name])
+        torch.testing.assert_close(new, cut.down, rtol=1e-4, atol=1e-6)
 
 
-def test_whole_experts_need_no_matrices(observed: Any) -> None:
-    shaping, read = shaping_of(observed)
+def test_whole_experts_are_a_plan_as_ever(observed: Any) -> None:
+    shaping = shaping_of(observed)
     plan = shaping.plan(Shape(4, WIDTH), 0.5, SETTINGS)
     assert not plan.narrows
     assert plan.kept == rd.make_plan(rd.score(observed[0]), 0.5).kept
-    assert dict(shaping.matrices(plan, read)) == {}
 
 
 def test_expected_errors_are_means_over_layers(observed: Any) -> None:
     stats, down, grams = observed
-    shaping, _ = shaping_of(observed)
+    shaping = shaping_of(observed)
     shape = Shape(6, 24)
     errors = [
         expected_error(stats.layers[name], width_order(down[name], grams[name]), kept, 24, 3)
@@ -86,14 +78,14 @@ def test_expected_errors_are_means_over_layers(observed: Any) -> None:
 
 def test_protected_experts_stay(observed: Any) -> None:
     name = next(iter(observed[1]))
-    free, _ = shaping_of(observed)
-    held, _ = shaping_of(observed, protected={name: range(5)})
+    free = shaping_of(observed)
+    held = shaping_of(observed, protected={name: range(5)})
     assert [str(shape) for shape in free.shapes(0.5, multiple=8)] == ["8x16", "5x24", "4x32"]
     assert [str(shape) for shape in held.shapes(0.5, multiple=8)] == ["8x16", "5x24"]
     plan = held.plan(Shape(5, 24), 0.5, {})
     assert plan.kept[name] == (0, 1, 2, 3, 4)
     assert plan.settings == {"protected": {name: [0, 1, 2, 3, 4]}}
-    most, _ = shaping_of(observed, protected={name: range(8)})
+    most = shaping_of(observed, protected={name: range(8)})
     with pytest.raises(PlanError, match=r"no shape keeps the protected experts, .* has 8"):
         most.shapes(0.6, multiple=24)
 
@@ -103,7 +95,7 @@ def test_few_rows_are_said(observed: Any) -> None:
     first = next(iter(grams))
     poor = {name: gram.to("cpu") for name, gram in grams.items()}
     poor[first].count[:3] = torch.tensor([5, 6, 0])
-    shaping, _ = shaping_of((stats, down, poor))
+    shaping = shaping_of((stats, down, poor))
     few, none = shaping.plan(Shape(6, 24), 0.4, {}).notes[-2:]
     assert few.startswith("2 experts have fewer than 64 rows")
     assert none.startswith("1 experts have no rows")
