@@ -175,7 +175,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 _SEVERAL = ("pruned",)
-_REPEATED = ("data", "recipe", "protect")
+_REPEATED = ("data", "recipe", "protect", "hold_out_group")
 # What text means the value of an option; of others it is the text.
 _VALUES: dict[str, Callable[[str], Any]] = {
     "batch_size": batch_size,

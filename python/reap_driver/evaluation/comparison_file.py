@@ -39,8 +39,9 @@ _COLUMN = Record(
     },
     open=True,
 )
-_INTEGRITY: dict[str, Kind] = {
-    "integrity": Record(optional=dict.fromkeys(RATES, Real(low=0, high=1.001)), open=True)
+_KNOWN: dict[str, Kind] = {
+    "integrity": Record(optional=dict.fromkeys(RATES, Real(low=0, high=1.001)), open=True),
+    "not_calibrated_on": ListOf(Text()),
 }
 _ONE: dict[str, Kind] = {
     "pruned": Text(),
@@ -56,7 +57,7 @@ FORMAT = Format(
     {"original": Text(), **_ONE},
     DataError,
     _REMEDY,
-    _INTEGRITY,
+    _KNOWN,
     open=True,
 )
 MANY = Format(
@@ -65,7 +66,7 @@ MANY = Format(
     "comparison",
     {
         "original": Text(),
-        "comparisons": ListOf(Record(_ONE, _INTEGRITY, open=True), shortest=1),
+        "comparisons": ListOf(Record(_ONE, _KNOWN, open=True), shortest=1),
     },
     DataError,
     _REMEDY,

@@ -283,6 +283,13 @@ class Plan:
         return None
 
     @property
+    def calibrated_on(self) -> tuple[str, ...]:
+        """Calibration groups that its scores are from; empty where it does not record them."""
+        groups = dict.fromkeys(str(entry["group"]) for entry in self.data if "group" in entry)
+        weights = self.weights or {}
+        return tuple(group for group in groups if weights.get(group, 1) > 0)
+
+    @property
     def record(self) -> dict[str, Any]:
         """The model it was made for, as `reap_kernels.model_match.differences` takes it."""
         facts = self.model.get("layers") or {}

@@ -20,6 +20,7 @@ _FIGURES = {
     "acceptance": "expected acceptance",
     "same_top": "same top token",
 }
+_UNSEEN = " (not calibrated on)"
 _RATES = {
     "orphan_rate": "Tokens that lose their first expert",
     "stranded_rate": "Tokens that lose all their experts",
@@ -41,7 +42,10 @@ def comparison_parts(found: Mapping[str, Any]) -> list[Part]:
     if "comparisons" in found:
         return _several(found)
     groups = found["groups"] if len(found["groups"]) > 1 else {}
-    columns = {**groups, "all": found["overall"]}
+    unseen = found.get("not_calibrated_on", ())
+    whole = "all" + (_UNSEEN if set(unseen) >= set(found["groups"]) else "")
+    columns = {name + _UNSEEN if name in unseen else name: own for name, own in groups.items()}
+    columns[whole] = found["overall"]
     rows: list[list[Cell]] = [
         [name, *(_interval(figures[key]) for figures in columns.values())]
         for key, name in _FIGURES.items()

@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from reap_driver.workflow.comparison_results import (
     Comparisons,
     figures_table,
     integrity_lines,
+    shared,
 )
 from reap_driver.workflow.errors import OptionError
 from reap_driver.workflow.holding import in_memory, load_options, sized
@@ -114,12 +115,15 @@ def compare(options: CompareOptions, listener: Listener | None = None) -> Compar
     nothing: list[None] = [None] * len(names)
     found: Sequence[Comparison | None] = nothing
     data, integrity = [], [dict[str, Any]() for _ in names]
+    strange: list[tuple[str, ...]] = [() for _ in names]
     if options.data.given:
         sources = _read_data(options, given, heard)
         figures, lost = _compared(options, given, sources, heard)
         found = figures
         data = [source.provenance() for source in sources]
-        heard.say(figures_table(dict(zip(names, figures, strict=True))))
+        groups = {source.source.group for source in sources}
+        strange = [_unseen(one.plan, groups) for one in given.candidates]
+        heard.say(figures_table(dict(zip(names, figures, strict=True)), shared(strange)))
         each = zip(given.candidates, lost, strict=True)
         integrity = [_integrity(options, given, one, own, heard) for one, own in each]
         for name, known in zip(names, integrity, strict=True):
@@ -132,10 +136,18 @@ def compare(options: CompareOptions, listener: Listener | None = None) -> Compar
         heard.say(tasks.table(first, dict(zip(names, others, strict=True))))
     model = str(options.model)
     results = [
-        Compared(heard.notes, model, name, one, data, known, answered)
-        for name, one, known, answered in zip(names, found, integrity, answers, strict=True)
+        Compared(heard.notes, model, name, one, data, known, answered, unseen)
+        for name, one, known, answered, unseen in zip(
+            names, found, integrity, answers, strange, strict=True
+        )
     ]
     return Comparisons(heard.notes, tuple(results)) if options.several else results[0]
+
+
+def _unseen(plan: Plan | None, groups: Collection[str]) -> tuple[str, ...]:
+    """Groups of the text that a plan was not calibrated on, as far as that is known."""
+    known = () if plan is None else plan.calibrated_on
+    return tuple(sorted(set(groups) - set(known))) if known else ()
 
 
 def subjects(options: CompareOptions, heard: Listener) -> Subjects:

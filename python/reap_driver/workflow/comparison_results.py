@@ -1,7 +1,7 @@
 """What a comparison found: as a result, as JSON and as a table."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class Compared(Result):
         data: provenance of each source.
         integrity: what the plan does to the original's routing, where that is known.
         tasks: results of the original and of the pruned model; None without tasks.
+        unseen: groups that the plan was not calibrated on, sorted; empty where that is not known.
 
     Example:
         >>> compared = rd.compare("MODEL", plan, "code.jsonl:40", seq_len=64)
@@ -54,6 +55,7 @@ class Compared(Result):
     data: list[dict[str, Any]]
     integrity: dict[str, Any]
     tasks: tuple[tasks.Results, tasks.Results] | None
+    unseen: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """See `Result`; with a comparison, what `report` reads."""
@@ -69,6 +71,7 @@ class Compared(Result):
                 "overall": _facts(self.comparison.overall),
                 "groups": {name: _facts(figures) for name, figures in groups.items()},
                 "data": self.data,
+                **({"not_calibrated_on": list(self.unseen)} if self.unseen else {}),
             }
         if self.integrity:
             found["integrity"] = self.integrity
@@ -80,7 +83,7 @@ class Compared(Result):
         """See `Result`."""
         parts = []
         if self.comparison is not None:
-            parts.append(figures_table({self.pruned: self.comparison}))
+            parts.append(figures_table({self.pruned: self.comparison}, self.unseen))
         if self.integrity:
             parts.append(integrity_lines(self.integrity))
         if self.tasks is not None:
@@ -136,7 +139,7 @@ class Comparisons(Result):
         parts = []
         known = {one.pruned: one.comparison for one in self.compared if one.comparison is not None}
         if known:
-            parts.append(figures_table(known))
+            parts.append(figures_table(known, shared([one.unseen for one in self.compared])))
         parts += [
             integrity_lines(one.integrity, one.pruned) for one in self.compared if one.integrity
         ]
@@ -167,19 +170,27 @@ def _number(value: float | None) -> float | None:
     return value if value is None or math.isfinite(value) else None
 
 
-def figures_table(found: Mapping[str, Comparison]) -> str:
+def shared(unseen: Iterable[Collection[str]]) -> set[str]:
+    """Groups that none of several plans was calibrated on; `unseen` has those of each plan."""
+    each = [set(groups) for groups in unseen]
+    return set.intersection(*each) if each else set()
+
+
+def figures_table(found: Mapping[str, Comparison], unseen: Collection[str] = ()) -> str:
     """The figures as a table, a block for each group and one for all.
 
     Args:
         found: name of a pruned model -> its comparison, all on the same text.
+        unseen: groups that none of them was calibrated on, which are marked.
     """
     blocks = {name: _blocks(comparison) for name, comparison in found.items()}
     lines = []
     for title in next(iter(blocks.values())):
         each = {name: own[title] for name, own in blocks.items()}
         figures = next(iter(each.values()))
+        mark = ", not calibrated on" if title in unseen else ""
         lines.append(
-            f"{title}: {figures.predictions:,} predictions in {figures.sequences:,} sequences"
+            f"{title}: {figures.predictions:,} predictions in {figures.sequences:,} sequences{mark}"
         )
         if len(found) > 1:
             lines += _side_by_side(each)

@@ -29,9 +29,11 @@ from reap_driver.workflow.rank_options import (
 from reap_driver.workflow.single_options import (
     folds_option,
     force_option,
+    hold_out_option,
     model_option,
     needs_data,
     overwrite_option,
+    set_names,
     set_paths,
     stats_option,
 )
@@ -86,12 +88,14 @@ class ObserveOptions:
     )
     overwrite: bool = overwrite_option()
     data: DataOptions = group_of(DataOptions)
+    hold_out_group: str | Sequence[str] = hold_out_option()
     folds: int = folds_option()
     run: RunOptions = group_of(RunOptions)
     journal: JournalOptions = group_of(JournalOptions)
 
     def __post_init__(self) -> None:
         set_paths(self)
+        set_names(self, "hold_out_group")
         check_positive(self, "folds")
         needs_data(self.data)
         check_resume(self.journal.resume, self.out, "journal")
@@ -153,6 +157,7 @@ class PruneOptions:
     allocation: AllocationOptions = group_of(AllocationOptions)
     budget: BudgetOptions = group_of(BudgetOptions)
     data: DataOptions = group_of(DataOptions)
+    hold_out_group: str | Sequence[str] = hold_out_option()
     folds: int = folds_option()
     run: RunOptions = group_of(RunOptions)
     journal: JournalOptions = group_of(JournalOptions)
@@ -160,6 +165,7 @@ class PruneOptions:
 
     def __post_init__(self) -> None:
         set_paths(self)
+        set_names(self, "hold_out_group")
         check_positive(self, "folds")
         check_context(self.rank)
         needs_data(self.data)
@@ -200,6 +206,7 @@ class EstimateOptions:
         None, metavar="DIR", help="where the run would write Gram matrices, as in `observe_data`"
     )
     data: DataOptions = group_of(DataOptions)
+    hold_out_group: str | Sequence[str] = hold_out_option()
     run: RunOptions = group_of(RunOptions)
     rank: RankOptions = group_of(RankOptions)
     allocation: AllocationOptions = group_of(AllocationOptions)
@@ -208,6 +215,7 @@ class EstimateOptions:
 
     def __post_init__(self) -> None:
         set_paths(self)
+        set_names(self, "hold_out_group")
         read_count(self, "tokens")
         self._check_machine()
         if self.tokens is not None and self.data.given:

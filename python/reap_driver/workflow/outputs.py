@@ -13,7 +13,7 @@ from typing import Any
 from reap_driver.files.gram_folder import HEAD, partial_of
 from reap_driver.workflow.fields import flat
 from reap_driver.workflow.options import DataOptions
-from reap_driver.workflow.sources import sources_of
+from reap_driver.workflow.sources import divided_sources
 from reap_kernels.errors import CheckpointError
 from reap_kernels.files import is_file
 
@@ -49,7 +49,7 @@ def inputs_of(options: Any, *outputs: Path | None) -> list[Path]:
     found = [path for path in read if os.path.exists(path)]
     data = getattr(options, "data", None)
     if isinstance(data, DataOptions) and data.given:
-        places = (source.location for source in sources_of(options))
+        places = (one.location for sources in divided_sources(options) for one in sources)
         found += [place for place in places if isinstance(place, Path)]
     return found
 

@@ -47,6 +47,24 @@ def folds_option() -> Any:
     )
 
 
+def hold_out_option() -> Any:
+    """Groups of the data that a model is not calibrated on."""
+    return option(
+        (),
+        metavar="GROUP",
+        group=DATA,
+        help="do not calibrate on the sources of this group, so that `compare` can show what is "
+        "kept on text of another kind; several can be given",
+    )
+
+
+def set_names(given: Any, *names: str) -> None:
+    """Tuples where several values are meant, in options that were given as one text."""
+    for name in names:
+        value = getattr(given, name)
+        object.__setattr__(given, name, (value,) if isinstance(value, str) else tuple(value))
+
+
 def set_paths(given: Any) -> None:
     """Paths where paths are meant, in options that were given as text, and the reverse."""
     for field in dataclasses.fields(given):
