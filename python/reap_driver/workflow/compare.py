@@ -15,7 +15,7 @@ from reap_driver.data.batches import PackedBatches
 from reap_driver.data.packing import PackedSource
 from reap_driver.data.source import DataSource
 from reap_driver.evaluation import tasks
-from reap_driver.evaluation.audit import check_permutation
+from reap_driver.evaluation.audit import audit
 from reap_driver.evaluation.compensation import PlannedModel
 from reap_driver.evaluation.models import compare_resident, compare_streamed
 from reap_driver.evaluation.router_masks import RouterMasks
@@ -432,14 +432,15 @@ def _integrity(
     found |= _calibration(stats, one.plan, heard)
     names = [layer.name for layer in given.original.layers]
     checked = min(_CHECKED_LAYERS, len(decoder_layers(given.original.meta, names)))
-    problems = check_permutation(
+    audited = audit(
         given.original.path,
         one.pruned.path,
         one.plan,
         sample=checked,
-        trust_remote_code=options.run.trust_remote_code,
+        trust=options.run.trust_remote_code,
     )
-    return {**found, "layers_checked": checked, "misplaced": problems}
+    solved = {"solved_again": audited.solved} if audited.solved else {}
+    return {**found, "layers_checked": checked, "misplaced": audited.problems, **solved}
 
 
 def _calibration(path: Path, plan: Plan, heard: Listener) -> dict[str, Any]:

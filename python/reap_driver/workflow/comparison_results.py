@@ -300,6 +300,8 @@ def integrity_lines(found: Mapping[str, Any], name: str = "") -> str:
     if "misplaced" in found:
         wrong = found["misplaced"]
         said = f"{len(wrong)} PROBLEMS, first: {wrong[0]}" if wrong else "all in the plan's order"
+        again = len(found.get("solved_again", ()))
+        said += f"; down projections of {again} layers were solved again" if again else ""
         rows.append(
             ("experts and routers", f"{said} ({found['layers_checked']} decoder layers checked)")
         )

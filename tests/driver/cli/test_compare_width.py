@@ -84,3 +84,17 @@ def test_matrices_that_are_missing_or_of_another_plan(
         rd.compare(plain, plan, data, seq_len=32)
     with pytest.raises(OptionError, match="give a checkpoint"):
         rd.compare(plain, 3, data, seq_len=32)
+
+
+def test_a_checkpoint_of_a_width_plan_is_checked(
+    run: Run, plain: Path, data: Path, tmp_path: Path
+) -> None:
+    """Its plan accounts for all that differs from the original, and says what was solved again."""
+    plan = write_plan(plain, tmp_path / "plan.json")
+    out = tmp_path / "narrow"
+    assert run("apply", plain, tmp_path / "plan.json", "--out", out).code == 0
+    words = ["compare", plain, out, "--data", data, "--seq-len", 32]
+    found = run(*words, "--json").json["integrity"]
+    assert (found["misplaced"], found["solved_again"]) == ([], list(plan.layers))
+    said = " ".join(run(*words).out.split())
+    assert "all in the plan's order; down projections of 2 layers were solved again" in said

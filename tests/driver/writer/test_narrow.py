@@ -50,6 +50,7 @@ def test_narrow_checkpoint_equals_compensated_original(
 
     report = apply_plan(full, plan, tmp_path / "narrow", matrices=matrices)
 
+    assert rd.check_permutation(full, tmp_path / "narrow", plan) == []
     narrow, inputs = load(tmp_path / "narrow"), zoo.tiny_inputs(name, model.config)
     with torch.no_grad():
         with rd.masked_experts(model, plan.kept):
