@@ -62,6 +62,11 @@ class PackedBatches:
         """The fold of the batch, counted from 0."""
         return self._batches[number].fold
 
+    def tokens(self, number: int) -> int:
+        """Tokens of the batch's sequences, without padding."""
+        bounds, rows = self._batches[number].source.bounds, self._batches[number].rows
+        return sum(bounds[row + 1] - bounds[row] for row in rows)
+
     def inputs(self, number: int) -> dict[str, Tensor]:
         """The tensors of a batch, each [batch, seq].
 

@@ -1,11 +1,12 @@
 """Puts a plan into the original model in memory, so that it computes what the pruned checkpoint
-computes: routers masked, and the down projections of kept experts replaced.
+computes: routers masked, and the down projections of kept experts replaced. Puts the matrices of a
+re-fit into the pruned model.
 
 A neuron that the plan removes gets a column of zeros, so it adds nothing, as if it were not there.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +15,9 @@ from transformers import PreTrainedModel
 
 from reap_driver.base.arguments import typed
 from reap_driver.evaluation.router_masks import RouterMask, RouterMasks
+from reap_driver.load.streamed_model import StreamedModel
 from reap_driver.model.adapters.adapter import KernelAdapter
-from reap_driver.model.discover import MoELayer, adapter_of
+from reap_driver.model.discover import MoELayer, adapter_of, find_moe_layers
 from reap_driver.planning.plan import LayerPlan, Plan
 from reap_driver.writer.plan_matrices import matrices_of
 from reap_kernels import Activation
@@ -55,6 +57,11 @@ class PlannedModel:
             if name in found and name in masks.layers  # the masks refuse unknown layers
         ]
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The original."""
+        return self._masks.model
+
     @contextlib.contextmanager
     def active(self) -> Iterator[RouterMask]:
         """See `compensated`."""
@@ -63,6 +70,55 @@ class PlannedModel:
             for experts in self._experts:
                 stack.enter_context(experts.replaced())
             yield mask
+
+
+class RefittedModel:
+    """A pruned model in memory and new down projections, which can be put into it many times.
+
+    Args:
+        model: the pruned model.
+        matrices: {layer: [E', H, I'] down projections of all its experts}.
+
+    Raises:
+        PlanError: the matrices do not fit the model.
+        UnsupportedModel: the experts' weights are not in this process's memory.
+    """
+
+    def __init__(self, model: PreTrainedModel, matrices: Mapping[str, Tensor]) -> None:
+        self.model = model
+        layers = _layers(model, matrices)
+        self._experts = [_all_experts(layer, matrices[name]) for name, layer in layers.items()]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, the model has the new down projections."""
+        with contextlib.ExitStack() as stack:
+            for experts in self._experts:
+                stack.enter_context(experts.replaced())
+            yield
+
+
+def refitted_layers(
+    streamed: StreamedModel, matrices: Mapping[str, Tensor]
+) -> Callable[[int], None]:
+    """Puts new down projections into a layer of a streamed model that was just loaded.
+
+    Args:
+        streamed: the pruned model; see `StreamedModel.loaded`.
+        matrices: {layer: [E', H, I'] down projections of all its experts}.
+
+    Raises:
+        PlanError: the model has no such layer.
+    """
+    layers = _layers(streamed.model, matrices)
+
+    def put(index: int) -> None:
+        inside = f"{streamed.layers[index][0]}."
+        for name, layer in layers.items():
+            if name.startswith(inside):
+                _all_experts(layer, matrices[name]).write()
+
+    return put
 
 
 @typed
@@ -154,6 +210,12 @@ class _Experts:
                 for view, before in saved:
                     view.copy_(before)
 
+    def write(self) -> None:
+        """Gives the kept experts the new down projections, for good."""
+        with torch.no_grad():
+            for view, columns, new in zip(self._views(), self._columns, self._down, strict=True):
+                view.zero_().index_copy_(1, columns, new)
+
     def _views(self) -> Sequence[Tensor]:
         """Down projections [H, I] of the kept experts, as views of the model's own tensors."""
         module = self._layer.module
@@ -166,6 +228,27 @@ class _Experts:
                 "they cannot be replaced; load the model with plain weights"
             )
         return views
+
+
+def _layers(model: PreTrainedModel, names: Iterable[str]) -> dict[str, MoELayer]:
+    """The MoE layers of a model that matrices are for.
+
+    Raises:
+        PlanError: the model has no layer of a name.
+    """
+    found = {layer.name: layer for layer in find_moe_layers(model)}
+    unknown = next((name for name in names if name not in found), None)
+    if unknown is not None:
+        raise PlanError(
+            f"matrices: {unknown!r} is no MoE layer of the model; use those that were made for it"
+        )
+    return {name: found[name] for name in names}
+
+
+def _all_experts(layer: MoELayer, down: Tensor) -> _Experts:
+    """All experts of a layer, with new down projections of all their neurons."""
+    every = tuple(range(layer.num_experts))
+    return _Experts(layer, LayerPlan.keeping(layer.num_experts, every), down)
 
 
 def _check_resident(layer: MoELayer) -> None:

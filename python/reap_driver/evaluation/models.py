@@ -11,7 +11,7 @@ batch at a time.
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -33,6 +33,19 @@ from reap_driver.planning.plan import Plan
 from reap_kernels.errors import UsageError
 
 Done = Callable[[float], Any]
+
+
+class InMemory(Protocol):
+    """A pruned model that another model in memory becomes for a while."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that is run."""
+        ...
+
+    def active(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which that model is the pruned one."""
+        ...
 
 
 @typed
@@ -88,7 +101,7 @@ def compare_models(
     if not isinstance(pruned, Plan):
         if matrices is not None:
             raise UsageError("compare_models: matrices go with a plan; a model has its own weights")
-        other: PreTrainedModel | PlannedModel = unwrap_model(pruned)
+        other: PreTrainedModel | InMemory = unwrap_model(pruned)
     else:
         other = PlannedModel(RouterMasks(original), pruned, matrices)
     [sums] = compare_resident(original, [other], given, range(len(batches)), backend=backend)
@@ -97,7 +110,7 @@ def compare_models(
 
 def compare_resident(
     original: PreTrainedModel,
-    pruned: Sequence[PreTrainedModel | PlannedModel],
+    pruned: Sequence[PreTrainedModel | InMemory],
     batches: Batches,
     numbers: Sequence[int],
     *,
@@ -114,11 +127,11 @@ def compare_resident(
         for number, batch in zip(numbers, inputs, strict=True):
             full = predict(original, batch)
             for one, own in zip(pruned, sums, strict=True):
-                if isinstance(one, PlannedModel):
-                    with one.active():
-                        found = predict(original, batch)
-                else:
+                if isinstance(one, PreTrainedModel):
                     found = predict(one, batch)
+                else:
+                    with one.active():
+                        found = predict(one.model, batch)
                 own.add(batches.group(number), batch, full, found)
                 done(share)
     return sums

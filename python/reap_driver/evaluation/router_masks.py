@@ -117,11 +117,12 @@ class RouterMasks:
         model: a loaded MoE model. Its tensors must not be replaced while this is used.
 
     Attributes:
-        layers: of the model, by name.
+        model: the model.
+        layers: its MoE layers, by name.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model = unwrap_model(model)
+        self.model = model = unwrap_model(model)
         self.layers = {layer.name: layer for layer in find_moe_layers(model)}
         experts = {name: layer.num_experts for name, layer in self.layers.items()}
         self._dims = expert_dims(model, experts)
@@ -141,10 +142,10 @@ class RouterMasks:
                 for tensor, value in routing[name].selection(ids, layers[name].num_experts):
                     stack.enter_context(_overwritten(tensor, value))
                 own = [weight.name for weight in routing[name].weights]
-                block = block_of(self._model, layers[name])
+                block = block_of(self.model, layers[name])
                 stack.enter_context(mask.checked(name, block, own))
-            name, reader = type(self._model).__name__, text_model(self._model)
-            prefix = text_prefix(self._model)
+            name, reader = type(self.model).__name__, text_model(self.model)
+            prefix = text_prefix(self.model)
             read = [router for router in mask.removed if router.startswith(prefix)]
             stack.enter_context(mask.checked(name, reader, read))
             yield stack.enter_context(mask)

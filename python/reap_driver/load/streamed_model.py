@@ -7,7 +7,7 @@ differently at other alignments, so the same weights in other shards would give 
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +69,8 @@ class StreamedModel:
         layers: qualified names and modules of the decoder layers, those of the part that takes text
             first, otherwise in the model's order.
         device: where the model is.
+        loaded: called with the index of every layer once its weights are there, in the thread that
+            loads it.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class StreamedModel:
         self.device = device
         self.model: PreTrainedModel = parts.model
         self.layers: list[tuple[str, nn.Module]] = parts.layers
+        self.loaded: Callable[[int], Any] = lambda _: None
         self._pool = background(1, "reap-load")
         self._coming: dict[int, Future[None]] = {}
         self._stopped = threading.Event()
@@ -157,9 +160,11 @@ class StreamedModel:
     def _load(self, layer: int) -> None:
         if self._stream is None:
             self._parts.load(self._read_ahead(layer), layer, self.device)
+            self.loaded(layer)
             return
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             self._parts.load(self._read_ahead(layer), layer, self.device)
+            self.loaded(layer)
         self._stream.synchronize()
 
     def _read_ahead(self, layer: int) -> Iterator[Chunk]:

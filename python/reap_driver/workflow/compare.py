@@ -1,34 +1,25 @@
 """Comparing: how closely pruned models follow their original, on the same batches."""
 
-import contextlib
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from reap_driver.compat.decoder_layers import decoder_layers
-from reap_driver.data.batches import PackedBatches
 from reap_driver.data.packing import PackedSource
 from reap_driver.data.source import DataSource
 from reap_driver.evaluation import tasks
 from reap_driver.evaluation.audit import audit
 from reap_driver.evaluation.compensation import PlannedModel
-from reap_driver.evaluation.models import compare_resident, compare_streamed
 from reap_driver.evaluation.router_masks import RouterMasks
-from reap_driver.evaluation.routing import Orphans, orphans_of_each, retained
-from reap_driver.evaluation.sequences import Comparison, Sums
+from reap_driver.evaluation.routing import Orphans, retained
+from reap_driver.evaluation.sequences import Comparison
 from reap_driver.evaluation.vocabularies import check_vocabularies
-from reap_driver.load.streamed_model import open_streamed
-from reap_driver.memory.decision import Decision, decide
-from reap_driver.memory.machine import this_machine
-from reap_driver.memory.model_sizes import ModelSizes
-from reap_driver.observation.state_store import StateStore
 from reap_driver.planning.plan import Plan
-from reap_driver.workflow.calibration import batches_of, read_data, template_of
+from reap_driver.workflow.calibration import read_data, template_of
+from reap_driver.workflow.comparing import Candidate, Subjects, Text, compared, loaded
 from reap_driver.workflow.comparison_results import (
     Compared,
     Comparisons,
@@ -37,72 +28,24 @@ from reap_driver.workflow.comparison_results import (
     shared,
 )
 from reap_driver.workflow.errors import OptionError
-from reap_driver.workflow.holding import in_memory, load_options, sized
 from reap_driver.workflow.inspection import (
     Model,
     check_packing,
-    device_of,
     inspect_model,
     sequence_length,
 )
 from reap_driver.workflow.jobs import CompareOptions
-from reap_driver.workflow.listener import Collector, Listener, Step
+from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.plan import Planned, matrices_beside, plan_of
 from reap_driver.workflow.sources import sources_of
 from reap_driver.writer.plan_checks import check_model, check_same_layers
-from reap_driver.writer.plan_matrices import matrices_of, shapes_of
-from reap_kernels import SaliencyStats, check_backend
-from reap_kernels.errors import DataError, PlanError, ResourceError
+from reap_driver.writer.plan_matrices import matrices_of
+from reap_kernels import SaliencyStats
+from reap_kernels.errors import DataError, PlanError
 from reap_kernels.files import is_file
 
 # Of both checkpoints, spread evenly: enough to find experts that were written in another order.
 _CHECKED_LAYERS = 4
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A pruned model.
-
-    Attributes:
-        name: as it was given.
-        pruned: the model; None where a plan is put into the original.
-        plan: what was pruned, where that is known.
-        matrices: of a plan that is put into the original and changes experts that it keeps.
-    """
-
-    name: str
-    pruned: Model | None
-    plan: Plan | None
-    matrices: Mapping[str, Tensor] | None = None
-
-    @property
-    def numbers(self) -> int:
-        """Numbers that its matrices and what they replace add to the original in memory."""
-        total = 0
-        for name, (experts, hidden, narrow) in shapes_of(self.matrices or {}).items():
-            layer = None if self.plan is None else self.plan.layers.get(name)
-            width = narrow if layer is None or layer.width is None else layer.width
-            total += experts * hidden * (narrow + width)
-        return total
-
-    def ready(self, masks: RouterMasks) -> PlannedModel:
-        """The plan, to be put into the original."""
-        assert self.plan is not None
-        return PlannedModel(masks, self.plan, self.matrices)
-
-
-@dataclass(frozen=True)
-class Subjects:
-    """What is compared: the original, and the candidates, each with it."""
-
-    original: Model
-    candidates: list[Candidate]
-
-    @property
-    def models(self) -> list[Model]:
-        """Those that are loaded."""
-        loaded = [one.pruned for one in self.candidates if one.pruned is not None]
-        return [self.original, *loaded]
 
 
 def compare(options: CompareOptions, listener: Listener | None = None) -> Compared | Comparisons:
@@ -118,7 +61,8 @@ def compare(options: CompareOptions, listener: Listener | None = None) -> Compar
     strange: list[tuple[str, ...]] = [() for _ in names]
     if options.data.given:
         sources = _read_data(options, given, heard)
-        figures, lost = _compared(options, given, sources, heard)
+        sums, lost = compared(given, options.run, Text(sources), heard)
+        figures = [one.comparison(options.draws, options.data.seed) for one in sums]
         found = figures
         data = [source.provenance() for source in sources]
         groups = {source.source.group for source in sources}
@@ -228,157 +172,6 @@ def _limited(source: DataSource, options: CompareOptions, seq_len: int) -> DataS
     return replace(source, tokens=tokens)
 
 
-def _compared(
-    options: CompareOptions, given: Subjects, sources: Sequence[PackedSource], heard: Listener
-) -> tuple[list[Comparison], list[dict[str, Orphans]]]:
-    """Runs the models; counts orphans where plans are known and the original is in memory.
-
-    Returns:
-        Figures, and orphans by layer, of each candidate; without orphans where they are not known.
-
-    Raises:
-        ResourceError: they do not fit; or a plan, and the original would have to be streamed.
-        DataError: nothing counts, or logits are not finite.
-    """
-    run = options.run
-    check_backend("compare", device_of(run), given.original.meta.dtype, run.backend)
-    decision = None if run.device_map is not None else _decided(options, given, sources)
-    size = (run.batch_size or 1) if decision is None else decision.batch_size
-    sizes = [min(size, source.full_sequences) for source in sources]
-    # All models get the same inputs, so only what all can take.
-    layers = [layer for model in given.models for layer in model.layers]
-    batches = batches_of(given.original.config, layers, sources, sizes)
-    total = sum(source.tokens for source in sources)
-    if decision is not None and decision.stream:
-        for reason in decision.reasons:
-            heard.note(f"streaming all models: {reason}")
-        if any(one.plan is not None for one in given.candidates):
-            heard.note("orphans are not counted of streamed models")
-        with heard.progress("comparing", "tok", total) as progress:
-            done = _counting(progress, total)
-            sums = _streamed(options, given, decision, batches, done)
-        lost: list[dict[str, Orphans]] = [{} for _ in sums]
-    else:
-        sums, lost = _resident(options, given, batches, total, heard)
-    return [one.comparison(options.draws, options.data.seed) for one in sums], lost
-
-
-def _resident(
-    options: CompareOptions, given: Subjects, batches: PackedBatches, total: int, heard: Listener
-) -> tuple[list[Sums], list[dict[str, Orphans]]]:
-    """Runs the models in memory, and follows the original's routing where plans are known."""
-    with contextlib.ExitStack() as stack:
-        original, *others = [
-            stack.enter_context(_loaded(options, model, heard)) for model in given.models
-        ]
-        checkpoints = iter(others)
-        planned = any(one.pruned is None for one in given.candidates)
-        masks = RouterMasks(original) if planned else None
-        pruned: list[PreTrainedModel | PlannedModel] = [
-            next(checkpoints) if masks is None or one.pruned is not None else one.ready(masks)
-            for one in given.candidates
-        ]
-        with heard.progress("comparing", "tok", total) as progress:
-            sums = compare_resident(
-                original,
-                pruned,
-                batches,
-                range(len(batches)),
-                backend=options.run.backend,
-                done=_counting(progress, total),
-            )
-        plans = [one.plan for one in given.candidates if one.plan is not None]
-        found = iter(_orphans(original, batches, plans, total, heard) if plans else [])
-        return sums, [{} if one.plan is None else next(found) for one in given.candidates]
-
-
-def _counting(progress: Step, total: int) -> Callable[[float], None]:
-    """Adds shares of the work to a step that counts tokens."""
-    return lambda share: progress.add(share * total)
-
-
-def _decided(options: CompareOptions, given: Subjects, sources: Sequence[PackedSource]) -> Decision:
-    """Decides how all models are held.
-
-    Raises:
-        ResourceError: see `decide`; or a plan, and the original does not fit in memory.
-    """
-    run = options.run
-    device = device_of(run)
-    each = [sized(run, model, sources, device, all_logits=True) for model in given.models]
-    sizes, (work, *_) = zip(*each, strict=True)
-    machine = this_machine(device, Path(tempfile.gettempdir()))
-    together = _together(sizes)
-    itemsize = given.original.meta.dtype.itemsize
-    more = itemsize * sum(one.numbers for one in given.candidates if one.pruned is None)
-    together = replace(together, rest_bytes=together.rest_bytes + more)
-    decision = decide(run.stream, together, machine, work)
-    if decision.stream and any(one.pruned is None for one in given.candidates):
-        path = given.original.path
-        raise ResourceError(
-            f"{path} would be streamed ({'; '.join(decision.reasons)}), and routers are masked in "
-            f"memory only; write the checkpoint with `reap-kernels apply {path} PLAN --out DIR` "
-            "and compare with that"
-        )
-    return decision
-
-
-def _together(sizes: Sequence[ModelSizes]) -> ModelSizes:
-    """Sizes of all models together."""
-    return replace(
-        sizes[0],
-        layer_bytes=tuple(nbytes for each in sizes for nbytes in each.layer_bytes),
-        rest_bytes=sum(each.rest_bytes for each in sizes),
-        state_bytes=sum(each.state_bytes for each in sizes),
-    )
-
-
-@contextlib.contextmanager
-def _loaded(options: CompareOptions, model: Model, heard: Listener) -> Iterator[PreTrainedModel]:
-    """One model in memory; what a device map puts on the disk goes to the temporary folder."""
-    beside = Path(tempfile.gettempdir(), "reap-compare")
-    with in_memory(model.path, options.run, beside, heard) as loaded:
-        model.check_unchanged()
-        yield loaded
-
-
-def _streamed(
-    options: CompareOptions, given: Subjects, decision: Decision, batches: PackedBatches, done: Any
-) -> list[Sums]:
-    """All models, one decoder layer at a time."""
-    run, place = options.run, decision.offload or "device"
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reap-states-")))
-        models, stores = [], []
-        for number, model in enumerate(given.models):
-            device, how = device_of(run), load_options(run)
-            models.append(stack.enter_context(open_streamed(model.path, device=device, **how)))
-            model.check_unchanged()
-            stores.append(StateStore(place, device, folder / str(number)))
-            stack.callback(stores[-1].close)
-        return compare_streamed(
-            models, stores, batches, range(len(batches)), backend=run.backend, done=done
-        )
-
-
-def _orphans(
-    model: PreTrainedModel,
-    batches: PackedBatches,
-    plans: Sequence[Plan],
-    total: int,
-    heard: Listener,
-) -> list[dict[str, Orphans]]:
-    """Runs the original once more, and follows its routing under every plan."""
-    with heard.progress("following the routing", "tok", total) as progress:
-
-        def each() -> Iterator[dict[str, Any]]:
-            for number in range(len(batches)):
-                yield batches.inputs(number)
-                progress.add(total / len(batches))
-
-        return orphans_of_each(model, each(), plans)
-
-
 def _evaluated(options: CompareOptions, given: Subjects, heard: Listener) -> list[tasks.Results]:
     """Tasks by the original and by each pruned model, one in memory at a time."""
     template = template_of(options.data)
@@ -395,14 +188,14 @@ def _evaluated(options: CompareOptions, given: Subjects, heard: Listener) -> lis
         return tasks.evaluate(model, given.original.path, options.tasks, plan=plan, **how)
 
     found: dict[int, tasks.Results] = {}
-    with _loaded(options, given.original, heard) as original:
+    with loaded(options.run, given.original, heard) as original:
         first = answers(original)
         for number, one in enumerate(given.candidates):
             if one.pruned is None:
                 found[number] = answers(original, one.ready(RouterMasks(original)))
     for number, one in enumerate(given.candidates):
         if one.pruned is not None:
-            with _loaded(options, one.pruned, heard) as pruned:
+            with loaded(options.run, one.pruned, heard) as pruned:
                 found[number] = answers(pruned)
     return [first, *(found[number] for number in sorted(found))]
 
