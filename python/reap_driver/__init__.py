@@ -56,15 +56,14 @@ if TYPE_CHECKING:
     from reap_driver.workflow.complete import Complete
     from reap_driver.workflow.errors import OptionError
     from reap_driver.workflow.estimate import Estimate
+    from reap_driver.workflow.follow_up_jobs import CompareOptions, ReportOptions
     from reap_driver.workflow.jobs import (
         ApplyOptions,
         CalibrationOptions,
-        CompareOptions,
         EstimateOptions,
         ObserveOptions,
         PlanOptions,
         PruneOptions,
-        ReportOptions,
         SearchOptions,
     )
     from reap_driver.workflow.listener import Listener, Progress
@@ -95,7 +94,7 @@ _HOMES = {
     "BudgetOptions": "reap_driver.workflow.rank_options",
     "Calibration": "reap_driver.workflow.calibration",
     "CalibrationOptions": "reap_driver.workflow.jobs",
-    "CompareOptions": "reap_driver.workflow.jobs",
+    "CompareOptions": "reap_driver.workflow.follow_up_jobs",
     "Complete": "reap_driver.workflow.complete",
     "Compared": "reap_driver.workflow.comparison_results",
     "Comparisons": "reap_driver.workflow.comparison_results",
@@ -127,7 +126,7 @@ _HOMES = {
     "RankOptions": "reap_driver.workflow.rank_options",
     "Recipe": "reap_driver.data.recipe",
     "ReplaceReport": "reap_driver.writer.replace",
-    "ReportOptions": "reap_driver.workflow.jobs",
+    "ReportOptions": "reap_driver.workflow.follow_up_jobs",
     "Reported": "reap_driver.workflow.report",
     "RunOptions": "reap_driver.workflow.options",
     "SaliencyStats": "reap_kernels",

@@ -4,7 +4,7 @@ import argparse
 
 from reap_driver.cli.arguments import add, read
 from reap_driver.workflow.console import Console
-from reap_driver.workflow.jobs import ReportOptions
+from reap_driver.workflow.follow_up_jobs import ReportOptions
 from reap_driver.workflow.results import Result
 
 NAME = "report"

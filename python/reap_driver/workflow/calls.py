@@ -23,15 +23,14 @@ from reap_driver.workflow.complete import Complete
 from reap_driver.workflow.console import Console
 from reap_driver.workflow.errors import OptionError
 from reap_driver.workflow.fields import every_field
+from reap_driver.workflow.follow_up_jobs import CompareOptions, ReportOptions
 from reap_driver.workflow.jobs import (
     ApplyOptions,
     CalibrationOptions,
-    CompareOptions,
     EstimateOptions,
     ObserveOptions,
     PlanOptions,
     PruneOptions,
-    ReportOptions,
     SearchOptions,
 )
 from reap_driver.workflow.listener import Callback, Listener, Progress

@@ -28,13 +28,13 @@ from reap_driver.workflow.comparison_results import (
     shared,
 )
 from reap_driver.workflow.errors import OptionError
+from reap_driver.workflow.follow_up_jobs import CompareOptions
 from reap_driver.workflow.inspection import (
     Model,
     check_packing,
     inspect_model,
     sequence_length,
 )
-from reap_driver.workflow.jobs import CompareOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.plan import Planned, matrices_beside, plan_of
 from reap_driver.workflow.sources import sources_of

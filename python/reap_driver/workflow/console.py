@@ -11,7 +11,7 @@ from typing import Any
 
 from reap_driver.base.library_bars import no_library_bars
 from reap_driver.base.units import clock, short
-from reap_driver.workflow import jobs
+from reap_driver.workflow import follow_up_jobs, jobs
 from reap_driver.workflow.fields import every_field
 from reap_driver.workflow.listener import Listener, Step
 
@@ -179,7 +179,8 @@ def flags(text: str) -> str:
 @functools.cache
 def option_names() -> frozenset[str]:
     """Names of the options of all jobs, but for those that have no flag."""
-    jobs_of = [one for one in vars(jobs).values() if dataclasses.is_dataclass(one)]
+    named = {**vars(jobs), **vars(follow_up_jobs)}
+    jobs_of = [one for one in named.values() if dataclasses.is_dataclass(one)]
     fields = [field for one in jobs_of for field in every_field(one)]  # type: ignore[arg-type]
     return frozenset(field.name for field in fields if not field.metadata["positional"])
 

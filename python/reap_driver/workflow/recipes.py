@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from reap_driver.base.arguments import mistake, typed
 from reap_driver.data.recipe import Recipe, included, read_recipe
-from reap_driver.workflow import fields, jobs
+from reap_driver.workflow import fields, follow_up_jobs, jobs
 from reap_driver.workflow.fields import every_field, flat, nested_in, refused
 from reap_driver.workflow.jobs import PLANNING, TASKS
 from reap_driver.workflow.options import JOURNAL, RUN
@@ -184,7 +184,7 @@ def _checked(recipe: Recipe) -> dict[str, Any]:
     by_class: dict[type, dict[str, Any]] = {}
     for key, value in recipe.options.items():
         if key not in declared:
-            every = {field.name for job in _jobs() for field in every_field(job)}
+            every = {field.name for job in job_classes() for field in every_field(job)}
             known = ", ".join(sorted(declared))
             if key in every:
                 raise DataError(
@@ -201,7 +201,7 @@ def _checked(recipe: Recipe) -> dict[str, Any]:
         by_class.setdefault(cls, {})[key] = value
     kept = dict(recipe.options)
     for cls, values in by_class.items():
-        if cls in _jobs():  # what it requires is not for a recipe to say
+        if cls in job_classes():  # what it requires is not for a recipe to say
             continue
         try:
             made = cls(**values)
@@ -212,13 +212,14 @@ def _checked(recipe: Recipe) -> dict[str, Any]:
 
 
 @functools.cache
-def _jobs() -> tuple[type, ...]:
+def job_classes() -> tuple[type, ...]:
     """The classes of options of all jobs."""
     return tuple(
         one
-        for one in vars(jobs).values()
+        for module in (jobs, follow_up_jobs)
+        for one in vars(module).values()
         if isinstance(one, type) and hasattr(one, "__dataclass_fields__")
-        if one.__module__ == jobs.__name__
+        if one.__module__ == module.__name__
     )
 
 
@@ -233,7 +234,7 @@ def _allowed(cls: type) -> "Iterator[dataclasses.Field[Any]]":
 def _declared() -> dict[str, type]:
     """{option: the class that declares it} of all that a recipe may hold."""
     found: dict[str, type] = {}
-    for job in _jobs():
+    for job in job_classes():
         for cls in [job, *filter(None, map(nested_in, dataclasses.fields(job)))]:
             own = {field.name for field in dataclasses.fields(cls) if nested_in(field) is None}
             found |= {f.name: cls for f in _allowed(cls) if f.name in own and f.name not in found}

@@ -7,7 +7,7 @@ from typing import Any
 from reap_driver.reporting.comparison import read_comparison
 from reap_driver.reporting.page import FILES, write_report
 from reap_driver.workflow.comparison_results import Compared, Comparisons
-from reap_driver.workflow.jobs import ReportOptions
+from reap_driver.workflow.follow_up_jobs import ReportOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.outputs import check_folder, inputs_of
 from reap_driver.workflow.plan import plan_of, stats_of

@@ -13,10 +13,11 @@ import torch
 import reap_driver as rd
 from reap_driver.cli import arguments, main
 from reap_driver.cli.main import build_parser
-from reap_driver.workflow import calls, jobs
+from reap_driver.workflow import calls
 from reap_driver.workflow.console import flags
 from reap_driver.workflow.errors import OptionError
 from reap_driver.workflow.fields import build, every_field, flat
+from reap_driver.workflow.recipes import job_classes
 from reap_kernels.errors import ReapError, UsageError
 
 COMMANDS = {
@@ -194,10 +195,7 @@ def test_options_in_texts_become_flags(text: str, shown: str) -> None:
 
 def test_calls_show_the_options_of_their_job() -> None:
     functions = [f for f in vars(calls).values() if hasattr(f, "options")]
-    classes = [
-        c for c in vars(jobs).values() if isinstance(c, type) and c.__module__ == jobs.__name__
-    ]
-    assert {f.options for f in functions} == set(classes)
+    assert {f.options for f in functions} == set(job_classes())
     for function in functions:
         shown = inspect.signature(function).parameters
         assert set(shown) == {*(f.name for f in every_field(function.options)), "progress"}
