@@ -8,6 +8,7 @@ searched - uniform on it, 95 %, by a bootstrap over windows.
 import argparse
 import random
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from bench import rows
 from reap_driver.budget_search.evolution import Settings
 from reap_driver.budget_search.fitness import Fitness
 from reap_driver.budget_search.held_out import held_out
-from reap_driver.budget_search.search import Found, Recorder, Task, search
+from reap_driver.budget_search.recorder import Recorder
+from reap_driver.budget_search.search import Found, Task, search
 from reap_driver.demo.run import CALIBRATION_WINDOWS, MODEL, observe_windows, read_texts
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.load.resident import load_model
@@ -52,10 +54,11 @@ def _row(
     """The row of one search: its cost and its gain."""
     task, masks = Task(scores, make_plan(scores, ratio)), RouterMasks(model)
     began, worked = time.perf_counter(), time.process_time()
-    fitness = Fitness(model, text, masks)
-    found: Found = search(Recorder(fitness, task), settings)
+    fitness = Fitness(model, text)
+    found: Found = search(task, Recorder(task.measured(fitness, masks)), settings)
     seconds, cpu = time.perf_counter() - began, time.process_time() - worked
-    check = held_out(model, other, task.uniform, found.plan, masks=masks, seed=settings.seed)
+    plans = [partial(masks.keeping, plan.kept) for plan in (task.uniform, found.plan)]
+    check = held_out(model, other, *plans, seed=settings.seed)
     removed = [str(len(layer.removed)) for layer in found.plan.layers.values()]
     return {
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -45,7 +45,7 @@ def names(files: Path) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(3, 1000, (1, 64), generator=generator)} for _ in "abcd"]
     model = rd.load_model(files / "MODEL")
-    with rd.observe(model) as observer:
+    with rd.observe(model, gram=True) as observer:
         for batch in batches:
             observer(**batch)
     stats = observer.stats
@@ -54,6 +54,7 @@ def names(files: Path) -> dict[str, Any]:
     stats.save(files / "stats.safetensors")
     plan.save(files / "plan.json")
     known = {"model": model, "batches": batches, "batch": batches[0], "stats": stats}
+    known["grams"] = observer.grams
     known |= {"scores": scores, "plan": plan, "ids": batches[0]["input_ids"]}
     known["smaller"] = rd.make_plan(scores, ratio=0.5)
     return {"rd": rd, "rk": rk, "torch": torch, **known}

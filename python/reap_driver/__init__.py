@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reap_driver.budget_search.search import search_plan
+    from reap_driver.budget_search.shape_search import FoundShape, search_shape
     from reap_driver.compat.model_config import load_config
     from reap_driver.compensation.refit import LayerRefit, refit_layer
     from reap_driver.compensation.rows import ExpertRows
@@ -171,6 +172,8 @@ _HOMES = {
     "score": "reap_driver.planning.scoring",
     "search": "reap_driver.workflow.calls",
     "search_plan": "reap_driver.budget_search.search",
+    "FoundShape": "reap_driver.budget_search.shape_search",
+    "search_shape": "reap_driver.budget_search.shape_search",
 }
 
 __all__ = [
@@ -190,6 +193,7 @@ __all__ = [
     "Estimate",
     "EstimateOptions",
     "ExpertRows",
+    "FoundShape",
     "GramFolder",
     "GramWriter",
     "JournalOptions",
@@ -258,6 +262,7 @@ __all__ = [
     "score",
     "search",
     "search_plan",
+    "search_shape",
 ]
 
 

@@ -3,12 +3,15 @@
 Expected acceptance is the mean, over the counted next-token predictions, of sum over v of
 min(p_v, q_v), where p is the full model's distribution and q the candidate's, with teacher forcing:
 the share of the candidate's tokens that speculative sampling with the full model as the target
-would accept (ESAP, arXiv 2603.06003). No checkpoint is written: the removed experts are masked in
-the routers of the model in memory.
+would accept (ESAP, arXiv 2603.06003). No checkpoint is written: a candidate is a context in which
+the full model in memory computes what the pruned one would (`RouterMasks.keeping` for budgets,
+`PlannedModel.active` for plans that remove neurons).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +20,6 @@ from transformers import PreTrainedModel
 from reap_driver.base.units import in_bytes, short
 from reap_driver.data.prefetch import ready_for
 from reap_driver.evaluation.predictions import Predictions, counted_targets, predict
-from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.memory.host_memory import free_host_memory
 from reap_driver.memory.machine import free_device_memory
 from reap_kernels import compare_logits
@@ -26,7 +28,8 @@ from reap_kernels.errors import DataError, ResourceError
 # Largest share of the free memory that the cached logits may use.
 _SHARE = 0.5
 
-Kept = Mapping[str, Sequence[int]]
+# Opens the context in which the model computes what a candidate computes.
+Candidate = Callable[[], AbstractContextManager[Any]]
 Inputs = Mapping[str, Tensor]
 
 
@@ -48,7 +51,6 @@ class Fitness:
     Args:
         model: the full model, in memory.
         batches: arguments of its forward, as `evaluation.predictions.predict` takes them.
-        masks: router masks of the model, if they exist already.
         backend: backend of `compare_logits`, without fallback; None for the best one.
 
     Attributes:
@@ -64,12 +66,10 @@ class Fitness:
         self,
         model: PreTrainedModel,
         batches: Sequence[Inputs],
-        masks: RouterMasks | None = None,
         *,
         backend: str | None = None,
     ) -> None:
         self._model, self._backend = model, backend
-        self._masks = RouterMasks(model) if masks is None else masks
         self.predictions = sum(int(counted_targets(inputs).sum()) for inputs in batches)
         if not self.predictions:
             raise DataError(
@@ -88,19 +88,16 @@ class Fitness:
             self._known.append(_known(ready, logits, place, backend))
             self.nbytes += sum(t.nbytes for t in (self._known[-1].logits, self._known[-1].lse))
 
-    def __call__(self, kept: Kept) -> float:
-        """The fitness of a candidate, in [0, 1]; 1 if it keeps every expert.
+    def __call__(self, candidate: Candidate) -> float:
+        """The fitness of a candidate, in [0, 1]; 1 if it computes what the full model does.
 
         Synchronizes with the device once, at the end.
-
-        Args:
-            kept: {layer: ids of the experts that it keeps}.
 
         Raises:
             DataError: the candidate's logits are not finite.
             PlanError, UnsupportedModel: see `reap_driver.masked_experts`.
         """
-        with self._masks.keeping(kept):
+        with candidate():
             sums = [self._accepted(known) for known in self._known]
         value = float(torch.stack(sums).sum()) / self.predictions
         if value != value:
@@ -122,8 +119,7 @@ class Fitness:
 def acceptance_by_sequence(
     model: PreTrainedModel,
     batches: Sequence[Inputs],
-    candidates: Sequence[Kept],
-    masks: RouterMasks | None = None,
+    candidates: Sequence[Candidate],
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -132,19 +128,17 @@ def acceptance_by_sequence(
     Args:
         model: the full model, in memory.
         batches: arguments of its forward.
-        candidates: {layer: ids of the experts that it keeps} of each candidate.
-        masks: router masks of the model, if they exist already.
+        candidates: opened for every batch.
         backend: backend of `compare_logits`, without fallback; None for the best one.
 
     Returns:
         The summed acceptance, float64 [candidates, sequences], and the number of counted
         predictions, int64 [sequences]; sequences without any are left out.
     """
-    masks = RouterMasks(model) if masks is None else masks
     sums, counts = [], []
     for inputs in batches:
         full = predict(model, inputs)
-        each = [_sums(model, inputs, full, masks, kept, backend) for kept in candidates]
+        each = [_sums(model, inputs, full, candidate, backend) for candidate in candidates]
         rows = len(inputs["input_ids"])
         number = torch.bincount(full.sequences.cpu(), minlength=rows)
         sums.append(torch.stack(each)[:, number > 0])
@@ -156,12 +150,11 @@ def _sums(
     model: PreTrainedModel,
     inputs: Inputs,
     full: Predictions,
-    masks: RouterMasks,
-    kept: Kept,
+    candidate: Candidate,
     backend: str | None,
 ) -> Tensor:
     """A candidate's summed acceptance per sequence of a batch, float64 [sequences], on the CPU."""
-    with masks.keeping(kept):
+    with candidate():
         found = predict(model, inputs).logits
     compared = compare_logits(full.logits, found, backend=backend)
     accepted = compared.acceptance.double().cpu()

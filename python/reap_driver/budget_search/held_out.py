@@ -1,4 +1,4 @@
-"""Compares a searched plan with the uniform plan on held-out text."""
+"""Compares what a search found with the uniform plan on held-out text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reap_driver.budget_search.fitness import Inputs, acceptance_by_sequence
+from reap_driver.budget_search.fitness import Candidate, Inputs, acceptance_by_sequence
 from reap_driver.evaluation.figures import DRAWS, intervals
-from reap_driver.evaluation.router_masks import RouterMasks
-from reap_driver.planning.plan import Plan
 from reap_kernels.errors import DataError
 
 
@@ -39,14 +37,34 @@ class HeldOut:
         """Whether the searched plan is worse."""
         return self.searched < self.uniform
 
+    def notes(self, against: str) -> list[str]:
+        """The comparison in sentences, for plans and reports.
+
+        Args:
+            against: what the uniform plan is called there.
+        """
+        said = (
+            f"expected acceptance on {self.sequences} held-out sequences {self.searched:.4f}, of "
+            f"the {against} {self.uniform:.4f} (difference {self.searched - self.uniform:+.4f}"
+        )
+        if self.low is not None:
+            said += f", 95 % interval {self.low:+.4f} to {self.high:+.4f}"
+        said += ")"
+        if not self.lost:
+            return [said]
+        return [
+            said,
+            f"the searched plan is worse than the {against} on held-out text: use the {against}, "
+            "or search on more data",
+        ]
+
 
 def held_out(
     model: PreTrainedModel,
     batches: Sequence[Inputs],
-    uniform: Plan,
-    searched: Plan,
+    uniform: Candidate,
+    searched: Candidate,
     *,
-    masks: RouterMasks | None = None,
     seed: int = 0,
     backend: str | None = None,
 ) -> HeldOut:
@@ -55,16 +73,14 @@ def held_out(
     Args:
         model: the full model, in memory.
         batches: arguments of its forward.
-        uniform, searched: the plans.
-        masks: router masks of the model, if they exist already.
+        uniform, searched: contexts in which the model computes what each plan computes.
         seed: random seed of the bootstrap.
         backend: backend of `compare_logits`, without fallback; None for the best one.
 
     Raises:
         DataError: the batches contain no prediction that counts, or logits are not finite.
     """
-    plans = [uniform.kept, searched.kept]
-    sums, counts = acceptance_by_sequence(model, batches, plans, masks, backend=backend)
+    sums, counts = acceptance_by_sequence(model, batches, [uniform, searched], backend=backend)
     if not counts.sum():
         raise DataError(
             "the held-out sequences contain no prediction that counts; use more data, or "

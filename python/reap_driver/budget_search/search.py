@@ -1,19 +1,17 @@
 """The budget search: finds the plan with the highest fitness, given scores and text."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from transformers import PreTrainedModel
 
 from reap_driver.base.arguments import typed
-from reap_driver.base.interrupts import Stop
 from reap_driver.budget_search.evolution import Settings, best_of, evolve
-from reap_driver.budget_search.fitness import Fitness, Inputs, Kept
+from reap_driver.budget_search.fitness import Candidate, Fitness, Inputs
 from reap_driver.budget_search.held_out import HeldOut, held_out
-from reap_driver.budget_search.search_state import SearchState
+from reap_driver.budget_search.recorder import Recorder
 from reap_driver.budget_search.space import Removals, Space
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.model.discover import find_moe_layers, record_of
@@ -22,8 +20,6 @@ from reap_driver.planning.criteria import Scores
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.planner import make_plan, plan_of_removals
 from reap_driver.writer.plan_checks import check_model, check_same_layers
-
-_WRITE_AFTER = 30.0  # seconds between two writes of the state within a generation
 
 
 class Task:
@@ -69,68 +65,11 @@ class Task:
         settings = self.uniform.settings | plan.settings
         return dataclasses.replace(plan, settings=settings).noting(self.notes)
 
-
-@dataclass
-class Recorder:
-    """Evaluates candidates, saves their fitness periodically, and ends the search on request.
-
-    Attributes:
-        fitness: maps {layer: ids of the kept experts} to a candidate's fitness.
-        task: the plans to search.
-        state: the state file; None to save nothing.
-        stop: the request to end the search.
-        done: called after each evaluated candidate.
-        known: fitness of every evaluated candidate, earlier runs included.
-        seconds: duration of the earlier runs.
-    """
-
-    fitness: Callable[[Kept], float]
-    task: Task
-    state: SearchState | None = None
-    stop: Stop = dataclasses.field(default_factory=Stop)
-    done: Callable[[], Any] = lambda: None
-    known: dict[Removals, float] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._began = self._wrote = time.monotonic()
-        self._written = len(self.known)
-
-    def clock(self) -> float:
-        """Seconds that the search has taken, earlier runs included."""
-        return self.seconds + time.monotonic() - self._began
-
-    def __call__(self, removals: Removals) -> float:
-        """The fitness of a candidate.
-
-        Raises:
-            Interrupted: the search was asked to end; the state is saved.
-        """
-        if removals in self.known:
-            return self.known[removals]
-        value = self.known[removals] = self.fitness(self.task.plan(removals).kept)
-        self.done()
-        if self.stop.requested or time.monotonic() - self._wrote > _WRITE_AFTER:
-            self.write()
-        if self.stop.requested:
-            text = f"interrupted after {len(self.known)} candidates{self._remedy()}"
-            raise self.stop.interrupted(text)
-        return value
-
-    def _remedy(self) -> str:
-        """How to resume, if a state file is kept."""
-        if self.state is None:
-            return ""
-        return (
-            f"; they are saved in {self.state.path}: run the same command with `resume=True` to "
-            "continue from there"
-        )
-
-    def write(self) -> None:
-        """Saves the state if it has changed."""
-        if self.state is not None and len(self.known) > self._written:
-            self.state.write(self.known, self.clock())
-            self._written, self._wrote = len(self.known), time.monotonic()
+    def measured(
+        self, fitness: Callable[[Candidate], float], masks: RouterMasks
+    ) -> Callable[[Removals], float]:
+        """The fitness of removals."""
+        return lambda removals: fitness(partial(masks.keeping, self.plan(removals).kept))
 
 
 @dataclass(frozen=True)
@@ -154,23 +93,23 @@ class Found:
 
     def checked(self, check: HeldOut) -> "Found":
         """This result with the comparison on held-out text; the plan only gets its notes."""
-        notes = [*self.plan.notes, *_check_notes(check)]
+        notes = [*self.plan.notes, *check.notes("uniform plan")]
         return dataclasses.replace(
             self, plan=dataclasses.replace(self.plan, notes=notes), check=check
         )
 
 
-def search(recorder: Recorder, settings: Settings) -> Found:
+def search(task: Task, recorder: Recorder, settings: Settings) -> Found:
     """Runs a search to its end.
 
     Args:
+        task: the plans to search.
         recorder: evaluates the candidates; those it knows are not evaluated again.
         settings: settings of the search.
 
     Raises:
         Interrupted: the search was asked to end.
     """
-    task = recorder.task
     evaluated = evolve(task.space, recorder, settings, generation_done=recorder.write)
     [best] = best_of(evaluated, 1)
     plan, value, uniform = task.plan(best), evaluated[best], evaluated[task.space.uniform]
@@ -181,24 +120,6 @@ def search(recorder: Recorder, settings: Settings) -> Found:
         f"the search, where the uniform plan has {uniform:.4f}",
     ]
     return Found(dataclasses.replace(plan, notes=notes), evaluated, value, uniform)
-
-
-def _check_notes(check: HeldOut) -> list[str]:
-    """Notes on the comparison on held-out text."""
-    said = (
-        f"expected acceptance on {check.sequences} held-out sequences {check.searched:.4f}, of the "
-        f"uniform plan {check.uniform:.4f} (difference {check.searched - check.uniform:+.4f}"
-    )
-    if check.low is not None:
-        said += f", 95 % interval {check.low:+.4f} to {check.high:+.4f}"
-    said += ")"
-    if not check.lost:
-        return [said]
-    return [
-        said,
-        "the searched plan is worse than the uniform one on held-out text: use the uniform plan, "
-        "or search on more data",
-    ]
 
 
 @typed
@@ -257,11 +178,11 @@ def search_plan(
     record, name = record_of(model, layers), type(model).__name__
     task, masks = Task(scores, uniform), RouterMasks(model)
     task.notes = check_model(uniform, record, name, force=force_model)
-    fitness = Fitness(model, batches, masks)
+    measured = task.measured(Fitness(model, batches), masks)
 
-    found = search(Recorder(fitness, task), settings)
+    found = search(task, Recorder(measured), settings)
     if validation:
-        plans = (uniform, found.plan)
-        check = held_out(model, validation, *plans, masks=masks, seed=settings.seed)
+        plans = [partial(masks.keeping, plan.kept) for plan in (uniform, found.plan)]
+        check = held_out(model, validation, *plans, seed=settings.seed)
         found = found.checked(check)
     return found.plan

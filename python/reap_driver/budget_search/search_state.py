@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap_driver.budget_search.space import Removals
 from reap_driver.observation.resume_file import FIELDS, ResumeFile
 from reap_kernels.documents import Format, as_read
 from reap_kernels.errors import DataError
 from reap_kernels.provenance import MAX_EXPERTS
 from reap_kernels.schema import Int, ListOf, Real, Record
 
+# What names a candidate: experts removed by layer, or the experts and neurons that layers keep.
+REMOVED, SHAPE = KINDS = ("removed", "shape")
+_NUMBER = Int(0, MAX_EXPERTS)
 FORMAT = Format(
     "reap-search",
     2,
@@ -23,7 +25,7 @@ FORMAT = Format(
     {
         **FIELDS,
         "evaluated": ListOf(
-            Record({"fitness": Real(low=0), "removed": ListOf(Int(0, MAX_EXPERTS), shortest=1)})
+            Record({"fitness": Real(low=0)}, {kind: ListOf(_NUMBER, shortest=1) for kind in KINDS})
         ),
     },
     DataError,
@@ -43,7 +45,7 @@ class Saved:
     """
 
     run: dict[str, Any]
-    evaluated: dict[Removals, float]
+    evaluated: dict[tuple[int, ...], float]
     seconds: float
 
 
@@ -54,20 +56,21 @@ class SearchState:
         path: path of the file.
         run: identity of the search, JSON-serializable: only a search with the same one can resume
             from the file. The number of evaluations is not part of it.
+        kind: what names its candidates, one of `KINDS`.
     """
 
-    def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, run: Mapping[str, Any], kind: str = REMOVED) -> None:
+        self.path, self._kind = path, kind
         self._run: dict[str, Any] = as_read(dict(run))
 
-    def write(self, evaluated: Mapping[Removals, float], seconds: float) -> None:
+    def write(self, evaluated: Mapping[tuple[int, ...], float], seconds: float) -> None:
         """Replaces the file.
 
         Args:
             evaluated: every candidate with its fitness, in the order of evaluation.
             seconds: duration of the search so far.
         """
-        rows = [{"fitness": value, "removed": removals} for removals, value in evaluated.items()]
+        rows = [{"fitness": value, self._kind: named} for named, value in evaluated.items()]
         _file(self.path).write(self._run, seconds, evaluated=rows)
 
     def resume(self) -> Saved:
@@ -104,8 +107,12 @@ def read(path: Path) -> Saved:
     """
     content = _file(path).read()
     rows = content["evaluated"]
-    evaluated = {tuple(row["removed"]): row["fitness"] for row in rows}
-    if len({len(removals) for removals in evaluated}) > 1 or len(evaluated) < len(rows):
+    named = [[(kind, row[kind]) for kind in KINDS if kind in row] for row in rows]
+    if any(len(names) != 1 for names in named) or len({kind for [(kind, _)] in named}) > 1:
+        raise FORMAT.refusal(path, f"has candidates not all named by one of {', '.join(KINDS)}")
+    known = zip(named, rows, strict=True)
+    evaluated = {tuple(numbers): row["fitness"] for [(_, numbers)], row in known}
+    if len({len(numbers) for numbers in evaluated}) > 1 or len(evaluated) < len(rows):
         why = "has candidates with different numbers of layers, or the same one twice"
         raise FORMAT.refusal(path, why)
     return Saved(content["run"], evaluated, content["seconds"])

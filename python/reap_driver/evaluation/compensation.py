@@ -169,7 +169,7 @@ class _Experts:
 
     def __init__(self, layer: MoELayer, plan: LayerPlan, down: Tensor) -> None:
         self._layer, self._kept = layer, plan.kept
-        _check_resident(layer)
+        check_resident(layer)
         adapter = adapter_of(layer)
         if not isinstance(adapter, KernelAdapter):
             raise UnsupportedModel(
@@ -251,7 +251,7 @@ def _all_experts(layer: MoELayer, down: Tensor) -> _Experts:
     return _Experts(layer, LayerPlan.keeping(layer.num_experts, every), down)
 
 
-def _check_resident(layer: MoELayer) -> None:
+def check_resident(layer: MoELayer) -> None:
     """Raises UnsupportedModel unless all experts of a layer are in the memory of this process."""
     if layer.local is not None:
         raise UnsupportedModel(

@@ -41,6 +41,15 @@ class NewExperts:
         return (DOWN,) if self.neurons is None else PARTS
 
 
+def matrices_in(layer: MoELayer) -> ExpertWeights:
+    """The matrices of a layer's experts where they are now, as views; without their activation.
+
+    Raises:
+        UnsupportedModel: the module does not say which matrix is which.
+    """
+    return _adapter(layer).weights(layer.module, _ANY)
+
+
 def holders(layer: MoELayer) -> dict[str, str]:
     """Tensor of the model -> which of `PARTS` it holds, for the tensors of a layer that hold one.
 
@@ -48,7 +57,7 @@ def holders(layer: MoELayer) -> dict[str, str]:
         UnsupportedModel: the module does not say which matrix is which, or does not hold a part in
             tensors of its own.
     """
-    weights = _adapter(layer).weights(layer.module, _ANY)
+    weights = matrices_in(layer)
     tensors = {_storage(tensor): name for name, tensor in layer.module.named_parameters()}
     found: dict[str, str] = {}
     for part in PARTS:

@@ -5,6 +5,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from reap_driver.budget_search import search_state as states
 from reap_driver.budget_search.evolution import Settings
 from reap_driver.budget_search.fitness import Fitness
 from reap_driver.budget_search.held_out import held_out
-from reap_driver.budget_search.search import Found, Recorder, Task
+from reap_driver.budget_search.recorder import Recorder
+from reap_driver.budget_search.search import Found, Task
 from reap_driver.budget_search.search import search as find
 from reap_driver.budget_search.search_state import Saved, SearchState
 from reap_driver.data.packing import PackedSource
@@ -344,7 +346,7 @@ def _run(
 ) -> Searched:
     """Searches with a model that is loaded."""
     masks, settings = RouterMasks(model), job.settings
-    fitness = Fitness(model, parts[0], masks, backend=job.backend)
+    fitness = Fitness(model, parts[0], backend=job.backend)
     heard.note(
         f"the full model's logits for {fitness.predictions:,} predictions take "
         f"{in_bytes(fitness.nbytes)} of memory"
@@ -357,8 +359,7 @@ def _run(
         saved = job.saved or Saved({}, {}, 0.0)
         known = dict(saved.evaluated)
         recorder = Recorder(
-            fitness,
-            job.task,
+            job.task.measured(fitness, masks),
             job.state,
             stop,
             done=lambda: progress.add(1),
@@ -366,11 +367,11 @@ def _run(
             seconds=saved.seconds,
         )
         progress.skip(min(len(known), settings.evaluations))
-        found = find(recorder, settings)
+        found = find(job.task, recorder, settings)
     if parts[1]:
-        plans = (job.task.uniform, found.plan)
-        how: dict[str, Any] = {"masks": masks, "seed": settings.seed, "backend": job.backend}
-        found = found.checked(held_out(model, parts[1], *plans, **how))
+        plans = [partial(masks.keeping, plan.kept) for plan in (job.task.uniform, found.plan)]
+        check = held_out(model, parts[1], *plans, seed=settings.seed, backend=job.backend)
+        found = found.checked(check)
     saved_to = out if isinstance(out, Path) else None
     seconds, count = recorder.clock(), fitness.predictions
     return Searched(heard.notes, found, seconds, count, fitness.nbytes, saved_to)

@@ -56,7 +56,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("world")
     model = saved.save("qwen3_moe", root / "full")
     batch = zoo.tiny_inputs("qwen3_moe", model.config)
-    with rd.observe(model) as obs:
+    with rd.observe(model, gram=True) as obs:
         obs(**batch)
     scores = rd.score(obs.stats)
     plan = rd.make_plan(scores, 0.25)
@@ -67,6 +67,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "model": model,
         "batches": [batch],
         "stats": obs.stats,
+        "grams": obs.grams,
         "scores": scores,
         "plan": plan,
         "removals": dict.fromkeys(scores, 2),
@@ -151,6 +152,13 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "batches": w["batches"],
         "ratio": 0.25,
         "settings": Settings(evaluations=2, population=2, elites=1, seed=0),
+    },
+    "search_shape": lambda w: {
+        "model": w["model"],
+        "stats": w["stats"],
+        "grams": w["grams"],
+        "batches": w["batches"],
+        "width_multiple": 4,
     },
 }
 METHODS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

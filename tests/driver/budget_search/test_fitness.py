@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import reap_driver as rd
 from reap_driver.budget_search import fitness as module
-from reap_driver.budget_search.fitness import Fitness, acceptance_by_sequence
+from reap_driver.budget_search.fitness import Candidate, Fitness, acceptance_by_sequence
 from reap_driver.memory.host_memory import Free
 from reap_kernels.errors import BackendUnavailable, DataError, ResourceError
 from tests.driver import zoo
@@ -34,6 +35,10 @@ def batches(*sizes: tuple[int, int]) -> list[dict[str, Tensor]]:
     """Batches of random tokens, [rows, length] each."""
     draw = torch.Generator().manual_seed(7)
     return [{"input_ids": torch.randint(3, 211, size, generator=draw)} for size in sizes]
+
+
+def masked(model: Any, kept: Mapping[str, Sequence[int]]) -> Candidate:
+    return partial(rd.masked_experts, model, kept)
 
 
 BATCHES = batches((3, 24), (2, 9), (1, 2))
@@ -63,21 +68,21 @@ def test_fitness_is_the_mean_over_predictions(model: Any, kept: dict[str, list[i
     values = torch.cat([brute_force(model, inputs, kept).flatten() for inputs in BATCHES])
     fitness = Fitness(model, BATCHES)
     assert fitness.predictions == len(values) == 3 * 23 + 2 * 8 + 1
-    assert fitness(kept) == pytest.approx(float(values.mean()), rel=1e-5)
-    assert 0.05 < fitness(kept) < 0.95
+    assert fitness(masked(model, kept)) == pytest.approx(float(values.mean()), rel=1e-5)
+    assert 0.05 < fitness(masked(model, kept)) < 0.95
 
 
 def test_the_full_plan_has_fitness_one(model: Any) -> None:
-    assert Fitness(model, BATCHES)(EVERYTHING) == pytest.approx(1, abs=1e-6)
+    assert Fitness(model, BATCHES)(masked(model, EVERYTHING)) == pytest.approx(1, abs=1e-6)
 
 
 def test_candidates_leave_no_trace(model: Any) -> None:
     """Repeated evaluations give the same bits, and the model is unchanged afterwards."""
     before = bits(model)
     fitness = Fitness(model, BATCHES)
-    first = [fitness(kept) for kept in CANDIDATES]
-    assert [fitness(kept) for kept in CANDIDATES] == first
-    assert [Fitness(model, BATCHES)(kept) for kept in CANDIDATES] == first
+    first = [fitness(masked(model, kept)) for kept in CANDIDATES]
+    assert [fitness(masked(model, kept)) for kept in CANDIDATES] == first
+    assert [Fitness(model, BATCHES)(masked(model, kept)) for kept in CANDIDATES] == first
     assert len(set(first)) == len(first)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -98,12 +103,16 @@ def test_padding_does_not_count(model: Any) -> None:
     }
     apart, padded_too = Fitness(model, [short, long]), Fitness(model, [together])
     assert padded_too.predictions == apart.predictions == 5 + 10
-    assert padded_too(CANDIDATES[0]) == pytest.approx(apart(CANDIDATES[0]), rel=1e-5)
+    assert padded_too(masked(model, CANDIDATES[0])) == pytest.approx(
+        apart(masked(model, CANDIDATES[0])), rel=1e-5
+    )
 
 
 def test_by_sequence_adds_up(model: Any) -> None:
     lone = {"input_ids": torch.tensor([[5], [6]])}  # predicts nothing
-    sums, counts = acceptance_by_sequence(model, [BATCHES[0], lone, *BATCHES[1:]], CANDIDATES)
+    sums, counts = acceptance_by_sequence(
+        model, [BATCHES[0], lone, *BATCHES[1:]], [masked(model, kept) for kept in CANDIDATES]
+    )
     assert counts.tolist() == [23] * 3 + [8] * 2 + [1]
     for row, kept in zip(sums, CANDIDATES, strict=True):
         each = torch.cat([brute_force(model, inputs, kept).sum(-1) for inputs in BATCHES])
@@ -112,12 +121,15 @@ def test_by_sequence_adds_up(model: Any) -> None:
 
 def test_the_backend_is_the_one_that_was_asked_for(model: Any) -> None:
     """The available backends agree; an unavailable one is refused, not replaced."""
-    values = [Fitness(model, BATCHES, backend=name)(CANDIDATES[0]) for name in ("reference", "cpu")]
+    values = [
+        Fitness(model, BATCHES, backend=name)(masked(model, CANDIDATES[0]))
+        for name in ("reference", "cpu")
+    ]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
     with pytest.raises(BackendUnavailable, match="nonesuch"):
         Fitness(model, BATCHES, backend="nonesuch")
     with pytest.raises(BackendUnavailable, match="nonesuch"):
-        acceptance_by_sequence(model, BATCHES, CANDIDATES, backend="nonesuch")
+        acceptance_by_sequence(model, BATCHES, [masked(model, CANDIDATES[0])], backend="nonesuch")
 
 
 def test_text_without_predictions_is_refused(model: Any) -> None:
@@ -151,7 +163,8 @@ def test_logits_that_wait_in_main_memory_are_the_same(monkeypatch: pytest.Monkey
     assert all(known.logits.is_pinned() and known.lse.is_pinned() for known in here._known)
     assert here.nbytes == there.nbytes
     for kept in CANDIDATES:
-        assert here(kept) == pytest.approx(there(kept), rel=1e-6)
+        candidate = masked(model, kept)
+        assert here(candidate) == pytest.approx(there(candidate), rel=1e-6)
 
 
 def test_logits_that_are_not_finite_are_refused() -> None:
@@ -160,7 +173,7 @@ def test_logits_that_are_not_finite_are_refused() -> None:
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
     with pytest.raises(DataError, match="the logits of a candidate are not finite"):
-        fitness(CANDIDATES[0])
+        fitness(masked(model, CANDIDATES[0]))
     with pytest.raises(DataError, match="the logits of the full model are not finite"):
         Fitness(model, BATCHES)
 

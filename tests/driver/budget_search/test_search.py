@@ -13,13 +13,14 @@ import torch
 import reap_driver as rd
 from reap_driver.base.interrupts import Interrupted, Stop
 from reap_driver.budget_search.evolution import Settings
-from reap_driver.budget_search.fitness import Fitness, Kept
+from reap_driver.budget_search.fitness import Fitness
 from reap_driver.budget_search.held_out import HeldOut, held_out
-from reap_driver.budget_search.search import Recorder, Task, search
-from reap_driver.budget_search.search_state import FORMAT, Saved, SearchState, read
+from reap_driver.budget_search.recorder import Recorder
+from reap_driver.budget_search.search import Task, search
+from reap_driver.budget_search.search_state import FORMAT, SHAPE, Saved, SearchState, read
 from reap_kernels.errors import DataError, PlanError
 from tests.driver import zoo
-from tests.driver.budget_search.test_fitness import batches, brute_force
+from tests.driver.budget_search.test_fitness import batches, brute_force, masked
 from tests.sealed import change_document
 
 LAYERS = 4
@@ -58,10 +59,11 @@ def test_a_plan_is_found(model: Any, scores: rd.Scores) -> None:
     assert sum(removed(plan)) == sum(removed(uniform)) == 2 * LAYERS
     assert len(set(removed(plan))) > 1
     fitness = Fitness(model, [text])
-    assert fitness(plan.kept) > fitness(uniform.kept)
+    searched, plain = (fitness(masked(model, one.kept)) for one in (plan, uniform))
+    assert searched > plain
     [said] = [note for note in plan.notes if "the fittest of" in note]
-    assert f"the fittest of 40 budgets: expected acceptance {fitness(plan.kept):.4f}" in said
-    assert said.endswith(f"where the uniform plan has {fitness(uniform.kept):.4f}")
+    assert f"the fittest of 40 budgets: expected acceptance {searched:.4f}" in said
+    assert said.endswith(f"where the uniform plan has {plain:.4f}")
     assert any("on 3 held-out sequences" in note for note in plan.notes)
     assert (
         rd.search_plan(model, scores, [text], 0.25, validation=[other], settings=SETTINGS) == plan
@@ -126,11 +128,11 @@ class Pretended:
         self.calls = 0
         self._stop, self._after = stop, after
 
-    def __call__(self, kept: Kept) -> float:
+    def __call__(self, removals: tuple[int, ...]) -> float:
         self.calls += 1
         if self._stop is not None and self.calls == self._after:
             self._stop.requested = True
-        return sum(len(ids) * (i + 1) for i, ids in enumerate(kept.values())) / 1.7e3
+        return sum((8 - count) * (i + 1) for i, count in enumerate(removals)) / 1.7e3
 
 
 @pytest.mark.parametrize("after", [1, 10, 17, 39])
@@ -138,18 +140,18 @@ def test_resumed_is_undisturbed(scores: rd.Scores, tmp_path: Path, after: int) -
     """Interrupted within a generation or between two, it resumes to the same plan and file."""
     task = task_of(scores)
     whole = SearchState(tmp_path / "whole", RUN)
-    undisturbed = search(Recorder(Pretended(), task, whole), SETTINGS)
+    undisturbed = search(task, Recorder(Pretended(), whole), SETTINGS)
 
     state, stop = SearchState(tmp_path / "state", RUN), Stop()
     with pytest.raises(
         Interrupted, match=rf"after {after} candidates; they are saved in .*`resume=True`"
     ):
-        search(Recorder(Pretended(stop, after), task, state, stop), SETTINGS)
+        search(task, Recorder(Pretended(stop, after), state, stop), SETTINGS)
     saved = state.resume()
     assert len(saved.evaluated) == after
     again = Pretended()
-    recorder = Recorder(again, task, state, known=saved.evaluated, seconds=saved.seconds)
-    found = search(recorder, SETTINGS)
+    recorder = Recorder(again, state, known=saved.evaluated, seconds=saved.seconds)
+    found = search(task, recorder, SETTINGS)
     assert recorder.clock() >= saved.seconds
     assert again.calls == len(undisturbed.evaluated) - after
     assert list(found.evaluated.items()) == list(undisturbed.evaluated.items())
@@ -165,34 +167,34 @@ def test_a_killed_search_loses_a_generation_at_most(
         pass
 
     class Dying(Pretended):
-        def __call__(self, kept: Kept) -> float:
+        def __call__(self, removals: tuple[int, ...]) -> float:
             if self.calls == after:
                 raise Killed
-            return super().__call__(kept)
+            return super().__call__(removals)
 
     task, state = task_of(scores), SearchState(tmp_path / "state", RUN)
-    undisturbed = search(Recorder(Pretended(), task), SETTINGS)
+    undisturbed = search(task, Recorder(Pretended()), SETTINGS)
     with pytest.raises(Killed):
-        search(Recorder(Dying(), task, state), SETTINGS)
+        search(task, Recorder(Dying(), state), SETTINGS)
     known = read(state.path).evaluated if state.path.exists() else {}
     assert len(known) == {3: 0, 10: 10, 25: 24}[after]  # generations of 10, then 7
-    assert search(Recorder(Pretended(), task, state, known=known), SETTINGS) == undisturbed
+    assert search(task, Recorder(Pretended(), state, known=known), SETTINGS) == undisturbed
 
 
 def test_a_finished_search_can_be_made_longer(scores: rd.Scores, tmp_path: Path) -> None:
     task, state = task_of(scores), SearchState(tmp_path / "state", RUN)
-    search(Recorder(Pretended(), task, state), SETTINGS)
+    search(task, Recorder(Pretended(), state), SETTINGS)
     longer = dataclasses.replace(SETTINGS, evaluations=60)
     more = Pretended()
-    found = search(Recorder(more, task, state, known=read(state.path).evaluated), longer)
+    found = search(task, Recorder(more, state, known=read(state.path).evaluated), longer)
     assert more.calls == 20
-    assert found == search(Recorder(Pretended(), task), longer)
+    assert found == search(task, Recorder(Pretended()), longer)
 
 
 def test_interrupted_without_a_file(scores: rd.Scores) -> None:
     stop = Stop()
     with pytest.raises(Interrupted, match=r"^interrupted after 5 candidates$"):
-        search(Recorder(Pretended(stop, 5), task_of(scores), stop=stop), SETTINGS)
+        search(task_of(scores), Recorder(Pretended(stop, 5), stop=stop), SETTINGS)
 
 
 def test_states_are_exact(tmp_path: Path) -> None:
@@ -204,6 +206,14 @@ def test_states_are_exact(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     state.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_states_of_shapes_are_exact(tmp_path: Path) -> None:
+    state = SearchState(tmp_path / "state", RUN, SHAPE)
+    evaluated = {(16, 48): 0.75, (24, 32): 1 / 3}
+    state.write(evaluated, 1.5)
+    assert read(state.path) == Saved(RUN, evaluated, 1.5)
+    assert '"shape": [16, 48]' in state.path.read_text()
 
 
 def _damaged(path: Path) -> None:
@@ -244,6 +254,17 @@ def _rows(*rows: Any) -> Callable[[Path], None]:
         (_rows((0.5, [1, 2.5])), r"field 'evaluated\[0\].removed\[1\]' is 2.5"),
         (_rows((0.5, [1, 2]), (0.5, [1])), "different numbers of layers"),
         (_rows((0.5, [1, 2]), (0.4, [1, 2])), "or the same one twice"),
+        (_changed(evaluated=[{"fitness": 0.5}]), "named by one of removed, shape"),
+        (
+            _changed(
+                evaluated=[{"fitness": 0.5, "removed": [1]}, {"fitness": 0.4, "shape": [8, 16]}]
+            ),
+            "named by one of removed, shape",
+        ),
+        (
+            _changed(evaluated=[{"fitness": 0.5, "removed": [1], "shape": [8, 16]}]),
+            "named by one of removed, shape",
+        ),
         (_changed(seconds=-1), "field 'seconds' is -1"),
         (_changed(run=[]), r"field 'run' is \[\]"),
         (_changed(run={"batch sizes": [0]}), r"field 'run.batch sizes\[0\]' is 0"),
@@ -271,7 +292,8 @@ def test_held_out_text_is_measured_by_sequence(model: Any, scores: rd.Scores) ->
     text = batches((3, 12), (2, 7))
     task = task_of(scores)
     plan = task.plan((4, 0, 2, 2))
-    found = held_out(model, text, task.uniform, plan)
+    plans = [masked(model, one.kept) for one in (task.uniform, plan)]
+    found = held_out(model, text, *plans)
     values = [
         torch.cat([brute_force(model, inputs, one.kept).flatten() for inputs in text])
         for one in (task.uniform, plan)
@@ -281,31 +303,31 @@ def test_held_out_text_is_measured_by_sequence(model: Any, scores: rd.Scores) ->
         [float(value.mean()) for value in values], rel=1e-5
     )
     assert found.low < found.searched - found.uniform < found.high
-    assert held_out(model, text, task.uniform, plan) == found
-    assert held_out(model, text, task.uniform, plan, seed=1) != found
-    alone = held_out(model, batches((1, 12)), task.uniform, plan)
+    assert held_out(model, text, *plans) == found
+    assert held_out(model, text, *plans, seed=1) != found
+    alone = held_out(model, batches((1, 12)), *plans)
     assert (alone.sequences, alone.low, alone.high) == (1, None, None)
     nothing = [{"input_ids": torch.tensor([[5]])}]
     refused = r"held-out sequences contain no prediction that counts; .*`validation=0`"
     with pytest.raises(DataError, match=refused):
-        held_out(model, nothing, task.uniform, plan)
+        held_out(model, nothing, *plans)
 
 
 def test_one_held_out_sequence_has_no_interval(scores: rd.Scores) -> None:
     check = HeldOut(1, 100, 0.8, 0.81, None, None)
-    notes = search(Recorder(Pretended(), task_of(scores)), SETTINGS).checked(check).plan.notes
+    notes = search(task_of(scores), Recorder(Pretended()), SETTINGS).checked(check).plan.notes
     assert any(note.endswith("uniform plan 0.8000 (difference +0.0100)") for note in notes)
 
 
 @pytest.mark.parametrize("searched", [0.79, 0.81])
 def test_a_plan_that_loses_is_kept_and_said_so(scores: rd.Scores, searched: float) -> None:
     check = HeldOut(7, 700, 0.8, searched, searched - 0.82, searched - 0.78)
-    found = search(Recorder(Pretended(), task_of(scores)), SETTINGS).checked(check)
+    found = search(task_of(scores), Recorder(Pretended()), SETTINGS).checked(check)
     assert found.check == check
     assert found.plan.allocation == "searched"
     assert (
         f"expected acceptance on 7 held-out sequences {searched:.4f}, of the uniform plan 0.8000 "
         f"(difference {searched - 0.8:+.4f}, 95 % interval {check.low:+.4f} to {check.high:+.4f})"
     ) in found.plan.notes
-    worse = [note for note in found.plan.notes if "worse than the uniform one" in note]
+    worse = [note for note in found.plan.notes if "worse than the uniform plan" in note]
     assert bool(worse) == (searched < 0.8)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import reap_driver as rd
-from reap_driver.budget_search import search
+from reap_driver.budget_search import recorder
 from reap_driver.budget_search.search_state import SearchState, read
 from reap_driver.cli.main import main
 from reap_driver.memory.decision import decide
@@ -92,7 +92,7 @@ def signalled_behind(writes: int, number: int) -> Callable[[], None]:
             os.kill(os.getpid(), number)
 
     def prepare() -> None:
-        search._WRITE_AFTER = -1
+        recorder._WRITE_AFTER = -1
         SearchState.write = counted
 
     return prepare
