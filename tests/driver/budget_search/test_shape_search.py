@@ -207,7 +207,7 @@ def test_what_is_refused(observed: Any, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(PlanError, match=r"no shape but whole experts .* smaller `width_multiple`"):
         rd.search_shape(model, stats, grams, TEXT, width_multiple=32)
     monkeypatch.setattr(module, "free_device_memory", lambda _: Free(1000, "by a test"))
-    with pytest.raises(ResourceError, match=r"trying a shape takes .* but 1 kB are free \(by a"):
+    with pytest.raises(ResourceError, match=r"trying a shape takes .* but 1.00 kB are free \(by a"):
         rd.search_shape(model, stats, grams, TEXT, width_multiple=MULTIPLE)
 
 
