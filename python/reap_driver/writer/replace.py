@@ -79,6 +79,7 @@ def replace_matrices(
     *,
     record: Mapping[str, Any],
     facts: Sequence[tuple[str, str]] = (),
+    figures: Sequence[Sequence[str]] = (),
     overwrite: bool = False,
     trust_remote_code: bool = False,
     threads: int | None = None,
@@ -99,6 +100,7 @@ def replace_matrices(
         record: how the matrices were made, as JSON values; saved as `reap/refit.json`. What else
             the source has in `reap/` is copied.
         facts: rows (what, value) of a table in the model card, under the heading row.
+        figures: rows of a second table, the heading row first: what was measured.
         overwrite: replace a checkpoint at `out_path`, once the new one is complete.
         trust_remote_code: run model code that comes with the checkpoint.
         threads: number of files copied at once; None: at most 4.
@@ -119,6 +121,41 @@ def replace_matrices(
         >>> rd.replace_matrices("MODEL", down, "halved", record={"factor": 0.5}).layers
         1
     """
+    if not matrices:
+        raise PlanError(
+            "matrices: none are given for layers; give new down projections by the names of this "
+            "model's experts modules."
+        )
+    return rewrite(
+        model_path,
+        matrices,
+        out_path,
+        record=record,
+        facts=facts,
+        figures=figures,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def rewrite(
+    model_path: str | Path,
+    matrices: Mapping[str, Tensor],
+    out_path: str | Path,
+    *,
+    record: Mapping[str, Any],
+    facts: Sequence[tuple[str, str]] = (),
+    figures: Sequence[Sequence[str]] = (),
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ReplaceReport:
+    """`replace_matrices`, which without any matrices copies the checkpoint; its card then says that
+    what was solved followed the original less closely.
+    """
     started = time.perf_counter()
     check_threads(threads)
     out = Path(out_path).absolute()
@@ -126,7 +163,12 @@ def replace_matrices(
     cleaned = clean_stale(out)
     check_target(out, folder, overwrite=overwrite)
     job = _prepare(open_checkpoint(folder), matrices, trust=trust_remote_code)
-    extra = _extra_files(job.source, record, facts, len(matrices))
+    section = template("reap_driver.writer", "refit.md.jinja").render(
+        layers=len(matrices),
+        facts=[("setting", "value"), *facts] if facts else [],
+        figures=figures,
+    )
+    extra = _extra_files(job.source, record, section)
     needed = job.bytes_needed() + sum(map(len, extra.values()))
     with staged(out, needed=needed) as staging:
         written = _write(job, staging, extra, threads, counter(progress, needed))
@@ -173,7 +215,8 @@ def _prepare(source: Checkpoint, matrices: Mapping[str, Tensor], *, trust: bool)
     layers = {layer.name: layer for layer in find_moe_layers(model)}
     _check_names(matrices, layers, source)
     quantization = quantization_of(source)
-    refuse_quantized(source, quantization)
+    if matrices:
+        refuse_quantized(source, quantization)
     keys = KeyMap(model)
     where = str(source.folder / "config.json")
     checked = check_source(source.tensors, keys, where, quantization)
@@ -188,23 +231,19 @@ def _prepare(source: Checkpoint, matrices: Mapping[str, Tensor], *, trust: bool)
 def _check_names(
     matrices: Mapping[str, Tensor], layers: Mapping[str, MoELayer], source: Checkpoint
 ) -> None:
-    """Raises PlanError unless matrices are given, for layers that the model has."""
+    """Raises PlanError unless the model has all layers that matrices are given for."""
     unknown = [name for name in matrices if name not in layers]
-    if unknown or not matrices:
-        what = f"{unknown[0]!r} is none of the layers" if unknown else "none are given for layers"
+    if unknown:
         raise PlanError(
-            f"matrices: {what} of {source.folder}, whose first is {next(iter(layers))!r}; give new "
-            "down projections by the names of this model's experts modules."
+            f"matrices: {unknown[0]!r} is none of the layers of {source.folder}, whose first is "
+            f"{next(iter(layers))!r}; give new down projections by the names of this model's "
+            "experts modules."
         )
 
 
-def _extra_files(
-    source: Checkpoint, record: Mapping[str, Any], facts: Sequence[tuple[str, str]], layers: int
-) -> dict[str, bytes]:
+def _extra_files(source: Checkpoint, record: Mapping[str, Any], section: str) -> dict[str, bytes]:
     """Name -> content of the files that the output has and the source has not, or has otherwise."""
     content = {f"{RECORD}/{RECORD_FILE}": json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
-    rows = [("setting", "value"), *facts] if facts else []
-    section = template("reap_driver.writer", "refit.md.jinja").render(layers=layers, facts=rows)
     card = source.folder / _CARD
     readable = is_file(card) and belongs(source.folder, card)
     text = card.read_text(encoding="utf-8", errors="replace") if readable else ""

@@ -14,6 +14,7 @@ import reap_driver as rd
 from reap_driver.compat.text_model import text_model
 from reap_driver.model.adapters import KernelAdapter
 from reap_driver.model.discover import MoELayer, adapter_of
+from reap_driver.writer.replace import rewrite
 from reap_kernels.errors import PlanError, ReapError, UnsupportedModel
 from tests.driver import zoo
 from tests.driver.writer import saved, test_remote
@@ -71,6 +72,23 @@ def test_model_computes_with_new_matrices(
     assert len(changed) == report.tensors
     assert {(t.shape, t.dtype) for t in old.values()} == {(t.shape, t.dtype) for t in new.values()}
     assert sum(new[key].nbytes for key in changed) == report.tensor_bytes
+
+
+def test_a_copy_says_that_nothing_new_was_better(
+    original: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Without matrices all tensors are the source's, byte for byte, and card and record say why."""
+    full = original("qwen3_moe")
+    rows = [("text", "expected acceptance"), ("the cut", "0.8"), ("re-fitted", "0.7")]
+    report = rewrite(full, {}, tmp_path / "new", record={"written": "cut"}, figures=rows)
+    assert (report.layers, report.tensors) == (0, 0)
+    old, new = saved.read_all(full), saved.read_all(tmp_path / "new")
+    assert list(old) == list(new)
+    assert all(saved.same_bytes(old[key], new[key]) for key in old)
+    card = (tmp_path / "new/README.md").read_text()
+    assert "did not follow the original more closely" in card
+    assert "| re-fitted | 0.7 |" in card
+    assert json.loads((tmp_path / "new/reap/refit.json").read_text()) == {"written": "cut"}
 
 
 def test_experts_in_modules_of_their_own(tmp_path: Path) -> None:
