@@ -41,7 +41,9 @@ def expert_constants(
             "layer"
         )
     mean = sums.first / torch.where(sums.weight > 0, sums.weight, 1.0)[:, None]
-    constants = torch.stack([matrix.to(mean) @ row for matrix, row in zip(down, mean, strict=True)])
+    constants = torch.stack(
+        [matrix.detach().to(mean) @ row for matrix, row in zip(down, mean, strict=True)]
+    )
     if down_bias is not None:
-        constants += down_bias.to(mean) * (sums.weight > 0)[:, None]
+        constants += down_bias.detach().to(mean) * (sums.weight > 0)[:, None]
     return constants

@@ -84,7 +84,7 @@ class Layer:
         Raises:
             DataError: one is not finite.
         """
-        found = [self.matrices[e].to(self.device, torch.float64) for e in self.ids[part]]
+        found = [self.matrices[e].detach().to(self.device, torch.float64) for e in self.ids[part]]
         return self._finite("down projection", torch.stack(found), part)
 
     def gram(self, part: slice) -> Tensor:

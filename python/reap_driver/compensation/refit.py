@@ -47,6 +47,7 @@ class LayerRefit:
 
 
 @typed
+@torch.no_grad()
 def refit_layer(
     experts: ExpertWeights,
     rows: Sequence[ExpertRows],
@@ -113,6 +114,7 @@ def refit_layer(
     return solve(experts, list(rows), sums, ridge=ridge, steps=steps, backend=backend)
 
 
+@torch.no_grad()
 def solve(
     experts: ExpertWeights,
     rows: Rows,

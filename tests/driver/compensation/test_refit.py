@@ -101,6 +101,16 @@ def test_two_steps_come_close() -> None:
     assert error(experts, rows, change, held=True) < one.error_after
 
 
+def test_takes_the_parameters_of_a_model() -> None:
+    experts = layer()
+    trained = replace(
+        experts, up=torch.nn.Parameter(experts.up), down=torch.nn.Parameter(experts.down)
+    )
+    found = rd.refit_layer(trained, batches())
+    assert not found.down.requires_grad
+    assert torch.equal(found.down, rd.refit_layer(experts, batches()).down)
+
+
 def test_a_run_again_has_the_same_bits() -> None:
     first, again = (rd.refit_layer(layer(), batches()) for _ in range(2))
     assert torch.equal(first.down, again.down)

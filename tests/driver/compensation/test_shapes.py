@@ -110,6 +110,9 @@ def test_constants_are_weighted_means_of_outputs() -> None:
     sums = rk.LayerGram(2, 3)
     sums.first[1], sums.weight[1] = g.square() @ h, g.square().sum()
     found = expert_constants(list(down), sums, bias)
+    trained = expert_constants(torch.nn.Parameter(down), sums, torch.nn.Parameter(bias))
+    assert torch.equal(trained, found)
+    assert not trained.requires_grad
     expected = g.square() @ (h @ down[1].T + bias[1]) / g.square().sum()
     torch.testing.assert_close(found[1], expected)
     assert found[0].eq(0).all()

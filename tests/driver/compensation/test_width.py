@@ -109,6 +109,13 @@ def test_all_neurons_kept_change_nothing(rows, down) -> None:
     assert cut.error.tolist() == [0.0] * EXPERTS
 
 
+def test_takes_the_parameters_of_a_model(rows, down) -> None:
+    gram = rows.mT @ rows
+    cut = rd.prune_width(torch.nn.Parameter(down), gram, 30)
+    assert not cut.down.requires_grad
+    assert torch.equal(cut.down, rd.prune_width(down, gram, 30).down)
+
+
 def test_of_equal_costs_the_first_goes_first() -> None:
     down, gram = torch.ones(1, 4, 6), torch.eye(6)[None]
     assert width_order(down, gram).removed.tolist() == [[0, 1, 2, 3, 4]]
