@@ -9,7 +9,7 @@ BENCHMARKS = {
     "accuracy_cpu": "error of every statistic against a float64 oracle, CPU",
     "aot": "every kernel compiled for five architectures, its code inspected; needs no GPU",
     "ptxas": "reap_kernels._C built for every architecture, its kernels inspected; needs no GPU",
-    "obs_cpu": "neurons removed by Optimal Brain Surgeon: bundled model, Qwen3-30B-A3B's shape; CPU",
+    "obs_cpu": "neurons removed by Optimal Brain Surgeon: bundled model, Qwen3's shape; CPU",
     "host_call_cpu": "host time of one small layer call, and of its parts, on the CPU",
     "calibration_cpu": "records read, tokenized and packed beside the tokenizer alone, CPU",
     "gpu": "everything a GPU is needed for: checks, layer timings, a whole model",
