@@ -91,6 +91,11 @@ class Found:
     uniform: float
     check: HeldOut | None = None
 
+    @property
+    def evaluations(self) -> int:
+        """Candidates that were tried."""
+        return len(self.evaluated)
+
     def checked(self, check: HeldOut) -> "Found":
         """This result with the comparison on held-out text; the plan only gets its notes."""
         notes = [*self.plan.notes, *check.notes("uniform plan")]

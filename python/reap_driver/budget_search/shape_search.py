@@ -3,12 +3,13 @@
 A shape is a number of experts and of neurons that every layer keeps. The cut of whole experts is
 tried first, then the shape that is expected to cost least and those halfway from it to either end
 of the allowed widths; then those halfway between the best so far and what was tried on either side
-of it, until there is none between, or `MOST` were tried.
+of it; where there is none between, the nearest to the best. It ends when `MOST` or all were tried.
 """
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -76,6 +77,15 @@ class FoundShape:
     check: HeldOut | None = None
     matrices: Mapping[str, Tensor] | None = None
 
+    @property
+    def evaluations(self) -> int:
+        """Shapes that were tried."""
+        return len(self.tried)
+
+    def table(self) -> list[dict[str, Any]]:
+        """What was tried, as JSON values."""
+        return [{**dataclasses.asdict(one), "shape": str(one.shape)} for one in self.tried]
+
     def checked(self, check: HeldOut) -> "FoundShape":
         """This result with the comparison on held-out text; the plan only gets its notes."""
         notes = [*self.plan.notes, *check.notes(WHOLE)]
@@ -132,10 +142,10 @@ def search_shape(
 ) -> FoundShape:
     """Searches for the number of experts, and of neurons of each, that all layers should keep.
 
-    Tries up to seven shapes of the same size, and the cut of whole experts. Each is put into the
-    model in memory, with the down projections of its experts corrected as in `prune_width`, and
-    judged by its expected acceptance as in `search_plan`. The result is the same for all layers, so
-    every engine loads it.
+    Tries seven shapes of the same size, or all if there are fewer, and the cut of whole experts.
+    Each is put into the model in memory, with the down projections of its experts corrected as in
+    `prune_width`, and judged by its expected acceptance as in `search_plan`. The result is the same
+    for all layers, so every engine loads it.
 
     Memory: on top of the model, the full model's logits on the text, and E' H (I + I') numbers per
     layer of experts: the matrices of the shape that is tried, and those that they replace.
@@ -187,7 +197,8 @@ def search_shape(
     task.notes = notes
     fitness = Fitness(model, batches)
     task.check_memory()
-    task.measure()
+    for layer in shaping.names:
+        task.measure(layer)
     found = search(task, Recorder(task.measured(fitness)))
     if not found.plan.narrows:
         return found
@@ -219,16 +230,17 @@ def tried(number: int, first: int, fitness: Callable[[int], float]) -> dict[int,
     known = {number: fitness(number)}
     center = first
     known[first] = fitness(first)
-    while True:
+    while len(known) <= min(number, MOST):
         left = max((n for n in known if n < center), default=-1)
         right = min((n for n in known if n > center), default=center)
         halfway = ((left + center) // 2, (center + right + 1) // 2)
         new = [n for n in halfway if n not in known and n >= 0]
+        if not new:
+            new = [min(set(range(number)) - known.keys(), key=lambda n: (abs(n - center), n))]
         for n in new[: MOST + 1 - len(known)]:
             known[n] = fitness(n)
         center = max(known, key=lambda n: known[n])
-        if not new or len(known) > MOST:
-            return known
+    return known
 
 
 def _notes(found: Sequence[Tried], best: Tried) -> list[str]:

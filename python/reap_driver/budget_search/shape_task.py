@@ -60,13 +60,7 @@ class ShapeTask:
         self._masks, self._grams, self._shaping, self._whole = masks, grams, shaping, whole
         self._settings = settings or {}
         self.notes: list[str] = []
-        shapes = shaping.shapes(whole.ratio, multiple=multiple)
-        self.shapes = [shape for shape in shapes if shape.width < shaping.width]
-        if not self.shapes:
-            raise PlanError(
-                f"ratio {whole.ratio:g}: no shape but whole experts has that size; use a smaller "
-                "`width_multiple`, or another ratio"
-            )
+        self.shapes = narrow_shapes(shaping, whole.ratio, multiple)
         for name in shaping.names:
             if (grams.layers if isinstance(grams, GramFolder) else grams).get(name) is None:
                 raise DataError(
@@ -82,12 +76,17 @@ class ShapeTask:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that trying a shape takes at most: see `search_shape`."""
-        return sum(self._sizes().values())
+        """Bytes of memory that trying a shape takes at most: see `search_shape`."""
+        return sum(self._held().values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the matrices of a shape, at most."""
+        return sum(self._bytes(max(shape.experts * shape.width for shape in self.shapes)).values())
 
     def check_memory(self) -> None:
         """Raises ResourceError if a device has too little memory to try a shape."""
-        for device, size in self._sizes().items():
+        for device, size in self._held().items():
             free = free_device_memory(device)
             if free is not None and size > free.nbytes:
                 raise ResourceError(
@@ -97,29 +96,28 @@ class ShapeTask:
                     "which needs one layer at a time"
                 )
 
-    def _sizes(self) -> dict[torch.device, int]:
+    def _held(self) -> dict[torch.device, int]:
         """`nbytes` of each device."""
+        width = self._shaping.width
+        return self._bytes(max(shape.experts * (shape.width + width) for shape in self.shapes))
+
+    def _bytes(self, columns: int) -> dict[torch.device, int]:
+        """Bytes of so many columns of down projections of each layer, by device."""
         found: dict[torch.device, int] = {}
-        most = max(s.experts * (s.width + self._shaping.width) for s in self.shapes)
         for name in self._shaping.names:
             down = self._down(name)[0]
-            size = most * down.shape[0] * down.element_size()
+            size = columns * down.shape[0] * down.element_size()
             found[down.device] = found.get(down.device, 0) + size
         return found
 
-    def measure(self, done: Callable[[], Any] = lambda: None) -> None:
-        """Finds the orders of all layers' neurons.
-
-        Args:
-            done: called after each layer.
+    def measure(self, name: str) -> None:
+        """Finds the order of the neurons of one layer, which shapes need of all of them.
 
         Raises:
             ShapeError, DtypeError, DataError: Grams and experts do not fit each other, see
                 `rd.prune_width`.
         """
-        for name in self._shaping.names:
-            self._shaping.measure(name, *self._read(name), self.shapes[0].width)
-            done()
+        self._shaping.measure(name, *self._read(name), self.shapes[0].width)
 
     def plan(self, shape: Shape) -> Plan:
         """The plan of a shape."""
@@ -162,3 +160,19 @@ class ShapeTask:
 
     def _down(self, name: str) -> list[Tensor]:
         return [matrix.detach() for matrix in matrices_in(self._masks.layers[name]).down]
+
+
+def narrow_shapes(shaping: Shaping, ratio: float, multiple: int | None) -> list[Shape]:
+    """The allowed shapes that remove neurons, narrowest first.
+
+    Raises:
+        PlanError: there is none.
+    """
+    shapes = shaping.shapes(ratio, multiple=multiple)
+    narrow = [shape for shape in shapes if shape.width < shaping.width]
+    if not narrow:
+        raise PlanError(
+            f"ratio {ratio:g}: no shape but whole experts has that size; use a smaller "
+            "`width_multiple`, or another ratio"
+        )
+    return narrow
