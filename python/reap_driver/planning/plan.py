@@ -237,8 +237,8 @@ class Plan:
 
     def _widths(self) -> str:
         """What it leaves of the experts' width, in words; empty where it leaves all."""
-        found = {(la.width, la.narrow_width) for la in self.layers.values() if la.neurons}
-        each = " and ".join(f"{narrow} of {width}" for width, narrow in sorted(found, key=str))
+        found = sorted(set(self.widths.values()))
+        each = " and ".join(f"{narrow} of {width}" for width, narrow in found)
         return f", with {each} neurons of each" if each else ""
 
     def __repr__(self) -> str:
@@ -268,6 +268,15 @@ class Plan:
         shapes = {(len(layer.kept), layer.narrow_width) for layer in self.layers.values()}
         [(experts, neurons), *others] = shapes
         return None if others or neurons is None else f"{experts}x{neurons}"
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Layer that says which neurons of its experts stay -> their number before and after."""
+        return {
+            name: (layer.width, layer.narrow_width)
+            for name, layer in self.layers.items()
+            if layer.width is not None and layer.narrow_width is not None
+        }
 
     @property
     def asked(self) -> str | None:
@@ -309,7 +318,11 @@ class Plan:
         return {name: layer.kept for name, layer in self.layers.items()}
 
     def covering(self, experts: Mapping[str, int]) -> "Plan":
-        """A copy with an entry for each of these layers; layers not named before keep all experts.
+        """A copy with an entry for each of these layers; layers not named before keep all experts,
+        with all their neurons.
+
+        A checkpoint has one width of experts, so a plan that removes neurons must name every layer
+        that shares it; what is missing there is refused when the plan is saved or applied.
 
         Args:
             experts: name of a layer -> its number of experts.
@@ -347,9 +360,10 @@ class Plan:
             )
         content: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
         content |= {name: value for name in _IF_ANY if (value := getattr(self, name))}
-        _check_widths(self.layers)
         content["layers"] = {name: _entry(layer) for name, layer in self.layers.items()}
-        return FORMAT.complete(content)
+        complete = FORMAT.complete(content)
+        _check_widths(self.layers, self.model.get("layers") or {})
+        return complete
 
     @classmethod
     @typed
@@ -368,7 +382,7 @@ class Plan:
             except PlanError as error:
                 raise FORMAT.refusal(path, f"layer {name}: {error}", ":") from error
         try:
-            _check_widths(layers)
+            _check_widths(layers, content["model"].get("layers") or {})
         except PlanError as error:
             raise FORMAT.refusal(path, str(error), ":") from error
         fields = {name: content[name] for name in _FIELDS}
@@ -402,28 +416,45 @@ def _layer(entry: Mapping[str, Any]) -> LayerPlan:
     return LayerPlan(entry["num_experts"], kept, removed, width, neurons)
 
 
-def _check_widths(layers: Mapping[str, LayerPlan]) -> None:
+def _check_widths(layers: Mapping[str, LayerPlan], facts: Mapping[str, Mapping[str, Any]]) -> None:
     """Checks that experts of one width before the cut have one width after it.
 
+    Args:
+        layers: of a plan.
+        facts: of each layer, as far as the plan records them.
+
     Raises:
-        PlanError: two layers differ, or only some name the neurons that they keep.
+        PlanError: two layers differ, or some that may share the width of others do not say which
+            neurons they keep.
     """
     first: dict[int | None, tuple[str, int]] = {}
-    if all(layer.neurons is None for layer in layers.values()):
-        return
     for name, layer in layers.items():
         narrow = layer.narrow_width
         if narrow is None:
-            raise PlanError(
-                f"layer {name!r} has no `neurons`, other layers have; a checkpoint has one width "
-                "of experts, so give every layer its neurons"
-            )
+            continue
         other, same = first.setdefault(layer.width, (name, narrow))
         if narrow != same:
             raise PlanError(
                 f"layer {name!r} keeps {narrow} of {layer.width} neurons and layer {other!r} keeps "
                 f"{same}; a checkpoint has one width of experts, so keep equally many"
             )
+    whole = [
+        name
+        for name, layer in layers.items()
+        if layer.neurons is None and facts.get(name, {}).get("intermediate_size") in (None, *first)
+    ]
+    if first and whole:
+        raise PlanError(
+            f"{named_layers(whole)} {'has' if len(whole) == 1 else 'have'} no `neurons`, other "
+            "layers have; a checkpoint has one width of experts, so give every layer its neurons"
+        )
+
+
+def named_layers(names: Sequence[str]) -> str:
+    """Layers in words, three of them by name."""
+    first = ", ".join(map(repr, names[:3]))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"layer{'s' if len(names) > 1 else ''} {first}{more}"
 
 
 def _check_protected(

@@ -112,3 +112,21 @@ def router_weight_rule(provenance: Mapping[str, Any]) -> str:
     """Which router weights were recorded."""
     gate = str(provenance.get("gate"))
     return "the model's own combine weights" if gate == "model" else gate
+
+
+# Settings of plans that remove neurons, and their names for readers.
+_SHAPE = {
+    "shape": "shape asked for (experts x neurons)",
+    "width_multiple": "neurons are a multiple of",
+    "ridge": "ridge, relative to the mean of the Gram matrix's diagonal",
+}
+
+
+def shape_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values of what a plan records of neurons that it removes.
+
+    Example:
+        >>> shape_settings({"shape": "24x32", "keep": 3})
+        [('shape asked for (experts x neurons)', '24x32')]
+    """
+    return [(name, str(settings[key])) for key, name in _SHAPE.items() if key in settings]

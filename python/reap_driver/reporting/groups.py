@@ -173,7 +173,7 @@ def _specialist_table(inputs: Inputs) -> Part:
         [one.group, one.layer, one.expert, Share(one.part), Share(one.share), one.rows]
         for one in found
     ]
-    if inputs.plan is not None:
+    if inputs.cutting is not None:
         headings.append("plan")
         for row, one in zip(rows, found, strict=True):
             row.append("kept" if one.kept else "removed")
@@ -201,7 +201,7 @@ def _correlation_table(inputs: Inputs) -> Part:
 
 
 def _reweighted_table(inputs: Inputs) -> list[Part]:
-    if inputs.plan is None or not inputs.single_groups:
+    if inputs.cutting is None or not inputs.single_groups:
         return []
     weightings = {f"{group} alone": scores for group, scores in inputs.single_groups.items()}
     equal = dict.fromkeys(inputs.stats.groups, 1.0)

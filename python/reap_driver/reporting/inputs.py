@@ -62,13 +62,19 @@ class Inputs:
         known = self.stats.provenance.get("model") or {}
         return public_name(str(known.get("id") or "a model"))
 
+    @property
+    def cutting(self) -> Plan | None:
+        """The plan, if it removes experts; one that removes neurons alone has no cut among them."""
+        plan = self.plan
+        return plan if plan and any(layer.removed for layer in plan.layers.values()) else None
+
     @cached_property
     def layers(self) -> list[LayerMeasures]:
         """The measures of every observed layer."""
         inside = None
-        if self.plan is not None and self.doubt is None:
-            inside = margin(keep_probability(self.stats, self.plan))
-        return measure(self.stats, self.scores, self.plan, inside)
+        if self.cutting is not None and self.doubt is None:
+            inside = margin(keep_probability(self.stats, self.cutting))
+        return measure(self.stats, self.scores, self.cutting, inside)
 
     @cached_property
     def doubt(self) -> str | None:

@@ -33,7 +33,7 @@ def _cut(inputs: Inputs) -> Picture:
     """Scores by rank, with the cut."""
     scale = "relative to the layer's median: bright is above it, dark is below"
     lines = ""
-    if inputs.plan is not None:
+    if inputs.cutting is not None:
         scale = (
             "relative to the layer's cut, midway between the last kept and the first removed "
             "expert: bright is above the cut, dark is below, gray is close to it"
@@ -58,7 +58,7 @@ def _cut_lines(inputs: Inputs) -> str:
 
 def _cut_text(inputs: Inputs) -> str:
     layers = inputs.layers
-    if inputs.plan is None:
+    if inputs.cutting is None:
         return f"Heat map of {len(layers)} layers: each layer's experts sorted by score."
     worst, best = min(layers, key=retained_of), max(layers, key=retained_of)
     near = [layer.cut.near for layer in layers if layer.cut is not None]
@@ -86,7 +86,7 @@ def _map(inputs: Inputs) -> Picture:
 
 def _budget(inputs: Inputs) -> list[Picture]:
     """Experts kept per layer; nothing where all layers keep the same share."""
-    if inputs.plan is None or inputs.plan.uniform:
+    if inputs.cutting is None or inputs.cutting.uniform:
         return []
     layers = inputs.layers
     kept = [int(layer.cut.kept.sum()) for layer in layers if layer.cut is not None]
@@ -96,7 +96,7 @@ def _budget(inputs: Inputs) -> list[Picture]:
             title="Experts kept in each layer",
             text=f"Between {min(kept)} and {max(kept)} experts are kept, "
             f"{np.mean(kept):.4g} on average.",
-            caption=f"Allocation: {inputs.plan.allocation}. Most: layer "
+            caption=f"Allocation: {inputs.cutting.allocation}. Most: layer "
             f"{layers[int(np.argmax(kept))].label}; fewest: layer "
             f"{layers[int(np.argmin(kept))].label}.",
             draw=partial(draw_budget, layers),
@@ -106,7 +106,7 @@ def _budget(inputs: Inputs) -> list[Picture]:
 
 def _margin(inputs: Inputs) -> list[Picture]:
     """How clear the decision is; nothing without a plan."""
-    if inputs.plan is None:
+    if inputs.cutting is None:
         return []
     gaps = [la.cut.gap for la in inputs.layers if la.cut is not None and la.cut.gap is not None]
     median = str(Share(np.median(gaps))) if gaps else "not defined"
@@ -149,7 +149,7 @@ def _groups(inputs: Inputs) -> list[Picture]:
     if len(groups) < 2:
         return []
     part = f"{100 * threshold(len(groups)):g} %"
-    of_plan = "routing mass kept of each group, specialists removed, " if inputs.plan else ""
+    of_plan = "routing mass kept of each group, specialists removed, " if inputs.cutting else ""
     return [
         Picture(
             name="groups",

@@ -9,6 +9,7 @@ from reap_driver.planning.public_provenance import (
     calibration_mix,
     observation,
     router_weight_rule,
+    shape_settings,
 )
 from reap_driver.reporting.elements import Cell, Fact, Facts, Paragraph, Share, Table
 from reap_driver.reporting.inputs import Inputs
@@ -69,11 +70,15 @@ def _of_plan(inputs: Inputs) -> list[Fact]:
     found = [
         *([Fact("Asked for", plan.asked)] if plan.asked else []),
         Fact("Ratio", f"{plan.ratio:g}"),
+        *(Fact(name[0].upper() + name[1:], value) for name, value in shape_settings(plan.settings)),
         Fact("Allocation", plan.allocation),
         Fact("Group weights", weights),
     ]
     if inputs.protected:
         found.append(Fact("Protected experts", f"{inputs.protected:,}"))
+    matrices = plan.matrices.get("digest")
+    if matrices:
+        found.append(_digest("Digest of the new down projections", matrices))
     return [*found, _digest("Digest of the plan's scores", plan.scores_digest)]
 
 

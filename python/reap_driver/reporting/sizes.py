@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from reap_driver.planning.plan import LayerPlan
 from reap_driver.reporting.inputs import Inputs
 
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -33,10 +36,27 @@ def sizes_of(inputs: Inputs) -> Sizes | None:
         return None
     after = before
     for name, layer in plan.layers.items():
-        one = layers.get(name, {}).get("expert_parameters")
-        if layer.removed and one is None:
+        gone = _removed(layer, layers.get(name, {}))
+        if gone is None:
             return None
-        after -= len(layer.removed) * (one or 0)
+        after -= gone
     dtype = model.get("dtype")
     size = _ITEM_BYTES.get(str(dtype))
     return Sizes((before, after), None if size is None else (size * before, size * after), dtype)
+
+
+def _removed(layer: LayerPlan, facts: Mapping[str, Any]) -> int | None:
+    """Parameters that a plan removes from a layer; None where its facts do not say."""
+    whole, width, hidden = (
+        facts.get(name) for name in ("expert_parameters", "intermediate_size", "hidden_size")
+    )
+    if layer.removed and whole is None:
+        return None
+    gone = len(layer.removed) * (whole or 0)
+    if layer.narrow_width is None:
+        return gone
+    if whole is None or width is None or hidden is None:
+        return None
+    matrices, biases = divmod(whole, width * hidden)  # with a gate three, without one two
+    neuron = matrices * hidden + (matrices - 1 if biases else 0)  # the down bias is no neuron's
+    return gone + len(layer.kept) * (width - layer.narrow_width) * neuron

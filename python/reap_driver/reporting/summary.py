@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from reap_driver.base.units import in_bytes, short
+from reap_driver.planning.plan import Plan
 from reap_driver.planning.stability import CERTAIN
 from reap_driver.reporting.elements import Cell, Share, Summary, Table, Term, Tile
 from reap_driver.reporting.inputs import Inputs
@@ -21,26 +22,24 @@ def summary(inputs: Inputs) -> Summary:
     """The first screen of a report."""
     layers = inputs.layers
     experts = sum(layer.experts for layer in layers)
-    if inputs.plan is None:
-        lead = (
-            f"{experts:,} experts in {len(layers)} MoE layers, scored by "
-            f"{inputs.scores.criterion}. No plan was given, so nothing is cut: make one with "
-            "`reap-kernels plan` and pass it to `reap-kernels report` as well."
-        )
-        terms = [replace(_MASS, advice=""), _DEAD]
-        return Summary(lead, [_dead_tile(layers)], terms, inputs.notes(), None)
+    if inputs.cutting is None:
+        lead = f"{experts:,} experts in {len(layers)} MoE layers, scored by "
+        lead += f"{inputs.scores.criterion}. {_uncut(inputs)}"
+        tiles = [*_neuron_tiles(inputs.plan), *_size_tiles(inputs), _dead_tile(layers)]
+        return Summary(lead, tiles, [replace(_MASS, advice=""), _DEAD], inputs.notes(), None)
     worst = min(layers, key=retained_of)
     near = sum(layer.cut.near for layer in layers if layer.cut is not None)
     kept = sum(int(layer.cut.kept.sum()) for layer in layers if layer.cut is not None)
     mean = float(np.mean([retained_of(layer) for layer in layers]))
     lead = (
-        f"The plan keeps {kept_of(inputs)} and removes {Share(1 - kept / experts)} of all "
-        f"experts. On average over layers, the kept experts carried {Share(mean)} of the routing "
+        f"The plan keeps {kept_of(inputs)} and removes {_removed(inputs, kept / experts)}. "
+        f"On average over layers, the kept experts carried {Share(mean)} of the routing "
         "mass, which is the sum of the weights that the router gave to experts; least in layer "
         f"{worst.label}, {Share(retained_of(worst))}."
     )
     tiles = [
         Tile(f"{kept:,}", f"of {experts:,} experts are kept", f"by {inputs.scores.criterion}"),
+        *_neuron_tiles(inputs.plan),
         *_size_tiles(inputs),
         Tile(str(Share(mean)), "of the routing mass is kept", _range_of_retained(layers)),
         Tile(f"{near:,}", f"experts {inputs.near}", _near_more(near / experts, inputs)),
@@ -50,6 +49,51 @@ def summary(inputs: Inputs) -> Summary:
     caption = "Layers to look at first: least routing mass kept"
     terms = [_MASS, _near_term(inputs), _DEAD]
     return Summary(lead, tiles, terms, inputs.notes(), layer_table(caption, first, inputs))
+
+
+def _uncut(inputs: Inputs) -> str:
+    """Why no expert is removed."""
+    if inputs.plan is None:
+        return (
+            "No plan was given, so nothing is cut: make one with `reap-kernels plan` and pass it "
+            "to `reap-kernels report` as well."
+        )
+    each = " or ".join(f"{b} of {a}" for a, b in sorted(set(inputs.plan.widths.values())))
+    return f"The plan keeps all of them{f', with {each} neurons of each' if each else ''}."
+
+
+def _removed(inputs: Inputs, kept: float) -> str:
+    """What share of what the plan removes.
+
+    Args:
+        kept: share of the experts that stay.
+    """
+    assert inputs.plan is not None
+    if not inputs.plan.narrows:
+        return f"{Share(1 - kept)} of all experts"
+    layers = inputs.plan.layers.values()
+    stays = sum(len(la.kept) * (la.narrow_width or 0) for la in layers)
+    before = sum(la.num_experts * (la.width or 0) for la in layers)
+    return (
+        f"{Share(1 - kept)} of all experts and {Share(1 - stays / before)} of all neurons, those "
+        "of removed experts included"
+    )
+
+
+def _neuron_tiles(plan: Plan | None) -> list[Tile]:
+    """Neurons of each kept expert, where a plan removes some."""
+    return (
+        []
+        if plan is None
+        else [
+            Tile(
+                f"{after}",
+                f"of {before} neurons of each kept expert",
+                "down projections solved again",
+            )
+            for before, after in sorted(set(plan.widths.values()))
+        ]
+    )
 
 
 def _near_more(share: float, inputs: Inputs) -> str:
@@ -115,9 +159,13 @@ def kept_of(inputs: Inputs) -> str:
     """How many experts the plan keeps per layer, in words."""
     counts = [(int(la.cut.kept.sum()), la.experts) for la in inputs.layers if la.cut is not None]
     if len(set(counts)) == 1:
-        return f"{counts[0][0]} of {counts[0][1]} experts in each of {len(counts)} layers"
-    kept = [number for number, _ in counts]
-    return f"between {min(kept)} and {max(kept)} experts in each of {len(counts)} layers"
+        text = f"{counts[0][0]} of {counts[0][1]} experts in each of {len(counts)} layers"
+    else:
+        kept = [number for number, _ in counts]
+        text = f"between {min(kept)} and {max(kept)} experts in each of {len(counts)} layers"
+    widths = set(inputs.plan.widths.values()) if inputs.plan is not None else set()
+    each = " or ".join(f"{after} of {before}" for before, after in sorted(widths))
+    return f"{text} ({each} neurons of each)" if each else text
 
 
 def _range_of_retained(layers: Sequence[LayerMeasures]) -> str:
@@ -146,8 +194,9 @@ def layer_table(
 ) -> Table:
     """The numbers behind the pictures, a row per layer."""
     headings = ["layer"]
-    if inputs.plan is not None:
-        headings += ["kept of", "mass kept"]
+    if inputs.cutting is not None:
+        neurons = ["neurons"] if inputs.cutting.narrows else []
+        headings += ["kept of", *neurons, "mass kept"]
         if len(inputs.stats.groups) > 1:
             headings += ["worst group", "its mass kept"]
         headings += ["near the cut" if inputs.doubt else "in the decision margin", "gap"]
@@ -162,7 +211,11 @@ def _layer_row(layer: LayerMeasures, inputs: Inputs) -> list[Cell]:
     if layer.cut is None:
         row += [layer.experts]
     else:
-        row += [f"{int(layer.cut.kept.sum())} of {layer.experts}", Share(retained_of(layer))]
+        row += [f"{int(layer.cut.kept.sum())} of {layer.experts}"]
+        if inputs.plan is not None and inputs.plan.narrows:
+            widths = inputs.plan.widths.get(layer.name)
+            row += [None if widths is None else f"{widths[1]} of {widths[0]}"]
+        row += [Share(retained_of(layer))]
         if len(inputs.stats.groups) > 1:
             worst = int(np.argmin(layer.retained_by_group))
             row += [inputs.stats.groups[worst], Share(layer.retained_by_group[worst])]

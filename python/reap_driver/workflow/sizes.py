@@ -36,8 +36,9 @@ from reap_driver.workflow.rank_options import (
 )
 from reap_driver.workflow.ranking import foreseen, planned, ratios
 from reap_driver.writer.apply import OutputSize, output_size
+from reap_driver.writer.narrowing import smaller_model
 from reap_driver.writer.plan_checks import check_counts
-from reap_driver.writer.pruned_model import smaller_model, stacks_of_files
+from reap_driver.writer.pruned_model import stacks_of_files
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import DataError, PlanError
 
@@ -51,6 +52,7 @@ class Leaves:
 
     Attributes:
         experts: of each MoE layer.
+        neurons: of each expert, of the MoE layers whose experts lose some.
         ratio: share of experts that was asked to be removed.
         shared: whether scores decide how many each layer loses; then `experts` is one possibility.
         parameters: of the model, multi-token-prediction layers left out.
@@ -64,6 +66,7 @@ class Leaves:
     """
 
     experts: dict[str, Pair]
+    neurons: dict[str, Pair]
     ratio: float
     shared: bool
     parameters: Pair
@@ -89,6 +92,7 @@ class Leaves:
         parts = f"weights {in_bytes(weights)} + cache of {self.context:,} tokens {in_bytes(cache)}"
         lines = [
             row("experts", f"{_counts(self.experts, shared=self.shared)} (ratio {self.ratio:g})"),
+            *([row("neurons", f"{_pairs(self.neurons)} in each expert")] if self.neurons else []),
             row("parameters", _change(self.parameters, _count)),
             row("active", f"{_change(self.active_parameters, _count)} used for a token"),
             row("weights", f"{_change(self.weights, in_bytes)} in files ({how}){bound}"),
@@ -107,6 +111,7 @@ class Leaves:
         return {
             "ratio": self.ratio,
             "experts_by_layer": {name: list(pair) for name, pair in self.experts.items()},
+            "neurons_by_layer": {name: list(pair) for name, pair in self.neurons.items()},
             "parameters": list(self.parameters),
             "active_parameters": list(self.active_parameters),
             "weight_bytes": list(self.weights),
@@ -153,7 +158,7 @@ class Sizing:
         self._dtype = _own_dtype(dtype, model, files)
         before = files or estimated(model.meta, model.config, self._dtype)
         self._exact, self._before = before.origin == "headers", before.file_bytes or before.nbytes
-        self._known: dict[tuple[int, ...], OutputSize] = {}
+        self._known: dict[tuple[tuple[int, int | None], ...], OutputSize] = {}
 
     @cached_property
     def _source(self) -> Checkpoint:
@@ -211,6 +216,7 @@ class Sizing:
         ]
         return Leaves(
             experts=self._counts(plan),
+            neurons=plan.widths,
             ratio=plan.ratio,
             shared=plan.allocation == "global",
             parameters=(sizes[0].parameters, sizes[1].parameters),
@@ -227,10 +233,10 @@ class Sizing:
         """Sizes of the files that a plan leads to: from the writer where there are weights, else
         estimated from the configuration.
         """
-        counts = tuple(len(layer.kept) for layer in plan.layers.values())
-        if counts not in self._known:
-            self._known[counts] = self._computed(plan)
-        return self._known[counts]
+        left = tuple((len(layer.kept), layer.narrow_width) for layer in plan.layers.values())
+        if left not in self._known:
+            self._known[left] = self._computed(plan)
+        return self._known[left]
 
     @cached_property
     def cache(self) -> CacheSize:
@@ -274,8 +280,8 @@ class Sizing:
         """The pruned model, on the meta device."""
         counts, stacks = self._counts(plan), self._stacks
         check_counts(plan, stacks, counts, non_uniform=self._write.non_uniform)
-        folder, meta, trust = self._folder, self.model.meta, self._trust
-        return smaller_model(folder, meta, self._raw, stacks, counts, trust_remote_code=trust)
+        whole, meta, trust = plan.covering(self._experts), self.model.meta, self._trust
+        return smaller_model(self._folder, meta, self._raw, whole, stacks, trust=trust)
 
     @cached_property
     def _stacks(self) -> list[Stack]:
@@ -435,12 +441,16 @@ def _counts(experts: Mapping[str, Pair], *, shared: bool = False) -> str:
     if shared:
         whole, kept = map(sum, zip(*experts.values(), strict=True))
         return f"{whole} -> {kept} experts in {len(experts)} layers together"
-    pairs = sorted(set(experts.values()))
-    text = " and ".join(f"{before} -> {after}" for before, after in pairs[:2])
-    if len(pairs) > 2:
-        before, after = (sorted({pair[n] for pair in pairs}) for n in (0, 1))
-        text = f"{_range(before)} -> {_range(after)}"
-    return f"{text} experts in each of {len(experts)} layers"
+    return f"{_pairs(experts)} experts in each of {len(experts)} layers"
+
+
+def _pairs(found: Mapping[str, Pair]) -> str:
+    """Numbers before and after, in words."""
+    pairs = sorted(set(found.values()))
+    if len(pairs) <= 2:
+        return " and ".join(f"{before} -> {after}" for before, after in pairs)
+    before, after = (sorted({pair[n] for pair in pairs}) for n in (0, 1))
+    return f"{_range(before)} -> {_range(after)}"
 
 
 def _range(numbers: Sequence[int]) -> str:

@@ -28,6 +28,7 @@ from reap_driver.planning.public_provenance import (
     observation,
     public_name,
     recipes_of,
+    shape_settings,
 )
 from reap_driver.writer.licenses import license_words
 from reap_driver.writer.markdown import Markdown, code, template, text
@@ -35,12 +36,6 @@ from reap_driver.writer.report import ApplyReport
 from reap_kernels.files import is_file
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
-# Settings of plans that remove neurons, and their names in the card.
-_SHAPE = {
-    "shape": "shape asked for (experts x neurons)",
-    "width_multiple": "neurons are a multiple of",
-    "ridge": "ridge, relative to the mean of the Gram matrix's diagonal",
-}
 _CALIBRATION = (
     *("group", "source", "records", "tokens", "share of tokens", "sequence length"),
     "packing",
@@ -190,7 +185,7 @@ def _method(plan: "Plan", report: "ApplyReport") -> list[tuple[object, ...]]:
         ("criterion", Markdown(code(plan.criterion) + formula)),
         *([("asked for", plan.asked)] if plan.asked else []),
         ("ratio", f"{plan.ratio:g}"),
-        *((name, plan.settings[key]) for key, name in _SHAPE.items() if key in plan.settings),
+        *shape_settings(plan.settings),
         ("experts removed", f"{removed:,} of {total:,} ({100 * removed / total:.1f} %)"),
         ("allocation", plan.allocation),
         ("weights of calibration groups", weights),

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,11 @@ from reap_driver.model.expert_layout import Shape
 from reap_driver.model.expert_parts import NewExperts
 from reap_driver.model.stacks import Stack
 from reap_driver.model.width_fields import find_width_edit
-from reap_driver.planning.plan import Plan
+from reap_driver.planning.plan import Plan, named_layers
 from reap_driver.writer.actions import Action, Compute, Drop
 from reap_driver.writer.keys import KeyActions
 from reap_driver.writer.new_experts import ExpertValues, Side, read_values, refuse_quantized
-from reap_driver.writer.pruned_model import PrunedModel, built, shapes_for
+from reap_driver.writer.pruned_model import PrunedModel, built, edited_config, shapes_for
 from reap_kernels.errors import PlanError, UnsupportedModel
 
 
@@ -96,8 +97,65 @@ def narrow(
         UnsupportedModel: see `find_width_edit`.
     """
     widths = _widths(plan, stacks, layers)
-    config = model.raw_config
-    shapes: Mapping[str, Shape] = model.new.shapes
+    start = model.raw_config, model.new.shapes
+    config, widened = _with_widths(folder, full, *start, stacks, widths, trust=trust)
+    made = built(folder, config, trust_remote_code=trust)
+    narrowed = replace(model, new=KeyMap(made), raw_config=config)
+    return Narrowed(narrowed, {la.name: la for la in find_moe_layers(made)}, widths, widened)
+
+
+def smaller_model(
+    folder: Path,
+    full: PreTrainedModel,
+    raw: Mapping[str, Any],
+    plan: Plan,
+    stacks: Sequence[Stack],
+    *,
+    trust: bool,
+) -> PreTrainedModel:
+    """The pruned model on meta, by its configuration alone.
+
+    Args:
+        folder: need not hold weights.
+        full: its model, on meta.
+        raw: its config.json as written.
+        plan: covers all layers of the model.
+        stacks: of the full model.
+        trust: run model code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: config.json lacks the number of experts of a layer that loses some.
+        PlanError, UnsupportedModel: see `narrow`.
+    """
+    layers = find_moe_layers(full)
+    counts = {la.name: (la.num_experts, len(plan.layers[la.name].kept)) for la in layers}
+    config = edited_config(folder, full, raw, stacks, counts)
+    made = built(folder, config, trust_remote_code=trust)
+    widths = _widths(plan, stacks, layers)
+    if not widths:
+        return made
+    config, _ = _with_widths(folder, full, config, KeyMap(made).shapes, stacks, widths, trust=trust)
+    return built(folder, config, trust_remote_code=trust)
+
+
+def _with_widths(
+    folder: Path,
+    full: PreTrainedModel,
+    config: dict[str, Any],
+    shapes: Mapping[str, Shape],
+    stacks: Sequence[Stack],
+    widths: Mapping[str, tuple[int, int]],
+    *,
+    trust: bool,
+) -> tuple[dict[str, Any], dict[str, Shape]]:
+    """A configuration with other widths, and the shared experts that become wider by it.
+
+    Args:
+        folder, full, stacks, trust: see `narrow`.
+        config: with the numbers of experts that the plan leaves.
+        shapes: tensors of its model -> shape.
+        widths: layer that loses neurons -> neurons of its experts before and after.
+    """
     widened: dict[str, Shape] = {}
     for stack in stacks:
         for pair in dict.fromkeys(widths[name] for name in stack.layers if name in widths):
@@ -111,9 +169,7 @@ def narrow(
             )
             config, shapes = with_values(config, edit.values), edit.shapes
             widened |= edit.widened
-    made = built(folder, config, trust_remote_code=trust)
-    narrowed = replace(model, new=KeyMap(made), raw_config=config)
-    return Narrowed(narrowed, {la.name: la for la in find_moe_layers(made)}, widths, widened)
+    return config, widened
 
 
 def _widths(
@@ -132,15 +188,24 @@ def _widths(
         if entry.narrow_width not in (None, width):
             found[name] = (width, int(entry.narrow_width or width))
     for stack in stacks:
-        after = {name: found.get(name, (0, before[name]))[1] for name in stack.layers}
-        for name, other in itertools.combinations(stack.layers, 2):
-            if before[name] == before[other] and after[name] != after[other]:
-                raise PlanError(
-                    f"plan: leaves {after[name]} neurons in the experts of {name!r} and "
-                    f"{after[other]} in those of {other!r}, but one field of config.json says the "
-                    "width of both; make a plan that leaves the same number everywhere."
-                )
+        alike = itertools.groupby(sorted(stack.layers, key=before.__getitem__), before.__getitem__)
+        for width, names in alike:
+            _check_one_width({name: found.get(name, (0, width))[1] for name in names})
     return found
+
+
+def _check_one_width(after: Mapping[str, int]) -> None:
+    """Raises PlanError unless layers whose width one field says keep equally many neurons."""
+    parts = {width: [n for n in after if after[n] == width] for width in after.values()}
+    if len(parts) > 1:
+        left = ", and ".join(
+            f"{width} neurons in the experts of {named_layers(names)}"
+            for width, names in sorted(parts.items())
+        )
+        raise PlanError(
+            f"plan: leaves {left}, but one field of config.json says the width of all of them; "
+            "make a plan that leaves the same number in every layer."
+        )
 
 
 def compute(

@@ -61,7 +61,7 @@ def derive_model(
     """
     before = {name: pair[0] for name, pair in counts.items()}
     after = {name: pair[1] for name, pair in counts.items()}
-    edited = _edited(folder, model, raw, stacks, counts)
+    edited = edited_config(folder, model, raw, stacks, counts)
     old, new = KeyMap(model), _keys(folder, edited, trust_remote_code)
     other, compared = after, new.shapes
     if any(after[name] == before[name] for name in before):
@@ -70,26 +70,6 @@ def derive_model(
         compared = _keys(folder, doubled, trust_remote_code).shapes
     layout = derive_layout(old.shapes, compared, {n: (before[n], other[n]) for n in before})
     return PrunedModel(old, new, edited, layout)
-
-
-def smaller_model(
-    folder: Path,
-    model: PreTrainedModel,
-    raw: Mapping[str, Any],
-    stacks: Sequence[Stack],
-    counts: Mapping[str, tuple[int, int]],
-    *,
-    trust_remote_code: bool,
-) -> PreTrainedModel:
-    """The pruned model on meta, by its configuration alone.
-
-    Args: see `derive_model`; the folder need not hold weights.
-
-    Raises:
-        CheckpointError: config.json lacks the number of experts of a layer that loses some.
-    """
-    edited = _edited(folder, model, raw, stacks, counts)
-    return built(folder, edited, trust_remote_code=trust_remote_code)
 
 
 def stacks_of_files(
@@ -125,14 +105,20 @@ def shapes_for(
     return shapes_of
 
 
-def _edited(
+def edited_config(
     folder: Path,
     model: PreTrainedModel,
     raw: Mapping[str, Any],
     stacks: Sequence[Stack],
     counts: Mapping[str, tuple[int, int]],
 ) -> dict[str, Any]:
-    """config.json with the new counts."""
+    """config.json with the new counts.
+
+    Args: see `derive_model`; the folder need not hold weights.
+
+    Raises:
+        CheckpointError: config.json lacks the number of experts of a layer that loses some.
+    """
     before = {name: pair[0] for name, pair in counts.items()}
     after = {name: pair[1] for name, pair in counts.items()}
     for stack in stacks:

@@ -151,6 +151,28 @@ def test_layers_have_one_width(tmp_path: Path) -> None:
         other.save(tmp_path / "plan.json")
     wider = narrow(layer((0, 1), (2, 3)), layer((0, 1, 7), (5, 6, 7), width=8))
     assert len(wider.check()["layers"]) == 2  # stacks of another width may keep another number
+    assert wider.widths == {LAYERS[0]: (6, 2), LAYERS[1]: (8, 3)}
+
+
+def test_layers_that_are_added_share_the_width_or_are_refused() -> None:
+    """Those whose experts are known to have another width are another part of the model."""
+    names = [f"model.layers.{number}.mlp.experts" for number in range(6)]
+    part = narrow(layer((0, 1), (2, 3)))
+    whole = part.covering(dict.fromkeys(names, 4))
+    assert whole.layers[names[5]] == LayerPlan.keeping(4, (0, 1, 2, 3))
+    assert whole.widths == part.widths
+    with pytest.raises(
+        PlanError, match=r"layers '.*\.1\..*', '.*\.2\..*', '.*\.3\..*' and 2 more have"
+    ):
+        whole.check()
+    for width, fits in ((6, False), (12, True)):
+        facts = {name: {"intermediate_size": width} for name in names[1:]}
+        known = dataclasses.replace(whole, model={**whole.model, "layers": facts})
+        if fits:
+            assert len(known.check()["layers"]) == 6
+        else:
+            with pytest.raises(PlanError, match="give every layer its neurons"):
+                known.check()
 
 
 @pytest.mark.parametrize(

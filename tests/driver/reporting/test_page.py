@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reap_driver.planning.plan import LayerPlan
+from reap_driver.planning.plan import LayerPlan, Plan
 from reap_driver.planning.planner import make_plan
 from reap_driver.planning.scoring import score
 from reap_driver.reporting.inputs import Inputs
@@ -314,3 +314,52 @@ def test_the_largest_models_fit(tmp_path: Path) -> None:
     write_report(stats, tmp_path, plan)
     assert (tmp_path / "report.html").stat().st_size < 3_000_000
     read(tmp_path)
+
+
+def narrowed(plan: Plan, *, whole: bool = False) -> Plan:
+    """The plan with half of the neurons of every expert that it keeps, which may be all."""
+    half = tuple(range(0, 12, 2))
+    kept = {n: tuple(range(6)) if whole else layer.kept for n, layer in plan.layers.items()}
+    return dataclasses.replace(
+        plan,
+        layers={n: LayerPlan.keeping(6, ids, 12, (half,) * len(ids)) for n, ids in kept.items()},
+        settings={"shape": "auto", "width_multiple": 2, "ridge": 0.001},
+        matrices={"digest": "sha256:0123456789abcdef"},
+    )
+
+
+def test_a_plan_that_removes_neurons(make: Make, tmp_path: Path) -> None:
+    """What it leaves of them stands on the first screen, in the table and in the record."""
+    stats, plan = make()
+    parameters = 3 * 8 * 12  # of an expert: a gate, an up and a down projection
+    facts = {"hidden_size": 8, "intermediate_size": 12, "expert_parameters": parameters}
+    stats.provenance["layers"] = {
+        name: {**known, **facts} for name, known in stats.provenance["layers"].items()
+    }
+    stats.provenance["model"] = {**stats.provenance["model"], "parameters": 10_000}
+    write_report(stats, tmp_path, narrowed(plan))
+    text = " ".join(read(tmp_path).text.split())
+    assert (
+        "keeps 3 of 6 experts in each of 3 layers (6 of 12 neurons of each) and removes 50.0 % of "
+        "all experts and 75.0 % of all neurons"
+    ) in text
+    assert "6 of 12 neurons of each kept expert" in text
+    left = 10_000 - 3 * (3 * parameters + 3 * parameters // 2)
+    assert f"≈ {left / 1000:.2f}k parameters of 10k before" in text
+    assert "Shape asked for (experts x neurons)auto" in text
+    assert "Digest of the new down projectionssha256:01234567..." in text
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    write_report(stats, whole, plan)
+    assert "neurons" not in read(whole).text
+
+
+def test_a_plan_that_removes_neurons_alone(make: Make, tmp_path: Path) -> None:
+    """There is no cut among experts, so nothing is said of one."""
+    stats, plan = make(parts=True)
+    written = write_report(stats, tmp_path, narrowed(plan, whole=True))
+    text = " ".join(read(tmp_path).text.split())
+    assert "18 experts in 3 MoE layers, scored by reap." in text
+    assert "The plan keeps all of them, with 6 of 12 neurons of each." in text
+    assert "the cut" not in text.lower().replace("the cut where the cut is", "")
+    assert [path.stem for path in written.pictures] == ["cut", "map", "groups", "load"]

@@ -262,7 +262,7 @@ def test_plans_and_matrices_that_do_not_fit(made: Made) -> None:
     refused(made, one, down, "keeps 5 experts but")
     whole = LayerPlan.keeping(8, tuple(range(8)), 24, tuple(tuple(range(16)) for _ in range(8)))
     uneven, wide = replace(plan, layers={first: whole}), torch.ones(8, 32, 16)
-    refused(made, uneven, {first: wide}, "leaves 16 neurons.*24 in those.*one field")
+    refused(made, uneven, {first: wide}, "leaves 16 neurons.*24 neurons in.*one field")
     check_plan(full, plan, full.parent / "narrow")  # before there are matrices
 
 

@@ -184,7 +184,7 @@ def test_experts_that_lost_neurons(
     assert wide in check_permutation(full, out, other)
 
 
-def test_gates_stored_beside_ups(tmp_path: Path) -> None:
+def test_interleaved_rows_and_biases(tmp_path: Path) -> None:
     """In one transposed tensor, row by row, with biases: each part is found."""
     full, out = tmp_path / "full", tmp_path / "out"
     model = saved.save("gpt_oss", full)
