@@ -19,7 +19,6 @@ from reap_driver.budget_search.fitness import Fitness, Inputs
 from reap_driver.budget_search.held_out import HeldOut, held_out
 from reap_driver.budget_search.recorder import Recorder
 from reap_driver.budget_search.shape_task import Grams, ShapeTask
-from reap_driver.compensation.shapes import Shape
 from reap_driver.compensation.shaping import Shaping
 from reap_driver.compensation.width import RIDGE
 from reap_driver.evaluation.router_masks import RouterMasks
@@ -28,6 +27,7 @@ from reap_driver.planning.criteria import Scores
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.planner import make_plan
 from reap_driver.planning.scoring import score
+from reap_driver.planning.shape import Shape
 from reap_driver.writer.plan_checks import check_model, check_same_layers
 from reap_kernels import SaliencyStats
 

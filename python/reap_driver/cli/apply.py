@@ -15,9 +15,9 @@ and with little memory, whatever the size or the quantization of the model. The 
 touched; the output appears under its name when it is complete and verified. It also holds the
 plan, in DIR/reap.
 
-A plan that leaves experts fewer neurons is written with its new down projections, from
-PLAN.matrices beside PLAN.json or --matrices. These are stored in the format of the model's weights,
-so quantized models are refused.
+A plan that leaves experts fewer neurons (`plan --shape`) is written with its new down projections,
+from PLAN.matrices beside PLAN.json or --matrices. These are stored in the format of the model's
+weights, so quantized models are refused.
 
 A plan may keep different numbers of experts in different layers. transformers' own from_pretrained,
 vLLM and SGLang read one number for all layers and refuse such a checkpoint, so it is only written

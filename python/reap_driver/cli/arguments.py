@@ -145,6 +145,14 @@ def share(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no share; write 50% as 0.5") from error
 
 
+def number(text: str) -> float:
+    """A number."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, such as 0.001") from error
+
+
 def batch_size(text: str) -> int | None:
     """A whole number above 0, or `auto`: None."""
     if text == "auto":
@@ -192,6 +200,7 @@ _VALUES: dict[str, Callable[[str], Any]] = {
     "max_len": positive,
     "population": positive,
     "ratio": share,
+    "ridge": number,
     "seed": int,
     "seq_len": positive,
     "sequences": positive,
@@ -200,4 +209,5 @@ _VALUES: dict[str, Callable[[str], Any]] = {
     "tasks": words,
     "validation": share,
     "weights": weights,
+    "width_multiple": positive,
 }

@@ -51,7 +51,8 @@ def run(args: argparse.Namespace, console: Console) -> Result | None:
 
     found = observe_data(options, console)
     if isinstance(found, Observed):
-        next_step = f"reap-kernels plan {found.out} --ratio 0.5 --out plan.json"
         also = "" if found.gram is None else f" and {found.gram}"
+        shape = "" if found.gram is None else f" --shape auto --gram {found.gram}"
+        next_step = f"reap-kernels plan {found.out}{shape} --ratio 0.5 --out plan.json"
         console.say(f"wrote {found.out}{also}; next: {next_step}")
     return found

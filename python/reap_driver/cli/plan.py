@@ -11,7 +11,11 @@ NAME = "plan"
 SUMMARY = "rank experts by their statistics and decide which go"
 DESCRIPTION = """\
 Ranks the experts of every layer by a criterion and decides which go. Writes a plan: a JSON file you
-can read and edit. Takes no weights, and no time.
+can read and edit. Takes no weights, and no time, but with --shape.
+
+With --shape, experts that stay lose neurons, too. Their new down projections need the weights of
+the experts, which are read layer by layer, and the Gram matrices of `observe --gram`. They go into
+PLAN.matrices beside PLAN.json, where `apply` and `compare` find them.
 
 Removed per layer = experts * ratio, rounded down. Where the router chooses among groups of experts,
 each group loses as many. Statistics that were observed in parts (`observe --folds 8`) also say
@@ -33,6 +37,9 @@ examples:
       --out plan.json
   reap-kernels plan stats.safetensors --skip-first 1 \\
       --layer-ratios ratios.yaml --out plan.json
+  reap-kernels plan stats.safetensors --gram sums --shape auto --ratio 0.5 \\
+      --out plan.json
+  reap-kernels plan stats.safetensors --gram sums --shape 96x512 --out plan.json
 """
 
 

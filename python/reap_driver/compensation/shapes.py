@@ -1,48 +1,18 @@
 """Shapes of a smaller layer, E' experts of I' neurons: which fit, and what each may cost."""
 
 import math
-import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from reap_driver.compensation.width import WidthOrder
 from reap_driver.planning.budget import Router, check_ratio, floor_of, nearest
+from reap_driver.planning.shape import Shape
 from reap_kernels import LayerStats
 from reap_kernels.errors import PlanError
 
 _LEAST = 0.9  # of the size asked for; shapes that are smaller are compared with unequal ones
 _BLOCK = 64  # widths are multiples of it where I is: blocks of FP8 and tiles of kernels
-
-
-class Shape(NamedTuple):
-    """What each layer keeps: `experts` of `width` neurons; as text `96x512`."""
-
-    experts: int
-    width: int
-
-    def __str__(self) -> str:
-        return f"{self.experts}x{self.width}"
-
-    @classmethod
-    def parse(cls, text: str) -> "Shape":
-        """The shape that a text such as `96x512` means.
-
-        Raises:
-            PlanError: it means none.
-
-        Example:
-            >>> Shape.parse("96x512")
-            Shape(experts=96, width=512)
-        """
-        found = re.fullmatch(r"\s*(\d{1,6})\s*[xX]\s*(\d{1,7})\s*", text)
-        if not found:
-            raise PlanError(
-                f"shape {text!r} is not EXPERTSxWIDTH; give the experts and neurons that each "
-                "layer keeps, such as 96x512, or auto"
-            )
-        return cls(int(found[1]), int(found[2]))
 
 
 def width_multiple(width: int) -> int:

@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from reap_driver.compensation.shapes import Shape, allowed_shapes, expected_error
+from reap_driver.compensation.shapes import allowed_shapes, expected_error
 from reap_driver.compensation.width import RIDGE, WidthOrder, cut_width, width_order
 from reap_driver.planning.budget import Router
 from reap_driver.planning.criteria import Scores
 from reap_driver.planning.plan import LayerPlan, Plan
 from reap_driver.planning.planner import plan_keeping
+from reap_driver.planning.shape import Shape
 from reap_kernels import LayerGram, SaliencyStats
 from reap_kernels.errors import PlanError
 from reap_kernels.schema import short
@@ -109,6 +110,24 @@ class Shaping:
         ]
         return sum(errors) / len(errors)
 
+    def blank(self, shape: Shape, ratio: float) -> Plan:
+        """The plan of a shape before any neuron was chosen: every expert keeps its first ones.
+
+        It has the sizes of the plan to come, and the experts, which is all that `matrices` needs.
+
+        Raises:
+            PlanError: a layer cannot keep that many experts.
+        """
+        plan = plan_keeping(self._scores, shape.experts, ratio=ratio, protected=self._protected)
+        if shape.width == self.width:
+            return plan
+        first = tuple(range(shape.width))
+        layers = {
+            name: replace(layer, width=self.width, neurons=(first,) * len(layer.kept))
+            for name, layer in plan.layers.items()
+        }
+        return replace(plan, layers=layers)
+
     def plan(self, shape: Shape, ratio: float, settings: Mapping[str, Any]) -> Plan:
         """The plan of a shape.
 
@@ -137,7 +156,7 @@ class Shaping:
         """The new down projections of one layer of a plan that removes neurons.
 
         Args:
-            plan: from `plan`.
+            plan: from `plan` or `blank`.
             name, down, gram: as given to `measure`.
 
         Returns:

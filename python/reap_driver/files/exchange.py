@@ -11,6 +11,7 @@ import ctypes
 import os
 import re
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,26 @@ def exchange(folder: Path, out: Path) -> None:
             if not os.path.lexists(out):
                 aside.rename(out)
             raise
+
+
+def place(part: Path, out: Path) -> None:
+    """Renames a complete folder to its name; an older one of that name is removed.
+
+    Raises:
+        OSError: a rename failed.
+    """
+    old = new_folder(out, "replaced")
+    with held_back():
+        if os.path.lexists(out):
+            out.rename(old)
+        part.rename(out)
+    sync(out.absolute().parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def partial_of(out: Path, rank: str = "") -> Path:
+    """Where the files of a folder are until it is complete, for folders filled file by file."""
+    return out.with_name(f"{out.name}.partial{rank}")
 
 
 def discarded(folder: Path, out: Path) -> Path:

@@ -17,13 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from reap_driver.base.interrupts import held_back
 from reap_driver.base.json_text import json_in_lines
-from reap_driver.files.exchange import new_folder
+from reap_driver.files.exchange import partial_of, place
 from reap_kernels import LayerGram
 from reap_kernels.documents import Format
 from reap_kernels.errors import DataError
-from reap_kernels.files import is_file, replaced, sync
+from reap_kernels.files import is_file, replaced
 from reap_kernels.model_match import merged_provenance
 from reap_kernels.provenance import MAX_EXPERTS, MAX_TOKENS, PROVENANCE
 from reap_kernels.schema import Int, ListOf, Record, Text
@@ -259,27 +258,12 @@ class GramWriter:
         content = FORMAT.complete({"layers": layers, "provenance": dict(provenance)})
         with replaced(self.part / HEAD) as temporary:
             temporary.write_text(json_in_lines(content), encoding="utf-8")
-        self._place()
+        place(self.part, self.out)
         return GramFolder.open(self.out)
 
     def remove(self) -> None:
         """Deletes what was written so far."""
         shutil.rmtree(self.part, ignore_errors=True)
-
-    def _place(self) -> None:
-        """Renames the folder to its name."""
-        old = new_folder(self.out, "replaced")
-        with held_back():
-            if os.path.lexists(self.out):
-                self.out.rename(old)
-            self.part.rename(self.out)
-        sync(self.out.absolute().parent)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def partial_of(out: Path, rank: str = "") -> Path:
-    """Where the files of a Gram folder are until it is complete."""
-    return out.with_name(f"{out.name}.partial{rank}")
 
 
 def packed(sums: LayerGram) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from reap_driver.files.gram_folder import GramWriter, layout, partial_of, read_layer
+from reap_driver.files.exchange import partial_of
+from reap_driver.files.gram_folder import GramWriter, layout, read_layer
 from reap_driver.model.discover import MoELayer, adapter_of
 from reap_driver.observation.data_parallel import Ranks
 from reap_kernels import ExpertWeights, LayerGram, LayerStats, SaliencyStats

@@ -25,6 +25,7 @@ from reap_driver.workflow.rank_options import (
     RankOptions,
     check_context,
 )
+from reap_driver.workflow.shape_options import SHAPE, ShapeOptions, check_gram, check_shape_alone
 from reap_driver.workflow.single_options import (
     folds_option,
     force_option,
@@ -116,8 +117,8 @@ class PlanOptions:
     model: str | Path | None = option(
         None,
         metavar="MODEL",
-        help="with `target_size` or `fits`: the model whose sizes count, as checkpoint folder or "
-        "hub id (default: the one that STATS name)",
+        help="with `target_size`, `fits` or `shape`: the model whose sizes or experts count, as "
+        "checkpoint folder or hub id (default: the one that STATS name)",
     )
     trust_remote_code: bool = trust_option()
     out: str | Path | None = option(None, metavar="FILE", help="where to save the plan")
@@ -125,12 +126,22 @@ class PlanOptions:
     rank: RankOptions = group_of(RankOptions)
     allocation: AllocationOptions = group_of(AllocationOptions)
     budget: BudgetOptions = group_of(BudgetOptions)
+    shape: ShapeOptions = group_of(ShapeOptions)
+    gram: str | Path | None = option(
+        None,
+        metavar="DIR",
+        group=SHAPE,
+        needs={"shape": ()},
+        help="Gram matrices of the same model: the folder that `observe --gram` wrote",
+    )
 
     def __post_init__(self) -> None:
         set_paths(self)
         check_context(self.rank)
-        if self.model is not None and self.rank.limit is None:
-            raise refused(f"`model={self.model}`: only with `target_size` or `fits`")
+        if self.model is not None and self.rank.limit is None and self.shape.shape is None:
+            raise refused(f"`model={self.model}`: only with `target_size`, `fits` or `shape`")
+        check_shape_alone(self.shape, self.rank, self.budget, self.allocation)
+        check_gram(self.shape, self.gram, self.out)
 
 
 @options

@@ -40,8 +40,9 @@ from reap_driver.workflow.jobs import ObserveOptions, PruneOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.options import DataOptions, RunOptions
 from reap_driver.workflow.outputs import (
+    GRAMS,
     check_file,
-    check_gram_folder,
+    check_filled_folder,
     check_journal_folder,
     inputs_of,
 )
@@ -129,7 +130,7 @@ def observe_data(
             check_file(out, overwrite=replaced, inputs=inputs_of(options, out, gram))
             place = out.absolute()
             if gram is not None:
-                check_gram_folder(gram, overwrite=replaced)
+                check_filled_folder(gram, GRAMS, overwrite=replaced)
         else:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reap-")), "stats")
         job = Observing(options, place, world, heard, gram)

@@ -8,9 +8,11 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from reap_driver.files.gram_folder import HEAD, partial_of
+from reap_driver.files.exchange import partial_of
+from reap_driver.files.gram_folder import HEAD
+from reap_driver.files.matrices import INDEX
 from reap_driver.workflow.fields import flat
 from reap_driver.workflow.options import DataOptions
 from reap_driver.workflow.sources import divided_sources
@@ -25,9 +27,30 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 _TEXTS = ("model", "pruned", "recipe")  # a file or a folder, or the name of something else
-# What an unfinished folder of Gram matrices holds, and a journal's folder, also after a kill.
-_GRAMS = re.compile(r"\.?(gram\.json|gram-\d+\.safetensors)(\.[0-9a-f]{8})?")
+# What a journal's folder holds, also after a kill.
 _JOURNAL = re.compile(r"\.?(journal\.json|stats-\d+\.safetensors|states-\d+)(\.[0-9a-f]{8})?")
+
+
+class Kind(NamedTuple):
+    """A kind of folder that a run fills file by file and then names.
+
+    Attributes:
+        of: what it holds, in words.
+        head: the file by which it is known.
+        files: every name in one that is unfinished, also after a kill.
+    """
+
+    of: str
+    head: str
+    files: re.Pattern[str]
+
+
+GRAMS = Kind(
+    "Gram matrices", HEAD, re.compile(r"\.?(gram\.json|gram-\d+\.safetensors)(\.[0-9a-f]{8})?")
+)
+MATRICES = Kind(
+    "down projections", INDEX, re.compile(r"\.?(matrices\.json|.+\.safetensors)(\.[0-9a-f]{8})?")
+)
 
 
 def inputs_of(options: Any, *outputs: Path | None) -> list[Path]:
@@ -97,11 +120,12 @@ def check_folder(
         _check_no_input(folder / name, inputs)
 
 
-def check_gram_folder(folder: Path, *, overwrite: bool) -> None:
-    """Refuses a folder for Gram matrices that exists, or cannot be made.
+def check_filled_folder(folder: Path, kind: Kind, *, overwrite: bool) -> None:
+    """Refuses a folder that exists, or cannot be made.
 
     Args:
         folder: what is written.
+        kind: what it will hold.
         overwrite: whether an older one may be replaced; anything else never is.
 
     Raises:
@@ -109,19 +133,19 @@ def check_gram_folder(folder: Path, *, overwrite: bool) -> None:
     """
     part = partial_of(folder)
     if os.path.lexists(folder):
-        if not is_file(folder / HEAD) or folder.is_symlink():
+        if not is_file(folder / kind.head) or folder.is_symlink():
             raise CheckpointError(
-                f"{folder}: exists and is no folder of Gram matrices; choose another name"
+                f"{folder}: exists and is no folder of {kind.of}; choose another name"
             )
         if not overwrite:
             raise CheckpointError(
                 f"{folder}: exists; choose another name, or pass `overwrite=True`"
             )
     _check_place(folder, folder.absolute().parent)
-    strange = _strange(part, _GRAMS)
+    strange = _strange(part, kind.files)
     if strange:
         raise CheckpointError(
-            f"{part}: is where Gram matrices go until they are complete, and holds {strange!r}, "
+            f"{part}: is where {kind.of} go until they are complete, and holds {strange!r}, "
             "which is none; move it away, or choose another name"
         )
 

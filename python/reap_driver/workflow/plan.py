@@ -58,14 +58,19 @@ def make(options: PlanOptions, listener: Listener | None = None) -> Planned:
         check_file(out, overwrite=options.overwrite, inputs=inputs_of(options, out))
     stats = stats_of(options.stats)
     scores = scored(stats, options.rank)
-    if options.rank.limit is None:
+    if options.shape.shape is not None:
+        # The model is read, and with it come transformers and the writer.
+        from reap_driver.workflow.shape_plans import save_plan_of_shape
+
+        plan = save_plan_of_shape(options, stats, scores, heard)
+    elif options.rank.limit is None:
         plan = planned(scores, options.rank, options.budget, options.allocation, stats)
     else:
         # Sizes need the model, and with it transformers, which planning imports for nothing else.
         from reap_driver.workflow.plan_sizes import plan_of_size
 
         plan = plan_of_size(options, stats, scores, heard)
-    if isinstance(out, Path):
+    if isinstance(out, Path) and options.shape.shape is None:
         plan.save(out)
     inside = decision_margin(plan, stats, heard)
     for note in [*plan.notes, *served_advice(plan, stats.provenance["layers"])]:
@@ -135,6 +140,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "allocation": plan.allocation,
         "settings": plan.settings,
         "ratio": plan.ratio,
+        "shape": plan.shape,
         "layers": len(plan.layers),
         "experts": sum(layer.num_experts for layer in plan.layers.values()),
         "removed": sum(len(layer.removed) for layer in plan.layers.values()),

@@ -32,7 +32,7 @@ def plan_of_size(
         PlanError: see `Sizing.amount`.
     """
     trust = options.trust_remote_code
-    model = _model(options.model, stats, trust=trust)
+    model = model_of(options.model, stats, trust=trust)
     folder = Path(model.path)
     files = stored_files(folder, model.config) if folder.is_dir() else None
     write = WriteOptions(non_uniform=True)  # whether that is wanted, the writer is told
@@ -49,8 +49,12 @@ def plan_of_size(
     return plan
 
 
-def _model(given: str | Path | None, stats: SaliencyStats, *, trust: bool) -> Model:
-    """The model whose sizes count, checked to be that of the statistics."""
+def model_of(given: str | Path | None, stats: SaliencyStats, *, trust: bool) -> Model:
+    """The model that is given, checked to be that of the statistics, or else the one they name.
+
+    Raises:
+        DataError: it is another model, or not found.
+    """
     if given is not None:
         model = inspect_model(str(given), trust_remote_code=trust)
         found = differences(stats.provenance, model.provenance)

@@ -40,7 +40,8 @@ class RankOptions:
         metavar="SHARE",
         group=_AMOUNT,
         exclusive="amount",
-        help=f"share of experts to remove, above 0 and below 1 (default: {RATIO})",
+        help="share of experts to remove, above 0 and below 1, or with `shape='auto'` of their "
+        f"weights (default: {RATIO})",
     )
     keep: int | None = option(
         None,

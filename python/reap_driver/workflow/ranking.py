@@ -52,7 +52,7 @@ def planned(
         PlanError: a layer or an expert that was named is not there, or the plan is not possible.
     """
     how = allocation or AllocationOptions()
-    protected = _protected(rank, scores, stats)
+    protected = protected_of(rank, scores, stats)
     own = _layer_ratios(budget, list(scores), scores.unobserved)
     amount = amount or _amount(rank, how, _routers(scores, own), protected)
     plan = make_plan(
@@ -107,7 +107,7 @@ def ratios(
     """
     own = _layer_ratios(budget, list(scores), scores.unobserved)
     together = allocation is not None and allocation.allocation == "global"
-    protected = _protected(rank, scores, stats)
+    protected = protected_of(rank, scores, stats)
     return possible_ratios(_routers(scores, own), protected, together=together)
 
 
@@ -136,7 +136,7 @@ def _routers(scores: Scores, own: Mapping[str, float]) -> list[Router]:
     return [Router.of(name, scores.layers.get(name, {})) for name in scores if name not in own]
 
 
-def _protected(
+def protected_of(
     rank: RankOptions, scores: Scores, stats: SaliencyStats | None
 ) -> dict[str, frozenset[int]]:
     """{layer: ids} of everything that is protected."""

@@ -1,11 +1,18 @@
 """Options of plans that keep fewer experts and fewer neurons of each: their shape."""
 
 import math
-import re
 from dataclasses import dataclass
+from typing import Any
 
+from reap_driver.planning.shape import Shape
 from reap_driver.workflow.fields import option, options, refused
 from reap_driver.workflow.options import check_positive
+from reap_driver.workflow.rank_options import (
+    SIZES,
+    AllocationOptions,
+    BudgetOptions,
+    RankOptions,
+)
 
 SHAPE = "experts and neurons together"
 AUTO = "auto"
@@ -18,33 +25,14 @@ def check_ridge(ridge: float) -> None:
         raise refused(f"`ridge={ridge:g}`: give a number above 0, such as {RIDGE:g}")
 
 
-def numbers_of(shape: str) -> tuple[int, int]:
-    """Experts and neurons of a shape.
-
-    Raises:
-        OptionError: the text is none.
-
-    Example:
-        >>> numbers_of("96x512")
-        (96, 512)
-    """
-    found = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})", shape)
-    if found is None:
-        raise refused(
-            f"`shape={shape}`: give auto, or experts and neurons that each layer keeps, such as "
-            "96x512"
-        )
-    return int(found[1]), int(found[2])
-
-
 @options
 @dataclass(frozen=True, kw_only=True)
 class ShapeOptions:
     """How many experts each layer keeps, and how many neurons each of those.
 
     Example:
-        >>> rd.ShapeOptions(shape="96x512").numbers
-        (96, 512)
+        >>> rd.ShapeOptions(shape="96x512").explicit
+        Shape(experts=96, width=512)
     """
 
     shape: str | None = option(
@@ -76,23 +64,73 @@ class ShapeOptions:
     def __post_init__(self) -> None:
         check_positive(self, "width_multiple")
         check_ridge(self.ridge)
-        if self.shape not in (None, AUTO):
-            self.numbers  # noqa: B018 - refuses what is no shape
         if self.shape is None and self.width_multiple is not None:
             raise refused(f"`width_multiple={self.width_multiple}`: only with `shape`")
-        if self.shape not in (None, AUTO) and self.width_multiple is not None:
-            width, multiple = self.numbers[1], self.width_multiple
-            if width % multiple:
-                raise refused(
-                    f"`shape={self.shape}`: {width} neurons are not a multiple of "
-                    f"`width_multiple={multiple}`; give one that is"
-                )
+        if self.shape is None and self.ridge != RIDGE:
+            raise refused(f"`ridge={self.ridge:g}`: only with `shape`")
+        shape, multiple = self.explicit, self.width_multiple
+        if shape is not None and multiple is not None and shape.width % multiple:
+            raise refused(
+                f"`shape={shape}`: {shape.width} neurons are not a multiple of "
+                f"`width_multiple={multiple}`; give one that is"
+            )
 
     @property
-    def numbers(self) -> tuple[int, int]:
-        """Experts and neurons of an explicit shape.
+    def explicit(self) -> Shape | None:
+        """The shape that is given; None where there is none, or where it is to be chosen.
 
         Raises:
-            OptionError: there is none.
+            OptionError: the text is no shape.
         """
-        return numbers_of(self.shape or "")
+        if self.shape in (None, AUTO):
+            return None
+        try:
+            return Shape.parse(str(self.shape))
+        except ValueError as error:
+            raise refused(f"`shape={self.shape}`: {error}") from error
+
+
+def check_shape_alone(
+    shape: ShapeOptions,
+    rank: RankOptions,
+    budget: BudgetOptions,
+    allocation: AllocationOptions | None = None,
+) -> None:
+    """Raises OptionError for options that contradict a shape, which is the same for all layers."""
+    if shape.shape is None:
+        return
+    text = f"`shape={shape.shape}`"
+    given = [name for name in ("ratio", *SIZES) if getattr(rank, name) is not None]
+    if given and shape.explicit is not None:
+        raise refused(f"{text}: says how much stays, so `{given[0]}` cannot; give one of them")
+    if given and given[0] != "ratio":
+        raise refused(
+            f"{text}: not together with `{given[0]}`; give a `ratio`, of the weights of experts"
+        )
+    differing = {
+        "layer_ratios": budget.layer_ratios is not None,
+        "skip_first": budget.skip_first > 0,
+        "skip_last": budget.skip_last > 0,
+        "allocation='global'": allocation is not None and allocation.allocation == "global",
+    }
+    for name in (name for name, is_given in differing.items() if is_given):
+        raise refused(
+            f"`{name}`: not together with {text}, which is the same for all layers, as engines "
+            "need it; leave one of them out"
+        )
+
+
+def check_gram(options: ShapeOptions, gram: Any, out: Any) -> None:
+    """Raises OptionError for a shape without Gram matrices or place for matrices, and for Gram
+    matrices without a shape.
+    """
+    shape = options.shape
+    if shape is None and gram is not None:
+        raise refused(f"`gram={gram}`: only with `shape`")
+    if shape is not None and gram is None:
+        raise refused(
+            f"`shape={shape}`: needs `gram`, the folder of Gram matrices that `reap-kernels "
+            "observe --gram` writes"
+        )
+    if shape is not None and out is None:
+        raise refused(f"`shape={shape}`: needs `out`, beside which the new down projections go")

@@ -17,10 +17,10 @@ from reap_driver.budget_search.recorder import Recorder
 from reap_driver.budget_search.search_state import SHAPE, SearchState, read
 from reap_driver.budget_search.shape_search import MOST, FoundShape, search, tried
 from reap_driver.budget_search.shape_task import ShapeTask
-from reap_driver.compensation.shapes import Shape
 from reap_driver.compensation.shaping import Shaping
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.memory.host_memory import Free
+from reap_driver.planning.shape import Shape
 from reap_kernels.errors import DataError, PlanError, ResourceError, ShapeError
 from tests.driver import zoo
 from tests.driver.budget_search.test_fitness import batches

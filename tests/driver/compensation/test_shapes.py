@@ -9,7 +9,6 @@ import torch
 import reap_kernels as rk
 from reap_driver.compensation.constants import expert_constants
 from reap_driver.compensation.shapes import (
-    Shape,
     allowed_shapes,
     check_shape,
     expected_error,
@@ -17,6 +16,7 @@ from reap_driver.compensation.shapes import (
 )
 from reap_driver.compensation.width import width_order
 from reap_driver.planning.budget import Router
+from reap_driver.planning.shape import Shape
 from reap_kernels.errors import PlanError, ShapeError
 
 PLAIN = Router("layers.3", num_experts=32, top_k=4, n_group=1, topk_group=1)
@@ -57,10 +57,12 @@ def test_multiples_by_default() -> None:
 def test_shapes_are_read_from_text() -> None:
     assert Shape.parse(" 96X512 ") == Shape(96, 512)
     assert str(Shape.parse("96x512")) == "96x512"
+    for text in ("half", "96", "0x512", "96x512x2", ""):
+        with pytest.raises(ValueError, match="give auto, or experts and neurons"):
+            Shape.parse(text)
 
 
 REFUSED = {
-    "text": (lambda: Shape.parse("half"), "shape 'half' is not EXPERTSxWIDTH"),
     "ratio": (lambda: allowed_shapes(PLAIN, 48, 1.5), "ratio 1.5"),
     "too much": (lambda: allowed_shapes(PLAIN, 48, 0.99), "its router needs 4 experts"),
     "multiple": (lambda: allowed_shapes(PLAIN, 48, 0.5, multiple=49), "`width_multiple=49`"),

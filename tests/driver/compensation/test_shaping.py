@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import reap_driver as rd
-from reap_driver.compensation.shapes import Shape, expected_error
+from reap_driver.compensation.shapes import expected_error
 from reap_driver.compensation.shaping import Shaping
 from reap_driver.compensation.width import width_order
+from reap_driver.planning.shape import Shape
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import PlanError
 from tests.driver import zoo
@@ -55,12 +56,16 @@ def test_it_is_each_layer_cut_by_itself(observed: Any, shape: Shape, tmp_path: P
         assert torch.tensor(layer.neurons).equal(cut.neurons)
         new = shaping.matrices(plan, name, list(down[name]), grams[name])
         torch.testing.assert_close(new, cut.down, rtol=1e-4, atol=1e-6)
+        blank = shaping.blank(shape, 0.4)
+        assert blank.kept == plan.kept
+        assert torch.equal(shaping.matrices(blank, name, list(down[name]), grams[name]), new)
 
 
 def test_whole_experts_are_a_plan_as_ever(observed: Any) -> None:
     shaping = shaping_of(observed)
     plan = shaping.plan(Shape(4, WIDTH), 0.5, SETTINGS)
     assert not plan.narrows
+    assert shaping.blank(Shape(4, WIDTH), 0.5).layers == plan.layers
     assert plan.kept == rd.make_plan(rd.score(observed[0]), 0.5).kept
 
 

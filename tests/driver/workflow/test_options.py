@@ -102,7 +102,7 @@ def test_options_have_defaults_docstrings_and_survive_a_round(cls: type) -> None
         (rd.ApplyOptions, {"shard_size": "5 apples"}, "`shard_size=5 apples`: not a size"),
         (rd.PruneOptions, {"context": 9}, "`context=9`: only with `fits`, or with --dry-run"),
         (rd.PruneOptions, {"context": 0, "fits": 9}, "`context=0`: give a whole number above 0"),
-        (rd.PlanOptions, {"model": "M"}, "`model=M`: only with `target_size` or `fits`"),
+        (rd.PlanOptions, {"model": "M"}, "`model=M`: only with `target_size`, `fits` or `shape`"),
         (rd.PruneOptions, {"batch_size": 0}, "`batch_size=0`: give a whole number above 0"),
         (rd.PruneOptions, {"skip_first": -1}, "`skip_first=-1`: give 0 or more"),
         (rd.PruneOptions, {"shard_size": "big"}, "`shard_size=big`: not a size such as 5GB"),
