@@ -11,6 +11,7 @@ import contextlib
 import copy
 import logging
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ _convert_and_load = core_model_loading.convert_and_load_state_dict_in_model
 _set_param = core_model_loading.set_param_for_module
 
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+_LIBRARY = threading.RLock()
 
 _REMEDY = "use the config.json and weights of one and the same checkpoint"
 
@@ -367,7 +369,16 @@ def _in_this_thread() -> Iterator[None]:
 
     `load.tensor_reader` reads ahead in threads of its own. On a GPU, all copies and conversions
     must go to one stream.
+
+    One thread at a time is inside, since what is replaced meanwhile is the library's own: layers of
+    several models may be loaded in the background at once.
     """
+    with _LIBRARY:
+        yield from _quietly()
+
+
+def _quietly() -> Iterator[None]:
+    """What `_in_this_thread` changes."""
     shown = library_logging.is_progress_bar_enabled()
     logger = logging.getLogger("transformers.core_model_loading")
     level, before = logger.level, os.environ.get(_NO_THREADS)

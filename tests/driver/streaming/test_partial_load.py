@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,31 @@ def test_prefetching_twice_and_past_the_end(streamed: StreamedModel) -> None:
     read = streamed.bytes_read
     assert streamed.ready(0)
     assert streamed.bytes_read == read
+
+
+def test_layers_of_two_models_come_one_at_a_time(
+    streamed: StreamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What loading replaces in the library is the library's, not a model's."""
+    inside, most, convert = [0], [0], partial_load._converted
+
+    def counted(*arguments: Any) -> Any:
+        inside[0] += 1
+        time.sleep(0.02)
+        most[0] = max(most[0], inside[0])
+        try:
+            return convert(*arguments)
+        finally:
+            inside[0] -= 1
+
+    monkeypatch.setattr(partial_load, "_converted", counted)
+    saved.save("qwen3_moe", tmp_path / "other")
+    with open_streamed(tmp_path / "other") as other:
+        for one in (streamed, other):
+            one.prefetch(1)
+        assert streamed.ready(1)
+        assert other.ready(1)
+    assert most == [1]
 
 
 def tie(monkeypatch: pytest.MonkeyPatch, folder: Path, pairs: dict[str, str]) -> None:
