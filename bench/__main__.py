@@ -14,6 +14,7 @@ BENCHMARKS = {
     "calibration_cpu": "records read, tokenized and packed beside the tokenizer alone, CPU",
     "gpu": "everything a GPU is needed for: checks, layer timings, a whole model",
     "criteria_cpu": "criteria and allocations on held-out text, five calibration draws; CPU",
+    "methods_cpu": "methods of pruning on held-out text, five draws; unseen domains; CPU",
     "demo": "the demo's perplexities and agreements, as rows",
     "plan_cpu": "`reap-kernels plan` on 92 layers of 512 experts in eight parts, step by step; CPU",
     "search_cpu": "budgets searched on the bundled model: cost, acceptance on held-out text; CPU",

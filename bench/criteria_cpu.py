@@ -34,7 +34,7 @@ from reap_driver.demo.run import (
 )
 from reap_driver.evaluation.predictions import Predictions, predict
 from reap_driver.evaluation.router_masks import RouterMasks
-from reap_driver.evaluation.sequences import Sums
+from reap_driver.evaluation.sequences import Comparison, Sums
 from reap_driver.planning.criteria import CRITERIA
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.student_t import t_quantile
@@ -70,13 +70,17 @@ class HeldOut:
                 inputs = {"input_ids": part}
                 self._known.append((domain, inputs, predict(model, inputs)))
 
+    def comparison(self, model: Any) -> Comparison:
+        """The figures of each window of a model that is pruned, or has been."""
+        sums = Sums()
+        for domain, inputs, full in self._known:
+            sums.add(domain, inputs, full, predict(model, inputs))
+        return sums.comparison(draws=2, seed=0)
+
     def figures(self, plan: Plan) -> dict[str, float]:
         """Perplexity, expected acceptance and share of equal most likely tokens."""
-        sums = Sums()
         with self.masks.keeping(plan.kept):
-            for domain, inputs, full in self._known:
-                sums.add(domain, inputs, full, predict(self.model, inputs))
-        found = sums.comparison(draws=2, seed=0)
+            found = self.comparison(self.model)
         mean = found.sums.sum(dim=0) / found.counts.sum()
         return dict(zip(FIGURES, (math.exp(mean[1]), float(mean[3]), float(mean[4])), strict=True))
 
