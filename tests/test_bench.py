@@ -17,6 +17,7 @@ import torch
 from bench import rows, tables
 from bench.gpu import (
     command,
+    grams,
     kernels,
     layer,
     machine,
@@ -103,6 +104,11 @@ def test_smoke_mode_runs_every_stage(smoke: Smoke) -> None:
     keys = [(row["provider"], row["variant"], row["observed"]) for row in timed]
     assert keys == [(p.name, p.variant, "yes" if p.observed else "no") for p in PROVIDERS]
     assert all(float(row["ms"]) > 0 and float(row["error"]) < 2e-2 for row in timed)
+    sums = read(smoke.out / "gpu_gram.csv")
+    assert {row["status"] for row in sums} == {"timed"}
+    ratios = {row["variant"]: row[grams.RATIO] for row in sums if row["provider"] == grams.WITH}
+    assert list(ratios) == list(grams.BACKENDS)
+    assert all(float(ratio) > 0 for ratio in ratios.values())
     whole = read(smoke.out / "gpu_end_to_end.csv")
     assert {row["provider"] for row in whole} == {"reap", "transformers", "all-experts"}
     streamed = read(smoke.out / "gpu_streaming.csv")
@@ -309,11 +315,32 @@ def test_a_provider_that_is_wrong_is_not_timed(monkeypatch) -> None:
     assert {row["ms"] for row in found} == {""}
 
 
+def test_wrong_gram_matrices_are_not_timed(monkeypatch) -> None:
+    """Sums that are off, and sums that change what the call gives otherwise."""
+    real = grams.rk.observe_layer
+
+    def off(*arguments, gram=None, backend=None, **rest):
+        out = real(*arguments, gram=gram, backend=backend, **rest)
+        if gram is not None and backend == "triton":
+            gram.gram.mul_(1.02)
+        return out + 1 if gram is not None and backend == "grouped_mm" else out
+
+    monkeypatch.setattr(grams.rk, "observe_layer", off)
+    found = layer.run(here(), grams.plan(smoke=True), Deadline(HUNG), grams.PROVIDERS[1:4:2])
+    assert [row["status"] for row in found] == ["failed", "failed"]
+    assert "gram is off by 2" in str(found[0]["note"])
+    assert "change the output" in str(found[1]["note"])
+
+
 def test_what_the_budget_cuts_off_is_said() -> None:
     found = layer.run(here(), layer.plan(smoke=False), Deadline(-1))
     assert len(found) == len(layer.plan(smoke=False)) * len(PROVIDERS)
     assert {row["status"] for row in found} == {"skipped"}
     assert "budget" in report.layer(found)
+    found = grams.run(replace(here(), smoke=False), Deadline(-1))
+    assert len(found) == len(grams.plan(smoke=False)) * len(grams.PROVIDERS)
+    assert {(row["status"], row[grams.RATIO]) for row in found} == {("skipped", "")}
+    assert "budget" in report.grams(found)
     bed = parts.Bed(here(), kernels.plan(smoke=True)[0])
     some = parts.of_layer(bed, kernels.BACKENDS)
     single = kernels.measure(some, bed.machine, Deadline(-1))

@@ -13,13 +13,14 @@ import torch
 from bench import gpu, rows
 from bench.gpu.clock import Deadline
 
-STAGES = ("checks", "kernels", "layer", "end2end", "tiles", "streaming")
+STAGES = ("checks", "kernels", "layer", "gram", "end2end", "tiles", "streaming")
 # Left out unless asked for: tiles is for who writes a launch table, and streaming fills tens of GB.
 DEFAULT = STAGES[:-2]
 FILES = {
     "checks": "gpu_checks",
     "kernels": "gpu_kernels",
     "layer": "gpu_layer",
+    "gram": "gpu_gram",
     "end2end": "gpu_end_to_end",
     "tiles": "gpu_tiles",
     "streaming": "gpu_streaming",
@@ -27,7 +28,14 @@ FILES = {
 # Seconds for all stages but streaming, and for streaming, which comes on top.
 BUDGET, STREAMING = 440, 240
 # Shares of the budget by whose end a stage starts nothing more; the last one may take what is left.
-_ENDS = {"checks": 0.42, "kernels": 0.54, "layer": 0.75, "end2end": 0.97, "tiles": 0.97}
+_ENDS = {
+    "checks": 0.46,
+    "kernels": 0.56,
+    "layer": 0.73,
+    "gram": 0.79,
+    "end2end": 0.97,
+    "tiles": 0.97,
+}
 _LAST = 0.97
 RED, NO_GPU = 1, 4
 
@@ -130,7 +138,7 @@ def _device(smoke: bool) -> torch.device | None:
 
 def _stage(stage: str, machine: Any, deadline: Deadline, folder: Path | None) -> Rows:
     """Rows of one stage."""
-    from bench.gpu import end_to_end, kernels, layer, streaming, tiles
+    from bench.gpu import end_to_end, grams, kernels, layer, streaming, tiles
 
     if stage == "checks":
         from tests.gpu import running
@@ -140,6 +148,8 @@ def _stage(stage: str, machine: Any, deadline: Deadline, folder: Path | None) ->
         return kernels.run(machine, deadline)
     if stage == "layer":
         return layer.run(machine, layer.plan(machine.smoke), deadline)
+    if stage == "gram":
+        return grams.run(machine, deadline)
     if stage == "end2end":
         return end_to_end.run(machine, deadline)
     if stage == "tiles":
@@ -155,7 +165,7 @@ def _report(folder: Path, stage: str, facts: dict[str, str], stages: dict[str, R
     """Appends the stage's rows, rewrites gpu.md, prints what is not green."""
     from bench.gpu import report
 
-    echo = stage in ("end2end", "tiles", "streaming")
+    echo = stage in ("gram", "end2end", "tiles", "streaming")
     rows.write(FILES[stage], stages[stage], folder=folder, facts=facts, echo=echo)
     (folder / "gpu.md").write_text(report.page(facts, stages))
     for row in stages[stage]:

@@ -2,6 +2,7 @@
 
 import gc
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -61,14 +62,22 @@ def weights(case: Case, device: torch.device) -> ExpertWeights:
     return ExpertWeights(up, down, Activation("silu"))
 
 
-def run(machine: Machine, cases: list[Case], deadline: Deadline) -> list[Row]:
-    """Rows of all cases; those the deadline cuts off say so."""
+def run(
+    machine: Machine,
+    cases: list[Case],
+    deadline: Deadline,
+    providers: Sequence[Provider] | None = None,
+) -> list[Row]:
+    """Rows of all cases by all providers, `PROVIDERS` by default; those the deadline cuts off say
+    so.
+    """
+    providers = PROVIDERS if providers is None else providers
     rows: list[Row] = []
     experts: ExpertWeights | None = None
     before: Case | None = None
     for case in cases:
         if deadline.passed():
-            rows += [_row(case, p, status="skipped", note=deadline.reason) for p in PROVIDERS]
+            rows += [_row(case, p, status="skipped", note=deadline.reason) for p in providers]
             continue
         shape = replace(case, tokens=0, skew="")
         if shape != before:
@@ -77,7 +86,7 @@ def run(machine: Machine, cases: list[Case], deadline: Deadline) -> list[Row]:
             experts, before = weights(case, machine.device), shape
         assert experts is not None
         with torch.no_grad():
-            rows += measure(Work(machine, case, experts), deadline)
+            rows += measure(Work(machine, case, experts), deadline, providers)
         _release(machine)
     return rows
 
@@ -88,10 +97,10 @@ def _release(machine: Machine) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(work: Work, deadline: Deadline) -> list[Row]:
+def measure(work: Work, deadline: Deadline, providers: Sequence[Provider]) -> list[Row]:
     """Rows of one case: every provider, ROUNDS times in turn."""
-    rows = {provider: _row(work.case, provider) for provider in PROVIDERS}
-    taken: dict[Provider, list[float]] = {provider: [] for provider in PROVIDERS}
+    rows = {provider: _row(work.case, provider) for provider in providers}
+    taken: dict[Provider, list[float]] = {provider: [] for provider in providers}
     for turn in range(ROUNDS):
         for provider, row in rows.items():
             if row["status"] not in ("", "timed"):  # refused, skipped, failed or wrong
@@ -130,7 +139,7 @@ def _attempt(work: Work, provider: Provider, row: Row, taken: list[float], verif
         row.update(status="skipped", note=f"out of memory: {' '.join(str(error).split())[:160]}")
     except Exception as error:  # noqa: BLE001  compilers and peers fail in any way
         # What is wrong with ours ends the run in red; with others it is said and not timed.
-        wrong = "failed" if provider.name == "reap" else "wrong"
+        wrong = "failed" if provider.name.startswith("reap") else "wrong"
         status, note = outcome_of(error, provider.variant, device, wrong)
         row.update(status=status, note=note)
 

@@ -140,7 +140,9 @@ def checked(work: Work, prepared: Prepared) -> float:
     return error
 
 
-def _ours(backend: str | None, observed: bool) -> Callable[[Work], Prepared]:
+def ours(backend: str | None, observed: bool) -> Callable[[Work], Prepared]:
+    """A call of the layer op by one backend; None: the default."""
+
     def prepare(work: Work) -> Prepared:
         request = request_of("layer", work.hidden[0], work.case.top_k, work.experts)
         served = select(request, backend)
@@ -274,14 +276,14 @@ def _all_experts(work: Work) -> Prepared:
 
 
 PROVIDERS = (
-    Provider("reap", "triton", True, _ours("triton", True)),
-    Provider("reap", "triton", False, _ours("triton", False)),
-    Provider("reap", "grouped_mm", True, _ours("grouped_mm", True)),
-    Provider("reap", "grouped_mm", False, _ours("grouped_mm", False)),
-    Provider("reap", "cuda", True, _ours("cuda", True)),
-    Provider("reap", "cuda", False, _ours("cuda", False)),
-    Provider("reap", "automatic", True, _ours(None, True)),
-    Provider("reap", "automatic", False, _ours(None, False)),
+    Provider("reap", "triton", True, ours("triton", True)),
+    Provider("reap", "triton", False, ours("triton", False)),
+    Provider("reap", "grouped_mm", True, ours("grouped_mm", True)),
+    Provider("reap", "grouped_mm", False, ours("grouped_mm", False)),
+    Provider("reap", "cuda", True, ours("cuda", True)),
+    Provider("reap", "cuda", False, ours("cuda", False)),
+    Provider("reap", "automatic", True, ours(None, True)),
+    Provider("reap", "automatic", False, ours(None, False)),
     Provider("transformers", "grouped_mm", False, _transformers("grouped_mm")),
     Provider("transformers", "eager", False, _transformers("eager")),
     Provider("transformers", "batched_mm", False, _transformers("batched_mm")),

@@ -27,6 +27,8 @@ def page(facts: dict[str, str], stages: dict[str, Sequence[Row]]) -> str:
         parts.append("## Single kernels\n\n" + kernels(stages["kernels"]))
     if "layer" in stages:
         parts.append("## One layer\n\n" + layer(stages["layer"]))
+    if "gram" in stages:
+        parts.append("## Gram matrices\n\n" + grams(stages["gram"]))
     if "end2end" in stages:
         parts.append("## End to end\n\n" + end_to_end(stages["end2end"]))
     if "streaming" in stages:
@@ -113,6 +115,30 @@ def layer(rows: Sequence[Row]) -> str:
     head += ["% of copy", "observed / unobserved", "fastest transformers / ours observed"]
     return (markdown(head, body) if body else "") + _untimed(
         rows, lambda row: f"{row['shape']} T={row['tokens']} {row['routing']}"
+    )
+
+
+def grams(rows: Sequence[Row]) -> str:
+    """What Gram matrices add to an observed layer, then what was not timed and why."""
+    from bench.gpu.grams import GOAL, RATIO
+
+    body = [
+        [
+            f"{row['shape']} (E={row['E']}, H={row['H']}, I={row['I']})",
+            str(row["tokens"]),
+            row["routing"],
+            f"{row['provider']}: {row['variant']}",
+            *(row[key] for key in ("ms", "ms_p20", "ms_p80", RATIO, "note")),
+        ]
+        for row in rows
+        if row["status"] == "timed"
+    ]
+    head = ["shape", "tokens", "routing", "provider", "ms", "p20", "p80", "with / without", "note"]
+    goal = f"Goal: at most {GOAL:.2f} of the observed pass at Qwen3-30B-A3B's shape.\n\n"
+    return (
+        goal
+        + (markdown(head, body) if body else "")
+        + _untimed(rows, lambda row: f"{row['shape']} T={row['tokens']} {row['routing']}")
     )
 
 

@@ -11,7 +11,7 @@ from bench.gpu.clock import Deadline
 from reap_kernels.errors import BackendUnavailable, KernelError
 from reap_kernels.layer import cuda_backend
 from reap_kernels.testing import CASES, Case, make_experts, make_inputs
-from tests.gpu import checks, running
+from tests.gpu import checks, grams, running
 from tests.gpu.checks import Check
 from tests.gpu.test_gpu import as_users_run, judge, name_of
 from tests.limits import HUNG
@@ -31,6 +31,34 @@ def test_single_ops_are_checked() -> None:
     assert ran == "sort equal, outputs and sums within bounds"
     ran = checks.single_ops(CPU, "cuda", torch.bfloat16, SMALL)
     assert ran == "sort equal, sums within bounds"
+
+
+@pytest.mark.parametrize(
+    ("run", "op", "says"),
+    [
+        (grams.summed, "observe_layer", "gram is off by"),
+        (grams.alone, "gram", "gram is off by"),
+        (grams.crossed, "cross", "moments are off by"),
+    ],
+)
+def test_gram_matrices_are_checked(run, op: str, says: str, monkeypatch) -> None:
+    """Right ones pass; a sum that is off by a hundredth fails."""
+    case = replace(SMALL, hidden=16, intermediate=24)
+    assert "e-" in run(CPU, "triton", torch.float32, case)
+    real = getattr(grams.rk, op)
+
+    def wrong(*arguments, backend=None, **rest):
+        out = real(*arguments, backend=backend, **rest)
+        sums = rest["gram"].gram if rest.get("gram") else None
+        if op != "observe_layer":
+            sums = arguments[3].gram if op == "gram" else arguments[5]
+        if backend == "triton" and sums is not None:
+            sums *= 1.01
+        return out
+
+    monkeypatch.setattr(grams.rk, op, wrong)
+    with pytest.raises(checks.CheckFailed, match=says):
+        run(CPU, "triton", torch.float32, case)
 
 
 def test_refusals_are_told_from_failures() -> None:
