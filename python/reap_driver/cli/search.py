@@ -1,4 +1,4 @@
-"""`reap-kernels search`: find how many experts each layer should lose, by trying plans."""
+"""`reap-kernels search`: find how many experts and neurons should go, by trying plans."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from reap_driver.workflow.jobs import SearchOptions
 from reap_driver.workflow.results import Result
 
 NAME = "search"
-SUMMARY = "find how many experts each layer should lose"
+SUMMARY = "find how many experts or neurons should go, by trying plans"
 DESCRIPTION = """\
 Layers bear the loss of experts unequally. This tries hundreds of plans that remove as many experts
 as the uniform one, but more from some layers and fewer from others, and keeps the one that follows
@@ -22,6 +22,11 @@ model runs on all of it for every plan, and ten thousand tokens tell plans apart
 
 The plan keeps different numbers of experts in different layers; `apply --help` says what loads such
 a checkpoint.
+
+With --shape auto it searches for the shape of all layers instead: how many experts, and how many
+neurons of each. It tries the cut of whole experts and up to seven shapes of the same size, each
+with its down projections solved again from the Gram matrices that `observe --gram` sums, and keeps
+the best. The plan is the same for all layers, so every engine loads the checkpoint.
 """
 EXAMPLES = """\
 examples:
@@ -31,6 +36,8 @@ examples:
       --evaluations 1000 --out plan.json
   reap-kernels search MODEL stats.safetensors --data held.jsonl \\
       --out plan.json --resume
+  reap-kernels search MODEL stats.safetensors --shape auto --gram sums \
+      --data held.jsonl --ratio 0.5 --out plan.json
 """
 
 

@@ -4,7 +4,8 @@ The order in which the neurons of a layer can go serves all shapes, so it is fou
 layer. What a shape is expected to cost, its plan and its new down projections follow from it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from reap_driver.planning.plan import LayerPlan, Plan
 from reap_driver.planning.planner import plan_keeping
 from reap_driver.planning.shape import Shape
 from reap_kernels import LayerGram, SaliencyStats
-from reap_kernels.errors import PlanError
+from reap_kernels.errors import DataError, PlanError, ShapeError
 from reap_kernels.schema import short
 
 
@@ -94,7 +95,8 @@ class Shaping:
         Raises:
             ShapeError, DtypeError, DataError: see `prune_width`.
         """
-        self._orders[name] = width_order(down, gram, least=least, ridge=self.ridge)
+        with _named(name):
+            self._orders[name] = width_order(down, gram, least=least, ridge=self.ridge)
         counts = gram.count
         self._few[name] = int(((counts > 0) & (counts < 2 * self.width)).sum())
         self._none[name] = int((counts == 0).sum())
@@ -165,7 +167,8 @@ class Shaping:
         layer = plan.layers[name]
         assert layer.narrow_width is not None, "a plan of whole experts needs no matrices"
         order = self._orders[name].of(layer.kept)
-        return cut_width(down, gram, order, layer.narrow_width, experts=layer.kept).down
+        with _named(name):
+            return cut_width(down, gram, order, layer.narrow_width, experts=layer.kept).down
 
     def _notes(self) -> list[str]:
         """Sentences on experts whose Grams have few rows, or none."""
@@ -184,6 +187,15 @@ class Shaping:
                 f"uncorrected (layer: experts): {short(none)}"
             )
         return notes
+
+
+@contextlib.contextmanager
+def _named(layer: str) -> Iterator[None]:
+    """Inside, errors that name an expert name its layer, too."""
+    try:
+        yield
+    except (DataError, ShapeError) as error:
+        raise type(error)(f"layer {layer}: {error}") from error
 
 
 def _alike(scores: Scores) -> tuple[Router, int]:

@@ -226,17 +226,19 @@ def search(
     progress: Heard = None,
     **options: Any,
 ) -> searching.Searched | Complete:
-    """Searches how many experts each layer should lose: what `reap-kernels search` does.
+    """Searches how many experts each layer should lose, or with `shape='auto'` and `gram` how many
+    experts and neurons all layers should keep: what `reap-kernels search` does.
 
-    For a model and batches in memory there is `search_plan`.
+    For a model and batches in memory there are `search_plan` and `search_shape`.
 
     Args:
         model: checkpoint folder or hub id.
         stats: statistics, or their file.
         data: text to search on, each `[group=]SOURCE[:N]`.
         ratio: share of experts to remove, above 0 and below 1, default 0.5; or give `keep`,
-            `target_size` or `fits`.
-        out: where the plan is saved, and the state of the search on the way; None: nowhere.
+            `target_size` or `fits`. With `shape` it is of the weights of experts.
+        out: where the plan is saved, and the state of the search on the way; None: nowhere. The
+            matrices of a shape go beside it.
         progress: see `prune`.
         **options: of `SearchOptions` and the classes it holds.
 

@@ -25,7 +25,12 @@ from reap_driver.workflow.rank_options import (
     RankOptions,
     check_context,
 )
-from reap_driver.workflow.shape_options import SHAPE, ShapeOptions, check_gram, check_shape_alone
+from reap_driver.workflow.shape_options import (
+    ShapeOptions,
+    check_gram,
+    check_shape_alone,
+    gram_option,
+)
 from reap_driver.workflow.single_options import (
     folds_option,
     force_option,
@@ -43,6 +48,8 @@ if TYPE_CHECKING:  # it imports torch, and --help must not
 
 # Parts of the data of which some can be held out from a search, at most.
 _MOST_FOLDS = 20
+# Of a search over budgets.
+_EVALUATIONS, _POPULATION, _ELITES = 500, 32, 4
 _SEARCH, TASKS, PLANNING = "search", "tasks", "planning"
 
 
@@ -127,13 +134,7 @@ class PlanOptions:
     allocation: AllocationOptions = group_of(AllocationOptions)
     budget: BudgetOptions = group_of(BudgetOptions)
     shape: ShapeOptions = group_of(ShapeOptions)
-    gram: str | Path | None = option(
-        None,
-        metavar="DIR",
-        group=SHAPE,
-        needs={"shape": ()},
-        help="Gram matrices of the same model: the folder that `observe --gram` wrote",
-    )
+    gram: str | Path | None = gram_option()
 
     def __post_init__(self) -> None:
         set_paths(self)
@@ -314,7 +315,7 @@ class ApplyOptions:
 @options
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """Searching how many experts each layer should lose.
+    """Searching how many experts each layer should lose, or which shape all should have.
 
     Example:
         >>> data = rd.DataOptions(data="code.jsonl")
@@ -329,8 +330,10 @@ class SearchOptions:
     force_model: bool = force_option()
     rank: RankOptions = group_of(RankOptions)
     budget: BudgetOptions = group_of(BudgetOptions)
+    shape: ShapeOptions = group_of(ShapeOptions)
+    gram: str | Path | None = gram_option()
     evaluations: int = option(
-        500,
+        _EVALUATIONS,
         metavar="N",
         group=_SEARCH,
         about="`seed` is of the search, too.",
@@ -340,9 +343,12 @@ class SearchOptions:
     generations: int | None = option(
         None, metavar="N", group=_SEARCH, exclusive="length", help="the same, in generations"
     )
-    population: int = option(32, metavar="N", group=_SEARCH, help="plans in a generation")
+    population: int = option(_POPULATION, metavar="N", group=_SEARCH, help="plans in a generation")
     elites: int = option(
-        4, metavar="N", group=_SEARCH, help="the best of them, from which the next ones are made"
+        _ELITES,
+        metavar="N",
+        group=_SEARCH,
+        help="the best of them, from which the next ones are made",
     )
     validation: float = option(
         0.5,
@@ -376,6 +382,31 @@ class SearchOptions:
             )
         self.share  # noqa: B018 - refuses a share that cannot be held out
         check_resume(self.resume, self.out, "search's state")
+        self._check_shape()
+        check_shape_alone(self.shape, self.rank, self.budget)
+        check_gram(self.shape, self.gram, self.out)
+
+    def _check_shape(self) -> None:
+        """Raises OptionError for options of another search than that over shapes."""
+        shape = self.shape.shape
+        if shape is None:
+            return
+        if self.shape.explicit is not None:
+            raise refused(
+                f"`shape={shape}`: a search finds the shape; give auto, or plan with this one"
+            )
+        for name, usual in (
+            ("evaluations", _EVALUATIONS),
+            ("generations", None),
+            ("population", _POPULATION),
+            ("elites", _ELITES),
+        ):
+            value = getattr(self, name)
+            if value != usual:
+                raise refused(
+                    f"`{name}={value}`: not together with `shape`, of which few are tried; leave "
+                    "it out"
+                )
 
     @property
     def share(self) -> Fraction:

@@ -19,6 +19,17 @@ AUTO = "auto"
 RIDGE = 1e-3
 
 
+def gram_option() -> Any:
+    """The Gram matrices by which neurons are removed."""
+    return option(
+        None,
+        metavar="DIR",
+        group=SHAPE,
+        needs={"shape": ()},
+        help="Gram matrices of the same model: the folder that `observe --gram` wrote",
+    )
+
+
 def check_ridge(ridge: float) -> None:
     """Raises OptionError for a ridge that no least-squares problem takes."""
     if not (math.isfinite(ridge) and ridge > 0):
@@ -42,7 +53,8 @@ class ShapeOptions:
         about="Removes neurons of the experts that stay besides whole experts; their down\n"
         "projections are solved again, so that what is left gives the outputs closest to before.",
         help="keep E experts of every layer and I neurons of each, such as 96x512; auto takes, of "
-        "the shapes that `ratio` allows, the one with the least expected error",
+        "the shapes that `ratio` allows, the one with the least expected error, and in a search "
+        "the one that follows the model most closely",
     )
     width_multiple: int | None = option(
         None,

@@ -165,7 +165,7 @@ def plan_of_shape(
     shapes, ratio = _wanted(shape, rank, shaping)
     narrow = next((one for one in shapes if one.width < shaping.width), None)
     if narrow is not None:
-        _check_writable(shaping.blank(narrow, ratio), evidence)
+        check_writable(shaping.blank(narrow, ratio), evidence)
     notes, chosen = evidence.notes(rank), shapes[0]
     if len(shapes) > 1:
         chosen, reason = _best(shapes, shaping, evidence, listener)
@@ -195,8 +195,12 @@ def _wanted(
     return [given], 1 - math.prod(given) / (router.num_experts * width)
 
 
-def _check_writable(blank: Plan, evidence: Evidence) -> None:
+def check_writable(blank: Plan, evidence: Evidence) -> None:
     """Raises before the long work what the writer would raise of plans of this shape.
+
+    Args:
+        blank: see `Shaping.blank`.
+        evidence: of the model.
 
     Raises:
         UnsupportedModel: experts of this model cannot get another width.
@@ -219,8 +223,7 @@ def _best(
     least = min(shape.width for shape in shapes)
     with listener.progress("measuring shapes", " experts", _experts(shaping)) as step:
         for name, down, sums in evidence.read():
-            with _layer_named(name):
-                shaping.measure(name, down, sums, least)
+            shaping.measure(name, down, sums, least)
             step.add(shaping.router.num_experts)
     errors = {shape: shaping.expected(shape) for shape in shapes}
     ranked = sorted(errors, key=errors.__getitem__)
@@ -249,10 +252,9 @@ def _solve(
     matrices = Matrices.create(out, model=blank.model)
     with listener.progress("removing neurons", " experts", _experts(shaping)) as step:
         for name, down, sums in evidence.read():
-            with _layer_named(name):
-                if least is not None:
-                    shaping.measure(name, down, sums, least)
-                matrices.put(name, shaping.matrices(blank, name, down, sums))
+            if least is not None:
+                shaping.measure(name, down, sums, least)
+            matrices.put(name, shaping.matrices(blank, name, down, sums))
             step.add(shaping.router.num_experts)
     return matrices.digest
 
@@ -260,12 +262,3 @@ def _solve(
 def _experts(shaping: Shaping) -> int:
     """Of all layers."""
     return len(shaping.names) * shaping.router.num_experts
-
-
-@contextlib.contextmanager
-def _layer_named(name: str) -> Iterator[None]:
-    """Inside, errors that name an expert name its layer, too."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"layer {name}: {error}") from error

@@ -214,6 +214,4 @@ def test_a_model_that_does_not_fit_is_refused(
     monkeypatch.setattr(holding, "decide", lambda _, *rest: decide("always", *rest))
     outcome = run(*words[:-2], "--out", tmp_path / "plan.json")
     assert outcome.code == 4
-    assert (
-        "the model does not fit in memory, and a search runs it hundreds of times" in outcome.error
-    )
+    assert "does not fit in memory, and a search runs it for every plan" in outcome.error
