@@ -15,9 +15,10 @@ from reap_driver.workflow.rank_options import (
     RankOptions,
 )
 from reap_driver.workflow.results import Result
+from reap_driver.workflow.shape_options import ShapeOptions
 
 # What only a run that prunes has.
-PRUNING = (RankOptions, AllocationOptions, BudgetOptions, WriteOptions)
+PRUNING = (RankOptions, AllocationOptions, BudgetOptions, ShapeOptions, WriteOptions)
 
 
 @options
@@ -46,7 +47,8 @@ def estimated(
         from reap_driver.workflow.estimate import estimate
 
         wanted = read(EstimateOptions, args)
-        if pruning and not wanted.rank.given:  # also not by a recipe
+        explicit = wanted.shape.explicit is not None
+        if pruning and not wanted.rank.given and not explicit:  # also not by a recipe
             args.ratio = RATIO
             wanted = read(EstimateOptions, args)
         return estimate(wanted, console, pruning=pruning)

@@ -17,6 +17,10 @@ ones that matter least. Everything that could refuse the model, the data or the 
 before the weights are loaded. The output also holds the statistics and the plan it came from, in
 DIR/reap.
 
+With --shape, experts that stay lose neurons, too, and their down projections are solved again. The
+Gram matrices that this needs are beside DIR, in DIR.prune-gram, until DIR is written; --dry-run
+says how large they are.
+
 Records are JSON lines, elements of JSON arrays, rows of Parquet, CSV or a hub data set, or text
 files, of any common shape: `text`, `messages` (put through the model's chat template),
 `instruction` and `output`, `question` and `answer`, `chosen`, `input_ids`, and more.
@@ -34,6 +38,7 @@ examples:
       --non-uniform --out OUT
   reap-kernels prune MODEL --data code.jsonl --fits 16GB --context 8192 \\
       --out OUT
+  reap-kernels prune MODEL --data code.jsonl --shape auto --ratio 0.5 --out OUT
   reap-kernels prune MODEL --data notes/ --fits 16GB --dry-run
 """
 

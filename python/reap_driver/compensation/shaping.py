@@ -31,7 +31,8 @@ class Shaping:
 
     Args:
         scores: of every MoE layer; they decide which experts stay.
-        stats: what the scores are of; they decide what a shape is expected to cost.
+        stats: what the scores are of; they decide what a shape is expected to cost. None where
+            there are none yet, and nothing can be expected.
         ridge: see `prune_width`.
         protected: {layer: ids} of experts that stay whatever their scores.
 
@@ -46,7 +47,7 @@ class Shaping:
     def __init__(
         self,
         scores: Scores,
-        stats: SaliencyStats,
+        stats: SaliencyStats | None,
         *,
         ridge: float = RIDGE,
         protected: Mapping[str, Collection[int]] | None = None,
@@ -103,6 +104,7 @@ class Shaping:
 
     def expected(self, shape: Shape) -> float:
         """The mean over layers of `expected_error`."""
+        assert self._stats is not None, "nothing was observed"
         plan = plan_keeping(self._scores, shape.experts, ratio=0.5, protected=self._protected)
         errors = [
             expected_error(

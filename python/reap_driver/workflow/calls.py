@@ -94,7 +94,7 @@ def prune(
         model: checkpoint folder or hub id.
         data: sources of calibration data, each `[group=]SOURCE[:N]`.
         ratio: share of experts to remove, above 0 and below 1, default 0.5; or give `keep`,
-            `target_size` or `fits`.
+            `target_size`, `fits` or a `shape`.
         out: folder of the new checkpoint.
         progress: True prints progress and notes as the command line does; or a function that is
             called with a `Progress`.
@@ -169,8 +169,9 @@ def plan(
     Args:
         stats: statistics, or their file.
         ratio: share of experts to remove, above 0 and below 1, default 0.5; or give `keep`,
-            `target_size` or `fits`.
-        out: where the plan is saved; None: nowhere.
+            `target_size`, `fits` or, with `gram`, a `shape`.
+        out: where the plan is saved, and beside it the matrices that a `shape` needs; None:
+            nowhere.
         progress: see `prune`.
         **options: of `PlanOptions` and the classes it holds.
 

@@ -117,8 +117,9 @@ class _Estimating:
 
     def __init__(self, options: EstimateOptions, heard: Collector, *, pruning: bool) -> None:
         self._options, self._heard = options, heard
-        self._pruning = pruning and options.rank.given
-        self._gram = options.gram is not None
+        shaped = options.shape.shape is not None
+        self._pruning = pruning and (options.rank.given or shaped)
+        self._gram = options.gram is not None or (pruning and shaped)
         self._given = options.given_machine
         self._failed: list[ReapError] = []
         self._lines: list[str] = []

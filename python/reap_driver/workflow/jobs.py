@@ -167,6 +167,7 @@ class PruneOptions:
     rank: RankOptions = group_of(RankOptions)
     allocation: AllocationOptions = group_of(AllocationOptions)
     budget: BudgetOptions = group_of(BudgetOptions)
+    shape: ShapeOptions = group_of(ShapeOptions)
     data: DataOptions = group_of(DataOptions)
     hold_out_group: str | Sequence[str] = hold_out_option()
     folds: int = folds_option()
@@ -179,6 +180,7 @@ class PruneOptions:
         set_names(self, "hold_out_group")
         check_positive(self, "folds")
         check_context(self.rank)
+        check_shape_alone(self.shape, self.rank, self.budget, self.allocation)
         needs_data(self.data)
         if self.out is None:
             raise refused("`out` is required: the folder of the new checkpoint")
@@ -222,12 +224,14 @@ class EstimateOptions:
     rank: RankOptions = group_of(RankOptions)
     allocation: AllocationOptions = group_of(AllocationOptions)
     budget: BudgetOptions = group_of(BudgetOptions)
+    shape: ShapeOptions = group_of(ShapeOptions)
     write: WriteOptions = group_of(WriteOptions)
 
     def __post_init__(self) -> None:
         set_paths(self)
         set_names(self, "hold_out_group")
         read_count(self, "tokens")
+        check_shape_alone(self.shape, self.rank, self.budget, self.allocation)
         self._check_machine()
         if self.tokens is not None and self.data.given:
             named = "data" if self.data.data else "recipe"

@@ -1,13 +1,16 @@
 """Pruning in one: observes, plans, and writes the checkpoint."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reap_driver.files.checkpoint import RECORD, open_checkpoint
+from reap_driver.files.gram_folder import GramFolder
 from reap_driver.observation.data_parallel import ranks
 from reap_driver.observation.resume_file import difference
 from reap_driver.planning.plan import Plan
@@ -18,10 +21,19 @@ from reap_driver.workflow.inspection import Model, check_groups
 from reap_driver.workflow.jobs import PruneOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.observe import Observed, Observing, run_of
-from reap_driver.workflow.outputs import check_file, check_replaced_folder, inputs_of
+from reap_driver.workflow.outputs import (
+    GRAMS,
+    MATRICES,
+    check_file,
+    check_filled_folder,
+    check_replaced_folder,
+    inputs_of,
+)
 from reap_driver.workflow.plan import Planned, decision_margin
 from reap_driver.workflow.ranking import foreseen, scored
 from reap_driver.workflow.results import Result
+from reap_driver.workflow.shape_choice import ShapeChoice
+from reap_driver.workflow.shape_plans import Evidence, plan_of_shape
 from reap_driver.workflow.sizes import Sizing, foreseen_amount, sized_plan, sizing_of
 from reap_driver.writer.apply import apply_plan, check_plan
 from reap_kernels import SaliencyStats
@@ -77,13 +89,17 @@ def prune(options: PruneOptions, listener: Listener | None = None) -> Pruned | C
     stats = options.stats if isinstance(options.stats, Path) else None
     with ranks() as world:
         heard.only(world.rank == 0)
-        job = Observing(options, out.absolute(), world, heard)
+        gram = _gram_beside(out) if options.shape.shape is not None else None
+        job = Observing(options, out.absolute(), world, heard, gram)
         inputs = inputs_of(options, out, stats)
         resume = options.journal.resume
         if stats is not None:  # where a run goes on, it may have been written: see `_check_own`
             check_file(stats, overwrite=options.overwrite or bool(resume), inputs=inputs)
             inputs.append(stats)  # it stays
         check_replaced_folder(out, inputs)
+        if gram is not None:  # what an interrupted run left may be used, or is replaced
+            check_filled_folder(gram, GRAMS, overwrite=True)
+            check_filled_folder(_matrices_beside(out), MATRICES, overwrite=True)
         job.check_journal()
         job.inspect()
         job.model.check_files()
@@ -97,6 +113,7 @@ def prune(options: PruneOptions, listener: Listener | None = None) -> Pruned | C
         if job.complete({out: lambda: _both(options, out, sizing, job.asked)}):
             if world.rank > 0:
                 return None
+            _remove(gram)
             if stats is not None and not stats.exists():
                 SaliencyStats.load(out / RECORD / "stats.safetensors").save(stats)
                 heard.note(f"{stats}: was missing, and is written again from {out / RECORD}")
@@ -106,8 +123,39 @@ def prune(options: PruneOptions, listener: Listener | None = None) -> Pruned | C
             if there:
                 _check_writing(options, out, job.model, sizing, heard)
         world.barrier()
-        with job.observed() as found:
-            return None if found is None else _write(options, out, job, sizing, found, heard)
+        with _kept_for_journal(gram, options.journal.journal), job.observed() as found:
+            if found is None:
+                return None
+            pruned = _write(options, out, job, sizing, found, heard)
+            _remove(gram)
+            return pruned
+
+
+def _gram_beside(out: Path) -> Path:
+    """Where the Gram matrices of a run are until its output is written."""
+    return out.absolute().with_name(f"{out.name}.prune-gram")
+
+
+def _matrices_beside(out: Path) -> Path:
+    """The same of the new down projections."""
+    return out.absolute().with_name(f"{out.name}.prune-matrices")
+
+
+def _remove(folder: Path | None) -> None:
+    """Removes what is needed no more."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _kept_for_journal(gram: Path | None, journal: bool) -> Iterator[None]:
+    """Inside, an error leaves the Gram matrices only where a journal goes on from them."""
+    try:
+        yield
+    except BaseException:
+        if not journal:
+            _remove(gram)
+        raise
 
 
 def _sizing(options: PruneOptions, model: Model) -> Sizing | None:
@@ -134,7 +182,18 @@ def _both(
     run = known.provenance.get("run", {})
     if difference(run, as_read(dict(asked))) is not None:
         return run, asked
-    return Plan.load(plan).run, {**asked, **_decided(options, _planned(options, sizing, known))}
+    now = _decided(options, _foreseen_or_planned(options, sizing, known))
+    return Plan.load(plan).run, {**asked, **now}
+
+
+def _foreseen_or_planned(
+    options: PruneOptions, sizing: Sizing | None, stats: SaliencyStats
+) -> Plan:
+    """The plan that the options ask for, as far as statistics tell: not its neurons."""
+    if options.shape.shape is None:
+        return _planned(options, sizing, stats)
+    scores = scored(stats, options.rank)
+    return ShapeChoice.of(options.shape, options.rank, scores, stats).foreseen()
 
 
 def _planned(options: PruneOptions, sizing: Sizing | None, stats: SaliencyStats) -> Plan:
@@ -145,13 +204,16 @@ def _planned(options: PruneOptions, sizing: Sizing | None, stats: SaliencyStats)
 
 def _decided(options: PruneOptions, plan: Plan) -> dict[str, Any]:
     """What is asked for besides an observation, files and names of layers resolved."""
+    kept = sum(len(layer.kept) for layer in plan.layers.values())
+    # The number of a shape is in the settings, unless it is known in the end only.
+    experts = {"experts kept": kept} if options.shape.shape is None else {}
     return {
         "criterion": plan.criterion,
         "weights": plan.weights,
         "allocation": plan.allocation,
         "ratio": plan.ratio,
         "settings": plan.settings,
-        "experts kept": sum(len(layer.kept) for layer in plan.layers.values()),
+        **experts,
         **dataclasses.asdict(options.write),
     }
 
@@ -167,11 +229,15 @@ def _check_writing(
 ) -> None:
     """Checks early that what will be planned can be written."""
     rank, budget, allocation = options.rank, options.budget, options.allocation
-    amount = None if sizing is None else foreseen_amount(sizing, rank, budget, allocation)
+    blank = model.blank_scores()
     # Plans that remove as many of each layer need the same space and pass the same checks.
-    plans = foreseen(model.blank_scores(), rank, budget, allocation, amount)
-    for blank in plans:
-        check_plan(model.path, blank, out, **_writing(options))
+    if options.shape.shape is not None:
+        plans = [ShapeChoice.of(options.shape, rank, blank).foreseen()]
+    else:
+        amount = None if sizing is None else foreseen_amount(sizing, rank, budget, allocation)
+        plans = foreseen(blank, rank, budget, allocation, amount)
+    for plan in plans:
+        check_plan(model.path, plan, out, **_writing(options))
     if sizing is not None:
         for line in sizing.leaves(sizing.largest(plans), rank).lines():
             heard.say(line)
@@ -194,26 +260,58 @@ def _write(
     heard: Collector,
 ) -> Pruned:
     """Ranks, plans, and writes the checkpoint."""
+    found = dataclasses.replace(found, gram=None)  # it is not kept
     stats = found.stats
     heard.say(found.describe())
     if isinstance(options.stats, Path):
         stats.save(options.stats)
-    plan = _planned(options, sizing, stats)
-    plan = dataclasses.replace(plan, run={**job.asked, **_decided(options, plan)})
-    inside = decision_margin(plan, stats, heard)
-    for note in plan.notes:
-        heard.note(note)
-    made = Planned(heard.notes, plan, inside)
-    heard.say(made.describe())
+    with _plan(options, out, job, sizing, stats, heard) as (plan, matrices):
+        plan = dataclasses.replace(plan, run={**job.asked, **_decided(options, plan)})
+        inside = decision_margin(plan, stats, heard)
+        for note in plan.notes:
+            heard.note(note)
+        made = Planned(heard.notes, plan, inside)
+        heard.say(made.describe())
 
-    model = job.model
-    model.check_unchanged()  # the plan is of the files that were observed
-    with heard.progress("writing", "B") as progress:
-        report = apply_plan(
-            model.path, plan, out, progress=progress.reach, stats=stats, **_writing(options)
-        )
+        model = job.model
+        model.check_unchanged()  # the plan is of the files that were observed
+        with heard.progress("writing", "B") as progress:
+            report = apply_plan(
+                model.path,
+                plan,
+                out,
+                progress=progress.reach,
+                stats=stats,
+                matrices=matrices,
+                **_writing(options),
+            )
     for warning in report.warnings:
         heard.note(warning)
     written = Applied(heard.notes, out, report)
     heard.say(written.describe())
     return Pruned(heard.notes, out, found, made, written)
+
+
+@contextlib.contextmanager
+def _plan(
+    options: PruneOptions,
+    out: Path,
+    job: Observing,
+    sizing: Sizing | None,
+    stats: SaliencyStats,
+    heard: Collector,
+) -> Iterator[tuple[Plan, Path | None]]:
+    """The plan, and the folder of its matrices, if it has any; inside only."""
+    if options.shape.shape is None:
+        yield _planned(options, sizing, stats), None
+        return
+    folder = _matrices_beside(out)
+    _remove(folder)  # of a run that was killed
+    try:
+        scores, grams = scored(stats, options.rank), GramFolder.open(_gram_beside(out))
+        trust = options.run.trust_remote_code
+        evidence = Evidence(job.model, scores, stats, grams, trust)
+        plan = plan_of_shape(options.shape, options.rank, evidence, folder, heard)
+        yield plan, folder if plan.compensates else None
+    finally:
+        _remove(folder)

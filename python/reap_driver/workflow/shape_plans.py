@@ -5,17 +5,14 @@ the experts that stay are removed, and new down projections go into a folder.
 """
 
 import contextlib
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from reap_driver.base.interrupts import held_back
-from reap_driver.compensation.shapes import check_shape
 from reap_driver.compensation.shaping import Shaping
 from reap_driver.files.exchange import partial_of, place
 from reap_driver.files.gram_folder import GramFolder
@@ -29,8 +26,8 @@ from reap_driver.workflow.jobs import PlanOptions
 from reap_driver.workflow.listener import Listener
 from reap_driver.workflow.outputs import MATRICES, check_filled_folder
 from reap_driver.workflow.plan_sizes import model_of
-from reap_driver.workflow.rank_options import RATIO, RankOptions
-from reap_driver.workflow.ranking import protected_of
+from reap_driver.workflow.rank_options import RankOptions
+from reap_driver.workflow.shape_choice import ShapeChoice
 from reap_driver.workflow.shape_options import ShapeOptions
 from reap_driver.writer.apply import output_size
 from reap_kernels import LayerGram, SaliencyStats
@@ -159,40 +156,21 @@ def plan_of_shape(
         UnsupportedModel: the writer could not write experts of another width.
         DataError: a Gram is singular, or matrices are not finite.
     """
-    scores, stats = evidence.scores, evidence.stats
-    held = protected_of(rank, scores, stats)
-    shaping = Shaping(scores, stats, ridge=shape.ridge, protected=held)
-    shapes, ratio = _wanted(shape, rank, shaping)
-    narrow = next((one for one in shapes if one.width < shaping.width), None)
-    if narrow is not None:
-        check_writable(shaping.blank(narrow, ratio), evidence)
+    choice = ShapeChoice.of(shape, rank, evidence.scores, evidence.stats)
+    shaping, shapes = choice.shaping, choice.shapes
+    if choice.narrow:
+        check_writable(choice.foreseen(), evidence)
     notes, chosen = evidence.notes(rank), shapes[0]
     if len(shapes) > 1:
         chosen, reason = _best(shapes, shaping, evidence, listener)
         notes.append(reason)
-    settings: dict[str, Any] = {"shape": str(shape.shape), "ridge": shape.ridge}
-    if shape.width_multiple is not None:
-        settings["width_multiple"] = shape.width_multiple
     found: dict[str, str] = {}
     if chosen.width < shaping.width:
-        blank = shaping.blank(chosen, ratio)
-        known = len(shapes) > 1
-        digest = _solve(blank, None if known else chosen.width, shaping, evidence, out, listener)
-        found = {"digest": digest}
-    return replace(shaping.plan(chosen, ratio, settings).noting(notes), matrices=found)
-
-
-def _wanted(
-    options: ShapeOptions, rank: RankOptions, shaping: Shaping
-) -> tuple[list[Shape], float]:
-    """The shapes to choose from, and the share of the experts' weights that is to go."""
-    router, width, multiple = shaping.router, shaping.width, options.width_multiple
-    given = options.explicit
-    if given is None:
-        ratio = RATIO if rank.ratio is None else rank.ratio
-        return shaping.shapes(ratio, multiple=multiple), ratio
-    check_shape(given, router, width, multiple=multiple)
-    return [given], 1 - math.prod(given) / (router.num_experts * width)
+        blank = shaping.blank(chosen, choice.ratio)
+        least = None if len(shapes) > 1 else chosen.width
+        found = {"digest": _solve(blank, least, shaping, evidence, out, listener)}
+    plan = shaping.plan(chosen, choice.ratio, choice.settings)
+    return replace(plan.noting(notes), matrices=found)
 
 
 def check_writable(blank: Plan, evidence: Evidence) -> None:

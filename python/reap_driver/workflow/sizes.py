@@ -35,6 +35,7 @@ from reap_driver.workflow.rank_options import (
     RankOptions,
 )
 from reap_driver.workflow.ranking import foreseen, planned, ratios
+from reap_driver.workflow.shape_choice import ShapeChoice
 from reap_driver.writer.apply import OutputSize, output_size
 from reap_driver.writer.narrowing import smaller_model
 from reap_driver.writer.plan_checks import check_counts
@@ -407,9 +408,17 @@ def leaves_of(options: EstimateOptions, sizing: Sizing, listener: Listener) -> L
     """
     rank, budget, allocation = options.rank, options.budget, options.allocation
     model = sizing.model
-    amount = foreseen_amount(sizing, rank, budget, allocation)
-    plans = foreseen(model.blank_scores(), rank, budget, allocation, amount)
-    plan = sizing.largest(plans)
+    if options.shape.shape is not None:
+        choice = ShapeChoice.of(options.shape, rank, model.blank_scores())
+        plan = choice.foreseen()
+        if len(choice.shapes) > 1:
+            listener.note(
+                f"the run chooses from {', '.join(map(str, choice.shapes))}; these sizes are of "
+                f"{plan.shape or choice.shapes[0]}"
+            )
+    else:
+        amount = foreseen_amount(sizing, rank, budget, allocation)
+        plan = sizing.largest(foreseen(model.blank_scores(), rank, budget, allocation, amount))
     for note in [*plan.notes, *served_advice(plan, model.provenance["layers"])]:
         listener.note(note)
     return sizing.leaves(plan, rank)

@@ -338,7 +338,10 @@ def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(
         (("plan", "s", "--out", "o", "--target-size", "0"), "--target-size 0: not a size such as"),
         (("plan", "s", "--out", "o", "--fits", "9GB", "--context", "0"), "'0' is not a whole"),
         (("plan", "s", "--out", "o", "--context", "9"), "--context 9: only with --fits, or with"),
-        (("plan", "s", "--out", "o", "--model", "m"), "--model m: only with --target-size or"),
+        (
+            ("plan", "s", "--out", "o", "--model", "m"),
+            "--model m: only with --target-size, --fits or",
+        ),
         (("observe", "m", "--data", "d", "--out", "o", "--keep", "4"), "unrecognized arguments"),
         (("observe", "m", "--data", "d", "--out", "o", "--seq-len", "0"), "'0' is not a whole"),
         (
