@@ -35,6 +35,7 @@ DRIVER_ORDER = (
     ("compensation",),
     ("memory",),
     ("observation",),
+    ("refitting",),
     ("writer",),
     ("evaluation",),
     ("budget_search",),

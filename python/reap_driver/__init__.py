@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from reap_driver.planning.plan import LayerPlan, Plan
     from reap_driver.planning.planner import make_plan, plan_of_removals, random_plan
     from reap_driver.planning.scoring import score
+    from reap_driver.refitting.engine import LayerFacts
+    from reap_driver.refitting.models import RefitModels, refit_models
     from reap_driver.workflow.apply import Applied, Masked
     from reap_driver.workflow.calibration import Calibration
     from reap_driver.workflow.calls import (
@@ -107,6 +109,7 @@ _HOMES = {
     "GramFolder": "reap_driver.files.gram_folder",
     "GramWriter": "reap_driver.files.gram_folder",
     "JournalOptions": "reap_driver.workflow.options",
+    "LayerFacts": "reap_driver.refitting.engine",
     "LayerPlan": "reap_driver.planning.plan",
     "LayerRefit": "reap_driver.compensation.refit",
     "LayerStats": "reap_kernels",
@@ -126,6 +129,7 @@ _HOMES = {
     "Pruned": "reap_driver.workflow.prune",
     "RankOptions": "reap_driver.workflow.rank_options",
     "Recipe": "reap_driver.data.recipe",
+    "RefitModels": "reap_driver.refitting.models",
     "ReplaceReport": "reap_driver.writer.replace",
     "ReportOptions": "reap_driver.workflow.follow_up_jobs",
     "Reported": "reap_driver.workflow.report",
@@ -165,6 +169,7 @@ _HOMES = {
     "recipe_names": "reap_driver.workflow.recipes",
     "record_of": "reap_driver.model.discover",
     "refit_layer": "reap_driver.compensation.refit",
+    "refit_models": "reap_driver.refitting.models",
     "replace_matrices": "reap_driver.writer.replace",
     "report": "reap_driver.workflow.calls",
     "retained": "reap_driver.evaluation.routing",
@@ -197,6 +202,7 @@ __all__ = [
     "GramFolder",
     "GramWriter",
     "JournalOptions",
+    "LayerFacts",
     "LayerPlan",
     "LayerRefit",
     "LayerStats",
@@ -216,6 +222,7 @@ __all__ = [
     "Pruned",
     "RankOptions",
     "Recipe",
+    "RefitModels",
     "ReplaceReport",
     "ReportOptions",
     "Reported",
@@ -255,6 +262,7 @@ __all__ = [
     "recipe_names",
     "record_of",
     "refit_layer",
+    "refit_models",
     "replace_matrices",
     "report",
     "retained",

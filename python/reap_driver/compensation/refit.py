@@ -105,7 +105,8 @@ def refit_layer(
     held = [batch.held_out for batch in rows]
     sizes = experts.num_experts, experts.intermediate_size
     sums = RefitSums(*sizes, held, experts.device)
-    _check(rows, ridge, steps)
+    check_numbers(ridge, steps)
+    _check_rows(rows)
     for number, batch in enumerate(rows):
         given = (batch.hidden, batch.ids, batch.weights, experts)
         gram = sums.of(number)
@@ -122,6 +123,7 @@ def solve(
     *,
     ridge: float | None = None,
     steps: int = STEPS,
+    scale: float = 1.0,
     total: Total = lambda _: None,
     backend: str | None = None,
 ) -> LayerRefit:
@@ -132,6 +134,7 @@ def solve(
         rows: batches by number; `missing` is what the solution leaves of it when this returns, also
             where it is not kept.
         sums: of these rows; changed.
+        scale: what is missing lacks this many times the sum of the experts' outputs.
         total: adds tensors in place over the ranks that share the rows; every rank must call this.
     """
     total([tensor for gram in (sums.pilot, sums.rest) for tensor in gram.packed()])
@@ -155,16 +158,20 @@ def solve(
     change = Problem(experts, rows, gram, [ridge * mean], block, total, backend).solve(steps, right)
     after = _errors(rows, total)
     kept = _held(after) < _held(before)
-    down = _changed(experts, change) if kept else _stacked(experts)
+    down = _changed(experts, change.div_(scale)) if kept else _stacked(experts)
     return LayerRefit(down, ridge, _held(before), _held(after), kept)
 
 
-def _check(rows: Sequence[ExpertRows], ridge: float | None, steps: int) -> None:
-    """Raises UsageError for numbers that are not possible, ShapeError for rows that are not."""
+def check_numbers(ridge: float | None, steps: int) -> None:
+    """Raises UsageError for numbers that are not possible."""
     if ridge is not None and not (math.isfinite(ridge) and ridge > 0):
         raise UsageError(f"ridge is {ridge:g}; give a number above 0, such as 0.03, or None")
     if steps < 1:
         raise UsageError(f"steps is {steps}; give 1 or more, such as {STEPS}")
+
+
+def _check_rows(rows: Sequence[ExpertRows]) -> None:
+    """Raises ShapeError for rows that are not possible."""
     for number, batch in enumerate(rows):
         if batch.missing.shape != batch.hidden.shape:
             raise ShapeError(

@@ -18,12 +18,10 @@ from reap_driver.evaluation.router_masks import RouterMask, RouterMasks
 from reap_driver.load.streamed_model import StreamedModel
 from reap_driver.model.adapters.adapter import KernelAdapter
 from reap_driver.model.discover import MoELayer, adapter_of, find_moe_layers
+from reap_driver.model.expert_parts import down_views
 from reap_driver.planning.plan import LayerPlan, Plan
 from reap_driver.writer.plan_matrices import matrices_of
-from reap_kernels import Activation
 from reap_kernels.errors import PlanError, UnsupportedModel
-
-_ANY = Activation("opaque", fn=lambda rows: rows)  # views do not depend on it
 
 
 class PlannedModel:
@@ -170,13 +168,11 @@ class _Experts:
     def __init__(self, layer: MoELayer, plan: LayerPlan, down: Tensor) -> None:
         self._layer, self._kept = layer, plan.kept
         check_resident(layer)
-        adapter = adapter_of(layer)
-        if not isinstance(adapter, KernelAdapter):
+        if not isinstance(adapter_of(layer), KernelAdapter):
             raise UnsupportedModel(
                 f"{layer.name}: its experts run inside their block, and which of their matrices is "
                 "the down projection is not known; use a model class that transformers ships"
             )
-        self._adapter = adapter
         if plan.width not in (None, layer.intermediate_size):
             raise PlanError(
                 f"plan: has experts of {plan.width} neurons in {layer.name!r}, the model's have "
@@ -217,17 +213,7 @@ class _Experts:
                 view.zero_().index_copy_(1, columns, new)
 
     def _views(self) -> Sequence[Tensor]:
-        """Down projections [H, I] of the kept experts, as views of the model's own tensors."""
-        module = self._layer.module
-        down = self._adapter.weights(module, _ANY).down
-        views = [down[expert] for expert in self._kept]
-        own = {tensor.untyped_storage().data_ptr() for tensor in module.parameters()}
-        if any(view.untyped_storage().data_ptr() not in own for view in views):
-            raise UnsupportedModel(
-                f"{self._layer.name}: its down projections are computed from other tensors, so "
-                "they cannot be replaced; load the model with plain weights"
-            )
-        return views
+        return down_views(self._layer, self._kept)
 
 
 def _layers(model: PreTrainedModel, names: Iterable[str]) -> dict[str, MoELayer]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from reap_driver.base.arguments import typed
 from reap_driver.compat.text_model import text_model, text_prefix
 from reap_driver.model.discover import MoELayer, block_of, find_moe_layers
-from reap_driver.model.expert_dims import expert_dims
+from reap_driver.model.expert_dims import expert_dims, router_weights
 from reap_driver.model.expert_layout import ExpertDim
 from reap_driver.model.routing_table import ID_TABLES, relabel
 from reap_driver.model.unwrap import unwrap_model
@@ -289,17 +289,10 @@ def _find_routing(
             unknown way.
     """
     found = _Routing(layer.name, [], [], {})
-    for name, dim in dims.items():
+    for name in router_weights(layer.name, dims, state):
         weight = state[name]
-        inside = name.startswith(layer.name + ".")
-        if (
-            dim.layer == layer.name
-            and not inside
-            and weight.squeeze().dim() == 2
-            and dim.block == 1
-        ):
-            _check_resident(name, weight)
-            found.weights.append(_Weight(name, weight, weight.shape[dim.dim]))
+        _check_resident(name, weight)
+        found.weights.append(_Weight(name, weight, weight.shape[dims[name].dim]))
     if not found.weights:
         raise UnsupportedModel(
             f"{layer.name}: no matrix in its block has one row per expert, so its router cannot be "

@@ -5,9 +5,10 @@ that divide the number of experts divide twice that number too.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from reap_driver.compat.config_texts import without_texts
@@ -45,6 +46,28 @@ def expert_dims(model: PreTrainedModel, layers: Mapping[str, int]) -> dict[str, 
     old = {name: own[name] for name in double}
     counts = {name: (layers[name], twice[name]) for name in layers}
     return dict(derive_layout(old, double, counts).tensors)
+
+
+def router_weights(
+    layer: str, dims: Mapping[str, ExpertDim], state: Mapping[str, Tensor]
+) -> Iterator[str]:
+    """Names of the weights of a layer's routers: the matrices outside its experts that have one row
+    per expert.
+
+    Args:
+        layer: name of the layer.
+        dims: from `expert_dims`.
+        state: the model's state dict; only shapes are read.
+    """
+    for name, dim in dims.items():
+        inside = name.startswith(layer + ".")
+        if (
+            dim.layer == layer
+            and not inside
+            and dim.block == 1
+            and state[name].squeeze().dim() == 2
+        ):
+            yield name
 
 
 @without_texts()

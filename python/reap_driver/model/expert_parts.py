@@ -73,6 +73,28 @@ def holders(layer: MoELayer) -> dict[str, str]:
     return found
 
 
+def down_views(layer: MoELayer, experts: Sequence[int] | None = None) -> list[Tensor]:
+    """Down projections [H, I] of a layer's experts, as views of the model's own tensors, which may
+    be written.
+
+    Args:
+        layer: of a model in memory.
+        experts: ids; None for all.
+
+    Raises:
+        UnsupportedModel: they are computed from other tensors.
+    """
+    down = _adapter(layer).weights(layer.module, _ANY).down
+    views = [down[expert] for expert in experts or range(layer.num_experts)]
+    own = {tensor.untyped_storage().data_ptr() for tensor in layer.module.parameters()}
+    if any(view.untyped_storage().data_ptr() not in own for view in views):
+        raise UnsupportedModel(
+            f"{layer.name}: its down projections are computed from other tensors, so they cannot "
+            "be replaced; load the model with plain weights"
+        )
+    return views
+
+
 @torch.no_grad()
 def fill(
     layer: MoELayer,

@@ -111,6 +111,20 @@ class Ranks:
                     target.add_(part.view(own.dtype))
         return None if whole is None else whole.view(own.shape)
 
+    def total(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces tensors, on any device, by their sums over all ranks, the same bits on every
+        rank. A collective operation: the ranks give tensors of the same shapes and dtypes.
+        """
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            own = tensor.detach().to("cpu").contiguous()
+            whole = self.added(own)
+            whole = torch.empty_like(own) if whole is None else whole
+            with self._together():
+                dist.broadcast(whole, group=self._group, group_src=0)
+            tensor.copy_(whole)
+
     def texts(self, text: str) -> list[str]:
         """The text of every rank, none empty, in their order, on every rank. A collective
         operation.

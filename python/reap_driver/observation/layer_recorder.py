@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reap_driver.compat.experts_interface import Forward
-from reap_driver.model.adapters import KernelAdapter
+from reap_driver.model.adapters import ExpertCall, KernelAdapter
 from reap_driver.model.discover import MoELayer, adapter_of
 from reap_driver.observation.token_mask import TokenMask
 from reap_kernels import (
@@ -149,6 +149,12 @@ class LayerRecorder:
                     "observe(), and without autocast"
                 ) from error
             self.compare(out[few], own)
+        return self.computed(ExpertCall(rows, ids, weights, mask), out)
+
+    def computed(self, call: ExpertCall, out: Tensor) -> Tensor:
+        """Called with every call and its output, whose place the result takes. A hook for
+        subclasses.
+        """
         return out
 
     def routed(self, ids: Tensor, weights: Tensor) -> None:

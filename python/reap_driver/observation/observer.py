@@ -314,13 +314,20 @@ class Observer:
         for name, stats in snapshot.layers.items():
             self._recorders[name].restore(stats, served[name])
 
-    def check_finite(self) -> None:
+    def check_finite(self, below: str = "") -> None:
         """Raises DataError for the first layer whose experts in this process returned NaN or Inf.
 
         Later layers are not reported: their inputs are not finite because of it.
+
+        Args:
+            below: start of the names of the layers to check; by default all.
         """
         groups = len(self.groups or [DEFAULT_GROUP])
-        called = {name: recorder for name, recorder in self._recorders.items() if recorder.called}
+        called = {
+            name: recorder
+            for name, recorder in self._recorders.items()
+            if recorder.called and name.startswith(below)
+        }
         self._check_finite({name: recorder.local(groups) for name, recorder in called.items()})
 
     def _check_finite(self, layers: Mapping[str, LayerStats]) -> None:

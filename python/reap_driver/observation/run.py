@@ -220,7 +220,7 @@ def run_streamed(run: Run, streamed: StreamedModel, store: StateStore) -> None:
             _await(run, streamed, layer, total)
             if layer + 1 < total:
                 streamed.prefetch(layer + 1)
-            for number, following in _followed(run.numbers):
+            for number, following in followed(run.numbers):
                 _run_batch(run, runner, store, layer, number, following)
                 run.done(1 / total / len(run.numbers))
                 _leave_if_current(run, layer, total)
@@ -278,6 +278,6 @@ def _check_end(run: Run, runner: LayerRunner, store: StateStore, total: int) -> 
     runner.run(total, lambda: run.feed(number, inputs), state)
 
 
-def _followed(numbers: Sequence[int]) -> Iterator[tuple[int, int | None]]:
+def followed(numbers: Sequence[int]) -> Iterator[tuple[int, int | None]]:
     """Each number with the one that follows it."""
     return zip(numbers, [*numbers[1:], None], strict=True)

@@ -86,6 +86,11 @@ class StateStore:
         if self._files is not None:
             self._files.turn()
 
+    def rewrite(self) -> None:
+        """From now on, what is put replaces what `get` returns, batch by batch."""
+        if self._files is not None:
+            self._files.rewrite()
+
     def get(self, number: int, following: int | None) -> BatchState | None:
         """The state of a batch, on the device; None before its first layer.
 
@@ -181,6 +186,9 @@ class _Files:
             shutil.rmtree(self._source, ignore_errors=True)
         self._source, self._target = self._target, None
 
+    def rewrite(self) -> None:
+        self._target = self._source
+
     def resume(self, folder: Path) -> None:
         self._source = folder
 
@@ -196,6 +204,8 @@ class _Files:
     def put(self, number: int, state: BatchState) -> None:
         assert self._target is not None
         self._finish()  # at most one pending write, to bound memory
+        if self._coming is not None and self._coming[0] == number:  # read before it is replaced
+            self._coming = None
         host = state.moved(lambda t: t if t.device.type == "cpu" else _copied(t, device="cpu"))
         self._written = self._pool.submit(write_state, _file(self._target, number), host)
 

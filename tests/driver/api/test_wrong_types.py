@@ -133,6 +133,11 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             for held in (False, True)
         ],
     },
+    "refit_models": lambda w: {
+        "original": w["model"],
+        "pruned": rd.load_model(w["root"] / "small"),
+        "batches": w["batches"] * 2,
+    },
     "replace_matrices": lambda w: {
         "model_path": w["root"] / "full",
         "matrices": {w["layer"]: torch.zeros_like(w["model"].get_submodule(w["layer"]).down_proj)},

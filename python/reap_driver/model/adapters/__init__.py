@@ -1,6 +1,6 @@
 """Adapters: what differs between kinds of experts modules, one file per kind."""
 
-from reap_driver.model.adapters.adapter import Adapter, KernelAdapter, Recorder, Sizes
+from reap_driver.model.adapters.adapter import Adapter, ExpertCall, KernelAdapter, Recorder, Sizes
 from reap_driver.model.adapters.dbrx import DbrxExperts
 from reap_driver.model.adapters.llama4 import Llama4Experts
 from reap_driver.model.adapters.module_list import InlineExperts, MethodExperts
@@ -15,4 +15,4 @@ ADAPTERS: tuple[Adapter, ...] = (
     InlineExperts(),
 )
 
-__all__ = ["ADAPTERS", "Adapter", "KernelAdapter", "Recorder", "Sizes"]
+__all__ = ["ADAPTERS", "Adapter", "ExpertCall", "KernelAdapter", "Recorder", "Sizes"]

@@ -30,6 +30,25 @@ class Sizes:
     intermediate_size: int
 
 
+@dataclass(frozen=True)
+class ExpertCall:
+    """What the experts of a layer were given in one call, in R rows of T tokens.
+
+    Attributes:
+        hidden: [R, H] in the dtype that the experts compute in.
+        ids: int [R, k], the experts that each row is routed to.
+        weights: [R, k], their router weights.
+        mask: bool [T], the tokens that count; None for all.
+        tokens: int64 [R], the token of each row; None where the rows are the tokens.
+    """
+
+    hidden: Tensor
+    ids: Tensor
+    weights: Tensor
+    mask: Tensor | None
+    tokens: Tensor | None = None
+
+
 class Recorder(Protocol):
     """Records the statistics of one layer during an observation (`observation.layer_recorder`)."""
 
@@ -67,6 +86,12 @@ class Recorder(Protocol):
 
     def gram(self, device: torch.device) -> LayerGram | None:
         """The layer's Gram sums, to add to; None where none are asked for."""
+        ...
+
+    def computed(self, call: ExpertCall, out: Tensor) -> Tensor:
+        """Receives what the experts were given and the output of every row [R, H], once it is
+        compared; what it returns takes its place.
+        """
         ...
 
     def compare(self, own: Tensor, eager: Tensor) -> None:

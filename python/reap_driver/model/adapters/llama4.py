@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reap_driver.model.adapters.adapter import (
+    ExpertCall,
     ExpertsModule,
     KernelAdapter,
     Recorder,
@@ -119,4 +120,6 @@ def _run(
         few = rows.view(experts, tokens, hidden)[:, sample].reshape(-1, hidden)
         own = out.view(experts, tokens, hidden)[:, sample].reshape(-1, hidden)
         recorder.compare(own, eager(few))
+    call = ExpertCall(operands[flat], expert[:, None], ones, mask, token)
+    out[flat] = recorder.computed(call, out[flat])
     return out

@@ -1,0 +1,1 @@
+"""Re-fits the experts of a pruned model to its original, layer by layer."""
