@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from reap_driver.workflow.search import Searched
     from reap_driver.workflow.shape_options import ShapeOptions
     from reap_driver.writer.apply import apply_plan
+    from reap_driver.writer.constants_file import export_constants, load_constants
     from reap_driver.writer.mask_file import load_masks, save_masks
     from reap_driver.writer.replace import ReplaceReport, replace_matrices
     from reap_driver.writer.report import ApplyReport
@@ -150,8 +151,10 @@ _HOMES = {
     "compare_models": "reap_driver.evaluation.models",
     "compensated": "reap_driver.evaluation.compensation",
     "estimate": "reap_driver.workflow.calls",
+    "export_constants": "reap_driver.writer.constants_file",
     "find_moe_layers": "reap_driver.model.discover",
     "load_config": "reap_driver.compat.model_config",
+    "load_constants": "reap_driver.writer.constants_file",
     "load_masks": "reap_driver.writer.mask_file",
     "load_model": "reap_driver.load.resident",
     "load_recipe": "reap_driver.workflow.recipes",
@@ -243,8 +246,10 @@ __all__ = [
     "compare_models",
     "compensated",
     "estimate",
+    "export_constants",
     "find_moe_layers",
     "load_config",
+    "load_constants",
     "load_masks",
     "load_model",
     "load_recipe",

@@ -10,13 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reap_driver.model.adapters import KernelAdapter
-from reap_driver.model.discover import MoELayer, adapter_of
-from reap_driver.model.expert_parts import holders
+from reap_driver.model.discover import MoELayer
+from reap_driver.model.expert_parts import holders, matrices_in
 from reap_driver.planning.plan import LayerPlan
-from reap_kernels import Activation, ExpertWeights
-
-_ANY = Activation("opaque", fn=lambda rows: rows)  # views do not depend on it
+from reap_kernels import ExpertWeights
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class SolvedExperts:
         """Whether some down projection is another than the original's on purpose."""
         if self.plan.neurons is not None or self._other_shape():
             return self.plan.neurons is not None
-        olds, news = (_parts(_weights(layer))["down"] for layer in (self.old, self.new))
+        olds, news = (_parts(matrices_in(layer))["down"] for layer in (self.old, self.new))
         pairs = zip(self.plan.kept, news, strict=True)
         return not all(torch.equal(olds[expert], down) for expert, down in pairs)
 
@@ -52,7 +49,7 @@ class SolvedExperts:
         if shape:
             yield shape
             return
-        old, new = _weights(self.old), _weights(self.new)
+        old, new = matrices_in(self.old), matrices_in(self.new)
         olds, news = _parts(old), _parts(new)
         for rank, expert in enumerate(self.plan.kept):
             rows = torch.arange(old.intermediate_size)
@@ -93,12 +90,6 @@ def _down(old: Tensor, new: Tensor) -> str:
     if old.dtype != new.dtype:
         return f"is {old.dtype}, and {new.dtype} in"
     return "" if bool(new.isfinite().all()) else "was solved again, and is not finite in"
-
-
-def _weights(layer: MoELayer) -> ExpertWeights:
-    adapter = adapter_of(layer)
-    assert isinstance(adapter, KernelAdapter)  # as `holders` checks
-    return adapter.weights(layer.module, _ANY)
 
 
 def _parts(weights: ExpertWeights) -> dict[str, list[Tensor]]:

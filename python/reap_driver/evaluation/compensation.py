@@ -151,7 +151,7 @@ def compensated(
 
     Example:
         >>> name = "model.layers.0.mlp.experts"
-        >>> down = model.get_submodule(name).down_proj.detach()  # [32, 64, 48]
+        >>> down = model.get_submodule(name).down_proj.detach()  # [32, 160, 48]
         >>> half = tuple(range(0, 48, 2))
         >>> layer = rd.LayerPlan.keeping(32, tuple(range(16)), 48, (half,) * 16)
         >>> narrow = rd.Plan({}, "mine", "uniform", 0.75, {name: layer}, "")

@@ -62,6 +62,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     plan = rd.make_plan(scores, 0.25)
     rd.apply_plan(root / "full", plan, root / "small")
     rd.save_masks(root / "full", plan, root / "masks")
+    rd.export_constants(root / "full", obs.grams, root / "saved-constants")
     return {
         "root": root,
         "model": model,
@@ -95,8 +96,15 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "draws": 10,
     },
     "compensated": lambda w: {"model": w["model"], "plan": w["plan"]},
+    "export_constants": lambda w: {
+        "model_path": w["root"] / "full",
+        "grams": w["grams"],
+        "path": w["root"] / "constants",
+        "plan": w["plan"],
+    },
     "find_moe_layers": lambda w: {"model": w["model"]},
     "load_config": lambda w: {"path_or_id": w["root"] / "full"},
+    "load_constants": lambda w: {"path": w["root"] / "saved-constants"},
     "load_masks": lambda w: {"path": w["root"] / "masks"},
     "load_model": lambda w: {"path_or_id": w["root"] / "full"},
     "make_plan": lambda w: {"scores": w["scores"]},
