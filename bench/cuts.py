@@ -1,17 +1,17 @@
 """The methods that `bench.methods_cpu` compares: how each cuts the bundled model."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import reap_driver as rd
-from bench.criteria_cpu import SEARCH_WINDOWS
-from reap_driver.budget_search.evolution import Settings
 from reap_driver.compensation.constants import expert_constants
 from reap_driver.compensation.shapes import Shape
 from reap_driver.compensation.shaping import Shaping
@@ -31,21 +31,21 @@ class Cut:
     Attributes:
         plan: which experts and neurons stay.
         matrices: {layer: [E', H, I'] down projections}; empty: unchanged.
+        refit: whether the pruned model is re-fitted.
         constants: {layer: [E, H], 0 for experts that stay}: what stands for the removed experts.
     """
 
     plan: rd.Plan
     matrices: Mapping[str, Tensor] | None = None
+    refit: bool = False
     constants: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def shape(self) -> str:
-        """Experts x neurons of each layer; with searched budgets, the experts of each."""
-        layers = self.plan.layers.values()
-        kept = list(dict.fromkeys(len(layer.kept) for layer in layers))
-        width = next(iter(layers)).narrow_width
-        each = "-".join(str(len(layer.kept)) for layer in layers) if len(kept) > 1 else kept[0]
-        return f"{each}x{width}" if width else f"{each}"
+        """Experts that each layer keeps, and if not all, neurons of each."""
+        layer = next(iter(self.plan.layers.values()))
+        width = layer.narrow_width
+        return str(Shape(len(layer.kept), width)) if width else str(len(layer.kept))
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,6 @@ class Draw:
         windows: {domain: int64 [n, length]}.
         stats, grams: of the text.
         seed: of the draw.
-        evaluations: of a budget search.
     """
 
     model: Any
@@ -65,17 +64,16 @@ class Draw:
     stats: rd.SaliencyStats
     grams: Mapping[str, LayerGram]
     seed: int
-    evaluations: int
 
     @classmethod
-    def of(cls, model: Any, windows: Mapping[str, Tensor], seed: int, evaluations: int) -> "Draw":
+    def of(cls, model: Any, windows: Mapping[str, Tensor], seed: int) -> "Draw":
         """Observes the text."""
         with rd.observe(model, gram=True) as obs:
             for domain, ids in windows.items():
                 with obs.group(domain):
                     for part in ids.split(BATCH):
                         obs(input_ids=part)
-            return cls(model, windows, obs.stats, obs.grams, seed, evaluations)
+            return cls(model, windows, obs.stats, obs.grams, seed)
 
     @cached_property
     def scores(self) -> rd.Scores:
@@ -94,6 +92,24 @@ class Draw:
             shaping.measure(name, self.down(name), gram, 1)
         return shaping
 
+    def batches(self) -> list[dict[str, Tensor]]:
+        """The text in batches that have windows of all domains in turn."""
+        turns = torch.stack(list(self.windows.values()), dim=1).flatten(0, 1)
+        return [{"input_ids": part} for part in turns.split(BATCH)]
+
+    def refit(self, pruned: Path, out: Path) -> float:
+        """Re-fits a pruned checkpoint and writes it again; returns process seconds of the former.
+
+        Where no layer gains, `out` is not written.
+        """
+        model = rd.load_model(pruned, dtype=torch.float32)
+        began = time.process_time()
+        found = rd.refit_models(self.model, model, self.batches()).matrices
+        seconds = time.process_time() - began
+        if found:
+            rd.replace_matrices(pruned, found, out, record={})
+        return seconds
+
 
 def uniform(criterion: str) -> Callable[[Draw, float], Cut]:
     """As many experts of every layer, by a criterion."""
@@ -103,13 +119,6 @@ def uniform(criterion: str) -> Callable[[Draw, float], Cut]:
 def random(draw: Draw, ratio: float) -> Cut:
     """Experts removed at random."""
     return uniform(f"random:{draw.seed}")(draw, ratio)
-
-
-def searched(draw: Draw, ratio: float) -> Cut:
-    """Budgets of the layers by search."""
-    batches = [{"input_ids": ids[:SEARCH_WINDOWS]} for ids in draw.windows.values()]
-    settings = Settings(evaluations=draw.evaluations, seed=draw.seed)
-    return Cut(rd.search_plan(draw.model, draw.scores, batches, ratio, settings=settings))
 
 
 def constants(draw: Draw, ratio: float) -> Cut:
@@ -146,6 +155,16 @@ def automatic(shaping: Shaping, ratio: float) -> Shape:
     return min(shaping.shapes(ratio), key=shaping.expected)
 
 
+def refitted(method: Callable[[Draw, float], Cut]) -> Callable[[Draw, float], Cut]:
+    """A method and a re-fit after it."""
+
+    def cut(draw: Draw, ratio: float) -> Cut:
+        found = method(draw, ratio)
+        return Cut(found.plan, found.matrices, refit=True)
+
+    return cut
+
+
 OBS = shaped(lambda _, ratio: BOTH[ratio])
 METHODS: dict[str, Callable[[Draw, float], Cut]] = {
     "random": random,
@@ -155,7 +174,8 @@ METHODS: dict[str, Callable[[Draw, float], Cut]] = {
     "obs_width": shaped(lambda _, ratio: WIDTH[ratio]),
     "obs": OBS,
     "obs_auto": shaped(automatic),
-    "reap_searched": searched,
+    "reap_refit": refitted(uniform("reap")),
+    "obs_refit": refitted(OBS),
 }
 
 

@@ -35,7 +35,7 @@ from reap_driver.evaluation.sequences import Comparison
 
 FIGURES = ("acceptance", "kl", "perplexity")
 # Methods that are compared on domains that they have not seen.
-SHIFTED = ("reap", "obs")
+SHIFTED = ("reap", "reap_refit", "obs", "obs_refit")
 Key = tuple[str, float, str]
 
 
@@ -46,17 +46,16 @@ class Bench:
         draws: calibration draws.
         names: of the methods.
         shift: whether to calibrate on two domains of four.
-        evaluations: candidates of each budget search.
     """
 
-    def __init__(self, draws: int, names: Sequence[str], shift: bool, evaluations: int) -> None:
+    def __init__(self, draws: int, names: Sequence[str], shift: bool) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(MODEL)
         self._documents = load_corpus(("calibration", "held_out"))
         self._model = rd.load_model(MODEL, dtype=torch.float32)
         own = [d for d in self._documents if d.split == "held_out"]
         windows = token_windows(own, self._tokenizer, per_domain=HELD_OUT_WINDOWS, length=WINDOW)
         self._held = HeldOut(self._model, windows)
-        self._names, self._evaluations, self._shift = names, evaluations, shift
+        self._names, self._shift = names, shift
         pairs = list(itertools.combinations(DOMAINS, 2))
         seen = pairs if shift else [DOMAINS] * draws
         self._draws = list(enumerate(seen))
@@ -78,34 +77,33 @@ class Bench:
     def _drawn(self, seed: int, domains: Sequence[str]) -> Draw:
         documents = [d for d in self._documents if d.split == "calibration"]
         windows = drawn_windows(documents, self._tokenizer, seed)
-        return Draw.of(self._model, {d: windows[d] for d in domains}, seed, self._evaluations)
+        return Draw.of(self._model, {d: windows[d] for d in domains}, seed)
 
     def _measure(self, draw: Draw, name: str, ratio: float, domains: Sequence[str]) -> None:
         began = time.process_time()
         cut = METHODS[name](draw, ratio)
         seconds = time.process_time() - began
         with tempfile.TemporaryDirectory(prefix="reap-methods-") as root:
-            comparison, facts = self._compared(cut, Path(root) / "cut")
+            comparison, facts, more = self._compared(draw, cut, Path(root) / "cut")
         facts = {"shape": cut.shape, **facts}
         self.facts.setdefault((name, ratio), facts)
         for text, groups in self._texts(domains).items():
-            found = {**figures(comparison, groups), "cpu_s": seconds}
+            found = {**figures(comparison, groups), "cpu_s": seconds + more}
             self.figures.setdefault((name, ratio, text), []).append(found)
 
-    def _compared(self, cut: Cut, folder: Path) -> tuple[Comparison, Row]:
-        """The comparison with the original, and facts of the checkpoint."""
+    def _compared(self, draw: Draw, cut: Cut, folder: Path) -> tuple[Comparison, Row, float]:
+        """The comparison with the original, facts, and process seconds of a re-fit."""
         if cut.constants:
             with constants_in(self._model, cut):
                 facts = {"checkpoint": "no", "mb": ""}
-                return self._held.comparison(self._model), facts
-        kept = {len(layer.kept) for layer in cut.plan.layers.values()}
-        rd.apply_plan(MODEL, cut.plan, folder, matrices=cut.matrices, non_uniform=len(kept) > 1)
-        pruned = rd.load_model(folder, dtype=torch.float32)
-        facts = {
-            "checkpoint": "ordinary" if len(kept) == 1 else "transformers only",
-            "mb": f"{weight_bytes(folder) / 1e6:.2f}",
-        }
-        return self._held.comparison(pruned), facts
+                return self._held.comparison(self._model), facts, 0.0
+        rd.apply_plan(MODEL, cut.plan, folder, matrices=cut.matrices)
+        refitted = folder.with_name("refitted")
+        seconds = draw.refit(folder, refitted) if cut.refit else 0.0
+        written = refitted if refitted.exists() else folder
+        facts = {"checkpoint": "ordinary", "mb": f"{weight_bytes(written) / 1e6:.2f}"}
+        pruned = rd.load_model(written, dtype=torch.float32)
+        return self._held.comparison(pruned), facts, seconds
 
     def _texts(self, seen: Sequence[str]) -> dict[str, list[str]]:
         if not self._shift:
@@ -138,14 +136,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--draws", type=int, default=5, help="calibration draws (default: 5)")
     parser.add_argument("--shift", action="store_true", help="calibrate on two domains of four")
     parser.add_argument("--method", choices=METHODS, action="append", help="default: all")
-    parser.add_argument(
-        "--evaluations", type=int, default=150, help="of each budget search (default: 150)"
-    )
     parser.add_argument("--dry-run", action="store_true", help="print rows, do not append them")
     options = parser.parse_args(arguments)
     names: Any = options.method or (SHIFTED if options.shift else METHODS)
     with torch.no_grad():
-        found = Bench(options.draws, list(names), options.shift, options.evaluations).run()
+        found = Bench(options.draws, list(names), options.shift).run()
     if options.dry_run:
         print(*found, sep="\n")
     else:
