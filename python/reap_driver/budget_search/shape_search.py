@@ -33,6 +33,7 @@ from reap_kernels import SaliencyStats
 
 MOST = 7  # shapes that remove neurons
 WHOLE = "cut of whole experts"
+TRIED = "tried (experts x neurons: expected error, acceptance): "  # begins the note with the table
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class FoundShape:
 
     Attributes:
         plan: of the shape with the highest acceptance, with notes on it.
+        shape: that shape.
         tried: every shape that was tried, in this order; the first is the cut of whole experts.
         fitness: acceptance of the plan, on the text of the search.
         uniform: that of the cut of whole experts, on the same text.
@@ -71,6 +73,7 @@ class FoundShape:
     """
 
     plan: Plan
+    shape: Shape
     tried: tuple[Tried, ...]
     fitness: float
     uniform: float
@@ -118,6 +121,7 @@ def search(task: ShapeTask, recorder: Recorder) -> FoundShape:
     plan = task.plan(best.shape)
     return FoundShape(
         dataclasses.replace(plan, notes=[*plan.notes, *_notes(found, best)]),
+        best.shape,
         found,
         best.acceptance,
         found[0].acceptance,
@@ -258,4 +262,4 @@ def _notes(found: Sequence[Tried], best: Tried) -> list[str]:
         if best is not whole
         else f": the {WHOLE}, so no neurons are removed"
     )
-    return [said, f"tried (experts x neurons: expected error, acceptance): {table}"]
+    return [said, TRIED + table]

@@ -17,7 +17,7 @@ from reap_driver.budget_search.held_out import held_out
 from reap_driver.budget_search.recorder import Recorder
 from reap_driver.budget_search.search import Found
 from reap_driver.budget_search.search_state import Saved, SearchState
-from reap_driver.budget_search.shape_search import FoundShape
+from reap_driver.budget_search.shape_search import TRIED, FoundShape
 from reap_driver.data.packing import PackedSource
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.files.matrices import folder_beside
@@ -39,6 +39,8 @@ from reap_driver.workflow.sought import Sought
 from reap_driver.writer.plan_checks import check_model, check_same_layers
 from reap_driver.writer.plan_matrices import matrices_of
 from reap_kernels.errors import CheckpointError
+
+_ROW = "  {:<13}{:>14}{:>12}  {}"  # of the table of shapes
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,7 +100,16 @@ class Searched(Result):
 
     def describe(self) -> str:
         """See `Result`."""
-        return self.plan.describe()
+        if not isinstance(self.found, FoundShape):
+            return self.plan.describe()
+        rows = [_ROW.format("tried", "expected error", "acceptance", "").rstrip()]
+        for number, one in enumerate(self.found.tried):
+            said = "cut of whole experts" if number == 0 else ""
+            chosen = "chosen" if one.shape == self.found.shape else ""
+            words = ", ".join(filter(None, (said, chosen)))
+            error, acceptance = f"{one.expected_error:.4f}", f"{one.acceptance:.4f}"
+            rows.append(_ROW.format(str(one.shape), error, acceptance, words).rstrip())
+        return "\n".join([self.plan.describe(), *rows])
 
 
 def search(options: SearchOptions, listener: Listener | None = None) -> Searched | Complete:
@@ -122,7 +133,8 @@ def search(options: SearchOptions, listener: Listener | None = None) -> Searched
     if isinstance(found, Complete):
         return found
     for note in found.plan.notes:
-        heard.note(note)
+        if not note.startswith(TRIED):  # `describe` has the table
+            heard.note(note)
     found = replace(found, notes=heard.notes)
     heard.say(found.describe())
     return found

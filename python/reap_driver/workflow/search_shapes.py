@@ -47,7 +47,7 @@ class Shapes(Sought):
         UnsupportedModel: the writer could not write experts of another width.
     """
 
-    kind, units, most = SHAPE, "shapes", MOST + 1
+    kind, units = SHAPE, "shapes"
 
     def __init__(self, options: SearchOptions, model: Model, place: Path) -> None:
         self._place, self._shape, gram = place, options.shape, options.gram
@@ -66,6 +66,7 @@ class Shapes(Sought):
         self._shaping = Shaping(scores, stats, ridge=self._shape.ridge, protected=protected)
         multiple = self._shape.width_multiple
         shapes = narrow_shapes(self._shaping, self.uniform.ratio, multiple)
+        self.most = 1 + min(len(shapes), MOST)
         check_writable(self._shaping.blank(shapes[0], self.uniform.ratio), evidence)
 
     def asked(self) -> dict[str, Any]:

@@ -102,7 +102,8 @@ def test_a_plan_and_what_it_is_worth(
 def test_in_python_it_is_the_same(
     seen: Seen, words: Any, data: Path, tmp_path: Path, run: Run
 ) -> None:
-    assert run(*words, "--out", tmp_path / "plan.json").code == 0
+    outcome = run(*words, "--out", tmp_path / "plan.json")
+    assert outcome.code == 0, outcome.err
     out = tmp_path / "plan-2.json"
     options = {"shape": "auto", "width_multiple": 2, "seq_len": 16, "batch_size": 4}
     found = rd.search(seen.model, seen.stats, data, 0.5, out=out, gram=seen.gram, **options)
@@ -110,6 +111,16 @@ def test_in_python_it_is_the_same(
     assert found.plan == rd.Plan.load(out) == rd.Plan.load(tmp_path / "plan.json")
     assert isinstance(found.found, rd.FoundShape)
     assert str(found.found.tried[0].shape) == "4x24"
+    _, head, *rows = found.describe().splitlines()
+    assert head.split() == ["tried", "expected", "error", "acceptance"]
+    for row, one in zip(rows, found.found.tried, strict=True):
+        shape, *figures = row.split()[:3]
+        assert shape == str(one.shape)
+        assert figures == [f"{one.expected_error:.4f}", f"{one.acceptance:.4f}"]
+    assert rows[0].endswith("cut of whole experts")
+    assert [row.split()[0] for row in rows if row.endswith("chosen")] == [found.plan.shape]
+    assert found.describe() in outcome.out
+    assert outcome.err.count("6x16: ") == 0, "the table is shown once"
 
 
 def test_whole_experts_need_no_matrices(
