@@ -72,7 +72,7 @@ class Shapes(Sought):
     def asked(self) -> dict[str, Any]:
         """See `Sought`."""
         digests = {name: known.digest for name, known in self._grams.layers.items()}
-        return {**self._settings(), "gram": digests}
+        return {**self._shape.settings, "gram": digests}
 
     def length(self) -> dict[str, Any]:
         """See `Sought`."""
@@ -86,7 +86,7 @@ class Shapes(Sought):
             self._shaping,
             self.uniform,
             multiple=self._shape.width_multiple,
-            settings=self._settings(),
+            settings=self._shape.settings,
         )
         self._task.notes = self.notes
         self._check_room(heard)
@@ -136,12 +136,6 @@ class Shapes(Sought):
     def close(self) -> None:
         """See `Sought`."""
         shutil.rmtree(self._part, ignore_errors=True)
-
-    def _settings(self) -> dict[str, Any]:
-        """What plans record of how they were made."""
-        given = {"shape": self._shape.shape, "ridge": self._shape.ridge}
-        multiple = self._shape.width_multiple
-        return given if multiple is None else {**given, "width_multiple": multiple}
 
     def _check_room(self, heard: Listener) -> None:
         """Says what trying a shape takes.

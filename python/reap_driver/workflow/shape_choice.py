@@ -53,9 +53,7 @@ class ShapeChoice:
         """
         held = protected_of(rank, scores, stats)
         shaping = Shaping(scores, stats, ridge=options.ridge, protected=held)
-        settings: dict[str, Any] = {"shape": str(options.shape), "ridge": options.ridge}
-        if options.width_multiple is not None:
-            settings["width_multiple"] = options.width_multiple
+        settings = options.settings
         router, width, multiple = shaping.router, shaping.width, options.width_multiple
         given = options.explicit
         if given is None:

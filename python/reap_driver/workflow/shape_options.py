@@ -101,6 +101,13 @@ class ShapeOptions:
         except ValueError as error:
             raise refused(f"`shape={self.shape}`: {error}") from error
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What plans record of them."""
+        given = {"shape": self.shape, "ridge": self.ridge}
+        multiple = self.width_multiple
+        return given if multiple is None else {**given, "width_multiple": multiple}
+
 
 def check_shape_alone(
     shape: ShapeOptions,
