@@ -4,17 +4,18 @@ A table is between `<!-- table NAME -->` and `<!-- end -->`. `tests/test_readme.
 differs from the one that its newest rows give.
 """
 
-import csv
 import re
 import sys
 from collections.abc import Callable
 
-from bench.rows import RESULTS, ROOT
+from bench.gram_tables import gram_cpu, obs_cpu, stream_gram_cpu
+from bench.method_tables import criteria_cpu, methods_cpu, methods_shift
+from bench.rows import ROOT
+from bench.table_parts import Row, markdown, newest
 
-Row = dict[str, str]
 PAGES = (
     "README.md",
-    "docs/criteria.md",
+    "docs/methods.md",
     "docs/guides/data.md",
     "docs/figures.md",
     "docs/versions.md",
@@ -22,24 +23,9 @@ PAGES = (
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def _rows(name: str, *keys: str) -> list[Row]:
-    """The newest row for each value of `keys`, in order of first appearance."""
-    newest: dict[tuple[str, ...], Row] = {}
-    with (RESULTS / f"{name}.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            newest[tuple(row[key] for key in keys)] = row
-    return list(newest.values())
-
-
-def markdown(head: list[str], body: list[list[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *body]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
 def observe_cpu() -> str:
     """The observed forward, compared with transformers and the all-experts algorithm."""
-    rows = _rows("observe_cpu", "dtype", "batch")
+    rows = newest("observe_cpu", "dtype", "batch")
     body = [
         [
             row["dtype"],
@@ -83,14 +69,14 @@ def accuracy_cpu() -> str:
     body = [
         [row["dtype"], "exact" if row["counts_exact"] == "True" else "wrong"]
         + [row[field] for field in fields]
-        for row in _rows("accuracy_cpu", "dtype")
+        for row in newest("accuracy_cpu", "dtype")
     ]
     return markdown(["dtype", "counts", *(f"`{field}`" for field in fields)], body)
 
 
 def writer() -> str:
     """The checkpoint writer, compared with cp."""
-    row = _rows("writer", "cpu")[-1]
+    row = newest("writer", "cpu")[-1]
     return (
         f"Writing {row['written_gb']} GB out of {row['source_gb']} GB ({row['tensors']} tensors) "
         f"runs at {row['writer_mb_s']} MB/s beside {row['cp_mb_s']} MB/s of `cp` on the same disk "
@@ -101,7 +87,7 @@ def writer() -> str:
 
 def stream_cpu() -> str:
     """Streamed observation, compared with resident."""
-    rows = _rows("stream_cpu", "dtype", "threads")
+    rows = newest("stream_cpu", "dtype", "threads")
     body = [
         [
             row["threads"],
@@ -127,7 +113,7 @@ def stream_cpu() -> str:
 
 def ranks_cpu() -> str:
     """Data parallelism, compared with one process."""
-    rows = _rows("ranks_cpu", "ranks", "cores")
+    rows = newest("ranks_cpu", "ranks", "cores")
     alone, *more = rows
     said = "; ".join(
         f"{row['ranks']} processes {row['seconds']} s ({row['speedup']}x)" for row in more
@@ -141,7 +127,7 @@ def ranks_cpu() -> str:
 
 def large_checkpoint() -> str:
     """A checkpoint larger than memory."""
-    row = _rows("large_checkpoint", "layers", "scale")[-1]
+    row = newest("large_checkpoint", "layers", "scale")[-1]
     seconds = float(row["killed_s"]) + float(row["resumed_s"])
     return (
         f"{row['checkpoint_gb']} GB of Qwen3-30B-A3B's layer shape ({row['layers']} layers, bf16), "
@@ -171,47 +157,20 @@ def demo() -> str:
             _spread(row, "perplexity"),
             _spread(row, "agreement", " %"),
         ]
-        for row in _rows("demo", "criterion", "ratio")
+        for row in newest("demo", "criterion", "ratio")
     ]
     head = ["criterion", "removed", "experts", "held-out perplexity", "next-token agreement"]
     return markdown(head, body)
 
 
-def criteria_cpu() -> str:
-    """Criteria and allocations on the bundled model, by expected acceptance."""
-    rows = _rows("criteria_cpu", "criterion", "allocation", "ratio")
-
-    def interval(row: Row, name: str, scale: float, digits: int) -> str:
-        middle, half = (scale * float(row[key]) for key in (name, f"{name}_half"))
-        return f"{middle:.{digits}f} ± {half:.{digits}f}"
-
-    body = [
-        [
-            f"{float(row['ratio']):.0%}",
-            row["criterion"],
-            row["allocation"],
-            interval(row, "acceptance", 100, 2) + " %",
-            interval(row, "perplexity", 1, 2),
-            interval(row, "same_top", 100, 1) + " %",
-        ]
-        for row in sorted(rows, key=lambda row: (float(row["ratio"]), -float(row["acceptance"])))
-    ]
-    head = ["removed", "criterion", "allocation", "expected acceptance", "perplexity"]
-    searched = [row["evaluations"] for row in rows if row["evaluations"]]
-    where = f"\nMeans of {rows[0]['seeds']} draws of the calibration text and 95 % intervals; "
-    where += f"{', '.join(dict.fromkeys(searched))} candidates a search; " if searched else ""
-    where += f"commit {rows[0]['commit']}; `python -m bench criteria_cpu`.\n"
-    return markdown([*head, "same most likely token"], body) + where
-
-
 def aot() -> str:
     """Resource usage of the compiled Triton kernels, by architecture: the newest run of each."""
-    found = _rows("aot", "arch", "kernel", "use", "operand", "activation", "blocks")
+    found = newest("aot", "arch", "kernel", "use", "operand", "activation", "blocks")
     body = []
     for arch in dict.fromkeys(row["arch"] for row in found):
         rows = [row for row in found if row["arch"] == arch]
-        newest = max(row["run"] for row in rows)
-        rows = [row for row in rows if row["run"] == newest]
+        last = max(row["run"] for row in rows)
+        rows = [row for row in rows if row["run"] == last]
         products = [row for row in rows if row["operand"] in ("bf16", "fp16") and row["activation"]]
         products = [row for row in products if row["kernel"] == "grouped_product"]
         body.append(
@@ -232,9 +191,9 @@ def aot() -> str:
 
 def ptxas() -> str:
     """Resource usage of the CUDA kernels by ptxas, by architecture: the newest run."""
-    found = _rows("ptxas", "arch", "kernel", "arguments")
-    newest = max(row["run"] for row in found)
-    found = [row for row in found if row["run"] == newest]
+    found = newest("ptxas", "arch", "kernel", "arguments")
+    last = max(row["run"] for row in found)
+    found = [row for row in found if row["run"] == last]
     body = []
     for arch in dict.fromkeys(row["arch"] for row in found):
         rows = [row for row in found if row["arch"] == arch]
@@ -272,7 +231,7 @@ def _measured_on(rows: list[Row]) -> str:
 def gpu_layer() -> str:
     """One observed layer on a GPU, compared with transformers and the all-experts algorithm."""
     keys = ("shape", "tokens", "routing", "provider", "variant", "observed")
-    rows = [row for row in _rows("gpu_layer", *keys) if row["status"] == "timed"]
+    rows = [row for row in newest("gpu_layer", *keys) if row["status"] == "timed"]
     body = []
     for ours in rows:
         if (ours["provider"], ours["variant"], ours["observed"]) != ("reap", "automatic", "yes"):
@@ -299,7 +258,7 @@ def gpu_layer() -> str:
 
 def gpu_kernels() -> str:
     """Kernels around the matrix products on a GPU, one size each."""
-    rows = _rows("gpu_kernels", "shape", "tokens", "kernel", "variant")
+    rows = newest("gpu_kernels", "shape", "tokens", "kernel", "variant")
     body = []
     for row in rows:
         first = (row["shape"], row["tokens"]) == ("Qwen3-30B-A3B", "16384")
@@ -318,7 +277,7 @@ def gpu_kernels() -> str:
 
 def gpu_end_to_end() -> str:
     """A whole model on a GPU."""
-    rows = _rows("gpu_end_to_end", "provider", "variant", "observed")
+    rows = newest("gpu_end_to_end", "provider", "variant", "observed")
     timed = {(r["provider"], r["observed"]): r for r in rows if r["status"] == "timed"}
     ours, plain = timed["reap", "yes"], timed["transformers", "no"]
     everything = timed["all-experts", "yes"]
@@ -351,7 +310,7 @@ def _observing(what: str, seconds: list[float], ratio: float, faster: float) -> 
 
 
 def _on_gpu() -> list[str]:
-    rows = _rows("gpu_end_to_end", "provider", "variant", "observed")
+    rows = newest("gpu_end_to_end", "provider", "variant", "observed")
     timed = {(r["provider"], r["observed"]): r for r in rows if r["status"] == "timed"}
     ours = timed["reap", "yes"]
     keys = (("reap", "yes"), ("transformers", "no"), ("all-experts", "yes"))
@@ -361,7 +320,7 @@ def _on_gpu() -> list[str]:
 
 
 def _on_cpu() -> list[str]:
-    row = next(row for row in _rows("observe_cpu", "dtype", "batch") if row["dtype"] == "float32")
+    row = next(row for row in newest("observe_cpu", "dtype", "batch") if row["dtype"] == "float32")
     seconds = [float(row[key]) for key in ("observed_s", "fastest_unobserved_s", "all_experts_s")]
     what = f"{row['sequences']} x {row['length']} tokens on a CPU, {row['dtype']}"
     ratios = float(row["observed/unobserved"]), float(row["all_experts/observed"])
@@ -369,7 +328,7 @@ def _on_cpu() -> list[str]:
 
 
 def _on_disk() -> list[list[str]]:
-    stream, copy = _rows("stream_cpu", "dtype", "threads")[0], _rows("writer", "cpu")[-1]
+    stream, copy = newest("stream_cpu", "dtype", "threads")[0], newest("writer", "cpu")[-1]
     streamed, resident = stream["streamed_memory_mb"], stream["resident_memory_mb"]
     share = f"**{int(streamed) / int(resident):.2f}**"
     what = f"memory of observing {stream['checkpoint_gb']} GB, streamed"
@@ -381,7 +340,7 @@ def _on_disk() -> list[list[str]]:
 
 
 def _quality() -> list[str]:
-    rows = _rows("demo", "criterion", "ratio")
+    rows = newest("demo", "criterion", "ratio")
     whole = next(row for row in rows if row["criterion"] == "unpruned")
     quarter = {row["criterion"]: row for row in rows if float(row["ratio"]) == 0.25}
     reap, random = quarter["reap"]["perplexity"], quarter["random"]["perplexity"]
@@ -408,7 +367,7 @@ def versions() -> str:
             f"{row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped",
             row["commit"],
         ]
-        for row in _rows("versions", "row", "tests")
+        for row in newest("versions", "row", "tests")
     ]
     head = ["row", "Python", "torch", "transformers", "safetensors", "accelerate", "Triton"]
     return markdown([*head, "tests", "outcome", "commit"], body)
@@ -431,6 +390,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "aot": aot,
     "ptxas": ptxas,
     "criteria_cpu": criteria_cpu,
+    "methods_cpu": methods_cpu,
+    "methods_shift": methods_shift,
+    "gram_cpu": gram_cpu,
+    "obs_cpu": obs_cpu,
+    "stream_gram_cpu": stream_gram_cpu,
     "demo": demo,
     "writer": writer,
     "stream_cpu": stream_cpu,

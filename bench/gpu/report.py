@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.tables import markdown
+from bench.table_parts import markdown
 
 Row = dict[str, Any]
 _MACHINE = ("gpu", "driver", "cuda", "torch", "triton", "transformers", "commit", "dirty", "date")

@@ -1,0 +1,56 @@
+"""Tables of Gram matrices and of what they are summed for: time and memory."""
+
+from bench.table_parts import markdown, newest
+
+
+def gram_cpu() -> str:
+    """The observed forward with Gram matrices, compared with that without."""
+    rows = newest("gram_cpu", "dtype", "batch")
+    body = [
+        [
+            row["dtype"],
+            f"{float(row['observed_s']):.1f} s",
+            f"{float(row['with_gram_s']):.1f} s",
+            f"**{float(row['with_gram/observed']):.2f}** ({float(row['least_ratio']):.2f} to "
+            f"{float(row['most_ratio']):.2f})",
+        ]
+        for row in rows
+    ]
+    first = rows[0]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    where = (
+        f"\n{first['sequences']} x {first['length']} tokens of the same model at batch "
+        f"{first['batch']}, seconds of the process, medians of {first['rounds']} rounds; "
+        f"statistics bitwise equal; {first['cpu']}, {first['threads']} thread, torch "
+        f"{first['torch']}, commit {commits}; `python -m bench gram_cpu`.\n"
+    )
+    head = ["dtype", "observed", "with Gram matrices", "with / without (least and most)"]
+    return markdown(head, body) + where
+
+
+def obs_cpu() -> str:
+    """What the removal of neurons takes."""
+    rows = {row["model"]: row for row in newest("obs_cpu", "model")}
+    small, large = rows["bundled"], rows["Qwen3-30B-A3B"]
+    return (
+        f"Removing neurons by Optimal Brain Surgeon takes {small['model_s']} s of one CPU thread "
+        f"for all {int(small['experts']) * int(small['layers'])} experts of the bundled model "
+        f"({small['width']} to {small['keep']} neurons). An expert of {large['model']}'s shape "
+        f"({large['width']} to {large['keep']} neurons, hidden size {large['hidden']}) takes "
+        f"{float(large['expert_s']):.2f} s (measured on {large['measured_experts']}), so a layer "
+        f"of {large['experts']} experts {float(large['layer_s']):.0f} s, and {large['layers']} "
+        f"layers {float(large['model_s']) / 60:.0f} minutes; "
+        f"commit {large['commit']}; `python -m bench obs_cpu`.\n"
+    )
+
+
+def stream_gram_cpu() -> str:
+    """Memory of a streamed run with Gram matrices."""
+    row = newest("stream_gram_cpu", "dtype")[-1]
+    return (
+        f"Streamed observation of the same {row['layers']} layers with Gram matrices, and with "
+        f"the neurons of every layer removed as soon as it is complete, peaks at "
+        f"{row['gram_memory_mb']} MB; without them at {row['streamed_memory_mb']} MB. A layer has "
+        f"{row['layer_mb']} MB of weights and {row['layer_gram_mb']} MB of Gram matrices; "
+        f"commit {row['commit']}; `python -m bench stream_cpu --gram`.\n"
+    )
