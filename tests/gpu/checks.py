@@ -8,6 +8,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,8 +79,9 @@ def observe(
     groups: int = 1,
     chunk: int | None = None,
     observed: bool = True,
+    **options: Any,
 ) -> tuple[Tensor, LayerStats | None]:
-    """Output and statistics of one call."""
+    """Output and statistics of one call; `options` are further ones of the op."""
     stats = LayerStats(experts.num_experts, groups, inputs.hidden.device) if observed else None
     out = rk.observe_layer(
         inputs.hidden,
@@ -91,6 +93,7 @@ def observe(
         group=inputs.group,
         chunk=chunk,
         backend=backend,
+        **options,
     )
     return out, stats
 

@@ -9,9 +9,8 @@ import reap_kernels as rk
 from bench.gpu.verify import CheckFailed, NotHere
 from reap_kernels import LayerGram, LayerStats
 from reap_kernels.gram.triton_backend import difference
-from reap_kernels.testing import CASES, Case, Inputs, make_experts, make_inputs, relative_error
-from reap_kernels.types import ExpertWeights
-from tests.gpu.checks import BACKENDS, LARGE, Check, poisoned, same_bits
+from reap_kernels.testing import CASES, Case, make_experts, make_inputs, relative_error
+from tests.gpu.checks import BACKENDS, LARGE, Check, observe, poisoned, same_bits
 
 # Largest accepted relative errors: h is rounded, and once more what the sums are made of.
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-6}
@@ -36,31 +35,6 @@ def _factors(case: Case, device: torch.device) -> Tensor:
     return factors.masked_fill(factors < 0.5, 0.0).to(device)
 
 
-def _layer(
-    inputs: Inputs,
-    experts: ExpertWeights,
-    case: Case,
-    backend: str,
-    sums: LayerGram | None,
-    scale: float | Tensor = 1.0,
-) -> tuple[Tensor, LayerStats]:
-    """Output and statistics of a call that adds to `sums` as well."""
-    stats = LayerStats(case.experts, case.groups, inputs.hidden.device)
-    out = rk.observe_layer(
-        inputs.hidden,
-        inputs.topk_ids,
-        inputs.topk_weights,
-        experts,
-        stats,
-        mask=inputs.mask,
-        group=inputs.group,
-        gram=sums,
-        gram_scale=scale,
-        backend=backend,
-    )
-    return out, stats
-
-
 def summed(device: torch.device, backend: str, dtype: torch.dtype, case: Case) -> str:
     """A layer's sums, of tokens with factors of their own: against the reference, twice the same
     bits, and the output and the statistics the bits of a call without.
@@ -69,10 +43,10 @@ def summed(device: torch.device, backend: str, dtype: torch.dtype, case: Case) -
     experts = make_experts(case, dtype=dtype, device=device)
     got, again, want = (_empty(case, device) for _ in range(3))
     with poisoned():
-        out, stats = _layer(inputs, experts, case, backend, got, scale)
-        _layer(inputs, experts, case, backend, again, scale)
-        plain, without = _layer(inputs, experts, case, backend, None)
-    _layer(inputs, experts, case, "reference", want, scale)
+        out, stats = observe(inputs, experts, backend, case.groups, gram=got, gram_scale=scale)
+        observe(inputs, experts, backend, case.groups, gram=again, gram_scale=scale)
+        plain, without = observe(inputs, experts, backend, case.groups)
+    observe(inputs, experts, "reference", case.groups, gram=want, gram_scale=scale)
     found = same_bits(stats, without) if case.tokens else []
     if not torch.equal(out, plain):
         found.append("the output has other bits than without Gram matrices")
@@ -146,7 +120,7 @@ def queued(device: torch.device, backend: str, dtype: torch.dtype, case: Case) -
     inputs = make_inputs(case, dtype, device=device)
     experts = make_experts(case, dtype=dtype, device=device)
     warm, sums = (LayerGram(case.experts, case.intermediate, device) for _ in range(2))
-    _layer(inputs, experts, case, backend, warm)
+    observe(inputs, experts, backend, case.groups, gram=warm)
     stats = LayerStats(case.experts, case.groups, device)
     call = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts, stats)
     rest = {"mask": inputs.mask, "group": inputs.group, "backend": backend, "gram": sums}

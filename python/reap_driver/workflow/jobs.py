@@ -89,9 +89,9 @@ class ObserveOptions:
     gram: str | Path | None = option(
         None,
         metavar="DIR",
-        help="also sum the Gram matrices of the experts' neurons, by which `rd.prune_width` "
-        "removes neurons, and save them in this folder, a file per layer; --dry-run says how much "
-        "memory and disk they take",
+        help="also sum the Gram matrices of the experts' neurons, by which `plan --shape` and "
+        "`search --shape` remove neurons, and save them in this folder, a file per layer; "
+        "--dry-run says how much memory and disk they take",
     )
     overwrite: bool = overwrite_option()
     data: DataOptions = group_of(DataOptions)

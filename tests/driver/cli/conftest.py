@@ -63,6 +63,20 @@ def write_model(folder: Path, name: str, **overrides: Any) -> Path:
     return folder
 
 
+def observation(model: Path, batches: int, *groups: str) -> list[str]:
+    """Words that observe a model on batches of two sequences of 16 tokens, with an entry of the
+    journal behind each; the data are written beside the model, a file per group.
+    """
+    sources = []
+    for group in groups:
+        path = model.with_name(f"{group}.jsonl")
+        ids = [(7 * i + len(group)) % 250 for i in range(2 * batches // len(groups) * 16)]
+        path.write_text(json.dumps({"input_ids": ids}) + "\n")
+        sources += ["--data", str(path)]
+    options = ["--seq-len", "16", "--batch-size", "2", "--journal-every", "1", "--quiet"]
+    return ["observe", str(model), *sources, *options]
+
+
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints that are never changed: 8 experts, 3 a token; `grouped` in 4 routing groups."""

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from reap_driver.budget_search import recorder
+from reap_driver.budget_search.search_state import SearchState
 from reap_driver.cli.main import main
 from tests import forks
 from tests.forks import Ended
@@ -38,3 +40,23 @@ def killed_before(change: int | None, counter: Any) -> Callable[[], None]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     return lambda: sys.addaudithook(watch)
+
+
+def signalled_behind(writes: int, number: int) -> Callable[[], None]:
+    """What has a search in a fork write its state behind every candidate, and sends it a signal
+    after so many of them.
+    """
+    write = SearchState.write
+
+    def counted(self: SearchState, *arguments: Any) -> None:
+        nonlocal writes
+        write(self, *arguments)
+        writes -= 1
+        if not writes:
+            os.kill(os.getpid(), number)
+
+    def prepare() -> None:
+        recorder._WRITE_AFTER = -1
+        SearchState.write = counted
+
+    return prepare

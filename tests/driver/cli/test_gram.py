@@ -1,6 +1,5 @@
 """`observe --gram`: one folder whatever way the model is held, interrupted and shared."""
 
-import json
 import multiprocessing
 import random
 import signal
@@ -13,7 +12,7 @@ from reap_driver.cli.main import main
 from reap_driver.files.gram_folder import GramFolder
 from reap_driver.observation import journal as journals
 from reap_kernels import SaliencyStats
-from tests.driver.cli.conftest import Run, write_model
+from tests.driver.cli.conftest import Run, observation, write_model
 from tests.driver.cli.forks import forked, killed_before
 from tests.driver.distributed.launch import ranked
 from tests.driver.streaming.passes import assert_same_bits
@@ -32,14 +31,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(deep: Path) -> list[str]:
     """An observation of two groups, 6 batches; an entry of the journal behind each."""
-    sources = []
-    for group in ("code", "text"):
-        path = deep.with_name(f"{group}.jsonl")
-        ids = [(7 * i + len(group)) % 250 for i in range(6 * 16)]
-        path.write_text(json.dumps({"input_ids": ids}) + "\n")
-        sources += ["--data", str(path)]
-    options = ["--seq-len", "16", "--batch-size", "2", "--journal-every", "1", "--quiet"]
-    return ["observe", str(deep), *sources, *options]
+    return observation(deep, 6, "code", "text")
 
 
 @pytest.fixture(scope="module")

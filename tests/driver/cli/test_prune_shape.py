@@ -2,7 +2,6 @@
 that can be interrupted anywhere.
 """
 
-import json
 import multiprocessing
 import random
 import signal
@@ -14,7 +13,7 @@ import torch
 import reap_driver as rd
 from reap_driver.cli.main import main
 from reap_driver.observation import journal as journals
-from tests.driver.cli.conftest import Run, write_model
+from tests.driver.cli.conftest import Run, observation, write_model
 from tests.driver.cli.forks import forked, killed_before
 from tests.driver.distributed.launch import ranked
 from tests.forks import Ended
@@ -32,11 +31,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(deep: Path) -> list[str]:
     """An observation of 6 batches; an entry of the journal behind each."""
-    path = deep.with_name("code.jsonl")
-    ids = [(7 * i) % 250 for i in range(12 * 16)]
-    path.write_text(json.dumps({"input_ids": ids}) + "\n")
-    options = ["--seq-len", "16", "--batch-size", "2", "--journal-every", "1", "--quiet"]
-    return [str(deep), "--data", str(path), *options]
+    return observation(deep, 6, "code")[1:]
 
 
 @pytest.fixture(scope="module")

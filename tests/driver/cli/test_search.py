@@ -1,16 +1,13 @@
 """`search` on a tiny checkpoint: a plan, its figures, resumed searches, refusals."""
 
-import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import reap_driver as rd
-from reap_driver.budget_search import recorder
 from reap_driver.budget_search.search_state import SearchState, read
 from reap_driver.cli.main import main
 from reap_driver.memory.decision import decide
@@ -18,7 +15,7 @@ from reap_driver.memory.host_memory import Free
 from reap_driver.memory.machine import Machine
 from reap_driver.workflow import holding
 from tests.driver.cli.conftest import Run, write_data, write_model
-from tests.driver.cli.forks import forked
+from tests.driver.cli.forks import forked, signalled_behind
 
 COMMON = ("--seq-len", 16, "--population", 5, "--elites", 2, "--ratio", 0.25, "--batch-size", 4)
 
@@ -76,26 +73,6 @@ def test_without_validation_everything_is_searched_on(run: Run, words: Any, tmp_
     assert whole["predictions"] == half["predictions"] + half["held_out"]["predictions"]
     said = run(*words, "--generations", 1, *rest)
     assert f"wrote {out}; next: reap-kernels apply MODEL {out} --non-uniform --out DIR" in said.out
-
-
-def signalled_behind(writes: int, number: int) -> Callable[[], None]:
-    """What has a fork write its state behind every candidate, and sends it a signal after so many
-    of them.
-    """
-    write = SearchState.write
-
-    def counted(self: SearchState, *arguments: Any) -> None:
-        nonlocal writes
-        write(self, *arguments)
-        writes -= 1
-        if not writes:
-            os.kill(os.getpid(), number)
-
-    def prepare() -> None:
-        recorder._WRITE_AFTER = -1
-        SearchState.write = counted
-
-    return prepare
 
 
 def test_killed_and_interrupted_searches_go_on_to_the_same_bits(

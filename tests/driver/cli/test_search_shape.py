@@ -13,13 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import reap_driver as rd
-from reap_driver.budget_search import recorder
-from reap_driver.budget_search.search_state import SearchState, read
+from reap_driver.budget_search.search_state import read
 from reap_driver.budget_search.shape_task import ShapeTask
 from reap_driver.memory.host_memory import Free
 from reap_driver.workflow import search_shapes
 from tests.driver.cli.conftest import Run, write_data, write_model
-from tests.driver.cli.forks import forked
+from tests.driver.cli.forks import forked, signalled_behind
 from tests.driver.cli.test_shape import Seen, of_another_model, without_a_layer
 
 COMMON = ("--seq-len", 16, "--ratio", 0.5, "--batch-size", 4, "--shape", "auto")
@@ -140,24 +139,6 @@ def test_without_validation_nothing_is_held_out(run: Run, words: Any, tmp_path: 
     assert (outcome.code, outcome.json["held_out"]) == (0, None)
 
 
-def signalled(writes: int, number: int) -> Callable[[], None]:
-    """Has a fork write its state behind every shape, and sends it a signal after so many."""
-    write = SearchState.write
-
-    def counted(self: SearchState, *arguments: Any) -> None:
-        nonlocal writes
-        write(self, *arguments)
-        writes -= 1
-        if not writes:
-            os.kill(os.getpid(), number)
-
-    def prepare() -> None:
-        recorder._WRITE_AFTER = -1
-        SearchState.write = counted
-
-    return prepare
-
-
 def test_killed_and_interrupted_searches_go_on_to_the_same_bits(
     run: Run, words: Any, tmp_path: Path
 ) -> None:
@@ -169,7 +150,7 @@ def test_killed_and_interrupted_searches_go_on_to_the_same_bits(
     command = [*map(str, words), "--out", str(folder / "plan.json")]
     for known, (number, code) in enumerate(((signal.SIGKILL, -9), (signal.SIGINT, 130)), 1):
         resume = ["--resume"] if known > 1 else []
-        ended = forked([*command, *resume], signalled(known, number))
+        ended = forked([*command, *resume], signalled_behind(known, number))
         assert ended.code == code, ended.err
         assert len(read(state).evaluated) == (1, 3)[known - 1]
         assert outputs(folder) == ["plan.json.search"]
