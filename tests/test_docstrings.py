@@ -57,6 +57,7 @@ def names(files: Path) -> dict[str, Any]:
     known["grams"] = observer.grams
     known |= {"scores": scores, "plan": plan, "ids": batches[0]["input_ids"]}
     known["smaller"] = rd.make_plan(scores, ratio=0.5)
+    rd.apply_plan(files / "MODEL", known["smaller"], files / "CUT")
     return {"rd": rd, "rk": rk, "torch": torch, **known}
 
 

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         observe_data,
         plan,
         prune,
+        refit,
         report,
         search,
     )
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     from reap_driver.workflow.complete import Complete
     from reap_driver.workflow.errors import OptionError
     from reap_driver.workflow.estimate import Estimate
-    from reap_driver.workflow.follow_up_jobs import CompareOptions, ReportOptions
+    from reap_driver.workflow.follow_up_jobs import CompareOptions, RefitOptions, ReportOptions
     from reap_driver.workflow.jobs import (
         ApplyOptions,
         CalibrationOptions,
@@ -80,6 +81,8 @@ if TYPE_CHECKING:
     from reap_driver.workflow.plan import Planned
     from reap_driver.workflow.prune import Pruned
     from reap_driver.workflow.recipes import load_recipe, recipe_names
+    from reap_driver.workflow.refit_estimate import RefitEstimate
+    from reap_driver.workflow.refit_results import RefitEvaluation, Refitted
     from reap_driver.workflow.report import Reported
     from reap_driver.workflow.search import Searched
     from reap_driver.workflow.shape_options import ShapeOptions
@@ -130,7 +133,11 @@ _HOMES = {
     "Pruned": "reap_driver.workflow.prune",
     "RankOptions": "reap_driver.workflow.rank_options",
     "Recipe": "reap_driver.data.recipe",
+    "RefitEstimate": "reap_driver.workflow.refit_estimate",
+    "RefitEvaluation": "reap_driver.workflow.refit_results",
     "RefitModels": "reap_driver.refitting.models",
+    "RefitOptions": "reap_driver.workflow.follow_up_jobs",
+    "Refitted": "reap_driver.workflow.refit_results",
     "ReplaceReport": "reap_driver.writer.replace",
     "ReportOptions": "reap_driver.workflow.follow_up_jobs",
     "Reported": "reap_driver.workflow.report",
@@ -171,6 +178,7 @@ _HOMES = {
     "random_plan": "reap_driver.planning.planner",
     "recipe_names": "reap_driver.workflow.recipes",
     "record_of": "reap_driver.model.discover",
+    "refit": "reap_driver.workflow.calls",
     "refit_layer": "reap_driver.compensation.refit",
     "refit_models": "reap_driver.refitting.models",
     "replace_matrices": "reap_driver.writer.replace",
@@ -225,7 +233,11 @@ __all__ = [
     "Pruned",
     "RankOptions",
     "Recipe",
+    "RefitEstimate",
+    "RefitEvaluation",
     "RefitModels",
+    "RefitOptions",
+    "Refitted",
     "ReplaceReport",
     "ReportOptions",
     "Reported",
@@ -266,6 +278,7 @@ __all__ = [
     "random_plan",
     "recipe_names",
     "record_of",
+    "refit",
     "refit_layer",
     "refit_models",
     "replace_matrices",

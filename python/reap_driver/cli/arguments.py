@@ -75,7 +75,7 @@ def _add(place: Any, field: "Field[Any]") -> None:
     shown: dict[str, Any] = {"metavar": meta["metavar"]} if meta["metavar"] else {}
     if meta["positional"]:
         optional = {} if field.default is MISSING else {"nargs": "?"}
-        optional |= {"nargs": "+"} if field.name in _SEVERAL else {}
+        optional |= {"nargs": "+"} if field.name in _SEVERAL and Any in _types(field) else {}
         place.add_argument(field.name, help=text, **shown, **optional)
         return
     flag = f"--{field.name.replace('_', '-')}"
@@ -183,7 +183,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 _SEVERAL = ("pruned",)
-_REPEATED = ("data", "recipe", "protect", "hold_out_group")
+_REPEATED = ("data", "recipe", "protect", "hold_out_group", "validate")
 # What text means the value of an option; of others it is the text.
 _VALUES: dict[str, Callable[[str], Any]] = {
     "batch_size": batch_size,
@@ -206,6 +206,7 @@ _VALUES: dict[str, Callable[[str], Any]] = {
     "sequences": positive,
     "skip_first": positive,
     "skip_last": positive,
+    "steps": positive,
     "tasks": words,
     "validation": share,
     "weights": weights,

@@ -36,7 +36,7 @@ examples:
       --evaluations 1000 --out plan.json
   reap-kernels search MODEL stats.safetensors --data held.jsonl \\
       --out plan.json --resume
-  reap-kernels search MODEL stats.safetensors --shape auto --gram sums \
+  reap-kernels search MODEL stats.safetensors --shape auto --gram sums \\
       --data held.jsonl --ratio 0.5 --out plan.json
 """
 

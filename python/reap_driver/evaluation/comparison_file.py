@@ -1,4 +1,4 @@
-"""The file format of a comparison: `compare --json` prints it, `report` reads it."""
+"""The file format of a comparison: `compare` prints it, `refit` leaves one, `report` reads it."""
 
 import os
 from dataclasses import dataclass
@@ -6,7 +6,18 @@ from typing import Any
 
 from reap_kernels.documents import Format, parse_json, read_bytes
 from reap_kernels.errors import DataError
-from reap_kernels.schema import Int, Kind, ListOf, MapOf, Mismatch, OrNull, Real, Record, Text
+from reap_kernels.schema import (
+    Anything,
+    Int,
+    Kind,
+    ListOf,
+    MapOf,
+    Mismatch,
+    OrNull,
+    Real,
+    Record,
+    Text,
+)
 
 RATES = ("orphan_rate", "stranded_rate", "retained_gate_share")
 
@@ -49,6 +60,7 @@ _ONE: dict[str, Kind] = {
     "overall": _COLUMN,
     "groups": MapOf(_COLUMN, shortest=1),
 }
+_REFIT = Record({"written": Text(choices=("refit", "cut")), "layers": MapOf(Anything())}, open=True)
 _REMEDY = "give the output of `reap-kernels compare ... --json`"
 FORMAT = Format(
     "reap-comparison",
@@ -70,6 +82,7 @@ MANY = Format(
     },
     DataError,
     _REMEDY,
+    {"refit": _REFIT},
     open=True,
 )
 

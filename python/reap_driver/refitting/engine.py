@@ -5,10 +5,10 @@ for the inputs that they will get, and for all that the residual stream lacks so
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from reap_driver.memory.decision import Offload
 from reap_driver.observation.data_parallel import Ranks
 from reap_driver.observation.observer import observe
 from reap_driver.observation.run import Batches, followed
-from reap_driver.observation.state_store import StateStore
+from reap_driver.observation.state_store import StateStore, states_folder
 from reap_driver.refitting.capture import CapturingObserver
 from reap_driver.refitting.kept_experts import KeptExperts
 from reap_driver.refitting.layer_pass import LayerPass
@@ -28,6 +28,7 @@ from reap_driver.refitting.row_store import RowStore
 from reap_driver.refitting.streams import LayeredModel, Stream
 from reap_kernels.errors import DataError
 
+STREAMS = ("original", "pruned")  # folders of their states
 _POLL = 0.1  # seconds between two checks of a request to end the run
 _RUNNING = 0.4  # share of a layer's work for running both models
 
@@ -63,6 +64,26 @@ class LayerFacts:
         return 1 - self.error_after / self.error_before if self.kept else 0.0
 
 
+class Journal(Protocol):
+    """What a run that was ended goes on from.
+
+    Attributes:
+        position: decoder layers that are done.
+        layers: facts of the layers that are done.
+    """
+
+    position: int
+    layers: Mapping[str, LayerFacts]
+
+    def due(self) -> bool:
+        """Whether a position should be written, the same on every rank."""
+        ...
+
+    def write(self, position: int, layers: Mapping[str, LayerFacts]) -> None:
+        """Replaces the position, once all ranks have saved their states."""
+        ...
+
+
 @dataclass(frozen=True)
 class Refit:
     """What to re-fit a pruned model with, and how.
@@ -76,7 +97,8 @@ class Refit:
             in the model's dtype, on its device; on every rank the same.
         ridge, steps, backend: see `refit_layer`.
         offload: where states and rows are stored between two uses.
-        folder: for files.
+        folder: for files, of this rank; with a journal it stays.
+        journal: None for a run that always begins anew.
         world: the ranks that share the batches.
         stop: the request to end the run.
         done: called with the fraction of the work that was just finished.
@@ -91,6 +113,7 @@ class Refit:
     backend: str | None = None
     offload: Offload = "device"
     folder: Path | None = None
+    journal: Journal | None = None
     world: Ranks = field(default_factory=Ranks)
     stop: Stop = field(default_factory=Stop)
     done: Callable[[float], Any] = lambda _: None
@@ -118,8 +141,8 @@ def refit_layers(
     with contextlib.ExitStack() as stack:
         streams = []
         for layers, observer, name in (
-            (original, observe(original.model, backend=refit.backend), "original"),
-            (pruned, CapturingObserver(pruned.model, refit.backend), "pruned"),
+            (original, observe(original.model, backend=refit.backend), STREAMS[0]),
+            (pruned, CapturingObserver(pruned.model, refit.backend), STREAMS[1]),
         ):
             folder = None if refit.folder is None else refit.folder / name
             store = StateStore(refit.offload, layers.device, folder)
@@ -145,12 +168,46 @@ class _Engine:
 
     def run(self) -> dict[str, LayerFacts]:
         """Re-fits all layers."""
-        facts: dict[str, LayerFacts] = {}
-        for layer in range(len(self._names)):
+        facts, start = self._resumed()
+        self._refit.done(start / len(self._names))
+        for layer in range(start, len(self._names)):
             facts |= self._layer(layer)
-            self._leave_if_asked(layer + 1)
+            asked = self._asked()
+            self._write(layer + 1, facts, asked=asked)
+            for stream in self._streams:
+                stream.store.turn()
+            if asked and layer + 1 < len(self._names):
+                raise self._interrupted(layer + 1)
         self._check_end()
         return facts
+
+    def _resumed(self) -> tuple[dict[str, LayerFacts], int]:
+        """The facts of the layers that are done, and how many decoder layers are; their states are
+        loaded.
+        """
+        journal = self._refit.journal
+        if journal is None or not journal.position:
+            return {}, 0
+        for stream, folder in zip(self._streams, self._folders(journal.position), strict=True):
+            stream.store.load(folder)
+        return dict(journal.layers), journal.position
+
+    def _write(self, position: int, facts: Mapping[str, LayerFacts], *, asked: bool) -> None:
+        """Writes the journal after a layer if it is due; always if the states are in files."""
+        journal = self._refit.journal
+        if journal is None:
+            return
+        if asked or self._cut.store.in_files or journal.due():
+            for stream, folder in zip(self._streams, self._folders(position), strict=True):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                stream.store.save(folder)
+            journal.write(position, facts)
+
+    def _folders(self, position: int) -> list[Path]:
+        """Where the states of both models after a number of layers are saved."""
+        folder = self._refit.folder
+        assert folder is not None  # with a journal
+        return [states_folder(folder / name, position) for name in STREAMS]
 
     def _layer(self, layer: int) -> dict[str, LayerFacts]:
         """Runs one layer of both models on all batches, and re-fits its experts."""
@@ -179,8 +236,6 @@ class _Engine:
             self._full.layers.release(layer)
             facts = self._solved(both, kept)
         self._cut.layers.release(layer)
-        for stream in self._streams:
-            stream.store.turn()
         refit.done((1 - _RUNNING if refit.numbers else 1) / len(self._names))
         return facts
 
@@ -227,18 +282,19 @@ class _Engine:
                 stream.run(len(self._names), inputs, stream.store.get(number, None))
 
     def _leave_if_alone(self, layer: int) -> None:
-        """Ends the run inside a layer if that was requested; other ranks would wait for this
-        one.
+        """Ends the run inside a layer if that was requested and the journal has every layer that is
+        done; other ranks would wait for this one.
         """
-        if self._refit.world.size == 1 and self._refit.stop.requested:
+        refit = self._refit
+        known = refit.journal is None or refit.journal.position == layer
+        if known and refit.world.size == 1 and refit.stop.requested:
             raise self._interrupted(layer)
 
-    def _leave_if_asked(self, layer: int) -> None:
-        """Ends the run between two layers if that was requested of any rank."""
+    def _asked(self) -> bool:
+        """Whether the end of the run was requested of any rank."""
         asked = torch.tensor([float(self._refit.stop.requested)])
         self._refit.world.total([asked])
-        if asked and layer < len(self._names):
-            raise self._interrupted(layer)
+        return bool(asked)
 
     def _interrupted(self, layer: int) -> Interrupted:
         return self._refit.stop.interrupted(

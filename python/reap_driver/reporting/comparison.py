@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,25 @@ def _several(found: Mapping[str, Any]) -> list[Part]:
         f"{_interval(first['original_perplexity'])}) on the same {first['predictions']:,} "
         f"predictions, with {100 * each[0]['confidence']:g} % intervals"
     )
-    return [Table(caption, ["pruned", *figures.values(), *rates.values()], rows)]
+    table = Table(caption, ["pruned", *figures.values(), *rates.values()], rows)
+    return [table, *_by_group(each)]
+
+
+def _by_group(each: Sequence[Mapping[str, Any]]) -> list[Part]:
+    """The expected acceptance of each pruned model in each group, where there are several."""
+    groups = list(each[0]["groups"])
+    if len(groups) < 2 or any(list(one["groups"]) != groups for one in each):
+        return []
+    unseen = set(groups).intersection(*(one.get("not_calibrated_on", ()) for one in each))
+    headings = [name + _UNSEEN if name in unseen else name for name in groups]
+    rows: list[list[Cell]] = [
+        [
+            public_name(str(one["pruned"])),
+            *(_interval(one["groups"][name]["acceptance"]) for name in groups),
+        ]
+        for one in each
+    ]
+    return [Table("Expected acceptance in each group", ["pruned", *headings], rows)]
 
 
 def _rates(one: Mapping[str, Any]) -> Mapping[str, float]:

@@ -16,6 +16,7 @@ from reap_driver.workflow import estimate as estimating
 from reap_driver.workflow import observe as observing
 from reap_driver.workflow import plan as plans
 from reap_driver.workflow import prune as pruning
+from reap_driver.workflow import refit as refitting
 from reap_driver.workflow import report as reporting
 from reap_driver.workflow import search as searching
 from reap_driver.workflow.comparison_results import Compared, Comparisons
@@ -23,7 +24,7 @@ from reap_driver.workflow.complete import Complete
 from reap_driver.workflow.console import Console
 from reap_driver.workflow.errors import OptionError
 from reap_driver.workflow.fields import every_field
-from reap_driver.workflow.follow_up_jobs import CompareOptions, ReportOptions
+from reap_driver.workflow.follow_up_jobs import CompareOptions, RefitOptions, ReportOptions
 from reap_driver.workflow.jobs import (
     ApplyOptions,
     CalibrationOptions,
@@ -35,6 +36,8 @@ from reap_driver.workflow.jobs import (
 )
 from reap_driver.workflow.listener import Callback, Listener, Progress
 from reap_driver.workflow.recipes import build
+from reap_driver.workflow.refit_estimate import RefitEstimate
+from reap_driver.workflow.refit_results import Refitted
 from reap_kernels import SaliencyStats
 
 Heard = bool | Listener | Callable[[Progress], Any] | None
@@ -257,6 +260,48 @@ def search(
     """
     given = {"model": model, "stats": stats, "data": data, "ratio": ratio, "out": out, **options}
     return searching.search(build(SearchOptions, given), listener_of(progress))
+
+
+@_job(RefitOptions)
+def refit(
+    pruned: str | Path,
+    original: str | Path,
+    data: str | Path | Sequence[str | Path] = (),
+    *,
+    out: str | Path | None = None,
+    progress: Heard = None,
+    **options: Any,
+) -> Refitted | RefitEstimate | Complete | None:
+    """Solves a pruned model's down projections again: what `reap-kernels refit` does.
+
+    For models and batches in memory there is `refit_models`.
+
+    Args:
+        pruned: the pruned checkpoint, folder or hub id.
+        original: the model that it was made from, folder or hub id.
+        data: sources of calibration data, each `[group=]SOURCE[:N]`.
+        out: folder of the new checkpoint; None only with `dry_run`.
+        progress: see `prune`.
+        **options: of `RefitOptions` and the classes it holds.
+
+    Returns:
+        How each layer went, the figures before and after, and which one was written; with
+        `dry_run` what the run would take; `Complete` where `resume="auto"` found the output
+        complete; None on ranks of torchrun other than the first.
+
+    Raises:
+        OptionError, ReapError: see `prune`.
+        CheckpointError: the pruned model is no cut of the original.
+        UnsupportedModel: its weights are quantized; or a layer does more with its experts' output
+            than to add a multiple of it to the residual stream.
+
+    Example:
+        >>> done = rd.refit("CUT", "MODEL", data=["code.jsonl:50"], out="refit", seq_len=64)
+        >>> done.evaluation.gain.value > 0
+        True
+    """
+    given = {"pruned": pruned, "original": original, "data": data, "out": out, **options}
+    return refitting.refit(build(RefitOptions, given), listener_of(progress))
 
 
 @_job(CompareOptions)

@@ -183,7 +183,7 @@ def figures_table(found: Mapping[str, Comparison], unseen: Collection[str] = ())
         found: name of a pruned model -> its comparison, all on the same text.
         unseen: groups that none of them was calibrated on, which are marked.
     """
-    blocks = {name: _blocks(comparison) for name, comparison in found.items()}
+    blocks = {name: groups_and_all(comparison) for name, comparison in found.items()}
     lines = []
     for title in next(iter(blocks.values())):
         each = {name: own[title] for name, own in blocks.items()}
@@ -202,7 +202,7 @@ def figures_table(found: Mapping[str, Comparison], unseen: Collection[str] = ())
     return "\n".join(lines)
 
 
-def _blocks(comparison: Comparison) -> dict[str, Figures]:
+def groups_and_all(comparison: Comparison) -> dict[str, Figures]:
     """The figures of each group, and of all where there are several."""
     groups = comparison.by_group
     return {**groups, "all": comparison.overall} if len(groups) > 1 else groups

@@ -1,24 +1,127 @@
-"""The options of jobs on pruned models: comparing, reporting."""
+"""The options of jobs on pruned models: re-fitting, comparing, reporting."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from reap_driver.workflow.fields import group_of, option, options, refused
-from reap_driver.workflow.jobs import TASKS
-from reap_driver.workflow.options import DATA, DataOptions, RunOptions, check_positive, read_count
+from reap_driver.workflow.jobs import PLANNING, TASKS
+from reap_driver.workflow.options import (
+    DATA,
+    DataOptions,
+    RunOptions,
+    check_positive,
+    check_resume,
+    read_count,
+)
+from reap_driver.workflow.shape_options import check_ridge
 from reap_driver.workflow.single_options import (
     force_option,
+    hold_out_option,
     model_option,
     needs_data,
     overwrite_option,
+    set_names,
     set_paths,
     stats_option,
 )
 
 if TYPE_CHECKING:  # it imports torch, and --help must not
     from reap_kernels import SaliencyStats
+
+_REFIT = "re-fitting"
+
+
+@options
+@dataclass(frozen=True, kw_only=True)
+class RefitOptions:
+    """Solving the down projections of a pruned model again.
+
+    Example:
+        >>> data = rd.DataOptions(data="code.jsonl")
+        >>> rd.RefitOptions(pruned="CUT", original="MODEL", out="refitted", data=data).steps
+        2
+    """
+
+    pruned: str | Path = option(
+        metavar="PRUNED",
+        positional=True,
+        help="the pruned checkpoint, as folder or hub id; any tool may have made it",
+    )
+    original: str | Path = option(
+        metavar="MODEL", help="the model that it was made from, as folder or hub id"
+    )
+    out: str | Path | None = option(None, metavar="DIR", help="folder of the new checkpoint")
+    overwrite: bool = overwrite_option()
+    steps: int = option(
+        2,
+        metavar="N",
+        group=_REFIT,
+        about="Of eight sequences of each source, six are fitted, one chooses ridges and judges\n"
+        "each layer, and one, which neither has seen, evaluates the outcome.",
+        help="steps of conjugate gradients in each layer",
+    )
+    ridge: float | None = option(
+        None,
+        metavar="R",
+        group=_REFIT,
+        help="how much every layer is kept close to its old down projections, relative to the mean "
+        "of the Gram matrices' diagonals (default: for each layer, what judges best)",
+    )
+    validate: str | Path | Sequence[str | Path] = option(
+        (),
+        metavar="[GROUP=]SOURCE[:N]",
+        group=_REFIT,
+        recipe=False,
+        help="evaluate on this text instead of the eighth that is left for it; several sources can "
+        "be given",
+    )
+    keep_refit: bool = option(
+        False,
+        group=_REFIT,
+        help="write the re-fitted model also where the pruned one has the higher expected "
+        "acceptance; otherwise the pruned one is then copied",
+    )
+    resume: bool | Literal["auto"] = option(
+        False,
+        group=_REFIT,
+        recipe=False,
+        help="go on where an interrupted re-fit stopped, whose layers are in OUT.refit; the "
+        "outcome has the bits of one that was never interrupted. `resume='auto'` also begins where "
+        "there is nothing to go on from, and does nothing where this command has completed its "
+        "output",
+    )
+    data: DataOptions = group_of(DataOptions)
+    hold_out_group: str | Sequence[str] = hold_out_option()
+    run: RunOptions = group_of(RunOptions)
+    dry_run: bool = option(
+        False,
+        group=PLANNING,
+        help="print what the run would read, hold and compute, and write nothing; `out` may be "
+        "left out",
+    )
+
+    def __post_init__(self) -> None:
+        set_paths(self)
+        set_names(self, "hold_out_group", "validate")
+        check_positive(self, "steps")
+        needs_data(self.data)
+        if self.ridge is not None:
+            check_ridge(self.ridge)
+        if self.run.device_map is not None:
+            raise refused(
+                f"`device_map={self.run.device_map}`: a re-fit goes through the models layer by "
+                "layer, each read once; leave it out"
+            )
+        if self.out is None and not self.dry_run:
+            raise refused("`out` is required: the folder of the new checkpoint")
+        check_resume(self.resume, self.out, "layers so far")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """`validate` as a tuple of texts, which it is once checked."""
+        return cast("tuple[str, ...]", self.validate)
 
 
 @options

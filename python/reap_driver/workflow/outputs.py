@@ -26,7 +26,8 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_TEXTS = ("model", "pruned", "recipe")  # a file or a folder, or the name of something else
+# Options that name a file or a folder, or something else by its name.
+_TEXTS = ("model", "original", "pruned", "recipe")
 # What a journal's folder holds, also after a kill.
 _JOURNAL = re.compile(r"\.?(journal\.json|stats-\d+\.safetensors|states-\d+)(\.[0-9a-f]{8})?")
 

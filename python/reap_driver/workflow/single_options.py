@@ -53,8 +53,8 @@ def hold_out_option() -> Any:
         (),
         metavar="GROUP",
         group=DATA,
-        help="do not calibrate on the sources of this group, so that `compare` can show what is "
-        "kept on text of another kind; several can be given",
+        help="do not calibrate on the sources of this group, so that a comparison can show what "
+        "is kept on text of another kind; several can be given",
     )
 
 
@@ -62,14 +62,15 @@ def set_names(given: Any, *names: str) -> None:
     """Tuples where several values are meant, in options that were given as one text."""
     for name in names:
         value = getattr(given, name)
-        object.__setattr__(given, name, (value,) if isinstance(value, str) else tuple(value))
+        listed = (value,) if isinstance(value, str | Path) else value
+        object.__setattr__(given, name, tuple(map(str, listed)))
 
 
 def set_paths(given: Any) -> None:
     """Paths where paths are meant, in options that were given as text, and the reverse."""
     for field in dataclasses.fields(given):
         value = getattr(given, field.name)
-        if field.name in ("model", "pruned") and isinstance(value, Path):
+        if field.name in ("model", "original", "pruned") and isinstance(value, Path):
             object.__setattr__(given, field.name, str(value))
         elif field.name in _PATHS and isinstance(value, str):
             object.__setattr__(given, field.name, Path(value))

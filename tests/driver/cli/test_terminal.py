@@ -65,6 +65,8 @@ def test_results_fit_80_columns(
         (["plan", "stats", "--ratio", 0.25, "--out", "quarter.json"], 2),
         (["prune", "model", *own, "--out", "half"], 8),
         (["prune", "model", *own, "--dry-run"], 12),
+        (["refit", "half", "--original", "model", *own, "--dry-run"], 9),
+        (["refit", "half", "--original", "model", *own, "--out", "refit"], 20),
         (["apply", "model", "quarter.json", "--out", "cut"], 2),
         (["apply", "model", "plan.json", "--as-masks", "masks"], 2),
         (["search", "model", "stats", *own, *search, "--ratio", 0.25, "--out", "found"], 2),

@@ -26,12 +26,21 @@ COMMANDS = {
     "plan": (rd.PlanOptions,),
     "search": (rd.SearchOptions,),
     "apply": (rd.ApplyOptions,),
+    "refit": (rd.RefitOptions,),
     "compare": (rd.CompareOptions,),
     "report": (rd.ReportOptions,),
 }
 # Of a dry run; that of observe says nothing of what pruning leaves.
 ESTIMATED = {"machine", "tokens"}
-GIVEN = {"model": "M", "data": ["a.jsonl"], "out": "o", "stats": "s", "plan": "p", "pruned": "q"}
+GIVEN = {
+    "model": "M",
+    "data": ["a.jsonl"],
+    "out": "o",
+    "stats": "s",
+    "plan": "p",
+    "pruned": "q",
+    "original": "M",
+}
 
 
 def given(cls: type, **changes: Any) -> dict[str, Any]:
