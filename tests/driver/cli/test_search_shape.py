@@ -134,6 +134,18 @@ def test_whole_experts_need_no_matrices(
     assert outputs(tmp_path) == ["plan.json"]
 
 
+def test_protected_experts_stay(run: Run, words: Any, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    outcome = run(*words, "--protect", "0:0,1,2,3,4", "--out", out, "--json")
+    assert outcome.code == 3, "five of the four experts that the cut of whole ones keeps"
+    outcome = run(*words, "--protect", "0:0,1,2,3", "--out", out, "--json")
+    assert outcome.code == 0, outcome.err
+    plan = rd.Plan.load(out)
+    name = next(iter(plan.layers))
+    assert {0, 1, 2, 3} <= set(plan.kept[name])
+    assert plan.settings["protected"] == {name: [0, 1, 2, 3]}
+
+
 def test_without_validation_nothing_is_held_out(run: Run, words: Any, tmp_path: Path) -> None:
     outcome = run(*words, "--validation", 0, "--out", tmp_path / "plan.json", "--json")
     assert (outcome.code, outcome.json["held_out"]) == (0, None)
