@@ -22,7 +22,6 @@ from transformers import AutoTokenizer
 
 import reap_driver as rd
 from bench import rows
-from reap_driver.budget_search.evolution import Settings
 from reap_driver.demo.corpus import DOMAINS, Document, load_corpus
 from reap_driver.demo.evaluate import token_windows
 from reap_driver.demo.run import (
@@ -35,6 +34,7 @@ from reap_driver.demo.run import (
 from reap_driver.evaluation.predictions import Predictions, predict
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.evaluation.sequences import Comparison, Sums
+from reap_driver.plan_search.evolution import Settings
 from reap_driver.planning.criteria import CRITERIA
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.student_t import t_quantile

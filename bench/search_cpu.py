@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from bench import rows
-from reap_driver.budget_search.evolution import Settings
-from reap_driver.budget_search.fitness import Fitness
-from reap_driver.budget_search.held_out import held_out
-from reap_driver.budget_search.recorder import Recorder
-from reap_driver.budget_search.search import Found, Task, search
 from reap_driver.demo.run import CALIBRATION_WINDOWS, MODEL, observe_windows, read_texts
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.load.resident import load_model
+from reap_driver.plan_search.budget_search import Found, Task, search
+from reap_driver.plan_search.evolution import Settings
+from reap_driver.plan_search.fitness import Fitness
+from reap_driver.plan_search.held_out import held_out
+from reap_driver.plan_search.recorder import Recorder
 from reap_driver.planning.criteria import Scores
 from reap_driver.planning.planner import make_plan
 from reap_driver.planning.scoring import score

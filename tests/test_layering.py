@@ -38,7 +38,7 @@ DRIVER_ORDER = (
     ("refitting",),
     ("writer",),
     ("evaluation",),
-    ("budget_search",),
+    ("plan_search",),
     ("reporting",),
     ("workflow",),
     ("__init__",),

@@ -17,8 +17,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reap_driver.budget_search.search import search_plan
-    from reap_driver.budget_search.shape_search import FoundShape, search_shape
     from reap_driver.compat.model_config import load_config
     from reap_driver.compensation.refit import LayerRefit, refit_layer
     from reap_driver.compensation.rows import ExpertRows
@@ -36,6 +34,8 @@ if TYPE_CHECKING:
     from reap_driver.model.discover import MoELayer, find_moe_layers, record_of
     from reap_driver.observation.observer import Observer, observe
     from reap_driver.observation.streamed import observe_streamed
+    from reap_driver.plan_search.budget_search import search_plan
+    from reap_driver.plan_search.shape_search import FoundShape, search_shape
     from reap_driver.planning.criteria import Scores
     from reap_driver.planning.plan import LayerPlan, Plan
     from reap_driver.planning.planner import make_plan, plan_of_removals, random_plan
@@ -187,9 +187,9 @@ _HOMES = {
     "save_masks": "reap_driver.writer.mask_file",
     "score": "reap_driver.planning.scoring",
     "search": "reap_driver.workflow.calls",
-    "search_plan": "reap_driver.budget_search.search",
-    "FoundShape": "reap_driver.budget_search.shape_search",
-    "search_shape": "reap_driver.budget_search.shape_search",
+    "search_plan": "reap_driver.plan_search.budget_search",
+    "FoundShape": "reap_driver.plan_search.shape_search",
+    "search_shape": "reap_driver.plan_search.shape_search",
 }
 
 __all__ = [

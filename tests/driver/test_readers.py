@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from reap_driver.budget_search.search_state import read as read_search
 from reap_driver.files.matrices import FORMAT as MATRICES
 from reap_driver.files.matrices import LAYER_FORMAT
 from reap_driver.files.safetensors_file import read_header
 from reap_driver.observation.journal import FORMAT as JOURNAL
 from reap_driver.observation.state_store import read_state
+from reap_driver.plan_search.search_state import read as read_search
 from reap_driver.planning.plan import Plan
 from reap_driver.reporting.comparison import read_comparison
 from reap_driver.workflow.ranking import _Experts, _read

@@ -9,12 +9,12 @@ from unittest import mock
 
 import torch
 
-from reap_driver.budget_search.search_state import SearchState
-from reap_driver.budget_search.search_state import read as read_search
 from reap_driver.observation.batch_state import BatchState
 from reap_driver.observation.journal import Journal
 from reap_driver.observation.journal import read as read_journal
 from reap_driver.observation.state_store import read_state, write_state
+from reap_driver.plan_search.search_state import SearchState
+from reap_driver.plan_search.search_state import read as read_search
 from reap_driver.reporting.comparison import comparison_parts, read_comparison
 from reap_kernels import SaliencyStats
 from reap_kernels.tuning import CONFIGS, Launch, Table

@@ -2,7 +2,7 @@
 
 It contains the identity of the run and its progress. It is replaced atomically, so a run that is
 killed at any moment leaves a readable file. A journal (journal.py) has further files; the state of
-a search (budget_search/search_state.py) is only this file.
+a search (plan_search/search_state.py) is only this file.
 """
 
 import contextlib

@@ -11,17 +11,17 @@ from transformers import PreTrainedModel
 
 from reap_driver.base.interrupts import deferred
 from reap_driver.base.units import in_bytes
-from reap_driver.budget_search import search_state as states
-from reap_driver.budget_search.fitness import Fitness
-from reap_driver.budget_search.held_out import held_out
-from reap_driver.budget_search.recorder import Recorder
-from reap_driver.budget_search.search import Found
-from reap_driver.budget_search.search_state import Saved, SearchState
-from reap_driver.budget_search.shape_search import TRIED, FoundShape
 from reap_driver.data.packing import PackedSource
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.files.matrices import folder_beside
 from reap_driver.observation.data_parallel import Ranks
+from reap_driver.plan_search import search_state as states
+from reap_driver.plan_search.budget_search import Found
+from reap_driver.plan_search.fitness import Fitness
+from reap_driver.plan_search.held_out import held_out
+from reap_driver.plan_search.recorder import Recorder
+from reap_driver.plan_search.search_state import Saved, SearchState
+from reap_driver.plan_search.shape_search import TRIED, FoundShape
 from reap_driver.planning.plan import Plan
 from reap_driver.workflow.complete import Complete, finished, made_by
 from reap_driver.workflow.holding import Holding, holding

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from reap_driver.base.interrupts import Stop
-from reap_driver.budget_search.evolution import Settings
-from reap_driver.budget_search.fitness import Candidate
-from reap_driver.budget_search.recorder import Recorder
-from reap_driver.budget_search.search import Found, Task, search
-from reap_driver.budget_search.search_state import REMOVED
 from reap_driver.evaluation.router_masks import RouterMasks
+from reap_driver.plan_search.budget_search import Found, Task, search
+from reap_driver.plan_search.evolution import Settings
+from reap_driver.plan_search.fitness import Candidate
+from reap_driver.plan_search.recorder import Recorder
+from reap_driver.plan_search.search_state import REMOVED
 from reap_driver.planning.plan import Plan
 from reap_driver.workflow.inspection import Model
 from reap_driver.workflow.jobs import SearchOptions

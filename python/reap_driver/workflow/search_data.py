@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from reap_driver.budget_search.search_state import Saved
 from reap_driver.data.packing import PackedSource
+from reap_driver.plan_search.search_state import Saved
 from reap_driver.workflow.calibration import batches_of, read_data
 from reap_driver.workflow.holding import Holding, decided
 from reap_driver.workflow.inspection import Model, check_packing, device_of, sequence_length

@@ -8,11 +8,6 @@ from typing import Any
 
 from reap_driver.base.interrupts import Stop, held_back
 from reap_driver.base.units import in_bytes
-from reap_driver.budget_search.fitness import Candidate
-from reap_driver.budget_search.recorder import Recorder
-from reap_driver.budget_search.search_state import SHAPE
-from reap_driver.budget_search.shape_search import MOST, FoundShape, search
-from reap_driver.budget_search.shape_task import ShapeTask, narrow_shapes
 from reap_driver.compensation.shaping import Shaping
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.files.exchange import partial_of
@@ -20,6 +15,11 @@ from reap_driver.files.exchange import place as placed
 from reap_driver.files.gram_folder import GramFolder
 from reap_driver.files.matrices import Matrices, folder_beside
 from reap_driver.memory.machine import free_disk
+from reap_driver.plan_search.fitness import Candidate
+from reap_driver.plan_search.recorder import Recorder
+from reap_driver.plan_search.search_state import SHAPE
+from reap_driver.plan_search.shape_search import MOST, FoundShape, search
+from reap_driver.plan_search.shape_task import ShapeTask, narrow_shapes
 from reap_driver.planning.plan import Plan
 from reap_driver.workflow.inspection import Model
 from reap_driver.workflow.jobs import SearchOptions

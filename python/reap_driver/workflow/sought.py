@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 from reap_driver.base.interrupts import Stop
-from reap_driver.budget_search.fitness import Candidate
-from reap_driver.budget_search.recorder import Recorder
-from reap_driver.budget_search.search import Found
-from reap_driver.budget_search.shape_search import FoundShape
 from reap_driver.evaluation.router_masks import RouterMasks
+from reap_driver.plan_search.budget_search import Found
+from reap_driver.plan_search.fitness import Candidate
+from reap_driver.plan_search.recorder import Recorder
+from reap_driver.plan_search.shape_search import FoundShape
 from reap_driver.planning.plan import Plan
 from reap_driver.workflow.listener import Listener
 

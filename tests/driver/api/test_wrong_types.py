@@ -11,7 +11,7 @@ import torch
 
 import reap_driver as rd
 import reap_kernels as rk
-from reap_driver.budget_search.evolution import Settings
+from reap_driver.plan_search.evolution import Settings
 from reap_kernels.errors import ReapError, UsageError
 from tests.driver import zoo
 from tests.driver.writer import saved

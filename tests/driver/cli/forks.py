@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from reap_driver.budget_search import recorder
-from reap_driver.budget_search.search_state import SearchState
 from reap_driver.cli.main import main
+from reap_driver.plan_search import recorder
+from reap_driver.plan_search.search_state import SearchState
 from tests import forks
 from tests.forks import Ended
 

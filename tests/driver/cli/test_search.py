@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 import reap_driver as rd
-from reap_driver.budget_search.search_state import SearchState, read
 from reap_driver.cli.main import main
 from reap_driver.memory.decision import decide
 from reap_driver.memory.host_memory import Free
 from reap_driver.memory.machine import Machine
+from reap_driver.plan_search.search_state import SearchState, read
 from reap_driver.workflow import holding
 from tests.driver.cli.conftest import Run, write_data, write_model
 from tests.driver.cli.forks import forked, signalled_behind

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import reap_driver as rd
-from reap_driver.budget_search.search_state import read
-from reap_driver.budget_search.shape_task import ShapeTask
 from reap_driver.memory.host_memory import Free
+from reap_driver.plan_search.search_state import read
+from reap_driver.plan_search.shape_task import ShapeTask
 from reap_driver.workflow import search_shapes
 from tests.driver.cli.conftest import Run, write_data, write_model
 from tests.driver.cli.forks import forked, signalled_behind

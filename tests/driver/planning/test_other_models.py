@@ -197,7 +197,7 @@ def test_a_search_takes_scores_of_the_base_model() -> None:
 
 
 def _quick() -> Any:
-    from reap_driver.budget_search.evolution import Settings
+    from reap_driver.plan_search.evolution import Settings
 
     return Settings(evaluations=6, population=4, elites=2, seed=0)
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reap_driver.budget_search.fitness import Candidate, Inputs, acceptance_by_sequence
 from reap_driver.evaluation.figures import DRAWS, intervals
+from reap_driver.plan_search.fitness import Candidate, Inputs, acceptance_by_sequence
 from reap_kernels.errors import DataError
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from reap_driver.budget_search.space import Removals, Space
+from reap_driver.plan_search.space import Removals, Space
 from reap_kernels.errors import PlanError
 
 _DRAWS = 50  # mutations tried per new candidate before the search counts as exhausted

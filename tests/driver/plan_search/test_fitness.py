@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import reap_driver as rd
-from reap_driver.budget_search import fitness as module
-from reap_driver.budget_search.fitness import Candidate, Fitness, acceptance_by_sequence
 from reap_driver.memory.host_memory import Free
+from reap_driver.plan_search import fitness as module
+from reap_driver.plan_search.fitness import Candidate, Fitness, acceptance_by_sequence
 from reap_kernels.errors import BackendUnavailable, DataError, ResourceError
 from tests.driver import zoo
 from tests.driver.writer.test_router_mask import FIRST, SECOND, bits, smaller_router
@@ -179,4 +179,4 @@ def test_logits_that_are_not_finite_are_refused() -> None:
 
 
 def test_named_in_the_package() -> None:
-    assert rd.search_plan.__module__ == "reap_driver.budget_search.search"
+    assert rd.search_plan.__module__ == "reap_driver.plan_search.budget_search"

@@ -10,20 +10,20 @@ import torch
 
 import reap_driver as rd
 from reap_driver.base.interrupts import Interrupted, Stop
-from reap_driver.budget_search import shape_task as module
-from reap_driver.budget_search.fitness import Fitness
-from reap_driver.budget_search.held_out import held_out
-from reap_driver.budget_search.recorder import Recorder
-from reap_driver.budget_search.search_state import SHAPE, SearchState, read
-from reap_driver.budget_search.shape_search import MOST, FoundShape, search, tried
-from reap_driver.budget_search.shape_task import ShapeTask
 from reap_driver.compensation.shaping import Shaping
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.memory.host_memory import Free
+from reap_driver.plan_search import shape_task as module
+from reap_driver.plan_search.fitness import Fitness
+from reap_driver.plan_search.held_out import held_out
+from reap_driver.plan_search.recorder import Recorder
+from reap_driver.plan_search.search_state import SHAPE, SearchState, read
+from reap_driver.plan_search.shape_search import MOST, FoundShape, search, tried
+from reap_driver.plan_search.shape_task import ShapeTask
 from reap_driver.planning.shape import Shape
 from reap_kernels.errors import DataError, PlanError, ResourceError, ShapeError
 from tests.driver import zoo
-from tests.driver.budget_search.test_fitness import batches
+from tests.driver.plan_search.test_fitness import batches
 from tests.driver.writer.test_router_mask import bits
 
 WIDTH, MULTIPLE = 32, 4

@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 
-from reap_driver.budget_search.evolution import Settings, best_of, evolve
-from reap_driver.budget_search.space import MOST_MOVED, MOST_MOVES, Removals, Space, shapes
+from reap_driver.plan_search.evolution import Settings, best_of, evolve
+from reap_driver.plan_search.space import MOST_MOVED, MOST_MOVES, Removals, Space, shapes
 from reap_kernels.errors import PlanError
 
 

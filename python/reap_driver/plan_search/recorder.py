@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reap_driver.base.interrupts import Stop
-from reap_driver.budget_search.search_state import SearchState
+from reap_driver.plan_search.search_state import SearchState
 
 _WRITE_AFTER = 30.0  # seconds between two writes of the state within a generation
 

@@ -12,15 +12,15 @@ import torch
 
 import reap_driver as rd
 from reap_driver.base.interrupts import Interrupted, Stop
-from reap_driver.budget_search.evolution import Settings
-from reap_driver.budget_search.fitness import Fitness
-from reap_driver.budget_search.held_out import HeldOut, held_out
-from reap_driver.budget_search.recorder import Recorder
-from reap_driver.budget_search.search import Task, search
-from reap_driver.budget_search.search_state import FORMAT, SHAPE, Saved, SearchState, read
+from reap_driver.plan_search.budget_search import Task, search
+from reap_driver.plan_search.evolution import Settings
+from reap_driver.plan_search.fitness import Fitness
+from reap_driver.plan_search.held_out import HeldOut, held_out
+from reap_driver.plan_search.recorder import Recorder
+from reap_driver.plan_search.search_state import FORMAT, SHAPE, Saved, SearchState, read
 from reap_kernels.errors import DataError, PlanError
 from tests.driver import zoo
-from tests.driver.budget_search.test_fitness import batches, brute_force, masked
+from tests.driver.plan_search.test_fitness import batches, brute_force, masked
 from tests.sealed import change_document
 
 LAYERS = 4

@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reap_driver.base.arguments import typed
-from reap_driver.budget_search.fitness import Fitness, Inputs
-from reap_driver.budget_search.held_out import HeldOut, held_out
-from reap_driver.budget_search.recorder import Recorder
-from reap_driver.budget_search.shape_task import Grams, ShapeTask
 from reap_driver.compensation.shaping import Shaping
 from reap_driver.compensation.width import RIDGE
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.model.discover import find_moe_layers, record_of
+from reap_driver.plan_search.fitness import Fitness, Inputs
+from reap_driver.plan_search.held_out import HeldOut, held_out
+from reap_driver.plan_search.recorder import Recorder
+from reap_driver.plan_search.shape_task import Grams, ShapeTask
 from reap_driver.planning.criteria import Scores
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.planner import make_plan

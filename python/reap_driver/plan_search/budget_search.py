@@ -8,13 +8,13 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from reap_driver.base.arguments import typed
-from reap_driver.budget_search.evolution import Settings, best_of, evolve
-from reap_driver.budget_search.fitness import Candidate, Fitness, Inputs
-from reap_driver.budget_search.held_out import HeldOut, held_out
-from reap_driver.budget_search.recorder import Recorder
-from reap_driver.budget_search.space import Removals, Space
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.model.discover import find_moe_layers, record_of
+from reap_driver.plan_search.evolution import Settings, best_of, evolve
+from reap_driver.plan_search.fitness import Candidate, Fitness, Inputs
+from reap_driver.plan_search.held_out import HeldOut, held_out
+from reap_driver.plan_search.recorder import Recorder
+from reap_driver.plan_search.space import Removals, Space
 from reap_driver.planning.allocation import max_removable, removal_steps
 from reap_driver.planning.criteria import Scores
 from reap_driver.planning.plan import Plan
@@ -171,7 +171,7 @@ def search_plan(
         UnsupportedModel: the model's routers cannot be masked.
 
     Example:
-        >>> from reap_driver.budget_search.evolution import Settings
+        >>> from reap_driver.plan_search.evolution import Settings
         >>> settings = Settings(evaluations=4, population=2, elites=1)
         >>> rd.search_plan(model, scores, batches, ratio=0.5, settings=settings).ratio
         0.5

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from reap_driver.base.units import in_bytes
-from reap_driver.budget_search.fitness import Candidate
 from reap_driver.compensation.shaping import Shaping
 from reap_driver.evaluation.compensation import PlannedModel, check_resident
 from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.files.gram_folder import GramFolder
 from reap_driver.memory.machine import free_device_memory
 from reap_driver.model.expert_parts import matrices_in
+from reap_driver.plan_search.fitness import Candidate
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.shape import Shape
 from reap_kernels import LayerGram

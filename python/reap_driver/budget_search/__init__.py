@@ -1,1 +1,0 @@
-"""Budget search: an evolutionary search for how many experts each layer loses."""
