@@ -17,6 +17,7 @@ BENCHMARKS = {
     "methods_cpu": "methods of pruning on held-out text, five draws; unseen domains; CPU",
     "demo": "the demo's perplexities and agreements, as rows",
     "plan_cpu": "`reap-kernels plan` on 92 layers of 512 experts in eight parts, step by step; CPU",
+    "refit_cpu": "re-fit of a pruned model in observing passes of the same text; CPU",
     "search_cpu": "budgets searched on the bundled model: cost, acceptance on held-out text; CPU",
     "startup": "import and --help time beside `import torch`",
     "stream_cpu": "a checkpoint observed layer by layer beside resident: time, bytes, memory; CPU",
