@@ -22,7 +22,8 @@ def streamed(given: Pair, **how: Any) -> tuple[dict[str, LayerFacts], dict[str, 
     """The re-fit of a pair, streamed from disk."""
     found: dict[str, Tensor] = {}
     batches = BatchList.checked(given.batches, None)
-    refit = Refit(batches, range(len(HELD)), HELD, found.__setitem__, **how)
+    how = {"put": found.__setitem__, **how}
+    refit = Refit(batches, range(len(HELD)), HELD, **how)
     with contextlib.ExitStack() as stack:
         models = [
             stack.enter_context(open_streamed(folder)) for folder in (given.full, given.small)
