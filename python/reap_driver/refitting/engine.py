@@ -124,9 +124,9 @@ def refit_layers(
 ) -> dict[str, LayerFacts]:
     """Re-fits a pruned model, in which nothing changes.
 
-    Memory: two layers of each model; where states are stored, for T tokens of width H in the
-    model's dtype, 2 T H numbers of both streams, and while a layer is solved 3 T H of it and up to
-    3 T H in float32; on the device, besides, what `refit_layer` needs.
+    Memory: two layers of the pruned model and one of the original. Where states are stored, for T
+    tokens of width H: of both streams 2 T H numbers in the model's dtype and, while a layer is
+    solved, 4 T H more and T H in float32. On the device, besides, what `refit_layer` needs.
 
     Returns:
         {experts module: facts} of the layers that tokens reached, in the model's order.
@@ -217,8 +217,6 @@ class _Engine:
                 self._leave_if_alone(layer)
         for stream in self._streams:
             stream.store.begin(layer + 1)
-            if layer + 1 < len(self._names):
-                stream.layers.prefetch(layer + 1)
         experts = [moe for moe in self._cut.observer.layers if moe.name.startswith(f"{name}.")]
         kept = {moe.name: self._kept.of(moe.name) for moe in experts}
         held = [refit.held_out[number] for number in refit.numbers]
@@ -234,6 +232,9 @@ class _Engine:
             for stream in self._streams:
                 stream.observer.check_finite(f"{name}.")
             self._full.layers.release(layer)
+            if layer + 1 < len(self._names):  # not earlier, so that three layers are in memory
+                for stream in self._streams:
+                    stream.layers.prefetch(layer + 1)
             facts = self._solved(both, kept)
         self._cut.layers.release(layer)
         refit.done((1 - _RUNNING if refit.numbers else 1) / len(self._names))

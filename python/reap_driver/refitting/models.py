@@ -89,7 +89,7 @@ def refit_models(
 
     Costs about five passes of the batches through the experts of the pruned model, and one through
     the original. Memory: for T tokens of width H, of both models 2 T H numbers in their dtype and,
-    while a layer is solved, 3 T H more and 3 T H in float32; and see `refit_layer`.
+    while a layer is solved, 4 T H more and T H in float32; and see `refit_layer`.
 
     Args:
         original, pruned: models in memory, in eval mode; the pruned one lacks experts of the

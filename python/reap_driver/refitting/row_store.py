@@ -31,11 +31,11 @@ class RowStore:
         self, place: Offload, device: torch.device, folder: Path | None, held_out: Sequence[bool]
     ) -> None:
         self._held_out, self._folder = tuple(held_out), folder
-        self._given, self._left = (
+        self._given, self._left, self._behind = self._stores = [
             StateStore(place, device, None if folder is None else folder / name)
-            for name in ("given", "left")
-        )
-        for store in (self._given, self._left):
+            for name in ("given", "left", "behind")
+        ]
+        for store in self._stores:
             store.begin(0)
 
     def add(self, number: int, rows: ExpertRows, cut: BatchState, full: Tensor) -> None:
@@ -47,27 +47,28 @@ class RowStore:
             cut: the state of the pruned model after the layer as it is.
             full: hidden states of the original after the layer.
         """
-        given = [rows.hidden, rows.ids, rows.weights, rows.mask, full, cut.output()]
-        self._given.put(number, BatchState.of(cut.layer, given, cut.changes()))
+        given = [rows.hidden, rows.ids, rows.weights, rows.mask]
+        self._given.put(number, BatchState.of(0, given, {}))
+        self._behind.put(number, BatchState.of(cut.layer, [full, cut.output()], cut.changes()))
         self[number] = rows
 
     def complete(self) -> None:
         """Called when all batches were added, before any is read."""
-        for store in (self._given, self._left):
+        for store in self._stores:
             store.turn()
         self._left.rewrite()
 
     def states(self, number: int) -> tuple[BatchState, Tensor]:
         """The `cut` and `full` of a batch that was added."""
-        state = _state(self._given, number)
-        *_, full, output = state.output()
+        state = _state(self._behind, number)
+        full, output = state.output()
         return BatchState.of(state.layer, output, state.changes()), full
 
     def __len__(self) -> int:
         return len(self._held_out)
 
     def __getitem__(self, number: int) -> ExpertRows:
-        hidden, ids, weights, mask, *_ = _state(self._given, number).output()
+        hidden, ids, weights, mask = _state(self._given, number).output()
         missing, product = _state(self._left, number).output()
         held_out = self._held_out[number]
         return ExpertRows(hidden, ids, weights, missing, mask, held_out, product)
@@ -77,7 +78,7 @@ class RowStore:
 
     def close(self) -> None:
         """Ends the background threads and deletes the files."""
-        for store in (self._given, self._left):
+        for store in self._stores:
             store.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -63,7 +63,7 @@ class Needs:
     def sizes(self) -> ModelSizes:
         """Both models and what solving holds, as `decide` takes them."""
         whole = together([self.original, self.pruned])
-        pair = (self.original.largest_pair + self.pruned.largest_pair) // 2
+        pair = (self.original.largest_layer + self.pruned.largest_pair) // 2
         return replace(
             whole,
             layer_bytes=(pair, pair),
