@@ -132,7 +132,7 @@ class _Refitting:
         folders = [(model.source.folder, model.config) for model in both]
         check_vocabularies(folders[0], folders[1], trust_remote_code=trust)
         source = self.pruned.source
-        refuse_quantized(source, quantization_of(source))
+        refuse_quantized(source.folder, quantization_of(source))
         if not self.options.dry_run:
             replaced = self.options.overwrite or self.options.resume == "auto"
             check_target(self.out.absolute(), source.folder, overwrite=replaced)

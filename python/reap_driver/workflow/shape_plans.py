@@ -169,6 +169,12 @@ def plan_of_shape(
         blank = shaping.blank(chosen, choice.ratio)
         least = None if len(shapes) > 1 else chosen.width
         found = {"digest": _solve(blank, least, shaping, evidence, out, listener)}
+    else:
+        notes.append(f"{chosen} has all neurons of its experts, so these stay as they are")
+    if shape.explicit is None and not choice.narrow:
+        notes.append(
+            f"{chosen} is the only shape of this size; a smaller `width_multiple` allows others"
+        )
     plan = shaping.plan(chosen, choice.ratio, choice.settings)
     return replace(plan.noting(notes), matrices=found)
 

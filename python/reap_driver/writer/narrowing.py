@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from reap_driver.compat.config_edit import with_values
 from reap_driver.compat.conversion import KeyMap
 from reap_driver.files.checkpoint import Checkpoint
-from reap_driver.files.quantization import Quantization
+from reap_driver.files.quantization import Quantization, method_of, settings_in
 from reap_driver.model.discover import MoELayer, find_moe_layers
 from reap_driver.model.expert_layout import Shape
 from reap_driver.model.expert_parts import NewExperts
@@ -125,7 +125,8 @@ def smaller_model(
 
     Raises:
         CheckpointError: config.json lacks the number of experts of a layer that loses some.
-        PlanError, UnsupportedModel: see `narrow`.
+        PlanError, UnsupportedModel: see `narrow`; or the model is quantized, and experts get other
+            values.
     """
     layers = find_moe_layers(full)
     counts = {la.name: (la.num_experts, len(plan.layers[la.name].kept)) for la in layers}
@@ -134,6 +135,8 @@ def smaller_model(
     widths = _widths(plan, stacks, layers)
     if not widths:
         return made
+    for _, settings in settings_in(raw):
+        refuse_quantized(folder, Quantization(method_of(settings, None), settings))
     config, _ = _with_widths(folder, full, config, KeyMap(made).shapes, stacks, widths, trust=trust)
     return built(folder, config, trust_remote_code=trust)
 
@@ -232,7 +235,7 @@ def compute(
         PlanError: the plan cuts multi-token-prediction layers, of which it says no neurons.
         UnsupportedModel: the source is quantized, or new values cannot be written in its layout.
     """
-    refuse_quantized(source, quantization)
+    refuse_quantized(source.folder, quantization)
     old = {layer.name: layer for layer in layers}
     extra = [name for name in plan.layers if name not in old]
     if extra:

@@ -8,13 +8,13 @@ at a time.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from reap_driver.compat.conversion import Group, KeyMap
-from reap_driver.files.checkpoint import Checkpoint
 from reap_driver.files.quantization import Quantization
 from reap_driver.files.safetensors_file import TensorEntry
 from reap_driver.model.discover import MoELayer
@@ -155,7 +155,7 @@ class ExpertValues:
         return found
 
 
-def refuse_quantized(source: Checkpoint, quantization: Quantization) -> None:
+def refuse_quantized(folder: Path, quantization: Quantization) -> None:
     """Raises UnsupportedModel for a checkpoint that a quantizer wrote.
 
     Its codes, scales and blocks are of the old values and the old width, and engines read all
@@ -163,7 +163,7 @@ def refuse_quantized(source: Checkpoint, quantization: Quantization) -> None:
     """
     if quantization.method is not None or quantization.settings:
         raise UnsupportedModel(
-            f"{source.folder}: is quantized ({quantization}), and new values of experts are "
+            f"{folder}: is quantized ({quantization}), and new values of experts are "
             "written as BF16, F16, F32 or F64 numbers only; apply the plan to the checkpoint it "
             "was quantized from, and quantize the result."
         )

@@ -216,7 +216,7 @@ def _prepare(source: Checkpoint, matrices: Mapping[str, Tensor], *, trust: bool)
     _check_names(matrices, layers, source)
     quantization = quantization_of(source)
     if matrices:
-        refuse_quantized(source, quantization)
+        refuse_quantized(source.folder, quantization)
     keys = KeyMap(model)
     where = str(source.folder / "config.json")
     checked = check_source(source.tensors, keys, where, quantization)

@@ -16,6 +16,7 @@ from reap_driver.observation import journal as journals
 from tests.driver.cli.conftest import Run, observation, write_model
 from tests.driver.cli.forks import forked, killed_before
 from tests.driver.distributed.launch import ranked
+from tests.driver.published.reduce import CONFIGS
 from tests.forks import Ended
 
 LAYERS = 3
@@ -209,3 +210,12 @@ def test_dry_run_states_memory_disk_and_sizes(run: Run, deep: Path, words: list[
     assert "the run chooses from 8x12, 6x16, 4x24; these sizes are of 8x12" in auto.err
     assert "gram" not in run("prune", *words, "--ratio", 0.5, "--json").json
     assert max(map(len, auto.out.splitlines())) <= 80
+
+
+def test_dry_run_refuses_quantized_models(run: Run) -> None:
+    """By the configuration alone, as the run would."""
+    words = ["prune", CONFIGS / "deepseek-v3.2.json", "--dry-run", "--tokens", "1M"]
+    machine = ["--machine", "8xH200-141GB,ram=2TB,free=4TB"]
+    ended = run(*words, *machine, "--shape", "auto")
+    assert ended.code == 3
+    assert "is quantized (quant_method is 'fp8'" in ended.error

@@ -125,6 +125,12 @@ def test_whole_experts_need_no_matrices(run: Run, seen: Seen, tmp_path: Path) ->
     plan = rd.Plan.load(tmp_path / "plan.json")
     assert plan.layers == rd.plan(seen.stats, 0.5).plan.layers
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert "4x24 has all neurons of its experts, so these stay as they are" in made.err
+    few = run(
+        *("plan", seen.stats, "--gram", seen.gram, "--shape", "auto", "--ratio", 0.2),
+        *("--width-multiple", 23, "--out", tmp_path / "few.json"),
+    )
+    assert "6x24 is the only shape of this size; a smaller --width-multiple allows" in few.err
 
 
 def test_routing_groups_stay_equal(run: Run, tmp_path: Path) -> None:
