@@ -54,3 +54,14 @@ def stream_gram_cpu() -> str:
         f"{row['layer_mb']} MB of weights and {row['layer_gram_mb']} MB of Gram matrices; "
         f"commit {row['commit']}; `python -m bench stream_cpu --gram`.\n"
     )
+
+
+def refit_cpu() -> str:
+    """A re-fit, in observing passes."""
+    row = newest("refit_cpu", "tokens")[-1]
+    return (
+        f"Re-fitting the same model without {int(row['experts']) - int(row['kept'])} of its "
+        f"{row['experts']} experts per layer takes {float(row['refit/observed']):.1f} times an "
+        f"observing pass of the same {row['tokens']} tokens; commit {row['commit']}; `python -m "
+        "bench refit_cpu`.\n"
+    )

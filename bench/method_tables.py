@@ -80,26 +80,19 @@ def methods_shift() -> str:
     """Methods on the domains of the calibration text, and on others."""
     rows = [row for row in _methods() if row["text"] != "held out"]
     found = {(row["method"], row["text"]): row for row in rows}
-    body = [
-        [TITLES[name], seen["shape"]]
-        + [
-            _interval(row, *how)
-            for row in (seen, found[name, "unseen"])
-            for how in (("acceptance", 100, 2), ("perplexity", 1, 2))
-        ]
-        for (name, text), seen in found.items()
-        if text == "seen"
-    ]
-    head = ["method", "experts (x neurons)"]
-    head += [
-        f"{figure}, {text}"
-        for text in ("seen", "unseen")
-        for figure in ("acceptance, %", "perplexity")
-    ]
+    body = []
+    for name in dict.fromkeys(row["method"] for row in rows):
+        line = [TITLES[name], found[name, "seen"]["shape"]]
+        for text in ("seen", "unseen"):
+            own, reap = (float(found[key, text]["acceptance"]) for key in (name, "reap"))
+            line += [_interval(found[name, text], "acceptance", 100, 2) + " %"]
+            line += [f"{100 * (own - reap):+.2f}" if name != "reap" else ""]
+        body.append(line)
+    head = ["method", "experts (x neurons)", "acceptance, seen", "over REAP", "acceptance, unseen"]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     where = f"\n50 % removed; means over {rows[0]['draws']} pairs of domains and 95 % intervals; "
     where += f"commit {commits}; `python -m bench methods_cpu --shift`.\n"
-    return markdown(head, body) + where
+    return markdown([*head, "over REAP"], body) + where
 
 
 def _methods() -> list[Row]:

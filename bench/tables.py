@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from bench.gram_tables import gram_cpu, obs_cpu, stream_gram_cpu
+from bench.gram_tables import gram_cpu, obs_cpu, refit_cpu, stream_gram_cpu
 from bench.method_tables import criteria_cpu, methods_cpu, methods_shift
 from bench.rows import ROOT
 from bench.table_parts import Row, markdown, newest
@@ -394,6 +394,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods_shift": methods_shift,
     "gram_cpu": gram_cpu,
     "obs_cpu": obs_cpu,
+    "refit_cpu": refit_cpu,
     "stream_gram_cpu": stream_gram_cpu,
     "demo": demo,
     "writer": writer,
