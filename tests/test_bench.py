@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import rows, tables
+from bench import rows, table_parts, tables
 from bench.gpu import (
     command,
     grams,
@@ -357,7 +357,7 @@ def test_readme_tables_are_made_from_rows(tmp_path, monkeypatch) -> None:
         if (provider.name, provider.variant, provider.observed) == ("reap", "automatic", True):
             row |= {**ours, "transformers/observed": "5.333"}
     rows.write("gpu_layer", found, folder=tmp_path, facts=facts, echo=False)
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(table_parts, "RESULTS", tmp_path)
     text = tables.TABLES["gpu_layer"]()
     assert "| 16384 | 1.5 ms | 58 % | 1.004 | 8 ms | **5.33x** | 16 ms |" in text
     assert "A GPU" in text
