@@ -30,6 +30,7 @@ from reap_driver.refitting.engine import LayerFacts, Refit, refit_layers
 from reap_driver.workflow.calibration import batches_of, read_data
 from reap_driver.workflow.comparing import Candidate, Subjects, Text, compared
 from reap_driver.workflow.complete import Complete, finished, made_by
+from reap_driver.workflow.errors import OptionError
 from reap_driver.workflow.follow_up_jobs import RefitOptions
 from reap_driver.workflow.holding import Holding, load_options
 from reap_driver.workflow.identity import asked_for, environment
@@ -96,7 +97,7 @@ class _Refitting:
         heard: receives notes and progress.
         original, pruned: what is known of the models, once `inspect` was called.
         fitted: the data, once `read_data` was called.
-        held: the data of groups that are held out.
+        held: the data of groups that are held out, which are only evaluated.
         validating: the data to evaluate on in place of a fold; empty if none was given.
     """
 
@@ -129,6 +130,11 @@ class _Refitting:
         both = (self.original, self.pruned)
         for model in both:
             model.check_files()
+        if self.original.source.folder.resolve() == self.pruned.source.folder.resolve():
+            raise OptionError(
+                f"`original={paths[0]}`: is the pruned checkpoint itself; give the model that it "
+                "was made from"
+            )
         folders = [(model.source.folder, model.config) for model in both]
         check_vocabularies(folders[0], folders[1], trust_remote_code=trust)
         source = self.pruned.source
@@ -164,7 +170,7 @@ class _Refitting:
             )
         if self.validating:
             return
-        without = [s.source.group for s in self.fitted if s.sequences < FOLDS]
+        without = [s.source.group for s in [*self.fitted, *self.held] if s.sequences < FOLDS]
         for group in dict.fromkeys(without):
             self.heard.note(
                 f"group {group}: has a source with fewer than {FOLDS} sequences, none of which is "
@@ -270,14 +276,10 @@ class _Refitting:
 
     def _evaluated(self, matrices: Mapping[str, Tensor]) -> RefitEvaluation:
         """Both models on text that was not fitted."""
-        text = Text(
-            [*self.validating, *self.held] if self.validating else [*self.fitted, *self.held],
-            1 if self.validating else FOLDS,
-            lambda batches, number: bool(
-                self.validating or batches.group(number) in groups or _evaluates(batches, number)
-            ),
-        )
-        groups = {source.source.group for source in self.held}
+        if self.validating:
+            text = Text(self.validating)
+        else:
+            text = Text([*self.fitted, *self.held], FOLDS, _evaluates)
         candidates = [
             Candidate(CUT, self.pruned, None),
             Candidate(REFIT, self.pruned, None, matrices),
@@ -285,13 +287,16 @@ class _Refitting:
         sums, _ = compared(Subjects(self.original, candidates), self.options.run, text, self.heard)
         cut, refitted = (one.comparison(DRAWS, self.options.data.seed) for one in sums)
         names = set(cut.by_group)
+        known = self._calibrated()
+        for group in sorted(names & {source.source.group for source in self.held} & known):
+            self.heard.note(f"group {group}: is not fitted, but the cut was calibrated on it")
         return RefitEvaluation(
             self.original.path,
             self.pruned.path,
             cut,
             refitted,
             [source.provenance() for source in text.sources if source.source.group in names],
-            tuple(sorted(names - self._calibrated())),
+            tuple(sorted(names - known)),
         )
 
     def _calibrated(self) -> set[str]:

@@ -120,7 +120,7 @@ def test_a_worse_re_fit_is_not_kept(
     assert changed(cut, tmp_path / "out")
 
 
-def test_groups_that_are_held_out_are_evaluated_whole(
+def test_groups_that_are_held_out_are_only_evaluated(
     run: Run, words: list[object], data: Path
 ) -> None:
     other = data.with_name("chat.jsonl")
@@ -130,7 +130,7 @@ def test_groups_that_are_held_out_are_evaluated_whole(
     sequences = next(
         one["sequences"] for one in found["comparisons"][0]["data"] if one["group"] == "chat"
     )
-    assert groups["chat"]["sequences"] == sequences
+    assert groups["chat"]["sequences"] == sequences // 8
     assert groups["code"]["sequences"] == sequences // 8
     assert found["comparisons"][1]["not_calibrated_on"] == ["chat"]
     assert next(iter(found["refit"]["layers"].values()))["fitted"] < 6 / 8 * 16 * sequences + 16
@@ -232,6 +232,9 @@ def test_what_cannot_be_re_fitted(
     (tmp_path / "out").mkdir()
     assert "exists" in error()[1]
     (tmp_path / "out").rmdir()
+    words[3] = words[1]
+    assert "is the pruned checkpoint itself" in error()[1]
+    words[3] = originals["plain"]
     other = write_model(tmp_path / "other", "qwen3_moe", num_experts=4)
     words[1] = other
     code, text = error()
