@@ -124,10 +124,11 @@ class MtpKeys:
     def _plan_of(self, layer: str) -> "LayerPlan":
         """The plan of an MTP layer."""
         if layer not in self._plan:
+            narrows = any(known.neurons is not None for known in self._plan.values())
             raise PlanError(
                 f"plan: has no entry {layer!r}, so which experts of that multi-token-prediction "
-                "layer matter is "
-                "unknown; drop MTP layers (`mtp='drop'`), or add the entry to the plan."
+                "layer matter is unknown; drop MTP layers (`mtp='drop'`)"
+                f"{'' if narrows else ', or add the entry to the plan'}."
             )
         return self._plan[layer]
 

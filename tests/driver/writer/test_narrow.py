@@ -273,6 +273,23 @@ def test_quantized_sources_are_refused(made: Made) -> None:
     refused(made, plan, down, "is quantized.*quantized from", force_model=True)
 
 
+def test_multi_token_prediction_layers_are_dropped(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """They have the width of the other layers, and nothing was observed of their neurons."""
+    full = checkpoint("glm-4.5-air")
+    model = rd.load_model(full)
+    plan = narrow_plans.narrow_plan(
+        full, model, narrow_plans.half, lambda layer, _: list(range(layer.num_experts))
+    )
+    plan, down = replace(plan, ratio=0.5), narrow_plans.random_matrices(model, plan)
+    with pytest.raises(PlanError, match=r"no entry .*drop MTP layers \(`mtp='drop'`\)\.$"):
+        apply_plan(full, plan, tmp_path / "narrow", matrices=down, mtp="keep")
+    report = apply_plan(full, plan, tmp_path / "narrow", matrices=down)
+    assert report.mtp_dropped
+    assert report.edited_config["num_nextn_predict_layers"] == (1, 0)
+
+
 def test_stopping_leaves_nothing(made: Made) -> None:
     full, plan, down = made
 
