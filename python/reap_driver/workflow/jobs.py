@@ -340,7 +340,7 @@ class SearchOptions:
         _EVALUATIONS,
         metavar="N",
         group=_SEARCH,
-        about="`seed` is of the search, too.",
+        about="`seed` is of the search, too. With `shape` only `validation` and `resume` apply.",
         exclusive="length",
         help="plans to try",
     )
