@@ -295,7 +295,8 @@ def _run(
                 seconds=saved.seconds,
             )
             progress.skip(min(len(known), sought.most))
-            found = sought.settled(sought.find(recorder))
+            found = sought.find(recorder)
+    found = sought.settled(found)
     plans = sought.compared(found) if parts[1] else []
     if plans:
         check = held_out(model, parts[1], *plans, seed=options.data.seed, backend=backend)

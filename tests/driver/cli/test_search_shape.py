@@ -173,25 +173,36 @@ def test_killed_and_interrupted_searches_go_on_to_the_same_bits(
     assert files(folder) == files(whole)
 
 
-def test_killed_while_matrices_are_written(run: Run, words: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_ended_while_matrices_are_written(
+    run: Run, words: Any, tmp_path: Path, number: int, code: int
+) -> None:
     """What a kill left of them is replaced; the shapes are not tried again."""
-    out = tmp_path / "plan.json"
+    out, state = tmp_path / "plan.json", tmp_path / "plan.json.search"
     put = rd.Matrices.put
 
     def dying() -> None:
-        def killed(self: rd.Matrices, name: str, down: torch.Tensor) -> None:
+        def ended(self: rd.Matrices, name: str, down: torch.Tensor) -> None:
             put(self, name, down)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
-        rd.Matrices.put = killed
+        rd.Matrices.put = ended
 
     ended = forked([*map(str, words), "--out", str(out)], dying)
-    assert ended.code == -9
-    assert outputs(tmp_path)[0] == "plan.json.search"
-    assert (tmp_path / "plan.matrices.partial").is_dir()
-    assert len(read(tmp_path / "plan.json.search").evaluated) == len(SHAPES)
-    outcome = run(*words, "--out", out, "--resume", "auto")
+    assert ended.code == code, ended.err
+    left = ["plan.matrices.partial"] if number == signal.SIGKILL else []
+    assert outputs(tmp_path) == ["plan.json.search", *left]
+    known = read(state).evaluated
+    assert len(known) == len(SHAPES)
+
+    def nothing_is_tried(*_: Any) -> Any:
+        raise AssertionError("a shape was tried again")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ShapeTask, "measured", lambda *_: nothing_is_tried)
+        outcome = run(*words, "--out", out, "--resume", "auto")
     assert outcome.code == 0, outcome.err
+    assert rd.Plan.load(out).shape == "x".join(map(str, max(known, key=known.__getitem__)))
     assert outputs(tmp_path) == ["plan.json", "plan.matrices"]
 
 
