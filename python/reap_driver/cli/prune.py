@@ -6,6 +6,7 @@ import shlex
 from reap_driver.cli.arguments import add, read, require
 from reap_driver.cli.dry_run import DryRun, estimated
 from reap_driver.workflow.console import Console
+from reap_driver.workflow.fields import refused
 from reap_driver.workflow.jobs import EstimateOptions, PruneOptions
 from reap_driver.workflow.results import Result
 
@@ -36,6 +37,7 @@ examples:
       --out OUT
   reap-kernels prune MODEL --data code.jsonl --allocation global \\
       --non-uniform --out OUT
+  reap-kernels prune MODEL --data code.jsonl --ratio 0.5 --refit --out OUT
   reap-kernels prune MODEL --data code.jsonl --fits 16GB --context 8192 \\
       --out OUT
   reap-kernels prune MODEL --data code.jsonl --shape auto --ratio 0.5 --out OUT
@@ -50,15 +52,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> Result | None:
     """Prunes, or says what that would take."""
+    if hasattr(args, "refit") and hasattr(args, "dry_run"):
+        raise refused("`refit`: not with --dry-run; the command refit estimates that part")
     estimate = estimated(args, console, pruning=True)
     if estimate is not None:
         return estimate
     require(args, "out")
     options = read(PruneOptions, args)
-    from reap_driver.workflow.prune import Pruned, prune
+    from reap_driver.workflow.prune import Pruned
+    from reap_driver.workflow.prune_refit import prune
+    from reap_driver.workflow.refit_results import Refitted
 
     found = prune(options, console)
-    if isinstance(found, Pruned):
+    if isinstance(found, Pruned | Refitted):
         words = ["reap-kernels", "compare", str(options.model), str(found.out)]
         console.say(f"next: {shlex.join(words)} --data HELD-OUT")
     return found

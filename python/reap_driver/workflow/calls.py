@@ -16,6 +16,7 @@ from reap_driver.workflow import estimate as estimating
 from reap_driver.workflow import observe as observing
 from reap_driver.workflow import plan as plans
 from reap_driver.workflow import prune as pruning
+from reap_driver.workflow import prune_refit
 from reap_driver.workflow import refit as refitting
 from reap_driver.workflow import report as reporting
 from reap_driver.workflow import search as searching
@@ -88,7 +89,7 @@ def prune(
     out: str | Path,
     progress: Heard = None,
     **options: Any,
-) -> pruning.Pruned | Complete | None:
+) -> pruning.Pruned | Refitted | Complete | None:
     """Prunes a model: observes it on data, ranks its experts, writes a smaller checkpoint.
 
     What `reap-kernels prune` does, with the same checks, files and errors.
@@ -104,7 +105,8 @@ def prune(
         **options: of `PruneOptions` and the classes it holds.
 
     Returns:
-        Statistics, plan and report of the writer; `Complete` where `resume="auto"` found the output
+        Statistics, plan and report of the writer, and with `refit` what came of that; only the
+        latter where the cut was complete before; `Complete` where `resume="auto"` found the output
         complete; None on ranks of torchrun other than the first.
 
     Raises:
@@ -117,7 +119,7 @@ def prune(
         16
     """
     given = {"model": model, "data": data, "ratio": ratio, "out": out, **options}
-    return pruning.prune(build(PruneOptions, given), listener_of(progress))
+    return prune_refit.prune(build(PruneOptions, given), listener_of(progress))
 
 
 @_job(ObserveOptions)

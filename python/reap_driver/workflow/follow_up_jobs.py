@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from reap_driver.workflow.fields import group_of, option, options, refused
-from reap_driver.workflow.jobs import PLANNING, TASKS
+from reap_driver.workflow.jobs import PLANNING, REFIT, TASKS
 from reap_driver.workflow.options import (
     DATA,
     DataOptions,
@@ -29,8 +29,6 @@ from reap_driver.workflow.single_options import (
 
 if TYPE_CHECKING:  # it imports torch, and --help must not
     from reap_kernels import SaliencyStats
-
-_REFIT = "re-fitting"
 
 
 @options
@@ -57,7 +55,7 @@ class RefitOptions:
     steps: int = option(
         2,
         metavar="N",
-        group=_REFIT,
+        group=REFIT,
         about="Of eight sequences of each source, six are fitted, one chooses ridges and judges\n"
         "each layer, and one, which neither has seen, evaluates the outcome.",
         help="steps of conjugate gradients in each layer",
@@ -65,27 +63,27 @@ class RefitOptions:
     ridge: float | None = option(
         None,
         metavar="R",
-        group=_REFIT,
+        group=REFIT,
         help="how much every layer is kept close to its old down projections, relative to the mean "
         "of the Gram matrices' diagonals (default: for each layer, what judges best)",
     )
     validate: str | Path | Sequence[str | Path] = option(
         (),
         metavar="[GROUP=]SOURCE[:N]",
-        group=_REFIT,
+        group=REFIT,
         recipe=False,
         help="evaluate on this text instead of the eighth that is left for it; several sources can "
         "be given",
     )
     keep_refit: bool = option(
         False,
-        group=_REFIT,
+        group=REFIT,
         help="write the re-fitted model also where the pruned one has the higher expected "
         "acceptance; otherwise the pruned one is then copied",
     )
     resume: bool | Literal["auto"] = option(
         False,
-        group=_REFIT,
+        group=REFIT,
         recipe=False,
         help="go on where an interrupted re-fit stopped, whose layers are in OUT.refit; the "
         "outcome has the bits of one that was never interrupted. `resume='auto'` also begins where "

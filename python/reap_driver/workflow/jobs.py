@@ -50,7 +50,7 @@ if TYPE_CHECKING:  # it imports torch, and --help must not
 _MOST_FOLDS = 20
 # Of a search over budgets.
 _EVALUATIONS, _POPULATION, _ELITES = 500, 32, 4
-_SEARCH, TASKS, PLANNING = "search", "tasks", "planning"
+_SEARCH, TASKS, PLANNING, REFIT = "search", "tasks", "planning", "re-fitting"
 
 
 @options
@@ -168,6 +168,12 @@ class PruneOptions:
     allocation: AllocationOptions = group_of(AllocationOptions)
     budget: BudgetOptions = group_of(BudgetOptions)
     shape: ShapeOptions = group_of(ShapeOptions)
+    refit: bool = option(
+        False,
+        group=REFIT,
+        help="then solve the down projections again on the same data, and write the better of cut "
+        "and re-fit, as the command refit does",
+    )
     data: DataOptions = group_of(DataOptions)
     hold_out_group: str | Sequence[str] = hold_out_option()
     folds: int = folds_option()
@@ -184,6 +190,11 @@ class PruneOptions:
         needs_data(self.data)
         if self.out is None:
             raise refused("`out` is required: the folder of the new checkpoint")
+        if self.refit and self.run.device_map is not None:
+            raise refused(
+                f"`device_map={self.run.device_map}`: not together with `refit`, which goes "
+                "through the models layer by layer; leave it out"
+            )
 
 
 @options

@@ -31,6 +31,7 @@ from reap_driver.workflow.outputs import (
 )
 from reap_driver.workflow.plan import Planned, decision_margin
 from reap_driver.workflow.ranking import foreseen, scored
+from reap_driver.workflow.refit_results import Refitted
 from reap_driver.workflow.results import Result
 from reap_driver.workflow.shape_choice import ShapeChoice
 from reap_driver.workflow.shape_plans import Evidence, plan_of_shape
@@ -50,6 +51,8 @@ class Pruned(Result):
         observed: the statistics, and what they are of.
         planned: the plan.
         applied: what the writer did.
+        refitted: the re-fit of what is left; None without one. `applied` then wrote to a folder
+            that is gone.
 
     Example:
         >>> pruned = rd.prune("MODEL", "code.jsonl:40", ratio=0.5, out="pruned", seq_len=64)
@@ -61,6 +64,7 @@ class Pruned(Result):
     observed: Observed
     planned: Planned
     applied: Applied
+    refitted: Refitted | None = None
 
     def facts(self) -> dict[str, Any]:
         """See `Result`."""
@@ -69,12 +73,13 @@ class Pruned(Result):
             **self.observed.facts(),
             **self.planned.facts(),
             **report_facts(self.applied.report),
+            **({} if self.refitted is None else {"refitted": self.refitted.facts()}),
         }
 
     def describe(self) -> str:
         """See `Result`."""
-        steps: tuple[Result, ...] = (self.observed, self.planned, self.applied)
-        return "\n".join(step.describe() for step in steps)
+        steps = (self.observed, self.planned, self.applied, self.refitted)
+        return "\n".join(step.describe() for step in steps if step is not None)
 
 
 def prune(options: PruneOptions, listener: Listener | None = None) -> Pruned | Complete | None:
@@ -214,6 +219,7 @@ def _decided(options: PruneOptions, plan: Plan) -> dict[str, Any]:
         "ratio": plan.ratio,
         "settings": plan.settings,
         **experts,
+        **({"refit": True} if options.refit else {}),
         **dataclasses.asdict(options.write),
     }
 

@@ -146,6 +146,10 @@ class RefitState:
                 kind="refit",
                 resume=True,
             )
+            lost = [n for n, one in self.layers.items() if one.kept and n not in self.matrices]
+            if lost:
+                path = self.folder / _FILE
+                raise FORMAT.refusal(path, f"has {lost[0]} done, whose matrices are not there")
         self._world.barrier()
 
     def put(self, name: str, down: Tensor) -> None:

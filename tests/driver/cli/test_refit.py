@@ -192,6 +192,11 @@ def test_an_interrupted_re_fit_goes_on_with_the_same_bits(
     other = run(*words, "--steps", 1, "--resume")
     assert other.code == 3
     assert "is of another run: steps was 2, now it is 1" in other.error
+    matrices = tmp_path / "out.refit/matrices"
+    matrices.rename(tmp_path / "aside")
+    assert "done, whose matrices are not there" in run(*words, "--resume").error
+    shutil.rmtree(matrices)
+    (tmp_path / "aside").rename(matrices)
     ran = []
     load = StreamedModel._load
     monkeypatch.setattr(
