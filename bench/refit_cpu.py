@@ -68,7 +68,7 @@ def measure(batch: int, sequences: int, rounds: int) -> dict[str, object]:
 def main(arguments: list[str]) -> None:
     """Measures and appends one row."""
     parser = argparse.ArgumentParser(prog="python -m bench refit_cpu", description=__doc__)
-    parser.add_argument("--sequences", type=int, default=32, help="of 512 tokens (default: 32)")
+    parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens (default: 64)")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dry-run", action="store_true", help="print the row, do not append it")
