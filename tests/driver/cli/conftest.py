@@ -63,6 +63,13 @@ def write_model(folder: Path, name: str, **overrides: Any) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def three_deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of three decoder layers, of 8 experts of 24 neurons."""
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    return write_model(folder, "qwen3_moe", num_hidden_layers=3)
+
+
 def observation(model: Path, batches: int, *groups: str) -> list[str]:
     """Words that observe a model on batches of two sequences of 16 tokens, with an entry of the
     journal behind each; the data are written beside the model, a file per group.

@@ -12,35 +12,28 @@ from reap_driver.cli.main import main
 from reap_driver.files.gram_folder import GramFolder
 from reap_driver.observation import journal as journals
 from reap_kernels import SaliencyStats
-from tests.driver.cli.conftest import Run, observation, write_model
+from tests.driver.cli.conftest import Run, observation
 from tests.driver.cli.forks import forked, killed_before
 from tests.driver.distributed.launch import ranked
 from tests.driver.streaming.passes import assert_same_bits
 from tests.forks import Ended
 
-LAYERS = 3
+LAYERS = 3  # of `three_deep`
 
 
 @pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of a few decoder layers."""
-    folder = tmp_path_factory.mktemp("deep") / "model"
-    return write_model(folder, "qwen3_moe", num_hidden_layers=LAYERS)
-
-
-@pytest.fixture(scope="module")
-def words(deep: Path) -> list[str]:
+def words(three_deep: Path) -> list[str]:
     """An observation of two groups, 6 batches; an entry of the journal behind each."""
-    return observation(deep, 6, "code", "text")
+    return observation(three_deep, 6, "code", "text")
 
 
 @pytest.fixture(scope="module")
-def whole(deep: Path, words: list[str]) -> GramFolder:
+def whole(three_deep: Path, words: list[str]) -> GramFolder:
     """The folder of a streamed run that nobody interrupts."""
-    out, gram = deep.with_name("stats"), deep.with_name("sums")
+    out, gram = three_deep.with_name("stats"), three_deep.with_name("sums")
     command = [*words, "--stream", "always", "--out", str(out), "--gram", str(gram)]
     assert main(command) == 0
-    plain = deep.with_name("plain")
+    plain = three_deep.with_name("plain")
     assert main([*words, "--out", str(plain)]) == 0
     assert_same_bits(SaliencyStats.load(out), SaliencyStats.load(plain))
     return GramFolder.open(gram)
@@ -171,8 +164,8 @@ def test_a_lost_file_is_named(words: list[str], tmp_path: Path) -> None:
     assert "sums.partial: lacks the Gram matrices of model.layers.0.mlp.experts" in ended.err
 
 
-def test_dry_run_states_memory_and_disk(run: Run, deep: Path) -> None:
-    words = ["observe", deep, "--dry-run", "--tokens", "1000", "--json"]
+def test_dry_run_states_memory_and_disk(run: Run, three_deep: Path) -> None:
+    words = ["observe", three_deep, "--dry-run", "--tokens", "1000", "--json"]
     plain, ended = run(*words), run(*words, "--gram", "sums")
     sizes = ended.json["gram"]
     experts, width = 8, 24

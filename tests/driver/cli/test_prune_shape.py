@@ -13,37 +13,31 @@ import torch
 import reap_driver as rd
 from reap_driver.cli.main import main
 from reap_driver.observation import journal as journals
-from tests.driver.cli.conftest import Run, observation, write_model
+from tests.driver.cli.conftest import Run, observation
 from tests.driver.cli.forks import forked, killed_before
 from tests.driver.distributed.launch import ranked
 from tests.driver.published.reduce import CONFIGS
 from tests.forks import Ended
 
-LAYERS = 3
-
 
 @pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """8 experts of 24 neurons in three layers."""
-    folder = tmp_path_factory.mktemp("deep") / "model"
-    return write_model(folder, "qwen3_moe", num_hidden_layers=LAYERS)
-
-
-@pytest.fixture(scope="module")
-def words(deep: Path) -> list[str]:
+def words(three_deep: Path) -> list[str]:
     """An observation of 6 batches; an entry of the journal behind each."""
-    return observation(deep, 6, "code")[1:]
+    return observation(three_deep, 6, "code")[1:]
 
 
 @pytest.fixture(scope="module")
-def whole(deep: Path, words: list[str]) -> dict[str, bytes]:
+def whole(three_deep: Path, words: list[str]) -> dict[str, bytes]:
     """The weights that single steps give, and the layers of the plan."""
-    stats, gram, plan = (deep.with_name(name) for name in ("stats", "sums", "plan.json"))
+    stats, gram, plan = (three_deep.with_name(name) for name in ("stats", "sums", "plan.json"))
     assert main(["observe", *words, "--out", str(stats), "--gram", str(gram)]) == 0
     shape = ["--shape", "6x16", "--gram", str(gram), "--quiet"]
     assert main(["plan", str(stats), *shape, "--out", str(plan)]) == 0
-    assert main(["apply", str(deep), str(plan), "--out", str(deep.with_name("cut")), "-q"]) == 0
-    return content(deep.with_name("cut"))
+    assert (
+        main(["apply", str(three_deep), str(plan), "--out", str(three_deep.with_name("cut")), "-q"])
+        == 0
+    )
+    return content(three_deep.with_name("cut"))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -85,10 +79,10 @@ def test_a_shape_is_chosen(run: Run, words: list[str], tmp_path: Path) -> None:
     assert "was made by another command" in again.error
 
 
-def test_in_python(deep: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    data = deep.with_name("code.jsonl")
+def test_in_python(three_deep: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    data = three_deep.with_name("code.jsonl")
     given = {"seq_len": 16, "batch_size": 2, "out": tmp_path / "out", "shape": "6x16"}
-    pruned = rd.prune(deep, data, **given)
+    pruned = rd.prune(three_deep, data, **given)
     assert isinstance(pruned, rd.Pruned)
     assert content(tmp_path / "out") == whole
     assert pruned.facts()["shape"] == "6x16"
@@ -199,8 +193,8 @@ def test_folders_of_others_are_kept(run: Run, words: list[str], tmp_path: Path, 
     assert (tmp_path / name / "mine").exists()
 
 
-def test_dry_run_states_memory_disk_and_sizes(run: Run, deep: Path, words: list[str]) -> None:
-    words = [str(deep), "--dry-run", "--tokens", "1000"]
+def test_dry_run_states_memory_disk_and_sizes(run: Run, three_deep: Path, words: list[str]) -> None:
+    words = [str(three_deep), "--dry-run", "--tokens", "1000"]
     facts = run("prune", *words, "--shape", "6x16", "--json").json
     assert set(map(tuple, facts["pruned"]["neurons_by_layer"].values())) == {(24, 16)}
     assert facts["pruned"]["ratio"] == 0.5
