@@ -55,9 +55,9 @@ class Needs:
     @property
     def passes(self) -> int:
         """Passes of the data through the pruned model's experts: one that sums the Gram matrices,
-        two for each step, and up to two that choose the ridge.
+        two for each step, and less than one that chooses the ridge.
         """
-        return 3 + 2 * self.steps
+        return 2 + 2 * self.steps
 
     @property
     def sizes(self) -> ModelSizes:
@@ -117,7 +117,7 @@ class RefitEstimate(Result):
     Example:
         >>> asked = {"out": None, "seq_len": 64, "dry_run": True}
         >>> rd.refit("CUT", "MODEL", "code.jsonl:40", **asked).known["passes"]
-        7
+        6
     """
 
     lines: tuple[str, ...]

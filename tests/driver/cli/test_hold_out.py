@@ -70,6 +70,14 @@ def test_weight_zero_leaves_a_group_out_too(
     assert "not calibrated on" not in said, "the second plan was"
     facts = run("compare", model, code, both, *two, "--json").json
     assert [one.get("not_calibrated_on") for one in facts["comparisons"]] == [["chat"], None]
+    tables = [part for part in comparison_parts(facts) if isinstance(part, Table)]
+    assert tables[1].headings == ["pruned", "code", "chat"]
+    shown = [row[2] for row in tables[1].rows]
+    for text, one in zip(shown, facts["comparisons"], strict=True):
+        assert str(text).startswith(f"{one['groups']['chat']['acceptance']['value']:.3f}"[:4])
+    alike = {**facts, "comparisons": [facts["comparisons"][0]] * 2}
+    marked = [part for part in comparison_parts(alike) if isinstance(part, Table)][1]
+    assert marked.headings == ["pruned", "code", "chat (not calibrated on)"]
 
 
 def test_groups_that_cannot_be_held_out(

@@ -140,11 +140,11 @@ def test_dry_run_writes_nothing(run: Run, words: list[object], tmp_path: Path) -
     said = run(*words, "--dry-run")
     assert said.code == 0, said.err
     assert max(map(len, said.out.splitlines())) <= 80
-    for part in ("solving", "one pass through the original, 7 through", "to write"):
+    for part in ("solving", "one pass through the original, 6 through", "to write"):
         assert part in " ".join(said.out.split())
     assert not list(tmp_path.glob("out*"))
     known = run(*words[:-2], "--dry-run", "--json").json
-    assert known["passes"] == 7
+    assert known["passes"] == 6
     assert known["tokens"] > 0
 
 
@@ -240,6 +240,11 @@ def test_what_cannot_be_re_fitted(
     words[3] = words[1]
     assert "is the pruned checkpoint itself" in error()[1]
     words[3] = originals["plain"]
+    words[1] = shutil.copytree(words[1], tmp_path / "packed")
+    saved.change_config(words[1], quantization_config={"quant_method": "fp8"})
+    code, text = error()
+    assert code == 3
+    assert "quantized" in text
     other = write_model(tmp_path / "other", "qwen3_moe", num_experts=4)
     words[1] = other
     code, text = error()
