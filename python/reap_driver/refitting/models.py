@@ -96,8 +96,10 @@ def refit_models(
             original, or neurons of experts, and has the routers of the experts it kept.
         batches: the models' arguments for each batch: `input_ids` [batch, seq] int64, and
             optionally `attention_mask`, `position_ids` and `token_mask` (bool), each [batch, seq].
-        held_out: of each batch, whether it is not fitted but chooses the ridge and judges. None
-            holds out the last of every eight, and of fewer the last.
+        held_out: of each batch, whether it is not fitted but chooses the ridge and judges; these
+            batches must be like the others, from all domains, or the ridge suits only some. None
+            holds out the last of every eight, and of fewer the last: mix domains in batches, or
+            shuffle these, before.
         ridge: of all layers, above 0; None chooses one for each layer.
         steps: of conjugate gradients.
         backend: of the products, without fallback; None for the best one.

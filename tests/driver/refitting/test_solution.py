@@ -135,3 +135,17 @@ def test_a_model_that_lacks_nothing_stays_as_it_is() -> None:
     found = rd.refit_models(*(rd.load_model(given.full) for _ in range(2)), given.batches)
     assert found.matrices == {}
     assert all(f.error_before == 0 and not f.kept for f in found.layers.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "granitemoe"])
+def test_rounding_the_solution_changes_the_errors_little(name: str, dtype: str) -> None:
+    """States go on with what is solved, not with what is left of it in the dtype of the weights."""
+    given = pair_of(name)
+    full, small = (rd.load_model(folder, dtype=dtype) for folder in (given.full, given.small))
+    found = rd.refit_models(full, small, given.batches)
+    found.install(small)
+    after = errors(full, small, given.batches[-1:])
+    left = [f.error_after if f.kept else f.error_before for f in found.layers.values()]
+    assert {down.dtype for down in found.matrices.values()} == {getattr(torch, dtype)}
+    assert left == pytest.approx(after, rel=5e-3)
