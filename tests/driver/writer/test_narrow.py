@@ -197,6 +197,24 @@ def test_all_neurons_may_stay(made: Made, tmp_path: Path) -> None:
         assert saved.same_bytes(kept, old[f"{name}.{expert}.up_proj.weight"])
 
 
+def test_another_part_of_the_model_may_stay_as_wide(
+    original: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The thinker alone is cut: a field of its own sets its width."""
+    full = original("qwen3_omni_moe_whole")
+    _, plan, down = planned(full)
+    talker = [name for name in plan.layers if name.startswith("talker.")]
+    for name in talker:
+        plan = replace(plan, layers={n: la for n, la in plan.layers.items() if n != name})
+        del down[name]
+    report = apply_plan(full, plan, tmp_path / "narrow", matrices=down)
+    assert report.whole == talker
+    assert list(report.neurons_per_layer) == list(plan.layers)
+    widths = {la.name: la.intermediate_size for la in rd.find_moe_layers(load(tmp_path / "narrow"))}
+    assert widths == dict.fromkeys(plan.layers, 16) | dict.fromkeys(talker, 24)
+    assert rd.check_permutation(full, tmp_path / "narrow", plan) == []
+
+
 def test_a_folder_of_matrices(made: Made, tmp_path: Path) -> None:
     full, plan, down = made
     folder = rd.Matrices.create(tmp_path / "down", model=plan.model)
