@@ -96,7 +96,10 @@ class Evidence:
         read = read_experts(self.model.path, set(self.scores), trust_remote_code=self.trust)
         with contextlib.closing(read):
             for name, weights in read:
-                yield name, list(weights.down), self.grams.get(name)
+                down = list(weights.down)
+                del weights  # or this layer would stay while the next one is loaded
+                yield name, down, self.grams.get(name)
+                del down
 
 
 def save_plan_of_shape(
@@ -208,6 +211,7 @@ def _best(
     with listener.progress("measuring shapes", " experts", _experts(shaping)) as step:
         for name, down, sums in evidence.read():
             shaping.measure(name, down, sums, least)
+            del down, sums
             step.add(shaping.router.num_experts)
     errors = {shape: shaping.expected(shape) for shape in shapes}
     ranked = sorted(errors, key=errors.__getitem__)
@@ -239,6 +243,7 @@ def _solve(
             if least is not None:
                 shaping.measure(name, down, sums, least)
             matrices.put(name, shaping.matrices(blank, name, down, sums))
+            del down, sums
             step.add(shaping.router.num_experts)
     return matrices.digest
 

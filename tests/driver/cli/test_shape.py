@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import reap_driver as rd
+from reap_driver.compensation.shaping import Shaping
 from reap_driver.load.experts import read_experts
 from reap_driver.load.streamed_model import StreamedModel
 from tests.driver.cli.conftest import Run, write_data, write_model
@@ -330,3 +332,27 @@ def test_experts_are_read_with_one_layer_in_memory(
         found[name] = weights.intermediate_size
     assert found == dict.fromkeys(names, WIDTH)
     assert events == [("ready", 1), ("release", 1), ("ready", 2), ("release", 2)]
+
+
+@pytest.mark.parametrize("shape", ["6x16", "auto"])
+def test_a_layer_is_given_up_before_the_next_is_loaded(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str
+) -> None:
+    """Neither its matrices nor its Gram are held while the next one is read."""
+    used: list[weakref.ref[Any]] = []
+    measure, ready, alive = Shaping.measure, StreamedModel.ready, []
+
+    def measured(self: Shaping, name: str, down: Any, gram: Any, least: int) -> None:
+        used.extend(map(weakref.ref, (down[0], gram)))
+        measure(self, name, down, gram, least)
+
+    def loaded(self: StreamedModel, layer: int) -> bool:
+        alive.append(sum(one() is not None for one in used))
+        return ready(self, layer)
+
+    monkeypatch.setattr(Shaping, "measure", measured)
+    monkeypatch.setattr(StreamedModel, "ready", loaded)
+    rd.plan(seen.stats, gram=seen.gram, shape=shape, out=tmp_path / "plan.json")
+    assert len(used) == 2 * LAYERS
+    assert alive == [0] * len(alive)
+    assert len(alive) >= LAYERS
