@@ -23,11 +23,15 @@ A plan may keep different numbers of experts in different layers. transformers' 
 vLLM and SGLang read one number for all layers and refuse such a checkpoint, so it is only written
 with --non-uniform: for reap-kernels, and for the load_pruned.py it then holds, which needs
 transformers alone. --as-masks writes the plan as masks for the original's routers instead.
+
+With --refit the checkpoint goes to DIR.cut first, and is then re-fitted on --data, which runs the
+model and its original. The better of both goes to DIR.
 """
 EXAMPLES = """\
 examples:
   reap-kernels apply MODEL plan.json --out MODEL-half
   reap-kernels apply MODEL plan.json --out MODEL-half --shard-size 5GB
+  reap-kernels apply MODEL plan.json --refit --data code.jsonl --out MODEL-half
   reap-kernels apply MODEL budgets.json --non-uniform --out MODEL-half
   reap-kernels apply MODEL budgets.json --as-masks masks.safetensors
 """
@@ -38,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(parser, ApplyOptions)
 
 
-def run(args: argparse.Namespace, console: Console) -> Result:
+def run(args: argparse.Namespace, console: Console) -> Result | None:
     """Writes the checkpoint, or the masks."""
     options = read(ApplyOptions, args)
     from reap_driver.workflow.apply import apply

@@ -1,21 +1,29 @@
-"""Applying: writes the checkpoint that a plan leaves of a model, or the plan as masks."""
+"""Applying: writes the checkpoint that a plan leaves of a model, re-fitted if that is asked for, or
+the plan as masks.
+"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from reap_driver.base.units import in_bytes, took
+from reap_driver.observation.data_parallel import ranks
 from reap_driver.planning.plan import Plan
+from reap_driver.workflow.complete import Complete
 from reap_driver.workflow.jobs import ApplyOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.options import WriteOptions
 from reap_driver.workflow.outputs import check_file, check_replaced_folder, inputs_of
 from reap_driver.workflow.plan import matrices_beside, plan_of
+from reap_driver.workflow.refit_behind import cut_beside, with_refit
+from reap_driver.workflow.refit_results import Refitted
 from reap_driver.workflow.results import Result
 from reap_driver.writer.apply import apply_plan
 from reap_driver.writer.mask_file import save_masks
 from reap_driver.writer.plan_matrices import matrices_of
 from reap_driver.writer.report import ApplyReport
+from reap_driver.writer.staging import check_replaceable
+from reap_kernels.errors import CheckpointError
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,6 +33,8 @@ class Applied(Result):
     Attributes:
         out: its folder.
         report: what was done to what.
+        refitted: the re-fit of what is left; None without one. `report` is then of a folder that is
+            gone.
 
     Example:
         >>> rd.apply("MODEL", plan, out="cut").report.experts_after
@@ -33,14 +43,17 @@ class Applied(Result):
 
     out: Path
     report: ApplyReport
+    refitted: Refitted | None = None
 
     def facts(self) -> dict[str, Any]:
         """See `Result`."""
-        return {"out": str(self.out), **report_facts(self.report)}
+        refitted = {} if self.refitted is None else {"refitted": self.refitted.facts()}
+        return {"out": str(self.out), **report_facts(self.report), **refitted}
 
     def describe(self) -> str:
         """See `Result`."""
-        return report_lines(self.report)
+        written = report_lines(self.report)
+        return written if self.refitted is None else f"{written}\n{self.refitted.describe()}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,15 +88,23 @@ class Masked(Result):
         )
 
 
-def apply(options: ApplyOptions, listener: Listener | None = None) -> Applied | Masked:
+def apply(
+    options: ApplyOptions, listener: Listener | None = None
+) -> Applied | Masked | Complete | None:
     """Writes the checkpoint; see `reap_driver.apply`."""
     heard = Collector(listener)
     plan = plan_of(options.plan)
     if isinstance(options.as_masks, Path):
         return _write_masks(options, plan, options.as_masks, heard)
+    assert isinstance(options.out, Path)  # as options that were checked have it
+    if options.refit:
+        return _write_and_refit(options, plan, options.out, heard)
+    return _write(options, plan, options.out, heard)
+
+
+def _write(options: ApplyOptions, plan: Plan, out: Path, heard: Collector) -> Applied:
+    """Writes the checkpoint as the plan leaves it."""
     matrices = matrices_of(plan, options.matrices, matrices_beside(options.plan))
-    out = options.out
-    assert isinstance(out, Path)  # as options that were checked have it
     check_replaced_folder(out, inputs_of(options, out))
     with heard.progress("writing", "B") as progress:
         report = apply_plan(
@@ -94,7 +115,7 @@ def apply(options: ApplyOptions, listener: Listener | None = None) -> Applied | 
             force_model=options.force_model,
             matrices=matrices,
             **writer_arguments(
-                options.write, overwrite=options.overwrite, trust=options.trust_remote_code
+                options.write, overwrite=options.overwrite, trust=options.run.trust_remote_code
             ),
         )
     for note in [*report.plan.notes[len(plan.notes) :], *report.warnings]:
@@ -102,6 +123,40 @@ def apply(options: ApplyOptions, listener: Listener | None = None) -> Applied | 
     found = Applied(heard.notes, out, report)
     heard.say(found.describe())
     return found
+
+
+def _write_and_refit(
+    options: ApplyOptions, plan: Plan, out: Path, heard: Collector
+) -> Applied | Complete | None:
+    """The same, and its re-fit. A run that goes on writes the cut again, the same bits, which takes
+    a small part of the time of a re-fit.
+
+    Raises:
+        CheckpointError: the output is there and may not be replaced, or would replace an input; or
+            there is nothing to go on from.
+    """
+    resume, place = options.resume, cut_beside(out)
+
+    def write(place: Path) -> Applied | None:
+        if world.rank > 0:
+            return None
+        overwrite = options.overwrite or bool(resume)
+        return _write(replace(options, out=place, overwrite=overwrite), plan, place, heard)
+
+    with ranks() as world:
+        heard.only(world.rank == 0)
+        check_replaced_folder(out, inputs_of(options, out))
+        if resume != "auto":  # then it may be the output of this command
+            check_replaceable(out, overwrite=options.overwrite)
+        if resume is True and not place.is_dir():
+            raise CheckpointError(
+                f"{place}: is not there, where an interrupted run leaves the cut; run without "
+                "`resume=True`"
+            )
+        applied, refitted = with_refit(options, out, write, world, heard, resume=bool(resume))
+        if applied is not None and isinstance(refitted, Refitted):
+            return replace(applied, notes=heard.notes, out=out, refitted=refitted)
+        return refitted if isinstance(refitted, Complete) else None
 
 
 def writer_arguments(write: WriteOptions, *, overwrite: bool, trust: bool) -> dict[str, Any]:
@@ -122,7 +177,7 @@ def _write_masks(options: ApplyOptions, plan: Plan, path: Path, heard: Collector
         str(options.model),
         plan,
         path,
-        trust_remote_code=options.trust_remote_code,
+        trust_remote_code=options.run.trust_remote_code,
         force_model=options.force_model,
     )
     for note in applied.notes[len(plan.notes) :]:

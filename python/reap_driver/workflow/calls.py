@@ -200,7 +200,7 @@ def apply(
     out: str | Path | None = None,
     progress: Heard = None,
     **options: Any,
-) -> applying.Applied | applying.Masked:
+) -> applying.Applied | applying.Masked | Complete | None:
     """Writes the checkpoint that a plan leaves: what `reap-kernels apply` does.
 
     Args:
@@ -208,7 +208,12 @@ def apply(
         plan: a plan, or its file.
         out: folder of the new checkpoint; or give `as_masks`.
         progress: see `prune`.
-        **options: of `ApplyOptions` and the classes it holds.
+        **options: of `ApplyOptions` and the classes it holds; with `refit` the `data`, too.
+
+    Returns:
+        The report of the writer, and with `refit` what came of that; `Masked` with `as_masks`;
+        `Complete` where `resume="auto"` found the output complete; with `refit`, None on ranks of
+        torchrun other than the first.
 
     Raises:
         OptionError, ReapError: see `prune`.

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from reap_driver.memory import given_machine as machines
-from reap_driver.workflow.fields import group_of, option, options, refused
+from reap_driver.workflow.fields import every_field, flat, group_of, option, options, refused
 from reap_driver.workflow.options import (
+    DATA,
+    RUN,
     DataOptions,
     JournalOptions,
     RunOptions,
@@ -51,6 +53,25 @@ _MOST_FOLDS = 20
 # Of a search over budgets.
 _EVALUATIONS, _POPULATION, _ELITES = 500, 32, 4
 _SEARCH, TASKS, PLANNING, REFIT = "search", "tasks", "planning", "re-fitting"
+
+
+def _refit_option() -> Any:
+    """Whether a cut is re-fitted."""
+    return option(
+        False,
+        group=REFIT,
+        help="then solve the down projections again on the data, and write the better of cut and "
+        "re-fit, as the command refit does",
+    )
+
+
+def _check_no_map(run: RunOptions) -> None:
+    """Raises OptionError for models spread over devices, which are not re-fitted."""
+    if run.device_map is not None:
+        raise refused(
+            f"`device_map={run.device_map}`: not together with `refit`, which goes through the "
+            "models layer by layer; leave it out"
+        )
 
 
 @options
@@ -168,12 +189,7 @@ class PruneOptions:
     allocation: AllocationOptions = group_of(AllocationOptions)
     budget: BudgetOptions = group_of(BudgetOptions)
     shape: ShapeOptions = group_of(ShapeOptions)
-    refit: bool = option(
-        False,
-        group=REFIT,
-        help="then solve the down projections again on the same data, and write the better of cut "
-        "and re-fit, as the command refit does",
-    )
+    refit: bool = _refit_option()
     data: DataOptions = group_of(DataOptions)
     hold_out_group: str | Sequence[str] = hold_out_option()
     folds: int = folds_option()
@@ -190,11 +206,8 @@ class PruneOptions:
         needs_data(self.data)
         if self.out is None:
             raise refused("`out` is required: the folder of the new checkpoint")
-        if self.refit and self.run.device_map is not None:
-            raise refused(
-                f"`device_map={self.run.device_map}`: not together with `refit`, which goes "
-                "through the models layer by layer; leave it out"
-            )
+        if self.refit:
+            _check_no_map(self.run)
 
 
 @options
@@ -315,16 +328,50 @@ class ApplyOptions:
         "neurons (default: PLAN.matrices beside PLAN.json)",
     )
     overwrite: bool = overwrite_option()
-    trust_remote_code: bool = trust_option()
     force_model: bool = force_option()
     write: WriteOptions = group_of(WriteOptions)
+    refit: bool = _refit_option()
+    resume: bool | Literal["auto"] = option(
+        False,
+        group=REFIT,
+        recipe=False,
+        help="go on where an interrupted run stopped: the cut is in OUT.cut, and is written again, "
+        "layers that are re-fitted are in OUT.refit. `resume='auto'` also begins where there is "
+        "nothing to go on from, and leaves an output that this command has completed",
+    )
+    data: DataOptions = group_of(DataOptions)
+    hold_out_group: str | Sequence[str] = hold_out_option()
+    run: RunOptions = group_of(RunOptions)
 
     def __post_init__(self) -> None:
         set_paths(self)
+        set_names(self, "hold_out_group")
         if (self.out is None) == (self.as_masks is None):
             raise refused("give one of `out` and `as_masks`")
         if self.matrices is not None and self.out is None:
             raise refused("`matrices` change experts, which masks cannot; give `out`")
+        if not self.refit:
+            self._check_no_refit()
+            return
+        if self.as_masks is not None:
+            raise refused("`refit`: changes experts, which masks cannot; give `out`")
+        needs_data(self.data)
+        _check_no_map(self.run)
+
+    def _check_no_refit(self) -> None:
+        """Raises OptionError for options that only a re-fit has a use for."""
+        values = flat(self)
+        for field in every_field(type(self)):
+            of_refit = field.metadata["group"] in (REFIT, DATA, RUN)
+            if not of_refit or field.name == "trust_remote_code":
+                continue
+            value = values[field.name]
+            if value != field.default:
+                shown = ", ".join(value) if isinstance(value, tuple) else value
+                raise refused(
+                    f"`{field.name}={shown}`: only with `refit`, which runs the model; give both "
+                    "or neither"
+                )
 
 
 @options

@@ -1,27 +1,20 @@
-"""Pruning with a re-fit behind it: the cut goes to a folder beside the output, and from there its
-re-fit to the output.
-"""
+"""Pruning with a re-fit behind it."""
 
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from reap_driver.observation.data_parallel import Ranks, ranks
 from reap_driver.workflow.complete import Complete
-from reap_driver.workflow.follow_up_jobs import RefitOptions
 from reap_driver.workflow.jobs import PruneOptions
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.outputs import check_replaced_folder, inputs_of
 from reap_driver.workflow.prune import Pruned
 from reap_driver.workflow.prune import prune as cut
-from reap_driver.workflow.refit import refit
-from reap_driver.workflow.refit_estimate import RefitEstimate
+from reap_driver.workflow.refit_behind import cut_beside, remove_cut, with_refit
 from reap_driver.workflow.refit_results import Refitted
 from reap_driver.writer.staging import check_replaceable
-from reap_kernels.errors import CheckpointError, ReapError
+from reap_kernels.errors import CheckpointError
 
 Done = Pruned | Refitted | Complete | None
 
@@ -37,16 +30,14 @@ def prune(options: PruneOptions, listener: Listener | None = None) -> Done:
         return cut(options, listener)
     heard, out = Collector(listener), options.out
     assert isinstance(out, Path)  # as options that were checked have it
-    # In a folder of its own, the cut has the output's name, which its card states.
-    beside = out.absolute().with_name(f"{out.name}.cut")
     with ranks() as world:
         heard.only(world.rank == 0)
-        found: Done = _complete(options, out, heard)
+        found = _complete(options, out, heard)
         if found is None:
-            found = _both(options, out, beside / out.name, world, heard)
+            return _both(options, out, world, heard)
         if world.rank > 0:
             return None
-        shutil.rmtree(beside, ignore_errors=True)
+        remove_cut(out)
         return found
 
 
@@ -69,40 +60,17 @@ def _complete(options: PruneOptions, out: Path, heard: Collector) -> Complete | 
     return found if isinstance(found, Complete) else Complete(heard.notes, out)
 
 
-def _both(options: PruneOptions, out: Path, place: Path, world: Ranks, heard: Collector) -> Done:
+def _both(options: PruneOptions, out: Path, world: Ranks, heard: Collector) -> Done:
     """The cut, and its re-fit; where the cut was complete, the re-fit goes on."""
     resume = options.journal.resume
-    if world.rank == 0:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    world.barrier()
-    if resume is True and place.is_dir():
+    if resume is True and cut_beside(out).is_dir():
         resume = "auto"
     journal = replace(options.journal, resume=resume)
-    pruned = cut(replace(options, out=place, journal=journal), heard)
-    world.barrier()
-    wanted = RefitOptions(
-        pruned=str(place),
-        original=options.model,
-        out=out,
-        overwrite=options.overwrite,
-        data=options.data,
-        hold_out_group=options.hold_out_group,
-        run=options.run,
-        resume="auto" if resume else False,
-    )
-    with _said(place, heard):
-        refitted = refit(wanted, heard)
+
+    def write(place: Path) -> Pruned | Complete | None:
+        return cut(replace(options, out=place, journal=journal), heard)
+
+    pruned, refitted = with_refit(options, out, write, world, heard, resume=bool(resume))
     if isinstance(pruned, Pruned) and isinstance(refitted, Refitted):
         return replace(pruned, notes=heard.notes, out=out, refitted=refitted)
-    assert not isinstance(refitted, RefitEstimate)
     return refitted
-
-
-@contextmanager
-def _said(place: Path, heard: Listener) -> Iterator[None]:
-    """Says where the cut is if the re-fit of it fails."""
-    try:
-        yield
-    except ReapError:
-        heard.note(f"the cut is complete, in {place}; move it to keep it as it is")
-        raise

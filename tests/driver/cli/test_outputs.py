@@ -116,6 +116,8 @@ def test_pictures_over_what_they_show(run: Run, place: Path, name: str) -> None:
         "apply model plan.json --out . --overwrite",
         "apply model plan.json --out model --overwrite",
         "apply model plan.json --out model/new --overwrite",
+        "apply model plan.json --refit --data other/code.jsonl --out other --overwrite",
+        "refit model --original other --data other/code.jsonl --out other --overwrite",
         "prune model --data other/code.jsonl --out other --overwrite",
         "prune model --data code.jsonl --out other --stats other/stats --overwrite",
         "prune model --data code.jsonl --out model --overwrite",
@@ -139,7 +141,7 @@ def test_no_command_is_missing() -> None:
         for name, sub in commands.choices.items()
         if any(option in sub._option_string_actions for option in ("--out", "--as-masks"))
     }
-    assert writing == {*COMMAND_LINES, "report", "demo"}
+    assert writing == {*COMMAND_LINES, "report", "demo", "refit"}
     assert len(COMMANDS) == len(commands.choices)
 
 

@@ -1,15 +1,13 @@
 """`prune --refit`: what prune and then refit do, in one command that can be interrupted."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 import reap_driver as rd
-from reap_driver.workflow.refit_state import RefitState
 from tests.driver.cli.conftest import Run
+from tests.driver.cli.test_refit import interrupted
 from tests.driver.distributed.launch import ranked
 from tests.driver.writer import saved
 
@@ -25,6 +23,17 @@ def same(one: Path, other: Path) -> bool:
     return list(before) == list(after) and all(
         saved.same_bytes(before[name], after[name]) for name in before
     )
+
+
+def check_two_ranks(words: list[object], tmp_path: Path) -> None:
+    """That a command with a re-fit writes tmp_path/out on two ranks, and nothing else."""
+    from reap_driver.cli.main import main
+
+    ended = ranked(2, lambda: main([*map(str, words), "--json", "--quiet"]))
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["refitted"]["refit"]["written"] in ("refit", "cut")
+    assert (tmp_path / "out/reap/refit.json").is_file()
+    assert not list(tmp_path.glob("out.*"))
 
 
 def test_it_is_prune_and_refit(
@@ -53,14 +62,7 @@ def test_interrupted_between_and_complete(
 ) -> None:
     whole = [*words[:-1], tmp_path / "whole"]
     assert run(*whole).code == 0
-    put = RefitState.put
-
-    def once(self: RefitState, name: str, down: torch.Tensor) -> None:
-        monkeypatch.setattr(RefitState, "put", put)
-        put(self, name, down)
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(RefitState, "put", once)
+    interrupted(monkeypatch)
     assert run(*words).code == 130
     assert (tmp_path / "out.cut/out/config.json").is_file()
     assert "out.cut/out: exists" in run(*words).error
@@ -82,13 +84,7 @@ def test_interrupted_between_and_complete(
 
 
 def test_two_ranks(words: list[object], tmp_path: Path) -> None:
-    from reap_driver.cli.main import main
-
-    ended = ranked(2, lambda: main([*map(str, words), "--json", "--quiet"]))
-    assert ended.code == 0, ended.err
-    assert json.loads(ended.out)["refitted"]["refit"]["written"] in ("refit", "cut")
-    assert (tmp_path / "out/reap/refit.json").is_file()
-    assert not list(tmp_path.glob("out.*"))
+    check_two_ranks(words, tmp_path)
 
 
 def test_refused(run: Run, words: list[object], tmp_path: Path) -> None:

@@ -45,7 +45,10 @@ GIVEN = {
 
 def given(cls: type, **changes: Any) -> dict[str, Any]:
     """What a class of options needs at least."""
-    names = {f.name for f in every_field(cls) if f.default is MISSING or f.name in ("data", "out")}
+    also = (
+        ("out",) if cls is rd.ApplyOptions else ("data", "out")
+    )  # which takes data to re-fit only
+    names = {f.name for f in every_field(cls) if f.default is MISSING or f.name in also}
     return {name: value for name, value in (GIVEN | changes).items() if name in names}
 
 
@@ -120,6 +123,11 @@ def test_options_have_defaults_docstrings_and_survive_a_round(cls: type) -> None
         (rd.EstimateOptions, {"tokens": 5}, "`tokens=5`: not together with `data`"),
         (rd.EstimateOptions, {"data": ()}, "no data to plan for"),
         (rd.ApplyOptions, {"as_masks": "m"}, "give one of `out` and `as_masks`"),
+        (rd.ApplyOptions, {"resume": "auto"}, "`resume=auto`: only with `refit`, which runs the"),
+        (rd.ApplyOptions, {"hold_out_group": "x"}, "`hold_out_group=x`: only with `refit`"),
+        (rd.ApplyOptions, {"dtype": "float32"}, "`dtype=float32`: only with `refit`"),
+        (rd.ApplyOptions, {"recipe": "reap-coding"}, "`recipe=reap-coding`: only with `refit`"),
+        (rd.ApplyOptions, {"refit": True}, "no data to run the model on; give `data`"),
         (rd.SearchOptions, {"stream": "always"}, "`stream='always'`: a search needs"),
         (rd.SearchOptions, {"elites": 40}, "`elites=40`: give fewer than the population of 32"),
         (rd.SearchOptions, {"validation": 1.5}, "`validation=1.5`: give 0, or a share from"),
