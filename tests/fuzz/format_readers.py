@@ -2,10 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -20,7 +19,7 @@ from reap_kernels import SaliencyStats
 from reap_kernels.tuning import CONFIGS, Launch, Table
 from tests.fuzz.campaign import Nonsense, Reader
 from tests.fuzz.changes import container, json_value
-from tests.fuzz.inputs import in_file
+from tests.fuzz.inputs import in_file, unsealed
 from tests.fuzz.world import World, command
 
 
@@ -139,7 +138,7 @@ def containers(world: World) -> Iterable[Reader]:
         "statistics without digest",
         [world.stats.read_bytes()],
         container,
-        _unsealed(in_file(new / "unsealed.safetensors", partial(_use_stats, world))),
+        unsealed(in_file(new / "unsealed.safetensors", partial(_use_stats, world))),
         3,
     )
     yield Reader(
@@ -159,16 +158,6 @@ def containers(world: World) -> Iterable[Reader]:
         container,
         in_file(new / "state.safetensors", lambda path: _use_state(read_state(path))),
     )
-
-
-def _unsealed(read: Callable[[bytes], None]) -> Callable[[bytes], None]:
-    """Reads as if every digest fitted, so that what it guards is checked for itself."""
-
-    def unsealed(content: bytes) -> None:
-        with mock.patch("reap_kernels.documents._digest", lambda head, _: head.get("digest", "")):
-            read(content)
-
-    return unsealed
 
 
 def _use_stats(world: World, path: Path) -> None:

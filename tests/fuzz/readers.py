@@ -16,6 +16,7 @@ from tests.fuzz.campaign import Reader
 from tests.fuzz.checkpoint_readers import checkpoints
 from tests.fuzz.data_readers import data
 from tests.fuzz.format_readers import containers, formats
+from tests.fuzz.sum_readers import sums
 from tests.fuzz.world import World, command
 
 
@@ -24,6 +25,7 @@ def readers(world: World) -> list[Reader]:
     return [
         *formats(world),
         *containers(world),
+        *sums(world),
         *checkpoints(world),
         *data(world),
         *_words_and_variables(world),

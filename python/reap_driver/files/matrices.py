@@ -185,8 +185,8 @@ class Matrices(Mapping[str, Tensor]):
         """A layer's matrices, [E', H, I'], on the CPU.
 
         Raises:
-            PlanError: the folder has no such layer, or its file is missing, damaged or of another
-                run than the index.
+            PlanError: the folder has no such layer, or its file is missing, damaged, not finite or
+                of another run than the index.
         """
         entry = self._entry(name)
         path = self.folder / entry["file"]
@@ -197,6 +197,8 @@ class Matrices(Mapping[str, Tensor]):
         if list(down.shape) != entry["shape"]:
             why = f"holds {list(down.shape)}, {INDEX} says {entry['shape']}"
             raise LAYER_FORMAT.refusal(path, why)
+        if not bool(down.isfinite().all()):
+            raise LAYER_FORMAT.refusal(path, "holds values that are not finite")
         return down
 
     def __contains__(self, name: object) -> bool:
