@@ -5,10 +5,11 @@ from bench.table_parts import markdown, newest
 
 def gram_cpu() -> str:
     """The observed forward with Gram matrices, compared with that without."""
-    rows = newest("gram_cpu", "dtype", "batch")
+    rows = newest("gram_cpu", "dtype", "sequences")
     body = [
         [
             row["dtype"],
+            f"{int(row['sequences']) * int(row['length']):,}",
             f"{float(row['observed_s']):.1f} s",
             f"{float(row['with_gram_s']):.1f} s",
             f"**{float(row['with_gram/observed']):.2f}** ({float(row['least_ratio']):.2f} to "
@@ -17,14 +18,15 @@ def gram_cpu() -> str:
         for row in rows
     ]
     first = rows[0]
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    commits, rounds = (dict.fromkeys(row[key] for row in rows) for key in ("commit", "rounds"))
     where = (
-        f"\n{first['sequences']} x {first['length']} tokens of the same model at batch "
-        f"{first['batch']}, seconds of the process, medians of {first['rounds']} rounds; "
+        f"\nThe same model at batches of {first['batch']} x {first['length']} tokens, seconds of "
+        f"the process, medians of {', '.join(rounds)} rounds; with few tokens it shows that "
+        f"{first['gram_mb']} MB of sums are set up and returned; "
         f"statistics bitwise equal; {first['cpu']}, {first['threads']} thread, torch "
-        f"{first['torch']}, commit {commits}; `python -m bench gram_cpu`.\n"
+        f"{first['torch']}, commit {', '.join(commits)}; `python -m bench gram_cpu`.\n"
     )
-    head = ["dtype", "observed", "with Gram matrices", "with / without (least and most)"]
+    head = ["dtype", "tokens", "observed", "with Gram matrices", "with / without (least and most)"]
     return markdown(head, body) + where
 
 
