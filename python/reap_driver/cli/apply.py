@@ -24,8 +24,8 @@ vLLM and SGLang read one number for all layers and refuse such a checkpoint, so 
 with --non-uniform: for reap-kernels, and for the load_pruned.py it then holds, which needs
 transformers alone. --as-masks writes the plan as masks for the original's routers instead.
 
-With --refit the checkpoint goes to DIR.cut first, and is then re-fitted on --data, which runs the
-model and its original. The better of both goes to DIR.
+With --refit the checkpoint goes to DIR.cut first, and is then re-fitted on --data, for which both
+it and MODEL are run. The better of the two, as it is or re-fitted, goes to DIR.
 """
 EXAMPLES = """\
 examples:
