@@ -96,6 +96,7 @@ def _state(new: Path) -> Path:
     (new / "out.refit").mkdir()
     path = new / "out.refit" / "state.json"
     content = {"run": {"seed": 0}, "seconds": 1.0, "position": 1, "layers": {_LAYER: _FACTS}}
+    content["files"] = {"states/0/original/states-00001/0.safetensors": "sha256:" + "0" * 64}
     path.write_text(json_in_lines(REFIT_STATE.complete(content)), encoding="utf-8")
     return path
 

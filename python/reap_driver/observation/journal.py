@@ -6,7 +6,6 @@ atomically, so a run that is killed at any moment leaves a complete earlier or l
 """
 
 import contextlib
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -14,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reap_driver.observation.file_digests import check_digests, digests
 from reap_driver.observation.resume_file import FIELDS, ResumeFile
 from reap_driver.observation.state_store import states_folder
 from reap_kernels import SaliencyStats
-from reap_kernels.documents import Format, as_read, open_file
+from reap_kernels.documents import Format, as_read
 from reap_kernels.errors import DataError
 from reap_kernels.schema import Int, MapOf, OrNull, Text
 
@@ -112,7 +112,7 @@ class Journal:
             folder = states_folder(self.folder, position) if states is not None else None
             if states is not None and folder is not None:
                 states(folder)
-            files = _digests(self.folder, stats, folder)
+            files = digests(self.folder, [stats, *([] if folder is None else [folder])])
         self._file.write(
             self._run,
             seconds,
@@ -137,7 +137,9 @@ class Journal:
         self._file.check_same(content["run"], self._run)
         stats = self.folder / content["stats"]
         states = None if content["states"] is None else self.folder / content["states"]
-        _check_files(self.folder, content["files"], stats, states)
+        check_digests(
+            FORMAT, self.folder, content["files"], [stats, *([] if states is None else [states])]
+        )
         snapshot = SaliencyStats.load(stats)
         self.position = content["position"]
         _delete_others(self.folder, {_NAME, content["stats"], content["states"]})
@@ -192,35 +194,6 @@ def _file(folder: Path) -> ResumeFile:
 
 def _stats_name(position: int) -> str:
     return f"stats-{position:06}.safetensors"
-
-
-def _digests(folder: Path, stats: Path, states: Path | None) -> dict[str, str]:
-    """{name relative to the folder: `sha256:...`} of the files of an entry.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
-    found = {}
-    for path in [stats, *(sorted(states.iterdir()) if states is not None else ())]:
-        with open_file(path) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[path.relative_to(folder).as_posix()] = f"sha256:{digest}"
-    return found
-
-
-def _check_files(
-    folder: Path, recorded: Mapping[str, str], stats: Path, states: Path | None
-) -> None:
-    """Raises DataError unless the files of an entry have the recorded digests."""
-    try:
-        found = _digests(folder, stats, states)
-    except OSError as error:
-        why = f"cannot be read ({error.strerror or error})"
-        raise FORMAT.refusal(error.filename or folder, why) from error
-    for name in sorted(recorded.keys() | found.keys()):
-        if recorded.get(name) != found.get(name):
-            why = "is missing" if name not in found else "is damaged, or of another run"
-            raise FORMAT.refusal(folder / name, why)
 
 
 def _delete_others(folder: Path, named: Collection[str | None]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from reap_driver.files.matrices import Matrices
 from reap_driver.observation.data_parallel import Ranks
+from reap_driver.observation.file_digests import check_digests, digests
 from reap_driver.observation.resume_file import FIELDS, ResumeFile
 from reap_driver.observation.state_store import states_folder
 from reap_driver.refitting.engine import STREAMS, LayerFacts
@@ -24,7 +25,7 @@ from reap_driver.workflow.refit_results import layer_facts
 from reap_kernels.documents import Format, as_read
 from reap_kernels.errors import CheckpointError, DataError
 from reap_kernels.provenance import MAX_EXPERTS
-from reap_kernels.schema import Flag, Int, ListOf, MapOf, Real, Record
+from reap_kernels.schema import Flag, Int, ListOf, MapOf, Real, Record, Text
 
 _ANY = Real(low=0)
 _LAYER = Record(
@@ -43,7 +44,7 @@ FORMAT = Format(
     "reap-refit-state",
     1,
     "state of a re-fit",
-    {**FIELDS, "position": Int(), "layers": MapOf(_LAYER)},
+    {**FIELDS, "position": Int(), "layers": MapOf(_LAYER), "files": MapOf(Text(100))},
     DataError,
     "delete its folder and run without `resume=True`",
     sealed=True,
@@ -131,6 +132,9 @@ class RefitState:
             content = self._file.read()
             self._file.check_same({**content["run"], "rank": ""}, {**self._run, "rank": ""})
             self._before, self.position = content["seconds"], content["position"]
+            if mine:
+                places = self._states_of_all(self.position)
+                check_digests(FORMAT, self.folder, content["files"], places)
             self.layers = {
                 name: LayerFacts(**{**facts, "experts": tuple(facts["experts"])})
                 for name, facts in content["layers"].items()
@@ -173,7 +177,9 @@ class RefitState:
         self.position, self.layers = position, dict(layers)
         if self._world.rank == 0:
             known = {name: layer_facts(one) for name, one in layers.items()}
-            self._file.write(self._run, self.seconds, position=position, layers=known)
+            with self._file.writing():
+                files = digests(self.folder, self._states_of_all(position))
+            self._file.write(self._run, self.seconds, position=position, layers=known, files=files)
         self._world.barrier()
         for stream in STREAMS:
             kept = states_folder(self.states / stream, position)
@@ -193,6 +199,15 @@ class RefitState:
     def states(self) -> Path:
         """The folder of this rank's states between two layers, and of what memory cannot hold."""
         return self.folder / _STATES / str(self._world.rank)
+
+    def _states_of_all(self, position: int) -> list[Path]:
+        """The folders of all ranks' states after a number of layers; some ranks may have none."""
+        found = [
+            states_folder(self.folder / _STATES / str(rank) / stream, position)
+            for rank in range(self._world.size)
+            for stream in STREAMS
+        ]
+        return [folder for folder in found if folder.is_dir()]
 
     def left(self) -> str:
         """How an interrupted run goes on, in words; empty where no layer is done."""

@@ -197,6 +197,11 @@ def test_an_interrupted_re_fit_goes_on_with_the_same_bits(
     assert "done, whose matrices are not there" in run(*words, "--resume").error
     shutil.rmtree(matrices)
     (tmp_path / "aside").rename(matrices)
+    state = next((tmp_path / "out.refit/states/0/pruned").rglob("*.safetensors"))
+    content = state.read_bytes()
+    state.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert f"{state.name} is damaged, or of another run" in run(*words, "--resume").error
+    state.write_bytes(content)
     ran = []
     load = StreamedModel._load
     monkeypatch.setattr(
