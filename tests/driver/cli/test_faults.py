@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from reap_driver.cli.main import main
-from reap_driver.workflow import calibration, compare, observe, prune, search
+from reap_driver.workflow import calibration, compare, observe, prune, search_data
 from reap_kernels import files
 from tests.driver.cli.conftest import Run
 from tests.driver.writer import saved
@@ -156,7 +156,7 @@ def test_a_shard_replaced_while_data_is_read(
         swap(place)
         return read(*args)
 
-    for job in (observe, compare, search):
+    for job in (observe, compare, search_data):
         monkeypatch.setattr(job, "read_data", replaced)
     done = run(*words.split())
     assert done.code == 3
