@@ -84,8 +84,8 @@ def down_views(layer: MoELayer, experts: Sequence[int] | None = None) -> list[Te
     Raises:
         UnsupportedModel: they are computed from other tensors.
     """
-    down = _adapter(layer).weights(layer.module, _ANY).down
-    views = [down[expert] for expert in experts or range(layer.num_experts)]
+    down = matrices_in(layer).down
+    views = [down[expert] for expert in (range(layer.num_experts) if experts is None else experts)]
     own = {tensor.untyped_storage().data_ptr() for tensor in layer.module.parameters()}
     if any(view.untyped_storage().data_ptr() not in own for view in views):
         raise UnsupportedModel(

@@ -143,7 +143,7 @@ def check_filled_folder(folder: Path, kind: Kind, *, overwrite: bool) -> None:
                 f"{folder}: exists; choose another name, or pass `overwrite=True`"
             )
     _check_place(folder, folder.absolute().parent)
-    strange = _strange(part, kind.files)
+    strange = strange_in(part, kind.files)
     if strange:
         raise CheckpointError(
             f"{part}: is where {kind.of} go until they are complete, and holds {strange!r}, "
@@ -173,7 +173,7 @@ def check_journal_folder(folder: Path) -> None:
     Raises:
         CheckpointError: naming it and what it holds.
     """
-    strange = _strange(folder, _JOURNAL)
+    strange = strange_in(folder, _JOURNAL)
     if strange:
         raise CheckpointError(
             f"{folder}: is where the journal goes, and holds {strange!r}, which is none; move "
@@ -181,7 +181,7 @@ def check_journal_folder(folder: Path) -> None:
         )
 
 
-def _strange(folder: Path, known: re.Pattern[str]) -> str | None:
+def strange_in(folder: Path, known: re.Pattern[str]) -> str | None:
     """The first name in a folder that is not one of the known, or its own where it is no folder;
     None if there is none.
     """

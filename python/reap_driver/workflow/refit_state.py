@@ -6,6 +6,7 @@ all, so a run that was killed goes on behind the last layer that was written dow
 """
 
 import contextlib
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from reap_driver.observation.resume_file import FIELDS, ResumeFile
 from reap_driver.observation.state_store import states_folder
 from reap_driver.refitting.engine import STREAMS, LayerFacts
 from reap_driver.workflow.inspection import Model
+from reap_driver.workflow.outputs import strange_in
 from reap_driver.workflow.refit_results import layer_facts
 from reap_kernels.documents import Format, as_read
 from reap_kernels.errors import CheckpointError, DataError
@@ -51,6 +53,8 @@ FORMAT = Format(
 )
 _SHARE = 0.05  # of the time may go to saving states
 _FILE, _MATRICES, _STATES = "state.json", "matrices", "states"
+# What the folder may hold, also after a kill.
+_PARTS = re.compile(r"\.?state\.json(\.[0-9a-f]{8})?|matrices|states")
 
 
 class RefitState:
@@ -86,14 +90,12 @@ class RefitState:
             CheckpointError: an interrupted re-fit left its state, and neither `resume` nor
                 `overwrite` is given; or the folder holds something else.
         """
-        if self.folder.exists():
-            names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {""}
-            strange = sorted(names - {_FILE, _MATRICES, _STATES})
-            if strange:
-                raise CheckpointError(
-                    f"{self.folder}: is where layers that are done go, and holds {strange[0]!r}, "
-                    "which is no part of that; move it away, or choose another output"
-                )
+        strange = strange_in(self.folder, _PARTS)
+        if strange is not None:
+            raise CheckpointError(
+                f"{self.folder}: is where layers that are done go, and holds {strange!r}, which is "
+                "no part of that; move it away, or choose another output"
+            )
         if resume is True:
             self._file.read()
         elif self._file.exists() and not resume and not overwrite:

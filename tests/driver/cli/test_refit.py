@@ -203,6 +203,11 @@ def test_an_interrupted_re_fit_goes_on_with_the_same_bits(
     state.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert f"{state.name} is damaged, or of another run" in run(*words, "--resume").error
     state.write_bytes(content)
+    strange = tmp_path / "out.refit/notes.txt"
+    strange.write_text("mine")
+    assert "and holds 'notes.txt', which is no part of that" in run(*words, "--resume").error
+    strange.unlink()
+    (tmp_path / "out.refit/.state.json.0123abcd").write_text("{")  # of a write that was killed
     ran = []
     load = StreamedModel._load
     monkeypatch.setattr(
