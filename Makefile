@@ -13,9 +13,13 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 # The same kernels for the CPU, which tests run; conftest.py finds them there.
 HOST := out/host
+INTEROP := out/interop
+ENVIRONMENTS := $(basename $(notdir $(wildcard tests/interop/environments/*.txt)))
+ENGINES := llamacpp mlx
 CMAKE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m cmake
 
-.PHONY: demo test docs fuzz support lint host sanitize aot cuda bench clean
+.PRECIOUS: $(INTEROP)/%/.ready
+.PHONY: demo test test-interop test-engines docs fuzz support lint host sanitize aot cuda bench clean
 
 demo: $(READY)
 	$(RUN) -m reap_driver demo --out out/demo
@@ -23,6 +27,22 @@ demo: $(READY)
 test: $(READY) host
 	OMP_NUM_THREADS=1 REAP_CUDA_HOST="$$(echo $(CURDIR)/$(HOST)/_host*.so)" \
 		$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS)
+
+# Tests against packages of others, each with an environment of its own under out/interop:
+# `make test-interop ENVS=llmcompressor` for one. `test-engines` runs pruned models in engines.
+test-interop: $(addprefix interop-,$(or $(ENVS),$(filter-out $(ENGINES),$(ENVIRONMENTS))))
+
+test-engines: $(addprefix interop-,$(or $(ENVS),$(filter $(ENGINES),$(ENVIRONMENTS))))
+
+interop-%: $(INTEROP)/%/.ready
+	env -u PYTHONPATH -u PYTHONHOME REAP_INTEROP=$* OMP_NUM_THREADS=1 $(INTEROP)/$*/bin/python \
+		-m pytest -q --confcutdir tests/interop -p tests.assertions tests/interop/$*
+
+# The stamp holds the requirements that were installed: a newer file that says the same builds nothing.
+$(INTEROP)/%/.ready: tests/interop/environments/%.txt
+	cmp -s $< $@ || { $(PYTHON) -m venv --clear $(@D) && $(@D)/bin/python -m pip \
+		--disable-pip-version-check --no-input install -q -r $< && cp $< $@; }
+	@touch $@
 
 # The site, into out/site. Warnings are errors; nothing is loaded from the network.
 docs: $(VENV)/.docs

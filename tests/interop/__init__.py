@@ -1,0 +1,1 @@
+"""Tests against packages of others, each in an environment of its own: `make test-interop`."""
