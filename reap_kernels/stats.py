@@ -5,7 +5,7 @@ and counts int64: splitting batches differently moves a sum by at most about 1e-
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ COUNTS = ("count", "nonfinite")
 SUMS = ("router_weight_sum", "norm_sum", "weighted_norm_sum", "norm_sq_sum", "weighted_norm_sq_sum")
 EXTREMA = ("out_max", "out_min")
 FIELDS = (*COUNTS, *SUMS, *EXTREMA, "tokens")
+OPTIONAL = (*SUMS, *EXTREMA)  # what statistics from elsewhere may lack
 # Names of fields in files, where they differ. Files keep the names they had first.
 _IN_FILES = {
     "router_weight_sum": "gate_sum",
@@ -44,8 +45,28 @@ FORMAT = Format(
     },
     DataError,
     "make one with `reap-kernels observe`",
+    {"missing": ListOf(Text(choices=tuple(_IN_FILES.get(name, name) for name in OPTIONAL)))},
     sealed=True,
 )
+
+
+def _recorded(name: str) -> property:
+    """The property that reads a field which statistics may lack, so that nothing takes the zeros
+    it was made with for sums.
+    """
+    kind = "sums" if name in SUMS else "extrema"
+    place = (SUMS if name in SUMS else EXTREMA).index(name)
+
+    def read(self: "LayerStats") -> Tensor:
+        if name in self.missing:
+            raise DataError(
+                f"{name} is not recorded in these statistics, which another tool observed; "
+                "observe the model with reap-kernels"
+            )
+        found: Tensor = getattr(self, kind)[place]
+        return found
+
+    return property(read)
 
 
 class LayerStats:
@@ -65,13 +86,18 @@ class LayerStats:
     | `out_max`, `out_min` | float32 [G, E] | extreme elements of f; -inf, +inf when empty |
     | `tokens` | int64 [G] | tokens counted |
 
+    Statistics that another tool observed may lack some of them: reading such a field raises
+    DataError, and nothing can be added but by `merge_`, which leaves it out.
+
     Args:
         num_experts: E.
         num_groups: G, the number of calibration groups.
         device: where the tensors live.
+        missing: names of fields that are not recorded, of `OPTIONAL`.
 
     Raises:
         ShapeError: less than one expert or group.
+        DataError: `missing` names another field.
 
     Example:
         >>> import torch
@@ -83,8 +109,18 @@ class LayerStats:
     """
 
     def __init__(
-        self, num_experts: int, num_groups: int = 1, device: torch.device | str = "cpu"
+        self,
+        num_experts: int,
+        num_groups: int = 1,
+        device: torch.device | str = "cpu",
+        missing: Collection[str] = (),
     ) -> None:
+        if not set(missing) <= set(OPTIONAL):
+            raise DataError(
+                f"missing names {short(sorted(set(missing) - set(OPTIONAL)))}; only "
+                f"{', '.join(OPTIONAL)} can be missing"
+            )
+        self.missing = frozenset(missing)
         if num_experts < 1 or num_groups < 1:
             raise ShapeError(
                 f"LayerStats needs at least one expert and one group, got {num_experts} experts "
@@ -104,11 +140,28 @@ class LayerStats:
     def from_packed(cls, packed: Sequence[Tensor]) -> "LayerStats":
         """Wraps the tensors of `packed()` without copying them."""
         self = cls.__new__(cls)
+        self.missing = frozenset()
         self.counts, self.sums, self.extrema, self.tokens = packed
         return self
 
     def packed(self) -> list[Tensor]:
-        """counts [2, G, E], sums [5, G, E], extrema [2, G, E], tokens [G], as kernels take them."""
+        """counts [2, G, E], sums [5, G, E], extrema [2, G, E], tokens [G], as kernels take them.
+
+        Raises:
+            DataError: see `check_complete`.
+        """
+        self.check_complete()
+        return self._tensors()
+
+    def check_complete(self) -> None:
+        """Raises DataError where a field is not recorded: nothing more can be observed into it."""
+        if self.missing:
+            raise DataError(
+                f"these statistics do not record {', '.join(sorted(self.missing))}, so nothing can "
+                "be added to them; observe into new ones and merge"
+            )
+
+    def _tensors(self) -> list[Tensor]:
         return [self.counts, self.sums, self.extrema, self.tokens]
 
     def __repr__(self) -> str:
@@ -116,13 +169,13 @@ class LayerStats:
 
     count = property(lambda self: self.counts[0])
     nonfinite = property(lambda self: self.counts[1])
-    router_weight_sum = property(lambda self: self.sums[0])
-    norm_sum = property(lambda self: self.sums[1])
-    weighted_norm_sum = property(lambda self: self.sums[2])
-    norm_sq_sum = property(lambda self: self.sums[3])
-    weighted_norm_sq_sum = property(lambda self: self.sums[4])
-    out_max = property(lambda self: self.extrema[0])
-    out_min = property(lambda self: self.extrema[1])
+    router_weight_sum = _recorded("router_weight_sum")
+    norm_sum = _recorded("norm_sum")
+    weighted_norm_sum = _recorded("weighted_norm_sum")
+    norm_sq_sum = _recorded("norm_sq_sum")
+    weighted_norm_sq_sum = _recorded("weighted_norm_sq_sum")
+    out_max = _recorded("out_max")
+    out_min = _recorded("out_min")
 
     @property
     def num_groups(self) -> int:
@@ -140,8 +193,8 @@ class LayerStats:
         return self.counts.device
 
     def fields(self) -> dict[str, Tensor]:
-        """The named fields, as views."""
-        return {name: getattr(self, name) for name in FIELDS}
+        """The fields that are recorded, as views."""
+        return {name: getattr(self, name) for name in FIELDS if name not in self.missing}
 
     def add_tokens(self, number: int, group: int = 0) -> None:
         """Counts `number` more tokens in `group`, for hosts that call `accumulate`."""
@@ -150,7 +203,7 @@ class LayerStats:
     def merge_(
         self, other: "LayerStats", groups: Sequence[int | None] | None = None
     ) -> "LayerStats":
-        """Adds another layer's statistics in place.
+        """Adds another layer's statistics in place. What either lacks, the result lacks.
 
         Args:
             other: same number of experts.
@@ -168,6 +221,7 @@ class LayerStats:
             )
         if any(group is not None and not 0 <= group < self.num_groups for group in groups):
             raise ShapeError(f"groups {list(groups)} leave 0..{self.num_groups - 1}; grow_groups")
+        self.missing |= other.missing
         for source, target in enumerate(groups):
             if target is None:
                 continue
@@ -195,7 +249,9 @@ class LayerStats:
     def to(self, device: torch.device | str) -> "LayerStats":
         """A copy on `device`."""
         with torch.inference_mode(False):
-            return LayerStats.from_packed([t.to(device, copy=True) for t in self.packed()])
+            copy = LayerStats.from_packed([t.to(device, copy=True) for t in self._tensors()])
+        copy.missing = self.missing
+        return copy
 
     def regrouped(self, targets: Sequence[int | None], num_groups: int) -> "LayerStats":
         """A copy with other groups.
@@ -253,6 +309,14 @@ class SaliencyStats:
         counts = f"layers={len(self.layers)}, groups={self.groups}, parts={len(self.parts)}"
         return f"SaliencyStats({counts}, model={(self.provenance.get('model') or {}).get('id')!r})"
 
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Fields of `LayerStats` that some layer does not record, in their order; none of what
+        reap-kernels observed.
+        """
+        lacking = frozenset[str]().union(*(layer.missing for layer in self.layers.values()))
+        return tuple(name for name in FIELDS if name in lacking)
+
     def check_finite(self) -> None:
         """Raises DataError if any expert produced NaN or Inf, naming layer, group and count."""
         for name, layer in self.layers.items():
@@ -305,14 +369,16 @@ class SaliencyStats:
         Raises:
             DataError: the provenance holds what could not be read again.
         """
+        missing = self.missing
+        recorded = [key for key in FIELDS if key not in missing]
         tensors = {
-            f"{name}|{_IN_FILES.get(key, key)}": value
+            f"{name}|{_IN_FILES.get(key, key)}": getattr(layer, key)
             for name, layer in self.layers.items()
-            for key, value in layer.fields().items()
+            for key in recorded
         }
         for name in self.layers if self.parts else ():
             shares = [part.layers[name].fields() for part in self.parts]
-            for key in FIELDS:  # [parts, ...]: few tensors, so that many layers load fast
+            for key in recorded:  # [parts, ...]: few tensors, so that many layers load fast
                 tensors[f"{name}|parts|{_IN_FILES.get(key, key)}"] = torch.stack(
                     [share[key] for share in shares]
                 )
@@ -322,6 +388,8 @@ class SaliencyStats:
             "parts": len(self.parts),
             "provenance": self.provenance,
         }
+        if missing:
+            content["missing"] = [_IN_FILES.get(name, name) for name in missing]
         with replaced(path) as temporary:
             write_tensors(tensors, temporary, FORMAT, content)
 
@@ -346,8 +414,10 @@ class SaliencyStats:
             if len(set(content[field_name])) < len(content[field_name]):
                 raise ValueError(f"field {field_name!r} has a name twice")
         wholes, shares = {}, {}
+        absent = content.get("missing", ())
+        fields = [name for name in FIELDS if _IN_FILES.get(name, name) not in absent]
         for name in names:
-            wholes[name] = _taken(tensors, name, [len(groups)])
+            wholes[name] = _taken(tensors, name, [len(groups)], fields)
             experts = wholes[name]["count"].shape[-1]
             facts = provenance.get("layers", {}).get(name, {})
             if facts.get("num_experts", experts) != experts:
@@ -359,7 +429,7 @@ class SaliencyStats:
             check_values(name, wholes[name], rows)
             if content["parts"]:
                 shape = [content["parts"], len(groups)]
-                shares[name] = _taken(tensors, f"{name}|parts", shape)
+                shares[name] = _taken(tensors, f"{name}|parts", shape, fields)
                 check_values(name, shares[name], rows)
                 check_parts(name, wholes[name], shares[name])
         if tensors:
@@ -372,10 +442,12 @@ class SaliencyStats:
         return cls(layers, groups, provenance, parts)
 
 
-def _taken(tensors: dict[str, Tensor], prefix: str, shape: list[int]) -> dict[str, Tensor]:
+def _taken(
+    tensors: dict[str, Tensor], prefix: str, shape: list[int], fields: Sequence[str]
+) -> dict[str, Tensor]:
     """The fields of one layer, taken out of `tensors`: [*shape, E] each, `tokens` [*shape]."""
     found = {}
-    stored = {key: f"{prefix}|{_IN_FILES.get(key, key)}" for key in FIELDS}
+    stored = {key: f"{prefix}|{_IN_FILES.get(key, key)}" for key in fields}
     for key, name in stored.items():
         if name not in tensors:
             raise ValueError(f"tensor '{name}' is missing")
@@ -395,7 +467,7 @@ def _taken(tensors: dict[str, Tensor], prefix: str, shape: list[int]) -> dict[st
 def _layer(fields: Mapping[str, Tensor], part: int | None = None) -> LayerStats:
     """Statistics that are a copy of these fields, [G, E] each, or of one part of [P, G, E]."""
     groups, experts = fields["count"].shape[-2:]
-    layer = LayerStats(experts, groups)
+    layer = LayerStats(experts, groups, missing=[key for key in OPTIONAL if key not in fields])
     for key, view in layer.fields().items():
         view.copy_(fields[key] if part is None else fields[key][part])
     return layer

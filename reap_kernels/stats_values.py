@@ -30,7 +30,7 @@ def check_values(layer: str, fields: Fields, rows_per_token: int) -> None:
 
     Args:
         layer: its name, for messages.
-        fields: of `LayerStats`, [..., G, E] each, `tokens` [..., G].
+        fields: of `LayerStats` that are recorded, [..., G, E] each, `tokens` [..., G].
         rows_per_token: the most experts that a token is routed to.
 
     Raises:
@@ -50,13 +50,14 @@ def check_parts(layer: str, whole: Fields, parts: Fields) -> None:
     words = "what its parts add up to"
     for name in (*_COUNTS, "tokens"):
         _refuse(layer, name, whole[name], whole[name] != parts[name].sum(dim=0), words)
-    for name in _SUMS:
+    for name in (name for name in _SUMS if name in whole):
         room = _ROUNDING * parts[name].abs().sum(dim=0)
         apart = (whole[name] - parts[name].sum(dim=0)).abs() > room
         _refuse(layer, name, whole[name], apart, words)
-    for name, found in (("out_max", parts["out_max"].amax(dim=0)),
-                        ("out_min", parts["out_min"].amin(dim=0))):  # fmt: skip
-        _refuse(layer, name, whole[name], whole[name] != found, "the extreme of its parts")
+    for name, extreme in (("out_max", Tensor.amax), ("out_min", Tensor.amin)):
+        if name in whole:
+            differs = whole[name] != extreme(parts[name], dim=0)
+            _refuse(layer, name, whole[name], differs, "the extreme of its parts")
 
 
 def _check_counts(layer: str, fields: Fields, rows_per_token: int) -> None:
@@ -76,7 +77,7 @@ def _check_counts(layer: str, fields: Fields, rows_per_token: int) -> None:
 
 def _check_sums(layer: str, fields: Fields) -> None:
     count = fields["count"]
-    for name in _SUMS:
+    for name in (name for name in _SUMS if name in fields):
         values = fields[name]
         _refuse(layer, name, values, ~values.isfinite(), "a finite number")
         _refuse(layer, name, values, (count == 0) & (values != 0), "0, as no row was counted")
@@ -86,19 +87,26 @@ def _check_sums(layer: str, fields: Fields) -> None:
         ("norm_sum", "norm_sq_sum"),
         ("weighted_norm_sum", "weighted_norm_sq_sum"),
     ):
+        if name not in fields or squares not in fields:
+            continue
         most = count.double().sqrt() * fields[squares].sqrt() * (1 + _ROUNDING)
         words = f"at most the root of count times {squares}"
         _refuse(layer, name, fields[name], fields[name].abs() > most, words)
 
 
 def _check_extrema(layer: str, fields: Fields) -> None:
-    high, low, empty = fields["out_max"], fields["out_min"], fields["count"] == 0
-    for name, values, sign in (("out_max", high, -1), ("out_min", low, 1)):
+    empty = fields["count"] == 0
+    for name, sign in (("out_max", -1), ("out_min", 1)):
+        if name not in fields:
+            continue
+        values = fields[name]
         neutral = values.new_tensor(sign * float("inf"))
         wrong = empty & (values != neutral)
         _refuse(layer, name, values, wrong, f"{neutral.item()}, as no row was counted")
         _refuse(layer, name, values, ~empty & ~values.isfinite(), "a finite number")
-    _refuse(layer, "out_max", high, ~empty & (high < low), "out_min or more")
+    if "out_max" in fields and "out_min" in fields:
+        high, low = fields["out_max"], fields["out_min"]
+        _refuse(layer, "out_max", high, ~empty & (high < low), "out_min or more")
 
 
 def _refuse(layer: str, name: str, values: Tensor, wrong: Tensor, expected: str) -> None:

@@ -67,6 +67,7 @@ def observe_layer(
 
     Raises:
         ShapeError, DtypeError: inputs that do not fit each other; the message names the input.
+        DataError: `stats` lack a field.
         BackendUnavailable: no backend serves, or the requested one refuses, with the reason.
 
     Example:
@@ -113,6 +114,7 @@ def _checked(call: LayerCall) -> LayerCall:
                 f"stats hold {stats.num_experts} experts on {stats.device}; the layer has "
                 f"{experts.num_experts} on {hidden.device}"
             )
+        stats.check_complete()
         group = group_ids(call.group, tokens, stats)
     if call.gram is not None:
         check_sums(call.gram, experts.num_experts, experts.intermediate_size, hidden.device)

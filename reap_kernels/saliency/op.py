@@ -37,6 +37,7 @@ def accumulate(
 
     Raises:
         ShapeError, DtypeError: inputs that do not fit each other, or a group `stats` lacks.
+        DataError: `stats` lack a field.
         BackendUnavailable: no backend serves, or the requested one refuses.
 
     Example:
@@ -59,6 +60,7 @@ def accumulate(
     for name, rows in (("expert_ids", expert_ids), ("router_weights", router_weights)):
         if tuple(rows.shape) != (len(y),):
             raise ShapeError(f"{name} has shape {tuple(rows.shape)}; expected ({len(y)},)")
+    stats.check_complete()
     mask = checked_mask(mask, len(y))
     groups = group_ids(group, len(y), stats)
     request = Request(

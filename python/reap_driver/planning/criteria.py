@@ -48,6 +48,13 @@ class Criterion:
     seed: int = 0
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields of `reap_kernels.LayerStats` that it needs."""
+        if self.field == "out_max":
+            return ("out_max", "out_min")
+        return (self.field,) if self.field else ()
+
+    @property
     def is_sum(self) -> bool:
         """Whether it belongs to the family above: a function of sums over rows."""
         return self.field in RECORDED.values()

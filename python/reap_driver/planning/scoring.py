@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reap_driver.base.arguments import typed
-from reap_driver.planning.criteria import Criterion, Scores, checked_criterion
+from reap_driver.planning.criteria import CRITERIA, Criterion, Scores, checked_criterion
 from reap_driver.planning.custom_criteria import scored_by
 from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import DataError, PlanError
@@ -45,8 +45,9 @@ def score(
         PlanError: the criterion is unknown, or its sum is not recorded; the weights do not name
             exactly the observed groups, or are negative, not finite or all 0; or a function does
             not return one finite number per expert.
-        DataError: there is no layer; an expert's output had NaN or Inf; a layer saw no token, or
-            none of a group with a share above 0; or scores leave the range of float64.
+        DataError: there is no layer; the statistics lack what the criterion needs; an expert's
+            output had NaN or Inf; a layer saw no token, or none of a group with a share above 0; or
+            scores leave the range of float64.
 
     Example:
         >>> rd.score(stats, lambda layer: layer.total().norm_sum[0], name="work").criterion
@@ -59,6 +60,7 @@ def score(
     if name is not None:
         raise PlanError(f"name {name!r} is for a function; criterion {criterion!r} has its own")
     found = checked_criterion(criterion)
+    _check_recorded(stats, criterion, found)
     wanted = None if weights is None else shares(stats.groups, weights)
     stats.check_finite()
     if found.field:
@@ -70,6 +72,19 @@ def score(
         sizes = {name: layer.num_experts for name, layer in stats.layers.items()}
         values = random_values(sizes, found.seed)
     return Scores(values, criterion=criterion, weights=weights, provenance=stats.provenance)
+
+
+def _check_recorded(stats: SaliencyStats, name: str, criterion: Criterion) -> None:
+    """Raises DataError where statistics of another tool lack a field that a criterion needs."""
+    lacking = set(stats.missing)
+    wanted = [field for field in criterion.fields if field in lacking]
+    if wanted:
+        possible = [one for one, other in CRITERIA.items() if lacking.isdisjoint(other.fields)]
+        raise DataError(
+            f"criterion {name!r} needs {' and '.join(wanted)}, not recorded in these statistics, "
+            f"which another tool observed; use one of {', '.join(possible)}, or observe the model "
+            "with reap-kernels"
+        )
 
 
 def _own(

@@ -8,7 +8,7 @@ import torch
 
 from reap_driver.planning.criteria import CRITERIA, RECORDED, criterion_named
 from reap_driver.planning.scoring import score
-from reap_kernels import SaliencyStats
+from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import DataError, PlanError
 from tests.driver.planning.statistics import EXPERTS, NEVER, Rows, model_stats
 
@@ -214,3 +214,33 @@ def test_what_is_not_finite_is_never_averaged_in() -> None:
     stats.layers["a"].weighted_norm_sum[0, 1] = math.nan
     with pytest.raises(DataError, match=r"layer a: scores of experts \[1\]"):
         score(stats)
+
+
+LACKING = ("norm_sq_sum", "weighted_norm_sq_sum", "out_min")
+
+
+def lacking() -> SaliencyStats:
+    """Statistics without squares and minima, as another tool records them."""
+    whole = model_stats({"model.layers.0.mlp.experts": Rows(1, seed=0)}, ["code"])
+    layers = {
+        name: LayerStats(EXPERTS, missing=LACKING).merge_(layer)
+        for name, layer in whole.layers.items()
+    }
+    return SaliencyStats(layers, whole.groups, whole.provenance)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_criterion_that_needs_what_is_not_recorded_is_refused(name: str) -> None:
+    needed = [field for field in CRITERIA[name].fields if field in LACKING]
+    if not needed:
+        whole = model_stats({"model.layers.0.mlp.experts": Rows(1, seed=0)}, ["code"])
+        for layer, values in score(whole, name).items():
+            assert torch.equal(score(lacking(), name)[layer], values)
+        return
+    with pytest.raises(DataError, match=f"{name!r} needs {needed[0]}, not recorded .* use one of"):
+        score(lacking(), name)
+
+
+def test_a_function_cannot_read_what_is_not_recorded() -> None:
+    with pytest.raises(DataError, match="norm_sq_sum is not recorded"):
+        score(lacking(), lambda layer: layer.norm_sq_sum[0], name="mine")
