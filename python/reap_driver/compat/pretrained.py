@@ -21,7 +21,6 @@ from reap_driver.compat.model_config import (
     quantization_settings,
     quiet,
 )
-from reap_driver.files.compressed_scheme import is_compressed
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from reap_kernels.schema import short
 
@@ -95,8 +94,8 @@ def from_checkpoint(
     """Loads a checkpoint by the library's own `from_pretrained`; returns the model and the
     library's loading report, which `check_loading` evaluates.
 
-    Weights of compressed-tensors must have been replaced by dequantized ones
-    (`load.compressed_matrices`).
+    It dequantizes the methods of `DEQUANTIZED_ON_LOAD`. Weights of others must have been replaced
+    by dequantized ones (`load.methods`), since no other quantizer of the library is started.
 
     Raises:
         CheckpointError: the library cannot load the checkpoint.
@@ -104,13 +103,13 @@ def from_checkpoint(
     """
     cls = model_class(config)
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    if is_compressed(quantization_settings(config)):
-        config = _unquantized(config)
     method = _quant_method(config)
     if method in DEQUANTIZED_ON_LOAD:
         options["quantization_config"] = getattr(transformers, DEQUANTIZED_ON_LOAD[method])(
             dequantize=True
         )
+    elif method is not None:
+        config = _unquantized(config)
     if device_map is not None:
         options.update(device_map=device_map, offload_folder=offload_folder)
     # `check_loading` raises what it warns of; its advice on tensor parallelism does not apply.

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from reap_driver.files.quantization import REMEDY
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from reap_kernels.schema import (
     Anything,
@@ -18,8 +19,6 @@ from reap_kernels.schema import (
     check,
 )
 
-METHOD = "compressed-tensors"
-
 # Bits per value that can be read, by format and type of number.
 _BITS: dict[tuple[Any, Any], tuple[int, ...]] = {
     ("pack-quantized", "int"): (4, 8),
@@ -29,7 +28,6 @@ _BITS: dict[tuple[Any, Any], tuple[int, ...]] = {
     ("naive-quantized", "float"): (8,),
 }
 _FORMATS = sorted({name for name, _ in _BITS})
-REMEDY = "observe the checkpoint that it was made from, and apply the plan to this one"
 
 # Types of the fields that are read; which of their values are supported is checked below.
 _NAME = OrNull(Text())
@@ -76,11 +74,6 @@ class Scheme:
     groups: frozenset[int | None]
     block: tuple[int, int] | None
     zeros: frozenset[bool]
-
-
-def is_compressed(quantization: Mapping[str, Any] | None) -> bool:
-    """Whether a `quantization_config` is one of compressed-tensors."""
-    return quantization is not None and quantization.get("quant_method") == METHOD
 
 
 def read_scheme(quantization: Mapping[str, Any], where: str) -> Scheme:

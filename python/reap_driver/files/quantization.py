@@ -7,6 +7,7 @@ from typing import Any
 
 from reap_driver.files.checkpoint import Checkpoint, read_json
 from reap_driver.files.safetensors_file import TensorEntry
+from reap_kernels.files import is_file
 
 # Fields of config.json, at any depth, that hold a quantizer's settings.
 SETTINGS_FIELDS = ("quantization_config", "compression_config", "quantization")
@@ -18,6 +19,7 @@ SETTINGS_FILES = {
     "quant_config.json": "awq",
     "hf_quant_config.json": "modelopt",
 }
+REMEDY = "observe the checkpoint that it was quantized from, and apply the plan to this one"
 # Dtypes of packed quantized values, whose tensors have other shapes than the model's.
 PACKED = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "F4", "F6_E2M3", "F6_E3M2"})
 # Values of `format` (older: `checkpoint_format`) with the packing that writer/layouts.py describes.
@@ -31,10 +33,12 @@ class Quantization:
     Attributes:
         method: `quant_method` in lower case; None if no file names it.
         settings: as written in the file.
+        origin: where they are written, for error messages.
     """
 
     method: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = "config.json"
 
     def is_behind(self, entries: Iterable[TensorEntry]) -> bool:
         """Whether tensors that do not fit the model may have been written by a quantizer: there are
@@ -42,6 +46,13 @@ class Quantization:
         """
         found = self.method is not None or bool(self.settings)
         return found or any(entry.dtype in PACKED for entry in entries)
+
+    @property
+    def is_stated(self) -> bool:
+        """Whether config.json names the method. Other settings may be left over from a quantized
+        checkpoint, beside weights that are not quantized.
+        """
+        return self.method is not None and self.origin not in SETTINGS_FILES
 
     @property
     def packing(self) -> str | None:
@@ -89,14 +100,24 @@ class Quantization:
 
 def quantization_of(source: Checkpoint) -> Quantization:
     """A checkpoint's quantizer, from config.json or else from a file beside it."""
-    for _, settings in settings_in(source.config):
-        return Quantization(method_of(settings, None), settings)
+    return quantization_in(source.folder, source.config)
+
+
+def quantization_in(folder: Path, config: Mapping[str, Any]) -> Quantization:
+    """The quantizer of the checkpoint in a folder, whose weights need not be there.
+
+    Args:
+        folder: where files beside config.json are looked for.
+        config: config.json as written.
+    """
+    for path, settings in settings_in(config):
+        return Quantization(method_of(settings, None), settings, f"{'.'.join(path)} of config.json")
     for name, method in SETTINGS_FILES.items():
-        if Path(name) in source.small_files:
-            found = read_json(source.folder / name, "restore the file")
+        if is_file(folder / name):
+            found = read_json(folder / name, "restore the file")
             inner = found.get("quantization")
             settings = inner if isinstance(inner, dict) else found
-            return Quantization(method_of(settings, method), settings)
+            return Quantization(method_of(settings, method), settings, name)
     return Quantization()
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reap_driver.files.compressed_scheme import Scheme, is_compressed, read_scheme
-from reap_driver.load.tensor_reader import Readable, StoredTensor
+from reap_driver.files.compressed_scheme import Scheme, read_scheme
+from reap_driver.files.quantization import REMEDY
+from reap_driver.load.tensor_reader import Dequantized, Readable, StoredTensor
 from reap_kernels import dequantize
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from reap_kernels.quantized import Quantized
@@ -36,7 +37,7 @@ _REMEDY = "use the config.json and weights of one and the same checkpoint"
 
 def plain_weights(
     tensors: Mapping[str, StoredTensor],
-    quantization: Mapping[str, Any] | None,
+    quantization: Mapping[str, Any],
     where: object,
     device: torch.device,
 ) -> dict[str, Readable]:
@@ -44,8 +45,7 @@ def plain_weights(
 
     Args:
         tensors: the tensors as stored.
-        quantization: the `quantization_config`. If there is none, or it is another method's, all
-            tensors stay as they are.
+        quantization: the `quantization_config`.
         where: the checkpoint, for error messages.
         device: where matrices are computed.
 
@@ -56,8 +56,6 @@ def plain_weights(
         UnsupportedModel: a format cannot be read.
         CheckpointError: tensors do not match each other or the configuration.
     """
-    if quantization is None or not is_compressed(quantization):
-        return dict(tensors)
     scheme = read_scheme(quantization, f"{where}: quantization_config")
     modules: dict[str, dict[str, StoredTensor]] = {}
     for key, tensor in tensors.items():
@@ -75,29 +73,21 @@ def plain_weights(
     return plain
 
 
-class Matrix(Readable):
+class Matrix(Dequantized):
     """A matrix that is computed from its stored parts when it is indexed."""
 
     def __init__(
         self, name: str, parts: Mapping[str, StoredTensor], scheme: Scheme, device: torch.device
     ) -> None:
-        self._name, self._parts, self._device = name, parts, device
+        self._name, self._parts = name, parts
         self._check_parts(scheme)
         self._bits = scheme.bits if _PACKED in parts else None
         rows, columns = parts[_PLAIN if self._bits is None else _PACKED].get_shape()
-        self._shape = rows, columns if self._bits is None else columns * (_WORD // self._bits)
+        shape = rows, columns if self._bits is None else columns * (_WORD // self._bits)
+        super().__init__(name, parts, shape, parts[_SCALE].get_dtype(), device)
         self._grid, self._block = self._layout(parts[_SCALE].get_shape(), scheme)
-        # A chunk holds in memory the matrices that it makes, and for a while their parts.
-        size = rows * self._shape[1] * _SCALES[self.get_dtype()].itemsize
-        self.nbytes = max(size, sum(part.nbytes for part in parts.values()))
 
-    def start(self) -> None:
-        """Starts to read."""
-        for part in self._parts.values():
-            part.start()
-
-    def __getitem__(self, index: Any) -> Tensor:
-        parts = {leaf: part[...].to(self._device) for leaf, part in self._parts.items()}
+    def _value(self, parts: Mapping[str, Tensor]) -> Tensor:
         shape = parts.get(_SHAPE)
         if shape is not None and shape.tolist() != list(self._shape):
             raise CheckpointError(
@@ -105,15 +95,6 @@ class Matrix(Readable):
                 f"{list(self._shape)}; download the checkpoint again, or quantize matrices whose "
                 "rows fill whole words"
             )
-        return self._value(parts)[index]
-
-    def get_dtype(self) -> str:
-        return self._parts[_SCALE].get_dtype()
-
-    def get_shape(self) -> list[int]:
-        return list(self._shape)
-
-    def _value(self, parts: Mapping[str, Tensor]) -> Tensor:
         # On a CPU `dequantize` is the reference, which takes many times as long as this does.
         if self._device.type != "cpu" and self._kernel_reads(parts):
             return self._by_kernel(parts)
@@ -142,7 +123,7 @@ class Matrix(Readable):
 
     def _for_each(self, operation: Operation, codes: Tensor, values: Tensor) -> Tensor:
         """Applies `operation`, in place, to every element and the value of its group or block."""
-        (rows, columns), (tall, across), (high, wide) = self._shape, self._grid, self._block
+        (rows, columns), (tall, across), (high, wide) = self.get_shape(), self._grid, self._block
         if (rows, columns) != (tall * high, across * wide):  # the last blocks are partial
             values = values.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)
             return operation(codes, values[:, :columns], out=codes)
@@ -154,8 +135,7 @@ class Matrix(Readable):
         """Checks that the parts belong to one format and have its dtypes."""
         if _ORDER in self._parts:
             raise UnsupportedModel(
-                f"{self._name} has a {_ORDER}: its columns are not in their order; observe the "
-                "checkpoint that it was quantized from, and apply the plan to this one"
+                f"{self._name} has a {_ORDER}: its columns are not in their order; {REMEDY}"
             )
         if _SCALE not in self._parts or (_PACKED in self._parts) == (_PLAIN in self._parts):
             raise CheckpointError(
@@ -189,7 +169,7 @@ class Matrix(Readable):
 
     def _layout(self, scales: list[int], scheme: Scheme) -> tuple[tuple[int, int], tuple[int, int]]:
         """(rows, columns) of the scales, and (rows, columns) of the elements that share one."""
-        rows, columns = self._shape
+        rows, columns = self.get_shape()
         tall, across = [*scales, 1, 1][:2] if len(scales) < 3 else (0, 0)
         block = scheme.block
         if block is not None and (tall, across) == (-(-rows // block[0]), -(-columns // block[1])):

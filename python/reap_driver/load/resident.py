@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from reap_driver.base.arguments import typed
-from reap_driver.compat.model_config import quantization_settings
 from reap_driver.compat.partial_load import load_in_parts
 from reap_driver.compat.pretrained import check_loading, from_checkpoint
 from reap_driver.files.checkpoint import Checkpoint
-from reap_driver.files.compressed_scheme import is_compressed
-from reap_driver.load.compressed_matrices import plain_weights
+from reap_driver.files.quantization import quantization_of
+from reap_driver.load.methods import plain_weights
 from reap_driver.load.streamed_model import (
     checked_files,
     device_named,
@@ -47,7 +46,8 @@ def load_model(
         device: where the model goes. Weights are moved there as they are read, so no other device
             holds the whole model.
         device_map: several devices instead, as accelerate accepts them: "auto", or module name ->
-            device, "cpu" and "disk" included. "disk" is not possible for compressed-tensors.
+            device, "cpu" and "disk" included. "disk" is only possible for formats that
+            transformers reads itself: unquantized, FP8 and MXFP4.
         offload_folder: where modules on "disk" keep their weights.
         trust_remote_code: run model code that comes with the checkpoint.
 
@@ -65,7 +65,7 @@ def load_model(
     """
     if device_map is not None:
         config, source = checked_files(path_or_id, trust_remote_code)
-        with _read_by_library(path_or_id, config, source):
+        with _read_by_library(path_or_id, source):
             model, info = from_checkpoint(
                 path_or_id,
                 config,
@@ -86,27 +86,23 @@ def load_model(
 
 
 @contextmanager
-def _read_by_library(
-    path_or_id: str | Path, config: PretrainedConfig, source: Checkpoint
-) -> Iterator[None]:
-    """Inside, the library's loading gets dequantized weights in place of those of
-    compressed-tensors.
+def _read_by_library(path_or_id: str | Path, source: Checkpoint) -> Iterator[None]:
+    """Inside, the library's loading gets the matrices that are dequantized here in place of the
+    stored ones.
     """
-    if not is_compressed(quantization_settings(config)):
-        yield
-        return
     with contextlib.closing(TensorReader(source.fingerprints)) as reader:
         found = stored(source.tensors, reader)
-        tensors = plain_weights(
-            found, quantization_settings(config), path_or_id, torch.device("cpu")
-        )
+        tensors = plain_weights(found, quantization_of(source), path_or_id, torch.device("cpu"))
+        if tensors == found:
+            yield
+            return
         with load_in_parts(tensors, lambda model: []) as parts:
             yield
         if "disk" in getattr(parts.model, "hf_device_map", {}).values():
             # accelerate would read the quantized weights from the checkpoint's files again.
             raise UnsupportedModel(
                 f"{path_or_id}: device_map puts modules on disk, from where weights of "
-                "compressed-tensors cannot be read; stream the model (`stream='always'`)"
+                "this format cannot be read; stream the model (`stream='always'`)"
             )
         parts.restore()
 

@@ -1,8 +1,8 @@
 """Checks, before anything is loaded, whether a checkpoint's weights can be read for observation.
 
-The check uses quantization_config of config.json and the names, dtypes and shapes in the headers.
-Every command and function that runs a model calls `check_storage`. Applying a plan does not need
-it, because it copies tensors without interpreting them.
+The check uses the quantizer that the configuration names, and the names, dtypes and shapes in the
+headers. Every command and function that runs a model calls `check_storage`. Applying a plan does
+not need it, because it copies tensors without interpreting them.
 
 Models are observed with floating-point weights only, never through a quantization library.
 """
@@ -20,35 +20,21 @@ from reap_driver.compat.conversion import KeyMap, Target
 from reap_driver.compat.library_errors import wrap_errors
 from reap_driver.compat.model_config import quantization_settings
 from reap_driver.compat.pretrained import DEQUANTIZED_ON_LOAD, meta_model
-from reap_driver.files.compressed_scheme import METHOD, REMEDY, read_scheme
-from reap_driver.files.quantization import method_of
+from reap_driver.files.quantization import REMEDY, Quantization, method_of
 from reap_driver.files.safetensors_file import TensorEntry
-from reap_driver.load.compressed_matrices import plain_weights
+from reap_driver.load.methods import PLAIN, plain_weights
 from reap_driver.load.tensor_reader import TensorReader, stored
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 
 _CORRECT = "restore the file from where the checkpoint was published"
 _ONE = "use the config.json and weights of one and the same checkpoint"
 _LAYER = re.compile(r"(.*?\.\d+)\.")  # the name up to the first number
-PLAIN = frozenset({"BF16", "F16", "F32", "F64"})
-
-# Methods of quantization_config that cannot be read -> their names for messages.
-_NAMES = {
-    "auto-round": "AutoRound",
-    "awq": "AWQ",
-    "bitsandbytes": "bitsandbytes",
-    "eetq": "EETQ",
-    "gptq": "GPTQ",
-    "hqq": "HQQ",
-    "modelopt": "ModelOpt",
-    "quanto": "quanto",
-    "torchao": "torchao",
-}
 
 
 def check_storage(
     where: object,
     config: PretrainedConfig,
+    quantization: Quantization,
     tensors: Mapping[str, TensorEntry] | None,
     model: PreTrainedModel | None = None,
 ) -> None:
@@ -57,33 +43,24 @@ def check_storage(
     Args:
         where: folder or hub id, for error messages.
         config: the model's configuration.
+        quantization: the quantizer that its files name.
         tensors: key -> tensor, from the headers of the files; None if there are no files, so that
             only the configuration is checked.
         model: the model on the meta device; it is built if not given.
 
     Raises:
         UnsupportedModel: the weights are in a format or layout that cannot be read.
-        CheckpointError: the tensors of compressed-tensors do not match each other, or the weights
-            do not match config.json.
+        CheckpointError: the tensors of a matrix do not match each other, or the weights do not
+            match config.json.
     """
-    settings = quantization_settings(config)
-    method = None if settings is None else method_of(settings, "unnamed")
-    if method is not None and method not in (*DEQUANTIZED_ON_LOAD, METHOD):
-        name = _NAMES.get(method, f"the method {method!r}")
-        raise UnsupportedModel(
-            f"{where}: by quantization_config of config.json its weights are stored by {name}, "
-            f"which is not read; {REMEDY}"
-        )
-    if method == METHOD:
-        assert settings is not None
-        read_scheme(settings, f"{where}: quantization_config")
-    elif settings is not None:
-        with wrap_errors(f"{where}: quantization_config of config.json cannot be used", _CORRECT):
-            AutoQuantizationConfig.from_dict(dict(settings))
+    method = quantization.method
+    if method in DEQUANTIZED_ON_LOAD:
+        _check_library(where, config, quantization)
     if tensors is None:
+        plain_weights({}, quantization, where, torch.device("cpu"))
         return
     with contextlib.closing(TensorReader()) as reader:
-        found = plain_weights(stored(tensors, reader), settings, where, torch.device("cpu"))
+        found = plain_weights(stored(tensors, reader), quantization, where, torch.device("cpu"))
         dtypes = {key: tensor.get_dtype() for key, tensor in found.items()}
         shapes = {key: tuple(tensor.get_shape()) for key, tensor in found.items()}
     model = meta_model(config) if model is None else model
@@ -94,6 +71,20 @@ def check_storage(
         key for key, dtype in dtypes.items() if dtype in PLAIN and _weight_of(key, method) == key
     }
     _check_sizes(where, model, targets, {key: shapes[key] for key in whole})
+
+
+def _check_library(where: object, config: PretrainedConfig, quantization: Quantization) -> None:
+    """Raises an error if the library, which is to dequantize the weights, cannot use the settings,
+    or does not look for them where they are.
+    """
+    settings = quantization_settings(config)
+    if settings is None or method_of(settings, None) != quantization.method:
+        raise UnsupportedModel(
+            f"{where}: {quantization.origin} names the method {quantization.method!r}, which is "
+            f"read only if quantization_config of config.json names it; {REMEDY}"
+        )
+    with wrap_errors(f"{where}: quantization_config of config.json cannot be used", _CORRECT):
+        AutoQuantizationConfig.from_dict(dict(settings))
 
 
 def _check_layout(
@@ -111,7 +102,7 @@ def _check_layout(
         keys: key map of the model.
         state: the model's tensors on the meta device.
         targets: where each tensor of the files goes.
-        dtypes: their dtypes, after dequantizing matrices of compressed-tensors.
+        dtypes: their dtypes, after dequantizing what `load.methods` reads.
         method: quantization method that the library dequantizes; None for none.
     """
     found: set[str] = set()

@@ -20,12 +20,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from reap_driver.base.threads import background
 from reap_driver.compat.decoder_layers import decoder_layers
 from reap_driver.compat.library_faults import check_runs
-from reap_driver.compat.model_config import load_config, quantization_settings
+from reap_driver.compat.model_config import load_config
 from reap_driver.compat.partial_load import Chunk, PartialLoad, load_in_parts
 from reap_driver.compat.pretrained import check_loading, from_checkpoint, model_class
 from reap_driver.compat.text_model import text_prefix
 from reap_driver.files.checkpoint import Checkpoint, open_checkpoint, resolve_folder
-from reap_driver.load.compressed_matrices import plain_weights
+from reap_driver.files.quantization import quantization_of
+from reap_driver.load.methods import plain_weights
 from reap_driver.load.storage import check_storage
 from reap_driver.load.tensor_reader import Readable, TensorReader, start, stored
 from reap_driver.model.discover import find_moe_layers
@@ -203,7 +204,7 @@ def opened_model(
     reader = TensorReader(source.fingerprints)
     with contextlib.closing(reader):
         found = stored(source.tensors, reader)
-        tensors = plain_weights(found, quantization_settings(config), path_or_id, device)
+        tensors = plain_weights(found, quantization_of(source), path_or_id, device)
         with load_in_parts(tensors, split) as parts:
             model, info = from_checkpoint(
                 source.folder, config, dtype=dtype, trust_remote_code=trust
@@ -229,7 +230,7 @@ def checked_files(path_or_id: str | Path, trust: bool) -> tuple[PretrainedConfig
     config = load_config(path_or_id, trust_remote_code=trust)
     check_runs(path_or_id, model_class(config))  # before a hub's files are downloaded
     source = open_checkpoint(resolve_folder(path_or_id))
-    check_storage(path_or_id, config, source.tensors)
+    check_storage(path_or_id, config, quantization_of(source), source.tensors)
     return config, source
 
 

@@ -1,5 +1,6 @@
 """Reads tensors of a checkpoint in background threads, ahead of their use."""
 
+import math
 import threading
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
@@ -155,6 +156,51 @@ class StoredTensor(Readable):
 
     def get_shape(self) -> list[int]:
         return list(self._entry.shape)
+
+
+class Dequantized(Readable):
+    """A matrix that is computed from its stored parts when it is indexed.
+
+    Args:
+        name: checkpoint and module, for error messages.
+        parts: its tensors as stored, by the last part of their names.
+        shape: its shape, (rows, columns).
+        dtype: that of its values, as safetensors names it.
+        device: where it is computed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parts: Mapping[str, StoredTensor],
+        shape: tuple[int, ...],
+        dtype: str,
+        device: torch.device,
+    ) -> None:
+        self._name, self._parts, self._device = name, parts, device
+        self._shape, self._dtype = shape, dtype
+        # A chunk holds in memory the matrices that it makes, and for a while their parts.
+        size = math.prod(shape) * _DTYPES[dtype].itemsize
+        self.nbytes = max(size, sum(part.nbytes for part in parts.values()))
+
+    def start(self) -> None:
+        """Starts to read."""
+        for part in self._parts.values():
+            part.start()
+
+    def __getitem__(self, index: Any) -> Tensor:
+        parts = {leaf: part[...].to(self._device) for leaf, part in self._parts.items()}
+        return self._value(parts)[index]
+
+    def get_dtype(self) -> str:
+        return self._dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self._shape)
+
+    @abstractmethod
+    def _value(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The matrix, of the parts' values on the device."""
 
 
 def stored(tensors: Mapping[str, TensorEntry], reader: TensorReader) -> dict[str, StoredTensor]:

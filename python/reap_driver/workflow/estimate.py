@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from reap_driver.compat.config_file import read_config
 from reap_driver.compat.library_faults import check_runs
 from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
+from reap_driver.files.quantization import quantization_in
 from reap_driver.load.storage import check_storage
 from reap_driver.memory.checkpoint_size import CheckpointSize, estimated, run_dtype, stored_files
 from reap_driver.memory.decision import Decision, decide
@@ -209,7 +211,8 @@ class _Estimating:
             dtype = run_dtype(self._options.run.dtype, config, files)
             if not self._failed:
                 tensors = None if files is None else files.tensors
-                check_storage(folder, config, tensors, model.meta)
+                quantization = quantization_in(Path(folder), read_config(folder))
+                check_storage(folder, config, quantization, tensors, model.meta)
                 size = files or estimated(model.meta, config, dtype)
         return size, dtype
 

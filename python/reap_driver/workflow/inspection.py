@@ -12,6 +12,7 @@ from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.data.source import DataSource
 from reap_driver.files.checkpoint import Checkpoint, open_checkpoint, resolve_folder
+from reap_driver.files.quantization import quantization_of
 from reap_driver.load.storage import check_storage
 from reap_driver.model.discover import MoELayer, adapter_of, find_moe_layers, record_of
 from reap_driver.model.isolation import check_isolation
@@ -58,7 +59,8 @@ class Model:
         """Raises before anything else is done what `source` would raise, and for weights in a
         format that cannot be observed.
         """
-        check_storage(self.path, self.config, self.source.tensors, self.meta)
+        quantization = quantization_of(self.source)
+        check_storage(self.path, self.config, quantization, self.source.tensors, self.meta)
 
     def blank_scores(self) -> Scores:
         """Scores by id, the same for every layer: enough to plan how many experts go."""

@@ -97,15 +97,52 @@ def test_every_call_that_runs_a_model_asks(call: Callable[[Path], object], unrea
         call(unread)
 
 
+BY_NAME = {stored.name: stored for stored in reversed(FORMATS)}  # the first of a name
 METHODS = ["hqq", "aqlm", "vptq", "spqr", "bitnet", "quark", "higgs", "fbgemm_fp8", "gguf", "mxfp8"]
 
 
-@pytest.mark.parametrize("method", [*METHODS, "unknown", None])
-def test_other_methods(method: str | None, plain: dict[str, Path], tmp_path: Path) -> None:
-    settings = {} if method is None else {"quant_method": method}
+SETTINGS = [
+    ({"quant_method": method}, f"(?i)stored by .*{method}.*, which is not read")
+    for method in (*METHODS, "unknown")
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        *SETTINGS,
+        ({"bits": 4}, "by the method 'unnamed', which"),
+        ({}, "a layout that is not read without a quantization_config; observe"),
+    ],
+)
+def test_other_methods(
+    settings: dict[str, object], says: str, plain: dict[str, Path], tmp_path: Path
+) -> None:
     stored = replace(GPTQ, settings=settings)
-    with pytest.raises(UnsupportedModel, match=rf"{method or 'unnamed'}.*is not read; observe"):
+    with pytest.raises(UnsupportedModel, match=rf"{says}.* apply the plan to this one"):
         load_model(stored.write(plain[stored.model], tmp_path / "model"))
+
+
+def test_settings_beside_config_json(plain: dict[str, Path], tmp_path: Path) -> None:
+    """They name the method, unless they are left over beside weights that are not quantized."""
+    beside = {"quantization": {"quant_algo": "W4A8_AWQ"}}
+    for stored in (BY_NAME["bfloat16"], replace(GPTQ, settings=None)):
+        folder = stored.write(plain[stored.model], tmp_path / stored.name)
+        (folder / "hf_quant_config.json").write_text(json.dumps(beside))
+    assert load_model(tmp_path / "bfloat16").dtype == torch.bfloat16
+    with pytest.raises(UnsupportedModel, match=r"by hf_quant_config.json .* stored by ModelOpt"):
+        load_model(tmp_path / "GPTQ")
+
+
+def test_methods_that_transformers_reads_from_elsewhere(
+    plain: dict[str, Path], tmp_path: Path
+) -> None:
+    """transformers would load the codes as weights."""
+    stored = replace(BY_NAME["FP8 blocks"], settings=None)
+    folder = stored.write(plain[stored.model], tmp_path / "model")
+    saved.change_config(folder, compression_config=BY_NAME["FP8 blocks"].settings)
+    with pytest.raises(UnsupportedModel, match=r"compression_config of config.json names .* 'fp8'"):
+        load_model(folder)
 
 
 def test_a_lost_tensor_is_no_layout(plain: dict[str, Path], tmp_path: Path) -> None:
@@ -119,7 +156,6 @@ def test_a_lost_tensor_is_no_layout(plain: dict[str, Path], tmp_path: Path) -> N
         load_model(folder)
 
 
-BY_NAME = {stored.name: stored for stored in reversed(FORMATS)}  # the first of a name
 SPOILED = [
     ("FP8 blocks", {"weight_block_size": [128, "x"]}),
     ("FP8 blocks", {"weight_block_size": [0, 0]}),
