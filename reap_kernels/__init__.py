@@ -10,7 +10,7 @@ from reap_kernels.activation import Activation, probe_activation
 from reap_kernels.compare import LogitComparison, compare_logits
 from reap_kernels.cross import cross
 from reap_kernels.dequant import dequantize
-from reap_kernels.dispatch import check_backend, explain
+from reap_kernels.dispatch import Sizes, check_backend, explain
 from reap_kernels.experts import expert_outputs
 from reap_kernels.gram import gram
 from reap_kernels.layer import observe_layer
@@ -32,6 +32,7 @@ __all__ = [
     "Quantized",
     "Routing",
     "SaliencyStats",
+    "Sizes",
     "accumulate",
     "check_backend",
     "compare_logits",

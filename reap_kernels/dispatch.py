@@ -13,14 +13,22 @@ import torch
 from torch import Tensor
 
 from reap_kernels import env
+from reap_kernels.activation import KINDS
 from reap_kernels.device import tf32
-from reap_kernels.errors import BackendUnavailable, UsageError
+from reap_kernels.errors import BackendUnavailable, DtypeError, ShapeError, UsageError
+from reap_kernels.quantized import FORMATS
+from reap_kernels.types import FLOATS, INTEGERS, LAYOUTS
 
 OPS = env.OPS
 
 
 class Sizes(NamedTuple):
-    """T, k, E, H and I of a call; by default those of Qwen3-30B-A3B on 16,384 tokens."""
+    """T, k, E, H and I of a call; by default those of Qwen3-30B-A3B on 16,384 tokens.
+
+    Example:
+        >>> rk.Sizes(tokens=512, top_k=2, experts=8).rows  # mean rows per expert
+        128.0
+    """
 
     tokens: int = 16384
     top_k: int = 8
@@ -240,9 +248,16 @@ def check_backend(
     device: torch.device | str,
     dtype: torch.dtype,
     backend: str | None = None,
+    *,
+    sizes: Sizes | None = None,
+    activation: str = "silu",
+    layout: str = "stacked",
+    biased: bool = False,
+    quantized: str | None = None,
+    gram: bool = False,
 ) -> str:
-    """Checks, before any work is done, that an op will be served, and by which backend. For a call
-    of typical sizes and the commonest kind of experts; see `explain` for others.
+    """Checks, before any work is done, that a call will be served, and by which backend. What is
+    left out is taken from a typical call: `explain` gives the reasons of all backends.
 
     Args:
         op: one of `dispatch.OPS`: `sort`, `dequant`, `experts`, `saliency`, `gram`, `layer`,
@@ -252,25 +267,100 @@ def check_backend(
             inner activations (`gram`), logits (`compare`), expert ids (`sort`) or dequantized
             matrices (`dequant`).
         backend: an explicit request, as in the ops. Default: `REAP_BACKEND`, else automatic choice.
+        sizes: T, k, E, H and I of the call. Default: those of Qwen3-30B-A3B on 16,384 tokens.
+        activation: kind of the experts' activation; `opaque` for one that only the model can
+            compute.
+        layout: `ExpertWeights.layout`.
+        biased: whether the experts add biases.
+        quantized: format of the experts (`fp8_block`, `mxfp4`, `int4_group`), or None where they
+            are not quantized.
+        gram: whether a layer is to sum Gram matrices too (`observe_layer(gram=)`).
 
     Returns:
         The name of the backend that serves.
 
     Raises:
-        UsageError: `op` is none of the ops.
-        BackendUnavailable: the requested backend is unknown or refuses, or none serves; the message
-            carries every reason.
+        UsageError: `op`, `device`, `activation` or `layout` is none that there is.
+        DtypeError: the op takes no such dtype, or `quantized` is no format that is read.
+        ShapeError: a size is below 1, or k above E.
+        BackendUnavailable: the device is not here, the requested backend is unknown or refuses, or
+            none serves; the message carries every reason.
 
     Example:
         >>> import torch
         >>> import reap_kernels as rk
         >>> rk.check_backend("layer", "cpu", torch.float32, backend="reference")
         'reference'
+        >>> small = rk.Sizes(tokens=512, top_k=2, experts=8, hidden=1024, intermediate=256)
+        >>> rk.check_backend(
+        ...     "layer", "cpu", torch.bfloat16, "cpu", sizes=small, quantized="fp8_block", gram=True
+        ... )
+        'cpu'
+        >>> rk.check_backend("layer", "cpu", torch.bfloat16, quantized="nvfp4")
+        Traceback (most recent call last):
+        ...
+        reap_kernels.errors.DtypeError: quantized='nvfp4' is no format that is read; ...
     """
-    if op not in OPS:
-        raise UsageError(f"op {op!r} is not known; choose one of {', '.join(OPS)}")
-    activation = "silu" if op in ("experts", "layer", "cross") else ""
-    return select(Request(op, torch.device(device), dtype, activation), backend).name
+    for name, value, known in (
+        ("op", op, OPS),
+        ("activation", activation, KINDS),
+        ("layout", layout, LAYOUTS),
+    ):
+        if value not in known:
+            raise UsageError(f"{name} {value!r} is not known; choose one of {', '.join(known)}")
+    _check_dtype(op, dtype, quantized)
+    sizes = sizes or Sizes()
+    if min(sizes) < 1 or sizes.top_k > sizes.experts:
+        raise ShapeError(f"sizes is {sizes}; give sizes above 0, and top_k up to experts")
+    return select(
+        Request(
+            op,
+            _present(device),
+            dtype,
+            activation if op in ("experts", "layer", "cross") else "",
+            sizes,
+            layout if quantized is None else "quantized",
+            biased,
+            gram,
+        ),
+        backend,
+    ).name
+
+
+def _check_dtype(op: str, dtype: torch.dtype, quantized: str | None) -> None:
+    """Raises DtypeError unless an op takes inputs of this dtype, and experts of this format."""
+    if quantized is not None and quantized not in FORMATS:
+        raise DtypeError(
+            f"quantized={quantized!r} is no format that is read; give one of "
+            f"{', '.join(FORMATS)}, or dequantize the experts"
+        )
+    allowed: tuple[torch.dtype, ...] = FLOATS
+    if op == "sort":
+        allowed = INTEGERS
+    elif op == "dequant" or quantized is not None:
+        allowed = (torch.bfloat16,)
+    if dtype not in allowed:
+        what = f"op {op!r}" + (f" with experts in {quantized}" if quantized else "")
+        raise DtypeError(f"{what} takes {', '.join(map(str, allowed))}, not {dtype}; convert first")
+
+
+def _present(device: torch.device | str) -> torch.device:
+    """The device, where this machine has it.
+
+    Raises:
+        UsageError: it is none that torch knows.
+        BackendUnavailable: it is a GPU that torch does not find.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device {device!r} is not known; give one such as 'cuda:0'") from error
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise BackendUnavailable(
+            f"device {str(found)!r} is not here: torch finds {count} GPUs; give another device"
+        )
+    return found
 
 
 def explain(
@@ -281,6 +371,7 @@ def explain(
     sizes: Sizes | None = None,
     layout: str = "stacked",
     biased: bool = False,
+    gram: bool = False,
     backend: str | None = None,
 ) -> list[Verdict]:
     """Which backend each op would take for such a call, and why not the others.
@@ -292,6 +383,7 @@ def explain(
         sizes: T, k, E, H and I; default those of a typical call.
         layout: `ExpertWeights.layout`.
         biased: whether the experts add biases.
+        gram: whether the layer is asked for Gram matrices too.
         backend: an explicit request, as in the ops.
 
     Returns:
@@ -308,7 +400,7 @@ def explain(
     for op in OPS:
         requested = backend or env.backend(op)
         request = Request(
-            op, torch.device(device), dtype, activation, sizes or Sizes(), layout, biased
+            op, torch.device(device), dtype, activation, sizes or Sizes(), layout, biased, gram
         )
         chosen: str | None = None
         for peer in _ranked(request):

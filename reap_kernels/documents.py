@@ -20,7 +20,17 @@ from io import BufferedReader
 from typing import Any
 
 from reap_kernels.errors import ReapError
-from reap_kernels.schema import MAX_INT, Anything, Kind, Mismatch, Record, Text, check, short
+from reap_kernels.schema import (
+    MAX_INT,
+    Anything,
+    Kind,
+    Mismatch,
+    Record,
+    Text,
+    UnknownField,
+    check,
+    short,
+)
 
 MAX_BYTES = 100_000_000  # the limit of the safetensors library for a header, which is JSON too
 MAX_DEPTH = 64
@@ -188,16 +198,22 @@ class Format:
             content = parse_json(text)
             if not isinstance(content, dict) or content.get("format") != self.name:
                 raise ValueError(f"is not a {self.what}: its format is not {self.name!r}")
-            if type(content.get("version")) is not int or content["version"] != self.version:
-                raise ValueError(
-                    f"has version {short(content.get('version'))}, this reap-kernels reads "
-                    f"{self.version}"
+            found = content.get("version")
+            if type(found) is not int or found != self.version:
+                newer = type(found) is int and found > self.version
+                raise (_Newer if newer else ValueError)(
+                    f"has version {short(found)}, this reap-kernels reads {self.version}"
                 )
             check(content, self._kind())
             if self.sealed and content["digest"] != _digest(content, data):
                 raise ValueError("is damaged: its content has another digest than it records")
+        except UnknownField as error:
+            first = "update reap-kernels if a newer one wrote it, or "
+            raise self.refusal(where, str(error), ":", first) from error
         except Mismatch as error:
             raise self.refusal(where, str(error), ":") from error
+        except _Newer as error:
+            raise self.refusal(where, str(error), first="update reap-kernels, or ") from error
         except ValueError as error:
             raise self.refusal(where, str(error)) from error
         return content
@@ -227,10 +243,10 @@ class Format:
             raise self.error(f"{self.what} cannot be written: {error}") from error
         return head
 
-    def refusal(self, where: object, why: str, joint: str = "") -> ReapError:
-        """The error about one file."""
+    def refusal(self, where: object, why: str, joint: str = "", first: str = "") -> ReapError:
+        """The error about one file; `first` is a remedy that comes before the format's own."""
         name = where if isinstance(where, str | os.PathLike) else short(where)
-        return self.error(f"{self.what} {name}{joint} {why}; {self.remedy}")
+        return self.error(f"{self.what} {name}{joint} {why}; {first}{self.remedy}")
 
     def _kind(self) -> Record:
         head: dict[str, Kind] = {"format": Text(), "version": Anything()}
@@ -246,6 +262,10 @@ def _digest(content: Mapping[str, Any], data: Iterable[bytes | memoryview]) -> s
     for part in data:
         found.update(part)
     return f"sha256:{found.hexdigest()}"
+
+
+class _Newer(ValueError):
+    """A file has a newer version of its format."""
 
 
 class _Twice(ValueError):

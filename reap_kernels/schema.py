@@ -25,6 +25,10 @@ class Mismatch(ValueError):
         super().__init__(f"{_field(at)} {found}; expected {expected}")
 
 
+class UnknownField(Mismatch):
+    """A field that a record does not have: misspelled, or of a newer version."""
+
+
 class Kind(Protocol):
     """What a value may be."""
 
@@ -206,7 +210,7 @@ class Record:
                 self.optional[name].check(item, _under(at, name))
             elif name not in self.fields and not self.open:
                 known = ", ".join([*self.fields, *self.optional])
-                raise Mismatch(_under(at, name), "is unknown", f"one of {known}")
+                raise UnknownField(_under(at, name), "is unknown", f"one of {known}")
 
 
 def _under(at: str, name: str) -> str:

@@ -18,6 +18,8 @@ from reap_kernels.quantized import Quantized
 
 Matrices = Tensor | Sequence[Tensor]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # of expert ids
+LAYOUTS = ("stacked", "table", "mixed", "quantized")
 
 
 def _dims(name: str, matrices: Matrices) -> tuple[int, int, int]:

@@ -3,12 +3,14 @@
 import inspect
 from functools import singledispatch
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from reap_kernels import schema
 from reap_kernels.documents import Format
 
 PLAN = "reap_driver.planning.plan"
+ROOT = Path(__file__).parents[2]
 
 
 def format_of(module: str) -> Format:
@@ -28,13 +30,41 @@ def render(module: str) -> str:
     lines = ["| field | | value |", "|---|---|---|"]
     lines.append(f"| `format` | MUST | `{of.name}` |")
     lines.append(f"| `version` | MUST | `{of.version}` |")
+    lines += rows(of)
+    closing = "MAY be present and are kept" if of.open else "are refused"
+    return "\n".join(lines) + f"\n\nOther fields {closing}.\n"
+
+
+def rows(of: Format) -> list[str]:
+    """A row for each field of a format, beside `format` and `version`."""
+    lines = []
     for word, group in (("MUST", of.fields), ("MAY", of.optional or {})):
         for name, kind in group.items():
             lines += _rows(name, word, kind)
     if of.sealed:
         lines.append("| `digest` | MUST | `sha256:` and the digest of all other fields and data |")
-    closing = "MAY be present and are kept" if of.open else "are refused"
-    return "\n".join(lines) + f"\n\nOther fields {closing}.\n"
+    return lines
+
+
+def formats() -> dict[str, Format]:
+    """Every format that a module defines: `module.NAME` -> format."""
+    found = {}
+    for package, folder in (("reap_kernels", ROOT), ("reap_driver", ROOT / "python")):
+        for path in sorted((folder / package).rglob("*.py")):
+            if "documents import" in path.read_text(encoding="utf-8"):
+                name = ".".join(path.relative_to(folder).with_suffix("").parts)
+                for key, value in vars(import_module(name)).items():
+                    if isinstance(value, Format):
+                        found[f"{name}.{key}"] = value
+    # What a module imports from another is defined there.
+    return {next(n for n, f in found.items() if f is one): one for one in found.values()}
+
+
+def versions() -> str:
+    """A table of all formats with their versions."""
+    known = sorted(formats().values(), key=lambda of: of.name)
+    lines = [f"| `{of.name}` | {of.version} | {of.what} |" for of in known]
+    return "\n".join(["| format | version | file |", "|---|---|---|", *lines]) + "\n"
 
 
 def _rows(name: str, word: str, kind: schema.Kind) -> list[str]:

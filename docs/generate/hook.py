@@ -17,13 +17,15 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]  # hooks are loaded by path
 
-from docs.generate import api, cli, fields, layers  # noqa: E402
+from docs.generate import api, cli, fields, layers, programs  # noqa: E402
 
 GENERATORS: dict[str, Callable[..., str]] = {
     "api": api.render,
     "cli": cli.render,
     "fields": fields.render,
     "layers": layers.render,
+    "program": programs.render,
+    "versions": fields.versions,
 }
 BLOCK = re.compile(r"^<!-- generated ([^\n]+?) -->$", re.MULTILINE)
 # Blocks that tests do not run carry a word that Markdown does not know.
@@ -53,6 +55,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             raise PluginError(f"{page.file.src_uri}: nothing generates {name!r}")
         return GENERATORS[name](*arguments)
 
+    for root in ROOT_PAGES:
+        markdown = markdown.replace(f"../{root}", root.lower())
     return BLOCK.sub(generated, NO_RUN.sub(r"\1", markdown))
 
 

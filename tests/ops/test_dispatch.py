@@ -8,7 +8,7 @@ import torch
 import reap_kernels as rk
 from reap_kernels import dispatch, selfcheck
 from reap_kernels.dispatch import Backend, Passing, Request, Sizes, select
-from reap_kernels.errors import BackendUnavailable, UsageError
+from reap_kernels.errors import BackendUnavailable, DtypeError, ShapeError, UsageError
 from reap_kernels.tuning import Table
 
 CPU = torch.device("cpu")
@@ -141,9 +141,10 @@ def test_choices_are_bounded(monkeypatch) -> None:
 
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_check_backend_names_who_serves(op: str) -> None:
-    assert rk.check_backend(op, "cpu", torch.float32, "reference") == "reference"
+    dtype = {"sort": torch.int64, "dequant": torch.bfloat16}.get(op, torch.float32)
+    assert rk.check_backend(op, "cpu", dtype, "reference") == "reference"
     with pytest.raises(BackendUnavailable, match="'warp' does not exist"):
-        rk.check_backend(op, "cpu", torch.float32, "warp")
+        rk.check_backend(op, "cpu", dtype, "warp")
 
 
 def test_check_backend_asks_for_experts_there_are(monkeypatch) -> None:
@@ -153,6 +154,57 @@ def test_check_backend_asks_for_experts_there_are(monkeypatch) -> None:
         rk.check_backend("layer", "meta", torch.float32, "triton")
 
 
-def test_check_backend_refuses_what_is_no_op() -> None:
-    with pytest.raises(UsageError, match="op 'attention' is not known; choose one of"):
-        rk.check_backend("attention", "cpu", torch.float32)
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_check_backend_asks_for_the_call_that_is_described(op: str) -> None:
+    asked: list[Request] = []
+
+    def supports(request: Request) -> str:
+        asked.append(request)
+        return "seen"
+
+    dispatch.register(Backend(op, "new", lambda _: 99, supports, dispatch.always(print)))
+    sizes = rk.Sizes(tokens=3, top_k=2, experts=5, hidden=7, intermediate=11)
+    dtype = torch.int32 if op == "sort" else torch.bfloat16
+    described = {"sizes": sizes, "activation": "relu2", "biased": True, "gram": True}
+    rk.check_backend(op, "cpu", dtype, quantized="mxfp4", **described)
+    activation = "relu2" if op in ("experts", "layer", "cross") else ""
+    call = Request(op, CPU, dtype, activation, sizes, "quantized", biased=True, gram=True)
+    assert asked == [call]
+
+
+def test_check_backend_gives_the_reasons_that_explain_gives(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # without its self-check, which takes seconds
+    monkeypatch.delenv("REAP_CUDA_HOST", raising=False)
+    reasons = {}
+    for name in dispatch.backends("layer"):
+        try:
+            rk.check_backend("layer", CPU, torch.float32, name, layout="table", biased=True)
+        except BackendUnavailable as error:
+            reasons[name] = str(error)
+    told = rk.explain(CPU, torch.float32, layout="table", biased=True)
+    refused = {v.backend: v.reason for v in told if v.op == "layer" and v.backend in reasons}
+    assert set(reasons) == {"triton", "grouped_mm", "cuda"}
+    for name, text in reasons.items():
+        assert refused[name] in text
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "change"),
+    [
+        (UsageError, "op 'attention' is not known; choose one of sort", {"op": "attention"}),
+        (UsageError, "device 'gpu' is not known", {"device": "gpu"}),
+        (UsageError, "activation 'swish' is not known", {"activation": "swish"}),
+        (UsageError, "layout 'flat' is not known", {"layout": "flat"}),
+        (DtypeError, "op 'layer' takes .*, not torch.int8", {"dtype": torch.int8}),
+        (DtypeError, "op 'sort' takes torch.int64, .*, not torch.float32", {"op": "sort"}),
+        (DtypeError, "in mxfp4 takes torch.bfloat16, not torch.float32", {"quantized": "mxfp4"}),
+        (DtypeError, "'nvfp4' is no format that is read; give one of", {"quantized": "nvfp4"}),
+        (ShapeError, "top_k up to experts", {"sizes": Sizes(top_k=9, experts=8)}),
+        (ShapeError, "sizes above 0", {"sizes": Sizes(hidden=0)}),
+        (BackendUnavailable, "device 'cuda:99' is not here: torch finds", {"device": "cuda:99"}),
+    ],
+)
+def test_check_backend_refuses_what_no_call_can_be(error, words, change) -> None:
+    call = {"op": "layer", "device": "cpu", "dtype": torch.float32, **change}
+    with pytest.raises(error, match=words):
+        rk.check_backend(**call)
