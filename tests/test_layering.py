@@ -32,6 +32,7 @@ DRIVER_ORDER = (
     ("load",),
     ("data",),
     ("planning",),
+    ("interchange",),
     ("compensation",),
     ("memory",),
     ("observation",),

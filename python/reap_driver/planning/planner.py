@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from reap_driver.base.arguments import typed
@@ -147,6 +148,54 @@ def plan_of_removals(
     if not any(budget.removed for budget in budgets):
         raise PlanError("removals are 0 in every layer; remove at least one expert")
     return _plan(scores, budgets, allocation, ratio, [], {}, whole)
+
+
+def plan_of_kept(
+    kept: Mapping[str, Collection[int]],
+    of: Mapping[str, Any],
+    *,
+    criterion: str,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """The plan that keeps given experts, which something else chose.
+
+    Args:
+        kept: {layer: ids of its experts that stay}; layers that are not named keep all.
+        of: `model` and `layers` of the model, as `reap_driver.record_of` has them.
+        criterion: recorded as what chose them.
+        notes: of the plan.
+
+    Raises:
+        PlanError: no expert goes; a layer is unknown, or keeps an expert that it does not have or
+            fewer than its router chooses, or its routing groups are left with different numbers.
+    """
+    facts: Mapping[str, Mapping[str, Any]] = of["layers"]
+    _check_names(facts, kept)
+    values = {}
+    for name, layer in facts.items():
+        total = int(layer["num_experts"])
+        ids = set(kept.get(name, range(total)))
+        if not ids <= set(range(total)):
+            raise PlanError(
+                f"layer {name}: expert {min(ids - set(range(total)))} is none of its {total}, "
+                f"0..{total - 1}; use what was made for this model"
+            )
+        values[name] = torch.tensor([float(e in ids) for e in range(total)], dtype=torch.float64)
+    removals = {name: int((ranks == 0).sum()) for name, ranks in values.items()}
+    removed = sum(removals.values())
+    if not removed:
+        raise PlanError("nothing is removed: every layer is to keep all its experts")
+    scores = Scores(values, criterion=criterion, provenance=of)
+    budgets = explicit(facts, removals)
+    share = removed / sum(map(len, values.values()))
+    plan = _plan(scores, budgets, "imported", share, list(notes), {}, [])
+    for name, planned in plan.layers.items():
+        if set(planned.kept) != set(kept.get(name, planned.kept)):
+            raise PlanError(
+                f"layer {name}: its {facts[name]['n_group']} routing groups would keep different "
+                "numbers of experts, which no checkpoint can say; keep as many in each"
+            )
+    return plan
 
 
 def plan_keeping(

@@ -31,7 +31,7 @@ def select_layers(selector: str, layers: Collection[str]) -> list[str]:
     if selector in layers:
         return [selector]
     if selector.isdecimal():
-        found = [name for name in layers if _number(name) == int(selector)]
+        found = [name for name in layers if layer_number(name) == int(selector)]
     else:
         found = [name for name in layers if fnmatchcase(name, selector)]
     if not found:
@@ -89,7 +89,12 @@ def super_experts(peaks: Mapping[str, Tensor]) -> dict[str, frozenset[int]]:
     return {name: frozenset(ids) for name, ids in above.items() if ids}
 
 
-def _number(name: str) -> int | None:
-    """The first number that is a part of a dotted name."""
+def layer_number(name: str) -> int | None:
+    """The first number that is a part of a layer's dotted name: of its decoder layer, as a rule.
+
+    Example:
+        >>> layer_number("model.layers.3.mlp.experts")
+        3
+    """
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found[1]) if found else None

@@ -1,0 +1,88 @@
+"""Profiles of Reap-It-Yourself, an expert pruning at load time proposed for vLLM
+(github.com/vllm-project/vllm/pull/37824): pairs of a decoder layer and an expert that goes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from reap_driver.interchange.content import ModelFacts, Source
+from reap_driver.interchange.json_files import read_json, unfit, write_json
+from reap_driver.planning.plan import Plan
+from reap_driver.planning.planner import plan_of_kept
+from reap_kernels.provenance import MAX_EXPERTS
+from reap_kernels.schema import Int, Kind, ListOf, Record, Text
+
+WHAT = "Reap-It-Yourself profile"
+_VERSION = 1
+# The server reads `pruned_experts` alone; the others are for people.
+_OTHERS: dict[str, Kind] = {
+    "version": Int(_VERSION, _VERSION),
+    **dict.fromkeys(("model", "quantization", "workload"), Text(10_000)),
+}
+_KIND = Record(
+    {"pruned_experts": ListOf(ListOf(Int(0, MAX_EXPERTS - 1), 2, 2))}, _OTHERS, open=True
+)
+
+
+def read(path: Path, model: ModelFacts) -> Plan:
+    """The plan that a profile is of this model.
+
+    Args:
+        path: of the profile.
+        model: that it is for.
+
+    Raises:
+        PlanError: it is no profile, or not of this model.
+    """
+    content = read_json(path, WHAT, _KIND)
+    names, gone = model.numbers(), dict[str, set[int]]()
+    for number, expert in content["pruned_experts"]:
+        if number not in names:
+            raise unfit(path, f"{WHAT} of this model", f"its layer {number} has no experts")
+        name = names[number]
+        if expert >= model.experts(name):
+            raise unfit(
+                path,
+                f"{WHAT} of this model",
+                f"layer {number} has {model.experts(name)} experts, none of them {expert}",
+            )
+        gone.setdefault(name, set()).add(expert)
+    kept = {name: sorted(set(range(model.experts(name))) - ids) for name, ids in gone.items()}
+    note = f"imported from the {WHAT} {path.name}{_said_of(content)}"
+    return plan_of_kept(kept, model.record, criterion="imported", notes=[note])
+
+
+def write(path: Path, source: Source) -> list[str]:
+    """Writes the profile of a plan.
+
+    Args:
+        path: of the profile.
+        source: with a plan of whole experts; layers may keep different numbers.
+
+    Returns:
+        What to know of it.
+
+    Raises:
+        PlanError: the plan is not of whole experts, or its layers cannot be numbered.
+    """
+    plan = source.experts_plan(WHAT)
+    gone = [
+        [number, expert]
+        for number, name in sorted(source.model.numbers().items())
+        if name in plan.layers
+        for expert in plan.layers[name].removed
+    ]
+    content: dict[str, Any] = {
+        "version": _VERSION,
+        "model": source.model.name,
+        "workload": ", ".join(plan.calibrated_on) or f"plan by {plan.criterion}",
+        "pruned_experts": gone,
+    }
+    write_json(path, content)
+    return []
+
+
+def _said_of(content: dict[str, Any]) -> str:
+    """What a profile says of its model and workload, in words."""
+    said = [f"{key} {content[key]!r}" for key in ("model", "workload") if content.get(key)]
+    return f" ({', '.join(said)})" if said else ""
