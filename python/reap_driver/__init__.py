@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reap_driver.compat.model_config import load_config
+    from reap_driver.compensation.hessians import down_hessians
     from reap_driver.compensation.refit import LayerRefit, refit_layer
     from reap_driver.compensation.rows import ExpertRows
     from reap_driver.compensation.width import WidthCut, prune_width
@@ -157,6 +158,7 @@ _HOMES = {
     "compare": "reap_driver.workflow.calls",
     "compare_models": "reap_driver.evaluation.models",
     "compensated": "reap_driver.evaluation.compensation",
+    "down_hessians": "reap_driver.compensation.hessians",
     "estimate": "reap_driver.workflow.calls",
     "export_constants": "reap_driver.writer.constants_file",
     "find_moe_layers": "reap_driver.model.discover",
@@ -257,6 +259,7 @@ __all__ = [
     "compare",
     "compare_models",
     "compensated",
+    "down_hessians",
     "estimate",
     "export_constants",
     "find_moe_layers",

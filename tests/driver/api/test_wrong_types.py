@@ -96,6 +96,10 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "draws": 10,
     },
     "compensated": lambda w: {"model": w["model"], "plan": w["plan"]},
+    "down_hessians": lambda w: {
+        "sums": w["grams"][w["layer"]],
+        "plan": w["plan"].layers[w["layer"]],
+    },
     "export_constants": lambda w: {
         "model_path": w["root"] / "full",
         "grams": w["grams"],
