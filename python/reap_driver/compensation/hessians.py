@@ -1,5 +1,7 @@
 """Hessians of the down projections for GPTQ and its relatives, from Gram matrices."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,8 @@ def down_hessians(sums: LayerGram, plan: LayerPlan | None = None) -> Tensor:
                  [0., 1.]]])
     """
     width = sums.intermediate_size
-    kept, neurons, narrow = range(sums.num_experts), None, width
+    kept: Sequence[int] = range(sums.num_experts)
+    neurons, narrow = None, width
     if plan is not None:
         _check_fits(sums, plan)
         kept, neurons, narrow = plan.kept, plan.neurons, plan.narrow_width or width

@@ -33,7 +33,8 @@ def sums_of(weights: dict[int, torch.Tensor]) -> rk.LayerGram:
 def test_they_are_weighted_means_by_definition() -> None:
     sums = sums_of({expert: rows_of(expert)[1] for expert in range(EXPERTS)})
     found = rd.down_hessians(sums)
-    assert found.dtype == torch.float32 and found.shape == (EXPERTS, WIDTH, WIDTH)
+    assert found.dtype == torch.float32
+    assert found.shape == (EXPERTS, WIDTH, WIDTH)
     for expert in range(EXPERTS):
         h, g = rows_of(expert)
         expected = 2 * (h.T * g**2) @ h / (g**2).sum()
@@ -51,7 +52,8 @@ def test_equal_router_weights_give_gptqs_own() -> None:
 
 def test_experts_without_rows_are_rounded_to_nearest() -> None:
     found = rd.down_hessians(sums_of({1: rows_of(1)[1]}))
-    assert torch.equal(found[0], torch.eye(WIDTH)) and torch.equal(found[2], torch.eye(WIDTH))
+    assert torch.equal(found[0], torch.eye(WIDTH))
+    assert torch.equal(found[2], torch.eye(WIDTH))
     assert not torch.equal(found[1], torch.eye(WIDTH))
 
 
