@@ -12,6 +12,8 @@ from reap_driver.compat.config_file import COUNT_FIELDS, MTP_FIELDS, SHARED_COUN
 
 # Fields with the number of MTP layers, or whether there are any.
 _MTP_FIELDS = frozenset({*MTP_FIELDS, "mtp_num_hidden_layers", "mtp_num_layers", "use_mtp"})
+# Fields with the number of experts of MTP layers, where it is not that of the other layers.
+MTP_COUNT_FIELDS = ("mtp_num_experts", "mtp_n_routed_experts")
 Site = tuple[str, ...]  # path of a field from the top level of the file
 
 
@@ -81,6 +83,12 @@ def with_values(config: Mapping[str, Any], values: Mapping[Site, Any]) -> dict[s
     for (*path, name), value in values.items():
         _at(edited, path)[name] = value
     return edited
+
+
+def mtp_count_sites(config: Mapping[str, Any]) -> dict[Site, int]:
+    """{field: number} of the fields, at any depth, that count the experts of MTP layers alone."""
+    found = ((path, value) for path, value in _walk(config) if path[-1] in MTP_COUNT_FIELDS)
+    return {path: value for path, value in found if type(value) is int}
 
 
 def clear_mtp(config: dict[str, Any]) -> None:

@@ -202,6 +202,11 @@ def report_facts(report: ApplyReport) -> dict[str, Any]:
         "shards": report.shards,
         "edited_config": dict(report.edited_config),
         "mtp_dropped": len(report.mtp_dropped),
+        "mtp_tensors": report.mtp_tensors,
+        "mtp_layers": {
+            name: {"experts": [layer.before, len(layer.kept)], "kept_like": layer.like}
+            for name, layer in report.mtp_layers.items()
+        },
         "left_out": report.left_out,
         "warnings": report.warnings,
         "apply_seconds": round(report.seconds, 3),
@@ -224,6 +229,10 @@ def report_lines(report: ApplyReport) -> str:
         lines.append(f"left whole: {len(report.whole)} MoE layers of another part of the model")
     if report.mtp_dropped:
         lines.append(f"left out {len(report.mtp_dropped)} tensors of multi-token-prediction layers")
+    if report.mtp_tensors:
+        counts = {f"{len(la.kept)} of {la.before}" for la in report.mtp_layers.values()}
+        experts = f", {' or '.join(sorted(counts))} experts in each" if counts else ""
+        lines.append(f"kept multi-token-prediction layers: {report.mtp_tensors} tensors{experts}")
     if report.left_out:
         lines.append(
             f"left out other weight formats and hidden files: {', '.join(report.left_out)}"

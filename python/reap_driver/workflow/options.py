@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from reap_driver.base.mtp import MtpChoice
 from reap_driver.base.quantities import number, whole
 from reap_driver.workflow.fields import option, options, refused
 
@@ -283,11 +284,12 @@ class WriteOptions:
         5000000000
     """
 
-    mtp: Literal["drop", "keep"] = option(
+    mtp: MtpChoice = option(
         "drop",
         group=_WRITE,
-        help="multi-token-prediction layers: leave them out, or keep them where they have no "
-        "experts of their own",
+        help="multi-token-prediction layers: leave them out, prune their experts (by the scores of "
+        "the last layer, where they were not observed), or keep all their experts, where "
+        "config.json can say so",
     )
     shard_size: int | str | None = option(
         None,

@@ -291,8 +291,8 @@ def _write(
                 matrices=matrices,
                 **_writing(options),
             )
-    for warning in report.warnings:
-        heard.note(warning)
+    for note in [*report.plan.notes[len(plan.notes) :], *report.warnings]:
+        heard.note(note)
     written = Applied(heard.notes, out, report)
     heard.say(written.describe())
     return Pruned(heard.notes, out, found, made, written)

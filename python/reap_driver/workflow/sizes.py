@@ -60,6 +60,7 @@ class Leaves:
         active_parameters: used for one token.
         weights: bytes of the weight files.
         exact: whether those of the output are exact; else they are estimated.
+        mtp: bytes of multi-token-prediction layers, which `weights` counts where it is exact.
         output: bytes of the whole output.
         context: tokens whose cache is counted.
         cache: the key-value cache.
@@ -74,6 +75,7 @@ class Leaves:
     active_parameters: Pair
     weights: Pair
     exact: bool
+    mtp: Pair
     output: int
     context: int
     cache: CacheSize
@@ -99,6 +101,10 @@ class Leaves:
             row("weights", f"{_change(self.weights, in_bytes)} in files ({how}){bound}"),
             row("to run it", f"{in_bytes(self.memory)} = {parts}"),
         ]
+        if self.mtp[0]:
+            left = in_bytes(self.mtp[1]) if self.mtp[1] else "none"
+            mtp = f"of which multi-token-prediction layers {in_bytes(self.mtp[0])} -> {left}"
+            lines.insert(-1, row("", mtp))
         if name == "fits":
             share = in_bytes(math.floor(_SHARE * size))
             lines.append(row("", f"of at most {share}, which is {SHARE:.0%} of {in_bytes(size)}"))
@@ -117,6 +123,7 @@ class Leaves:
             "active_parameters": list(self.active_parameters),
             "weight_bytes": list(self.weights),
             "exact": self.exact,
+            "mtp_bytes": list(self.mtp),
             "output_bytes": self.output,
             "context": self.context,
             "cache_bytes": self.cache.of(self.context),
@@ -224,6 +231,7 @@ class Sizing:
             active_parameters=(sizes[0].active_parameters, sizes[1].active_parameters),
             weights=(self._before, output.weights),
             exact=self._exact,
+            mtp=output.mtp,
             output=output.total,
             context=self.context(rank),
             cache=self.cache,

@@ -3,17 +3,18 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reap_driver.base.arguments import typed
+from reap_driver.base.mtp import MtpChoice
 from reap_driver.compat import load_pruned
-from reap_driver.compat.config_edit import clear_mtp, differences
+from reap_driver.compat.config_edit import differences
 from reap_driver.compat.load_pruned import SETTINGS
 from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
@@ -29,6 +30,7 @@ from reap_driver.writer.expert_names import ExpertNames, numbered_experts, other
 from reap_driver.writer.json_files import copied_names, renamed_metadata, rewritten_files
 from reap_driver.writer.keys import KeyActions, KeyDecider
 from reap_driver.writer.mtp import MtpKeys
+from reap_driver.writer.mtp_config import with_mtp
 from reap_driver.writer.narrowing import (
     Computed,
     Narrowed,
@@ -70,7 +72,7 @@ def apply_plan(
     plan: "Plan",
     out_path: str | Path,
     *,
-    mtp: Literal["drop", "keep"] = "drop",
+    mtp: MtpChoice = "drop",
     shard_size: int | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -95,7 +97,10 @@ def apply_plan(
             equally many.
         out_path: folder to create.
         mtp: "drop" leaves multi-token-prediction layers out and clears the fields that announce
-            them; "keep" keeps them, and the plan must then name those that have experts.
+            them; "prune" leaves their experts those of the plan's entry for them, or else those
+            that the last MoE layer keeps; "keep" leaves them all their experts, which is refused
+            where engines count these by the field of the other layers. Those without experts are
+            copied by both.
         shard_size: bytes of tensor data per file; None keeps the division of the source.
         overwrite: replace a checkpoint at `out_path`, once the new one is complete.
         trust_remote_code: run model code that comes with the checkpoint.
@@ -136,7 +141,7 @@ def apply_plan(
     folder = resolve_folder(model_path)
     cleaned = clean_stale(out)
     check_target(out, folder, overwrite=overwrite)
-    options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
+    options = _Options(mtp, shard_size, trust_remote_code, non_uniform, force_model)
     found = matrices_of(plan, matrices)
     job = _prepare(open_checkpoint(folder), plan, options, found)
     checked = job.check()
@@ -164,7 +169,7 @@ def check_plan(
     plan: "Plan",
     out_path: str | Path,
     *,
-    mtp: Literal["drop", "keep"] = "drop",
+    mtp: MtpChoice = "drop",
     shard_size: int | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -183,7 +188,7 @@ def check_plan(
     folder = resolve_folder(model_path)
     clean_stale(out)
     check_target(out, folder, overwrite=overwrite)
-    options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
+    options = _Options(mtp, shard_size, trust_remote_code, non_uniform, force_model)
     job = _prepare(open_checkpoint(folder), plan, options, None)
     job.check()
     rehearse(out, needed=job.bytes_needed())
@@ -196,17 +201,19 @@ class OutputSize:
     Attributes:
         weights: bytes of its weight files.
         total: bytes of all files but the card, the index and the record.
+        mtp: bytes of multi-token-prediction layers before and after, which `weights` counts.
     """
 
     weights: int
     total: int
+    mtp: tuple[int, int] = (0, 0)
 
 
 def output_size(
     source: Checkpoint,
     plan: "Plan",
     *,
-    mtp: Literal["drop", "keep"],
+    mtp: MtpChoice,
     shard_size: int | None,
     trust_remote_code: bool,
     non_uniform: bool,
@@ -219,16 +226,16 @@ def output_size(
     Raises:
         PlanError, CheckpointError, UnsupportedModel: see `apply_plan`.
     """
-    options = _Options(mtp == "keep", shard_size, trust_remote_code, non_uniform, force_model)
+    options = _Options(mtp, shard_size, trust_remote_code, non_uniform, force_model)
     job = _prepare(source, plan, options, None)
-    return OutputSize(job.weight_bytes(), job.bytes_needed())
+    return OutputSize(job.weight_bytes(), job.bytes_needed(), job.mtp_bytes())
 
 
 @dataclass(frozen=True)
 class _Options:
     """Arguments of `apply_plan`."""
 
-    keep_mtp: bool
+    mtp: MtpChoice
     shard_size: int | None
     trust: bool
     non_uniform: bool
@@ -265,6 +272,13 @@ class _Job:
         """Size of the weight files."""
         return sum(shard.nbytes + len(shard.header()) for shard in self.shards)
 
+    def mtp_bytes(self) -> tuple[int, int]:
+        """Bytes of multi-token-prediction layers, before and after."""
+        sources = {self.source.tensors[key] for key in self.keys.mtp_keys}
+        written = (tensor for shard in self.shards for tensor in shard.tensors)
+        after = sum(tensor.nbytes for tensor in written if tensor.source in sources)
+        return sum(entry.nbytes for entry in sources), after
+
     def bytes_needed(self) -> int:
         """Size of the output: weight files, and what is copied beside them."""
         small = sum((self.source.folder / path).stat().st_size for path in self.source.small_files)
@@ -284,9 +298,8 @@ def _prepare(
     folder = source.folder
     source.check_copied()
     inherited = inherited_fields(source)
-    config = load_config(folder, trust_remote_code=options.trust)
     check_kept(plan)
-    full = meta_model(config)
+    full = meta_model(load_config(folder, trust_remote_code=options.trust))
     layers = find_moe_layers(full)
     extra = check_layers(plan, layers)
     record = record_of(full, layers)
@@ -299,14 +312,13 @@ def _prepare(
     stacks = stacks_of_files(folder, full, source.config, experts, **trust)
     check_counts(plan, stacks, counts, non_uniform=options.non_uniform)
     model = derive_model(folder, full, source.config, stacks, counts, **trust)
-    mtp = MtpKeys(model.layout, model.old.shapes, plan.layers)
+    mtp = MtpKeys(model.layout, model.old.shapes, whole.layers, options.mtp)
     _check_extra_layers(extra, mtp)
     quantization = quantization_of(source)
     decider = KeyDecider(source.tensors, model.old, model.new, model.layout, kept, quantization)
-    keys = decider.decide(mtp, keep_mtp=options.keep_mtp)
-    # Also without MTP tensors: MiniMax-M2 announces layers that it does not have.
-    if not options.keep_mtp:
-        clear_mtp(model.raw_config)
+    keys = decider.decide(mtp)
+    config, mtp_notes = with_mtp(model.raw_config, options.mtp, keys.mtp, stacks, counts, folder)
+    model = replace(model, raw_config=config)
     narrowed, computed = unchanged(model, keys)
     if plan.compensates or matrices:
         narrowed = narrow(folder, full, model, whole, stacks, layers, trust=options.trust)
@@ -321,7 +333,7 @@ def _prepare(
     entries = source.tensors.values()
     spec = specify(full, layers, left, model.new.shapes, entries, source.config)
     loader = _loader(model.raw_config)
-    plan = plan.noting([*notes, *notes_on(narrowed)])
+    plan = plan.noting([*notes, *mtp_notes, *notes_on(narrowed)])
     served = served_advice(plan, record["layers"])
     decided = (quantization, shards, stacks, counts, files, spec, loader, served)
     return _Job(plan, source, model, keys, narrowed, computed, *decided, *inherited)
@@ -410,6 +422,8 @@ def _report(job: _Job, out: Path, written: int) -> ApplyReport:
         expert_keys_dropped=len(job.keys.dropped("expert")),
         tables_rewritten=sum(isinstance(a, Relabel) for a in job.keys.actions.values()),
         mtp_dropped=job.keys.dropped("mtp"),
+        mtp_tensors=len(job.keys.mtp_written),
+        mtp_layers=job.keys.mtp,
         left_out=[path.as_posix() for path in job.source.left_out],
         licenses=[
             path.as_posix()

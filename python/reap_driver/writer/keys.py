@@ -27,7 +27,7 @@ from reap_driver.writer.actions import (
     list_prefixes,
 )
 from reap_driver.writer.layouts import Matrix, Stored
-from reap_driver.writer.mtp import Cut, MtpKeys
+from reap_driver.writer.mtp import Cut, MtpKeys, MtpLayer
 from reap_kernels.errors import CheckpointError, PlanError, UnsupportedModel
 
 _INTEGERS = frozenset({"U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
@@ -39,6 +39,13 @@ class KeyActions:
 
     actions: dict[str, Action] = field(default_factory=dict)
     lists: dict[str, ExpertList] = field(default_factory=dict)  # by prefix "...experts."
+    mtp: dict[str, MtpLayer] = field(default_factory=dict)  # MTP layers with experts, if written
+    mtp_keys: list[str] = field(default_factory=list)  # of all MTP layers, written or not
+
+    @property
+    def mtp_written(self) -> list[str]:
+        """Keys of MTP layers that are written."""
+        return [key for key in self.mtp_keys if not isinstance(self.actions[key], Drop)]
 
     def dropped(self, reason: str) -> list[str]:
         """Keys dropped for a reason."""
@@ -72,14 +79,14 @@ class KeyDecider:
         self._covered: set[str] = set()  # layout tensors found on disk
         self._cuts: dict[str, Cut] = {}  # disk key -> how experts are taken out of it
 
-    def decide(self, mtp: MtpKeys, *, keep_mtp: bool) -> KeyActions:
+    def decide(self, mtp: MtpKeys) -> KeyActions:
         """Decides every key; MTP layers last, because their rules are learned from the main layers.
 
         Raises:
             CheckpointError: experts or routers are missing, or have another shape than config.json
                 gives them.
             UnsupportedModel: a tensor of a MoE block is of an unknown kind.
-            PlanError: `keep_mtp`, and the plan has no entry for an MTP layer with experts.
+            PlanError: the plan counts other experts than an MTP layer has.
         """
         result = KeyActions()
         pending: list[str] = []
@@ -94,13 +101,11 @@ class KeyDecider:
         for prefix, experts in result.lists.items():
             result.actions.update(self._renumber(prefix, experts))
         self._check_covered()
-        if keep_mtp:
-            mtp.learn(self._cuts, result.lists)
-            actions, lists = mtp.prune(pending, self._tensors)
-            result.actions.update(actions)
-            result.lists.update(lists)
-        else:
-            result.actions.update({key: Drop("mtp") for key in pending})
+        mtp.learn(self._cuts, result.lists, result.actions)
+        decided = mtp.decide(pending, self._tensors)
+        result.actions.update(decided.actions)
+        result.lists.update(decided.lists)
+        result.mtp, result.mtp_keys = decided.layers, pending
         return result
 
     def _listed(self, key: str, lists: dict[str, ExpertList]) -> bool:

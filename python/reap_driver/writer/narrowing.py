@@ -238,10 +238,11 @@ def compute(
     refuse_quantized(source.folder, quantization)
     old = {layer.name: layer for layer in layers}
     extra = [name for name in plan.layers if name not in old]
+    extra += [name for name in keys.mtp if plan.narrows and name not in extra]
     if extra:
         raise PlanError(
-            f"plan: keeps experts of {extra[0]!r}, a multi-token-prediction layer, while it "
-            "changes those of the other layers, and nothing was observed of it; leave it out by "
+            "plan: changes the experts of the other layers, and nothing was observed of the "
+            f"neurons of {extra[0]!r}, a multi-token-prediction layer; leave it out by "
             "`mtp='drop'` and a plan without it."
         )
     kept = {a.name: k for k, a in keys.actions.items() if not isinstance(a, Drop)}

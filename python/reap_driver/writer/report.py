@@ -12,6 +12,7 @@ from reap_driver.compat.layer_fields import layer_values
 from reap_driver.files.safetensors_file import TensorEntry
 from reap_driver.model.discover import MoELayer
 from reap_driver.planning.plan import Plan
+from reap_driver.writer.mtp import MtpLayer
 
 _CONTEXT = "max_position_embeddings"
 
@@ -76,6 +77,9 @@ class ApplyReport:
             projections, and of shared experts that became wider.
         tables_rewritten: tables of expert ids by token (DeepSeek-V4).
         mtp_dropped: keys of multi-token-prediction layers that were left out.
+        mtp_tensors: tensors of multi-token-prediction layers that were written.
+        mtp_layers: {multi-token-prediction layer with experts that was written: `before` (their
+            number), `kept` (their ids), `like` (the layer whose kept ids these are, or None)}.
         left_out: files that were not copied: other formats of the weights, and hidden files.
         cleaned: folders of killed runs that were removed.
         licenses: names of files with the text of the license.
@@ -111,6 +115,8 @@ class ApplyReport:
     tensors_computed: int = 0
     tables_rewritten: int = 0
     mtp_dropped: list[str] = field(default_factory=list)
+    mtp_tensors: int = 0
+    mtp_layers: Mapping[str, MtpLayer] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     cleaned: list[str] = field(default_factory=list)
     licenses: list[str] = field(default_factory=list)

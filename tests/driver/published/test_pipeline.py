@@ -1,6 +1,5 @@
 """Observe, plan, apply, load and generate, on every published model through the public API."""
 
-import dataclasses
 import functools
 import json
 import re
@@ -16,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import reap_driver as rd
 from reap_driver.cli.main import main
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import meta_model
 from reap_kernels import errors
 from tests.driver.published.checkpoint import is_mtp
 from tests.driver.published.entry import Published
@@ -28,8 +29,10 @@ from tests.driver.published.expected import (
 )
 from tests.driver.published.models import MODELS
 from tests.driver.published.reduce import get_field
+from tests.driver.writer import saved
 
 Checkpoints = Callable[[str], Path]
+DENSE_MTP = ("step-3.5-flash", "ernie-4.5-21b-a3b")  # their MTP layers have no experts
 TEXT = "def merge(left, right):\n    return [*left, *right]\n"
 
 
@@ -54,7 +57,7 @@ def test_prune(
     support(name, "published", name)
 
 
-@pytest.mark.parametrize("name", ["step-3.5-flash", "ernie-4.5-21b-a3b"])
+@pytest.mark.parametrize("name", DENSE_MTP)
 def test_mtp_layers_without_experts_can_stay(
     name: str, checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
@@ -66,37 +69,39 @@ def test_mtp_layers_without_experts_can_stay(
 
 
 @pytest.mark.parametrize(
-    ("name", "like", "layer", "block"),
-    [
-        (
-            "deepseek-v3.2",
-            "model.layers.4.mlp.experts",
-            "model.layers.5.mlp.experts",
-            "model.layers.5.mlp.",
-        ),
-        (
-            "qwen3.5-397b-a17b",
-            "model.language_model.layers.1.mlp.experts",
-            "mtp.layers.0.mlp.experts",
-            "mtp.layers.0.mlp.",
-        ),
-    ],
-    ids=["per-expert", "stacked"],
+    "name", [name for name in MODELS if MODELS[name].mtp is not None and name not in DENSE_MTP]
 )
-def test_mtp_layer_with_experts_stays_when_the_plan_covers_it(
-    name: str, like: str, layer: str, block: str, checkpoint: Checkpoints, tmp_path: Path
+def test_mtp_layers_with_experts_are_pruned(
+    name: str, checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    """Per-expert matrices with scales after the last layer; stacked ones in a separate module."""
+    """By the last layer's ids: FP8 matrices with scales, stacked ones in a module of their own."""
     entry, source, out = MODELS[name], checkpoint(name), tmp_path / "pruned"
-    plan = rd.make_plan(rd.score(observed(name, source)), ratio=entry.ratio)
-    with pytest.raises(errors.PlanError, match=re.escape(layer)):
+    assert entry.mtp is not None
+    config = json.loads((source / "config.json").read_text())
+    root = entry.mtp.block.format(i=0, n=config.get("num_hidden_layers"))
+    chosen = functools.partial(chosen_experts, groups=config.get("n_group") or 1, kept=entry.kept)
+    plan = saved.make_plan(source, meta_model(load_config(source)), chosen)
+    *_, last = plan.layers
+    kept = {**kept_by_block(plan, entry), root + "mlp.": plan.layers[last].kept}
+    assert len(set(kept.values())) == len(entry.moe_layers)
+    with pytest.raises(errors.UnsupportedModel, match=re.escape(root) + r".*`mtp='prune'`"):
         rd.apply_plan(source, plan, out, mtp="keep")
     assert not out.exists()
-    kept = {**kept_by_block(plan, entry), block: plan.layers[like].kept}
-    covered = {**plan.layers, layer: plan.layers[like]}
-    rd.apply_plan(source, dataclasses.replace(plan, layers=covered), out, mtp="keep")
+    report = rd.apply_plan(source, plan, out, mtp="prune")
     check_written(entry, source, out, kept, mtp=True)
-    generates(rd.load_model(out), out)
+    [(layer, written)] = report.mtp_layers.items()
+    assert (layer, written.like) == (f"{root}mlp.experts", last)
+    assert not report.mtp_dropped
+
+
+def chosen_experts(layer: Any, generator: torch.Generator, *, groups: int, kept: int) -> list[int]:
+    """Experts of a layer at random, equally many of each routing group."""
+    size = layer.num_experts // groups
+    return sorted(
+        group * size + int(expert)
+        for group in range(groups)
+        for expert in torch.randperm(size, generator=generator)[: kept // groups]
+    )
 
 
 def test_command_line_prunes_a_model_type_unknown_to_transformers(

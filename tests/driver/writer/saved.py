@@ -129,6 +129,11 @@ def shard(folder: Path, parts: int) -> None:
     )
 
 
+def write_all(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors as an unsharded checkpoint."""
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def read_all(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, sharded or not, read by the safetensors library."""
     tensors = {}

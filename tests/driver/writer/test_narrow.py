@@ -301,8 +301,9 @@ def test_multi_token_prediction_layers_are_dropped(
         full, model, narrow_plans.half, lambda layer, _: list(range(layer.num_experts))
     )
     plan, down = replace(plan, ratio=0.5), narrow_plans.random_matrices(model, plan)
-    with pytest.raises(PlanError, match=r"no entry .*drop MTP layers \(`mtp='drop'`\)\.$"):
-        apply_plan(full, plan, tmp_path / "narrow", matrices=down, mtp="keep")
+    for choice in ("keep", "prune"):
+        with pytest.raises(PlanError, match=r"neurons of 'model\.layers\.3\..*`mtp='drop'`"):
+            apply_plan(full, plan, tmp_path / "narrow", matrices=down, mtp=choice)
     report = apply_plan(full, plan, tmp_path / "narrow", matrices=down)
     assert report.mtp_dropped
     assert report.edited_config["num_nextn_predict_layers"] == (1, 0)
