@@ -2,22 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from reap_driver.files.quantization import REMEDY
-from reap_kernels.errors import CheckpointError, UnsupportedModel
-from reap_kernels.schema import (
-    Anything,
-    Flag,
-    Int,
-    Kind,
-    MapOf,
-    Mismatch,
-    OrNull,
-    Record,
-    Text,
-    check,
-)
+from reap_driver.files.settings_checks import check_types, refuse
+from reap_kernels.schema import Anything, Flag, Int, MapOf, OrNull, Record, Text
 
 # Bits per value that can be read, by format and type of number.
 _BITS: dict[tuple[Any, Any], tuple[int, ...]] = {
@@ -86,13 +74,13 @@ def read_scheme(quantization: Mapping[str, Any], where: str) -> Scheme:
     _check_whole(quantization, where)
     found = list(_weights(quantization, where))
     if not found:
-        _refuse(f"{where}: no group of config_groups has weights", "one")
+        refuse(f"{where}: no group of config_groups has weights", "one")
     bits = {w["num_bits"] for _, w, name in found if name == "pack-quantized"}
     if len(bits) > 1:
-        _refuse(f"{where}: groups of config_groups pack {sorted(bits)} bits", "one number of bits")
+        refuse(f"{where}: groups of config_groups pack {sorted(bits)} bits", "one number of bits")
     blocks = {_block(field, w) for field, w, _ in found if w.get("block_structure")}
     if len(blocks) > 1:
-        _refuse(f"{where}: groups of config_groups have blocks {sorted(blocks)}", "one size")
+        refuse(f"{where}: groups of config_groups have blocks {sorted(blocks)}", "one size")
     sizes = (w.get("group_size") for _, w, _ in found if not w.get("block_structure"))
     groups = frozenset(size if size and size > 0 else None for size in sizes)
     zeros = frozenset(not w.get("symmetric", True) for _, w, _ in found)
@@ -101,16 +89,16 @@ def read_scheme(quantization: Mapping[str, Any], where: str) -> Scheme:
 
 def _check_whole(quantization: Mapping[str, Any], where: str) -> None:
     """Checks the fields that concern the checkpoint as a whole."""
-    _check_types(dict(quantization), _SETTINGS, where)
+    check_types(dict(quantization), _SETTINGS, where)
     status = quantization.get("quantization_status", "compressed")
     if status != "compressed":
-        _refuse(f"{where}.quantization_status is {status!r}", "'compressed'")
+        refuse(f"{where}.quantization_status is {status!r}", "'compressed'")
     sparsity = (quantization.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense":
-        _refuse(f"{where}.sparsity_config.format is {sparsity!r}", "'dense'")
+        refuse(f"{where}.sparsity_config.format is {sparsity!r}", "'dense'")
     transforms = (quantization.get("transform_config") or {}).get("config_groups")
     if transforms:  # some act on activations, so a dequantized model would compute something else
-        _refuse(f"{where}.transform_config has {sorted(transforms)}", "none")
+        refuse(f"{where}.transform_config has {sorted(transforms)}", "none")
 
 
 def _weights(
@@ -121,8 +109,8 @@ def _weights(
     for name, group in groups.items():
         field = f"{where}.config_groups.{name}"
         if not isinstance(group, Mapping):
-            _refuse(f"{field} is {group!r}", "a group written out")
-        _check_types(group, _GROUP, field)
+            refuse(f"{field} is {group!r}", "a group written out")
+        check_types(group, _GROUP, field)
         weights = group.get("weights")
         if weights is None:
             continue
@@ -130,12 +118,12 @@ def _weights(
         kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
         known = _BITS.get((stored, kind))
         if known is None:
-            _refuse(
+            refuse(
                 f"{field} has format {stored!r} and weights.type {kind!r}",
                 f"{', '.join(_FORMATS)} with their own type",
             )
         if bits not in known:
-            _refuse(f"{field}.weights.num_bits is {bits}", " or ".join(map(str, known)))
+            refuse(f"{field}.weights.num_bits is {bits}", " or ".join(map(str, known)))
         _check_layout(weights, kind, f"{field}.weights")
         yield f"{field}.weights", weights, str(stored)
 
@@ -144,11 +132,11 @@ def _check_layout(weights: Mapping[str, Any], kind: str, field: str) -> None:
     """Checks the fields that say which elements share a scale, and the order of columns."""
     strategy, order = weights.get("strategy"), weights.get("actorder")
     if strategy not in (None, "tensor", "channel", "group", "block"):
-        _refuse(f"{field}.strategy is {strategy!r}", "tensor, channel, group or block")
+        refuse(f"{field}.strategy is {strategy!r}", "tensor, channel, group or block")
     if order not in (None, False, "weight", "static"):  # these keep the columns in their order
-        _refuse(f"{field}.actorder is {order!r}", "none, 'weight' or 'static'")
+        refuse(f"{field}.actorder is {order!r}", "none, 'weight' or 'static'")
     if kind == "float" and not weights.get("symmetric", True):
-        _refuse(f"{field}.symmetric is False for floats", "True")
+        refuse(f"{field}.symmetric is False for floats", "True")
 
 
 def _block(field: str, weights: Mapping[str, Any]) -> tuple[int, int]:
@@ -156,19 +144,5 @@ def _block(field: str, weights: Mapping[str, Any]) -> tuple[int, int]:
     block = weights["block_structure"]
     pair = isinstance(block, list) and len(block) == 2
     if not (pair and all(type(n) is int and n > 0 for n in block)):
-        _refuse(f"{field}.block_structure is {block!r}", "a list of two sizes")
+        refuse(f"{field}.block_structure is {block!r}", "a list of two sizes")
     return block[0], block[1]
-
-
-def _check_types(value: Any, kind: Kind, where: str) -> None:
-    """Raises CheckpointError for a value of the wrong type; `where` names checkpoint and field."""
-    try:
-        check(value, kind)
-    except Mismatch as error:
-        raise CheckpointError(
-            f"{where}: {error}; restore config.json from where the checkpoint was published"
-        ) from error
-
-
-def _refuse(what: str, readable: str) -> NoReturn:
-    raise UnsupportedModel(f"{what}; {readable} can be read: {REMEDY}")

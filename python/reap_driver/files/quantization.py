@@ -24,6 +24,12 @@ REMEDY = "observe the checkpoint that it was quantized from, and apply the plan 
 PACKED = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "F4", "F6_E2M3", "F6_E3M2"})
 # Values of `format` (older: `checkpoint_format`) with the packing that writer/layouts.py describes.
 _GPTQ_FORMATS = frozenset({"gptq", "gptq_v2"})
+# AutoRound's `packing_format` -> the packing.
+AUTO_ROUND_FORMATS = {
+    **dict.fromkeys(("auto", "auto_gptq", "auto_round:auto_gptq", "auto_round:gptq"), "gptq"),
+    **dict.fromkeys(("auto_round", "auto_round:gptqmodel"), "gptq"),
+    **dict.fromkeys(("auto_awq", "auto_round:auto_awq", "auto_round:awq"), "awq"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,7 @@ class Quantization:
             version = self._text("version") or stated
             return "awq" if version in (None, "gemm") else None
         if self.method is not None and "auto-round" in self.method:
-            packed = self._text("packing_format") or "auto_round:auto_gptq"
-            names = {"auto_round", "auto_round:auto_gptq", "auto_round:gptqmodel", "auto_gptq"}
-            if packed in names:
-                return "gptq"
-            return "awq" if packed in ("auto_round:auto_awq", "auto_awq") else None
+            return AUTO_ROUND_FORMATS.get(self._text("packing_format") or "auto")
         return None
 
     @property

@@ -11,7 +11,7 @@ import torch
 
 from reap_driver.compat.pretrained import DEQUANTIZED_ON_LOAD
 from reap_driver.files.quantization import REMEDY, Quantization
-from reap_driver.load import compressed_matrices
+from reap_driver.load import compressed_matrices, packed_matrices
 from reap_driver.load.tensor_reader import Readable, StoredTensor
 from reap_kernels.errors import UnsupportedModel
 
@@ -37,13 +37,13 @@ class Method:
 
 # By `quant_method`, in lower case.
 METHODS = {
-    "auto-round": Method("AutoRound"),
-    "awq": Method("AWQ"),
+    "auto-round": Method("AutoRound", packed_matrices.auto_round),
+    "awq": Method("AWQ", packed_matrices.awq),
     "bitsandbytes": Method("bitsandbytes"),
     "compressed-tensors": Method("compressed-tensors", compressed_matrices.plain_weights),
     "eetq": Method("EETQ"),
     "fp8": Method("FP8"),
-    "gptq": Method("GPTQ"),
+    "gptq": Method("GPTQ", packed_matrices.gptq),
     "hqq": Method("HQQ"),
     "modelopt": Method("ModelOpt"),
     "mxfp4": Method("MXFP4"),

@@ -38,7 +38,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a model for observation, in eval mode, with quantized weights dequantized.
 
-    FP8, MXFP4 and the 4- and 8-bit formats of compressed-tensors can be read (docs/formats.md).
+    docs/formats.md lists the formats that can be read.
 
     Args:
         path_or_id: folder of a checkpoint in safetensors format, or hub id.

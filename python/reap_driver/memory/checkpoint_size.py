@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from reap_driver.files import packed_scheme
 from reap_driver.files.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint, read_json
 from reap_driver.files.safetensors_file import TensorEntry
 from reap_driver.memory.model_sizes import tensor_bytes
@@ -164,10 +165,18 @@ def _scheme(quantization: Mapping[str, Any]) -> _Scheme:
             shape = tuple(block) if isinstance(block, list) else (1, size or 0)
             zero = 0 if weights.get("symmetric", True) else bits
             return _Scheme(bits, (shape[0], shape[1]), 16 + zero)
+    by_module = [field for field in ("dynamic", "extra_config") if quantization.get(field)]
+    if method in packed_scheme.METHODS and not by_module:
+        packing = packed_scheme.read_scheme(
+            method, quantization, frozenset(), "quantization_config of config.json"
+        ).default
+        return _Scheme(packing.bits, (1, packing.group or 0), 16 + packing.bits)
+    settings = " with ".join([repr(method), *by_module])
     raise CheckpointError(
-        f"quantization_config of method {method!r}: the size of its weights can only be read from "
-        "the files (it can be estimated for fp8, mxfp4, compressed-tensors with one group); give "
-        "the folder that holds the weights"
+        f"quantization_config of method {settings}: "
+        "the size of its weights can only be read from the files (it can be estimated for fp8, "
+        "mxfp4, compressed-tensors with one group, and gptq, awq and auto-round with the same bits "
+        "everywhere); give the folder that holds the weights"
     )
 
 

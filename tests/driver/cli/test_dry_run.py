@@ -210,7 +210,7 @@ def test_data_that_cannot_be_read_end_it_after_the_arithmetic(run: Run, tmp_path
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "stored by GPTQ, which is not read"),
+        ({"quant_method": "hqq", "bits": 4}, "stored by HQQ, which is not read"),
         (None, "has no weight_map; restore the file"),
     ],
 )

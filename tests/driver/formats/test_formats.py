@@ -38,7 +38,7 @@ def test_the_table_has_every_format() -> None:
     assert list(rows()) == [stored.id for stored in FORMATS]
 
 
-GPTQ = next(stored for stored in FORMATS if stored.name == "GPTQ")
+HQQ = next(stored for stored in FORMATS if stored.name == "HQQ")
 COMMANDS = {
     "observe": (),
     "observe --stream always": ("--stream", "always"),
@@ -51,7 +51,7 @@ COMMANDS = {
 @pytest.fixture(scope="module")
 def unread(plain: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that cannot be observed."""
-    return GPTQ.write(plain[GPTQ.model], tmp_path_factory.mktemp("unread") / "model")
+    return HQQ.write(plain[HQQ.model], tmp_path_factory.mktemp("unread") / "model")
 
 
 @pytest.mark.parametrize("words", COMMANDS)
@@ -61,7 +61,7 @@ def test_every_way_to_run_a_model_asks(words: str, unread: Path, run: Run, tmp_p
     options = (*COMMANDS[words], "--data", data, "--seq-len", 32, "--out", tmp_path / "out")
     done = run(words.split()[0], unread, *options)
     assert done.code == 3
-    assert "stored by GPTQ, which is not read" in done.error
+    assert "stored by HQQ, which is not read" in done.error
     assert not (tmp_path / "out").exists()
 
 
@@ -74,7 +74,7 @@ def test_compare_asks_for_both(
     pair = (unread, plain["qwen3_moe"]) if place == "original" else (plain["qwen3_moe"], unread)
     done = run("compare", *pair, "--data", data, "--seq-len", 32)
     assert done.code == 3
-    assert "stored by GPTQ, which is not read" in done.error
+    assert "stored by HQQ, which is not read" in done.error
 
 
 def _streamed(folder: Path) -> None:
@@ -93,7 +93,7 @@ CALLS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_every_call_that_runs_a_model_asks(call: Callable[[Path], object], unread: Path) -> None:
-    with pytest.raises(UnsupportedModel, match="stored by GPTQ, which is not read"):
+    with pytest.raises(UnsupportedModel, match="stored by HQQ, which is not read"):
         call(unread)
 
 
@@ -118,7 +118,7 @@ SETTINGS = [
 def test_other_methods(
     settings: dict[str, object], says: str, plain: dict[str, Path], tmp_path: Path
 ) -> None:
-    stored = replace(GPTQ, settings=settings)
+    stored = replace(HQQ, settings=settings)
     with pytest.raises(UnsupportedModel, match=rf"{says}.* apply the plan to this one"):
         load_model(stored.write(plain[stored.model], tmp_path / "model"))
 
@@ -126,12 +126,12 @@ def test_other_methods(
 def test_settings_beside_config_json(plain: dict[str, Path], tmp_path: Path) -> None:
     """They name the method, unless they are left over beside weights that are not quantized."""
     beside = {"quantization": {"quant_algo": "W4A8_AWQ"}}
-    for stored in (BY_NAME["bfloat16"], replace(GPTQ, settings=None)):
+    for stored in (BY_NAME["bfloat16"], replace(HQQ, settings=None)):
         folder = stored.write(plain[stored.model], tmp_path / stored.name)
         (folder / "hf_quant_config.json").write_text(json.dumps(beside))
     assert load_model(tmp_path / "bfloat16").dtype == torch.bfloat16
     with pytest.raises(UnsupportedModel, match=r"by hf_quant_config.json .* stored by ModelOpt"):
-        load_model(tmp_path / "GPTQ")
+        load_model(tmp_path / "HQQ")
 
 
 def test_methods_that_transformers_reads_from_elsewhere(
@@ -147,7 +147,7 @@ def test_methods_that_transformers_reads_from_elsewhere(
 
 def test_a_lost_tensor_is_no_layout(plain: dict[str, Path], tmp_path: Path) -> None:
     """A damaged checkpoint is still said to be one."""
-    folder = replace(GPTQ, settings=None, pack=None).write(plain["qwen3_moe"], tmp_path / "model")
+    folder = replace(HQQ, settings=None, pack=None).write(plain["qwen3_moe"], tmp_path / "model")
     lost = "model.layers.0.mlp.experts.3.down_proj.weight"
     saved.change_tensors(folder, lambda tensors: {k: t for k, t in tensors.items() if k != lost})
     with pytest.raises(

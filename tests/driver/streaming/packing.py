@@ -13,7 +13,7 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -213,11 +213,15 @@ FIELDS = {"hidden_size": 64, "moe_intermediate_size": 32, "vocab_size": VOCAB}
 
 
 def checkpoints(
-    name: str, folder: Path, quantize: dict[str, str], quantization: dict[str, Any]
+    name: str,
+    folder: Path,
+    quantize: dict[str, str],
+    quantization: dict[str, Any],
+    cases: Mapping[str, tuple[dict[str, Any], Make]] = CASES,
 ) -> tuple[Path, Path]:
     """A model's checkpoint in published layout, and one with the same weights unquantized.
 
-    `quantize`: regular expression of keys -> their case.
+    `quantize`: regular expression of keys -> their case, one of `cases`.
     """
     stored_in, plain_in = folder / "stored", folder / "plain"
     rng = np.random.default_rng(3)
@@ -230,7 +234,7 @@ def checkpoints(
             if case is None:
                 out[key] = values[key] = tensor.to(BF16)
                 continue
-            parts, value = CASES[case][1](*tensor.shape, rng)
+            parts, value = cases[case][1](*tensor.shape, rng)
             module = key.removesuffix("weight")
             out |= {module + leaf: part.contiguous() for leaf, part in parts.items()}
             values[key] = value

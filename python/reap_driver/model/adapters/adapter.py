@@ -207,8 +207,8 @@ def check_tensors(name: str, module: ExpertsModule, local: ExpertSlice | None = 
             raise UnsupportedModel(
                 f"{name}.{leaf} is a {kind.__name__} of {tensor.dtype}, not plain bf16, fp16, "
                 "fp32 or fp64 numbers; load the model dequantized (reap_driver's load_model does "
-                "it for FP8, MXFP4 and compressed-tensors; elsewhere pass a quantization_config "
-                "with dequantize=True)"
+                "it for the formats in docs/formats.md; elsewhere pass a quantization_config with "
+                "dequantize=True)"
             )
 
 
