@@ -72,5 +72,14 @@ _FORMATS = (
         reads=True,
         keys=frozenset({"pruned_experts"}),
     ),
+    ForeignFormat(
+        "llm-compressor",
+        "report of llm-compressor's REAP, report_path",
+        "plan",
+        "plan",
+        "llm_compressor_report",
+        reads=True,
+        suffix=".json",
+    ),
 )
 FORMATS: Mapping[str, ForeignFormat] = {one.name: one for one in _FORMATS}
