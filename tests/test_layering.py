@@ -39,6 +39,7 @@ DRIVER_ORDER = (
     ("refitting",),
     ("writer",),
     ("evaluation",),
+    ("merging",),
     ("plan_search",),
     ("reporting",),
     ("workflow",),

@@ -97,9 +97,8 @@ def test_what_a_package_imports_is_declared(package: Path) -> None:
     if package == test_layering.DRIVER:
         declared += whole["tool"][NAME]["dependencies"]
         extras = whole["project"]["optional-dependencies"]
-    declared += [
-        r for name in ("triton", "data", "eval", "llmcompressor") for r in extras.get(name, ())
-    ]
+    known = ("triton", "data", "eval", "llmcompressor", "merging")
+    declared += [r for name in known for r in extras.get(name, ())]
     names = {re.split(r"[\[<>=]", requirement)[0] for requirement in declared}
     imported = {
         name.partition(".")[0]

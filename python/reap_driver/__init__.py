@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from reap_driver.files.gram_folder import GramFolder, GramWriter
     from reap_driver.files.matrices import Matrices
     from reap_driver.load.resident import load_model
+    from reap_driver.merging.merged import merged_experts
+    from reap_driver.merging.observer import VectorObserver, observe_vectors
+    from reap_driver.merging.vectors import LayerVectors
     from reap_driver.model.discover import MoELayer, find_moe_layers, record_of
     from reap_driver.observation.observer import Observer, observe
     from reap_driver.observation.streamed import observe_streamed
@@ -118,6 +121,7 @@ _HOMES = {
     "LayerPlan": "reap_driver.planning.plan",
     "LayerRefit": "reap_driver.compensation.refit",
     "LayerStats": "reap_kernels",
+    "LayerVectors": "reap_driver.merging.vectors",
     "Listener": "reap_driver.workflow.listener",
     "Masked": "reap_driver.workflow.apply",
     "Matrices": "reap_driver.files.matrices",
@@ -148,6 +152,7 @@ _HOMES = {
     "SearchOptions": "reap_driver.workflow.jobs",
     "Searched": "reap_driver.workflow.search",
     "ShapeOptions": "reap_driver.workflow.shape_options",
+    "VectorObserver": "reap_driver.merging.observer",
     "WidthCut": "reap_driver.compensation.width",
     "WriteOptions": "reap_driver.workflow.options",
     "__version__": "reap_kernels",
@@ -169,9 +174,11 @@ _HOMES = {
     "load_recipe": "reap_driver.workflow.recipes",
     "make_plan": "reap_driver.planning.planner",
     "masked_experts": "reap_driver.evaluation.router_masks",
+    "merged_experts": "reap_driver.merging.merged",
     "observe": "reap_driver.observation.observer",
     "observe_data": "reap_driver.workflow.calls",
     "observe_streamed": "reap_driver.observation.streamed",
+    "observe_vectors": "reap_driver.merging.observer",
     "orphans": "reap_driver.evaluation.routing",
     "plan": "reap_driver.workflow.calls",
     "plan_of_removals": "reap_driver.planning.planner",
@@ -219,6 +226,7 @@ __all__ = [
     "LayerPlan",
     "LayerRefit",
     "LayerStats",
+    "LayerVectors",
     "Listener",
     "Masked",
     "Matrices",
@@ -249,6 +257,7 @@ __all__ = [
     "SearchOptions",
     "Searched",
     "ShapeOptions",
+    "VectorObserver",
     "WidthCut",
     "WriteOptions",
     "__version__",
@@ -270,9 +279,11 @@ __all__ = [
     "load_recipe",
     "make_plan",
     "masked_experts",
+    "merged_experts",
     "observe",
     "observe_data",
     "observe_streamed",
+    "observe_vectors",
     "orphans",
     "plan",
     "plan_of_removals",
