@@ -62,8 +62,11 @@ if TYPE_CHECKING:
     )
     from reap_driver.workflow.comparison_results import Compared, Comparisons
     from reap_driver.workflow.complete import Complete
+    from reap_driver.workflow.convert import Converted
     from reap_driver.workflow.errors import OptionError
     from reap_driver.workflow.estimate import Estimate
+    from reap_driver.workflow.exchange_calls import convert
+    from reap_driver.workflow.exchange_jobs import ConvertOptions
     from reap_driver.workflow.follow_up_jobs import CompareOptions, RefitOptions, ReportOptions
     from reap_driver.workflow.jobs import (
         ApplyOptions,
@@ -110,6 +113,8 @@ _HOMES = {
     "Compared": "reap_driver.workflow.comparison_results",
     "Comparisons": "reap_driver.workflow.comparison_results",
     "Comparison": "reap_driver.evaluation.sequences",
+    "ConvertOptions": "reap_driver.workflow.exchange_jobs",
+    "Converted": "reap_driver.workflow.convert",
     "DataOptions": "reap_driver.workflow.options",
     "Estimate": "reap_driver.workflow.estimate",
     "EstimateOptions": "reap_driver.workflow.jobs",
@@ -163,6 +168,7 @@ _HOMES = {
     "compare": "reap_driver.workflow.calls",
     "compare_models": "reap_driver.evaluation.models",
     "compensated": "reap_driver.evaluation.compensation",
+    "convert": "reap_driver.workflow.exchange_calls",
     "down_hessians": "reap_driver.compensation.hessians",
     "estimate": "reap_driver.workflow.calls",
     "export_constants": "reap_driver.writer.constants_file",
@@ -214,6 +220,8 @@ __all__ = [
     "Comparison",
     "Comparisons",
     "Complete",
+    "ConvertOptions",
+    "Converted",
     "DataOptions",
     "Estimate",
     "EstimateOptions",
@@ -268,6 +276,7 @@ __all__ = [
     "compare",
     "compare_models",
     "compensated",
+    "convert",
     "down_hessians",
     "estimate",
     "export_constants",
