@@ -1,0 +1,1 @@
+"""Tests against AutoRound, bitsandbytes and torchao."""
