@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from reap_driver.files.gram_folder import GramFolder, GramWriter
     from reap_driver.files.matrices import Matrices
     from reap_driver.load.resident import load_model
-    from reap_driver.merging.merged import merged_experts
-    from reap_driver.merging.observer import VectorObserver, observe_vectors
-    from reap_driver.merging.vectors import LayerVectors
     from reap_driver.model.discover import MoELayer, find_moe_layers, record_of
     from reap_driver.observation.observer import Observer, observe
     from reap_driver.observation.streamed import observe_streamed
@@ -62,11 +59,8 @@ if TYPE_CHECKING:
     )
     from reap_driver.workflow.comparison_results import Compared, Comparisons
     from reap_driver.workflow.complete import Complete
-    from reap_driver.workflow.convert import Converted
     from reap_driver.workflow.errors import OptionError
     from reap_driver.workflow.estimate import Estimate
-    from reap_driver.workflow.exchange_calls import convert
-    from reap_driver.workflow.exchange_jobs import ConvertOptions
     from reap_driver.workflow.follow_up_jobs import CompareOptions, RefitOptions, ReportOptions
     from reap_driver.workflow.jobs import (
         ApplyOptions,
@@ -113,8 +107,6 @@ _HOMES = {
     "Compared": "reap_driver.workflow.comparison_results",
     "Comparisons": "reap_driver.workflow.comparison_results",
     "Comparison": "reap_driver.evaluation.sequences",
-    "ConvertOptions": "reap_driver.workflow.exchange_jobs",
-    "Converted": "reap_driver.workflow.convert",
     "DataOptions": "reap_driver.workflow.options",
     "Estimate": "reap_driver.workflow.estimate",
     "EstimateOptions": "reap_driver.workflow.jobs",
@@ -126,7 +118,6 @@ _HOMES = {
     "LayerPlan": "reap_driver.planning.plan",
     "LayerRefit": "reap_driver.compensation.refit",
     "LayerStats": "reap_kernels",
-    "LayerVectors": "reap_driver.merging.vectors",
     "Listener": "reap_driver.workflow.listener",
     "Masked": "reap_driver.workflow.apply",
     "Matrices": "reap_driver.files.matrices",
@@ -157,7 +148,6 @@ _HOMES = {
     "SearchOptions": "reap_driver.workflow.jobs",
     "Searched": "reap_driver.workflow.search",
     "ShapeOptions": "reap_driver.workflow.shape_options",
-    "VectorObserver": "reap_driver.merging.observer",
     "WidthCut": "reap_driver.compensation.width",
     "WriteOptions": "reap_driver.workflow.options",
     "__version__": "reap_kernels",
@@ -168,7 +158,6 @@ _HOMES = {
     "compare": "reap_driver.workflow.calls",
     "compare_models": "reap_driver.evaluation.models",
     "compensated": "reap_driver.evaluation.compensation",
-    "convert": "reap_driver.workflow.exchange_calls",
     "down_hessians": "reap_driver.compensation.hessians",
     "estimate": "reap_driver.workflow.calls",
     "export_constants": "reap_driver.writer.constants_file",
@@ -180,11 +169,9 @@ _HOMES = {
     "load_recipe": "reap_driver.workflow.recipes",
     "make_plan": "reap_driver.planning.planner",
     "masked_experts": "reap_driver.evaluation.router_masks",
-    "merged_experts": "reap_driver.merging.merged",
     "observe": "reap_driver.observation.observer",
     "observe_data": "reap_driver.workflow.calls",
     "observe_streamed": "reap_driver.observation.streamed",
-    "observe_vectors": "reap_driver.merging.observer",
     "orphans": "reap_driver.evaluation.routing",
     "plan": "reap_driver.workflow.calls",
     "plan_of_removals": "reap_driver.planning.planner",
@@ -220,8 +207,6 @@ __all__ = [
     "Comparison",
     "Comparisons",
     "Complete",
-    "ConvertOptions",
-    "Converted",
     "DataOptions",
     "Estimate",
     "EstimateOptions",
@@ -234,7 +219,6 @@ __all__ = [
     "LayerPlan",
     "LayerRefit",
     "LayerStats",
-    "LayerVectors",
     "Listener",
     "Masked",
     "Matrices",
@@ -265,7 +249,6 @@ __all__ = [
     "SearchOptions",
     "Searched",
     "ShapeOptions",
-    "VectorObserver",
     "WidthCut",
     "WriteOptions",
     "__version__",
@@ -276,7 +259,6 @@ __all__ = [
     "compare",
     "compare_models",
     "compensated",
-    "convert",
     "down_hessians",
     "estimate",
     "export_constants",
@@ -288,11 +270,9 @@ __all__ = [
     "load_recipe",
     "make_plan",
     "masked_experts",
-    "merged_experts",
     "observe",
     "observe_data",
     "observe_streamed",
-    "observe_vectors",
     "orphans",
     "plan",
     "plan_of_removals",

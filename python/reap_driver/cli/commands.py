@@ -10,7 +10,6 @@ from types import ModuleType
 from reap_driver.cli import (
     apply,
     compare,
-    convert,
     demo,
     doctor,
     observe,
@@ -33,7 +32,6 @@ COMMANDS: tuple[ModuleType, ...] = (
     refit,
     compare,
     report,
-    convert,
     recipe,
     doctor,
     tune,

@@ -7,6 +7,8 @@ from typing import Any
 from reap_driver.files.settings_checks import check_types, refuse
 from reap_kernels.schema import Anything, Flag, Int, MapOf, OrNull, Record, Text
 
+_NVFP4, _NVFP4_GROUP = "nvfp4-pack-quantized", 16
+
 # Bits per value that can be read, by format and type of number.
 _BITS: dict[tuple[Any, Any], tuple[int, ...]] = {
     ("pack-quantized", "int"): (4, 8),
@@ -14,6 +16,7 @@ _BITS: dict[tuple[Any, Any], tuple[int, ...]] = {
     ("naive-quantized", "int"): (8,),
     ("float-quantized", "float"): (8,),
     ("naive-quantized", "float"): (8,),
+    (_NVFP4, "float"): (4,),
 }
 _FORMATS = sorted({name for name, _ in _BITS})
 
@@ -56,12 +59,14 @@ class Scheme:
             rows.
         block: (rows, columns) of the blocks that share a scale; None if no matrix has blocks.
         zeros: {False}, {True} or both: whether matrices have zero points.
+        nvfp4: whether matrices may be NVFP4 (`load.nvfp4`).
     """
 
     bits: int | None
     groups: frozenset[int | None]
     block: tuple[int, int] | None
     zeros: frozenset[bool]
+    nvfp4: bool = False
 
 
 def read_scheme(quantization: Mapping[str, Any], where: str) -> Scheme:
@@ -84,7 +89,8 @@ def read_scheme(quantization: Mapping[str, Any], where: str) -> Scheme:
     sizes = (w.get("group_size") for _, w, _ in found if not w.get("block_structure"))
     groups = frozenset(size if size and size > 0 else None for size in sizes)
     zeros = frozenset(not w.get("symmetric", True) for _, w, _ in found)
-    return Scheme(next(iter(bits), None), groups, next(iter(blocks), None), zeros)
+    nvfp4 = any(name == _NVFP4 for _, _, name in found)
+    return Scheme(next(iter(bits), None), groups, next(iter(blocks), None), zeros, nvfp4)
 
 
 def _check_whole(quantization: Mapping[str, Any], where: str) -> None:
@@ -124,15 +130,18 @@ def _weights(
             )
         if bits not in known:
             refuse(f"{field}.weights.num_bits is {bits}", " or ".join(map(str, known)))
-        _check_layout(weights, kind, f"{field}.weights")
+        _check_layout(weights, kind, f"{field}.weights", nvfp4=stored == _NVFP4)
         yield f"{field}.weights", weights, str(stored)
 
 
-def _check_layout(weights: Mapping[str, Any], kind: str, field: str) -> None:
+def _check_layout(weights: Mapping[str, Any], kind: str, field: str, *, nvfp4: bool) -> None:
     """Checks the fields that say which elements share a scale, and the order of columns."""
     strategy, order = weights.get("strategy"), weights.get("actorder")
-    if strategy not in (None, "tensor", "channel", "group", "block"):
-        refuse(f"{field}.strategy is {strategy!r}", "tensor, channel, group or block")
+    known = ("tensor_group",) if nvfp4 else ("tensor", "channel", "group", "block")
+    if strategy not in (None, *known):
+        refuse(f"{field}.strategy is {strategy!r}", " or ".join(known))
+    if nvfp4 and weights.get("group_size") != _NVFP4_GROUP:
+        refuse(f"{field}.group_size is {weights.get('group_size')}", f"{_NVFP4_GROUP}")
     if order not in (None, False, "weight", "static"):  # these keep the columns in their order
         refuse(f"{field}.actorder is {order!r}", "none, 'weight' or 'static'")
     if kind == "float" and not weights.get("symmetric", True):

@@ -4,7 +4,7 @@ Several tensors on disk make one matrix: `weight_packed` (4- or 8-bit integers i
 `weight` (8-bit integers or floats), `weight_scale`, and optionally `weight_shape` and
 `weight_zero_point`. An element is (code - zero point) x scale, computed in float32 and rounded once
 to the scales' dtype, as the compressed-tensors library does; loading then converts it to the dtype
-of the run. The quantization of activations does not matter here.
+of the run. The quantization of activations does not matter here. NVFP4 is in `load.nvfp4`.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reap_driver.files.compressed_scheme import Scheme, read_scheme
 from reap_driver.files.quantization import REMEDY
+from reap_driver.load import nvfp4
 from reap_driver.load.tensor_reader import Dequantized, Readable, StoredTensor
 from reap_kernels import dequantize
 from reap_kernels.errors import CheckpointError, UnsupportedModel
@@ -22,9 +23,13 @@ from reap_kernels.quantized import Quantized
 
 _PACKED, _PLAIN, _SCALE = "weight_packed", "weight", "weight_scale"
 _SHAPE, _ZERO, _ORDER = "weight_shape", "weight_zero_point", "weight_g_idx"
-_PARTS = (_PACKED, _SCALE, _SHAPE, _ZERO, _ORDER)
+_WHOLE = nvfp4.COMPRESSED.whole
+_PARTS = (_PACKED, _SCALE, _SHAPE, _ZERO, _ORDER, _WHOLE)
 # Parameters of a layer's inputs and outputs, which are not needed for its weights.
-_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+_ACTIVATIONS = (
+    *("input_scale", "input_zero_point", "input_global_scale"),
+    *("output_scale", "output_zero_point"),
+)
 
 _WORD = 32  # bits
 _CODES = ("I8", "F8_E4M3")
@@ -68,9 +73,22 @@ def plain_weights(
         if module not in modules or leaf not in (*_PARTS, *_ACTIVATIONS, _PLAIN):
             plain[key] = tensor
         elif f"{module}.{_PLAIN}" not in plain:
-            made = Matrix(f"{where}: {module}", modules[module], scheme, device)
+            made = _matrix(f"{where}: {module}", modules[module], scheme, device)
             plain[f"{module}.{_PLAIN}"] = made
     return plain
+
+
+def _matrix(
+    name: str, parts: Mapping[str, StoredTensor], scheme: Scheme, device: torch.device
+) -> Readable:
+    """The matrix of these parts."""
+    if _WHOLE not in parts:
+        return Matrix(name, parts, scheme, device)
+    if not scheme.nvfp4:
+        raise CheckpointError(
+            f"{name} has a {_WHOLE}, but no group of config_groups is NVFP4; {_REMEDY}"
+        )
+    return nvfp4.Nvfp4Matrix(name, parts, nvfp4.COMPRESSED, device)
 
 
 class Matrix(Dequantized):

@@ -11,7 +11,7 @@ import torch
 
 from reap_driver.compat.pretrained import DEQUANTIZED_ON_LOAD
 from reap_driver.files.quantization import REMEDY, Quantization
-from reap_driver.load import compressed_matrices, packed_matrices
+from reap_driver.load import bitsandbytes, compressed_matrices, nvfp4, packed_matrices
 from reap_driver.load.tensor_reader import Readable, StoredTensor
 from reap_kernels.errors import UnsupportedModel
 
@@ -39,13 +39,13 @@ class Method:
 METHODS = {
     "auto-round": Method("AutoRound", packed_matrices.auto_round),
     "awq": Method("AWQ", packed_matrices.awq),
-    "bitsandbytes": Method("bitsandbytes"),
+    "bitsandbytes": Method("bitsandbytes", bitsandbytes.plain_weights),
     "compressed-tensors": Method("compressed-tensors", compressed_matrices.plain_weights),
     "eetq": Method("EETQ"),
     "fp8": Method("FP8"),
     "gptq": Method("GPTQ", packed_matrices.gptq),
     "hqq": Method("HQQ"),
-    "modelopt": Method("ModelOpt"),
+    "modelopt": Method("ModelOpt", nvfp4.modelopt_weights),
     "mxfp4": Method("MXFP4"),
     "quanto": Method("quanto"),
     "torchao": Method("torchao"),

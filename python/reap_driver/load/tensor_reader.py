@@ -22,7 +22,7 @@ from reap_kernels.errors import CheckpointError
 THREADS = 4
 _PIECE = 32 << 20
 
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -137,12 +137,12 @@ class StoredTensor(Readable):
 
     def start(self) -> None:
         """Starts to read."""
-        if self._entry.dtype not in _DTYPES:
+        if self._entry.dtype not in DTYPES:
             raise CheckpointError(
                 f"{self._entry.file}: tensor {self._key!r} has dtype {self._entry.dtype}, which "
-                f"cannot be read, {', '.join(_DTYPES)} can; convert the tensor"
+                f"cannot be read, {', '.join(DTYPES)} can; convert the tensor"
             )
-        self._reading = self._reader.start(self._entry, _DTYPES[self._entry.dtype])
+        self._reading = self._reader.start(self._entry, DTYPES[self._entry.dtype])
 
     def __getitem__(self, index: Any) -> Tensor:
         if self._reading is None:
@@ -180,7 +180,7 @@ class Dequantized(Readable):
         self._name, self._parts, self._device = name, parts, device
         self._shape, self._dtype = shape, dtype
         # A chunk holds in memory the matrices that it makes, and for a while their parts.
-        size = math.prod(shape) * _DTYPES[dtype].itemsize
+        size = math.prod(shape) * DTYPES[dtype].itemsize
         self.nbytes = max(size, sum(part.nbytes for part in parts.values()))
 
     def start(self) -> None:

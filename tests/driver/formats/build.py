@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.driver.cli.conftest import write_model
+from tests.driver.load import values
 from tests.driver.streaming import packing
 from tests.driver.writer.test_packed_router import Codes
 
@@ -135,20 +136,11 @@ def fp8_modelopt(rows: int, columns: int) -> Parts:
 
 def nvfp4(rows: int, columns: int) -> Parts:
     """As ModelOpt has it: two codes a byte, a scale for 16, a scale for all."""
-    return {
-        "weight": _bytes(rows, columns // 2),
-        "weight_scale": _fp8(rows, columns // 16),
-        "weight_scale_2": torch.rand(()),
-        "input_scale": torch.rand(()),
-    }
+    return {**values.nvfp4(rows, columns, compressed=False)[0], "input_scale": torch.rand(())}
 
 
 def nvfp4_compressed(rows: int, columns: int) -> Parts:
-    return {
-        "weight_packed": _bytes(rows, columns // 2),
-        "weight_scale": _fp8(rows, columns // 16),
-        "weight_global_scale": torch.rand(1),
-    }
+    return values.nvfp4(rows, columns, compressed=True)[0]
 
 
 def gptq(rows: int, columns: int) -> Parts:
@@ -160,22 +152,11 @@ def awq(rows: int, columns: int) -> Parts:
 
 
 def bnb_4bit(rows: int, columns: int) -> Parts:
-    """Flattened, two codes a byte, a scale for 64."""
-    state = json.dumps({"quant_type": "nf4", "blocksize": 64, "shape": [rows, columns]})
-    return {
-        "weight": _bytes(rows * columns // 2, 1),
-        "weight.absmax": torch.rand(-(-rows * columns // 64)),
-        "weight.quant_map": torch.linspace(-1, 1, 16),
-        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(state.encode())).byte(),
-    }
+    return values.blocks(rows, columns)[0]
 
 
 def bnb_8bit(rows: int, columns: int) -> Parts:
-    return {
-        "weight": torch.randint(-128, 128, (rows, columns)).to(torch.int8),
-        "SCB": torch.rand(rows),
-        "weight_format": torch.tensor(0, dtype=torch.uint8),
-    }
+    return values.rows_of_bytes(rows, columns)[0]
 
 
 def hqq(rows: int, columns: int) -> Parts:

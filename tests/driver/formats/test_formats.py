@@ -130,7 +130,7 @@ def test_settings_beside_config_json(plain: dict[str, Path], tmp_path: Path) -> 
         folder = stored.write(plain[stored.model], tmp_path / stored.name)
         (folder / "hf_quant_config.json").write_text(json.dumps(beside))
     assert load_model(tmp_path / "bfloat16").dtype == torch.bfloat16
-    with pytest.raises(UnsupportedModel, match=r"by hf_quant_config.json .* stored by ModelOpt"):
+    with pytest.raises(UnsupportedModel, match=r"quant_algo of ModelOpt's settings is 'W4A8_AWQ'"):
         load_model(tmp_path / "HQQ")
 
 

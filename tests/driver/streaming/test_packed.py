@@ -155,7 +155,10 @@ def test_parts_that_the_configuration_does_not_have(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bits": (config(bits=3), "group_0.weights.num_bits is 3; 4 or 8 can be read"),
     "float4": (config(type="float"), "'pack-quantized' and weights.type 'float'"),
-    "nvfp4": (config(form="nvfp4-pack-quantized", type="float"), "format 'nvfp4-pack-quantized'"),
+    "nvfp4 of groups": (
+        config(form="nvfp4-pack-quantized", type="float"),
+        "strategy is 'group'; tensor_group can be read",
+    ),
     "format": ({**KIMI, "format": None}, "group_0 has format None"),
     "strategy": (config(strategy="tensor_group"), "weights.strategy is 'tensor_group'"),
     "order": (config(actorder="group"), "weights.actorder is 'group'; none, 'weight' or 'static'"),

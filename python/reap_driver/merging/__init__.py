@@ -1,1 +1,0 @@
-"""Merging experts instead of removing them, HC-SMoE and M-SMoE, in memory, for comparison."""
