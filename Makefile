@@ -38,11 +38,14 @@ interop-%: $(INTEROP)/%/.ready
 	env -u PYTHONPATH -u PYTHONHOME REAP_INTEROP=$* OMP_NUM_THREADS=1 $(INTEROP)/$*/bin/python \
 		-m pytest -q --confcutdir tests/interop -p tests.assertions tests/interop/$*
 
-# The stamp holds the requirements that were installed: a newer file that says the same builds nothing.
+# The stamp holds the requirements that were installed: newer files that say the same build nothing.
+# NAME.sh installs what pip does not, into the folder that it is given.
 $(INTEROP)/%/.ready: tests/interop/environments/%.txt
-	cmp -s $< $@ || { $(PYTHON) -m venv --clear $(@D) && $(@D)/bin/python -m pip \
-		--disable-pip-version-check --no-input install -q -r $< && cp $< $@; }
+	cat $(basename $<).* | cmp -s - $@ || { $(PYTHON) -m venv --clear $(@D) && $(@D)/bin/python -m pip \
+		--disable-pip-version-check --no-input install -q -r $< \
+		&& { ! test -e $(<:.txt=.sh) || sh $(<:.txt=.sh) $(@D); } && cat $(basename $<).* > $@; }
 	@touch $@
+$(INTEROP)/llamacpp/.ready: tests/interop/environments/llamacpp.sh
 
 # The site, into out/site. Warnings are errors; nothing is loaded from the network.
 docs: $(VENV)/.docs

@@ -4,9 +4,11 @@ The model is built from the small configuration; its tensors get their published
 save_pretrained's own conversion or from the model's table, are quantized, and written in shards.
 """
 
+import dataclasses
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,23 @@ _FP8_MAX = 448.0
 _MXFP4_BLOCK = 32
 
 
-def write_checkpoint(name: str, folder: Path, *, seed: int = 0, shards: int = 3) -> Path:
-    """Write the small random checkpoint of a published model into a new `folder`; return it."""
+def write_checkpoint(
+    name: str, folder: Path, *, seed: int = 0, shards: int = 3, plain: bool = False
+) -> Path:
+    """Write the small random checkpoint of a published model into a new `folder`; return it.
+
+    Args:
+        name: of `MODELS`.
+        folder: to write, with its tokenizer.
+        seed: of the tensors.
+        shards: how many.
+        plain: every tensor in float32 and nothing quantized, whatever the publisher does.
+    """
     entry, config = MODELS[name], small_config(name)
+    if plain:
+        entry = dataclasses.replace(entry, quantized=None, float32="")
+        config = {k: v for k, v in config.items() if k != "quantization_config"}
+        config["torch_dtype"] = "float32"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     write_tokenizer(folder)
@@ -51,15 +67,24 @@ def write_checkpoint(name: str, folder: Path, *, seed: int = 0, shards: int = 3)
     return folder
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write a byte-level tokenizer for the small vocabulary: three special tokens, 256 bytes."""
+def write_tokenizer(
+    folder: Path, *, special: Sequence[str] = (), merges: Sequence[tuple[str, str]] = ()
+) -> None:
+    """Write a byte-level tokenizer for the small vocabulary: three special tokens, 256 bytes, then
+    more special tokens and merges, if any.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<pad>", "<bos>", "<eos>", *alphabet]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokens = ["<pad>", "<bos>", "<eos>", *alphabet, *special, *map("".join, merges)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=list(special),
     ).save_pretrained(str(folder))
 
 

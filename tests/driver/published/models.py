@@ -5,35 +5,36 @@ one entry a model: the overrides that make it small (expert counts, top-k and gr
 tensor names its publisher uses.
 """
 
-from tests.driver.published.entry import Mtp, Published, nextn
-
-GROUPED_HEADS = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-ATTENTION = {**GROUPED_HEADS, "head_dim": 16}
-LATENT_ATTENTION = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-}
-INDEXER = {"index_head_dim": 16, "index_n_heads": 2}
-NARROW_EXPERTS = {"moe_intermediate_size": 32}
-NO_NEXTN = {"num_nextn_predict_layers": 0}
-
-CONFIG_COPY = "Every field as in a stored copy of the published config.json."
-BIASED = {"gate.weight": 0, "gate.e_score_correction_bias": 0}
-PER_EXPERT = ("model.layers.1.mlp.experts.7.gate_proj.weight", "model.layers.1.mlp.gate.weight")
+from tests.driver.published.deepseek_like import DEEPSEEK_LIKE
+from tests.driver.published.entry import Mtp, Published
+from tests.driver.published.shapes import (
+    ATTENTION,
+    CONFIG_COPY,
+    GROUPED_HEADS,
+    HEADS,
+    NARROW_EXPERTS,
+    NO_NEXTN,
+    PER_EXPERT,
+)
 
 MODELS: dict[str, Published] = {
+    "qwen1.5-moe-a2.7b": Published(
+        hub_id="Qwen/Qwen1.5-MoE-A2.7B-Chat",
+        source=(
+            "Fields up to num_key_value_heads as in a stored copy of its GPTQ release's config; "
+            "epsilon, theta and sliding window from stored engine tests; the rest not verified."
+        ),
+        counts=("num_experts",),
+        kept=45,
+        ratio=0.25,
+        overrides={
+            **HEADS,
+            **NARROW_EXPERTS,
+            "shared_expert_intermediate_size": 96,
+            "num_hidden_layers": 2,
+        },
+        names=(*PER_EXPERT, "model.layers.1.mlp.shared_expert_gate.weight"),
+    ),
     "qwen3-30b-a3b": Published(
         hub_id="Qwen/Qwen3-30B-A3B",
         source=CONFIG_COPY,
@@ -105,157 +106,7 @@ MODELS: dict[str, Published] = {
         cleared={"text_config.mtp_num_hidden_layers": 0},
         float32=r"A_log$|linear_attn\.norm\.weight$",
     ),
-    "glm-4.5-air": Published(
-        hub_id="zai-org/GLM-4.5-Air",
-        source=(
-            "Widths, depths and expert counts from stored engine tests and launch scripts; "
-            "flags and token ids partly from the config class's defaults. MTP layer with "
-            "its own embedding and head: not verified."
-        ),
-        counts=("n_routed_experts",),
-        kept=64,
-        overrides={**ATTENTION, **NARROW_EXPERTS, "num_hidden_layers": 3},
-        moe_layers=(1, 2),
-        routers=BIASED,
-        mtp=nextn(2, own_embedding=True),
-        cleared=NO_NEXTN,
-        names=(
-            *PER_EXPERT,
-            "model.layers.3.eh_proj.weight",
-            "model.layers.3.mlp.experts.127.up_proj.weight",
-        ),
-    ),
-    "glm-4.7": Published(
-        hub_id="zai-org/GLM-4.7",
-        source=(
-            "Widths, depths, expert counts, scaling from a stored config copy; flags and "
-            "token ids taken over from GLM-4.5, not verified."
-        ),
-        counts=("n_routed_experts",),
-        kept=80,
-        overrides={**ATTENTION, **NARROW_EXPERTS, "num_hidden_layers": 5},
-        moe_layers=(3, 4),
-        routers=BIASED,
-        mtp=nextn(4, own_embedding=True),
-        cleared=NO_NEXTN,
-        names=(
-            "model.layers.2.mlp.gate_proj.weight",
-            "model.layers.3.mlp.experts.159.gate_proj.weight",
-            "model.layers.4.mlp.gate.e_score_correction_bias",
-            "model.layers.5.shared_head.head.weight",
-        ),
-    ),
-    "glm-4.7-flash": Published(
-        hub_id="zai-org/GLM-4.7-Flash",
-        source=(
-            "Widths, depths, expert counts, MLA ranks, scaling from stored config copies; "
-            "rope and token id fields not verified."
-        ),
-        counts=("n_routed_experts",),
-        kept=32,
-        overrides={**LATENT_ATTENTION, **NARROW_EXPERTS, "num_hidden_layers": 3},
-        moe_layers=(1, 2),
-        routers=BIASED,
-        mtp=nextn(2, own_embedding=True),
-        cleared=NO_NEXTN,
-        names=(*PER_EXPERT, "model.layers.3.enorm.weight"),
-    ),
-    "glm-5": Published(
-        hub_id="zai-org/GLM-5",
-        source=CONFIG_COPY + " MTP extras as in the FP8 config's list of unconverted modules.",
-        counts=("n_routed_experts",),
-        kept=128,
-        overrides={
-            **LATENT_ATTENTION,
-            **INDEXER,
-            **NARROW_EXPERTS,
-            "head_dim": 8,
-            "qk_head_dim": 24,
-            "num_hidden_layers": 5,
-        },
-        moe_layers=(3, 4),
-        routers=BIASED,
-        mtp=nextn(4),
-        cleared=NO_NEXTN,
-        names=(
-            "model.layers.3.mlp.experts.255.down_proj.weight",
-            "model.layers.0.self_attn.indexer.weights_proj.weight",
-            "model.layers.5.hnorm.weight",
-            "model.layers.5.mlp.gate.e_score_correction_bias",
-        ),
-        float32=r"e_score_correction_bias$|weights_proj\.weight$",
-    ),
-    "deepseek-v3.2": Published(
-        hub_id="deepseek-ai/DeepSeek-V3.2",
-        source=CONFIG_COPY
-        + " MTP layer with its own embedding and head: as DeepSeek-V3 publishes.",
-        not_plain="a partial FP8 scale block is refused by transformers' dequantization",
-        counts=("n_routed_experts",),
-        kept=128,
-        # kv_a_proj_with_mqa: 272 rows, a partial third scale block; published 576, partial fifth.
-        overrides={
-            **LATENT_ATTENTION,
-            **INDEXER,
-            **NARROW_EXPERTS,
-            "kv_lora_rank": 256,
-            "qk_rope_head_dim": 16,
-            "num_hidden_layers": 5,
-        },
-        moe_layers=(3, 4),
-        routers=BIASED,
-        mtp=nextn(4, own_embedding=True),
-        cleared=NO_NEXTN,
-        names=(
-            "model.layers.3.mlp.experts.255.gate_proj.weight_scale_inv",
-            "model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv",
-            "model.layers.5.mlp.experts.0.down_proj.weight_scale_inv",
-            "model.layers.5.embed_tokens.weight",
-        ),
-        quantized="fp8",
-    ),
-    "kimi-k2": Published(
-        hub_id="moonshotai/Kimi-K2-Instruct",
-        source=CONFIG_COPY,
-        not_plain="DeepseekV3ForCausalLM looks key conversions up under kimi_k2, which has none",
-        counts=("n_routed_experts",),
-        kept=192,
-        overrides={**LATENT_ATTENTION, **NARROW_EXPERTS, "num_hidden_layers": 3},
-        moe_layers=(1, 2),
-        routers=BIASED,
-        names=("model.layers.1.mlp.experts.383.gate_proj.weight_scale_inv",),
-        quantized="fp8",
-    ),
-    "kimi-linear-48b-a3b": Published(
-        hub_id="moonshotai/Kimi-Linear-48B-A3B-Instruct",
-        source=(
-            "Every width, count and layer list from stored config copies; pad id and "
-            "transformers version not verified."
-        ),
-        counts=("num_experts",),
-        top_k="num_experts_per_token",
-        kept=128,
-        overrides={
-            **LATENT_ATTENTION,
-            **NARROW_EXPERTS,
-            "q_lora_rank": None,
-            "linear_attn_config.full_attn_layers": [3],
-            "linear_attn_config.kda_layers": [1, 2],
-            "linear_attn_config.head_dim": 16,
-            "linear_attn_config.num_heads": 4,
-            "num_hidden_layers": 3,
-        },
-        moe_layers=(1, 2),
-        block="model.layers.{i}.block_sparse_moe.",
-        routers=BIASED,
-        names=(
-            "model.layers.0.mlp.gate_proj.weight",
-            "model.layers.1.block_sparse_moe.experts.255.w1.weight",
-            "model.layers.1.block_sparse_moe.gate.e_score_correction_bias",
-            "model.layers.1.self_attn.q_conv1d.weight",
-        ),
-        renames={r"^(model\.layers\.0\.)block_sparse_moe\.": r"\1mlp."},
-        float32=r"e_score_correction_bias$|A_log$|dt_bias$",
-    ),
+    **DEEPSEEK_LIKE,
     "minimax-m2": Published(
         hub_id="MiniMaxAI/MiniMax-M2.5",
         source=(
@@ -492,7 +343,7 @@ MODELS: dict[str, Published] = {
         ),
         counts=("num_experts",),
         kept=32,
-        overrides={**GROUPED_HEADS, "intermediate_size": 32, "num_hidden_layers": 2},
+        overrides={**HEADS, "intermediate_size": 32, "num_hidden_layers": 2},
         names=PER_EXPERT,
     ),
 }

@@ -19,6 +19,7 @@ from tests.driver.published.reduce import get_field, published_config, small_con
 
 # MoE layers, and parameters in billions as the publisher's name or card gives them.
 FULL_SIZE = {
+    "qwen1.5-moe-a2.7b": (24, 14.3),
     "qwen3-30b-a3b": (48, 30.5),
     "qwen3-coder-480b-a35b": (62, 480),
     "qwen3.5-397b-a17b": (60, 397),
@@ -26,6 +27,7 @@ FULL_SIZE = {
     "glm-4.7": (89, 355),
     "glm-4.7-flash": (46, 30),
     "glm-5": (75, 744),
+    "deepseek-r1": (58, 671),
     "deepseek-v3.2": (58, 671),
     "kimi-k2": (60, 1000),
     "kimi-linear-48b-a3b": (26, 48),

@@ -1,0 +1,1 @@
+"""Pruned checkpoints as GGUF in llama.cpp: `make test-engines ENVS=llamacpp`."""

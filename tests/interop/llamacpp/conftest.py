@@ -1,0 +1,3 @@
+"""Fixtures that the tests of all engines share."""
+
+from tests.interop.engines.fixtures import compare, pairs  # noqa: F401

@@ -1,0 +1,102 @@
+"""GGUF files of pruned checkpoints compute in llama.cpp what transformers computes."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.gguf import CONVERTER, convert, serve
+from tests.interop.engines.fixtures import Compare, Pairs, Ran
+from tests.interop.engines.models import PUBLISHED, TOKENS, Checkpoint, write_unequal
+
+# The server gives the probabilities that follow a prompt; these are the last tokens of five.
+ROWS = [7, 11, 15, 19, 23]
+# A token that is a whole character: the server gives no probabilities with a part of one.
+LETTER = 70
+
+
+def fields(file: Path) -> dict[str, int]:
+    """The fields of a GGUF file that are numbers, without the architecture before their names."""
+    sys.path[:0] = [str(CONVERTER / "gguf-py")]
+    from gguf import GGUFReader
+
+    values = {name: field.contents() for name, field in GGUFReader(file).fields.items()}
+    return {
+        name.rpartition(".")[2]: value for name, value in values.items() if isinstance(value, int)
+    }
+
+
+def logprobs(file: Path, vocabulary: int) -> torch.Tensor:
+    """`[ROWS, vocabulary]`, whatever token the server chooses."""
+    server, rows = serve(file), []
+    for row in ROWS:
+        answer = server.handle_completions(
+            {
+                "prompt": TOKENS[: row + 1],
+                "max_tokens": 1,
+                "n_probs": vocabulary,
+                "logprobs": vocabulary,
+                "logit_bias": [[LETTER, 1000.0]],  # of the choice; not of what is reported
+                "temperature": 0,
+                "cache_prompt": False,
+            }
+        )
+        [token] = answer["choices"][0]["logprobs"]["content"]
+        assert token["id"] == LETTER
+        found = {entry["id"]: entry["logprob"] for entry in token["top_logprobs"]}
+        rows.append([found[i] for i in range(vocabulary)])
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("architecture", PUBLISHED)
+def test_logprobs_are_those_of_transformers(
+    architecture: str, compare: Compare, tmp_path: Path
+) -> None:
+    def run(checkpoint: Checkpoint) -> Ran:
+        file = convert(checkpoint.folder, tmp_path / f"{checkpoint.folder.name}.gguf")
+        found = fields(file)
+        said = logprobs(file, checkpoint.logprobs.shape[1])
+        return Ran(found["expert_count"], found["expert_used_count"], ROWS, said)
+
+    compare(architecture, run)
+
+
+def test_groups_of_experts_are_in_the_file(pairs: Pairs, tmp_path: Path) -> None:
+    """DeepSeek-R1 routes within 4 of 8 groups, of 32 experts each, of 24 when pruned."""
+    found = fields(convert(pairs("deepseek_v3").pruned.folder, tmp_path / "pruned.gguf"))
+    counts = {name: found[name] for name in ("expert_count", "expert_group_count")}
+    assert counts == {"expert_count": 192, "expert_group_count": 8}
+    assert found["expert_group_used_count"] == 4
+
+
+def test_eight_bits_cost_the_pruned_model_what_they_cost_the_whole_one(
+    pairs: Pairs, tmp_path: Path
+) -> None:
+    """The converter's own Q8_0; in nats of KL divergence."""
+    pair, cost = pairs("qwen3_moe"), []
+    for checkpoint in (pair.whole, pair.pruned):
+        file = convert(checkpoint.folder, tmp_path / f"{checkpoint.folder.name}.gguf", "q8_0")
+        expected = checkpoint.logprobs[ROWS]
+        found = logprobs(file, expected.shape[1])
+        cost.append(float((expected.exp() * (expected - found)).sum(-1).mean()))
+    assert 0 < cost[1] < 2 * cost[0] < 0.02
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "glm4_moe"])
+def test_layers_of_unequal_counts_are_refused_by_the_converter(
+    architecture: str, pairs: Pairs, tmp_path: Path
+) -> None:
+    unequal = write_unequal(pairs(architecture).whole, tmp_path / "unequal")
+    with pytest.raises(ValueError, match="Unprocessed experts"):
+        convert(unequal, tmp_path / "unequal.gguf")
+
+
+def test_the_example_says_the_same_in_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gguf.py", str(tmp_path)])
+    runpy.run_path("examples/gguf.py", run_name="__main__")
+    lines = dict(line.split(":", 1) for line in capfd.readouterr().out.splitlines()[-2:])
+    assert lines["llama.cpp"].strip() == lines["transformers"].strip()

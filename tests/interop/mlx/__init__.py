@@ -1,0 +1,1 @@
+"""Pruned checkpoints in MLX: `make test-engines ENVS=mlx`."""
