@@ -13,15 +13,26 @@ from docs.generate import programs
 from reap_driver.cli.main import main
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+# Programs that need the environment of `make test-engines`, and the tests there that run them.
+ELSEWHERE = {"gguf.py": "tests/interop/llamacpp/test_llamacpp.py"}
 PROGRAMS = sorted(EXAMPLES.glob("*.py"))
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "program",
+    [program for program in PROGRAMS if program.name not in ELSEWHERE],
+    ids=lambda path: path.name,
+)
 def test_programs_run(program: Path, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(program), str(tmp_path / "out")])
     runpy.run_path(str(program), run_name="__main__")
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_other_programs_run_elsewhere(name: str) -> None:
+    assert f'run_path("examples/{name}"' in (EXAMPLES.parent / ELSEWHERE[name]).read_text()
 
 
 def test_the_list_of_programs_is_complete() -> None:

@@ -79,6 +79,20 @@ def read_tensors(folder: Path) -> State:
     return tensors
 
 
+def dequantized(tensors: State) -> State:
+    """The tensors of an FP8 checkpoint in float32, each block of 128 x 128 times its scale."""
+    values: State = {}
+    for key, tensor in tensors.items():
+        if key.endswith("_scale_inv"):
+            continue
+        values[key] = tensor.float()
+        if (blocks := tensors.get(key + "_scale_inv")) is not None:
+            rows, columns = tensor.shape
+            scale = blocks.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+            values[key] = values[key] * scale
+    return values
+
+
 def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Equal dtype, shape and bytes (float8 has no comparison, NaN is not equal to itself)."""
     if left.dtype != right.dtype or left.shape != right.shape:

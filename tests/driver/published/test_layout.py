@@ -13,7 +13,7 @@ from reap_driver.compat.pretrained import meta_model
 from reap_driver.load.resident import load_model
 from reap_driver.model.discover import find_moe_layers
 from tests.driver.published.checkpoint import is_mtp
-from tests.driver.published.expected import read_tensors
+from tests.driver.published.expected import dequantized, read_tensors
 from tests.driver.published.models import MODELS
 from tests.driver.published.reduce import get_field, published_config, small_config
 
@@ -109,8 +109,6 @@ def test_fp8_matrices_load_as_stored_times_scale(
     scaled = {key.removesuffix("_scale_inv") for key in tensors if key.endswith("_scale_inv")}
     loaded = scaled & parameters.keys()  # not the experts, which are stacked, nor MTP layers
     assert any("self_attn" in key for key in loaded)
+    values = dequantized(tensors)
     for key in loaded:
-        rows, columns = tensors[key].shape
-        blocks = tensors[key + "_scale_inv"]
-        scale = blocks.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
-        assert torch.equal(parameters[key], (tensors[key].float() * scale).bfloat16()), key
+        assert torch.equal(parameters[key], values[key].bfloat16()), key

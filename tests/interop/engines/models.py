@@ -5,14 +5,17 @@ transformers drops or renames when it saves (`scoring_func`, `rope_theta`, `num_
 property under test is that pruning keeps what it finds. Weights are random, in float32.
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import reap_driver as rd
 from tests.driver.published.checkpoint import write_checkpoint, write_tokenizer
+from tests.driver.published.expected import dequantized, read_tensors
 from tests.driver.published.models import MODELS
 from tests.driver.published.reduce import get_field
 
@@ -60,6 +63,7 @@ class Pair:
     """The control, a whole model, and the same model without a quarter of its experts."""
 
     architecture: str
+    plan: rd.Plan
     whole: Checkpoint
     pruned: Checkpoint
 
@@ -71,7 +75,7 @@ def write_pair(architecture: str, folder: Path) -> Pair:
     write_tokenizer(whole, special=_SPECIAL, merges=_MERGES)
     plan = rd.make_plan(rd.score(_observed(whole)), ratio=RATIO)
     rd.apply_plan(whole, plan, folder / "pruned")
-    pair = Pair(architecture, _checkpoint(name, whole), _checkpoint(name, folder / "pruned"))
+    pair = Pair(architecture, plan, _checkpoint(name, whole), _checkpoint(name, folder / "pruned"))
     assert pair.pruned.experts == pair.whole.experts - int(RATIO * pair.whole.experts)
     assert _difference(pair.pruned.logprobs, pair.whole.logprobs) > MOVED
     return pair
@@ -84,6 +88,21 @@ def write_unequal(whole: Checkpoint, folder: Path) -> Path:
     plan = rd.make_plan(rd.score(stats), ratio=RATIO, layer_ratios=ratios)
     rd.apply_plan(whole.folder, plan, folder, non_uniform=True)
     return folder
+
+
+def write_quantized(pair: Pair, folder: Path) -> Checkpoint:
+    """The pruned model in its publisher's FP8; the reference has the same values in float32."""
+    name = PUBLISHED[pair.architecture]
+    whole = write_checkpoint(name, folder / "whole")
+    write_tokenizer(whole, special=_SPECIAL, merges=_MERGES)
+    rd.apply_plan(whole, pair.plan, folder / "pruned")
+    config = json.loads((folder / "pruned/config.json").read_text())
+    assert config.pop("quantization_config")["quant_method"] == "fp8"
+    plain = folder / "plain"
+    plain.mkdir()
+    (plain / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    save_file(dequantized(read_tensors(folder / "pruned")), plain / "model.safetensors")
+    return dataclasses.replace(_checkpoint(name, plain), folder=folder / "pruned")
 
 
 def difference(checkpoint: Checkpoint, rows: list[int], logprobs: torch.Tensor) -> float:

@@ -9,7 +9,15 @@ import torch
 
 from examples.gguf import CONVERTER, convert, serve
 from tests.interop.engines.fixtures import Compare, Pairs, Ran
-from tests.interop.engines.models import PUBLISHED, TOKENS, Checkpoint, write_unequal
+from tests.interop.engines.models import (
+    BOUND,
+    PUBLISHED,
+    TOKENS,
+    Checkpoint,
+    difference,
+    write_quantized,
+    write_unequal,
+)
 
 # The server gives the probabilities that follow a prompt; these are the last tokens of five.
 ROWS = [7, 11, 15, 19, 23]
@@ -61,6 +69,17 @@ def test_logprobs_are_those_of_transformers(
         return Ran(found["expert_count"], found["expert_used_count"], ROWS, said)
 
     compare(architecture, run)
+
+
+@pytest.mark.parametrize("architecture", ["deepseek_v3", "minimax_m2"])
+def test_fp8_checkpoints_are_converted_as_they_are(
+    architecture: str, pairs: Pairs, tmp_path: Path
+) -> None:
+    checkpoint = write_quantized(pairs(architecture), tmp_path)
+    file = convert(checkpoint.folder, tmp_path / "pruned.gguf")
+    found = logprobs(file, checkpoint.logprobs.shape[1])
+    assert fields(file)["expert_count"] == checkpoint.experts
+    assert difference(checkpoint, ROWS, found) < BOUND
 
 
 def test_groups_of_experts_are_in_the_file(pairs: Pairs, tmp_path: Path) -> None:
