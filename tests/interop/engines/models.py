@@ -1,8 +1,8 @@
 """Small models of published configurations, whole and pruned, and what transformers computes.
 
 The fields of `config.json` and the names of tensors are the publisher's: engines read fields that
-transformers drops or renames when it saves (`scoring_func`, `rope_theta`, `num_experts`), and the
-property under test is that pruning keeps what it finds. Weights are random, in float32.
+transformers renames when it saves (`rope_theta`, `num_experts`) or does not know (`scoring_func`),
+and the property under test is that pruning keeps what it finds. Weights are random, in float32.
 """
 
 import dataclasses
@@ -103,6 +103,13 @@ def write_quantized(pair: Pair, folder: Path) -> Checkpoint:
     (plain / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
     save_file(dequantized(read_tensors(folder / "pruned")), plain / "model.safetensors")
     return dataclasses.replace(_checkpoint(name, plain), folder=folder / "pruned")
+
+
+def divergence(checkpoint: Checkpoint, rows: list[int], logprobs: torch.Tensor) -> float:
+    """The mean KL divergence in nats of an engine's `[rows, vocabulary]` from the reference."""
+    expected = checkpoint.logprobs[rows]
+    assert logprobs.shape == expected.shape
+    return float((expected.exp() * (expected - logprobs)).sum(-1).mean())
 
 
 def difference(checkpoint: Checkpoint, rows: list[int], logprobs: torch.Tensor) -> float:

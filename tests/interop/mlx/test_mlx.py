@@ -1,27 +1,37 @@
 """Pruned checkpoints compute in MLX what transformers computes, read as they are."""
 
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten
+from mlx_lm import convert
 from mlx_lm.utils import load_model
+from transformers import AutoConfig
 
 from tests.interop.engines.fixtures import Compare, Pairs, Ran
-from tests.interop.engines.models import PUBLISHED, TOKENS, Checkpoint, write_unequal
+from tests.interop.engines.models import PUBLISHED, TOKENS, Checkpoint, divergence, write_unequal
 
+mx.set_default_device(mx.cpu)
+ROWS = list(range(len(TOKENS)))
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # mlx-lm drops DeepSeek's layer of multi-token prediction by its number in the published model, 61.
 # The small whole one has it as layer 5, which is left out as any tensor of no use.
 EXTRA = {("deepseek_v3", "whole")}
 
 
+def logprobs(model: nn.Module) -> torch.Tensor:
+    """`[ROWS, vocabulary]` float32."""
+    logits = np.array(model(mx.array([TOKENS]))[0].astype(mx.float32))
+    return torch.from_numpy(logits).log_softmax(-1)
+
+
 @pytest.mark.parametrize("architecture", PUBLISHED)
 def test_logprobs_are_those_of_transformers(architecture: str, compare: Compare) -> None:
-    mx.set_default_device(mx.cpu)
-
     def run(checkpoint: Checkpoint) -> Ran:
         strict = (architecture, checkpoint.folder.name) not in EXTRA
         model, _ = load_model(checkpoint.folder, strict=strict)
@@ -32,11 +42,39 @@ def test_logprobs_are_those_of_transformers(architecture: str, compare: Compare)
             if "switch_mlp" in name and name.endswith("weight")
         ]
         assert set(stacked) == {experts}
-        logits = np.array(model(mx.array([TOKENS]))[0].astype(mx.float32))
-        said = torch.from_numpy(logits).log_softmax(-1)
-        return Ran(experts, model.args.num_experts_per_tok, list(range(len(TOKENS))), said)
+        return Ran(experts, model.args.num_experts_per_tok, ROWS, logprobs(model))
 
     compare(architecture, run)
+
+
+def test_eight_bits_cost_the_pruned_model_little(pairs: Pairs, tmp_path: Path) -> None:
+    """What `mlx_lm.convert --quantize` writes, in groups of 32 for the narrow model."""
+    checkpoint, out = pairs("qwen3_moe").pruned, tmp_path / "quantized"
+    convert(str(checkpoint.folder), str(out), quantize=True, q_bits=8, q_group_size=32)
+    model, _ = load_model(out)
+    assert 1e-5 < divergence(checkpoint, ROWS, logprobs(model)) < 5e-3
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "glm4_moe", "minimax_m2"])
+def test_a_config_that_transformers_saved_is_refused(
+    architecture: str, pairs: Pairs, tmp_path: Path
+) -> None:
+    """Pruning keeps the names of fields; saving makes `rope_parameters` of `rope_theta`."""
+    folder = shutil.copytree(pairs(architecture).pruned.folder, tmp_path / "saved")
+    AutoConfig.from_pretrained(folder).save_pretrained(folder)
+    with pytest.raises(TypeError, match="rope_theta"):
+        load_model(folder)
+
+
+def test_a_config_that_transformers_saved_loses_the_scaling_of_positions(
+    pairs: Pairs, tmp_path: Path
+) -> None:
+    """DeepSeek's, without a word: the reason to prune what was published."""
+    checkpoint = pairs("deepseek_v3").pruned
+    folder = shutil.copytree(checkpoint.folder, tmp_path / "saved")
+    AutoConfig.from_pretrained(folder).save_pretrained(folder)
+    model, _ = load_model(folder)
+    assert divergence(checkpoint, ROWS, logprobs(model)) > 1e-3
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "glm4_moe"])
