@@ -69,7 +69,7 @@ def test_a_config_that_transformers_saved_is_refused(
 def test_a_config_that_transformers_saved_loses_the_scaling_of_positions(
     pairs: Pairs, tmp_path: Path
 ) -> None:
-    """DeepSeek's, without a word: the reason to prune what was published."""
+    """DeepSeek's, silently: the reason to prune what was published."""
     checkpoint = pairs("deepseek_v3").pruned
     folder = shutil.copytree(checkpoint.folder, tmp_path / "saved")
     AutoConfig.from_pretrained(folder).save_pretrained(folder)
