@@ -29,23 +29,26 @@ class Cut:
     """What a method removes and changes.
 
     Attributes:
-        plan: which experts and neurons stay.
+        plan: which experts and neurons stay; None where experts are merged.
         matrices: {layer: [E', H, I'] down projections}; empty: unchanged.
         refit: whether the pruned model is re-fitted.
         constants: {layer: [E, H], 0 for experts that stay}: what stands for the removed experts.
+        merged: method and ratio of merging.
+        shape: experts that each layer keeps, and if not all, neurons of each; or groups.
     """
 
-    plan: rd.Plan
+    plan: rd.Plan | None
     matrices: Mapping[str, Tensor] | None = None
     refit: bool = False
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    merged: tuple[str, float] | None = None
+    shape: str = ""
 
-    @property
-    def shape(self) -> str:
-        """Experts that each layer keeps, and if not all, neurons of each."""
-        layer = next(iter(self.plan.layers.values()))
-        width = layer.narrow_width
-        return str(Shape(len(layer.kept), width)) if width else str(len(layer.kept))
+    def __post_init__(self) -> None:
+        if self.plan is not None:
+            layer = next(iter(self.plan.layers.values()))
+            width, kept = layer.narrow_width, len(layer.kept)
+            object.__setattr__(self, "shape", str(Shape(kept, width)) if width else str(kept))
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,15 @@ class Draw:
     def scores(self) -> rd.Scores:
         """By which experts stay unless a method says otherwise."""
         return rd.score(self.stats, "reap")
+
+    @cached_property
+    def vectors(self) -> dict[str, rd.LayerVectors]:
+        """What merging experts needs, of the same text."""
+        with rd.observe_vectors(self.model) as obs:
+            for ids in self.windows.values():
+                for part in ids.split(BATCH):
+                    obs(input_ids=part)
+        return obs.vectors
 
     def down(self, name: str) -> Tensor:
         """Down projections of a layer, [E, H, I]."""
@@ -131,6 +143,17 @@ def constants(draw: Draw, ratio: float) -> Cut:
     return Cut(plan, constants=found)
 
 
+def merging(method: str, groups: str) -> Callable[[Draw, float], Cut]:
+    """Experts merged in place of removed ones."""
+
+    def cut(draw: Draw, ratio: float) -> Cut:
+        experts = len(next(iter(draw.grams.values())).count)
+        shape = groups.format(round(experts * (1 - ratio)))
+        return Cut(None, merged=(method, ratio), shape=shape)
+
+    return cut
+
+
 def shaped(choose: Callable[[Shaping, float], Shape]) -> Callable[[Draw, float], Cut]:
     """Experts by REAP and their neurons by Optimal Brain Surgeon."""
 
@@ -169,6 +192,9 @@ OBS = shaped(lambda _, ratio: BOTH[ratio])
 METHODS: dict[str, Callable[[Draw, float], Cut]] = {
     "random": random,
     "frequency": uniform("frequency"),
+    "ean_sum": uniform("ean_sum"),
+    "hc_smoe": merging("hc-smoe", "{} groups"),
+    "m_smoe": merging("m-smoe", "{} groups, by layer"),
     "reap": uniform("reap"),
     "reap_constants": constants,
     "obs_width": shaped(lambda _, ratio: WIDTH[ratio]),
@@ -183,6 +209,7 @@ METHODS: dict[str, Callable[[Draw, float], Cut]] = {
 def constants_in(model: Any, cut: Cut) -> Iterator[None]:
     """Inside, removed experts of a Qwen3-MoE model give their constants, times router weights."""
     handles, saved = [], []
+    assert cut.plan is not None
     for name, values in cut.constants.items():
         module, removed = model.get_submodule(name), list(cut.plan.layers[name].removed)
         saved.append((module.down_proj, removed, module.down_proj[removed].clone()))

@@ -5,6 +5,9 @@ from bench.table_parts import Row, markdown, newest
 TITLES = {
     "random": "experts at random",
     "frequency": "frequency",
+    "ean_sum": "EAN",
+    "hc_smoe": "HC-SMoE, experts merged",
+    "m_smoe": "M-SMoE, experts merged",
     "reap": "REAP",
     "reap_constants": "REAP, constants for removed experts",
     "obs_width": "neurons only",

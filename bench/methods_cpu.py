@@ -3,10 +3,10 @@
 For each of several seeds, calibration windows are drawn as in `bench.criteria_cpu` and observed
 with Gram matrices. Every method cuts the model by 25 % and by 50 % of its expert weights. What it
 gives is written as a checkpoint, loaded and compared with the original on the same held-out
-windows; constants for removed experts, which no checkpoint can hold, are put into the model in
-memory. With `--shift`, the model is calibrated on two of the four domains, each pair once, and
-compared on these and on the others. Rows contain means over draws and 95 % intervals by Student's
-t.
+windows; constants for removed experts, which no checkpoint can hold, and merged experts, whose
+checkpoint is no smaller, are put into the model in memory. With `--shift`, the model is calibrated
+on two of the four domains, each pair once, and compared on these and on the others. Rows contain
+means over draws and 95 % intervals by Student's t.
 """
 
 import argparse
@@ -97,6 +97,12 @@ class Bench:
             with constants_in(self._model, cut):
                 facts = {"checkpoint": "no", "mb": ""}
                 return self._held.comparison(self._model), facts, 0.0
+        if cut.merged is not None:
+            vectors, began = draw.vectors, time.process_time()
+            with rd.merged_experts(self._model, vectors, *cut.merged):
+                seconds = time.process_time() - began
+                facts = {"checkpoint": "as large as before", "mb": ""}
+                return self._held.comparison(self._model), facts, seconds
         rd.apply_plan(MODEL, cut.plan, folder, matrices=cut.matrices)
         refitted = folder.with_name("refitted")
         seconds = draw.refit(folder, refitted) if cut.refit else 0.0

@@ -5,13 +5,15 @@ import copy
 import io
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
-from docs.generate import api, cli, fields, layers
+from docs.generate import api, cli, exchange, fields, layers
 from reap_driver.cli.main import main
+from reap_driver.interchange.formats import FORMATS
 from reap_driver.planning.plan import Plan
 from reap_kernels.errors import PlanError
 
@@ -45,6 +47,18 @@ def test_the_architecture_page_has_every_module_of_the_order(package: str) -> No
     for name in [part for level in getattr(layers.test_layering, order) for part in level]:
         shown = folder.name if name == "__init__" else name
         assert re.search(rf"\| `{shown}(/|\.py)?` \| \S", text), name
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_table_of_formats_says_what_each_needs(name: str) -> None:
+    one = FORMATS[name]
+    [row] = [line for line in exchange.render().splitlines() if line.startswith(f"| `{name}` |")]
+    assert one.what in row
+    assert ("with `--model` |" in row) == one.reads or "model" in one.needs
+    for option in {*one.options, *one.needs}:
+        assert f"`--{option}`" in row
+    page = (Path(__file__).parent.parent / "docs/guides/other-tools.md").read_text()
+    assert f"`{name}`" in page, f"{name} has no section"
 
 
 LAYER = {"num_experts": 4, "kept": [0, 2], "removed": [1, 3]}

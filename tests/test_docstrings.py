@@ -15,6 +15,7 @@ import torch
 import reap_driver as rd
 import reap_kernels as rk
 from docs.generate import api
+from tests.test_layering import HOSTED
 
 ROOT = Path(__file__).parent.parent
 EXPORTED = [
@@ -81,7 +82,9 @@ def inner_examples() -> list[doctest.DocTest]:
     found = []
     homes = set(api.exported("reap_driver").values())
     for module in pkgutil.walk_packages(rd.__path__, "reap_driver."):
-        if module.name == "reap_driver.__main__" or module.name.endswith("load_pruned"):
+        if module.name in ("reap_driver.__main__", *HOSTED):
+            continue
+        if module.name.endswith("load_pruned"):
             continue
         tests = doctest.DocTestFinder().find(import_module(module.name))
         own = [test for test in tests if test.examples]

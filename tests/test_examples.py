@@ -38,8 +38,9 @@ def test_other_programs_run_elsewhere(name: str) -> None:
 def test_the_list_of_programs_is_complete() -> None:
     text = (EXAMPLES / "README.md").read_text()
     assert PROGRAMS
-    for program in PROGRAMS:
-        assert f"[{program.name}]({program.name})" in text, program.name
+    for program in EXAMPLES.rglob("*.py"):
+        name = program.relative_to(EXAMPLES).as_posix()
+        assert f"[{name}]({name})" in text, name
 
 
 def test_what_a_layer_returned_is_planned_from_its_file(tmp_path, monkeypatch) -> None:

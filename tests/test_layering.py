@@ -39,16 +39,19 @@ DRIVER_ORDER = (
     ("refitting",),
     ("writer",),
     ("evaluation",),
+    ("merging",),
     ("plan_search",),
     ("reporting",),
     ("workflow",),
     ("__init__",),
-    ("demo", "cli"),
+    ("demo", "cli", "integrations"),
     ("__main__",),
 )
 FILE_LINES, FUNCTION_LINES, KERNEL_LINES = 500, 50, 120  # as CONTRIBUTING.md states them
 # Packages that decide from statistics alone: they use these packages and no other.
 PURE = {"planning": ("planning", "base")}
+# Modules that can be imported only where the framework that they extend is installed.
+HOSTED = ("reap_driver.integrations.llm_compressor",)
 FORBIDDEN_IN_KERNELS = ("transformers", "accelerate", "datasets", "tokenizers", "reap_driver")
 
 

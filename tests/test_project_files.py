@@ -80,7 +80,12 @@ def test_floors_have_reasons() -> None:
 
 
 # Where a package is imported by another name than it is installed by.
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "huggingface_hub": "huggingface-hub",
+    "compressed_tensors": "compressed-tensors",
+}
 
 
 @pytest.mark.parametrize("package", [test_layering.KERNELS, test_layering.DRIVER])
@@ -92,7 +97,8 @@ def test_what_a_package_imports_is_declared(package: Path) -> None:
     if package == test_layering.DRIVER:
         declared += whole["tool"][NAME]["dependencies"]
         extras = whole["project"]["optional-dependencies"]
-    declared += [r for name in ("triton", "data", "eval") for r in extras.get(name, ())]
+    known = ("triton", "data", "eval", "llmcompressor", "merging")
+    declared += [r for name in known for r in extras.get(name, ())]
     names = {re.split(r"[\[<>=]", requirement)[0] for requirement in declared}
     imported = {
         name.partition(".")[0]

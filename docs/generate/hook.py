@@ -17,11 +17,12 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]  # hooks are loaded by path
 
-from docs.generate import api, cli, fields, layers, programs  # noqa: E402
+from docs.generate import api, cli, exchange, fields, layers, programs  # noqa: E402
 
 GENERATORS: dict[str, Callable[..., str]] = {
     "api": api.render,
     "cli": cli.render,
+    "exchange": exchange.render,
     "fields": fields.render,
     "layers": layers.render,
     "program": programs.render,

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from reap_driver.files.gram_folder import GramFolder, GramWriter
     from reap_driver.files.matrices import Matrices
     from reap_driver.load.resident import load_model
+    from reap_driver.merging.merged import merged_experts
+    from reap_driver.merging.observer import VectorObserver, observe_vectors
+    from reap_driver.merging.vectors import LayerVectors
     from reap_driver.model.discover import MoELayer, find_moe_layers, record_of
     from reap_driver.observation.observer import Observer, observe
     from reap_driver.observation.streamed import observe_streamed
@@ -59,8 +62,11 @@ if TYPE_CHECKING:
     )
     from reap_driver.workflow.comparison_results import Compared, Comparisons
     from reap_driver.workflow.complete import Complete
+    from reap_driver.workflow.convert import Converted
     from reap_driver.workflow.errors import OptionError
     from reap_driver.workflow.estimate import Estimate
+    from reap_driver.workflow.exchange_calls import convert
+    from reap_driver.workflow.exchange_jobs import ConvertOptions
     from reap_driver.workflow.follow_up_jobs import CompareOptions, RefitOptions, ReportOptions
     from reap_driver.workflow.jobs import (
         ApplyOptions,
@@ -107,6 +113,8 @@ _HOMES = {
     "Compared": "reap_driver.workflow.comparison_results",
     "Comparisons": "reap_driver.workflow.comparison_results",
     "Comparison": "reap_driver.evaluation.sequences",
+    "ConvertOptions": "reap_driver.workflow.exchange_jobs",
+    "Converted": "reap_driver.workflow.convert",
     "DataOptions": "reap_driver.workflow.options",
     "Estimate": "reap_driver.workflow.estimate",
     "EstimateOptions": "reap_driver.workflow.jobs",
@@ -118,6 +126,7 @@ _HOMES = {
     "LayerPlan": "reap_driver.planning.plan",
     "LayerRefit": "reap_driver.compensation.refit",
     "LayerStats": "reap_kernels",
+    "LayerVectors": "reap_driver.merging.vectors",
     "Listener": "reap_driver.workflow.listener",
     "Masked": "reap_driver.workflow.apply",
     "Matrices": "reap_driver.files.matrices",
@@ -148,6 +157,7 @@ _HOMES = {
     "SearchOptions": "reap_driver.workflow.jobs",
     "Searched": "reap_driver.workflow.search",
     "ShapeOptions": "reap_driver.workflow.shape_options",
+    "VectorObserver": "reap_driver.merging.observer",
     "WidthCut": "reap_driver.compensation.width",
     "WriteOptions": "reap_driver.workflow.options",
     "__version__": "reap_kernels",
@@ -158,6 +168,7 @@ _HOMES = {
     "compare": "reap_driver.workflow.calls",
     "compare_models": "reap_driver.evaluation.models",
     "compensated": "reap_driver.evaluation.compensation",
+    "convert": "reap_driver.workflow.exchange_calls",
     "down_hessians": "reap_driver.compensation.hessians",
     "estimate": "reap_driver.workflow.calls",
     "export_constants": "reap_driver.writer.constants_file",
@@ -169,9 +180,11 @@ _HOMES = {
     "load_recipe": "reap_driver.workflow.recipes",
     "make_plan": "reap_driver.planning.planner",
     "masked_experts": "reap_driver.evaluation.router_masks",
+    "merged_experts": "reap_driver.merging.merged",
     "observe": "reap_driver.observation.observer",
     "observe_data": "reap_driver.workflow.calls",
     "observe_streamed": "reap_driver.observation.streamed",
+    "observe_vectors": "reap_driver.merging.observer",
     "orphans": "reap_driver.evaluation.routing",
     "plan": "reap_driver.workflow.calls",
     "plan_of_removals": "reap_driver.planning.planner",
@@ -207,6 +220,8 @@ __all__ = [
     "Comparison",
     "Comparisons",
     "Complete",
+    "ConvertOptions",
+    "Converted",
     "DataOptions",
     "Estimate",
     "EstimateOptions",
@@ -219,6 +234,7 @@ __all__ = [
     "LayerPlan",
     "LayerRefit",
     "LayerStats",
+    "LayerVectors",
     "Listener",
     "Masked",
     "Matrices",
@@ -249,6 +265,7 @@ __all__ = [
     "SearchOptions",
     "Searched",
     "ShapeOptions",
+    "VectorObserver",
     "WidthCut",
     "WriteOptions",
     "__version__",
@@ -259,6 +276,7 @@ __all__ = [
     "compare",
     "compare_models",
     "compensated",
+    "convert",
     "down_hessians",
     "estimate",
     "export_constants",
@@ -270,9 +288,11 @@ __all__ = [
     "load_recipe",
     "make_plan",
     "masked_experts",
+    "merged_experts",
     "observe",
     "observe_data",
     "observe_streamed",
+    "observe_vectors",
     "orphans",
     "plan",
     "plan_of_removals",

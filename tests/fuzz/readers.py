@@ -15,6 +15,7 @@ from unittest import mock
 from tests.fuzz.campaign import Reader
 from tests.fuzz.checkpoint_readers import checkpoints
 from tests.fuzz.data_readers import data
+from tests.fuzz.exchange_readers import exchanged
 from tests.fuzz.format_readers import containers, formats
 from tests.fuzz.sum_readers import sums
 from tests.fuzz.world import World, command
@@ -26,6 +27,7 @@ def readers(world: World) -> list[Reader]:
         *formats(world),
         *containers(world),
         *sums(world),
+        *exchanged(world),
         *checkpoints(world),
         *data(world),
         *_words_and_variables(world),

@@ -78,7 +78,7 @@ def _add(place: Any, field: "Field[Any]") -> None:
         optional |= {"nargs": "+"} if field.name in _SEVERAL and Any in _types(field) else {}
         place.add_argument(field.name, help=text, **shown, **optional)
         return
-    flag = f"--{field.name.replace('_', '-')}"
+    flag = f"--{field.name.rstrip('_').replace('_', '-')}"
     # What is not given stays away, so that the default is the field's alone.
     common: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": field.name}
     if field.default is None and bool in _types(field):  # on, off, or neither
@@ -190,6 +190,7 @@ _VALUES: dict[str, Callable[[str], Any]] = {
     "context": positive,
     "draws": positive,
     "elites": positive,
+    "ep": positive,
     "evaluations": positive,
     "folds": positive,
     "generations": positive,

@@ -10,6 +10,7 @@ from types import ModuleType
 from reap_driver.cli import (
     apply,
     compare,
+    convert,
     demo,
     doctor,
     observe,
@@ -32,6 +33,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     refit,
     compare,
     report,
+    convert,
     recipe,
     doctor,
     tune,

@@ -241,12 +241,12 @@ def check_resident(layer: MoELayer) -> None:
     """Raises UnsupportedModel unless all experts of a layer are in the memory of this process."""
     if layer.local is not None:
         raise UnsupportedModel(
-            f"{layer.name}: its experts are spread over processes, and their down projections are "
-            "replaced in one; load the model without expert parallelism"
+            f"{layer.name}: its experts are spread over processes, and their weights are replaced "
+            "in one; load the model without expert parallelism"
         )
     if any(tensor.is_meta for tensor in layer.module.parameters()):
         raise UnsupportedModel(
-            f"{layer.name}: is offloaded (on the meta device between calls), so its down "
-            "projections cannot be replaced; use a machine that holds the model, or write the "
+            f"{layer.name}: is offloaded (on the meta device between calls), so its experts' "
+            "weights cannot be replaced; use a machine that holds the model, or write the "
             "checkpoint and load that"
         )

@@ -1,10 +1,10 @@
 """Masks experts in any router, without knowing its formula, so that the model routes as if they did
 not exist. Search over plans uses this, and tests compare pruned checkpoints with it.
 
-Whatever a router computes, its scores come from one matrix product with its weight, and selection
-biases have one entry per expert. So the entries of removed experts in every product with a router's
-weight, and in its selection biases, are set to a very low number: softmax and sigmoid then give
-exactly 0, and top-k never selects them. -inf would give 0 * inf in some routers.
+A router's scores come from one matrix product with its weight (`model.router_products`), and
+selection biases have one entry per expert. So the entries of removed experts in every such product,
+and in the selection biases, are set to a very low number: softmax and sigmoid then give exactly 0,
+and top-k never selects them. -inf would give 0 * inf in some routers.
 """
 
 import contextlib
@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from reap_driver.base.arguments import typed
@@ -24,23 +22,12 @@ from reap_driver.compat.text_model import text_model, text_prefix
 from reap_driver.model.discover import MoELayer, block_of, find_moe_layers
 from reap_driver.model.expert_dims import expert_dims, router_weights
 from reap_driver.model.expert_layout import ExpertDim
+from reap_driver.model.router_products import RouterProducts
 from reap_driver.model.routing_table import ID_TABLES, relabel
 from reap_driver.model.unwrap import unwrap_model
 from reap_driver.writer.plan_checks import check_groups
 from reap_kernels.errors import PlanError, UnsupportedModel
 from reap_kernels.schema import short
-
-# Products whose second operand is the weight.
-_PRODUCTS = frozenset(
-    {
-        torch.nn.functional.linear,
-        torch.matmul,
-        torch.mm,
-        Tensor.matmul,
-        Tensor.mm,
-        Tensor.__matmul__,
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -53,7 +40,7 @@ class _Router:
     removed: Tensor
 
 
-class RouterMask(TorchFunctionMode):
+class RouterMask(RouterProducts[_Router]):
     """Masks the entries of removed experts in every product with a router's weight.
 
     Attributes:
@@ -62,29 +49,11 @@ class RouterMask(TorchFunctionMode):
     """
 
     def __init__(self, routers: Sequence[tuple[Tensor, _Router]]) -> None:
-        super().__init__()
+        super().__init__(routers)
         self.removed = {router.name: router.removed for _, router in routers}
         self.unused = set(self.removed)
-        # Weights and tensors derived from them: routers transpose or cast them at every call.
-        self._routers = WeakIdKeyDictionary(dict(routers))
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if not isinstance(out, Tensor):
-            return out
-        if func in _PRODUCTS:
-            weight = args[1] if len(args) > 1 else next(iter(kwargs.values()), None)
-            router = self._routers.get(weight) if isinstance(weight, Tensor) else None
-            return out if router is None else self._masked(out, router)
-        source = args[0] if args else None
-        if isinstance(source, Tensor) and out.shape in (source.shape, source.shape[::-1]):
-            router = self._routers.get(source)
-            if router is not None:
-                self._routers[out] = router
-        return out
-
-    def _masked(self, out: Tensor, router: _Router) -> Tensor:
+    def product(self, out: Tensor, router: _Router) -> Tensor:
         """A product with a router's weight, with the entries of removed experts masked."""
         if out.shape[-1] != router.length:  # a sum over experts, not one entry per expert
             return out

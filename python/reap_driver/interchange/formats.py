@@ -35,6 +35,7 @@ class ForeignFormat:
         keys: names by all of which, at its top, a JSON object is known to be of the format; empty
             where it has none of its own.
         suffix: that the tool insists on; empty: none.
+        named: what the tool expects the file to be called; empty: anything.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ForeignFormat:
     needs: tuple[str, ...] = ()
     keys: frozenset[str] = frozenset()
     suffix: str = ""
+    named: str = ""
 
     def code(self) -> ModuleType:
         """Its module, imported."""
@@ -71,6 +73,64 @@ _FORMATS = (
         "riy_profile",
         reads=True,
         keys=frozenset({"pruned_experts"}),
+    ),
+    ForeignFormat(
+        "llm-compressor",
+        "report of llm-compressor's REAP, report_path",
+        "plan",
+        "plan",
+        "llm_compressor_report",
+        reads=True,
+        suffix=".json",
+    ),
+    ForeignFormat(
+        "hipfire",
+        "kept-experts map of hipfire, reap_plan.json",
+        "plan",
+        "plan",
+        "kept_maps",
+        reads=True,
+        needs=("model",),
+        keys=frozenset({"num_layers", "keep"}),
+        named="reap_plan.json",
+    ),
+    ForeignFormat(
+        "hipfire-older",
+        "older kept-experts map of hipfire, keep_by_layer.json",
+        "plan",
+        "plan",
+        "older_kept_maps",
+        reads=True,
+        needs=("model",),
+        keys=frozenset({"kept_per_layer", "keep"}),
+        named="keep_by_layer.json",
+    ),
+    ForeignFormat(
+        "vllm-ascend-list",
+        "expert list of vllm-ascend, JSON lines",
+        "ranking",
+        "stats",
+        "ascend_expert_list",
+        options=("plan", "criterion"),
+    ),
+    ForeignFormat(
+        "vllm-ascend-map",
+        "expert map of vllm-ascend, expert_map.json",
+        "placement",
+        "stats",
+        "ascend_expert_map",
+        options=("plan", "ep"),
+        needs=("ep",),
+    ),
+    ForeignFormat(
+        "sglang",
+        "expert location file of SGLang, logical_count",
+        "counts",
+        "stats",
+        "sglang_expert_location",
+        options=("plan",),
+        needs=("model",),
+        suffix=".json",
     ),
 )
 FORMATS: Mapping[str, ForeignFormat] = {one.name: one for one in _FORMATS}

@@ -86,13 +86,33 @@ def down_views(layer: MoELayer, experts: Sequence[int] | None = None) -> list[Te
     """
     down = matrices_in(layer).down
     views = [down[expert] for expert in (range(layer.num_experts) if experts is None else experts)]
+    _check_own(layer, views, "down projections")
+    return views
+
+
+def part_views(layer: MoELayer) -> tuple[ExpertWeights, dict[str, list[Tensor]]]:
+    """All tensors of a layer's experts, as views of the model's own tensors, which may be written.
+
+    Returns:
+        What they are views of, and by attribute of `ExpertWeights` a view for each expert.
+
+    Raises:
+        UnsupportedModel: some are computed from other tensors.
+    """
+    weights = matrices_in(layer)
+    found = {part: _views(getattr(weights, part)) for part in (*PARTS, "down_bias")}
+    for part, views in found.items():
+        _check_own(layer, views, f"`{part}`")
+    return weights, {part: views for part, views in found.items() if views}
+
+
+def _check_own(layer: MoELayer, views: Sequence[Tensor], what: str) -> None:
     own = {tensor.untyped_storage().data_ptr() for tensor in layer.module.parameters()}
     if any(view.untyped_storage().data_ptr() not in own for view in views):
         raise UnsupportedModel(
-            f"{layer.name}: its down projections are computed from other tensors, so they cannot "
+            f"{layer.name}: its {what} are computed from other tensors, so they cannot "
             "be replaced; load the model with plain weights"
         )
-    return views
 
 
 @torch.no_grad()
@@ -131,15 +151,24 @@ def fill(
 
 
 def _rows(weights: ExpertWeights, part: str, neurons: Sequence[int]) -> Tensor:
-    """The rows of a part that neurons have in an expert's matrix or bias."""
-    ids = torch.tensor(neurons)
+    """The rows of a part that neurons have in an expert's matrix or bias, in its order."""
+    rows = neuron_rows(weights, part)[list(neurons)]
+    return (rows if weights.interleaved else rows.mT).flatten()
+
+
+def neuron_rows(weights: ExpertWeights, part: str) -> Tensor:
+    """The rows of each neuron in an expert's matrix or bias of one of `PARTS` but `DOWN`.
+
+    Returns:
+        int64 [I, 1], or [I, 2] where `up` is fused: the row of the gate, and that of up.
+    """
+    ids = torch.arange(weights.intermediate_size)
     fused = part.startswith("up") and weights.gate is None
-    width = _views(weights.up)[0].shape[0]
-    if not fused or width == weights.intermediate_size:
-        return ids
+    if not fused or _views(weights.up)[0].shape[0] == weights.intermediate_size:
+        return ids[:, None]
     if weights.interleaved:
-        return torch.stack((2 * ids, 2 * ids + 1), dim=1).flatten()
-    return torch.cat((ids, weights.intermediate_size + ids))
+        return torch.stack((2 * ids, 2 * ids + 1), dim=1)
+    return torch.stack((ids, weights.intermediate_size + ids), dim=1)
 
 
 def _checked(layer: MoELayer, values: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -60,7 +60,7 @@ def listener_of(progress: Heard) -> Listener:
     )
 
 
-def _job(options: type) -> Callable[[_Call], _Call]:
+def job_call(options: type) -> Callable[[_Call], _Call]:
     """Shows the options of a class in a function's signature, where it has `**options`."""
 
     def shown(function: _Call) -> _Call:
@@ -80,7 +80,7 @@ def _job(options: type) -> Callable[[_Call], _Call]:
     return shown
 
 
-@_job(PruneOptions)
+@job_call(PruneOptions)
 def prune(
     model: str | Path,
     data: str | Path | Sequence[str | Path] = (),
@@ -122,7 +122,7 @@ def prune(
     return prune_refit.prune(build(PruneOptions, given), listener_of(progress))
 
 
-@_job(ObserveOptions)
+@job_call(ObserveOptions)
 def observe_data(
     model: str | Path,
     data: str | Path | Sequence[str | Path] = (),
@@ -158,7 +158,7 @@ def observe_data(
     return observing.observe_data(build(ObserveOptions, given), listener_of(progress))
 
 
-@_job(PlanOptions)
+@job_call(PlanOptions)
 def plan(
     stats: str | Path | SaliencyStats,
     ratio: float | None = None,
@@ -192,7 +192,7 @@ def plan(
     return plans.make(build(PlanOptions, given), listener_of(progress))
 
 
-@_job(ApplyOptions)
+@job_call(ApplyOptions)
 def apply(
     model: str | Path,
     plan: Any,
@@ -226,7 +226,7 @@ def apply(
     return applying.apply(build(ApplyOptions, given), listener_of(progress))
 
 
-@_job(SearchOptions)
+@job_call(SearchOptions)
 def search(
     model: str | Path,
     stats: str | Path | SaliencyStats,
@@ -269,7 +269,7 @@ def search(
     return searching.search(build(SearchOptions, given), listener_of(progress))
 
 
-@_job(RefitOptions)
+@job_call(RefitOptions)
 def refit(
     pruned: str | Path,
     original: str | Path,
@@ -311,7 +311,7 @@ def refit(
     return refitting.refit(build(RefitOptions, given), listener_of(progress))
 
 
-@_job(CompareOptions)
+@job_call(CompareOptions)
 def compare(
     model: str | Path,
     pruned: Any,
@@ -351,7 +351,7 @@ def compare(
     return comparing.compare(build(CompareOptions, given), listener_of(progress))
 
 
-@_job(ReportOptions)
+@job_call(ReportOptions)
 def report(
     stats: str | Path | SaliencyStats,
     plan: Any = None,
@@ -380,7 +380,7 @@ def report(
     return reporting.report(build(ReportOptions, given), listener_of(progress))
 
 
-@_job(CalibrationOptions)
+@job_call(CalibrationOptions)
 def calibration(
     model: str | Path,
     data: str | Path | Sequence[str | Path] = (),
@@ -412,7 +412,7 @@ def calibration(
     return calibrating.calibration(build(CalibrationOptions, given), listener_of(progress))
 
 
-@_job(EstimateOptions)
+@job_call(EstimateOptions)
 def estimate(
     model: str | Path,
     tokens: int | None = None,

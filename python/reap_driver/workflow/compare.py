@@ -17,6 +17,7 @@ from reap_driver.evaluation.router_masks import RouterMasks
 from reap_driver.evaluation.routing import Orphans, retained
 from reap_driver.evaluation.sequences import Comparison
 from reap_driver.evaluation.vocabularies import check_vocabularies
+from reap_driver.files.quantization import quantization_of
 from reap_driver.planning.plan import Plan
 from reap_driver.workflow.calibration import read_data, template_of
 from reap_driver.workflow.comparing import Candidate, Subjects, Text, compared, loaded
@@ -136,9 +137,9 @@ def _candidate(
     pruned.check_files()
     folders = [(model.source.folder, model.config) for model in (original, pruned)]
     check_vocabularies(*folders, trust_remote_code=trust)
-    record = pruned.source.folder / "reap" / "plan.json"
-    if not record.is_file():
-        return Candidate(str(given), pruned, None)
+    record, own = (model.source.folder / "reap" / "plan.json" for model in (pruned, original))
+    if not record.is_file() or (own.is_file() and own.read_bytes() == record.read_bytes()):
+        return Candidate(str(given), pruned, None)  # or one made of what the plan has left
     plan = _checked_plan(options, Plan.load(record), original, heard)
     return Candidate(str(given), pruned, plan)
 
@@ -223,6 +224,13 @@ def _integrity(
         return found
     stats = one.pruned.source.folder / "reap" / "stats.safetensors"
     found |= _calibration(stats, one.plan, heard)
+    before, now = (quantization_of(model.source).method for model in (given.original, one.pruned))
+    if now not in (None, before):
+        heard.note(
+            f"{one.pruned.path}: was quantized after it was pruned, so its weights are not checked "
+            "against the original's bit by bit"
+        )
+        return found
     names = [layer.name for layer in given.original.layers]
     checked = min(_CHECKED_LAYERS, len(decoder_layers(given.original.meta, names)))
     audited = audit(

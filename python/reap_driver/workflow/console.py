@@ -11,7 +11,7 @@ from typing import Any
 
 from reap_driver.base.library_bars import no_library_bars
 from reap_driver.base.units import clock, short
-from reap_driver.workflow import follow_up_jobs, jobs
+from reap_driver.workflow import exchange_jobs, follow_up_jobs, jobs
 from reap_driver.workflow.fields import every_field
 from reap_driver.workflow.listener import Listener, Step
 
@@ -168,7 +168,7 @@ def flags(text: str) -> str:
         name, value = found[1], found[2]
         if name not in option_names():
             return found[0]
-        word = name.replace("_", "-")
+        word = name.rstrip("_").replace("_", "-")  # from_ is a word of Python
         if value in ("True", "False"):
             return f"--{word}" if value == "True" else f"--no-{word}"
         return f"--{word}" if value is None else f"--{word} {value.strip(chr(39))}"
@@ -179,7 +179,7 @@ def flags(text: str) -> str:
 @functools.cache
 def option_names() -> frozenset[str]:
     """Names of the options of all jobs, but for those that have no flag."""
-    named = {**vars(jobs), **vars(follow_up_jobs)}
+    named = {**vars(jobs), **vars(follow_up_jobs), **vars(exchange_jobs)}
     jobs_of = [one for one in named.values() if dataclasses.is_dataclass(one)]
     fields = [field for one in jobs_of for field in every_field(one)]  # type: ignore[arg-type]
     return frozenset(field.name for field in fields if not field.metadata["positional"])

@@ -1,7 +1,9 @@
 """Plans of a size: from statistics, and from the model that they are of."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from reap_driver.memory.checkpoint_size import stored_files
 from reap_driver.planning.criteria import Scores
@@ -32,7 +34,7 @@ def plan_of_size(
         PlanError: see `Sizing.amount`.
     """
     trust = options.trust_remote_code
-    model = model_of(options.model, stats, trust=trust)
+    model = model_of(options.model, stats.provenance, trust=trust)
     folder = Path(model.path)
     files = stored_files(folder, model.config) if folder.is_dir() else None
     write = WriteOptions(non_uniform=True)  # whether that is wanted, the writer is told
@@ -49,23 +51,39 @@ def plan_of_size(
     return plan
 
 
-def model_of(given: str | Path | None, stats: SaliencyStats, *, trust: bool) -> Model:
+def model_of(
+    given: str | Path | None, record: Mapping[str, Any], *, trust: bool, what: str = "statistics"
+) -> Model:
     """The model that is given, checked to be that of the statistics, or else the one they name.
+
+    Args:
+        given: folder or hub id, if any.
+        record: of the model, as their provenance has it.
+        trust: run model code that comes with the checkpoint.
+        what: has the record: statistics, or a plan.
 
     Raises:
         DataError: it is another model, or not found.
     """
-    if given is not None:
+    if given is None:
+        model = _named(record, trust, what)
+    else:
         model = inspect_model(str(given), trust_remote_code=trust)
-        found = differences(stats.provenance, model.provenance)
-        if found.deciding or found.unnamed:
-            raise DataError(
-                f"`model={given}`: is not the model of the statistics: "
-                f"{', '.join(found.deciding) or found.text}; give the one they were observed on"
-            )
-        return model
-    name = str(stats.provenance["model"].get("id"))
-    missing = f"the statistics are of {name}, which is not found here; give the model by `model`"
+    found = differences(record, model.provenance)
+    if found.deciding or found.unnamed:
+        raise DataError(
+            f"`model={model.path}`: is not the model of the {what}: "
+            f"{', '.join(found.deciding) or found.text}; give the one that was observed"
+        )
+    return model
+
+
+def _named(record: Mapping[str, Any], trust: bool, what: str) -> Model:
+    """The model that statistics or a plan name."""
+    name = str((record.get("model") or {}).get("id") or "")
+    if not name:
+        raise DataError(f"the model of the {what} is not named there; give it by `model`")
+    missing = f"the model of the {what}, {name}, is not found here; give it by `model`"
     if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise DataError(missing)  # and is no name of the hub
     try:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from reap_driver.base.arguments import mistake, typed
 from reap_driver.data.recipe import Recipe, included, read_recipe
-from reap_driver.workflow import fields, follow_up_jobs, jobs
+from reap_driver.workflow import exchange_jobs, fields, follow_up_jobs, jobs
 from reap_driver.workflow.fields import every_field, flat, nested_in, refused
 from reap_driver.workflow.jobs import PLANNING, TASKS
 from reap_driver.workflow.options import JOURNAL, RUN
@@ -216,7 +216,7 @@ def job_classes() -> tuple[type, ...]:
     """The classes of options of all jobs."""
     return tuple(
         one
-        for module in (jobs, follow_up_jobs)
+        for module in (jobs, follow_up_jobs, exchange_jobs)
         for one in vars(module).values()
         if isinstance(one, type) and hasattr(one, "__dataclass_fields__")
         if one.__module__ == module.__name__

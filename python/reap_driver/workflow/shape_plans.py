@@ -125,7 +125,7 @@ def save_plan_of_shape(
     check_filled_folder(folder, MATRICES, overwrite=options.overwrite)
     grams = GramFolder.open(gram)
     trust = options.trust_remote_code
-    model = model_of(options.model, stats, trust=trust)
+    model = model_of(options.model, stats.provenance, trust=trust)
     model.check_files()
     evidence = Evidence(model, scores, stats, grams, trust)
     part = partial_of(folder)

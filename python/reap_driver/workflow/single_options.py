@@ -76,7 +76,17 @@ def set_paths(given: Any) -> None:
             object.__setattr__(given, field.name, Path(value))
 
 
-_PATHS = ("out", "stats", "plan", "as_masks", "compare", "task_folder", "gram", "matrices")
+_PATHS = (
+    "out",
+    "source",
+    "stats",
+    "plan",
+    "as_masks",
+    "compare",
+    "task_folder",
+    "gram",
+    "matrices",
+)
 
 
 def needs_data(data: DataOptions, also: str = "") -> None:

@@ -58,6 +58,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     batch = zoo.tiny_inputs("qwen3_moe", model.config)
     with rd.observe(model, gram=True) as obs:
         obs(**batch)
+    with rd.observe_vectors(model) as vectors:
+        vectors(**batch)
     scores = rd.score(obs.stats)
     plan = rd.make_plan(scores, 0.25)
     rd.apply_plan(root / "full", plan, root / "small")
@@ -69,6 +71,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "batches": [batch],
         "stats": obs.stats,
         "grams": obs.grams,
+        "vectors": vectors.vectors,
         "scores": scores,
         "plan": plan,
         "removals": dict.fromkeys(scores, 2),
@@ -113,9 +116,11 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "load_model": lambda w: {"path_or_id": w["root"] / "full"},
     "make_plan": lambda w: {"scores": w["scores"]},
     "masked_experts": lambda w: {"model": w["model"], "kept": w["plan"].kept},
+    "merged_experts": lambda w: {"model": w["model"], "vectors": w["vectors"]},
     "load_recipe": lambda _: {"path": "reap-coding"},
     "observe": lambda w: {"model": w["model"]},
     "observe_streamed": lambda w: {"path_or_id": w["root"] / "full", "batches": w["batches"]},
+    "observe_vectors": lambda w: {"model": w["model"]},
     "orphans": lambda w: {"model": w["model"], "batches": w["batches"], "plan": w["plan"]},
     "plan_of_removals": lambda w: {
         "scores": w["scores"],

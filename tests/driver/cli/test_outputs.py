@@ -24,6 +24,8 @@ COMMAND_LINES = {
     "search": "search model stats.safetensors --data code.jsonl --out {out} --overwrite",
     "tune": "tune model --out {out} --overwrite",
     "apply": "apply model plan.json --as-masks {out} --overwrite",
+    "convert": "convert stats.safetensors --plan plan.json --to vllm-ascend-list --out {out} "
+    "--overwrite",
 }
 CHECKPOINT = [
     "model/config.json",

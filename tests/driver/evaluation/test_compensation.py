@@ -235,7 +235,7 @@ def test_experts_that_are_not_in_memory_are_refused() -> None:
     down = {layer.name: down_of(layer, plan)}
     layer.module.to("meta")
     with (
-        pytest.raises(UnsupportedModel, match=r"is offloaded .* so its down projections cannot be"),
+        pytest.raises(UnsupportedModel, match=r"is offloaded .* so its experts' weights cannot be"),
         rd.compensated(model, plan_of({layer.name: plan}), down),
     ):
         raise AssertionError

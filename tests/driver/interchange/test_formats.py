@@ -10,7 +10,7 @@ from reap_driver.interchange.formats import FORMATS, OWN
 
 FOLDER = Path(reap_driver.interchange.__file__).parent
 # Of the package, but no format.
-OTHERS = {"__init__", "content", "formats", "json_files"}
+OTHERS = {"__init__", "content", "formats", "json_files", "known"}
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -13,7 +13,7 @@ import torch
 import reap_driver as rd
 from reap_driver.cli import arguments, main
 from reap_driver.cli.main import build_parser
-from reap_driver.workflow import calls
+from reap_driver.workflow import calls, exchange_calls
 from reap_driver.workflow.console import flags
 from reap_driver.workflow.errors import OptionError
 from reap_driver.workflow.fields import build, every_field, flat
@@ -211,7 +211,9 @@ def test_options_in_texts_become_flags(text: str, shown: str) -> None:
 
 
 def test_calls_show_the_options_of_their_job() -> None:
-    functions = [f for f in vars(calls).values() if hasattr(f, "options")]
+    functions = [
+        f for m in (calls, exchange_calls) for f in vars(m).values() if hasattr(f, "options")
+    ]
     assert {f.options for f in functions} == set(job_classes())
     for function in functions:
         shown = inspect.signature(function).parameters

@@ -150,7 +150,7 @@ def test_plans_of_a_size(stats: rd.SaliencyStats, model: Path, tmp_path: Path) -
     assert plan.settings == {"target_size": 195_000}
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
     shutil.rmtree(model)
-    with pytest.raises(DataError, match="which is not found here; give the model by `model`"):
+    with pytest.raises(DataError, match="is not found here; give it by `model`"):
         rd.plan(stats, target_size="195kB")
     assert rd.plan(stats, target_size="195kB", model=copy).plan.kept == plan.kept
     for path in copy.glob("*.safetensors*"):
