@@ -23,6 +23,7 @@ BENCHMARKS = {
     "stream_cpu": "a checkpoint observed layer by layer beside resident: time, bytes, memory; CPU",
     "ranks_cpu": "one to three processes under torchrun beside one; CPU",
     "large_checkpoint": "a 29-GB checkpoint observed, killed, resumed and pruned in 8 GB; CPU",
+    "llm_compressor_cpu": "llm-compressor's REAP alone and with our modifier; CPU",
     "bench_writer": "checkpoint writer beside cp, 8 GB",
 }
 

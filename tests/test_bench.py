@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import rows, table_parts, tables
+from bench import llm_compressor_cpu, rows, table_parts, tables
 from bench.gpu import (
     command,
     grams,
@@ -488,3 +488,8 @@ def test_streaming_comes_on_top_of_the_budget() -> None:
     assert (both["end2end"], both["streaming"]) == (round(0.97 * 440), round(0.97 * 680))
     assert left("checks", budget=100)["checks"] == 97
     assert "GB free are needed" in streaming.help_text()
+
+
+def test_the_bench_of_llm_compressor_says_what_to_install() -> None:
+    with pytest.raises(SystemExit, match="make test-interop ENVS=llmcompressor"):
+        llm_compressor_cpu.main([])

@@ -42,7 +42,7 @@ _KNOWN_FORWARDS = (ExpertMLPWithGate.forward, ExpertMLPWithoutGate.forward)
 
 
 class KernelREAPPruningModifier(REAPPruningModifier):
-    """Prunes experts by REAP saliency, which one op per MoE layer observes.
+    """Prunes experts by REAP saliency; one op computes and observes the experts of a layer.
 
     Fields, events and results are those of `REAPPruningModifier`; see its documentation. Where
     another modifier hooks the experts' modules in the same pass (GPTQ in one recipe, pipeline
@@ -129,16 +129,25 @@ class KernelREAPPruningModifier(REAPPruningModifier):
     ) -> Tensor:
         """Forward of the experts of a layer: [T, H] of hidden [T, H], ids and weights [T, k]."""
         call = (hidden_states, top_k_index, top_k_weights)
-        if name not in self._counted:
+        stats = self._stats_of(name, experts, hidden_states.device)
+        # The op has no gradient, which others (AutoRound) need in passes of their own.
+        if not torch.is_grad_enabled() and _unwatched(experts):
+            return rk.observe_layer(*call, _weights(experts, self._activations[name]), stats)
+        if stats is None:
             return plain(*call)
+        with _counting_outputs(experts, top_k_index, top_k_weights, stats):
+            return plain(*call)
+
+    def _stats_of(
+        self, name: str, experts: LinearExperts2D, device: torch.device
+    ) -> rk.LayerStats | None:
+        """Where the forward that begins counts; None for one that does not count."""
+        if name not in self._counted:
+            return None
         self._counted.remove(name)
         if name not in self._stats:
-            self._stats[name] = rk.LayerStats(experts.num_experts, device=hidden_states.device)
-        stats = self._stats[name]
-        if _watched(experts):
-            with _counting_outputs(experts, top_k_index, top_k_weights, stats):
-                return plain(*call)
-        return rk.observe_layer(*call, _weights(experts, self._activations[name]), stats)
+            self._stats[name] = rk.LayerStats(experts.num_experts, device=device)
+        return self._stats[name]
 
 
 def register() -> None:
@@ -188,14 +197,23 @@ def _weights(experts: LinearExperts2D, activation: rk.Activation) -> rk.ExpertWe
     )
 
 
-def _watched(experts: LinearExperts2D) -> bool:
-    """Whether the experts' own modules must run: others hook them, or are of another kind."""
+def _unwatched(experts: LinearExperts2D) -> bool:
+    """Whether the experts' modules need not run: they compute what their weights say, and nobody
+    hooks them.
+    """
     own = [experts[index] for index in range(experts.num_experts)]
-    return type(own[0]).forward not in _KNOWN_FORWARDS or any(
-        module._forward_hooks or module._forward_pre_hooks
-        for expert in own
-        for module in expert.modules()
+    linears = [one for expert in own for one in expert.children() if hasattr(one, "weight")]
+    return (
+        type(own[0]).forward in _KNOWN_FORWARDS
+        and all(type(linear) is nn.Linear for linear in linears)
+        and not any(map(_quantizes, linears))
+        and not any(one._forward_hooks or one._forward_pre_hooks for one in (*own, *linears))
     )
+
+
+def _quantizes(linear: nn.Module) -> bool:
+    """Whether the forward of a linear module rounds, as calibration passes turn off."""
+    return hasattr(linear, "quantization_scheme") and getattr(linear, "quantization_enabled", True)
 
 
 @contextmanager

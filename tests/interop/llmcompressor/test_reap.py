@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import reap_kernels as rk
+from reap_driver.integrations import llm_compressor
 from reap_driver.integrations.llm_compressor import (
     KernelREAPPruningModifier,
     causal_attention,
@@ -196,3 +197,21 @@ def test_outputs_that_are_not_finite_are_refused() -> None:
         model.model.layers[1].mlp.experts.down_proj[3].fill_(torch.inf)
     with pytest.raises(rk.errors.DataError, match=r"layers\.1\.mlp: \d+ outputs .* NaN"):
         run(model, [KernelREAPPruningModifier(sparsity=0.25)], text_rows(2), pipeline="basic")
+
+
+def test_experts_run_themselves_where_their_weights_do_not_tell_all() -> None:
+    """Gradients, hooks, modules of another kind and rounding: what other modifiers rely on."""
+    experts = trained().model.layers[0].mlp.experts
+    linear_experts = LinearExperts2D.get_linear_experts_cls(type(experts))
+    with torch.no_grad():
+        own = linear_experts.from_experts_module(experts, trained().config)
+    assert llm_compressor._unwatched(own)
+    handle = own[3].gate_proj.register_forward_pre_hook(lambda *_: None)
+    assert not llm_compressor._unwatched(own)
+    handle.remove()
+    own[3].up_proj.quantization_scheme = "anything"
+    assert not llm_compressor._unwatched(own)
+    own[3].up_proj.quantization_enabled = False
+    assert llm_compressor._unwatched(own)
+    own[3].down_proj = nn.modules.linear.NonDynamicallyQuantizableLinear(48, 160)
+    assert not llm_compressor._unwatched(own)
