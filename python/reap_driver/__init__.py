@@ -60,13 +60,14 @@ if TYPE_CHECKING:
         report,
         search,
     )
+    from reap_driver.workflow.check import Checked
     from reap_driver.workflow.comparison_results import Compared, Comparisons
     from reap_driver.workflow.complete import Complete
     from reap_driver.workflow.convert import Converted
     from reap_driver.workflow.errors import OptionError
     from reap_driver.workflow.estimate import Estimate
-    from reap_driver.workflow.exchange_calls import convert
-    from reap_driver.workflow.exchange_jobs import ConvertOptions
+    from reap_driver.workflow.exchange_calls import check, convert
+    from reap_driver.workflow.exchange_jobs import CheckOptions, ConvertOptions
     from reap_driver.workflow.follow_up_jobs import CompareOptions, RefitOptions, ReportOptions
     from reap_driver.workflow.jobs import (
         ApplyOptions,
@@ -108,6 +109,8 @@ _HOMES = {
     "BudgetOptions": "reap_driver.workflow.rank_options",
     "Calibration": "reap_driver.workflow.calibration",
     "CalibrationOptions": "reap_driver.workflow.jobs",
+    "CheckOptions": "reap_driver.workflow.exchange_jobs",
+    "Checked": "reap_driver.workflow.check",
     "CompareOptions": "reap_driver.workflow.follow_up_jobs",
     "Complete": "reap_driver.workflow.complete",
     "Compared": "reap_driver.workflow.comparison_results",
@@ -164,6 +167,7 @@ _HOMES = {
     "apply": "reap_driver.workflow.calls",
     "apply_plan": "reap_driver.writer.apply",
     "calibration": "reap_driver.workflow.calls",
+    "check": "reap_driver.workflow.exchange_calls",
     "check_permutation": "reap_driver.evaluation.audit",
     "compare": "reap_driver.workflow.calls",
     "compare_models": "reap_driver.evaluation.models",
@@ -215,6 +219,8 @@ __all__ = [
     "BudgetOptions",
     "Calibration",
     "CalibrationOptions",
+    "CheckOptions",
+    "Checked",
     "CompareOptions",
     "Compared",
     "Comparison",
@@ -272,6 +278,7 @@ __all__ = [
     "apply",
     "apply_plan",
     "calibration",
+    "check",
     "check_permutation",
     "compare",
     "compare_models",

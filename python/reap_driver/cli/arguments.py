@@ -209,6 +209,7 @@ _VALUES: dict[str, Callable[[str], Any]] = {
     "skip_last": positive,
     "steps": positive,
     "tasks": words,
+    "tp": positive,
     "validation": share,
     "weights": weights,
     "width_multiple": positive,

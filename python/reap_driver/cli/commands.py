@@ -9,6 +9,7 @@ from types import ModuleType
 
 from reap_driver.cli import (
     apply,
+    check,
     compare,
     convert,
     demo,
@@ -33,6 +34,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     refit,
     compare,
     report,
+    check,
     convert,
     recipe,
     doctor,

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from reap_driver.planning.plan import Plan
+from reap_driver.workflow import check as checking
 from reap_driver.workflow import convert as converting
 from reap_driver.workflow.calls import Heard, job_call, listener_of
-from reap_driver.workflow.exchange_jobs import ConvertOptions
+from reap_driver.workflow.exchange_jobs import CheckOptions, ConvertOptions
 from reap_driver.workflow.plan import Planned
 from reap_driver.workflow.recipes import build
 from reap_kernels import SaliencyStats
@@ -49,3 +50,41 @@ def convert(
     """
     given = {"source": source, "to": to, "out": out, **options}
     return converting.convert(build(ConvertOptions, given), listener_of(progress))
+
+
+@job_call(CheckOptions)
+def check(
+    source: str | Path | Plan | Planned,
+    serve: str,
+    *,
+    tp: int = 1,
+    ep: int = 1,
+    progress: Heard = None,
+    **options: Any,
+) -> checking.Checked:
+    """Tells whether an engine would serve what a plan leaves, or a checkpoint.
+
+    What `reap-kernels check` does, which ends with an error where there are obstacles: so does
+    `require()` of what is returned.
+
+    Args:
+        source: a plan, or a checkpoint as folder or hub id.
+        serve: "vllm" or "sglang".
+        tp: its tensor-parallel size.
+        ep: GPUs that share the experts out; 1: none.
+        progress: see `prune`.
+        **options: of `CheckOptions`.
+
+    Returns:
+        What the engine would refuse, as `obstacles`.
+
+    Raises:
+        OptionError: options are unknown.
+        ReapError: there is no such plan or model, or they do not go together.
+
+    Example:
+        >>> rd.check(plan, "sglang", tp=2).obstacles
+        ()
+    """
+    given = {"source": source, "serve": serve, "tp": tp, "ep": ep, **options}
+    return checking.check(build(CheckOptions, given), listener_of(progress))

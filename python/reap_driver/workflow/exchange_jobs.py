@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from reap_driver.interchange.formats import FORMATS, OWN
 from reap_driver.workflow.fields import option, options, refused
@@ -90,6 +90,41 @@ class ConvertOptions:
                 fits = [one.name for one in FORMATS.values() if name in one.options]
                 shown = value if isinstance(value, str | int) else "..."
                 raise refused(f"`{name}={shown}`: only with `to` as one of {', '.join(fits)}")
+
+
+@options
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Whether an engine would serve what a plan leaves, or a checkpoint.
+
+    Example:
+        >>> rd.CheckOptions(source="plan.json", serve="sglang", tp=4, ep=4).tp
+        4
+    """
+
+    source: Any = option(
+        metavar="SOURCE",
+        positional=True,
+        help="a plan, or a checkpoint as folder or hub id, of which only the configuration is read",
+    )
+    serve: Literal["vllm", "sglang"] = option(metavar="ENGINE", help="vllm or sglang")
+    tp: int = option(1, metavar="N", help="its tensor-parallel size")
+    ep: int = option(
+        1,
+        metavar="N",
+        help="GPUs that share the experts out: for vLLM tensor-parallel size times data-parallel "
+        "size, for SGLang its --ep-size",
+    )
+    model: str | Path | None = option(
+        None,
+        metavar="MODEL",
+        help="with a plan: the model that it will be applied to (default: the one that it names)",
+    )
+    trust_remote_code: bool = trust_option()
+
+    def __post_init__(self) -> None:
+        set_paths(self)
+        check_positive(self, "tp", "ep")
 
 
 def _check_name(option: str, name: str, known: tuple[str, ...]) -> None:
