@@ -23,7 +23,7 @@ from reap_driver.load.streamed_model import (
     text_layers_first,
 )
 from reap_driver.load.tensor_reader import TensorReader, stored
-from reap_kernels.errors import UnsupportedModel
+from reap_kernels.errors import UnsupportedModel, UsageError
 
 
 @typed
@@ -35,6 +35,7 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     offload_folder: str | Path | None = None,
     trust_remote_code: bool = False,
+    with_mtp: bool = False,
 ) -> PreTrainedModel:
     """Load a model for observation, in eval mode, with quantized weights dequantized.
 
@@ -50,13 +51,16 @@ def load_model(
             transformers reads itself: unquantized, FP8 and MXFP4.
         offload_folder: where modules on "disk" keep their weights.
         trust_remote_code: run model code that comes with the checkpoint.
+        with_mtp: also load the multi-token-prediction layer, as one more decoder layer, which
+            `observe` runs; the model's own forward leaves it out.
 
     Raises:
-        UsageError: there is no such device.
+        UsageError: there is no such device; or `with_mtp` together with `device_map`.
         CheckpointError: a shard is missing or damaged, the tensors do not match config.json, or a
             file was changed while it was read.
         UnsupportedModel: transformers has no class for the model (see `load_config`), or the
-            weights are stored in a format that cannot be read.
+            weights are stored in a format that cannot be read; or the multi-token-prediction layer
+            cannot be run.
 
     Example:
         >>> model = rd.load_model("MODEL", dtype="float32")
@@ -64,6 +68,11 @@ def load_model(
         False
     """
     if device_map is not None:
+        if with_mtp:
+            raise UsageError(
+                f"device_map {device_map!r} is not together with with_mtp=True; give `device`, or "
+                "stream the model"
+            )
         config, source = checked_files(path_or_id, trust_remote_code)
         with _read_by_library(path_or_id, source):
             model, info = from_checkpoint(
@@ -78,7 +87,9 @@ def load_model(
         source.fingerprints.check()
         return model
     where = device_named(device)
-    with opened_model(path_or_id, dtype, where, trust_remote_code, _layers_if_any) as streamed:
+    split = _layers_if_any
+    opened = opened_model(path_or_id, dtype, where, trust_remote_code, split, with_mtp=with_mtp)
+    with opened as streamed:
         for layer in range(len(streamed.layers)):
             streamed.load(layer)
         streamed.tie()

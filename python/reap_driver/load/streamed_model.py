@@ -21,6 +21,7 @@ from reap_driver.base.threads import background
 from reap_driver.compat.decoder_layers import decoder_layers
 from reap_driver.compat.library_faults import check_runs
 from reap_driver.compat.model_config import load_config
+from reap_driver.compat.mtp_layer import attach_mtp, why_not_run
 from reap_driver.compat.partial_load import Chunk, PartialLoad, load_in_parts
 from reap_driver.compat.pretrained import check_loading, from_checkpoint, model_class
 from reap_driver.compat.text_model import text_prefix
@@ -40,6 +41,7 @@ def open_streamed(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    with_mtp: bool = False,
 ) -> Iterator["StreamedModel"]:
     """Opens a checkpoint for streaming: its model, with the decoder layers on the meta device.
 
@@ -52,7 +54,9 @@ def open_streamed(
             cannot be loaded by itself.
     """
     where = device_named(device)
-    with opened_model(path_or_id, dtype, where, trust_remote_code, text_layers_first) as streamed:
+    split = text_layers_first
+    opened = opened_model(path_or_id, dtype, where, trust_remote_code, split, with_mtp=with_mtp)
+    with opened as streamed:
         tied = streamed.tied()
         if tied is not None:
             raise UnsupportedModel(
@@ -197,15 +201,30 @@ def opened_model(
     dtype: str | torch.dtype,
     device: torch.device,
     trust: bool,
-    split: Any,
+    split: Callable[[PreTrainedModel], list[tuple[str, nn.Module]]],
+    *,
+    with_mtp: bool = False,
 ) -> Iterator[StreamedModel]:
-    """The model with everything loaded except the layers that `split` returns."""
+    """The model with everything loaded except the layers that `split` returns.
+
+    Raises:
+        UnsupportedModel: the multi-token-prediction layer is asked for and cannot be run.
+    """
     config, source = checked_files(path_or_id, trust)
     reader = TensorReader(source.fingerprints)
     with contextlib.closing(reader):
         found = stored(source.tensors, reader)
         tensors = plain_weights(found, quantization_of(source), path_or_id, device)
-        with load_in_parts(tensors, split) as parts:
+
+        def divided(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+            if with_mtp:
+                reason = why_not_run(model, source.tensors)
+                if reason is not None:
+                    raise mtp_refused(path_or_id, reason)
+                attach_mtp(model)
+            return split(model)
+
+        with load_in_parts(tensors, divided) as parts:
             model, info = from_checkpoint(
                 source.folder, config, dtype=dtype, trust_remote_code=trust
             )
@@ -223,6 +242,14 @@ def opened_model(
         finally:
             streamed.close()
         source.fingerprints.check()
+
+
+def mtp_refused(path_or_id: str | Path, reason: str) -> UnsupportedModel:
+    """The error for a multi-token-prediction layer that is asked for and cannot be run."""
+    return UnsupportedModel(
+        f"{path_or_id}: its multi-token-prediction layers cannot be observed: {reason}; leave out "
+        "`with_mtp=True`, and prune them by the scores of the last layer (`mtp='prune'`)"
+    )
 
 
 def checked_files(path_or_id: str | Path, trust: bool) -> tuple[PretrainedConfig, Checkpoint]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 import reap_kernels
 from reap_driver.base.arguments import typed
+from reap_driver.compat.mtp_layer import mtp_layers, running_mtp
 from reap_driver.compat.text_model import text_model
 from reap_driver.model.discover import adapter_of, block_of, find_moe_layers, record_of
 from reap_driver.model.expert_dims import stacks_of
@@ -69,8 +70,11 @@ class Observer:
         self.groups: list[str] = []
         self.current = DEFAULT_GROUP
         self._reader = text_model(model)
+        drafting = tuple(name + "." for name in mtp_layers(model))
         self.tokens = TokenMask(
-            self._reader, [la.name for la in self.layers if not adapter_of(la).takes_mask]
+            self._reader,
+            [la.name for la in self.layers if not adapter_of(la).takes_mask],
+            [la.name for la in self.layers if la.name.startswith(drafting)] if drafting else [],
         )
         self._recorders = {layer.name: LayerRecorder(self, layer) for layer in self.layers}
         self._sources: list[dict[str, Any]] = []
@@ -103,6 +107,7 @@ class Observer:
                 block = block_of(self.model, layer)
                 stack.enter_context(adapter_of(layer).bind(layer.module, block, recorder))
             stack.enter_context(self.tokens.hooked())
+            stack.enter_context(running_mtp(self.model))
             handle = self._reader.register_forward_hook(self._after_forward)
             stack.callback(handle.remove)
             handle = self._reader.register_forward_hook(self._ended, always_call=True)

@@ -33,6 +33,7 @@ def observe_streamed(
     backend: str | None = None,
     gram: GramSink | None = None,
     trust_remote_code: bool = False,
+    with_mtp: bool = False,
 ) -> SaliencyStats:
     """Collects expert statistics of a checkpoint that need not fit in memory.
 
@@ -57,6 +58,7 @@ def observe_streamed(
             its statistics, its Gram sums (`LayerGram`, on `device`), and its weights. Only the
             sums of one layer are in memory.
         trust_remote_code: whether to run model code that comes with the checkpoint.
+        with_mtp: also observe the multi-token-prediction layer, see `load_model`.
 
     Returns:
         The statistics, on the CPU.
@@ -79,7 +81,11 @@ def observe_streamed(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="reap-states-"))
         streamed = stack.enter_context(
             open_streamed(
-                path_or_id, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+                path_or_id,
+                dtype=dtype,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                with_mtp=with_mtp,
             )
         )
         store = StateStore(offload, streamed.device, None if folder is None else Path(folder))

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -35,19 +35,24 @@ def takes_padding(config: PretrainedConfig) -> bool:
 class TokenMask:
     """The token mask of the current forward."""
 
-    def __init__(self, model: PreTrainedModel, unmaskable: list[str]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, unmaskable: list[str], ahead: Container[str] = ()
+    ) -> None:
         """Prepares the mask.
 
         Args:
             model: the model whose forwards are followed.
             unmaskable: names of layers in which tokens cannot be left out.
+            ahead: names of layers that are given the next token too (multi-token prediction), in
+                which tokens without one do not count.
         """
         self._model = model
         # The signature of the class, because offloading hooks wrap the forward of the instance.
         self._signature = inspect.signature(type(model).forward)
-        self._unmaskable = unmaskable
+        self._unmaskable, self._ahead = unmaskable, ahead
         self._given: Tensor | None = None
         self._mask: Tensor | None = None
+        self._followed: Tensor | None = None
         self._tokens: int | None = None
         self._inside = False
 
@@ -84,20 +89,23 @@ class TokenMask:
                 f"{name} ran outside a forward of the observed {type(self._model).__name__}; call "
                 "the model itself, not a part of it, so that its attention mask is known"
             )
-        if self._mask is None:
+        mask = self._mask
+        if name in self._ahead and self._followed is not None:
+            mask = self._followed if mask is None else mask & self._followed.to(mask.device)
+        if mask is None:
             if tokens != (self._tokens or tokens):
                 raise UnsupportedModel(
                     f"{name} received {tokens} of the {self._tokens} tokens of a batch: the model "
                     "leaves out tokens whose logits are not requested; pass logits_to_keep=0"
                 )
             return None
-        if self._mask.numel() != tokens:
+        if mask.numel() != tokens:
             raise UnsupportedModel(
-                f"{name} received {tokens} tokens but the mask covers {self._mask.numel()}; this "
+                f"{name} received {tokens} tokens but the mask covers {mask.numel()}; this "
                 "model reorders or splits tokens before its experts: pass sequences of equal "
                 "length without padding"
             )
-        return self._mask.to(device)
+        return mask.to(device)
 
     @torch.compiler.disable
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -107,6 +115,8 @@ class TokenMask:
         inputs = named.get("inputs_embeds") if inputs is None else inputs
         attention = named.get("attention_mask")
         self._mask = self._combine(inputs, attention)
+        if self._ahead and inputs is not None:
+            self._followed = _followed(inputs, attention, named.get("position_ids"))
         # Images and other modalities add tokens, which may be routed to other experts.
         text = all(key in _TEXT for key, value in named.items() if isinstance(value, Tensor))
         self._tokens = inputs.shape[:2].numel() if inputs is not None and text else None
@@ -114,7 +124,7 @@ class TokenMask:
 
     @torch.compiler.disable
     def _leave(self, *_: Any) -> None:
-        self._mask, self._tokens, self._inside = None, None, False
+        self._mask, self._followed, self._tokens, self._inside = None, None, None, False
 
     def _combine(self, inputs: Tensor | None, attention: Any) -> Tensor | None:
         """The flattened mask of this forward's tokens; None if every token counts."""
@@ -156,6 +166,17 @@ class TokenMask:
                 f"the outputs of {kind} for a padded sequence differ from those for the sequence "
                 "alone; pass sequences of equal length without padding, or one at a time"
             )
+
+
+def _followed(inputs: Tensor, attention: Any, positions: Tensor | None) -> Tensor:
+    """Whether each token [batch * seq] has a next one in its row and document."""
+    found = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+    found[:, -1] = False
+    if isinstance(attention, Tensor) and attention.ndim == 2:
+        found[:, :-1] &= attention[:, -inputs.shape[1] :][:, 1:].to(found.device) == 1
+    if positions is not None and positions.ndim == 2:
+        found[:, :-1] &= (positions[:, 1:] > positions[:, :-1]).to(found.device)
+    return found.reshape(-1)
 
 
 def _as_bool(name: str, mask: Any) -> Tensor:

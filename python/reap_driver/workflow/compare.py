@@ -39,7 +39,7 @@ from reap_driver.workflow.inspection import (
 from reap_driver.workflow.listener import Collector, Listener
 from reap_driver.workflow.plan import Planned, matrices_beside, plan_of
 from reap_driver.workflow.sources import sources_of
-from reap_driver.writer.plan_checks import check_model, check_same_layers
+from reap_driver.writer.plan_checks import check_model, check_same_layers, main_layers
 from reap_driver.writer.plan_matrices import matrices_of
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import DataError, PlanError
@@ -146,6 +146,7 @@ def _candidate(
 
 def _checked_plan(options: CompareOptions, plan: Plan, original: Model, heard: Listener) -> Plan:
     """A plan that is the original's, or holds for it."""
+    plan = main_layers(plan, original.layers)
     check_same_layers(plan, original.layers)
     force = options.force_model
     for note in check_model(plan, original.provenance, original.path, force=force):

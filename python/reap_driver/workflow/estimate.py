@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from reap_driver.compat.config_file import read_config
 from reap_driver.compat.library_faults import check_runs
@@ -23,7 +24,7 @@ from reap_driver.memory.machine import Machine, planned_machine, this_machine
 from reap_driver.memory.model_sizes import ModelSizes, model_sizes
 from reap_driver.memory.rates import Rates, given_rates, measure
 from reap_driver.memory.workload import Workload, gram_file_bytes, workload
-from reap_driver.model.discover import find_moe_layers, record_of
+from reap_driver.model.discover import MoELayer, find_moe_layers, record_of
 from reap_driver.observation.gram_sums import check_gram
 from reap_driver.workflow import estimate_rows as rows
 from reap_driver.workflow.calibration import group_lines, read_data
@@ -36,6 +37,7 @@ from reap_driver.workflow.inspection import (
 )
 from reap_driver.workflow.jobs import EstimateOptions
 from reap_driver.workflow.listener import Collector, Listener
+from reap_driver.workflow.mtp_choice import with_mtp_choice
 from reap_driver.workflow.results import Result
 from reap_driver.workflow.sizes import Leaves, Sizing, leaves_of
 from reap_driver.workflow.sources import sources_of
@@ -134,14 +136,15 @@ class _Estimating:
         stored, dtype = self._storage(folder, model)
         if dtype is None:
             raise self._failed[0]
-        sizes = model_sizes(model.meta, model.layers, dtype=dtype, seq_len=seq_len)
+        meta, layers = self._observed(model, stored)
+        sizes = model_sizes(meta, layers, dtype=dtype, seq_len=seq_len)
         self._add(rows.model(sizes), model=rows.model_facts(sizes))
         if stored is not None:
             self._add(rows.stored(stored), checkpoint=rows.stored_facts(stored))
         tokens = self._tokens(model, seq_len)
         work = workload(
-            model.meta,
-            model.layers,
+            meta,
+            layers,
             tokens=seq_len if tokens is None else -(-tokens // machine.ranks),
             seq_len=seq_len,
             device=device,
@@ -198,6 +201,16 @@ class _Estimating:
         if self._given is not None:  # whether a backend runs there is not known
             return model, planned_length(model, data)
         return model, sequence_length(model, data, run)
+
+    def _observed(
+        self, model: Model, stored: CheckpointSize | None
+    ) -> tuple[PreTrainedModel, list[MoELayer]]:
+        """The model as it would be observed, and its MoE layers."""
+        options = self._options
+        if not (self._pruning or options.with_mtp):
+            return model.meta, model.layers
+        keys = None if stored is None else stored.tensors
+        return with_mtp_choice(model, options, keys, self._heard).observed
 
     def _storage(
         self, folder: str, model: Model

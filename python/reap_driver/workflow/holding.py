@@ -150,10 +150,11 @@ def sized(
     files = stored_files(model.source.folder, model.config)
     dtype = run_dtype(run.dtype, model.config, files)
     seq_len, tokens = sources[0].seq_len, sum(source.tokens for source in sources)
-    sizes = model_sizes(model.meta, model.layers, dtype=dtype, seq_len=seq_len)
+    meta, layers = model.observed
+    sizes = model_sizes(meta, layers, dtype=dtype, seq_len=seq_len)
     work = workload(
-        model.meta,
-        model.layers,
+        meta,
+        layers,
         tokens=-(-tokens // share),
         seq_len=seq_len,
         device=device,
@@ -173,13 +174,16 @@ def holding(
     beside: Path,
     listener: Listener,
     ranks: Ranks | None = None,
+    *,
+    with_mtp: bool = False,
 ) -> Iterator[Held]:
-    """A model, held as decided."""
+    """A model, held as decided; with its multi-token-prediction layer, where asked for."""
     if not how.stream:
-        with in_memory(path, run, beside, listener, ranks) as model:
+        with in_memory(path, run, beside, listener, ranks, with_mtp=with_mtp) as model:
             yield Held(model)
         return
-    with open_streamed(path, device=device_of(run, ranks), **load_options(run)) as streamed:
+    device = device_of(run, ranks)
+    with open_streamed(path, device=device, with_mtp=with_mtp, **load_options(run)) as streamed:
         yield Held(streamed.model, streamed)
 
 
@@ -190,6 +194,8 @@ def in_memory(
     beside: Path,
     listener: Listener,
     ranks: Ranks | None = None,
+    *,
+    with_mtp: bool = False,
 ) -> Iterator[PreTrainedModel]:
     """A model loaded whole, on one device or spread by a device map.
 
@@ -199,8 +205,9 @@ def in_memory(
         beside: where a folder is made for what the map puts on the disk.
         listener: hears of loading.
         ranks: of which each has a device of its own.
+        with_mtp: with its multi-token-prediction layer.
     """
-    options = load_options(run)
+    options = {**load_options(run), "with_mtp": with_mtp}
     if run.device_map is None:
         yield load_model(path, device=device_of(run, ranks), **options)
         return

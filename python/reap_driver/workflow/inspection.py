@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_driver.compat.model_config import load_config
+from reap_driver.compat.mtp_layer import attach_mtp
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.data.source import DataSource
 from reap_driver.files.checkpoint import Checkpoint, open_checkpoint, resolve_folder
@@ -34,6 +35,7 @@ class Model:
         meta: the model on the meta device.
         layers: its MoE layers.
         provenance: `model` and `layers` as statistics record them.
+        mtp: whether its multi-token-prediction layer is observed, too.
     """
 
     path: str
@@ -41,6 +43,16 @@ class Model:
     meta: PreTrainedModel
     layers: list[MoELayer]
     provenance: dict[str, dict[str, Any]]
+    mtp: bool = False
+
+    @cached_property
+    def observed(self) -> tuple[PreTrainedModel, list[MoELayer]]:
+        """The model as it is observed, on the meta device, and its MoE layers."""
+        if not self.mtp:
+            return self.meta, self.layers
+        meta = meta_model(self.config)
+        attach_mtp(meta)
+        return meta, find_moe_layers(meta)
 
     @cached_property
     def source(self) -> Checkpoint:

@@ -34,6 +34,7 @@ from reap_driver.workflow.shape_options import (
     gram_option,
 )
 from reap_driver.workflow.single_options import (
+    check_with_mtp,
     folds_option,
     force_option,
     hold_out_option,
@@ -43,6 +44,7 @@ from reap_driver.workflow.single_options import (
     set_names,
     set_paths,
     stats_option,
+    with_mtp_option,
 )
 
 if TYPE_CHECKING:  # it imports torch, and --help must not
@@ -114,6 +116,7 @@ class ObserveOptions:
         "`search --shape` remove neurons, and save them in this folder, a file per layer; "
         "--dry-run says how much memory and disk they take",
     )
+    with_mtp: bool = with_mtp_option()
     overwrite: bool = overwrite_option()
     data: DataOptions = group_of(DataOptions)
     hold_out_group: str | Sequence[str] = hold_out_option()
@@ -127,6 +130,7 @@ class ObserveOptions:
         check_positive(self, "folds")
         needs_data(self.data)
         check_resume(self.journal.resume, self.out, "journal")
+        check_with_mtp(self.with_mtp, gram=self.gram, device_map=self.run.device_map)
         if self.gram is not None and self.out is None:
             raise refused(f"`gram={self.gram}`: needs `out`, where the statistics go")
 
@@ -242,6 +246,7 @@ class EstimateOptions:
     gram: str | Path | None = option(
         None, metavar="DIR", help="where the run would write Gram matrices, as in `observe_data`"
     )
+    with_mtp: bool = with_mtp_option()
     data: DataOptions = group_of(DataOptions)
     hold_out_group: str | Sequence[str] = hold_out_option()
     run: RunOptions = group_of(RunOptions)
@@ -256,6 +261,7 @@ class EstimateOptions:
         set_names(self, "hold_out_group")
         read_count(self, "tokens")
         check_shape_alone(self.shape, self.rank, self.budget, self.allocation)
+        check_with_mtp(self.with_mtp, gram=self.gram, device_map=self.run.device_map)
         self._check_machine()
         if self.tokens is not None and self.data.given:
             named = "data" if self.data.data else "recipe"

@@ -38,6 +38,7 @@ from reap_driver.workflow.identity import asked_for, environment
 from reap_driver.workflow.inspection import Model, check_packing, inspect_model, sequence_length
 from reap_driver.workflow.jobs import ObserveOptions, PruneOptions
 from reap_driver.workflow.listener import Collector, Listener
+from reap_driver.workflow.mtp_choice import with_mtp_choice
 from reap_driver.workflow.options import DataOptions, RunOptions
 from reap_driver.workflow.outputs import (
     GRAMS,
@@ -136,7 +137,7 @@ def observe_data(
         job = Observing(options, place, world, heard, gram)
         job.check_journal()
         job.inspect()
-        job.model.check_files()
+        job.check_files()
         job.read_data()
         if isinstance(out, Path):
             made: dict[Path, Both] = {out: lambda: (run_of(out), job.asked)}
@@ -246,6 +247,16 @@ class Observing:
         if self._gram is not None:
             check_gram(self.model.layers)
 
+    def check_files(self) -> None:
+        """Checks the model's files, and whether its multi-token-prediction layer is observed.
+
+        Raises:
+            CheckpointError, UnsupportedModel: see `Model.check_files` and `with_mtp_choice`.
+        """
+        self.model.check_files()
+        keys = self.model.source.tensors
+        self.model = with_mtp_choice(self.model, self._options, keys, self._heard)
+
     def read_data(self) -> None:
         """Reads, tokenizes and packs the data, in sequences that the model can read."""
         seq_len = sequence_length(self.model, self._data, self._run)
@@ -257,7 +268,8 @@ class Observing:
     @cached_property
     def asked(self) -> dict[str, Any]:
         """What the command asks for, once `read_data` was called; see `asked_for`."""
-        return asked_for(self.model, self.sources, self._data, self._run, self._options.folds)
+        asked = asked_for(self.model, self.sources, self._data, self._run, self._options.folds)
+        return {**asked, "with_mtp": True} if self.model.mtp else asked
 
     def complete(self, made: Mapping[Path, Both]) -> bool:
         """With `resume='auto'`, whether this command has made its outputs already.
@@ -375,7 +387,9 @@ class Observing:
         total = sum(source.tokens for source in self.sources) // world.size
         with (
             _listening(journal, heard) as stop,
-            holding(model.path, self._run, how, self._place, heard, world) as held,
+            holding(
+                model.path, self._run, how, self._place, heard, world, with_mtp=model.mtp
+            ) as held,
         ):
             model.check_unchanged()  # the files that were loaded are those that were inspected
             grams = self._grams

@@ -287,9 +287,9 @@ class WriteOptions:
     mtp: MtpChoice = option(
         "drop",
         group=_WRITE,
-        help="multi-token-prediction layers: leave them out, prune their experts (by the scores of "
-        "the last layer, where they were not observed), or keep all their experts, where "
-        "config.json can say so",
+        help="multi-token-prediction layers: leave them out, prune their experts (by their own "
+        "scores where they can be observed, else by those of the last layer), or keep all their "
+        "experts, where config.json can say so",
     )
     shard_size: int | str | None = option(
         None,

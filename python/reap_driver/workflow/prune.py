@@ -107,7 +107,7 @@ def prune(options: PruneOptions, listener: Listener | None = None) -> Pruned | C
             check_filled_folder(_matrices_beside(out), MATRICES, overwrite=True)
         job.check_journal()
         job.inspect()
-        job.model.check_files()
+        job.check_files()
         sizing = _sizing(options, job.model)
         there = resume == "auto" and os.path.lexists(out)  # it may be the output of this command
         if world.rank == 0 and not there:  # the one that writes

@@ -35,6 +35,22 @@ def force_option() -> Any:
     )
 
 
+def with_mtp_option() -> Any:
+    """Whether the multi-token-prediction layer is observed, too."""
+    return option(
+        False,
+        help="also observe the multi-token-prediction layer, so that it can be pruned by its own "
+        "scores",
+    )
+
+
+def check_with_mtp(with_mtp: bool, **others: Any) -> None:
+    """Raises OptionError for `with_mtp` together with one of other options, by name."""
+    for name, given in others.items():
+        if with_mtp and given is not None:
+            raise refused(f"`with_mtp=True`: not together with `{name}`; leave one out")
+
+
 def folds_option() -> Any:
     """Parts of the data with statistics of their own."""
     return option(

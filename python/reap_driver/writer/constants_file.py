@@ -22,7 +22,7 @@ from reap_driver.files.gram_folder import GramFolder
 from reap_driver.load.experts import read_experts
 from reap_driver.model.discover import MoELayer, find_moe_layers, record_of
 from reap_driver.planning.plan import Plan
-from reap_driver.writer.plan_checks import check_model, check_same_layers
+from reap_driver.writer.plan_checks import check_model, check_same_layers, main_layers
 from reap_kernels import LayerGram
 from reap_kernels.documents import Format
 from reap_kernels.errors import DataError, PlanError
@@ -160,6 +160,7 @@ def _chosen(
     known = _checked_sizes(sums, layers, record, folder)
     if plan is None:
         return {name: list(range(experts)) for name, (experts, _) in known.items()}
+    plan = main_layers(plan, list(layers.values()))
     check_same_layers(plan, list(layers.values()))
     check_model(plan, record, folder)
     removed = {name: list(layer.removed) for name, layer in plan.layers.items() if layer.removed}

@@ -24,7 +24,7 @@ from reap_driver.compat.pretrained import meta_model
 from reap_driver.files.checkpoint import resolve_folder
 from reap_driver.model.discover import find_moe_layers, record_of
 from reap_driver.planning.plan import Plan
-from reap_driver.writer.plan_checks import check_model, check_same_layers
+from reap_driver.writer.plan_checks import check_model, check_same_layers, main_layers
 from reap_kernels.documents import Format
 from reap_kernels.errors import PlanError
 from reap_kernels.files import replaced
@@ -95,6 +95,7 @@ def save_masks(
     config = load_config(folder, trust_remote_code=trust_remote_code)
     full = meta_model(config)
     layers = find_moe_layers(full)
+    plan = main_layers(plan, layers)
     check_same_layers(plan, layers)
     notes = check_model(plan, record_of(full, layers), folder, force=force_model)
     with replaced(path) as temporary:

@@ -1,12 +1,18 @@
 """`--mtp`: what a dry run says of multi-token-prediction layers, and what a run does with them."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+import reap_driver as rd
 from reap_driver.files.checkpoint import open_checkpoint
+from reap_driver.planning.plan import Plan
+from reap_kernels import SaliencyStats
+from reap_kernels.errors import PlanError
 from tests.driver.cli.conftest import Run, write_model
+from tests.driver.observation.test_mtp import own_tensors
 from tests.driver.writer import saved
 from tests.driver.writer.test_mtp import add_layer
 
@@ -14,18 +20,30 @@ MTP = "model.layers.3."
 LAYER = f"{MTP}mlp.experts"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_mtp(folder: Path, extra: dict[str, torch.Tensor]) -> Path:
     """GLM-4.5 shape, its fourth layer for multi-token prediction."""
-    folder = write_model(tmp_path_factory.mktemp("mtp") / "model", "glm4_moe")
+    write_model(folder, "glm4_moe")
     tensors = saved.read_all(folder)
     for path in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
         path.unlink()
     torch.manual_seed(0)
     saved.write_all(folder, tensors)
-    add_layer(folder, "model.layers.1.", MTP, {f"{MTP}eh_proj.weight": torch.randn(32, 64)})
+    add_layer(folder, "model.layers.1.", MTP, extra)
     saved.change_config(folder, num_nextn_predict_layers=1)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a layer that cannot be run: it has no norms of its own."""
+    folder = tmp_path_factory.mktemp("mtp") / "model"
+    return write_mtp(folder, {f"{MTP}eh_proj.weight": torch.randn(32, 64)})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a layer that can be run."""
+    return write_mtp(tmp_path_factory.mktemp("mtp") / "whole", own_tensors())
 
 
 def mtp_bytes(folder: Path) -> int:
@@ -56,7 +74,8 @@ def test_a_dry_run_says_what_becomes_of_them(
     assert mtp_bytes(out) == foreseen["mtp_bytes"][1]
     assert "kept multi-token-prediction layers" in done.out
     assert "6 of 8 experts in each" in done.out
-    assert f"{LAYER} (multi-token prediction): not observed" in done.out + done.err
+    assert f"{LAYER} (multi-token prediction): not observed" in done.err
+    assert "are not observed: the checkpoint has no tensor" in done.err
 
 
 def test_a_re_fit_leaves_them_as_they_were_cut(
@@ -75,3 +94,90 @@ def test_a_re_fit_leaves_them_as_they_were_cut(
     changed = {key for key in before if not saved.same_bytes(before[key], after[key])}
     assert changed
     assert not [key for key in changed if key.startswith(MTP)]
+
+
+@pytest.mark.parametrize("stream", ["never", "always"])
+def test_prune_observes_the_layer_and_prunes_it_by_its_own_scores(
+    run: Run, whole: Path, data: Path, tmp_path: Path, stream: str
+) -> None:
+    out = tmp_path / "out"
+    words = ["prune", whole, "--data", data, "--ratio", 0.25, "--seq-len", 16, "--stream", stream]
+    done = run(*words, "--mtp", "prune", "--out", out)
+    assert done.code == 0, done.err
+    assert "not observed" not in done.err
+    foreseen = run(*words, "--mtp", "prune", "--dry-run", "--json").json["model"]
+    assert foreseen["layers"] == run(*words, "--dry-run", "--json").json["model"]["layers"] + 1
+    plan = Plan.load(out / "reap/plan.json")
+    kept = plan.layers[LAYER].kept
+    assert kept != plan.layers["model.layers.2.mlp.experts"].kept
+    assert not [note for note in plan.notes if "multi-token" in note]
+    stats = SaliencyStats.load(out / "reap/stats.safetensors")
+    assert kept == rd.make_plan(rd.score(stats), ratio=0.25).layers[LAYER].kept
+    before, after = saved.read_all(whole), saved.read_all(out)
+    gate = f"{MTP}mlp.gate.weight"
+    assert torch.equal(after[gate], before[gate][list(kept)])
+    for new, old in enumerate(kept):
+        name = "down_proj.weight"
+        assert torch.equal(after[f"{LAYER}.{new}.{name}"], before[f"{LAYER}.{old}.{name}"])
+    again = run(*words, "--mtp", "prune", "--out", out, "--resume", "auto")
+    assert again.code == 0
+    assert "complete" in again.out + again.err
+    dropped = run(*words, "--out", out, "--resume", "auto")
+    assert dropped.code == 3
+    assert "mtp" in dropped.error
+
+
+def test_observed_planned_and_applied_step_by_step(
+    run: Run, whole: Path, data: Path, tmp_path: Path
+) -> None:
+    stats, plan = tmp_path / "stats.safetensors", tmp_path / "plan.json"
+    words = ["observe", whole, "--data", data, "--seq-len", 16, "--out", stats]
+    assert run(*words, "--with-mtp").code == 0
+    assert list(SaliencyStats.load(stats).layers)[-1] == LAYER
+    assert run("plan", stats, "--ratio", 0.25, "--out", plan).code == 0
+    for choice, tensors in (("prune", True), ("drop", False)):
+        out = tmp_path / choice
+        done = run("apply", whole, plan, "--mtp", choice, "--out", out)
+        assert done.code == 0, done.err
+        assert any(key.startswith(MTP) for key in saved.read_all(out)) == tensors
+    refused = run("apply", whole, plan, "--mtp", "keep", "--out", tmp_path / "keep")
+    assert "removes 2 experts" in refused.error
+    assert "give --mtp prune" in refused.error
+
+
+def test_what_evaluates_the_model_leaves_the_layer_out(
+    run: Run, whole: Path, data: Path, tmp_path: Path
+) -> None:
+    """`compare`, masks and pictures know such a plan; a search is refused its statistics."""
+    out, given = tmp_path / "out", ["--data", data, "--seq-len", 16]
+    assert run("prune", whole, *given, "--ratio", 0.25, "--mtp", "prune", "--out", out).code == 0
+    plan, stats = out / "reap/plan.json", out / "reap/stats.safetensors"
+    for pruned in (out, plan):
+        done = run("compare", whole, pruned, *given)
+        assert done.code == 0, done.err
+    masks = tmp_path / "masks.safetensors"
+    assert run("apply", whole, plan, "--as-masks", masks).code == 0
+    assert list(rd.load_masks(masks)) == [
+        "model.layers.1.mlp.experts",
+        "model.layers.2.mlp.experts",
+    ]
+    assert run("report", stats, plan, "--out", tmp_path / "report").code == 0
+    scores = rd.score(SaliencyStats.load(stats))
+    with pytest.raises(PlanError, match=r"3.* multi-token prediction.*`with_mtp=True`"):
+        rd.search_plan(rd.load_model(whole), scores, [{}], ratio=0.25)
+    deeper = json.loads(plan.read_text())
+    deeper["layers"]["model.layers.4.mlp.experts"] = deeper["layers"][LAYER]
+    plan.write_text(json.dumps(deeper))
+    assert "does not exist in this model" in run("compare", whole, plan, *given).error
+
+
+def test_observe_refuses_what_cannot_be_run(
+    run: Run, model: Path, whole: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["--data", data, "--seq-len", 16, "--out", tmp_path / "stats.safetensors"]
+    words.append("--with-mtp")
+    said = run("observe", model, *words).error
+    assert "cannot be observed: the checkpoint has no tensor" in said
+    for more in (["--gram", tmp_path / "gram"], ["--device-map", "auto"]):
+        assert "not together with" in run("observe", whole, *words, *more).error
+    assert not list(tmp_path.glob("stats*"))
