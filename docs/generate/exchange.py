@@ -8,6 +8,7 @@ _HOLDS = {
     "ranking": "a ranking of all experts",
     "counts": "rows of each expert",
     "placement": "a placement on devices",
+    "bits": "bits of each expert",
 }
 
 

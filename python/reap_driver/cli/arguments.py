@@ -187,6 +187,7 @@ _REPEATED = ("data", "recipe", "protect", "hold_out_group", "validate")
 # What text means the value of an option; of others it is the text.
 _VALUES: dict[str, Callable[[str], Any]] = {
     "batch_size": batch_size,
+    "bits": number,
     "context": positive,
     "draws": positive,
     "elites": positive,

@@ -27,6 +27,8 @@ examples:
       --criterion reap --out experts.jsonl
   reap-kernels convert stats.safetensors --plan plan.json --model MODEL \\
       --to sglang --out location.json
+  reap-kernels convert stats.safetensors --plan plan.json --to auto-round \\
+      --bits 3 --out layer_config.json
 """
 
 

@@ -73,6 +73,7 @@ class Source:
         plan: for formats made from one; of others, the plan that says which experts are left.
         criterion: that ranks experts.
         ep: devices that experts are placed on.
+        bits: of a weight of an expert, on average over the experts.
     """
 
     model: ModelFacts
@@ -80,6 +81,7 @@ class Source:
     plan: Plan | None = None
     criterion: str = "reap"
     ep: int | None = None
+    bits: float | None = None
 
     def statistics(self) -> SaliencyStats:
         """The statistics."""

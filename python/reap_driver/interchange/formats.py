@@ -13,7 +13,7 @@ from typing import Literal
 
 # Our own files, by what they hold.
 OWN = ("stats", "plan")
-Holds = Literal["stats", "plan", "ranking", "counts", "placement"]
+Holds = Literal["stats", "plan", "ranking", "counts", "placement", "bits"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class ForeignFormat:
     Attributes:
         name: by which it is asked for.
         what: a file of it, in words.
-        holds: "stats" or "plan" is what it is imported as; a ranking, counts or a placement of
-            experts is only written.
+        holds: "stats" or "plan" is what it is imported as; a ranking, counts, bits or a placement
+            of experts is only written.
         made_from: "stats" or "plan", which it is written from.
         module: of this package.
         reads, writes: whether it can be.
@@ -131,6 +131,23 @@ _FORMATS = (
         options=("plan",),
         needs=("model",),
         suffix=".json",
+    ),
+    ForeignFormat(
+        "csv",
+        "table of the experts, CSV",
+        "ranking",
+        "stats",
+        "expert_table",
+        options=("plan", "criterion", "bits"),
+    ),
+    ForeignFormat(
+        "auto-round",
+        "layer_config of AutoRound, bits by expert",
+        "bits",
+        "stats",
+        "auto_round_bits",
+        options=("plan", "bits"),
+        needs=("bits",),
     ),
 )
 FORMATS: Mapping[str, ForeignFormat] = {one.name: one for one in _FORMATS}

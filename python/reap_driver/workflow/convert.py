@@ -162,7 +162,7 @@ def _write(
                 "give one that was made from them"
             )
     stats = content if isinstance(content, SaliencyStats) else None
-    source = Source(model, stats, kept, options.criterion, options.ep)
+    source = Source(model, stats, kept, options.criterion, options.ep, options.bits)
     with replaced(out) as temporary:
         notes: list[str] = wanted.code().write(temporary, source)
     if wanted.named and out.name != wanted.named:

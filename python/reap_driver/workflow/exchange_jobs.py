@@ -57,6 +57,12 @@ class ConvertOptions:
     ep: int | None = option(
         None, metavar="N", help="devices that share the experts out, for maps of them"
     )
+    bits: float | None = option(
+        None,
+        metavar="B",
+        help="average bits of the experts' weights, such as 3; those whose outputs weigh more get "
+        "more",
+    )
     trust_remote_code: bool = trust_option()
     overwrite: bool = overwrite_option()
 
@@ -84,11 +90,11 @@ class ConvertOptions:
 
     def _check_unused(self, used: tuple[str, ...]) -> None:
         """Raises OptionError for options that the format has no use for."""
-        for name, usual in (("plan", None), ("criterion", "reap"), ("ep", None)):
+        for name, usual in (("plan", None), ("criterion", "reap"), ("ep", None), ("bits", None)):
             value = getattr(self, name)
             if name not in used and value != usual:
                 fits = [one.name for one in FORMATS.values() if name in one.options]
-                shown = value if isinstance(value, str | int) else "..."
+                shown = value if isinstance(value, str | int | float) else "..."
                 raise refused(f"`{name}={shown}`: only with `to` as one of {', '.join(fits)}")
 
 

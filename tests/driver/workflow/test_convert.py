@@ -33,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 def extra(to: str, root: Path) -> dict[str, Any]:
     """What a format needs besides."""
-    return {"ep": 2} if to == "vllm-ascend-map" else {}
+    return {"vllm-ascend-map": {"ep": 2}, "auto-round": {"bits": 3.0}}.get(to, {})
 
 
 @pytest.mark.parametrize("to", [one.name for one in FORMATS.values() if one.writes])
