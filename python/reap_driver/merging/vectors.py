@@ -63,12 +63,14 @@ def output_sums(hidden: Tensor, experts: ExpertWeights, backend: str | None) -> 
     """
     count = experts.num_experts
     total = hidden.new_zeros(count, experts.hidden_size, dtype=torch.float64)
-    for part in _parts(hidden, _CHUNK_ELEMENTS // (count * experts.hidden_size)):
-        ids = torch.arange(count, device=hidden.device).expand(len(part), count)
-        routing = sort_by_expert(ids, count, backend=backend)
-        rows = expert_outputs(part, routing, experts, backend=backend)
-        # Every expert has a row of every token, one expert after the other.
-        total += rows.view(count, len(part), -1).sum(dim=1, dtype=torch.float64)
+    for part in _parts(hidden, _CHUNK_ELEMENTS // experts.hidden_size):
+        # Some experts for all tokens: each expert's weights are read once.
+        some = max(_CHUNK_ELEMENTS // part.numel(), 1)
+        for own in torch.arange(count, device=hidden.device).split(some):
+            routing = sort_by_expert(own.expand(len(part), -1), count, backend=backend)
+            rows = expert_outputs(part, routing, experts, backend=backend)
+            # Each of these experts has a row of every token, one expert after the other.
+            total[own] += rows.view(len(own), len(part), -1).sum(dim=1, dtype=torch.float64)
     return total
 
 

@@ -82,13 +82,14 @@ def test_logits_are_those_of_the_routers(name: str) -> None:
         torch.testing.assert_close(found.logit_similarity, cosines, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("elements", [5 * 32, 3 * 8 * 32])  # few tokens, or few experts, at a time
 @pytest.mark.parametrize("name", NAMES)
-def test_text_in_parts_is_the_same_as_at_once(name: str, monkeypatch) -> None:
+def test_text_in_parts_is_the_same_as_at_once(name: str, elements: int, monkeypatch) -> None:
     config, model = zoo.tiny(name)
     ids = zoo.tiny_inputs(name, config)["input_ids"]
     with rd.observe_vectors(model) as whole:
         whole(input_ids=ids)
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 3 * 8 * 32)  # three tokens at a time
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", elements)
     with rd.observe_vectors(model) as parts:
         for row in ids:
             parts(input_ids=row[None])
