@@ -18,6 +18,7 @@ from tests.fuzz.data_readers import data
 from tests.fuzz.exchange_readers import exchanged
 from tests.fuzz.format_readers import containers, formats
 from tests.fuzz.sum_readers import sums
+from tests.fuzz.weight_readers import weights
 from tests.fuzz.world import World, command
 
 
@@ -30,6 +31,7 @@ def readers(world: World) -> list[Reader]:
         *exchanged(world),
         *checkpoints(world),
         *data(world),
+        *weights(world),
         *_words_and_variables(world),
     ]
 

@@ -14,6 +14,7 @@ from reap_driver.files.quantization import REMEDY, Quantization
 from reap_driver.load import bitsandbytes, compressed_matrices, nvfp4, packed_matrices
 from reap_driver.load.tensor_reader import Readable, StoredTensor
 from reap_kernels.errors import UnsupportedModel
+from reap_kernels.schema import short
 
 # Makes the tensors of a checkpoint, dequantized. Arguments: the tensors as stored by key, the
 # quantizer's settings, the checkpoint's name for error messages, and where matrices are computed.
@@ -66,7 +67,7 @@ def is_plain(tensor: Readable) -> bool:
 def method_by(name: str) -> Method:
     """The method of this `quant_method`; one without a reader if it is not known."""
     known = METHODS.get(_ALIASES.get(name, name))
-    return Method(f"the method {name!r}") if known is None else known
+    return Method(f"the method {short(name)}") if known is None else known
 
 
 def plain_weights(
