@@ -11,7 +11,7 @@ import torch
 
 from reap_driver.compat.pretrained import DEQUANTIZED_ON_LOAD
 from reap_driver.files.quantization import REMEDY, Quantization
-from reap_driver.load import bitsandbytes, compressed_matrices, nvfp4, packed_matrices
+from reap_driver.load import bitsandbytes, compressed_matrices, nvfp4, packed_matrices, torchao
 from reap_driver.load.tensor_reader import Readable, StoredTensor
 from reap_kernels.errors import UnsupportedModel
 from reap_kernels.schema import short
@@ -49,7 +49,7 @@ METHODS = {
     "modelopt": Method("ModelOpt", nvfp4.modelopt_weights),
     "mxfp4": Method("MXFP4"),
     "quanto": Method("quanto"),
-    "torchao": Method("torchao"),
+    "torchao": Method("torchao", torchao.plain_weights),
 }
 # Other names of the same methods.
 _ALIASES = {"intel/auto-round": "auto-round"}

@@ -135,6 +135,11 @@ class StoredTensor(Readable):
         self._reading: PendingTensor | None = None
         self.nbytes = entry.nbytes
 
+    @property
+    def file(self) -> Path:
+        """The file that holds it."""
+        return self._entry.file
+
     def start(self) -> None:
         """Starts to read."""
         if self._entry.dtype not in DTYPES:

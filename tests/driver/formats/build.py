@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Format:
         routers: whether routers are packed too.
         change: makes other tensors of the whole; given all, and the pack function.
         dtype: of what is not packed.
+        describe: makes the metadata of the file; given all tensors.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Format:
     routers: bool = False
     change: Callable[[Parts, Pack], Parts] | None = None
     dtype: torch.dtype = torch.bfloat16
+    describe: Callable[[Parts], dict[str, str]] | None = None
 
     @property
     def id(self) -> str:
@@ -74,7 +77,8 @@ class Format:
         for path in source.iterdir():
             if path.suffix == ".json" and not path.name.endswith("index.json"):
                 (folder / path.name).write_bytes(path.read_bytes())
-        save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+        metadata = {"format": "pt", **({} if self.describe is None else self.describe(packed))}
+        save_file(packed, folder / "model.safetensors", metadata=metadata)
         config = json.loads((folder / "config.json").read_text())
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         if self.settings is not None:
@@ -185,11 +189,7 @@ def quanto(rows: int, columns: int) -> Parts:
 
 
 def torchao(rows: int, columns: int) -> Parts:
-    return {
-        "_weight_qdata": torch.randint(-8, 8, (rows, columns)).to(torch.int8),
-        "_weight_scale": torch.rand(rows, columns // 32).bfloat16(),
-        "_weight_zero_point": torch.zeros(rows, columns // 32).to(torch.int8),
-    }
+    return values.scaled(rows, columns, group=32)[0]
 
 
 def packed_int4(rows: int, columns: int) -> Parts:
@@ -294,6 +294,7 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "z
 AUTO_ROUND = {**GPTQ, "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
 BNB_4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 BNB_8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+TORCHAO = {"quant_method": "torchao", "quant_type": "int8_weight_only"}
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 
 
@@ -340,7 +341,9 @@ FORMATS = [
     Format("HQQ", EACH, {"quant_method": "hqq"}, hqq),
     Format("EETQ", EACH, {"quant_method": "eetq", "weights": "int8"}, eetq),
     Format("quanto", EACH, {"quant_method": "quanto", "weights": "int8"}, quanto),
-    Format("torchao", EACH, {"quant_method": "torchao", "quant_type": "int4_weight_only"}, torchao),
+    Format("torchao", EACH, TORCHAO, torchao, describe=values.torchao_metadata),
+    Format("torchao packed for a kernel", EACH, TORCHAO, torchao,
+           describe=partial(values.torchao_metadata, kind="Int4TilePackedTo4dTensor")),
     Format("ModelOpt FP8", EACH, {"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_modelopt),
     Format("ModelOpt NVFP4", EACH, MODELOPT, nvfp4),
     Format("ModelOpt NVFP4 without quantization_config", EACH, None, nvfp4),

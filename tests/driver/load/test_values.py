@@ -16,8 +16,8 @@ from reap_driver.files.safetensors_file import read_header
 from reap_driver.load.methods import plain_weights
 from reap_driver.load.tensor_reader import TensorReader, start, stored
 from reap_kernels.errors import CheckpointError, UnsupportedModel
-from tests.driver.formats.build import BNB_4, CT_NVFP4, MODELOPT
-from tests.driver.load.values import Parts, blocks, nvfp4, rows_of_bytes
+from tests.driver.formats.build import BNB_4, CT_NVFP4, MODELOPT, TORCHAO
+from tests.driver.load.values import Parts, blocks, nvfp4, rows_of_bytes, scaled, torchao_metadata
 
 Make = Callable[..., tuple[Parts, Tensor]]
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -39,11 +39,16 @@ CASES: dict[str, tuple[Make, dict[str, Any]]] = {
 
 
 def read(
-    folder: Path, parts: Parts, settings: dict[str, Any], device: str = "cpu"
+    folder: Path,
+    parts: Parts,
+    settings: dict[str, Any],
+    device: str = "cpu",
+    metadata: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The tensors of a checkpoint with one matrix, `a.b.weight`."""
     path = folder / "model.safetensors"
-    save_file({f"a.b.{leaf}": part.contiguous() for leaf, part in parts.items()}, path)
+    tensors = {f"a.b.{leaf}": part.contiguous() for leaf, part in parts.items()}
+    save_file(tensors, path, metadata=metadata or {})
     reader = TensorReader()
     found = stored(read_header(path).tensors, reader)
     quantization = Quantization(settings["quant_method"], settings)
@@ -194,3 +199,83 @@ def test_groups_of_another_size_and_parts_of_another_format(tmp_path: Path) -> N
     other["config_groups"] = {"group_0": {**group, "weights": weights}}
     with pytest.raises(CheckpointError, match="has a weight_global_scale, but no group"):
         read(tmp_path, make(8, 32)[0], other)
+
+
+AO: dict[str, tuple[Make, dict[str, str]]] = {
+    "Int8Tensor": (scaled, {}),
+    "Int8Tensor without zero points": (partial(scaled, zeros=False), {}),
+    "IntxUnpackedToInt8Tensor": (
+        partial(scaled, group=16, scales=torch.bfloat16),
+        {"kind": "IntxUnpackedToInt8Tensor"},
+    ),
+    "Float8Tensor": (partial(scaled, kind="Float8Tensor"), {"kind": "Float8Tensor"}),
+    "float32": (partial(scaled, group=16, dtype="float32"), {"dtype": "float32"}),
+}
+
+
+def read_torchao(folder: Path, parts: Parts, **said: str) -> dict[str, Any]:
+    metadata = torchao_metadata({f"a.b.{leaf}": part for leaf, part in parts.items()}, **said)
+    return read(folder, parts, TORCHAO, metadata=metadata)
+
+
+@pytest.mark.parametrize("name", AO)
+def test_values_of_torchao(name: str, tmp_path: Path) -> None:
+    make, said = AO[name]
+    parts, value = make(24, 48, seed=5)
+    found = read_torchao(tmp_path, {**parts, "bias": torch.ones(24)}, **said)
+    assert sorted(found) == ["a.b.bias", "a.b.weight"]
+    matrix = found["a.b.weight"]
+    assert (matrix.get_shape(), matrix.get_dtype()) == ([24, 48], NAMES[value.dtype])
+    assert torch.equal(matrix[...], value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lacking("_weight_scale"), "has no a.b._weight_scale; download"),
+        (
+            having("_weight_qdata", torch.zeros(24, 48)),
+            r"has codes F32 \[24, 48\], and a Int8Tensor",
+        ),
+        (having("_weight_scale", torch.ones(24, 5)), r"has scale \[24, 5\] for \[24, 48\]"),
+    ],
+)
+def test_damaged_parts_of_torchao(
+    change: Callable[[Parts], Parts], says: str, tmp_path: Path
+) -> None:
+    parts = scaled(24, 48)[0]
+    metadata = torchao_metadata({f"a.b.{leaf}": part for leaf, part in parts.items()})
+    with pytest.raises(CheckpointError, match=f"here: a.b.weight {says}"):
+        read(tmp_path, change(parts), TORCHAO, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind", "says"),
+    [
+        ({"_type": "Int4Tensor"}, UnsupportedModel, "is a torchao 'Int4Tensor'; Int8Tensor, "),
+        ({"_type": "Int8Tensor"}, CheckpointError, "metadata of 'a.b.weight' are not readable"),
+        ({"_type": 7}, CheckpointError, "'_type' is 7"),
+        (
+            {
+                "_type": "Int8Tensor",
+                "_data": {"block_size": [1, 48], "dtype": {"_data": "float64"}},
+            },
+            UnsupportedModel,
+            "has the dtype 'float64'; bfloat16, float16, float32 can be read",
+        ),
+        (
+            {
+                "_type": "Int8Tensor",
+                "_data": {"block_size": [1, 48], "dtype": {"_data": "bfloat16"}},
+                "_tensor_data_names": ["qdata", "scale", "act_pre_scale"],
+            },
+            UnsupportedModel,
+            "has the parts qdata, scale, act_pre_scale; qdata, scale and zero_point can be read",
+        ),
+    ],
+)
+def test_torchao_that_is_not_read(
+    entry: dict[str, Any], kind: type[Exception], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=says):
+        read(tmp_path, scaled(24, 48)[0], TORCHAO, metadata={"a.b.weight": json.dumps(entry)})

@@ -113,3 +113,63 @@ def rows_of_bytes(rows: int, columns: int, *, seed: int = 0) -> tuple[Parts, Ten
     parts = {"weight": torch.from_numpy(codes), "SCB": torch.from_numpy(scales)}
     parts["weight_format"] = torch.tensor(0, dtype=torch.uint8)
     return parts, torch.from_numpy(value)
+
+
+def scaled(
+    rows: int,
+    columns: int,
+    *,
+    kind: str = "Int8Tensor",
+    group: int | None = None,
+    dtype: str = "bfloat16",
+    scales: torch.dtype = torch.float32,
+    zeros: bool = True,
+    seed: int = 0,
+) -> tuple[Parts, Tensor]:
+    """A matrix of one of torchao's classes, and its values; `torchao_metadata` describes it."""
+    rng = np.random.default_rng(seed)
+    wide = group or columns
+    factors = torch.from_numpy(rng.uniform(0.001, 0.01, (rows, columns // wide))).to(scales)
+    points = rng.integers(-8, 8, factors.shape).astype(np.int8)
+    if kind == "Float8Tensor":
+        bits = rng.integers(0, 127, (rows, columns), dtype=np.uint8)
+        codes = torch.from_numpy(bits).view(torch.float8_e4m3fn)
+        numbers, zeros = [[e4m3(int(code)) for code in row] for row in bits], False
+    else:
+        codes = torch.from_numpy(rng.integers(-128, 128, (rows, columns)).astype(np.int8))
+        numbers = codes.tolist()
+    value = np.empty((rows, columns), dtype=F32)
+    for row in range(rows):
+        for column in range(columns):
+            place = row, column // wide
+            point = int(points[place]) if zeros else 0
+            value[row, column] = F32(numbers[row][column] - point) * F32(factors[place].item())
+    parts = {"_weight_qdata": codes, "_weight_scale": factors}
+    if zeros:
+        parts["_weight_zero_point"] = torch.from_numpy(points)
+    return parts, torch.from_numpy(value).to(getattr(torch, dtype))
+
+
+def torchao_metadata(
+    tensors: Parts, kind: str = "Int8Tensor", dtype: str = "bfloat16"
+) -> dict[str, str]:
+    """What torchao writes into the metadata of a file with these tensors."""
+    said = {}
+    for key, codes in tensors.items():
+        module, found, _ = key.partition("_weight_qdata")
+        if found:
+            rows, columns = codes.shape
+            scale = tensors[f"{module}_weight_scale"].shape
+            leaves = ("qdata", "scale", "zero_point")
+            entry = {
+                "_type": kind,
+                "_data": {
+                    "block_size": [rows // scale[0], columns // scale[1]],
+                    "dtype": {"_type": "torch.dtype", "_data": dtype},
+                },
+                "_tensor_data_names": [
+                    leaf for leaf in leaves if f"{module}_weight_{leaf}" in tensors
+                ],
+            }
+            said[f"{module}weight"] = json.dumps(entry)
+    return {**said, "tensor_names": json.dumps(list(said))}
