@@ -47,11 +47,11 @@ def hc_smoe(vectors: Mapping[str, LayerVectors], ratio: float) -> dict[str, list
     Returns:
         {layer: label of each expert's group}.
     """
-    found = {}
-    for name, layer in vectors.items():
-        means = _needed(name, layer.mean_outputs, "outputs")
-        found[name] = average_linkage(means, len(means) - floor_of(len(means), ratio))
-    return found
+    points = {n: _needed(n, layer.mean_outputs, "outputs") for n, layer in vectors.items()}
+    return {
+        name: average_linkage(means, len(means) - floor_of(len(means), ratio))
+        for name, means in points.items()
+    }
 
 
 def m_smoe(vectors: Mapping[str, LayerVectors], ratio: float) -> dict[str, list[int]]:

@@ -46,7 +46,8 @@ class VectorObserver(Observer):
 
     def __enter__(self) -> "VectorObserver":
         super().__enter__()
-        self._exit.enter_context(self._logits)
+        if self.logits:
+            self._exit.enter_context(self._logits)
         return self
 
     @property

@@ -158,10 +158,15 @@ def test_statistics_and_outputs_are_those_of_observe() -> None:
     for layer, stats in plain.stats.layers.items():
         for one, two in zip(stats.packed(), obs.stats.layers[layer].packed(), strict=True):
             assert torch.equal(one, two)
-    # Outside, nothing is seen any more.
+    once = obs.vectors
     with torch.no_grad():
-        model(**inputs)
-    assert all(v.tokens == inputs["input_ids"].numel() for v in obs.vectors.values())
+        model(**inputs)  # outside, where nothing is seen
+    assert all(torch.equal(v.output_sum, once[n].output_sum) for n, v in obs.vectors.items())
+    with obs:
+        obs(**inputs)
+    for layer, vectors in obs.vectors.items():
+        assert vectors.tokens == 2 * inputs["input_ids"].numel()
+        torch.testing.assert_close(vectors.logit_products, 2 * once[layer].logit_products)
 
 
 def test_nothing_is_summed_unless_asked_for() -> None:
