@@ -124,12 +124,14 @@ def remarks(served: Served, server: Server) -> list[str]:
 
 def _of_the_group(server: Server) -> Iterator[str]:
     """Sizes of parallel groups that do not go together."""
-    if server.engine == "sglang" and server.tp % server.ep:
+    if _goes(server.ep, server):
+        return
+    if server.engine == "sglang":
         yield (
             f"SGLang shares experts out among a part of the GPUs of tensor parallelism, and "
             f"`ep={server.ep}` does not divide `tp={server.tp}`; use a divisor"
         )
-    if server.engine == "vllm" and server.ep > 1 and server.ep % server.tp:
+    else:
         yield (
             f"vLLM shares experts out among all GPUs, tensor-parallel size times data-parallel "
             f"size, and `ep={server.ep}` is no multiple of `tp={server.tp}`; use one"
@@ -167,7 +169,7 @@ def _of_counts(served: Served, facts: Mapping[str, Any], server: Server) -> Iter
         yield f"the router for {kind} has no kernel for {experts} experts; keep {offers}"
     strict = server.engine == "sglang" or kind in _EQUAL_SHARES
     if strict and experts % server.ep:
-        fits = ", ".join(map(str, _divisors(experts, server.ep)))
+        fits = ", ".join(str(n) for n in _divisors(experts, server.ep) if _goes(n, server))
         yield (
             f"{experts} experts are not shared out equally among {server.ep} GPUs; keep a multiple "
             f"of {server.ep}, or use `ep` as one of {fits}"
@@ -185,6 +187,11 @@ def _of_width(served: Served, width: int, server: Server) -> Iterator[str]:
     if fits:
         remedy = f"divide them among {max(fits)} at most, or leave experts whole by `ep`"
     yield f"{width} neurons of each expert do not divide into {parts} parts{blocks}; {remedy}"
+
+
+def _goes(ep: int, server: Server) -> bool:
+    """Whether an engine can share experts out among so many GPUs at its tensor-parallel size."""
+    return ep == 1 or (server.tp % ep if server.engine == "sglang" else ep % server.tp) == 0
 
 
 def _divisors(number: int, most: int) -> list[int]:

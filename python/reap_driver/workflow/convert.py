@@ -33,7 +33,7 @@ class Converted(Result):
         out: the file that was written; None: none.
 
     Example:
-        >>> rd.convert(plan, "riy", out="profile.json").facts()["to"]
+        >>> rd.convert(plan, "riy", out="riy.json").facts()["to"]
         'riy'
     """
 

@@ -38,7 +38,7 @@ REFUSED: dict[str, tuple[Served, Server, str]] = {
         served(num_experts=90),
         Server("sglang", tp=4, ep=4),
         "90 experts are not shared out equally among 4 GPUs; keep a multiple of 4, or use `ep` as "
-        "one of 1, 2, 3",
+        "one of 1, 2",
     ),
     "strict shares": (
         served("deepseek_v4", num_experts=192),
