@@ -18,6 +18,7 @@ from tests.driver.published.checkpoint import write_checkpoint, write_tokenizer
 from tests.driver.published.expected import dequantized, read_tensors
 from tests.driver.published.models import MODELS
 from tests.driver.published.reduce import get_field
+from tests.driver.writer import narrow_plans
 
 # Architecture -> the published model whose configuration it is tested with.
 PUBLISHED = {
@@ -88,6 +89,17 @@ def write_unequal(whole: Checkpoint, folder: Path) -> Path:
     plan = rd.make_plan(rd.score(stats), ratio=RATIO, layer_ratios=ratios)
     rd.apply_plan(whole.folder, plan, folder, non_uniform=True)
     return folder
+
+
+def write_narrow(pair: Pair, folder: Path) -> Checkpoint:
+    """The pruned model, whose experts keep three quarters of their neurons and get new, random down
+    projections. Shared experts, which the same field sizes, become two, wider than before.
+    """
+    model = rd.load_model(pair.whole.folder)
+    plan = narrow_plans.narrowed(pair.plan, model, lambda width: 3 * width // 4)
+    matrices = narrow_plans.random_matrices(model, plan)
+    rd.apply_plan(pair.whole.folder, plan, folder, matrices=matrices)
+    return _checkpoint(PUBLISHED[pair.architecture], folder)
 
 
 def write_quantized(pair: Pair, folder: Path) -> Checkpoint:

@@ -17,6 +17,7 @@ from tests.interop.engines.models import (
     Checkpoint,
     difference,
     divergence,
+    write_narrow,
     write_quantized,
     write_unequal,
 )
@@ -81,6 +82,17 @@ def test_fp8_checkpoints_are_converted_as_they_are(
     file = convert(checkpoint.folder, tmp_path / "pruned.gguf")
     found = logprobs(file, checkpoint.logprobs.shape[1])
     assert fields(file)["expert_count"] == checkpoint.experts
+    assert difference(checkpoint, ROWS, found) < BOUND
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "glm4_moe", "deepseek_v3"])
+def test_experts_with_fewer_neurons_compute_the_same(
+    architecture: str, pairs: Pairs, tmp_path: Path
+) -> None:
+    checkpoint = write_narrow(pairs(architecture), tmp_path / "narrow")
+    file = convert(checkpoint.folder, tmp_path / "narrow.gguf")
+    found = logprobs(file, checkpoint.logprobs.shape[1])
+    assert fields(file)["expert_feed_forward_length"] == 24
     assert difference(checkpoint, ROWS, found) < BOUND
 
 

@@ -14,7 +14,16 @@ from mlx_lm.utils import load_model
 from transformers import AutoConfig
 
 from tests.interop.engines.fixtures import Compare, Pairs, Ran
-from tests.interop.engines.models import PUBLISHED, TOKENS, Checkpoint, divergence, write_unequal
+from tests.interop.engines.models import (
+    BOUND,
+    PUBLISHED,
+    TOKENS,
+    Checkpoint,
+    difference,
+    divergence,
+    write_narrow,
+    write_unequal,
+)
 
 mx.set_default_device(mx.cpu)
 ROWS = list(range(len(TOKENS)))
@@ -45,6 +54,16 @@ def test_logprobs_are_those_of_transformers(architecture: str, compare: Compare)
         return Ran(experts, model.args.num_experts_per_tok, ROWS, logprobs(model))
 
     compare(architecture, run)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "glm4_moe", "deepseek_v3"])
+def test_experts_with_fewer_neurons_compute_the_same(
+    architecture: str, pairs: Pairs, tmp_path: Path
+) -> None:
+    checkpoint = write_narrow(pairs(architecture), tmp_path / "narrow")
+    model, _ = load_model(checkpoint.folder)
+    assert model.args.moe_intermediate_size == 24
+    assert difference(checkpoint, ROWS, logprobs(model)) < BOUND
 
 
 def test_eight_bits_cost_the_pruned_model_little(pairs: Pairs, tmp_path: Path) -> None:
