@@ -8,7 +8,6 @@ is, whatever the settings say.
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal
 
 from reap_driver.files.quantization import AUTO_ROUND_FORMATS
@@ -48,7 +47,7 @@ _WHOLE = Record(
         "dynamic": OrNull(MapOf(MapOf(Anything()))),
         "extra_config": OrNull(MapOf(OrNull(MapOf(Anything())))),
         "modules_to_not_convert": OrNull(ListOf(Text())),
-        "modules_in_block_to_quantize": OrNull(ListOf(ListOf(Text()))),
+        "modules_in_block_to_quantize": OrNull(ListOf(Anything())),
     },
     open=True,
 )
@@ -56,6 +55,7 @@ _WHOLE = Record(
 _CHANGES = (
     "adapter",
     "is_marlin_format",
+    "rotated",
     "rotation",
     "rotation_config",
     "spinquant_config",
@@ -150,7 +150,7 @@ def read_scheme(method: str, settings: Mapping[str, Any], modules: Set[str], whe
         _Rule(f"{where}.modules_to_not_convert", _inside(name), None)
         for name in settings.get("modules_to_not_convert") or ()
     ]
-    listed = frozenset(chain(*(settings.get("modules_in_block_to_quantize") or ())))
+    listed = _listed(settings, where)
     if listed:
         field = f"{where}.modules_in_block_to_quantize"
         rules.append(_Rule(field, lambda module: _absent(module, listed), None))
@@ -282,12 +282,22 @@ def _gptqmodel(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
+def _listed(settings: Mapping[str, Any], where: str) -> frozenset[str]:
+    """Names in `modules_in_block_to_quantize`: a list of lists, or one list."""
+    names: list[Any] = []
+    for found in settings.get("modules_in_block_to_quantize") or ():
+        names += found if isinstance(found, list) else [found]
+    check_types(names, ListOf(Text()), f"{where}.modules_in_block_to_quantize")
+    return frozenset(names)
+
+
 def _inside(name: str) -> Callable[[str], bool]:
     """Whether a module has this name, ends with it, or is inside one of this name."""
     return lambda module: f".{module}".endswith(f".{name}") or module.startswith(f"{name}.")
 
 
 def _absent(module: str, listed: Set[str]) -> bool:
-    """Whether a module of a layer is not in a list of names relative to its layer."""
-    in_layer = any(part.isdigit() for part in module.split("."))
-    return in_layer and not any(module.endswith(f".{name}") for name in listed)
+    """Whether a module of a layer is not in a list of names, whole or relative to its layer."""
+    parts = module.split(".")
+    ends = {".".join(parts[start:]) for start in range(len(parts))}
+    return any(part.isdigit() for part in parts) and not ends & listed

@@ -1,7 +1,7 @@
 """Loading a whole model into memory for observation."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from reap_driver.load.streamed_model import (
     device_named,
     opened_model,
     text_layers_first,
+    without_zero_biases,
 )
-from reap_driver.load.tensor_reader import TensorReader, stored
+from reap_driver.load.tensor_reader import Readable, TensorReader, stored
 from reap_kernels.errors import UnsupportedModel, UsageError
 
 
@@ -74,7 +75,7 @@ def load_model(
                 "stream the model"
             )
         config, source = checked_files(path_or_id, trust_remote_code)
-        with _read_by_library(path_or_id, source):
+        with _read_by_library(path_or_id, source) as tensors:
             model, info = from_checkpoint(
                 path_or_id,
                 config,
@@ -83,7 +84,7 @@ def load_model(
                 device_map=device_map,
                 offload_folder=offload_folder,
             )
-        check_loading(path_or_id, info, model)
+            check_loading(path_or_id, without_zero_biases(info, tensors), model)
         source.fingerprints.check()
         return model
     where = device_named(device)
@@ -97,18 +98,20 @@ def load_model(
 
 
 @contextmanager
-def _read_by_library(path_or_id: str | Path, source: Checkpoint) -> Iterator[None]:
+def _read_by_library(
+    path_or_id: str | Path, source: Checkpoint
+) -> Iterator[Mapping[str, Readable]]:
     """Inside, the library's loading gets the matrices that are dequantized here in place of the
-    stored ones.
+    stored ones. Yields all tensors, by key.
     """
     with contextlib.closing(TensorReader(source.fingerprints)) as reader:
         found = stored(source.tensors, reader)
         tensors = plain_weights(found, quantization_of(source), path_or_id, torch.device("cpu"))
         if tensors == found:
-            yield
+            yield tensors
             return
         with load_in_parts(tensors, lambda model: []) as parts:
-            yield
+            yield tensors
         if "disk" in getattr(parts.model, "hf_device_map", {}).values():
             # accelerate would read the quantized weights from the checkpoint's files again.
             raise UnsupportedModel(

@@ -7,7 +7,7 @@ differently at other alignments, so the same weights in other shards would give 
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -230,7 +230,7 @@ def opened_model(
             )
         model.config.name_or_path = str(path_or_id)
         parts.restore()
-        check_loading(path_or_id, info, model)
+        check_loading(path_or_id, without_zero_biases(info, tensors), model)
         if device.type != "cpu":
             model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
         # Only now: page-locked memory is never freed, and tensors outside layers are read only
@@ -242,6 +242,18 @@ def opened_model(
         finally:
             streamed.close()
         source.fingerprints.check()
+
+
+def without_zero_biases(info: dict[str, Any], tensors: Mapping[str, Readable]) -> dict[str, Any]:
+    """The library's loading report without biases that the model does not have and that are zero,
+    which older versions of AutoGPTQ gave every layer that they quantized.
+    """
+
+    def adds_nothing(key: str) -> bool:
+        return key.endswith(".bias") and key in tensors and not tensors[key][...].any()
+
+    unused = [key for key in info.get("unexpected_keys") or () if not adds_nothing(key)]
+    return {**info, "unexpected_keys": unused}
 
 
 def mtp_refused(path_or_id: str | Path, reason: str) -> UnsupportedModel:

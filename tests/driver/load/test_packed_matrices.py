@@ -1,5 +1,6 @@
 """Weights of GPTQ, AWQ and AutoRound: values as the formats define them, streamed as resident."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import reap_driver as rd
+from reap_driver.compat.model_config import load_config
+from reap_driver.compat.pretrained import read_model
 from reap_driver.files.checkpoint import open_checkpoint
 from reap_driver.files.quantization import Quantization, method_of
 from reap_driver.files.safetensors_file import read_header
 from reap_driver.load.methods import plain_weights
 from reap_driver.load.resident import load_model
 from reap_driver.load.tensor_reader import Readable, TensorReader, start, stored
+from reap_driver.memory.checkpoint_size import estimated
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from tests.driver.load.words import CASES, LESS, V2, WORDS, auto_round, awq, gptq, matrix
 from tests.driver.published.reduce import VOCAB
@@ -177,6 +181,7 @@ def test_a_packed_module_that_settings_except(name: str, tmp_path: Path) -> None
     [
         gptq(modules_to_not_convert=["mlp.gate", "model.layers.30", "experts.7.down"]),
         gptq(modules_in_block_to_quantize=[["self_attn.o_proj"], ["mlp.experts.7.down_proj"]]),
+        gptq(modules_in_block_to_quantize=[MODULE]),
         auto_round(block_name_to_quantize="model.layers", extra_config={"lm_head": {"bits": 16}}),
     ],
 )
@@ -251,7 +256,7 @@ SPOILED: list[tuple[dict[str, Any], str]] = [
     (auto_round(extra_config={"(": {"bits": 8}}), "is not a regular expression"),
     (auto_round(packing=7), "'packing_format' is 7"),  # type: ignore[arg-type]
     (gptq(meta=["gptqmodel:7.0"]), "'meta' is"),
-    (gptq(modules_in_block_to_quantize=["a"]), "'modules_in_block_to_quantize"),
+    (gptq(modules_in_block_to_quantize=["a", 7]), "modules_in_block_to_quantize: .* is 7"),
 ]
 
 
@@ -290,6 +295,54 @@ def test_models(name: str, tmp_path: Path) -> None:
     stats, opened = passes.streamed(folder, data)
     passes.assert_same_bits(stats, passes.resident(folder, data, model=mine))
     assert opened.bytes_read == open_checkpoint(folder).nbytes
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_biases_that_the_model_does_not_have(value: float, tmp_path: Path) -> None:
+    """AutoGPTQ once gave every layer one, of zeros."""
+    folder, plain = checkpoints("qwen3_moe", tmp_path, {LINEAR: "gptq"}, gptq(), cases=CASES)
+    tensors = saved.read_all(folder)
+    scales = {key: tensor for key, tensor in tensors.items() if key.endswith(".scales")}
+    tensors |= {
+        key.replace(".scales", ".bias"): torch.full(tensor.shape[1:], value).half()
+        for key, tensor in scales.items()
+    }
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for options in ({}, {"device_map": {"": "cpu"}}):
+        if value:
+            with pytest.raises(CheckpointError, match=r"unknown to the model, first .*bias"):
+                load_model(folder, **options)
+            continue
+        found = load_model(folder, **options).state_dict()
+        for key, tensor in load_model(plain).state_dict().items():
+            assert torch.equal(found[key], tensor), key
+
+
+def test_settings_in_a_file_beside_config_json(tmp_path: Path) -> None:
+    """As AutoGPTQ and AutoAWQ first wrote them."""
+    folder, plain = checkpoints("qwen3_moe", tmp_path, {LINEAR: "gptq"}, gptq(), cases=CASES)
+    config = json.loads((folder / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    del settings["quant_method"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    found = load_model(folder).state_dict()
+    for key, tensor in load_model(plain).state_dict().items():
+        assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.parametrize("name", ["auto-round 3 bits", "auto-round 8 bits, asymmetric"])
+def test_estimated_size(name: str, tmp_path: Path) -> None:
+    """From config.json alone, the bytes that the files have."""
+    settings = CASES[name][0]
+    folder, _ = checkpoints("qwen3_moe", tmp_path, {LINEAR: name}, settings, cases=CASES)
+    config, model = read_model(folder)
+    assert estimated(model, config, BF16).nbytes == open_checkpoint(folder).nbytes
+    saved.change_config(folder, quantization_config={**settings, "extra_config": {"a": {}}})
+    with pytest.raises(CheckpointError, match=r"'auto-round' with extra_config: the size of"):
+        estimated(model, load_config(folder), BF16)
 
 
 def test_device_map(tmp_path: Path) -> None:
