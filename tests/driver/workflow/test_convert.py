@@ -66,6 +66,9 @@ def test_there_and_back(place: Place, tmp_path: Path, name: str) -> None:
     if one.holds == "plan":
         assert rd.Plan.load(tmp_path / "own").kept == plan.kept
         rd.apply(model, back.content, out=tmp_path / "cut")
+        card = (tmp_path / "cut" / "README.md").read_text()
+        assert "chosen by another tool, whose plan was imported, and removed" in card
+        assert back.content.notes[0].split(" ")[0] in card
     else:
         again = rd.make_plan(rd.score(rd.SaliencyStats.load(tmp_path / "own")), 0.5)
         assert again.kept == plan.kept
