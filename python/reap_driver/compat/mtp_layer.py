@@ -4,8 +4,8 @@ The layer that DeepSeek-V3 and GLM-4.5 ship after their last one (`model.layers.
 layer with three modules more: for token t it gets the model's last hidden state of t and the
 embedding of token t + 1, normalizes both (`hnorm`, `enorm`), and projects them to one hidden state
 (`eh_proj`), on which the decoder layer runs. transformers has the same in `MtpModel`, for drafting
-with a cache; here the layer is one more item of the model's own list, so that it is found, loaded
-and streamed as the others are, under its name on disk.
+with a cache, for some of these models; here the layer is one more item of the model's own list, so
+that it is found, loaded and streamed as the others are, under its name on disk.
 """
 
 import contextlib
@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from reap_driver.compat.config_file import MTP_FIELDS
 from reap_kernels.errors import UnsupportedModel
 
 _OWN = ("enorm", "hnorm", "eh_proj")
+# Types of models whose publishers and engines run the layer as above.
+_TYPES = ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "kimi_k2")
 
 
 class MtpLayer(nn.Module):
@@ -52,9 +55,10 @@ def why_not_run(model: PreTrainedModel, keys: Container[str] | None) -> str | No
         keys: of the checkpoint's tensors; None if they are not known.
     """
     config = model.config.get_text_config()
-    count = getattr(config, "num_mtp_layers", None)
-    if count is None:
-        return f"transformers runs none for models of type {config.model_type}"
+    if config.model_type not in _TYPES:
+        return f"how models of type {config.model_type} run them is not known here"
+    counts = (getattr(config, name, None) for name in ("num_mtp_layers", *MTP_FIELDS))
+    count = next((count for count in counts if count is not None), 0)
     if count != 1:
         return f"config.json counts {count} of them, and only one can be run"
     found = _layers(model)
@@ -78,11 +82,27 @@ def attach_mtp(model: PreTrainedModel) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(model.dtype)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _one_more_layer(base.config):
             layers.append(made(base.config, len(layers), type(base.norm)))
     finally:
         torch.set_default_dtype(before)
     layers[-1].train(model.training)
+
+
+@contextlib.contextmanager
+def _one_more_layer(config: PretrainedConfig) -> Iterator[None]:
+    """Inside, the configuration says of one layer more whether it has experts, which MTP layers of
+    these models do.
+    """
+    kinds = getattr(config, "mlp_layer_types", None)
+    if kinds is None:
+        yield
+        return
+    config.mlp_layer_types = [*kinds, "sparse"]
+    try:
+        yield
+    finally:
+        config.mlp_layer_types = kinds
 
 
 def mtp_layers(model: nn.Module) -> list[str]:
