@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from bench.gram_tables import gram_cpu, obs_cpu, refit_cpu, stream_gram_cpu
+from bench.host_tables import llm_compressor_cpu
 from bench.method_tables import criteria_cpu, methods_cpu, methods_shift
 from bench.rows import ROOT
 from bench.table_parts import Row, markdown, newest
@@ -18,6 +19,7 @@ PAGES = (
     "docs/methods.md",
     "docs/guides/data.md",
     "docs/figures.md",
+    "docs/guides/llm-compressor.md",
     "docs/versions.md",
 )
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -396,6 +398,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "obs_cpu": obs_cpu,
     "refit_cpu": refit_cpu,
     "stream_gram_cpu": stream_gram_cpu,
+    "llm_compressor_cpu": llm_compressor_cpu,
     "demo": demo,
     "writer": writer,
     "stream_cpu": stream_cpu,
