@@ -3,17 +3,17 @@
 import contextlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from reap_driver.cli.main import main
-from reap_driver.load.resident import load_model
 from reap_driver.planning.plan import Plan
 from reap_kernels import SaliencyStats
+from tests.driver.formats.kept import check_kept, read_files, weights
 from tests.driver.published.checkpoint import write_tokenizer
 
 
@@ -33,11 +33,6 @@ def observed(model: Path, out: Path, *options: object) -> SaliencyStats:
     words = ("--data", data, "--seq-len", 32, "--quiet", "--out", out)
     run("observe", model, *words, *options)
     return SaliencyStats.load(out)
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    """The weights that are observed."""
-    return load_model(folder).state_dict()
 
 
 def dequantized(
@@ -115,51 +110,3 @@ def prune_by_plan_of(
     run("plan", stats, "--ratio", 0.5, "--out", plan)
     run("apply", model, plan, "--out", out)
     return {layer: found.kept for layer, found in Plan.load(plan).layers.items()}
-
-
-def check_kept_files(model: Path, out: Path, kept: Mapping[str, tuple[int, ...]]) -> None:
-    """Every stored tensor of a kept expert is as it was, under its new number; routers are cut, and
-    everything else is as it was. For checkpoints that store each expert by itself.
-    """
-    full, cut = read_files(model), read_files(out)
-    expected = {}
-    for key, tensor in full.items():
-        block = next((layer for layer in kept if key.startswith(f"{layer}.")), None)
-        router = next(
-            (layer for layer in kept if key == f"{layer[: -len('experts')]}gate.weight"), None
-        )
-        if block is not None:
-            number, _, rest = key.removeprefix(f"{block}.").partition(".")
-            if int(number) in kept[block]:
-                expected[f"{block}.{kept[block].index(int(number))}.{rest}"] = tensor
-        else:
-            expected[key] = tensor if router is None else tensor[list(kept[router])]
-    assert cut.keys() == expected.keys()
-    for key, tensor in expected.items():
-        assert cut[key].dtype == tensor.dtype
-        assert torch.equal(*(one.flatten().view(torch.uint8) for one in (cut[key], tensor))), key
-
-
-def read_files(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint as stored."""
-    found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
-
-
-def check_kept(
-    full: Mapping[str, Tensor], cut: Mapping[str, Tensor], kept: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Experts and router rows are those that are kept, everything else is as it was."""
-    assert full.keys() == cut.keys()
-    shorter = 0
-    for name, tensor in full.items():
-        owner = next((layer for layer in kept if name.startswith(layer.rpartition(".")[0])), None)
-        if cut[name].shape == tensor.shape:
-            assert torch.equal(cut[name], tensor), name
-            continue
-        assert owner is not None, name
-        assert torch.equal(cut[name], tensor[list(kept[owner])]), name
-        shorter += 1
-    assert shorter >= 3 * len(kept)

@@ -12,9 +12,11 @@ import torch
 from reap_driver import observe_streamed
 from reap_driver.load.resident import load_model
 from reap_driver.load.streamed_model import open_streamed
+from reap_driver.planning.plan import Plan
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from tests.driver.cli.conftest import Run, run
-from tests.driver.formats.build import FORMATS, Format, plain_model
+from tests.driver.formats.build import EACH, FORMATS, Format, plain_model
+from tests.driver.formats.kept import check_kept, check_kept_files, weights
 from tests.driver.formats.table import outcomes, rows
 from tests.driver.writer import saved
 
@@ -29,9 +31,17 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("stored", FORMATS, ids=lambda stored: stored.id)
 def test_format(stored: Format, plain: dict[str, Path], run: Run, tmp_path: Path) -> None:
+    """A plan of the plain release, applied, leaves the kept experts as they were."""
     found = outcomes(stored, plain[stored.model], tmp_path, run)
     assert found.dry_run == found.observe
     assert rows()[stored.id] == found.cells
+    if found.apply != "yes":
+        return
+    kept = {name: layer.kept for name, layer in Plan.load(tmp_path / "plan.json").layers.items()}
+    if stored.layout == EACH:
+        check_kept_files(tmp_path / "model", tmp_path / "out", kept)
+    if found.observe == "yes":
+        check_kept(weights(tmp_path / "model"), weights(tmp_path / "out"), kept)
 
 
 def test_the_table_has_every_format() -> None:

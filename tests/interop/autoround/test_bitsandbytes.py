@@ -18,7 +18,8 @@ from reap_driver.files.safetensors_file import read_header
 from reap_driver.load.methods import plain_weights
 from reap_driver.load.tensor_reader import TensorReader, stored
 from tests.driver.cli.conftest import write_model
-from tests.interop.whole_path import check_observed, pruned, weights
+from tests.driver.formats.kept import weights
+from tests.interop.whole_path import check_observed, pruned
 
 Parts = dict[str, Tensor]
 FOUR = {"quant_method": "bitsandbytes", "load_in_4bit": True}

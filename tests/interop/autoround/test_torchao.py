@@ -22,7 +22,8 @@ from reap_driver.files.safetensors_file import read_header
 from reap_driver.load.methods import plain_weights
 from reap_driver.load.tensor_reader import TensorReader, stored
 from tests.driver.cli.conftest import write_model
-from tests.interop.whole_path import pruned, read_files, weights
+from tests.driver.formats.kept import read_files, weights
+from tests.interop.whole_path import pruned
 
 CONFIGS = {
     "int8": Int8WeightOnlyConfig(),

@@ -15,16 +15,10 @@ from transformers import AutoModelForCausalLM
 from reap_driver.load.resident import load_model
 from reap_kernels.errors import UnsupportedModel
 from tests.driver.cli.conftest import write_model
+from tests.driver.formats.kept import check_kept_files, weights
 from tests.driver.load.values import nvfp4
 from tests.driver.published.checkpoint import write_tokenizer
-from tests.interop.whole_path import (
-    check_kept_files,
-    check_observed,
-    dequantized,
-    prune_by_plan_of,
-    pruned,
-    weights,
-)
+from tests.interop.whole_path import check_observed, dequantized, prune_by_plan_of, pruned
 
 LEAVES = ("weight", "weight_scale", "weight_scale_2")
 
