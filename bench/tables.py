@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 
+from bench.format_tables import formats
 from bench.gram_tables import gram_cpu, obs_cpu, refit_cpu, stream_gram_cpu
 from bench.host_tables import llm_compressor_cpu
 from bench.method_tables import criteria_cpu, methods_cpu, methods_shift
@@ -21,6 +22,7 @@ PAGES = (
     "docs/figures.md",
     "docs/guides/llm-compressor.md",
     "docs/versions.md",
+    "docs/formats.md",
 )
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -410,6 +412,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "versions": versions,
     "record_formats": record_formats,
+    "formats": formats,
 }
 
 

@@ -1,26 +1,26 @@
-"""The table in docs/formats.md: what `observe` and `apply` did with a checkpoint of each format.
+"""What `observe` and `apply` do with a checkpoint of each format, for the table in docs/formats.md.
 
-`python -m tests.driver.formats.table` writes it; a test checks every row.
+`python -m tests.driver.formats.table` records it and writes the table; a test checks every row.
 """
 
 import contextlib
 import io
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import tables
+from bench.rows import RESULTS, write
+from bench.table_parts import newest
 from reap_driver.cli.main import main
 from reap_driver.compat.pretrained import read_model
 from reap_driver.model.discover import MoELayer
 from tests.driver.formats.build import FORMATS, Format, plain_model
 from tests.driver.writer.saved import make_plan
 
-DOCS = Path(__file__).parents[3] / "docs" / "formats.md"
-BEGIN, END = "<!-- formats -->\n", "<!-- end -->"
 Command = Callable[..., Any]
 
 
@@ -73,10 +73,9 @@ def _outcome(done: Any) -> str:
 
 
 def rows() -> dict[str, tuple[str, str]]:
-    """The table as it stands: format and layout -> observe, apply."""
-    lines = DOCS.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    return {f"{name}, {layout}": (seen, cut) for name, layout, seen, cut in cells}
+    """What is recorded: format and layout -> observe, apply."""
+    found = newest("formats", "format", "stored")
+    return {f"{row['format']}, {row['stored']}": (row["observe"], row["apply"]) for row in found}
 
 
 def _here(*words: object) -> Any:
@@ -96,21 +95,23 @@ class Done:
     err: str
 
 
-def write() -> None:
-    """Runs everything and writes the table."""
-    lines = ["| format | stored | observe | apply |", "|---|---|---|---|"]
+def record() -> None:
+    """Runs everything, records it in place of what was recorded before, and writes the table."""
+    found = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         plain = {model: plain_model(root / model, model) for model in {f.model for f in FORMATS}}
         for number, stored in enumerate(FORMATS):
             folder = root / str(number)
             folder.mkdir()
-            found = outcomes(stored, plain[stored.model], folder, _here)
-            lines.append("| " + " | ".join((stored.name, stored.layout, *found.cells)) + " |")
-    before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    DOCS.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
+            done = outcomes(stored, plain[stored.model], folder, _here)
+            method = (stored.settings or {}).get("quant_method", "")
+            row = {"format": stored.name, "stored": stored.layout, "method": method}
+            found.append({**row, "observe": done.observe, "apply": done.apply})
+    (RESULTS / "formats.csv").unlink(missing_ok=True)
+    write("formats", found, facts={}, echo=False)
+    tables.main()
 
 
 if __name__ == "__main__":
-    sys.exit(write())
+    record()

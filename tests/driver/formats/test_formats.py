@@ -1,6 +1,7 @@
 """Every storage format: `--dry-run`, `observe` and `apply` do what docs/formats.md says."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.format_tables import COMPARED, ENVIRONMENTS, pinned
 from reap_driver import observe_streamed
+from reap_driver.load.methods import METHODS
 from reap_driver.load.resident import load_model
 from reap_driver.load.streamed_model import open_streamed
 from reap_driver.planning.plan import Plan
@@ -46,6 +49,18 @@ def test_format(stored: Format, plain: dict[str, Path], run: Run, tmp_path: Path
 
 def test_the_table_has_every_format() -> None:
     assert list(rows()) == [stored.id for stored in FORMATS]
+
+
+def test_what_is_read_here_is_compared_with_its_package() -> None:
+    """Every method of the one table that has a reader, by a test of an environment that pins it."""
+    assert COMPARED.keys() == {name for name, method in METHODS.items() if method.reader}
+    modules = {"nvidia-modelopt": "modelopt"}
+    for environment, package in COMPARED.values():
+        assert pinned(environment, package)
+        files = (ENVIRONMENTS.parent / environment).glob("test_*.py")
+        module = modules.get(package, package.replace("-", "_"))
+        texts = [file.read_text(encoding="utf-8") for file in files]
+        assert any(re.search(rf"^(import|from) {module}\b", text, re.M) for text in texts), module
 
 
 HQQ = next(stored for stored in FORMATS if stored.name == "HQQ")
@@ -108,12 +123,12 @@ def test_every_call_that_runs_a_model_asks(call: Callable[[Path], object], unrea
 
 
 BY_NAME = {stored.name: stored for stored in reversed(FORMATS)}  # the first of a name
-METHODS = ["hqq", "aqlm", "vptq", "spqr", "bitnet", "quark", "higgs", "fbgemm_fp8", "gguf", "mxfp8"]
+UNREAD = ["hqq", "aqlm", "vptq", "spqr", "bitnet", "quark", "higgs", "fbgemm_fp8", "gguf", "mxfp8"]
 
 
 SETTINGS = [
     ({"quant_method": method}, f"(?i)stored by .*{method}.*, which is not read")
-    for method in (*METHODS, "unknown")
+    for method in (*UNREAD, "unknown")
 ]
 
 

@@ -1,8 +1,8 @@
 """Matrices and checkpoints as compressed-tensors stores them, by the formats' definitions.
 
-The definitions are arithmetic on numpy's integers. Checked once, outside the tests, which do not
-need that library: compressed-tensors 0.20.0 unpacks every case to the same bits, and transformers
-5.18.0 with it makes the same tensors of the INT4 models.
+The definitions are arithmetic on numpy's integers. `make test-interop` compares every case with
+that library; checked once, transformers 5.18.0 with compressed-tensors 0.20.0 makes the same
+tensors of the INT4 models.
 
 `KIMI` is the `quantization_config` of Kimi-K2-Thinking as a public builder of tiny Kimi-K2
 checkpoints copied it, with the names of the vision tower that vLLM's tests have in the `ignore` of
