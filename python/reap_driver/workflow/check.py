@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import lcm
+from pathlib import Path
 from typing import Any
 
 from reap_driver.compat.load_pruned import SETTINGS
 from reap_driver.compat.model_config import quantization_settings
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.serving import Served, Server, obstacles, remarks
+from reap_driver.workflow.errors import OptionError
 from reap_driver.workflow.exchange_jobs import CheckOptions
 from reap_driver.workflow.inspection import Model, inspect_model
 from reap_driver.workflow.listener import Collector, Listener
@@ -69,10 +71,16 @@ def check(options: CheckOptions, listener: Listener | None = None) -> Checked:
 def _served(options: CheckOptions) -> Served:
     """The model as it is served."""
     source, trust = options.source, options.trust_remote_code
+    if not isinstance(source, str | Path | Plan | Planned):
+        raise OptionError(
+            f"SOURCE is a {type(source).__name__}; give a plan, or the name of one or of a model"
+        )
     if isinstance(source, Plan | Planned) or is_file(source):
         plan = plan_of(source)
         model = model_of(options.model, plan.record, trust=trust, what="plan")
         return _of(model, _left(plan, model), uniform=plan.uniform)
+    if options.model is not None:
+        raise OptionError(f"`model={options.model}`: only with a plan as SOURCE")
     model = inspect_model(str(source), trust_remote_code=trust)
     uniform = getattr(model.config, SETTINGS, None) is None
     return _of(model, model.provenance["layers"], uniform=uniform)

@@ -69,6 +69,16 @@ def test_the_model_that_a_plan_is_applied_to_counts(place: Place, tmp_path: Path
         rd.check(plan, "vllm", model=another)
 
 
+def test_what_is_no_source(place: Place) -> None:
+    for source in (3, [place[1]]):
+        with pytest.raises(rd.OptionError, match="give a plan, or the name of one or of a model"):
+            rd.check(source, "vllm")
+    with pytest.raises(rd.OptionError, match="only with a plan as SOURCE"):
+        rd.check(place[0] / "model", "vllm", model=place[0] / "model")
+    with pytest.raises(rd.OptionError, match="`ep=0`: give a whole number above 0"):
+        rd.check(place[1], "vllm", ep=0)
+
+
 SCALES: dict[str, tuple[dict[str, Any], tuple[list[int], list[int]]]] = {
     "none": ({}, ([], [])),
     "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, ([128, 128], [])),
