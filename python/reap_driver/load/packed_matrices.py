@@ -96,28 +96,28 @@ class Matrix(Dequantized):
         if self._packing.zeros == "z - 1":
             zeros += 1
         if awq:
-            codes = reorder(unpack(parts[_CODES].T, bits, self._outputs), _AWQ_ORDER).T
+            codes = reorder(unpack(parts[_CODES].T, bits, self._outputs), _AWQ_ORDER)
         else:
-            codes = unpack(parts[_CODES], bits, self._inputs)
+            codes = unpack(parts[_CODES], bits, self._inputs).T
         values = codes.to(scales.dtype, memory_format=torch.contiguous_format)
         groups = self._groups_of_inputs(parts)
-        for operation, by_group in ((torch.sub, zeros), (torch.mul, scales)):
+        for operation, by_group in ((torch.sub, zeros), (torch.mul, scales.T.contiguous())):
             if groups is None:
-                grid = values.view(self._groups, -1, self._outputs)
-                operation(grid, by_group[:, None], out=grid)
+                grid = values.view(self._outputs, self._groups, -1)
+                operation(grid, by_group[:, :, None], out=grid)
             else:
-                operation(values, by_group[groups], out=values)
-        return values.T.contiguous()
+                operation(values, by_group.gather(1, groups.expand(values.shape)), out=values)
+        return values
 
     def _zero_points(self, words: Tensor) -> Tensor:
-        """[groups, outputs], as stored, or what GPTQModel makes of them."""
+        """[outputs, groups], as stored, or what GPTQModel makes of them."""
         bits, add = self._packing.bits, self._packing.zeros == "words - 1"
         if add and bits != 3:
             words = plus_one(words, bits)
         zeros = unpack(words.T, bits, self._outputs)
         if add and bits == 3:
             zeros = zeros + 1 & 7
-        return (reorder(zeros, _AWQ_ORDER) if self._packing.layout == "awq" else zeros).T
+        return reorder(zeros, _AWQ_ORDER) if self._packing.layout == "awq" else zeros
 
     def _groups_of_inputs(self, parts: Mapping[str, Tensor]) -> Tensor | None:
         """[inputs]: the number of each one's group; None if groups are runs of the same length."""
