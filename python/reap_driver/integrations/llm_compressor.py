@@ -202,7 +202,8 @@ def _unwatched(experts: LinearExperts2D) -> bool:
     hooks them.
     """
     own = [experts[index] for index in range(experts.num_experts)]
-    linears = [one for expert in own for one in expert.children() if hasattr(one, "weight")]
+    # Looks for names only: asking an offloaded module for its weight would move it.
+    linears = [one for expert in own for one in expert.children() if "weight" in one._parameters]
     return (
         type(own[0]).forward in _KNOWN_FORWARDS
         and all(type(linear) is nn.Linear for linear in linears)
