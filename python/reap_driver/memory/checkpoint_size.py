@@ -25,6 +25,9 @@ _FLOATS = {
     "F64": torch.float64,
 }
 
+# Methods whose `config_groups` give the bits.
+_GROUPED = ("compressed-tensors", "modelopt")
+
 
 @dataclass(frozen=True)
 class CheckpointSize:
@@ -157,14 +160,15 @@ def _scheme(quantization: Mapping[str, Any]) -> _Scheme:
     if method == "mxfp4":  # OCP Microscaling: 32 values of 4 bits share a power of two
         return _Scheme(4, (1, 32), 8, experts_only=True)
     groups = quantization.get("config_groups")
-    if method == "compressed-tensors" and isinstance(groups, dict) and len(groups) == 1:
+    if method in _GROUPED and isinstance(groups, dict) and len(groups) == 1:
         weights = next(iter(groups.values())).get("weights") or {}
         bits, size = weights.get("num_bits"), weights.get("group_size")
         block = weights.get("block_structure")
         if isinstance(bits, int):
             shape = tuple(block) if isinstance(block, list) else (1, size or 0)
             zero = 0 if weights.get("symmetric", True) else bits
-            return _Scheme(bits, (shape[0], shape[1]), 16 + zero)
+            nvfp4 = (bits, weights.get("type")) == (4, "float")  # whose scales are 8-bit floats
+            return _Scheme(bits, (shape[0], shape[1]), (8 if nvfp4 else 16) + zero)
     by_module = [field for field in ("dynamic", "extra_config") if quantization.get(field)]
     if method in packed_scheme.METHODS and not by_module:
         packing = packed_scheme.read_scheme(
@@ -175,8 +179,8 @@ def _scheme(quantization: Mapping[str, Any]) -> _Scheme:
     raise CheckpointError(
         f"quantization_config of method {settings}: "
         "the size of its weights can only be read from the files (it can be estimated for fp8, "
-        "mxfp4, compressed-tensors with one group, and gptq, awq and auto-round with the same bits "
-        "everywhere); give the folder that holds the weights"
+        "mxfp4, compressed-tensors and modelopt with one group, and gptq, awq and auto-round with "
+        "the same bits everywhere); give the folder that holds the weights"
     )
 
 

@@ -200,6 +200,22 @@ def test_packed_int4(tmp_path: Path) -> None:
     assert found == pytest.approx(experts * 4.5 / 8 + rest * 2, rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["compressed-tensors", "modelopt"])
+def test_nvfp4(method: str, tmp_path: Path) -> None:
+    """4 bits and an 8-bit scale per 16 values."""
+    model = published("qwen3-30b-a3b", tmp_path)
+    weights = {"num_bits": 4, "group_size": 16, "type": "float"}
+    model.config.quantization_config = {
+        "quant_method": method,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"],
+    }
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    rest = sum(p.numel() for p in model.parameters()) - experts
+    found = estimated(model, model.config, BF16).nbytes
+    assert found == pytest.approx(experts * 4.5 / 8 + rest * 2, rel=1e-3)
+
+
 def test_unknown_quantization_is_refused(tmp_path: Path) -> None:
     model = published("qwen3-30b-a3b", tmp_path)
     model.config.quantization_config = {"quant_method": "gguf"}
