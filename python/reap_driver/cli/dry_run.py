@@ -52,10 +52,14 @@ def estimated(
             args.ratio = RATIO
             wanted = read(EstimateOptions, args)
         return estimate(wanted, console, pruning=pruning)
-    for name, instead in (
-        ("tokens", "a real run counts the tokens of `data`"),
-        ("machine", "a real run takes the machine it is on"),
-    ):
+    refusals = {
+        "tokens": "a real run counts the tokens of `data`",
+        "machine": "a real run takes the machine it is on",
+    }
+    if pruning:
+        refusals["gram"] = "a real run has its Gram matrices beside `out`"
+        refusals["with_mtp"] = "a real run observes the layer where it prunes it (`mtp='prune'`)"
+    for name, instead in refusals.items():
         if hasattr(args, name):
             raise refused(f"`{name}`: only with --dry-run; {instead}")
     return None

@@ -210,3 +210,9 @@ def test_observe_refuses_what_cannot_be_run(
     for more in (["--gram", tmp_path / "gram"], ["--device-map", "auto"]):
         assert "not together with" in run("observe", whole, *words, *more).error
     assert not list(tmp_path.glob("stats*"))
+    prune = ["prune", whole, "--data", data, "--ratio", 0.25, "--out", tmp_path / "out"]
+    for more in (["--with-mtp"], ["--gram", tmp_path / "gram"]):
+        done = run(*prune, *more)
+        assert done.code == 2
+        assert f"{more[0]}: only with --dry-run" in done.error
+    assert "--mtp prune" in run(*prune, "--with-mtp").error
