@@ -15,6 +15,7 @@ from loguru import logger
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from reap_driver.demo.corpus import load_corpus
 from tests.driver import zoo
 
 ROOT = Path(__file__).parents[3]
@@ -45,8 +46,9 @@ def random_model(name: str, folder: Path) -> PreTrainedModel:
 
 
 def text_rows(sequences: int = 8) -> Dataset:
-    """English text for the bundled model."""
-    ids = AutoTokenizer.from_pretrained(TRAINED)((ROOT / "README.md").read_text())["input_ids"]
+    """Text of the kind that the bundled model was trained on."""
+    text = "\n".join(document.text for document in load_corpus(("calibration",))[:40])
+    ids = AutoTokenizer.from_pretrained(TRAINED)(text)["input_ids"]
     return _rows([ids[i * LENGTH : (i + 1) * LENGTH] for i in range(sequences)])
 
 
