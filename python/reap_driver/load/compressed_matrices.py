@@ -7,6 +7,7 @@ to the scales' dtype, as the compressed-tensors library does; loading then conve
 of the run. The quantization of activations does not matter here. NVFP4 is in `load.nvfp4`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from reap_driver.files.compressed_scheme import Scheme, read_scheme
 from reap_driver.files.quantization import REMEDY
 from reap_driver.load import nvfp4
+from reap_driver.load.packed_codes import WORD, words_of
 from reap_driver.load.tensor_reader import Dequantized, Readable, StoredTensor
 from reap_kernels import dequantize
 from reap_kernels.errors import CheckpointError, UnsupportedModel
@@ -31,7 +33,6 @@ _ACTIVATIONS = (
     *("output_scale", "output_zero_point"),
 )
 
-_WORD = 32  # bits
 _CODES = ("I8", "F8_E4M3")
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _SCALES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -65,8 +66,9 @@ def plain_weights(
     modules: dict[str, dict[str, StoredTensor]] = {}
     for key, tensor in tensors.items():
         module, _, leaf = key.rpartition(".")
-        if leaf in _PARTS or (leaf == _PLAIN and tensor.get_dtype() not in _FLOATS):
+        if leaf in (*_PARTS, _PLAIN):
             modules.setdefault(module, {})[leaf] = tensor
+    modules = {module: parts for module, parts in modules.items() if _is_quantized(parts)}
     plain: dict[str, Readable] = {}
     for key, tensor in tensors.items():
         module, _, leaf = key.rpartition(".")
@@ -78,10 +80,19 @@ def plain_weights(
     return plain
 
 
+def _is_quantized(parts: Mapping[str, StoredTensor]) -> bool:
+    """Whether parts are more than an ordinary `weight`."""
+    return parts.keys() != {_PLAIN} or parts[_PLAIN].get_dtype() not in _FLOATS
+
+
 def _matrix(
     name: str, parts: Mapping[str, StoredTensor], scheme: Scheme, device: torch.device
 ) -> Readable:
     """The matrix of these parts."""
+    if _ORDER in parts:
+        raise UnsupportedModel(
+            f"{name} has a {_ORDER}: its columns are not in their order; {REMEDY}"
+        )
     if _WHOLE not in parts:
         return Matrix(name, parts, scheme, device)
     if not scheme.nvfp4:
@@ -101,9 +112,10 @@ class Matrix(Dequantized):
         self._check_parts(scheme)
         self._bits = scheme.bits if _PACKED in parts else None
         rows, columns = parts[_PLAIN if self._bits is None else _PACKED].get_shape()
-        shape = rows, columns if self._bits is None else columns * (_WORD // self._bits)
+        shape = rows, columns if self._bits is None else columns * (WORD // self._bits)
         super().__init__(name, parts, shape, parts[_SCALE].get_dtype(), device)
         self._grid, self._block = self._layout(parts[_SCALE].get_shape(), scheme)
+        self._check_zeros()
 
     def _value(self, parts: Mapping[str, Tensor]) -> Tensor:
         shape = parts.get(_SHAPE)
@@ -123,8 +135,7 @@ class Matrix(Dequantized):
         codes = codes.to(scales.dtype)
         if _ZERO in parts:
             zeros = parts[_ZERO]
-            if zeros.dtype == torch.int32:  # packed along the rows
-                assert self._bits is not None
+            if self._bits is not None and zeros.dtype == torch.int32:
                 zeros = _ints(zeros.T.contiguous(), self._bits)[:, : self._grid[0]].T
             codes = self._for_each(torch.sub, codes, zeros.reshape(self._grid).to(codes.dtype))
         return self._for_each(torch.mul, codes, scales)
@@ -151,10 +162,6 @@ class Matrix(Dequantized):
 
     def _check_parts(self, scheme: Scheme) -> None:
         """Checks that the parts belong to one format and have its dtypes."""
-        if _ORDER in self._parts:
-            raise UnsupportedModel(
-                f"{self._name} has a {_ORDER}: its columns are not in their order; {REMEDY}"
-            )
         if _SCALE not in self._parts or (_PACKED in self._parts) == (_PLAIN in self._parts):
             raise CheckpointError(
                 f"{self._name} has {', '.join(sorted(self._parts))} as quantized parts; a matrix "
@@ -183,6 +190,25 @@ class Matrix(Dequantized):
             raise CheckpointError(
                 f"{self._name} {has} {_ZERO}, but config_groups say symmetric: "
                 f"{_ZERO in self._parts}; {_REMEDY}"
+            )
+
+    def _check_zeros(self) -> None:
+        """Checks that there is a zero point for every scale. In 32-bit words, they are packed along
+        the rows.
+        """
+        zeros, scales = self._parts.get(_ZERO), self._parts[_SCALE].get_shape()
+        if zeros is None:
+            return
+        dtype, shape, (tall, across) = zeros.get_dtype(), zeros.get_shape(), self._grid
+        if dtype == "I32":
+            fits = self._bits is not None and shape == [words_of(tall, self._bits), across]
+        else:
+            fits = shape == scales or math.prod(shape) == math.prod(scales) == 1
+        if not fits:
+            codes = "8-bit" if self._bits is None else "packed"
+            raise CheckpointError(
+                f"{self._name}.{_ZERO} is {dtype} {shape} beside {_SCALE} {scales} and {codes} "
+                "codes; download the checkpoint again"
             )
 
     def _layout(self, scales: list[int], scheme: Scheme) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -119,6 +119,7 @@ def adding(leaf: str, value: Tensor) -> Callable[[Parts], Parts]:
         (lacking("weight_scale"), "has weight_packed, weight_shape as quantized parts"),
         (lacking("weight_packed"), "has weight_scale, weight_shape as quantized parts"),
         (adding("weight", torch.zeros(8, 64).char()), "has weight, weight_packed, weight_scale"),
+        (adding("weight", torch.zeros(8, 64)), "has weight, weight_packed, weight_scale"),
         (adding("weight_g_idx", torch.zeros(64)), "has a weight_g_idx: .* apply the plan to this"),
         (adding("weight_zero_point", torch.zeros(1, 2).int()), "has a weight_zero_point, but .* s"),
         (adding("weight_scale", torch.ones(8, 4).bfloat16()), r"has shape \[8, 4\] .* of \[32\]"),
@@ -136,6 +137,29 @@ def test_parts_that_do_not_fit(change: Callable[[Parts], Parts], said: str, tmp_
     found = stored(read_header(written(tmp_path, **change(parts))).tensors, reader)
     with pytest.raises((CheckpointError, UnsupportedModel), match=f"here: a.b.*{said}"):
         plain_weights(found, KIMI, "here", CPU)["a.b.weight"][...]
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "zeros"),
+    [
+        ("int4 zeros", torch.zeros(40, 2).char()),
+        ("int4 zeros", torch.zeros(3, 40).char()),
+        ("int4 zeros", torch.zeros(1).char()),
+        ("int4 zeros", torch.zeros(4, 3).int()),
+        ("int4 zeros", torch.zeros(()).int()),
+        ("int8 zeros", torch.zeros(10, 1).int()),
+    ],
+)
+def test_zero_points_that_do_not_fit(name: str, zeros: Tensor, tmp_path: Path) -> None:
+    """As many as scales, in the same places; nothing is broadcast."""
+    parts, _ = CASES[name][1](40, 96, np.random.default_rng(0))
+    assert zeros.shape != parts["weight_zero_point"].shape
+    path = written(tmp_path, **{**parts, "weight_zero_point": zeros})
+    reader = TensorReader()
+    found = stored(read_header(path).tensors, reader)
+    with pytest.raises(CheckpointError, match=r"here: a.b.weight_zero_point is I.* codes; downloa"):
+        plain_weights(found, CASES[name][0], "here", CPU)
     reader.close()
 
 
