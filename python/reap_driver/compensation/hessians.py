@@ -52,7 +52,8 @@ def down_hessians(sums: LayerGram, plan: LayerPlan | None = None) -> Tensor:
     if plan is not None:
         _check_fits(sums, plan)
         kept, neurons, narrow = plan.kept, plan.neurons, plan.narrow_width or width
-    found = torch.empty(len(kept), narrow, narrow, device=sums.device)
+    shape = len(kept), narrow, narrow
+    found = torch.empty(shape, dtype=torch.float32, device=sums.device)
     for place, expert in enumerate(kept):
         weight = sums.weight[expert]
         if not weight:

@@ -32,7 +32,11 @@ def sums_of(weights: dict[int, torch.Tensor]) -> rk.LayerGram:
 
 def test_they_are_weighted_means_by_definition() -> None:
     sums = sums_of({expert: rows_of(expert)[1] for expert in range(EXPERTS)})
-    found = rd.down_hessians(sums)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = rd.down_hessians(sums)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32
     assert found.shape == (EXPERTS, WIDTH, WIDTH)
     for expert in range(EXPERTS):
