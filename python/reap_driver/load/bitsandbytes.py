@@ -42,7 +42,7 @@ _STATE = Record(
         "quant_type": Text(choices=("nf4", "fp4")),
         "blocksize": Int(1, 1 << 20),
         "dtype": Text(choices=tuple(_NAMES)),
-        "shape": ListOf(Int(1), 2, 2),
+        "shape": ListOf(Int(1)),
     },
     optional={"nested_blocksize": Int(1, 1 << 20), "nested_offset": Real()},
     open=True,
@@ -94,6 +94,8 @@ class Blocks(Dequantized):
         self._state = _read_state(f"{name}.{found[0]}", parts[found[0]])
         values = {leaf: part for leaf, part in parts.items() if leaf not in _STATES}
         shape = tuple(self._state["shape"])
+        if len(shape) != 2:
+            refuse(f"{name} has the shape {list(shape)}", "matrices, each expert's by itself,")
         self._nested = _NESTED_ABSMAX in parts
         _check_blocks(name, values, self._state, self._nested)
         super().__init__(name, values, shape, _NAMES[self._state["dtype"]], device)

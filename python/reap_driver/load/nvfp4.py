@@ -126,7 +126,15 @@ def modelopt_weights(
 
 
 def _check(name: str, parts: Mapping[str, StoredTensor], names: Names) -> None:
-    """Raises CheckpointError for parts that are missing, or have other dtypes or shapes."""
+    """Raises CheckpointError for parts that are missing or too many, or have other dtypes or
+    shapes.
+    """
+    other = sorted(parts.keys() - {*names.parts})
+    if other:
+        raise CheckpointError(
+            f"{name} has {', '.join(other)}, which NVFP4 does not use; use the config.json and "
+            "weights of one and the same checkpoint"
+        )
     lost = sorted({*names.parts} - parts.keys())
     if lost:
         raise CheckpointError(

@@ -55,6 +55,10 @@ def plain_weights(
         names.add(module)
         if leaf in _PARTS:
             packed.setdefault(module, {})[leaf] = tensor
+    both = [module for module in packed if f"{module}.weight" in tensors]
+    if both:
+        parts = ", ".join(sorted(packed[min(both)]))
+        raise CheckpointError(f"{where}: {min(both)} has both a weight and {parts}; {_DAMAGED}")
     scheme = read_scheme(method, quantization, names, f"{where}: quantization_config")
     plain: dict[str, Readable] = {}
     for key, tensor in tensors.items():

@@ -63,6 +63,8 @@ def plain_weights(
         lost = [key for key in keys.values() if key not in tensors]
         if lost:
             raise CheckpointError(f"{where}: {name} has no {min(lost)}; {_AGAIN}")
+        if name in tensors:
+            raise CheckpointError(f"{where}: {name} is stored with and without codes; {_AGAIN}")
         for key in keys.values():
             del plain[key]
         parts = {part: tensors[key] for part, key in keys.items()}

@@ -116,6 +116,7 @@ PLAIN, ORDERED = gptq(), gptq(desc_act=True)
         (PLAIN, adding("g_idx", GROUPS.float()), "g_idx is F32; I32 or I64 can be read"),
         (gptq(group=32), adding("g_idx", GROUPS), r"in groups of 32 inputs \(gptq\) make it for 8"),
         (gptq(bits=8), adding("g_idx", GROUPS), r"qweight has shape \[8, 8\], not \[16, 8\], as 8"),
+        (PLAIN, adding("weight", torch.zeros(8, 64)), "has both a weight and g_idx, .*; download"),
         (awq(), lambda parts: parts, "has a g_idx, which AWQ does not use; use the config.json"),
     ],
 )

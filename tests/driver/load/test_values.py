@@ -126,7 +126,7 @@ DAMAGED: list[tuple[str, Callable[[Parts], Parts], str]] = [
     ("nf4", having("weight.quant_state.bitsandbytes__fp4", text("{}")), "has 2 quant_state"),
     ("nf4", said(shape=[8, 16]), r"absmax is F32 \[4\]; a matrix \[8, 16\] .* F32 \[2\]"),
     ("nf4", said(shape=[8, 26]), r"has 128 bytes of codes for \[8, 26\]"),
-    ("nf4", said(shape=[256]), "'shape' has 1 entries; expected 2 to 2"),
+    ("nf4", said(shape=[2, 4, 32]), r"has the shape \[2, 4, 32\]; matrices, .* apply the plan to"),
     ("nf4", said(blocksize=0), "'blocksize' is 0; expected"),
     ("nf4", said(dtype="int8"), "'dtype' is 'int8'; expected one of bfloat16"),
     ("nf4", having("weight.absmax", torch.zeros(4).half()), r"absmax is F16 \[4\]"),
@@ -150,6 +150,21 @@ DAMAGED: list[tuple[str, Callable[[Parts], Parts], str]] = [
     ("nvfp4", having("weight", torch.zeros(8, 24).byte()), r"has shape \[8, 24\] and .* \[8, 2\]"),
     ("nvfp4", having("pre_quant_scale", torch.ones(32)), "multiplies the inputs of a layer"),
     ("nvfp4 compressed-tensors", lacking("weight_scale"), "is stored as NVFP4 without weight_s"),
+    (
+        "nvfp4 compressed-tensors",
+        having("weight_g_idx", torch.zeros(32).int()),
+        "has a weight_g_idx: its columns are not in their order; observe",
+    ),
+    (
+        "nvfp4 compressed-tensors",
+        having("weight_zero_point", torch.zeros(8, 2).char()),
+        "has weight_zero_point, which NVFP4 does not use; use the config.json",
+    ),
+    (
+        "nvfp4 compressed-tensors",
+        having("weight", torch.zeros(8, 32)),
+        "has weight, which NVFP4 does not use",
+    ),
     (
         "nvfp4 compressed-tensors",
         lacking("weight_global_scale"),
@@ -238,6 +253,7 @@ def test_values_of_torchao(name: str, tmp_path: Path) -> None:
             r"has codes F32 \[24, 48\], and a Int8Tensor",
         ),
         (having("_weight_scale", torch.ones(24, 5)), r"has scale \[24, 5\] for \[24, 48\]"),
+        (having("weight", torch.zeros(24, 48)), "is stored with and without codes; download"),
     ],
 )
 def test_damaged_parts_of_torchao(
