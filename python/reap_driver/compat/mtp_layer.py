@@ -116,7 +116,12 @@ def running_mtp(model: PreTrainedModel) -> Iterator[None]:
 
     The layer gets the arguments of the last decoder layer: positions and masks are relative, so it
     makes no difference that its tokens are one further. What follows the last token of a row is
-    unknown; the row's first token stands for it, and no other token attends to the result.
+    unknown; the row's first token stands for it, and no other token attends to the result. It has
+    no cache: of `generate`, it runs on the prompt.
+
+    Raises, in a forward:
+        UnsupportedModel: it continues cached tokens by several; or the layers' arguments are not
+            known.
     """
     if not mtp_layers(model):
         yield
@@ -141,6 +146,15 @@ def running_mtp(model: PreTrainedModel) -> Iterator[None]:
         embeds = named.get("inputs_embeds")
         if embeds is None:
             embeds = base.get_input_embeddings()(named["input_ids"])
+        cached = _cached_tokens(named.get("past_key_values"), embeds.shape[1])
+        if cached and embeds.shape[1] == 1:
+            return  # a step of generation: nothing follows its token
+        if cached:
+            raise UnsupportedModel(
+                f"{type(model).__name__}: its multi-token-prediction layer is run on whole "
+                f"sequences, and this forward continues {cached} cached tokens; pass them in one "
+                "forward, or load the model without that layer (leave out `with_mtp=True`)"
+            )
         hidden = output.last_hidden_state
         layer(hidden, following=embeds.roll(-1, dims=1).to(hidden.device), **given)
 
@@ -153,6 +167,11 @@ def running_mtp(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _cached_tokens(cache: Any, length: int) -> int:
+    """How many tokens a cache held before a forward of `length` tokens that has ended."""
+    return 0 if cache is None else int(cache.get_seq_length()) - length
 
 
 def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reap_driver.compat.config_texts import without_texts
+from reap_driver.compat.mtp_layer import mtp_layers
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.model.expert_layout import ExpertDim, Shape, derive_layout
 from reap_driver.model.stacks import Stack, find_stacks, with_counts
@@ -29,8 +30,15 @@ def expert_dims(model: PreTrainedModel, layers: Mapping[str, int]) -> dict[str, 
 
     Raises:
         UnsupportedModel: the configuration has no field with the number of experts of a layer, or a
-            shape depends on it in another way than a number of rows per expert.
+            shape depends on it in another way than a number of rows per expert; or the model was
+            loaded with its multi-token-prediction layer.
     """
+    further = mtp_layers(model)
+    if further:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: {further[0]} is for multi-token prediction and can only be "
+            "observed; load the model without it (leave out `with_mtp=True`)"
+        )
     config, own = model.config, _shapes(model)
     stacks = stacks_of(model, layers)
     uncounted = next((stack.layers[0] for stack in stacks if not stack.sites), None)

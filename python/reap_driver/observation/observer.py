@@ -106,8 +106,8 @@ class Observer:
                 recorder = self._recorders[layer.name]
                 block = block_of(self.model, layer)
                 stack.enter_context(adapter_of(layer).bind(layer.module, block, recorder))
+            stack.enter_context(running_mtp(self.model))  # first: it ends before the mask is gone
             stack.enter_context(self.tokens.hooked())
-            stack.enter_context(running_mtp(self.model))
             handle = self._reader.register_forward_hook(self._after_forward)
             stack.callback(handle.remove)
             handle = self._reader.register_forward_hook(self._ended, always_call=True)

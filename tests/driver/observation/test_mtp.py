@@ -217,6 +217,39 @@ def test_only_answers_count(checkpoint: Path, ids: torch.Tensor) -> None:
     assert int(stats.layers[LAYER].tokens.sum()) == 4  # of three each, the last has no next token
 
 
+@torch.no_grad()
+def test_generation_observes_the_prompt(checkpoint: Path, ids: torch.Tensor) -> None:
+    model = rd.load_model(checkpoint, dtype="float32", with_mtp=True)
+    seen = torch.ones_like(ids)
+    given = {"attention_mask": seen, "max_new_tokens": 3, "do_sample": False}
+    with rd.observe(model) as observer:
+        model.generate(ids, **given)
+    assert int(observer.stats.layers[LAYER].tokens.sum()) == 2 * (LENGTH - 1)
+    begun = model(input_ids=ids[:, :6], use_cache=True)
+    with (
+        rd.observe(model) as observer,
+        pytest.raises(UnsupportedModel, match="continues 6 cached tokens"),
+    ):
+        observer(input_ids=ids[:, 6:], past_key_values=begun.past_key_values)
+
+
+def test_observed_without_a_head(checkpoint: Path, ids: torch.Tensor) -> None:
+    model = rd.load_model(checkpoint, dtype="float64", with_mtp=True)
+    with rd.observe(model.model) as observer:
+        observer(input_ids=ids)
+    whole = observed(checkpoint, {"input_ids": ids}).layers[LAYER]
+    assert_same(observer.stats.layers[LAYER.removeprefix("model.")], whole)
+
+
+def test_only_observed(checkpoint: Path, ids: torch.Tensor) -> None:
+    model = rd.load_model(checkpoint, dtype="float32", with_mtp=True)
+    says = r"layers\.3 is for multi-token prediction and can only be observed"
+    with pytest.raises(UnsupportedModel, match=says):
+        rd.observe_vectors(model)
+    with pytest.raises(UnsupportedModel, match=says), rd.masked_experts(model, {LAYER: range(6)}):
+        pass
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "like", "says"),
     [
