@@ -288,7 +288,8 @@ class Sizing:
     def _smaller(self, plan: Plan) -> PreTrainedModel:
         """The pruned model, on the meta device."""
         counts, stacks = self._counts(plan), self._stacks
-        check_counts(plan, stacks, counts, non_uniform=self._write.non_uniform)
+        write = self._write
+        check_counts(plan, stacks, counts, non_uniform=write.non_uniform, mtp=write.mtp)
         whole, meta, trust = plan.covering(self._experts), self.model.meta, self._trust
         return smaller_model(self._folder, meta, self._raw, whole, stacks, trust=trust)
 

@@ -310,7 +310,7 @@ def _prepare(
     counts = {name: (number, len(kept[name])) for name, number in experts.items()}
     trust = {"trust_remote_code": options.trust}
     stacks = stacks_of_files(folder, full, source.config, experts, **trust)
-    check_counts(plan, stacks, counts, non_uniform=options.non_uniform)
+    check_counts(plan, stacks, counts, non_uniform=options.non_uniform, mtp=options.mtp)
     model = derive_model(folder, full, source.config, stacks, counts, **trust)
     mtp = MtpKeys(model.layout, model.old.shapes, whole.layers, options.mtp)
     _check_extra_layers(extra, mtp)

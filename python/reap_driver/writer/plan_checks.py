@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from reap_driver.base.mtp import MtpChoice
 from reap_driver.model.discover import MoELayer
 from reap_driver.model.stacks import Stack, stack_near
 from reap_driver.planning.plan import Plan
@@ -18,6 +19,10 @@ _UNREADABLE = (
     "not load that. Pass `non_uniform=True` for a checkpoint that reap_driver and "
     "the load_pruned.py beside its weights load, write masks (`as_masks`), or plan with an "
     "allocation that keeps the same number everywhere (`allocation='uniform'`)."
+)
+_DRAFTING = (
+    "Engines build the multi-token-prediction layer with that many, too: plan the same number for "
+    "it (with `skip_last`, it is the last layer), or leave it out (`mtp='drop'`)."
 )
 _TOGETHER = (
     "they are in one decoder layer, whose own code counts them together, so both must keep as "
@@ -100,6 +105,7 @@ def check_counts(
     counts: Mapping[str, tuple[int, int]],
     *,
     non_uniform: bool,
+    mtp: MtpChoice,
 ) -> None:
     """Checks, stack by stack, that the numbers of experts that layers keep can be written.
 
@@ -109,21 +115,27 @@ def check_counts(
         stacks: of the model: which of its layers share a field that counts their experts.
         counts: every MoE layer of the model -> its experts before and after.
         non_uniform: layers of a stack may keep different numbers.
+        mtp: what happens to multi-token-prediction layers; they count here where they are pruned.
 
     Raises:
         PlanError: numbers differ between layers where they may not.
     """
-    further = {name: stack_near(name, stacks) for name in plan.layers if name not in counts}
+    pruned = [name for name in plan.layers if name not in counts] if mtp == "prune" else []
+    further = {name: stack_near(name, stacks) for name in pruned}
     for stack in stacks:
         after = {name: counts[name][1] for name in stack.layers}
         before = {counts[name][0] for name in stack.layers}
         for name in (name for name, near in further.items() if near == stack):
             _check_further(plan, name, before)
             after[name] = len(plan.layers[name].kept)
-        if all(after[name] == counts[name][0] for name in stack.layers):
+        own = [name for name in after if name in further]
+        removed = any(plan.layers[name].removed for name in own)
+        if not removed and all(after[name] == counts[name][0] for name in stack.layers):
             continue  # nothing is removed, even if its layers have different numbers
         if not non_uniform:
-            _check_equal(plan, after, f"{stack.field} of config.json counts both. {_UNREADABLE}")
+            both = f"{stack.field} of config.json counts both. "
+            _check_equal(plan, {n: k for n, k in after.items() if n in counts}, both + _UNREADABLE)
+            _check_equal(plan, after, both + _DRAFTING)
         decoders: dict[str, dict[str, int]] = {}
         for name, count in after.items():
             decoders.setdefault(split_layer(name)[0], {})[name] = count

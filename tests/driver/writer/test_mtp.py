@@ -170,6 +170,23 @@ def test_pruned_with_a_number_of_its_own(full: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("mtp_only", [False, True])
+def test_one_count_for_all_is_needed_where_it_is_written(
+    full: Path, tmp_path: Path, mtp_only: bool
+) -> None:
+    main, own = (range(8), KEPT) if mtp_only else (KEPT, range(8))
+    plan = saved.make_plan(full, meta_model(load_config(full)), lambda *_: list(main))
+    layers = {**plan.layers, LAYER: LayerPlan.keeping(8, tuple(own))}
+    plan = replace(plan, layers=layers, ratio=0.1)
+    with pytest.raises(PlanError, match=r"counts both\. Engines build .*`mtp='drop'`"):
+        apply_plan(full, plan, tmp_path / "out", mtp="prune")
+    if not mtp_only:
+        report = apply_plan(full, plan, tmp_path / "out", mtp="drop")
+        assert report.mtp_dropped
+        with pytest.raises(UnsupportedModel, match="cannot keep all 8 experts"):
+            apply_plan(full, plan, tmp_path / "kept", mtp="keep")
+
+
 def test_another_number_in_the_plan_is_refused(full: Path, tmp_path: Path) -> None:
     plan = saved.make_plan(full, meta_model(load_config(full)), saved.differing())
     for count, says in ((7, "counts 7 .* have 8"), (4, "counts 4 .* have 8")):
