@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from reap_driver.compat.config_file import read_config
 from reap_driver.compat.library_faults import check_runs
@@ -24,7 +23,7 @@ from reap_driver.memory.machine import Machine, planned_machine, this_machine
 from reap_driver.memory.model_sizes import ModelSizes, model_sizes
 from reap_driver.memory.rates import Rates, given_rates, measure
 from reap_driver.memory.workload import Workload, gram_file_bytes, workload
-from reap_driver.model.discover import MoELayer, find_moe_layers, record_of
+from reap_driver.model.discover import find_moe_layers, record_of
 from reap_driver.observation.gram_sums import check_gram
 from reap_driver.workflow import estimate_rows as rows
 from reap_driver.workflow.calibration import group_lines, read_data
@@ -136,7 +135,8 @@ class _Estimating:
         stored, dtype = self._storage(folder, model)
         if dtype is None:
             raise self._failed[0]
-        meta, layers = self._observed(model, stored)
+        model = self._observed(model, stored)
+        meta, layers = model.observed
         sizes = model_sizes(meta, layers, dtype=dtype, seq_len=seq_len)
         self._add(rows.model(sizes), model=rows.model_facts(sizes))
         if stored is not None:
@@ -202,15 +202,13 @@ class _Estimating:
             return model, planned_length(model, data)
         return model, sequence_length(model, data, run)
 
-    def _observed(
-        self, model: Model, stored: CheckpointSize | None
-    ) -> tuple[PreTrainedModel, list[MoELayer]]:
-        """The model as it would be observed, and its MoE layers."""
+    def _observed(self, model: Model, stored: CheckpointSize | None) -> Model:
+        """The model, with its choice whether its multi-token-prediction layer is observed."""
         options = self._options
         if not (self._pruning or options.with_mtp):
-            return model.meta, model.layers
+            return model
         keys = None if stored is None else stored.tensors
-        return with_mtp_choice(model, options, keys, self._heard).observed
+        return with_mtp_choice(model, options, keys, self._heard)
 
     def _storage(
         self, folder: str, model: Model

@@ -75,13 +75,15 @@ class Model:
         check_storage(self.path, self.config, quantization, self.source.tensors, self.meta)
 
     def blank_scores(self) -> Scores:
-        """Scores by id, the same for every layer: enough to plan how many experts go."""
-        layers = self.provenance["layers"]
+        """Scores by id, the same for every layer that is observed: enough to plan how many experts
+        go.
+        """
+        record = record_of(*self.observed, self.path) if self.mtp else self.provenance
         values = {
             name: torch.arange(facts["num_experts"], dtype=torch.float64)
-            for name, facts in layers.items()
+            for name, facts in record["layers"].items()
         }
-        return Scores(values, criterion="none", provenance=self.provenance)
+        return Scores(values, criterion="none", provenance=record)
 
 
 def inspect_model(path: str, *, trust_remote_code: bool = False) -> Model:

@@ -36,7 +36,7 @@ def with_mtp_choice(
     if asked and reason is not None:
         raise mtp_refused(model.path, reason)
     if not isinstance(options, ObserveOptions) and options.shape.shape is not None:
-        reason = reason or "a `shape` needs Gram matrices, which are not summed of them"
+        reason = reason or "`shape` needs Gram matrices, which are not summed in these layers"
     if options.run.device_map is not None:
         reason = reason or "the model is spread by `device_map`"
     if reason is not None:

@@ -335,11 +335,13 @@ class Sizing:
     def _rest(self, most: Plan, least: Plan) -> int:
         """Bytes of all but experts and their rows of routers, from two plans' sizes."""
         (many, large), (few, small) = (
-            (sum(len(la.kept) for la in plan.layers.values()), self.files(plan).weights)
+            (sum(after for _, after in self._counts(plan).values()), self.files(plan).weights)
             for plan in (most, least)
         )
         if many == few:  # only one number of experts is possible
-            many, large = sum(la.num_experts for la in least.layers.values()), self._before
+            before, after = self.files(least).mtp
+            dropped = before if after == 0 else 0
+            many, large = sum(self._experts.values()), self._before - dropped
         return small - few * (large - small) // (many - few)
 
 

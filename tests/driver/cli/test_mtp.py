@@ -1,6 +1,7 @@
 """`--mtp`: what a dry run says of multi-token-prediction layers, and what a run does with them."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -198,6 +199,32 @@ def test_what_evaluates_the_model_leaves_the_layer_out(
     deeper["layers"]["model.layers.4.mlp.experts"] = deeper["layers"][LAYER]
     plan.write_text(json.dumps(deeper))
     assert "does not exist in this model" in run("compare", whole, plan, *given).error
+
+
+def test_that_it_is_the_last_layer_is_foreseen(
+    run: Run, whole: Path, data: Path, tmp_path: Path
+) -> None:
+    """Before anything is observed, by a dry run too."""
+    words = ["prune", whole, "--data", data, "--seq-len", 16, "--ratio", 0.25, "--skip-last", 1]
+    for more in (["--dry-run"], ["--out", tmp_path / "out"]):
+        done = run(*words, "--mtp", "prune", *more)
+        assert done.code == 3
+        assert f"{LAYER!r} keeps 8; n_routed_experts of config.json counts both" in done.error
+        assert "with --skip-last, it is the last layer" in done.error
+        assert "observed" not in done.out
+    assert "layers.2.mlp.experts' keeps 8" in run(*words, "--dry-run").error
+
+
+def test_a_size_that_cannot_be_reached_tells_what_is_in_no_expert(
+    run: Run, whole: Path, data: Path, tmp_path: Path
+) -> None:
+    said = run("prune", whole, "--data", data, "--target-size", "200kB", "--out", tmp_path / "out")
+    tensors = open_checkpoint(whole).tensors
+    routed = (MTP, ".mlp.experts.", ".mlp.gate.")
+    rest = sum(one.nbytes for key, one in tensors.items() if not any(w in key for w in routed))
+    found = re.search(r"of which (\d+) kB are in no routed expert", said.error)
+    assert found is not None, said.error
+    assert int(found[1]) == pytest.approx(rest / 1000, rel=0.1)  # headers of files count, too
 
 
 def test_observe_refuses_what_cannot_be_run(
