@@ -83,6 +83,7 @@ class KernelREAPPruningModifier(REAPPruningModifier):
         for name, stats in self._stats.items():
             broken = int(stats.nonfinite.sum())
             if broken:
+                self._release()
                 raise DataError(
                     f"{name}: {broken} outputs of experts are NaN or infinite; calibrate in "
                     "bfloat16 or float32, or leave the layer out with `ignore`"
@@ -106,12 +107,20 @@ class KernelREAPPruningModifier(REAPPruningModifier):
         self.remove_hooks()
         self._replaced.close()
 
-    def _check_causal(self, name: str, attention: nn.Module, args: Any, given: Any) -> None:
+    @contextmanager
+    def _released_on_error(self) -> Iterator[None]:
+        """Inside, an error or Ctrl-C takes everything off the model, which may go on being used:
+        llm-compressor tells no modifier that a calibration has failed.
+        """
         try:
-            check_causal(name, attention, args, given)
-        except rk.errors.ReapError:
-            self._release()  # the caller may go on with this model
+            yield
+        except BaseException:
+            self._release()
             raise
+
+    def _check_causal(self, name: str, attention: nn.Module, args: Any, given: Any) -> None:
+        with self._released_on_error():
+            check_causal(name, attention, args, given)
 
     def _count_next(self, name: str, experts: LinearExperts2D, args: Any) -> None:
         """Pre-hook of experts: their forward counts, unless the layer is pruned already."""
@@ -129,14 +138,15 @@ class KernelREAPPruningModifier(REAPPruningModifier):
     ) -> Tensor:
         """Forward of the experts of a layer: [T, H] of hidden [T, H], ids and weights [T, k]."""
         call = (hidden_states, top_k_index, top_k_weights)
-        stats = self._stats_of(name, experts, hidden_states.device)
-        # The op has no gradient, which others (AutoRound) need in passes of their own.
-        if not torch.is_grad_enabled() and _unwatched(experts):
-            return rk.observe_layer(*call, _weights(experts, self._activations[name]), stats)
-        if stats is None:
-            return plain(*call)
-        with _counting_outputs(experts, top_k_index, top_k_weights, stats):
-            return plain(*call)
+        with self._released_on_error():
+            stats = self._stats_of(name, experts, hidden_states.device)
+            # The op has no gradient, which others (AutoRound) need in passes of their own.
+            if not torch.is_grad_enabled() and _unwatched(experts):
+                return rk.observe_layer(*call, _weights(experts, self._activations[name]), stats)
+            if stats is None:
+                return plain(*call)
+            with _counting_outputs(experts, top_k_index, top_k_weights, stats):
+                return plain(*call)
 
     def _stats_of(
         self, name: str, experts: LinearExperts2D, device: torch.device

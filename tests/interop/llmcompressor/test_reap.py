@@ -197,6 +197,20 @@ def test_outputs_that_are_not_finite_are_refused() -> None:
         model.model.layers[1].mlp.experts.down_proj[3].fill_(torch.inf)
     with pytest.raises(rk.errors.DataError, match=r"layers\.1\.mlp: \d+ outputs .* NaN"):
         run(model, [KernelREAPPruningModifier(sparsity=0.25)], text_rows(2), pipeline="basic")
+    assert hooks(model) == 0
+
+
+def test_an_interrupted_run_leaves_nothing_on_the_model() -> None:
+    model = trained()
+    with (
+        mock.patch.object(rk, "observe_layer", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        run(model, [KernelREAPPruningModifier(sparsity=0.25)], text_rows(2), pipeline="basic")
+    assert hooks(model) == 0
+    for module in model.modules():
+        if isinstance(module, LinearExperts2D):
+            assert module.forward.__name__ == "forward"
 
 
 def test_experts_run_themselves_where_their_weights_do_not_tell_all() -> None:
