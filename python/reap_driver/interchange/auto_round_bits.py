@@ -48,7 +48,7 @@ def bits_of(source: Source) -> dict[str, dict[int, int]]:
     """
     assert source.bits is not None  # the table says that the format needs it
     scores = score(source.statistics(), CRITERION)
-    kept = {name: source.kept(name) for name in scores}
+    kept = {name: source.kept(name) for name in scores if name in source.model.layers}
     left = {name: [float(scores[name][expert]) for expert in ids] for name, ids in kept.items()}
     bits = expert_bits(left, source.bits)
     return {name: dict(zip(ids, bits[name], strict=True)) for name, ids in kept.items()}

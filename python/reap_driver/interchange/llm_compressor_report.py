@@ -52,7 +52,7 @@ def write(path: Path, source: Source) -> list[str]:
         PlanError: the plan is not of whole experts.
     """
     plan = source.experts_plan(WHAT)
-    blocks = _blocks(plan.layers)
+    blocks = _blocks(name for name in plan.layers if name in source.model.layers)
     write_json(path, {block: list(plan.layers[name].kept) for block, name in blocks.items()})
     return []
 
