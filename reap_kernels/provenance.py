@@ -3,7 +3,7 @@
 Other fields may stand beside them: they are kept, and never computed with.
 """
 
-from reap_kernels.schema import Anything, Int, Kind, ListOf, MapOf, OrNull, Real, Record, Text
+from reap_kernels.schema import Anything, Flag, Int, Kind, ListOf, MapOf, OrNull, Real, Record, Text
 
 MAX_EXPERTS = 1_000_000  # of a layer
 MAX_TOKENS = 2**53  # float64, which scores are computed in, counts no further one by one
@@ -22,6 +22,7 @@ LAYER = Record(
         "intermediate_size": _NUMBER,
         "scale": OrNull(Real()),
         "norm_space": _NAME,
+        "mtp": OrNull(Flag()),  # a multi-token-prediction layer
         "expert_parameters": _NUMBER,  # of one expert, without its rows of the router
     },
     open=True,

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from reap_driver.base.arguments import typed
 from reap_driver.compat.model_config import digest_of, identifying_fields
+from reap_driver.compat.mtp_layer import mtp_layers
 from reap_driver.model.adapters import ADAPTERS, Adapter
 from reap_driver.model.adapters.expert_parallel import ExpertSlice
 from reap_driver.model.unwrap import unwrap_model
@@ -57,6 +58,7 @@ class MoELayer:
             only for comparing layers.
         norm_space: "output", or "latent" if the experts' width is not the model's hidden size.
         local: the experts in this process, if they are spread over ranks; None for all.
+        mtp: whether it is a multi-token-prediction layer, which the model does not compute itself.
 
     Example:
         >>> layer = rd.find_moe_layers(model)[0]
@@ -76,6 +78,7 @@ class MoELayer:
     scale: float = 1.0
     norm_space: str = "output"
     local: ExpertSlice | None = None
+    mtp: bool = False
 
     @property
     def local_experts(self) -> int:
@@ -89,7 +92,8 @@ class MoELayer:
         # A tensor that is sharded over ranks counts whole.
         held = sum(parameter.numel() for parameter in self.module.parameters())
         facts["expert_parameters"] = held // self.num_experts
-        return {**facts, "scale": self.scale, "norm_space": self.norm_space}
+        facts |= {"scale": self.scale, "norm_space": self.norm_space}
+        return facts | {"mtp": True} if self.mtp else facts
 
 
 @typed
@@ -232,6 +236,7 @@ def _describe(
         scale=_post_scale(block),
         norm_space="output" if sizes.hidden_size == width else "latent",
         local=adapter.local(module),
+        mtp=any(name.startswith(f"{layer}.") for layer in mtp_layers(model)),
     )
     # The router also chooses among experts without weights (LongCat's identity experts).
     _check_routing(layer, layer.num_experts + (_first_int([config], ("zero_expert_num",)) or 0))

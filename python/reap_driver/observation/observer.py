@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import reap_kernels
 from reap_driver.base.arguments import typed
-from reap_driver.compat.mtp_layer import mtp_layers, running_mtp
+from reap_driver.compat.mtp_layer import running_mtp
 from reap_driver.compat.text_model import text_model
 from reap_driver.model.discover import adapter_of, block_of, find_moe_layers, record_of
 from reap_driver.model.expert_dims import stacks_of
@@ -70,11 +70,10 @@ class Observer:
         self.groups: list[str] = []
         self.current = DEFAULT_GROUP
         self._reader = text_model(model)
-        drafting = tuple(name + "." for name in mtp_layers(model))
         self.tokens = TokenMask(
             self._reader,
             [la.name for la in self.layers if not adapter_of(la).takes_mask],
-            [la.name for la in self.layers if la.name.startswith(drafting)] if drafting else [],
+            [la.name for la in self.layers if la.mtp],
         )
         self._recorders = {layer.name: LayerRecorder(self, layer) for layer in self.layers}
         self._sources: list[dict[str, Any]] = []

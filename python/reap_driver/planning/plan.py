@@ -155,13 +155,14 @@ class LayerPlan:
 
 
 def deciding_facts(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The facts that another model must share for a plan to apply to it, as in `Plan.model`.
+    """The facts that another model must share for a plan to apply to it, as in `Plan.model`, and
+    `mtp` of multi-token-prediction layers.
 
     Args:
         layers: facts of each layer, as the provenance of statistics records them.
     """
     return {
-        name: {fact: facts[fact] for fact in DECIDING if fact in facts}
+        name: {fact: facts[fact] for fact in (*DECIDING, "mtp") if fact in facts}
         for name, facts in layers.items()
     }
 

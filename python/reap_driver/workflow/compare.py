@@ -146,7 +146,7 @@ def _candidate(
 
 def _checked_plan(options: CompareOptions, plan: Plan, original: Model, heard: Listener) -> Plan:
     """A plan that is the original's, or holds for it."""
-    plan = main_layers(plan, original.layers)
+    plan = main_layers(plan)
     check_same_layers(plan, original.layers)
     force = options.force_model
     for note in check_model(plan, original.provenance, original.path, force=force):

@@ -160,7 +160,7 @@ def _chosen(
     known = _checked_sizes(sums, layers, record, folder)
     if plan is None:
         return {name: list(range(experts)) for name, (experts, _) in known.items()}
-    plan = main_layers(plan, list(layers.values()))
+    plan = main_layers(plan)
     check_same_layers(plan, list(layers.values()))
     check_model(plan, record, folder)
     removed = {name: list(layer.removed) for name, layer in plan.layers.items() if layer.removed}

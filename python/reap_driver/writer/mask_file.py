@@ -95,7 +95,7 @@ def save_masks(
     config = load_config(folder, trust_remote_code=trust_remote_code)
     full = meta_model(config)
     layers = find_moe_layers(full)
-    plan = main_layers(plan, layers)
+    plan = main_layers(plan)
     check_same_layers(plan, layers)
     notes = check_model(plan, record_of(full, layers), folder, force=force_model)
     with replaced(path) as temporary:

@@ -220,7 +220,7 @@ def check_same_layers(plan: "Plan", layers: Sequence[MoELayer]) -> None:
         PlanError: see `check_layers`; or the plan names such a layer.
     """
     for name in check_layers(plan, layers):
-        if _follows(name, layers):
+        if is_mtp(plan, name):
             raise PlanError(
                 f"plan: layer {name!r} is for multi-token prediction, which is not part of what "
                 "the model computes here; use statistics that were observed without it (leave out "
@@ -229,34 +229,16 @@ def check_same_layers(plan: "Plan", layers: Sequence[MoELayer]) -> None:
         raise no_such_layer(name)
 
 
-def main_layers(plan: "Plan", layers: Sequence[MoELayer]) -> "Plan":
-    """The plan without the multi-token-prediction layer, for what the model itself computes.
-
-    Args:
-        plan: any.
-        layers: of the model.
-    """
-    if not any(_follows(name, layers) for name in plan.layers):
-        return plan
-    kept = {name: la for name, la in plan.layers.items() if not _follows(name, layers)}
-    return replace(plan, layers=kept)
+def main_layers(plan: "Plan") -> "Plan":
+    """The plan without multi-token-prediction layers, for what the model itself computes."""
+    kept = {name: layer for name, layer in plan.layers.items() if not is_mtp(plan, name)}
+    return plan if len(kept) == len(plan.layers) else replace(plan, layers=kept)
 
 
-def _follows(name: str, layers: Sequence[MoELayer]) -> bool:
-    """Whether a layer comes right after the last decoder layer, under its name otherwise."""
-    stack, number, tail = _place(name)
-    places = [_place(layer.name) for layer in layers]
-    alike = [last for where, last, end in places if (where, end) == (stack, tail)]
-    return bool(alike) and number == max(alike) + 1
-
-
-def _place(name: str) -> tuple[str, int, str]:
-    """(`model.layers`, 3, `mlp.experts`) of `model.layers.3.mlp.experts`; the number is -1 where
-    there is none.
-    """
-    root, tail = split_layer(name + ".")
-    stack, _, number = root[:-1].rpartition(".")
-    return stack, int(number) if number.isdigit() else -1, tail
+def is_mtp(plan: "Plan", name: str) -> bool:
+    """Whether a layer was observed as a multi-token-prediction layer."""
+    facts = (plan.model.get("layers") or {}).get(name) or {}
+    return facts.get("mtp") is True
 
 
 def no_such_layer(name: str) -> PlanError:

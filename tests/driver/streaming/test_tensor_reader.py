@@ -43,7 +43,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 def kinds() -> dict[str, Tensor]:
     """A tensor of every dtype that can be written, and odd shapes."""
-    dtypes = [*tensor_reader._DTYPES.values()]
+    dtypes = [*tensor_reader.DTYPES.values()]
     made = {str(d): (torch.arange(6).reshape(2, 3) % 2).to(d) for d in dtypes if d.itemsize > 1}
     made |= {str(d): torch.arange(6).byte().view(d) for d in dtypes if d.itemsize == 1}
     made[str(torch.bool)] = torch.tensor([True, False])
