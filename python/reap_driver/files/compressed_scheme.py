@@ -60,6 +60,7 @@ class Scheme:
         block: (rows, columns) of the blocks that share a scale; None if no matrix has blocks.
         zeros: {False}, {True} or both: whether matrices have zero points.
         nvfp4: whether matrices may be NVFP4 (`load.nvfp4`).
+        single: whether matrices may have one scale for all elements.
     """
 
     bits: int | None
@@ -67,6 +68,7 @@ class Scheme:
     block: tuple[int, int] | None
     zeros: frozenset[bool]
     nvfp4: bool = False
+    single: bool = False
 
 
 def read_scheme(quantization: Mapping[str, Any], where: str) -> Scheme:
@@ -80,7 +82,7 @@ def read_scheme(quantization: Mapping[str, Any], where: str) -> Scheme:
     found = list(_weights(quantization, where))
     if not found:
         refuse(f"{where}: no group of config_groups has weights", "one")
-    bits = {w["num_bits"] for _, w, name in found if name == "pack-quantized"}
+    bits = {_num_bits(w) for _, w, name in found if name == "pack-quantized"}
     if len(bits) > 1:
         refuse(f"{where}: groups of config_groups pack {sorted(bits)} bits", "one number of bits")
     blocks = {_block(field, w) for field, w, _ in found if w.get("block_structure")}
@@ -88,9 +90,10 @@ def read_scheme(quantization: Mapping[str, Any], where: str) -> Scheme:
         refuse(f"{where}: groups of config_groups have blocks {sorted(blocks)}", "one size")
     sizes = (w.get("group_size") for _, w, _ in found if not w.get("block_structure"))
     groups = frozenset(size if size and size > 0 else None for size in sizes)
+    single = any(_is_single(w) for _, w, _ in found)
     zeros = frozenset(not w.get("symmetric", True) for _, w, _ in found)
     nvfp4 = any(name == _NVFP4 for _, _, name in found)
-    return Scheme(next(iter(bits), None), groups, next(iter(blocks), None), zeros, nvfp4)
+    return Scheme(next(iter(bits), None), groups, next(iter(blocks), None), zeros, nvfp4, single)
 
 
 def _check_whole(quantization: Mapping[str, Any], where: str) -> None:
@@ -121,7 +124,7 @@ def _weights(
         if weights is None:
             continue
         stored = group.get("format") or quantization.get("format")
-        kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
+        kind, bits = weights.get("type", "int"), _num_bits(weights)
         known = _BITS.get((stored, kind))
         if known is None:
             refuse(
@@ -132,6 +135,18 @@ def _weights(
             refuse(f"{field}.weights.num_bits is {bits}", " or ".join(map(str, known)))
         _check_layout(weights, kind, f"{field}.weights", nvfp4=stored == _NVFP4)
         yield f"{field}.weights", weights, str(stored)
+
+
+def _num_bits(weights: Mapping[str, Any]) -> int:
+    """Bits per value; 8 is the library's default."""
+    bits: int = weights.get("num_bits", 8)
+    return bits
+
+
+def _is_single(weights: Mapping[str, Any]) -> bool:
+    """Whether all elements share a scale, which is the library's default without a group size."""
+    strategy = weights.get("strategy")
+    return strategy == "tensor" or (strategy is None and weights.get("group_size") is None)
 
 
 def _check_layout(weights: Mapping[str, Any], kind: str, field: str, *, nvfp4: bool) -> None:

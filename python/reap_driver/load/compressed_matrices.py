@@ -218,7 +218,7 @@ class Matrix(Dequantized):
         block = scheme.block
         if block is not None and (tall, across) == (-(-rows // block[0]), -(-columns // block[1])):
             return (tall, across), block
-        if (tall, across) == (1, 1) and None in scheme.groups:
+        if (tall, across) == (1, 1) and scheme.single:
             return (1, 1), (rows, columns)
         wide = columns // max(1, across)
         known = wide in scheme.groups or (across == 1 and None in scheme.groups)

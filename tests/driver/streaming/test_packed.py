@@ -1,5 +1,6 @@
 """Checkpoints of compressed-tensors: values as the formats define them, streamed as resident."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,30 @@ def test_zero_points_that_do_not_fit(name: str, zeros: Tensor, tmp_path: Path) -
     found = stored(read_header(path).tensors, reader)
     with pytest.raises(CheckpointError, match=r"here: a.b.weight_zero_point is I.* codes; downloa"):
         plain_weights(found, CASES[name][0], "here", CPU)
+    reader.close()
+
+
+def test_one_scale_is_not_taken_for_those_of_all_rows(tmp_path: Path) -> None:
+    quantization, make = CASES["fp8 by rows"]
+    parts, _ = make(40, 96, np.random.default_rng(0))
+    parts["weight_scale"] = parts["weight_scale"][:1]
+    reader = TensorReader()
+    found = stored(read_header(written(tmp_path, **parts)).tensors, reader)
+    with pytest.raises(
+        CheckpointError, match=r"weight_scale has shape \[1, 1\] for a matrix \[40,"
+    ):
+        plain_weights(found, quantization, "here", CPU)
+    reader.close()
+
+
+def test_weights_are_of_8_bits_by_default(tmp_path: Path) -> None:
+    quantization, make = CASES["int8 packed"]
+    quantization = copy.deepcopy(quantization)
+    del quantization["config_groups"]["group_0"]["weights"]["num_bits"]
+    parts, value = make(40, 96, np.random.default_rng(0))
+    reader = TensorReader()
+    found = stored(read_header(written(tmp_path, **parts)).tensors, reader)
+    assert torch.equal(plain_weights(found, quantization, "here", CPU)["a.b.weight"][...], value)
     reader.close()
 
 
