@@ -102,13 +102,14 @@ class Blocks(Dequantized):
 
     def _value(self, parts: Mapping[str, Tensor]) -> Tensor:
         rows, columns = self.get_shape()
+        parts = {leaf: part.flatten() for leaf, part in parts.items()}
         scales = parts[_ABSMAX]
         if self._nested:
-            codes, size = scales.flatten(), self._state["nested_blocksize"]
-            scales = parts[_NESTED_MAP].float()[codes.int()]
+            size = self._state["nested_blocksize"]
+            scales = parts[_NESTED_MAP].float()[scales.int()]
             scales = _scaled(scales, parts[_NESTED_ABSMAX].float(), size)
             scales = scales + self._state["nested_offset"]
-        codes = parts[_CODES].flatten().view(torch.uint8)
+        codes = parts[_CODES].view(torch.uint8)
         values = values_of_bytes(codes, parts[_MAP], low_first=False)[: rows * columns]
         made = _scaled(values, scales.float(), self._state["blocksize"])
         return made.view(rows, columns).to(DTYPES[self.get_dtype()])

@@ -6,8 +6,7 @@ and, for integers, `_weight_zero_point`. An element is (code - zero point) x sca
 rounded once to the dtype. Classes whose codes are packed for a kernel are refused.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +101,14 @@ class Matrix(Dequantized):
             count * part == length
             for count, part, length in zip(self._grid, block, shape, strict=True)
         )
-        for leaf in parts.keys() - {_CODES}:
+        if parts[_SCALE].get_dtype() not in _FLOATS.values():
+            raise CheckpointError(
+                f"{name} has a {_SCALE} of {parts[_SCALE].get_dtype()}, and needs "
+                f"{' or '.join(_FLOATS.values())}; {_AGAIN}"
+            )
+        for leaf in sorted(parts.keys() - {_CODES}):
             found = parts[leaf].get_shape()
-            if not whole or math.prod(found) != math.prod(self._grid):
+            if not whole or _without_ones(found) != _without_ones(self._grid):
                 raise CheckpointError(
                     f"{name} has {leaf} {found} for {list(shape)} in blocks of {block}; {_AGAIN}"
                 )
@@ -118,6 +122,10 @@ class Matrix(Dequantized):
             values -= parts[_ZERO].float().view(grid)
         values *= parts[_SCALE].float().view(grid)
         return values.view(rows, columns).to(DTYPES[self.get_dtype()])
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    return [length for length in shape if length != 1]
 
 
 def _described(tensors: Mapping[str, StoredTensor], where: object) -> dict[str, dict[str, Any]]:

@@ -77,6 +77,15 @@ def test_values(name: str, tmp_path: Path) -> None:
     assert (there.device.type, there.shape) == ("meta", value.shape)
 
 
+def test_parts_of_other_dimensions(tmp_path: Path) -> None:
+    """bitsandbytes takes the tables and scales of a block in any shape."""
+    parts, value = blocks(8, 32, nested=True)
+    names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+    columns = {f"weight.{name}": parts[f"weight.{name}"][:, None] for name in names}
+    found = read(tmp_path, {**parts, **columns}, BNB_4)["a.b.weight"]
+    assert torch.equal(found[...], value)
+
+
 def test_scales_of_activations_are_left_out(tmp_path: Path) -> None:
     for name in ("nvfp4", "nvfp4 compressed-tensors"):
         make, settings = CASES[name]
@@ -253,6 +262,8 @@ def test_values_of_torchao(name: str, tmp_path: Path) -> None:
             r"has codes F32 \[24, 48\], and a Int8Tensor",
         ),
         (having("_weight_scale", torch.ones(24, 5)), r"has scale \[24, 5\] for \[24, 48\]"),
+        (having("_weight_scale", torch.ones(2, 12)), r"has scale \[2, 12\] for \[24, 48\]"),
+        (having("_weight_scale", torch.ones(24, 1).int()), "has a scale of I32, and needs BF16"),
         (having("weight", torch.zeros(24, 48)), "is stored with and without codes; download"),
     ],
 )
