@@ -6,7 +6,7 @@ best to the worst. The server cuts the list itself, by its own ratio.
 import json
 from pathlib import Path
 
-from reap_driver.interchange.content import Source
+from reap_driver.interchange.content import Source, uniform_count
 from reap_driver.planning.budget import ranked
 from reap_driver.planning.scoring import score
 from reap_kernels.errors import PlanError
@@ -35,11 +35,12 @@ def write(path: Path, source: Source) -> list[str]:
         if (facts.get("n_group") or 1) > 1:
             raise PlanError(
                 f"layer {name}: its router chooses among {facts['n_group']} groups of experts, and "
-                f"the server cuts an {WHAT} without regard to groups; prune the checkpoint instead"
+                f"the server cuts the {WHAT} without regard to groups; prune the checkpoint instead"
             )
-    scores = score(source.statistics(), source.criterion)
+    scores = score(source.all_statistics(WHAT), source.criterion)
     if source.plan is not None:
         source.experts_plan(WHAT)
+        uniform_count(source, WHAT)
     for number, name in sorted(model.numbers().items()):
         best, kept = ranked(scores[name], 1)[0].tolist(), set(source.kept(name))
         order = sorted(best, key=lambda expert: expert not in kept)  # stable: by score among each
@@ -56,7 +57,7 @@ def _notes(source: Source) -> list[str]:
     if kind not in (None, "qwen3_moe"):
         found.append(f"vllm-ascend prunes by a list only Qwen3-MoE models, and this one is {kind}")
     counts = {(model.experts(name), len(source.kept(name))) for name in model.layers}
-    if source.plan is None or len(counts) > 1:
+    if source.plan is None or len(counts) > 1:  # layers of different sizes: no ratio is all theirs
         return found
     [(experts, kept)] = counts
     return [

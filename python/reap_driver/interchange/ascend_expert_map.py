@@ -30,7 +30,7 @@ def write(path: Path, source: Source) -> list[str]:
     """
     if source.plan is not None:
         source.experts_plan(WHAT)
-    experts, devices, stats = uniform_count(source, WHAT), source.ep, source.statistics()
+    experts, devices, stats = uniform_count(source, WHAT), source.ep, source.all_statistics(WHAT)
     assert devices is not None  # the table says that the format needs it
     if experts % devices:
         raise PlanError(

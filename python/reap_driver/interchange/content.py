@@ -7,7 +7,7 @@ from typing import Any
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.selection import layer_number
 from reap_kernels import SaliencyStats
-from reap_kernels.errors import PlanError
+from reap_kernels.errors import DataError, PlanError
 from reap_kernels.schema import short
 
 
@@ -27,7 +27,7 @@ class ModelFacts:
     @property
     def layers(self) -> Mapping[str, Mapping[str, Any]]:
         """Facts of each MoE layer by its name."""
-        found: Mapping[str, Mapping[str, Any]] = self.record["layers"]
+        found: Mapping[str, Mapping[str, Any]] = self.record.get("layers") or {}
         return found
 
     @property
@@ -84,9 +84,44 @@ class Source:
     bits: float | None = None
 
     def statistics(self) -> SaliencyStats:
-        """The statistics."""
+        """The statistics of the model's layers.
+
+        Where the model was looked up, they leave out its multi-token-prediction layer, which is
+        none of its decoder layers.
+
+        Raises:
+            DataError: nothing says how a layer routes.
+        """
         assert self.stats is not None  # the table says that the format is made from them
-        return self.stats
+        known, observed, last = self.model.layers, self.stats.layers, self.model.decoder_layers
+        for name in observed:
+            number = layer_number(name)
+            if name not in known and (last is None or number is None or number < last):
+                raise DataError(
+                    f"layer {name}: neither statistics nor model say how it routes; observe with "
+                    'reap-kernels, or add it to provenance["layers"]'
+                )
+        layers = {name: layer for name, layer in observed.items() if name in known}
+        return SaliencyStats(layers, self.stats.groups, self.stats.provenance)
+
+    def all_statistics(self, what: str) -> SaliencyStats:
+        """The statistics, of every MoE layer of the model.
+
+        Args:
+            what: the file in words.
+
+        Raises:
+            DataError: see `statistics`; or a layer was not observed.
+        """
+        stats = self.statistics()
+        wanted = [*self.model.layers, *stats.provenance.get("unobserved", ())]
+        for name in wanted:
+            if name not in stats.layers:
+                raise DataError(
+                    f"layer {name}: is not in the statistics, and the {what} is of all layers; "
+                    "observe data whose tokens reach it"
+                )
+        return stats
 
     def experts_plan(self, what: str) -> Plan:
         """The plan, one of whole experts.
@@ -101,7 +136,7 @@ class Source:
         if self.plan.compensates:
             raise PlanError(
                 f"the plan changes experts that it keeps (it removes neurons of them, or solves "
-                f"them again), which a {what} cannot say; write its checkpoint with `reap-kernels "
+                f"them again), which no {what} can say; write its checkpoint with `reap-kernels "
                 "apply`"
             )
         return self.plan
@@ -122,7 +157,7 @@ def uniform_count(source: Source, what: str) -> int:
     counts = {name: len(source.kept(name)) for name in source.model.layers}
     if len(set(counts.values())) > 1:
         raise PlanError(
-            f"layers keep different numbers of experts, {short(counts)}, and a {what} has one for "
+            f"layers keep different numbers of experts, {short(counts)}, and the {what} has one for "
             "all; plan with the allocation `uniform`"
         )
     return next(iter(counts.values()))

@@ -27,7 +27,7 @@ def write(path: Path, source: Source) -> list[str]:
     """
     if source.plan is not None:
         source.experts_plan(WHAT)
-    model, experts, stats = source.model, uniform_count(source, WHAT), source.statistics()
+    model, experts, stats = source.model, uniform_count(source, WHAT), source.all_statistics(WHAT)
     assert model.decoder_layers is not None  # the table says that the format needs it
     rows = [[0] * experts for _ in range(model.decoder_layers)]
     for number, name in model.numbers().items():

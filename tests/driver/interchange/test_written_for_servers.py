@@ -150,11 +150,30 @@ def test_plans_that_change_experts_are_refused(tmp_path: Path, writer: str) -> N
     assert not (tmp_path / "f").exists()
 
 
-@pytest.mark.parametrize("writer", ["map", "sglang", "maps"])
+@pytest.mark.parametrize("writer", ["list", "map", "sglang", "maps"])
 def test_layers_that_keep_different_numbers_are_refused(tmp_path: Path, writer: str) -> None:
     uneven = facts.plan((0, 1, 2), (0, 1, 2, 3), (0, 1, 2, 3))
     with pytest.raises(PlanError, match="layers keep different numbers of experts"):
         WRITERS[writer].write(tmp_path / "f", replace(RANKED, plan=uneven, ep=2))
+
+
+@pytest.mark.parametrize("writer", ["list", "map", "sglang"])
+def test_statistics_of_some_layers_are_refused(tmp_path: Path, writer: str) -> None:
+    some = facts.stats()
+    del some.layers[facts.NAMES[1]]
+    with pytest.raises(DataError, match=r"layer model\.layers\.2\..* is not in the statistics"):
+        WRITERS[writer].write(tmp_path / "f", replace(RANKED, stats=some, ep=2))
+
+
+def test_a_layer_is_left_out_only_where_it_follows_the_decoder_layers(tmp_path: Path) -> None:
+    more = facts.stats()
+    more.layers["model.layers.6.mlp.experts"] = more.layers[facts.NAMES[0]]
+    sglang_expert_location.write(tmp_path / "f", replace(RANKED, stats=more))
+    assert len(json.loads((tmp_path / "f").read_text())["logical_count"]) == facts.DECODER_LAYERS
+    record = facts.model().record
+    for model in (ModelFacts(record), ModelFacts(record, 7), ModelFacts({})):
+        with pytest.raises(DataError, match="neither statistics nor model say how it routes"):
+            replace(RANKED, stats=more, model=model).statistics()
 
 
 def test_layers_that_other_tools_cannot_number() -> None:
