@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 from reap_kernels.errors import PlanError
 
@@ -42,7 +43,8 @@ def expert_bits(
         )
     every = [(name, expert) for name, values in scores.items() for expert in range(len(values))]
     levels = dict.fromkeys(every, 0)
-    left = int((average - choices[0]) * len(every))
+    # Exact: 2.3 bits for ten experts are 3 to give out, and a float says 2.9999999999999982.
+    left = int((Fraction(str(average)) - choices[0]) * len(every))
     waiting: list[tuple[float, int]] = []
 
     def wait(number: int) -> None:

@@ -75,6 +75,14 @@ def test_no_expert_takes_the_bits_of_another(tmp_path: Path) -> None:
     assert not re.search(re.escape(f"{facts.NAMES[0]}.1."), f"{facts.NAMES[0]}.10.up_proj")
 
 
+def test_an_average_is_taken_as_it_is_written() -> None:
+    for tenths in range(20, 81):
+        found = expert_bits({"layer": [float(9 - expert) for expert in range(10)]}, tenths / 10)
+        assert sum(found["layer"]) <= tenths
+        if tenths <= 40:  # above, a step is of 4 bits
+            assert sum(found["layer"]) == tenths
+
+
 def test_averages_outside_the_bits_are_refused(tmp_path: Path) -> None:
     for writer in (expert_table, auto_round_bits):
         with pytest.raises(PlanError, match="bits 9: an expert has 2, 3, 4, 8 bits"):
