@@ -86,6 +86,8 @@ def _origin(options: ConvertOptions) -> str:
     """The format of what is converted."""
     source = options.source
     if isinstance(source, SaliencyStats | Plan | Planned):
+        if options.from_ is not None:
+            raise OptionError(f"`from_={options.from_}`: only with the name of a file as SOURCE")
         return "stats" if isinstance(source, SaliencyStats) else "plan"
     if not isinstance(source, str | Path):
         raise OptionError(

@@ -8,7 +8,7 @@ from typing import Any
 from reap_driver.base.yaml_text import MAX_BYTES, parse_yaml
 from reap_driver.planning.amount import Amount, keeping, possible_ratios
 from reap_driver.planning.budget import Router
-from reap_driver.planning.criteria import Scores
+from reap_driver.planning.criteria import CRITERIA, Scores
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.planner import make_plan
 from reap_driver.planning.scoring import score
@@ -148,9 +148,25 @@ def protected_of(
             for layer, ids in _read(what, _Experts()).items():
                 wanted.append((layer, tuple(ids if isinstance(ids, list) else [ids])))
         elif stats is not None:
-            peaks = super_experts(score(stats, "max_activation"))
-            wanted += [(layer, tuple(ids)) for layer, ids in peaks.items()]
+            wanted += [(layer, tuple(ids)) for layer, ids in _super_experts(stats).items()]
     return protected_experts(wanted, {name: len(values) for name, values in scores.items()})
+
+
+def _super_experts(stats: SaliencyStats) -> dict[str, frozenset[int]]:
+    """{layer: ids} of the experts with outputs far above all others.
+
+    Raises:
+        DataError: the statistics do not record the extremes of outputs.
+    """
+    criterion = "max_activation"
+    wanted = CRITERIA[criterion].fields
+    if lacking := [field for field in wanted if field in stats.missing]:
+        raise DataError(
+            f"`protect=super`: needs {' and '.join(lacking)}, not recorded in these statistics, "
+            "which another tool observed; protect experts by their ids, or observe the model with "
+            "reap-kernels"
+        )
+    return super_experts(score(stats, criterion))
 
 
 def _layer_ratios(

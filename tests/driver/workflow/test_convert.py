@@ -74,7 +74,7 @@ def test_there_and_back(place: Place, tmp_path: Path, name: str) -> None:
         assert again.kept == plan.kept
         assert again.notes == back.content.provenance["notes"]
         rd.report(back.content, out=tmp_path / "page")
-        with pytest.raises(DataError, match="not recorded"):
+        with pytest.raises(DataError, match="`protect=super`: needs out_min, .* by their ids"):
             rd.plan(tmp_path / "own", 0.5, protect="super")
     assert any("imported from" in note for note in back.notes)
 
@@ -140,6 +140,12 @@ def test_a_source_that_is_not_known_is_asked_for(
     (tmp_path / "x").write_text(content)
     with pytest.raises(rd.OptionError, match=f"does not say which format .* `from_`, .*{named}"):
         rd.convert(tmp_path / "x", "plan", model=place[0] / "model")
+
+
+def test_what_is_no_file_has_no_format_to_give(place: Place) -> None:
+    for source, to in ((place[1], "plan"), (place[2], "stats")):
+        with pytest.raises(rd.OptionError, match="`from_=riy`: only with the name of a file"):
+            rd.convert(source, to, from_="riy")
 
 
 def test_a_foreign_file_needs_its_model(place: Place, tmp_path: Path) -> None:
