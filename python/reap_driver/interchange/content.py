@@ -157,7 +157,7 @@ def uniform_count(source: Source, what: str) -> int:
     counts = {name: len(source.kept(name)) for name in source.model.layers}
     if len(set(counts.values())) > 1:
         raise PlanError(
-            f"layers keep different numbers of experts, {short(counts)}, and the {what} has one for "
-            "all; plan with the allocation `uniform`"
+            f"layers keep different numbers of experts, {short(counts)}, and the {what} has one "
+            "for all; plan with the allocation `uniform`"
         )
     return next(iter(counts.values()))
