@@ -74,7 +74,7 @@ def test_there_and_back(place: Place, tmp_path: Path, name: str) -> None:
         assert again.kept == plan.kept
         assert again.notes == back.content.provenance["notes"]
         rd.report(back.content, out=tmp_path / "page")
-        with pytest.raises(DataError, match="`protect=super`: needs out_min, .* by their ids"):
+        with pytest.raises(DataError, match=r"`protect=super`: needs out_min, .* by their ids"):
             rd.plan(tmp_path / "own", 0.5, protect="super")
     assert any("imported from" in note for note in back.notes)
 
