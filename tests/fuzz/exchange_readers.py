@@ -32,7 +32,7 @@ def exchanged(world: World) -> Iterable[Reader]:
             (_observations, _use_stats) if one.holds == "stats" else (json_value, _use_plan)
         )
         valid = path.read_bytes()
-        yield Reader(one.name, [valid], change, in_file(path, partial(use, world, one.name)), 3)
+        yield Reader(one.name, [valid], change, in_file(path, partial(use, world, one.name)))
     unknown = [b'{"pruned_experts": [[0, 1]]}', b'{"kept_per_layer": 1, "keep": [[0]]}', b"{}"]
     place = in_file(new / "unknown", partial(_use_unknown, world))
     yield Reader("a file of another tool", [], json_value, place, odd=unknown)
@@ -53,6 +53,8 @@ def _observations(content: bytes, rng: Random) -> bytes:
         lambda: torch.full_like(value, -1),
         lambda: value.expand(2, *value.shape),
         lambda: value.to_sparse() if value.ndim else value,
+        lambda: value.to("meta"),
+        lambda: torch.nn.Parameter(value, requires_grad=value.is_floating_point()),
         lambda: rng.choice([None, "x", [1.0], {}, 3]),
     ]
     layers[layer][key] = rng.choice(choices)()

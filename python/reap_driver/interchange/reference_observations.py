@@ -12,7 +12,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -148,16 +148,29 @@ def _layer(path: Path, number: int, keys: Mapping[str, Any], experts: int) -> La
         if key not in keys:
             continue
         value, shape = keys[key], [] if field == "tokens" else [experts]
-        if not isinstance(value, Tensor) or list(value.shape) != shape or value.is_sparse:
-            found = list(value.shape) if isinstance(value, Tensor) else short(value)
-            raise _unfit(path, f"layer {number}: {key} is {found}; expected a tensor {shape}")
-        if (value.is_floating_point(), value.is_complex()) != (field in OPTIONAL, False):
+        if not _has_numbers(value):
+            found = "a sparse, nested or empty one" if isinstance(value, Tensor) else short(value)
+            raise _unfit(path, f"layer {number}: {key} is {found}; expected a dense tensor {shape}")
+        if (sizes := list(value.shape)) != shape:
+            raise _unfit(path, f"layer {number}: {key} is {sizes}; expected a tensor {shape}")
+        kinds = (value.is_floating_point(), value.is_complex(), value.dtype == torch.bool)
+        if kinds != (field in OPTIONAL, False, False):
             raise _unfit(path, f"layer {number}: {key} has the dtype {value.dtype}")
         target = layer.tokens[0] if field == "tokens" else getattr(layer, field)[0]
-        target.copy_(value)
+        target.copy_(value.detach())
     if "out_max" in known:  # 0 stands for experts without rows there
         layer.out_max[layer.count == 0] = -torch.inf
     return layer
+
+
+def _has_numbers(value: object) -> TypeGuard[Tensor]:
+    """Whether a value is a dense tensor whose numbers are in the file."""
+    return (
+        isinstance(value, Tensor)
+        and not value.is_nested
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+    )
 
 
 def _entries(layer: LayerStats) -> dict[str, Tensor]:

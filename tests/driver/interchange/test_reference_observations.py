@@ -157,6 +157,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no count": (without("expert_frequency"), "layer 1 has no expert_frequency"),
     "more experts": (changed(ean_sum=torch.ones(7)), r"ean_sum is \[7\]; expected a tensor \[6\]"),
     "no tensor": (changed(ean_sum=[1.0] * 6), "layer 1: ean_sum is \\["),
+    "no numbers": (changed(ean_sum=SIX.to("meta")), "nested or empty one; expected a dense tensor"),
+    "nested": (changed(ean_sum=torch.nested.nested_tensor([SIX])), "nested or empty one; expected"),
+    "sparse": (changed(ean_sum=SIX.to_sparse()), "a sparse, .*; expected a dense tensor"),
+    "truths": (changed(expert_frequency=SIX > 0), "expert_frequency has the dtype torch.bool"),
     "fractions": (changed(expert_frequency=SIX), "expert_frequency has the dtype torch.float64"),
     "whole numbers": (changed(ean_sum=SIX.long()), "ean_sum has the dtype torch.int64"),
     "NaN": (changed(ean_sum=SIX * torch.nan), "norm_sum is nan; expected a finite number"),
@@ -172,6 +176,16 @@ def test_what_is_no_file_of_the_model_is_refused(tmp_path: Path, wrong: str) -> 
     with pytest.raises(DataError, match=message) as caught:
         reference_observations.read(tmp_path / "o.pt", facts.model())
     assert str(caught.value).startswith(f"{tmp_path / 'o.pt'}: is no observation file")
+
+
+def test_parameters_are_read_as_numbers(tmp_path: Path) -> None:
+    content = written(tmp_path / "o.pt")
+    expected = content[1]["ean_sum"].clone()
+    content[1]["ean_sum"] = torch.nn.Parameter(content[1]["ean_sum"])
+    torch.save(content, tmp_path / "o.pt")
+    layer = reference_observations.read(tmp_path / "o.pt", facts.model()).layers[facts.NAMES[0]]
+    assert not layer.norm_sum.requires_grad
+    assert torch.equal(layer.norm_sum[0], expected)
 
 
 class Malice:
