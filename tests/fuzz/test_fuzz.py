@@ -17,7 +17,7 @@ _COPIED = {"README.md", "generation_config.json"}
 
 def test_no_reader_ends_in_a_fault(tmp_path: Path) -> None:
     faults: list[str] = []
-    found = run(readers(World(tmp_path)), 500, seed=1, shown=faults.append)
+    found = run(readers(World(tmp_path)), 440, seed=1, shown=faults.append)
     assert not faults, "\n".join([table(found), *faults])
     for name, outcomes in found.items():
         assert outcomes.refused or name in _COPIED, f"{name} refuses nothing"

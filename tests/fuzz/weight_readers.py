@@ -33,10 +33,9 @@ def weights(world: World) -> Iterable[Reader]:
         [json.dumps(settings).encode() for settings in _SETTINGS],
         json_value,
         partial(_dry_run, world, model, json.loads((model / "config.json").read_text())),
-        2,
         odd=[json.dumps(awq()).encode()],
     )
-    yield Reader("packed weights", [file.read_bytes()], container, partial(_matrices, file), 2)
+    yield Reader("packed weights", [file.read_bytes()], container, partial(_matrices, file))
 
 
 def _packed_model(world: World) -> Path:
