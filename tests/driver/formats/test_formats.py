@@ -159,6 +159,21 @@ def test_settings_beside_config_json(plain: dict[str, Path], tmp_path: Path) -> 
         load_model(tmp_path / "HQQ")
 
 
+def test_settings_only_beside_config_json(plain: dict[str, Path], tmp_path: Path) -> None:
+    """As ModelOpt first wrote them: they count as those of config.json do."""
+    stored = BY_NAME["ModelOpt NVFP4"]
+    folder = stored.write(plain[stored.model], tmp_path / "model")
+    expected = weights(folder)
+    config = json.loads((folder / "config.json").read_text())
+    beside = {"quantization": {"quant_algo": config.pop("quantization_config")["quant_algo"]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "hf_quant_config.json").write_text(json.dumps(beside))
+    found = weights(folder)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
 def test_methods_that_transformers_reads_from_elsewhere(
     plain: dict[str, Path], tmp_path: Path
 ) -> None:
