@@ -26,9 +26,9 @@ class ModelFacts:
 
     @property
     def layers(self) -> Mapping[str, Mapping[str, Any]]:
-        """Facts of each MoE layer by its name."""
-        found: Mapping[str, Mapping[str, Any]] = self.record.get("layers") or {}
-        return found
+        """Facts of each MoE layer by its name; other tools' files know no MTP layers."""
+        recorded: Mapping[str, Mapping[str, Any]] = self.record.get("layers") or {}
+        return {name: facts for name, facts in recorded.items() if facts.get("mtp") is not True}
 
     @property
     def name(self) -> str:

@@ -201,19 +201,21 @@ def test_what_evaluates_the_model_leaves_the_layer_out(
     assert "does not exist in this model" in run("compare", whole, plan, *given).error
 
 
+@pytest.mark.parametrize("named", [True, False])
 def test_other_tools_are_told_of_the_layers_that_the_model_has(
-    run: Run, whole: Path, data: Path, tmp_path: Path
+    named: bool, run: Run, whole: Path, data: Path, tmp_path: Path
 ) -> None:
+    of_model = ("--model", whole) if named else ()
     stats, plan = tmp_path / "stats.safetensors", tmp_path / "plan.json"
     words = ["observe", whole, "--data", data, "--seq-len", 16, "--out", stats, "--with-mtp"]
     assert run(*words).code == 0
     assert run("plan", stats, "--ratio", 0.25, "--out", plan).code == 0
     blocks = {"model.layers.1.mlp", "model.layers.2.mlp"}
     report, bits = tmp_path / "report.json", tmp_path / "bits.json"
-    told = ["convert", plan, "--model", whole, "--to", "llm-compressor", "--out", report]
+    told = ["convert", plan, *of_model, "--to", "llm-compressor", "--out", report]
     assert run(*told).code == 0
     assert json.loads(report.read_text()).keys() == blocks
-    told = ["convert", stats, "--plan", plan, "--model", whole, "--to", "auto-round", "--bits", 3]
+    told = ["convert", stats, "--plan", plan, *of_model, "--to", "auto-round", "--bits", 3]
     assert run(*told, "--out", bits).code == 0
     found = json.loads(bits.read_text())
     assert {name.partition(".experts")[0] for name in found} == blocks
