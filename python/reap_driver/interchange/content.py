@@ -86,17 +86,17 @@ class Source:
     def statistics(self) -> SaliencyStats:
         """The statistics of the model's layers.
 
-        Where the model was looked up, they leave out its multi-token-prediction layer, which is
-        none of its decoder layers.
+        They leave out its multi-token-prediction layer, which is none of its decoder layers.
 
         Raises:
             DataError: nothing says how a layer routes.
         """
         assert self.stats is not None  # the table says that the format is made from them
         known, observed, last = self.model.layers, self.stats.layers, self.model.decoder_layers
+        recorded = self.model.record.get("layers") or {}
         for name in observed:
             number = layer_number(name)
-            if name not in known and (last is None or number is None or number < last):
+            if name not in recorded and (last is None or number is None or number < last):
                 raise DataError(
                     f"layer {name}: neither statistics nor model say how it routes; observe with "
                     'reap-kernels, or add it to provenance["layers"]'

@@ -176,6 +176,14 @@ def test_a_layer_is_left_out_only_where_it_follows_the_decoder_layers(tmp_path: 
             replace(RANKED, stats=more, model=model).statistics()
 
 
+def test_a_layer_that_is_recorded_as_mtp_is_left_out() -> None:
+    more, name = facts.stats(), "model.layers.6.mlp.experts"
+    more.layers[name] = more.layers[facts.NAMES[0]]
+    layers = {**facts.model().layers, name: {**facts.model().layers[facts.NAMES[0]], "mtp": True}}
+    found = Source(ModelFacts({"model": MODEL, "layers": layers}), more).all_statistics("list")
+    assert list(found.layers) == list(facts.NAMES)
+
+
 def test_layers_that_other_tools_cannot_number() -> None:
     layer = {"num_experts": 6, "top_k": 2}
     twice = ["vision.layers.0.experts", "text.layers.0.experts"]
