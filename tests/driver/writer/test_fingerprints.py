@@ -64,8 +64,10 @@ def swapped(path: Path) -> None:
 
 
 def rewritten(path: Path) -> None:
-    """In place, with as many bytes."""
-    path.write_bytes(other_bytes(path))
+    """In place, with as many bytes; never shorter, for others may be reading it."""
+    content = other_bytes(path)
+    with path.open("r+b") as file:
+        file.write(content)
 
 
 def backdated(path: Path) -> None:
