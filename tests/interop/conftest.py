@@ -14,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+# Assertions in helpers that tests import count as those in the tests themselves do.
+pytest.register_assert_rewrite("tests.interop")
 # The default run collects none of them: their packages are not there.
 collect_ignore_glob = [] if os.environ.get("REAP_INTEROP") else ["*"]
 

@@ -44,6 +44,16 @@ def packed_weights(folder: Path) -> dict[str, Tensor]:
         reader.close()
 
 
+def check_weights(folder: Path, expected: dict[str, Tensor]) -> None:
+    """Checks that our weights are the expected ones, bit for bit, those of experts among them."""
+    found = packed_weights(folder)
+    assert found.keys() == expected.keys()
+    for module, weight in expected.items():
+        assert found[module].dtype == weight.dtype
+        assert torch.equal(found[module], weight), module
+    assert any("experts" in module for module in expected)
+
+
 def check_pruned(model: Path, plain: Path, folder: Path) -> tuple[Tensor, Tensor]:
     """Prunes a quantized checkpoint by a plan of its own and by one of its plain release.
 

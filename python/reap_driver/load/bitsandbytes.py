@@ -20,7 +20,14 @@ from torch import Tensor
 
 from reap_driver.files.settings_checks import refuse
 from reap_driver.load.code_tables import values_of_bytes
-from reap_driver.load.tensor_reader import DTYPES, Dequantized, Readable, StoredTensor, start
+from reap_driver.load.tensor_reader import (
+    DTYPES,
+    FLOATS,
+    Dequantized,
+    Readable,
+    StoredTensor,
+    start,
+)
 from reap_kernels.documents import parse_json
 from reap_kernels.errors import CheckpointError
 from reap_kernels.schema import Int, ListOf, Real, Record, Text, check
@@ -32,7 +39,6 @@ _CODES, _ROW_SCALES, _ORDER = "weight", "SCB", "weight_format"
 _PARTS = (_ABSMAX, _MAP, _NESTED_ABSMAX, _NESTED_MAP, *_STATES)
 # Small, and needed to know the shape of a matrix and whether it can be read.
 _READ_FIRST = (*_STATES, _ORDER)
-_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _UNIT = 7.874015718698502e-3  # 1 / 127 as the library writes it
 _LONGEST_STATE = 1 << 16  # bytes
 _AGAIN = "download the checkpoint again"
@@ -41,7 +47,7 @@ _STATE = Record(
     {
         "quant_type": Text(choices=("nf4", "fp4")),
         "blocksize": Int(1, 1 << 20),
-        "dtype": Text(choices=tuple(_NAMES)),
+        "dtype": Text(choices=tuple(FLOATS)),
         "shape": ListOf(Int(1)),
     },
     optional={"nested_blocksize": Int(1, 1 << 20), "nested_offset": Real()},
@@ -98,7 +104,7 @@ class Blocks(Dequantized):
             refuse(f"{name} has the shape {list(shape)}", "matrices, each expert's by itself,")
         self._nested = _NESTED_ABSMAX in parts
         _check_blocks(name, values, self._state, self._nested)
-        super().__init__(name, values, shape, _NAMES[self._state["dtype"]], device)
+        super().__init__(name, values, shape, FLOATS[self._state["dtype"]], device)
 
     def _value(self, parts: Mapping[str, Tensor]) -> Tensor:
         rows, columns = self.get_shape()

@@ -18,7 +18,7 @@ from reap_driver.files.compressed_scheme import Scheme, read_scheme
 from reap_driver.files.quantization import REMEDY
 from reap_driver.load import nvfp4
 from reap_driver.load.packed_codes import WORD, words_of
-from reap_driver.load.tensor_reader import Dequantized, Readable, StoredTensor
+from reap_driver.load.tensor_reader import Dequantized, Readable, StoredTensor, is_plain
 from reap_kernels import dequantize
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from reap_kernels.quantized import Quantized
@@ -34,7 +34,6 @@ _ACTIVATIONS = (
 )
 
 _CODES = ("I8", "F8_E4M3")
-_FLOATS = ("BF16", "F16", "F32", "F64")
 _SCALES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 Operation = Callable[..., Tensor]
 
@@ -82,7 +81,7 @@ def plain_weights(
 
 def _is_quantized(parts: Mapping[str, StoredTensor]) -> bool:
     """Whether parts are more than an ordinary `weight`."""
-    return parts.keys() != {_PLAIN} or parts[_PLAIN].get_dtype() not in _FLOATS
+    return parts.keys() != {_PLAIN} or not is_plain(parts[_PLAIN])
 
 
 def _matrix(

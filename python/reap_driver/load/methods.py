@@ -12,7 +12,7 @@ import torch
 from reap_driver.compat.pretrained import DEQUANTIZED_ON_LOAD
 from reap_driver.files.quantization import REMEDY, Quantization
 from reap_driver.load import bitsandbytes, compressed_matrices, nvfp4, packed_matrices, torchao
-from reap_driver.load.tensor_reader import Readable, StoredTensor
+from reap_driver.load.tensor_reader import Readable, StoredTensor, is_plain
 from reap_kernels.errors import UnsupportedModel
 from reap_kernels.schema import short
 
@@ -53,15 +53,6 @@ METHODS = {
 }
 # Other names of the same methods.
 _ALIASES = {"intel/auto-round": "auto-round"}
-
-
-# Dtypes of weights that are not quantized.
-PLAIN = frozenset({"BF16", "F16", "F32", "F64"})
-
-
-def is_plain(tensor: Readable) -> bool:
-    """Whether a tensor holds ordinary floating-point numbers."""
-    return tensor.get_dtype() in PLAIN
 
 
 def method_by(name: str) -> Method:

@@ -22,8 +22,8 @@ from reap_driver.compat.model_config import quantization_settings
 from reap_driver.compat.pretrained import DEQUANTIZED_ON_LOAD, meta_model
 from reap_driver.files.quantization import REMEDY, Quantization, method_of
 from reap_driver.files.safetensors_file import TensorEntry
-from reap_driver.load.methods import PLAIN, plain_weights
-from reap_driver.load.tensor_reader import TensorReader, stored
+from reap_driver.load.methods import plain_weights
+from reap_driver.load.tensor_reader import PLAIN, TensorReader, stored
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 
 _CORRECT = "restore the file from where the checkpoint was published"

@@ -43,6 +43,10 @@ DTYPES = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
+# Dtypes of weights that are not quantized.
+PLAIN = frozenset({"BF16", "F16", "F32", "F64"})
+# torch's names of the floats that quantizers dequantize to, as they write them -> the dtype.
+FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 class TensorReader:
@@ -206,6 +210,11 @@ class Dequantized(Readable):
     @abstractmethod
     def _value(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The matrix, of the parts' values on the device."""
+
+
+def is_plain(tensor: Readable) -> bool:
+    """Whether a tensor holds ordinary floating-point numbers."""
+    return tensor.get_dtype() in PLAIN
 
 
 def stored(tensors: Mapping[str, TensorEntry], reader: TensorReader) -> dict[str, StoredTensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reap_driver.files.safetensors_file import read_header
 from reap_driver.files.settings_checks import refuse
-from reap_driver.load.tensor_reader import DTYPES, Dequantized, Readable, StoredTensor
+from reap_driver.load.tensor_reader import DTYPES, FLOATS, Dequantized, Readable, StoredTensor
 from reap_kernels.documents import parse_json
 from reap_kernels.errors import CheckpointError
 from reap_kernels.schema import Anything, Int, ListOf, Mismatch, Record, Text, check, short
@@ -28,7 +28,6 @@ _CLASSES = {
     "Float8Tensor": ("F8_E4M3", "F8_E5M2"),
 }
 _PLAIN = ("Tensor", "Parameter")
-_FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _DATA = Record(
     {"block_size": ListOf(Int(1), 2, 2), "dtype": Record({"_data": Text()}, open=True)}, open=True
 )
@@ -101,10 +100,10 @@ class Matrix(Dequantized):
             count * part == length
             for count, part, length in zip(self._grid, block, shape, strict=True)
         )
-        if parts[_SCALE].get_dtype() not in _FLOATS.values():
+        if parts[_SCALE].get_dtype() not in FLOATS.values():
             raise CheckpointError(
                 f"{name} has a {_SCALE} of {parts[_SCALE].get_dtype()}, and needs "
-                f"{' or '.join(_FLOATS.values())}; {_AGAIN}"
+                f"{' or '.join(FLOATS.values())}; {_AGAIN}"
             )
         for leaf in sorted(parts.keys() - {_CODES}):
             found = parts[leaf].get_shape()
@@ -112,7 +111,7 @@ class Matrix(Dequantized):
                 raise CheckpointError(
                     f"{name} has {leaf} {found} for {list(shape)} in blocks of {block}; {_AGAIN}"
                 )
-        super().__init__(name, parts, shape, _FLOATS[data["dtype"]["_data"]], device)
+        super().__init__(name, parts, shape, FLOATS[data["dtype"]["_data"]], device)
 
     def _value(self, parts: Mapping[str, Tensor]) -> Tensor:
         (rows, columns), (tall, across) = self.get_shape(), self._grid
@@ -161,7 +160,7 @@ def _check_entry(where: str, entry: Mapping[str, Any]) -> None:
     if kind not in _CLASSES:
         refuse(f"{where} is a torchao {short(kind)}", ", ".join(_CLASSES))
     dtype, leaves = entry["_data"]["dtype"]["_data"], entry.get("_tensor_data_names") or []
-    if dtype not in _FLOATS:
-        refuse(f"{where} has the dtype {short(dtype)}", ", ".join(_FLOATS))
+    if dtype not in FLOATS:
+        refuse(f"{where} has the dtype {short(dtype)}", ", ".join(FLOATS))
     if not {_CODES, _SCALE} <= set(leaves) <= {_CODES, _SCALE, _ZERO}:
         refuse(f"{where} has the parts {', '.join(leaves)}", f"{_CODES}, {_SCALE} and {_ZERO}")

@@ -19,7 +19,7 @@ from reap_driver.load.methods import plain_weights
 from reap_driver.load.tensor_reader import TensorReader, stored
 from tests.driver.cli.conftest import write_model
 from tests.interop.autoround.quantize import GROUP, VARIANTS
-from tests.interop.packed_models import check_pruned, in_own_process, packed_weights
+from tests.interop.packed_models import check_pruned, check_weights, in_own_process
 from tests.interop.whole_path import check_observed, dequantized
 
 CPU = torch.device("cpu")
@@ -76,12 +76,7 @@ def test_as_transformers_loads_it(name: str, quantized: Path) -> None:
     folder = quantized / name
     expected = load_file(folder / "expected.safetensors")
     (folder / "expected.safetensors").unlink()  # no file of a checkpoint
-    found = packed_weights(folder)
-    assert found.keys() == expected.keys()
-    for module, weight in expected.items():
-        assert found[module].dtype == weight.dtype
-        assert torch.equal(found[module], weight), module
-    assert any("experts" in module for module in expected)
+    check_weights(folder, expected)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
