@@ -50,9 +50,18 @@ DRIVER_ORDER = (
 FILE_LINES, FUNCTION_LINES, KERNEL_LINES = 500, 50, 120  # as CONTRIBUTING.md states them
 # Packages that decide from statistics alone: they use these packages and no other.
 PURE = {"planning": ("planning", "base")}
-# Modules that can be imported only where the framework that they extend is installed.
-HOSTED = ("reap_driver.integrations.llm_compressor",)
+# Modules, and packages with theirs, that can be imported only where the framework that they extend is installed.
+HOSTED = (
+    "reap_driver.integrations.llm_compressor",
+    "reap_driver.integrations.vllm.engine",
+    "reap_driver.integrations.vllm.server",
+)
 FORBIDDEN_IN_KERNELS = ("transformers", "accelerate", "datasets", "tokenizers", "reap_driver")
+
+
+def needs_host(module: str) -> bool:
+    """Whether a module is one of `HOSTED`, or lies in one."""
+    return any(module == name or module.startswith(f"{name}.") for name in HOSTED)
 
 
 def imported(path: Path) -> set[str]:

@@ -1,0 +1,1 @@
+"""The routes under /reap of vLLM's API server."""
