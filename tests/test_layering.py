@@ -50,7 +50,7 @@ DRIVER_ORDER = (
 FILE_LINES, FUNCTION_LINES, KERNEL_LINES = 500, 50, 120  # as CONTRIBUTING.md states them
 # Packages that decide from statistics alone: they use these packages and no other.
 PURE = {"planning": ("planning", "base")}
-# Modules, and packages with theirs, that can be imported only where the framework that they extend is installed.
+# Modules and packages that can be imported only where the framework that they extend is installed.
 HOSTED = (
     "reap_driver.integrations.llm_compressor",
     "reap_driver.integrations.vllm.engine",
