@@ -375,20 +375,38 @@ class Plan:
             PlanError: the file cannot be read, is not a plan of this version, lacks a field, or has
                 an invalid value; the message names file and field.
         """
-        content = FORMAT.read(path)
+        return cls._of(FORMAT.read(path), path)
+
+    @classmethod
+    @typed
+    def parse(cls, content: bytes, where: str) -> "Plan":
+        """Reads and checks what a file of a plan holds.
+
+        Args:
+            content: JSON in UTF-8.
+            where: names it in messages.
+
+        Raises:
+            PlanError: see `load`.
+        """
+        return cls._of(FORMAT.parse(content, where), where)
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any], where: str | os.PathLike[str]) -> "Plan":
+        """The plan of checked content."""
         layers = {}
         for name, entry in content["layers"].items():
             try:
                 layers[name] = _layer(entry)
             except PlanError as error:
-                raise FORMAT.refusal(path, f"layer {name}: {error}", ":") from error
+                raise FORMAT.refusal(where, f"layer {name}: {error}", ":") from error
         try:
             _check_widths(layers, content["model"].get("layers") or {})
         except PlanError as error:
-            raise FORMAT.refusal(path, str(error), ":") from error
+            raise FORMAT.refusal(where, str(error), ":") from error
         fields = {name: content[name] for name in _FIELDS}
         fields |= {name: content.get(name, {}) for name in _IF_ANY}  # older plans lack some
-        _check_protected(path, fields["settings"].get("protected", {}), layers)
+        _check_protected(where, fields["settings"].get("protected", {}), layers)
         return cls(**fields, layers=layers)
 
 
