@@ -14,9 +14,13 @@ from reap_kernels.schema import Int, Kind, ListOf, Record, Text
 
 WHAT = "Reap-It-Yourself profile"
 _VERSION = 1
+# Of version 2. Dropping after top-k runs fewer experts for a token, by weights that do not sum to
+# what the router meant: no choice of experts before top-k does that.
+_MASK, _DROP = "pre_topk_mask", "post_topk_drop"
 # The server reads `pruned_experts` alone; the others are for people.
 _OTHERS: dict[str, Kind] = {
-    "version": Int(_VERSION, _VERSION),
+    "version": Int(_VERSION, 2),
+    "routing_mode": Text(choices=(_MASK, _DROP)),
     **dict.fromkeys(("model", "quantization", "workload"), Text(10_000)),
 }
 _KIND = Record(
@@ -35,6 +39,15 @@ def read(path: Path, model: ModelFacts) -> Plan:
         PlanError: it is no profile, or not of this model.
     """
     content = read_json(path, WHAT, _KIND)
+    if content.get("version") == 2 and "routing_mode" not in content:
+        raise unfit(path, WHAT, f"of version 2 without its routing_mode, such as {_MASK}")
+    if content.get("routing_mode") == _DROP:
+        raise unfit(
+            path,
+            f"{WHAT} of a pruned model",
+            f"its routing_mode is {_DROP}, which drops experts after the router has chosen and "
+            f"leaves a token fewer of them; only {_MASK} routes as a pruned model does",
+        )
     names, gone = model.numbers(), dict[str, set[int]]()
     for number, expert in content["pruned_experts"]:
         if number not in names:

@@ -13,7 +13,9 @@ program, set the router's logits to -inf where the mask is False, before softmax
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from reap_driver.base.arguments import typed
 from reap_driver.compat.model_config import load_config
 from reap_driver.compat.pretrained import meta_model
 from reap_driver.files.checkpoint import resolve_folder
-from reap_driver.model.discover import find_moe_layers, record_of
+from reap_driver.model.discover import MoELayer, find_moe_layers, record_of
 from reap_driver.planning.plan import Plan
 from reap_driver.writer.plan_checks import check_model, check_same_layers, main_layers
 from reap_kernels.documents import Format
@@ -51,6 +53,42 @@ def expert_masks(plan: "Plan") -> dict[str, Tensor]:
         masks[name] = torch.zeros(layer.num_experts, dtype=torch.bool)
         masks[name][list(layer.kept)] = True
     return masks
+
+
+def maskable(
+    plan: "Plan",
+    layers: Sequence[MoELayer],
+    record: Mapping[str, Any],
+    where: object,
+    *,
+    force: bool = False,
+) -> tuple["Plan", list[str]]:
+    """Checks that masks of a model's routers can say what a plan does.
+
+    Args:
+        plan: made for the model.
+        layers: the model's MoE layers.
+        record: of the model, see `reap_driver.record_of`.
+        where: the model, for messages.
+        force: as for `apply_plan`.
+
+    Returns:
+        The plan of the layers that the model itself computes, and notes on how the model differs
+        from the one that it was made for.
+
+    Raises:
+        PlanError: see `save_masks`.
+    """
+    plan.check()
+    if plan.compensates:
+        raise PlanError(
+            f"plan: changes the experts that it keeps ({plan.shape or 'their down projections'}), "
+            "which masks of a router cannot say; write its checkpoint, or use a plan that removes "
+            "whole experts only"
+        )
+    plan = main_layers(plan)
+    check_same_layers(plan, layers)
+    return plan, check_model(plan, record, where, force=force)
 
 
 @typed
@@ -84,20 +122,11 @@ def save_masks(
         >>> rd.save_masks("MODEL", plan, "masks.safetensors").ratio
         0.25
     """
-    plan.check()
-    if plan.compensates:
-        raise PlanError(
-            f"plan: changes the experts that it keeps ({plan.shape or 'their down projections'}), "
-            "which masks of a router cannot say; write its checkpoint, or use a plan that removes "
-            "whole experts only"
-        )
     folder = resolve_folder(model_path)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     full = meta_model(config)
     layers = find_moe_layers(full)
-    plan = main_layers(plan)
-    check_same_layers(plan, layers)
-    notes = check_model(plan, record_of(full, layers), folder, force=force_model)
+    plan, notes = maskable(plan, layers, record_of(full, layers), folder, force=force_model)
     with replaced(path) as temporary:
         content = {"model": plan.model, "notes": notes}
         write_tensors(expert_masks(plan), temporary, FORMAT, content)

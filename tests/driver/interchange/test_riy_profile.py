@@ -46,12 +46,25 @@ def test_an_expert_named_twice_goes_once(tmp_path: Path) -> None:
     assert [list(ids) for ids in kept.values()] == [[2, 3, 4, 5], [*range(6)], [*range(6)]]
 
 
+def test_version_2_masks_before_top_k(tmp_path: Path) -> None:
+    content = {"version": 2, "routing_mode": "pre_topk_mask", "pruned_experts": [[1, 0], [5, 3]]}
+    (tmp_path / "p").write_text(json.dumps(content))
+    kept = riy_profile.read(tmp_path / "p", facts.model()).kept
+    assert [len(ids) for ids in kept.values()] == [5, 6, 5]
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "a list": ([], "the content is \\[\\]; expected an object"),
     "no pairs": ({}, "field 'pruned_experts' is missing"),
     "three": ({"pruned_experts": [[1, 2, 3]]}, r"pruned_experts\[0\]' has 3 entries"),
     "a text": ({"pruned_experts": [[1, "2"]]}, r"pruned_experts\[0\]\[1\]' is '2'"),
-    "version 2": ({"version": 2, "pruned_experts": [[1, 2]]}, "'version' is 2; .* 1 to 1"),
+    "version 3": ({"version": 3, "pruned_experts": [[1, 2]]}, "'version' is 3; .* 1 to 2"),
+    "no mode": ({"version": 2, "pruned_experts": [[1, 2]]}, "version 2 without its routing_mode"),
+    "dropping": (
+        {"version": 2, "routing_mode": "post_topk_drop", "pruned_experts": [[1, 2]]},
+        "is post_topk_drop, which drops experts after the router has chosen",
+    ),
+    "a mode": ({"routing_mode": "never", "pruned_experts": []}, "one of pre_topk_mask, post"),
     "a dense layer": ({"pruned_experts": [[0, 2]]}, "its layer 0 has no experts"),
     "another expert": ({"pruned_experts": [[5, 6]]}, "layer 5 has 6 experts, none of them 6"),
     "nothing": ({"pruned_experts": []}, "nothing is removed"),

@@ -1,0 +1,91 @@
+"""What the workers say of their observation and their masks, as one."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reap_driver.integrations.vllm.server.refusals import Refused
+from reap_driver.integrations.vllm.server.served_model import ServedModel
+
+
+def merged_status(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The status of all ranks; each masks the layers that it holds.
+
+    Raises:
+        Refused: 503; a rank has failed, or ranks do not do the same.
+    """
+    first = ranks[0]
+    for number, rank in enumerate(ranks):
+        if rank.get("error"):
+            raise Refused(503, f"rank {number} has stopped observing: {rank['error']}")
+        for what in ("mode", "every"):
+            if rank[what] != first[what]:
+                raise Refused(
+                    503,
+                    f"{what} is {rank[what]!r} on rank {number} and {first[what]!r} on rank 0; "
+                    "stop and start again (POST /reap/stop, POST /reap/start)",
+                )
+    masked: dict[str, list[int]] = {}
+    for rank in ranks:
+        masked |= {name: list(ids) for name, ids in rank["masked"].items() if ids}
+    return {**first, "masked": masked}
+
+
+def shown_status(status: Mapping[str, Any], model: ServedModel, vllm: str) -> dict[str, Any]:
+    """A status as `GET /reap/status` answers it.
+
+    Args:
+        status: see `merged_status`.
+        model: that is served.
+        vllm: the version of vLLM.
+    """
+    import reap_kernels
+
+    tokens = {group: int(number) for group, number in status["tokens"].items()}
+    removed = masked_of(status, model)
+    layers = {}
+    for layer in model.layers:
+        said = {"refusal": "refusal", "mask_refusal": "mask_refusal"}
+        reasons = {key: why for key, fact in said.items() if (why := _why(model, layer.name, fact))}
+        gone = len(removed.get(layer.name, ()))
+        facts = {"num_experts": layer.num_experts, "top_k": layer.top_k, "masked": gone}
+        layers[layer.name] = {**facts, **reasons}
+    return {
+        "model": model.name,
+        "version": reap_kernels.__version__,
+        "vllm": vllm,
+        "mode": status["mode"],
+        "every": status["every"],
+        "groups": tokens,
+        "tokens": sum(tokens.values()),
+        "not_counted": dict(status.get("not_counted", {})),
+        "steps": status["steps"],
+        "observed_steps": status["observed_steps"],
+        "mask": _mask(removed, status, model),
+        "layers": layers,
+    }
+
+
+def masked_of(status: Mapping[str, Any], model: ServedModel) -> dict[str, list[int]]:
+    """{layer: ids of masked experts}, by the driver's names, in the model's order."""
+    masked = status["masked"]
+    pairs = ((ours, masked.get(theirs)) for ours, theirs in model.theirs.items())
+    return {ours: sorted(ids) for ours, ids in pairs if ids}
+
+
+def _mask(
+    removed: Mapping[str, Sequence[int]], status: Mapping[str, Any], model: ServedModel
+) -> dict[str, Any] | None:
+    """The mask in force, in numbers; None without one."""
+    if not removed:
+        return None
+    return {
+        "experts": sum(map(len, removed.values())),
+        "layers": len(removed),
+        "of": sum(layer.num_experts for layer in model.layers),
+        "source": status.get("source") or "",
+    }
+
+
+def _why(model: ServedModel, name: str, fact: str) -> str | None:
+    said = model.facts[name].get(fact)
+    return None if said is None else str(said)
