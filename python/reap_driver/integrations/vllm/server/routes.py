@@ -14,6 +14,7 @@ from reap_driver.integrations.vllm.server.bodies import BYTES, JSON, MAX_FILE, M
 from reap_driver.integrations.vllm.server.refusals import Refused, envelope, status_of
 from reap_driver.integrations.vllm.server.session import Session
 from reap_kernels.errors import ReapError
+from reap_kernels.files import NO_SPACE
 
 _log = logging.getLogger("vllm.reap")
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
@@ -31,6 +32,10 @@ class _Answered(APIRoute):
                 return cast("Response", await handle(request))
             except ReapError as error:
                 return refusal(status_of(error), str(error))
+            except OSError as error:  # of files that are made on the way
+                full = error.errno in NO_SPACE
+                why = f"a file cannot be written on the server ({error.strerror or error})"
+                return refusal(507 if full else 500, f"{why}; see TMPDIR, and try again")
             except ClientDisconnect:
                 return refusal(400, "the client went away before its body was complete")
             except Exception:  # noqa: BLE001 - whatever it is, the client gets a sentence

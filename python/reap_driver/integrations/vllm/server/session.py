@@ -170,6 +170,8 @@ class Session:
     async def _stats(self) -> SaliencyStats:
         async with self._turn:
             model, status = await self._heard()
+            if status["error"]:
+                raise Refused(409, f"the observation has ended itself: {status['error']}")
             ranks = await self.engine.call("reap_statistics")
         return await asyncio.to_thread(live_statistics, ranks, status, model, self.vllm)
 

@@ -8,15 +8,17 @@ from reap_driver.integrations.vllm.server.served_model import ServedModel
 
 
 def merged_status(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The status of all ranks; each masks the layers that it holds.
+    """The status of all ranks; each masks the layers that it holds. `error` says why an observation
+    has ended itself, on the first rank where it has.
 
     Raises:
-        Refused: 503; a rank has failed, or ranks do not do the same.
+        Refused: 503; ranks do not do the same.
     """
-    first = ranks[0]
+    first, error = ranks[0], None
     for number, rank in enumerate(ranks):
-        if rank.get("error"):
-            raise Refused(503, f"rank {number} has stopped observing: {rank['error']}")
+        if rank.get("error") and error is None:
+            where = f"rank {number}: " if len(ranks) > 1 else ""
+            error = f"{where}{rank['error']}"
         for what in ("mode", "every"):
             if rank[what] != first[what]:
                 raise Refused(
@@ -27,7 +29,7 @@ def merged_status(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     masked: dict[str, list[int]] = {}
     for rank in ranks:
         masked |= {name: list(ids) for name, ids in rank["masked"].items() if ids}
-    return {**first, "masked": masked}
+    return {**first, "masked": masked, "error": error}
 
 
 def shown_status(status: Mapping[str, Any], model: ServedModel, vllm: str) -> dict[str, Any]:
@@ -60,6 +62,7 @@ def shown_status(status: Mapping[str, Any], model: ServedModel, vllm: str) -> di
         "not_counted": dict(status.get("not_counted", {})),
         "steps": status["steps"],
         "observed_steps": status["observed_steps"],
+        "error": status["error"],
         "mask": _mask(removed, status, model),
         "layers": layers,
     }
