@@ -20,6 +20,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 
 import reap_kernels as rk
 from reap_driver.integrations.vllm.engine import layers, rows
+from reap_driver.integrations.vllm.engine.compiled import make_opaque
 from reap_kernels.errors import UnsupportedModel
 
 
@@ -79,6 +80,12 @@ class HookedLayer:
         # may be one.
         self._captured = device.type != "cpu"
         self._always = self._captured and self.mask_refusal is None
+        config = runner.moe_config
+        # Kernels for GPUs have working memory for the most tokens of a step.
+        self._most_rows = int(config.max_num_tokens) if self._captured else rows.MOST_ROWS
+        self._sums_ranks = config.tp_size > 1 and not runner._fused_output_is_reduced
+        # Whether an expert's input is multiplied by its weight (Llama 4), not its output.
+        self._weights_input = bool(runner.routed_experts.apply_router_weight_on_input)
         with torch.inference_mode(False):
             self._removed = torch.zeros(self.experts, dtype=torch.bool, device=device)
             # Calls of the router and of the experts: those that graphs replay, and those of Python.
@@ -98,7 +105,10 @@ class HookedLayer:
         return {**self._facts, "refusal": self.refusal, "mask_refusal": self.mask_refusal}
 
     def install(self) -> None:
-        """Wraps the two functions. To be called before vLLM compiles or captures the model."""
+        """Wraps the two functions, and makes torch.compile call the layer as it is. To be called
+        before vLLM compiles or captures the model.
+        """
+        make_opaque(self.runner)
         self.runner.router.select_experts = self._select
         object.__setattr__(self.runner.routed_experts, "forward_modular", self._forward)
 
@@ -226,25 +236,19 @@ class HookedLayer:
         assert self.stats is not None
         tokens, k = topk_ids.shape
         counted, groups = self.step.counted(tokens), self.step.groups(tokens)
-        most, outputs = int(self.runner.moe_config.max_num_tokens), []
-        for part in rows.chunks(tokens, k, x.shape[-1], most):
+        outputs = []
+        for part in rows.chunks(tokens, k, x.shape[-1], self._most_rows):
             weights, ids = topk_weights[part], topk_ids[part]
             y = self._expert_rows(x[part], weights, ids)
-            flat = ids.reshape(-1)
-            self._record(
-                y, flat, weights.reshape(-1), *self._of_rows(counted[part], groups[part], k)
-            )
+            group = 0 if self.stats.num_groups == 1 else groups[part].repeat_interleave(k)
+            mask = counted[part].repeat_interleave(k)
+            self._record(y, ids.reshape(-1), weights.reshape(-1), mask, group)
             if combine:
-                factors = None if self._weights_input else weights
-                outputs.append(rows.combined(y, factors, len(ids)))
-        if self.runner.moe_config.ep_rank == 0:  # of expert parallel ranks one counts tokens
-            self.stats.tokens.scatter_add_(0, groups, counted.to(torch.int64))
-        return torch.cat(outputs) if combine else None
-
-    @property
-    def _weights_input(self) -> bool:
-        """Whether an expert's input is multiplied by its weight (Llama 4), not its output."""
-        return bool(self.runner.routed_experts.apply_router_weight_on_input)
+                outputs.append(rows.combined(y, None if self._weights_input else weights, len(ids)))
+        self.stats.tokens.scatter_add_(0, groups, counted.to(torch.int64))
+        if not combine:
+            return None
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _expert_rows(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """f(x) of each token and its experts, [T * k, H]; f(g x) where inputs are weighted."""
@@ -261,42 +265,47 @@ class HookedLayer:
             )
         return y
 
-    def _of_rows(self, counted: Tensor, groups: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The same of each of a token's k rows."""
-        return counted.repeat_interleave(k), groups.repeat_interleave(k)
-
     def _record(
-        self, y: Tensor, ids: Tensor, weights: Tensor, counted: Tensor, groups: Tensor
+        self, y: Tensor, ids: Tensor, weights: Tensor, mask: Tensor, group: Tensor | int
     ) -> None:
         """Adds rows [S, H] with their experts, router weights, marks and groups, each [S]."""
         assert self.stats is not None
-        experts, config = self.runner.routed_experts, self.runner.moe_config
         ids = ids.long()
-        local = experts.expert_map_manager.expert_map
+        local = self._local_experts()
         if local is not None:  # expert parallel: those of other ranks are counted there
             ids = torch.where(local[ids.clamp(min=0)] >= 0, ids, -1)
-        elif config.tp_size > 1 and not self.runner._fused_output_is_reduced:
+        elif self._sums_ranks:
             y = tensor_model_parallel_all_reduce(y.clone())
-        y = y[:, : self._facts["hidden_size"]]  # without padding, which extremes would show
-        router_weights = weights.float() * self._facts["scale"]
+        hidden, scale = self._facts["hidden_size"], self._facts["scale"]
+        if y.shape[1] != hidden:
+            y = y[:, :hidden]  # padding would be seen in extremes
+        if scale != 1:
+            weights = weights * scale
         if not self._weights_input:
-            rk.accumulate(y, ids, router_weights, self.stats, mask=counted, group=groups)
+            rk.accumulate(y, ids, weights, self.stats, mask=mask, group=group)
         else:
-            self._record_weighted(y, ids, router_weights, counted & (router_weights != 0), groups)
+            self._record_weighted(y, ids, weights, mask & (weights != 0), group)
+
+    def _local_experts(self) -> Tensor | None:
+        """[E] integers, negative for experts of other ranks; None where this rank has all."""
+        if not self.runner.moe_config.use_ep:
+            return None
+        found: Tensor | None = self.runner.routed_experts.expert_map_manager.expert_map
+        return found
 
     def _record_weighted(
-        self, y: Tensor, ids: Tensor, router_weights: Tensor, counted: Tensor, groups: Tensor
+        self, y: Tensor, ids: Tensor, weights: Tensor, mask: Tensor, group: Tensor | int
     ) -> None:
         """The same of f(g x), whose contribution is its own norm; the sum of weights is that of g,
         as the driver's adapter for Llama 4 records both.
         """
         assert self.stats is not None
         part = rk.LayerStats(self.experts, self.stats.num_groups, y.device)
-        rk.accumulate(y, ids, torch.ones_like(router_weights), part, mask=counted, group=groups)
-        valid = counted & (ids >= 0) & (ids < self.experts) & y.float().norm(dim=1).isfinite()
-        places = torch.where(valid, groups * self.experts + ids, 0)
+        rk.accumulate(y, ids, torch.ones_like(weights), part, mask=mask, group=group)
+        valid = mask & (ids >= 0) & (ids < self.experts) & y.float().norm(dim=1).isfinite()
+        places = torch.where(valid, group * self.experts + ids, 0)
         sums = part.router_weight_sum.view(-1)
-        sums.zero_().index_add_(0, places, torch.where(valid, router_weights, 0).double())
+        sums.zero_().index_add_(0, places, torch.where(valid, weights, 0).double())
         self.stats.merge_(part)
 
     def _count(self, place: int) -> None:
