@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,19 @@ def test_decisions_know_statistics_only() -> None:
                 assert top != "reap_driver" or rest.split(".")[0] in ("", *allowed), (
                     f"{path} imports {name}"
                 )
+
+
+def test_the_part_inside_vllm_knows_kernels_only() -> None:
+    """It runs in every worker, so it needs neither transformers nor the rest of the driver."""
+    own = "reap_driver.integrations.vllm.engine"
+    allowed = {*sys.stdlib_module_names, "torch", "reap_kernels", "vllm"}
+    paths = sources(DRIVER / "integrations/vllm/engine")
+    assert len(paths) > 1
+    for path in paths:
+        for name in imported(path):
+            assert name.startswith(own) or name.partition(".")[0] in allowed, (
+                f"{path} imports {name}"
+            )
 
 
 def imports_within(package: Path) -> dict[str, set[str]]:
