@@ -4,9 +4,11 @@ vLLM calls the plugins of this group that VLLM_PLUGINS names, and all of them wh
 This one does nothing unless it is named, and imports nothing until then.
 """
 
+import logging
 import os
 
 NAME = "reap"
+_log = logging.getLogger("vllm.reap")
 
 
 def named() -> bool:
@@ -15,8 +17,18 @@ def named() -> bool:
 
 
 def register() -> None:
-    """Gives vLLM's workers the calls of `engine.worker`, where VLLM_PLUGINS names `reap`."""
+    """Gives vLLM's workers the calls of `engine.worker`, where VLLM_PLUGINS names `reap`.
+
+    Raises:
+        BackendUnavailable: this vLLM lacks something that is hooked, so that it does not start.
+    """
     if named():
+        from reap_driver.integrations.vllm.engine import versions
+
+        versions.check()
+        said = versions.note()
+        if said is not None:
+            _log.warning(said)
         from reap_driver.integrations.vllm.engine.worker import install
 
         install()
