@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from configparser import ConfigParser
 from email import message_from_string
 from email.message import Message
 from pathlib import Path
@@ -54,19 +56,25 @@ def wheel_of(done: subprocess.CompletedProcess[str], out: Path) -> Path:
 
 
 class Wheel(NamedTuple):
-    """A wheel's packages and facts."""
+    """A wheel's packages, facts, and entry points by group."""
 
     name: str
     files: set[str]
     metadata: Message
+    entry_points: dict[str, dict[str, str]]
 
     @classmethod
     def of(cls, path: Path) -> "Wheel":
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             (text,) = (archive.read(n).decode() for n in names if n.endswith("/METADATA"))
+            points = ConfigParser()
+            points.read_string(
+                "".join(archive.read(n).decode() for n in names if n.endswith("/entry_points.txt"))
+            )
         files = {name for name in names if ".dist-info/" not in name}
-        return cls(path.name, files, message_from_string(text))
+        groups = {group: dict(points[group]) for group in points.sections()}
+        return cls(path.name, files, message_from_string(text), groups)
 
     @property
     def packages(self) -> set[str]:
@@ -184,6 +192,18 @@ def test_a_wheel_says_what_it_is(wheels, name: str) -> None:
     assert facts["License-File"] == "LICENSE"
     assert "Typing :: Typed" in facts.get_all("Classifier")
     assert facts.get_payload().startswith(f"# {name}\n")  # its own README
+
+
+def test_the_driver_has_the_command_and_the_plugins_of_vllm(wheels) -> None:
+    """vLLM finds them by the wheel's entry points alone; each names a module in the wheel."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    expected = {"console_scripts": project["scripts"], **project["entry-points"]}
+    assert set(expected) > {"vllm.general_plugins", "vllm.endpoint_plugins"}
+    assert wheels[DRIVER].entry_points == wheels["clone"].entry_points == expected
+    assert wheels[KERNELS].entry_points == {}
+    for points in expected.values():
+        for target in points.values():
+            assert f"{target.partition(':')[0].replace('.', '/')}.py" in wheels[DRIVER].files
 
 
 def test_an_older_python_is_told_the_remedy(monkeypatch) -> None:
