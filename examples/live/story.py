@@ -26,7 +26,7 @@ from reap_driver.integrations.vllm.client import Server
 
 MODEL = Path(rd.__file__).parent / "demo" / "model"
 GROUPS = ("code", "docstrings")
-OPTIONS = "--served-model-name demo --dtype float32 --max-model-len 512 --host 127.0.0.1".split()
+OPTIONS = ["--served-model-name=demo", "--dtype=float32", "--max-model-len=512", "--host=127.0.0.1"]
 # All other options are vLLM's own; the variable for CPUs is the size of the cache in GiB.
 ENVIRONMENT = {"VLLM_PLUGINS": "reap", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
