@@ -16,6 +16,7 @@ from reap_driver.integrations.vllm.server import bodies, engine
 from reap_driver.integrations.vllm.server.refusals import Refused
 from reap_driver.integrations.vllm.server.saving import StatsFolder
 from reap_driver.integrations.vllm.server.session import Session
+from reap_driver.integrations.vllm.server.status import Vllm
 from reap_kernels import files
 from reap_kernels.errors import UnsupportedModel, UsageError
 from tests.driver.integrations.vllm.fake_engine import OURS, THEIRS, FakeClient, Rank, facts, qwen
@@ -36,7 +37,9 @@ def client(folder: Path) -> FakeClient:
 
 
 def session(client: FakeClient, saves: Path | str | None = None) -> Session:
-    return Session(client, "0.32.0", StatsFolder(None if saves is None else str(saves)))
+    return Session(
+        client, Vllm("0.32.0", "untested"), StatsFolder(None if saves is None else str(saves))
+    )
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:

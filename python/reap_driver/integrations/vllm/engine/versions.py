@@ -100,13 +100,15 @@ SERVER = (
         "EndpointPlugin",
         ("name", "required_tasks", "attach_router", "init_state"),
     ),
-    Seam(
-        "vllm.entrypoints.serve.middleware.authenticate",
-        "AuthenticationMiddleware.verify_token",
-        ("headers",),
-    ),
     Seam("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("method", "args", "kwargs")),
-    Seam("vllm.v1.engine.async_llm", "AsyncLLM.reset_prefix_cache"),
+    Seam(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.reset_prefix_cache",
+        ("reset_running_requests", "reset_connector"),
+    ),
+    Seam("vllm.v1.engine.async_llm", "AsyncLLM.pause_generation", ("mode", "clear_cache")),
+    Seam("vllm.v1.engine.async_llm", "AsyncLLM.resume_generation"),
+    Seam("vllm.v1.engine.async_llm", "AsyncLLM.is_sleeping"),
 )
 
 

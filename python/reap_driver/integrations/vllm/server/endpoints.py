@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from reap_driver.integrations.vllm.engine import versions
 from reap_driver.integrations.vllm.plugin import NAME
 from reap_driver.integrations.vllm.server.groups import GroupMiddleware
 from reap_driver.integrations.vllm.server.keys import Keys
@@ -17,6 +18,7 @@ from reap_driver.integrations.vllm.server.metrics import Metrics, RefreshMiddlew
 from reap_driver.integrations.vllm.server.routes import router
 from reap_driver.integrations.vllm.server.saving import VARIABLE, StatsFolder
 from reap_driver.integrations.vllm.server.session import Session
+from reap_driver.integrations.vllm.server.status import Vllm
 
 
 class ReapEndpoints:
@@ -31,7 +33,12 @@ class ReapEndpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Adds the routes, and what reads the groups of all other requests."""
+        """Adds the routes, and what reads the groups of all other requests.
+
+        Raises:
+            BackendUnavailable: this version of vLLM lacks something that the plugin needs.
+        """
+        versions.check(versions.SERVER)
         app.add_middleware(GroupMiddleware)
         app.add_middleware(RefreshMiddleware, refresh=_refresh)
         app.include_router(router())
@@ -46,10 +53,9 @@ class ReapEndpoints:
         """
         state.reap_keys = Keys(_keys(args))
         if engine_client is not None:
-            import vllm
-
             folder = StatsFolder(os.environ.get(VARIABLE))
-            state.reap = Session(engine_client, str(vllm.__version__), folder, Metrics())
+            found = Vllm(versions.version(), versions.note())
+            state.reap = Session(engine_client, found, folder, Metrics())
 
 
 async def _refresh(app: Any) -> None:

@@ -16,7 +16,7 @@ from reap_driver.integrations.vllm.server.refusals import Refused
 from reap_driver.integrations.vllm.server.saving import StatsFolder
 from reap_driver.integrations.vllm.server.served_model import ServedModel, served_model
 from reap_driver.integrations.vllm.server.statistics import file_of, live_statistics
-from reap_driver.integrations.vllm.server.status import masked_of, merged_status, shown_status
+from reap_driver.integrations.vllm.server.status import Vllm, masked_of, merged_status, shown_status
 from reap_kernels import SaliencyStats
 
 
@@ -25,13 +25,13 @@ class Session:
 
     Args:
         client: vLLM's `EngineClient`.
-        vllm: the version of vLLM.
+        vllm: that of this server.
         folder: where statistics may be saved.
         metrics: the gauges; None for none.
     """
 
     def __init__(
-        self, client: Any, vllm: str, folder: StatsFolder, metrics: Metrics | None = None
+        self, client: Any, vllm: Vllm, folder: StatsFolder, metrics: Metrics | None = None
     ) -> None:
         self.engine, self.vllm, self.folder, self.metrics = Engine(client), vllm, folder, metrics
         self._config = client.model_config
@@ -173,7 +173,7 @@ class Session:
             if status["error"]:
                 raise Refused(409, f"the observation has ended itself: {status['error']}")
             ranks = await self.engine.call("reap_statistics")
-        return await asyncio.to_thread(live_statistics, ranks, status, model, self.vllm)
+        return await asyncio.to_thread(live_statistics, ranks, status, model, self.vllm.version)
 
 
 _NO_MASK: dict[str, Any] = {"removed": {}}

@@ -10,11 +10,10 @@ import torch
 import transformers
 
 import reap_kernels
+from reap_driver.integrations.vllm.ranks import merged
 from reap_driver.integrations.vllm.server.refusals import Refused
 from reap_driver.integrations.vllm.server.served_model import ServedModel
 from reap_kernels import LayerStats, SaliencyStats
-from reap_kernels.errors import DataError
-from reap_kernels.schema import short
 
 _NOT_CACHED = (
     "counted from live traffic of vLLM: tokens of prompts whose keys and values were in its prefix "
@@ -41,7 +40,8 @@ def live_statistics(
         Refused: 409; no token was counted yet.
         DataError: ranks do not fit together, or an expert's output was NaN or Inf.
     """
-    groups, layers = _merged([(rank, _loaded(rank["file"])) for rank in ranks])
+    whole = merged(ranks)
+    groups, layers = whole.groups, whole.layers
     seen = [layer.tokens.tolist() for layer in layers.values()]
     counted = [max(numbers) for numbers in zip(*seen, strict=True)]
     if not any(counted):
@@ -73,56 +73,12 @@ def _unscale(layer: LayerStats, scale: float) -> None:
         layer.weighted_norm_sq_sum.div_(scale * scale)
 
 
-def _loaded(content: bytes) -> SaliencyStats:
-    """Statistics from the bytes of a file."""
-    with tempfile.TemporaryDirectory(prefix="reap-") as folder:
-        path = Path(folder) / "stats.safetensors"
-        path.write_bytes(content)
-        return SaliencyStats.load(path)
-
-
 def file_of(stats: SaliencyStats) -> bytes:
     """Statistics as the bytes of a file."""
     with tempfile.TemporaryDirectory(prefix="reap-") as folder:
         path = Path(folder) / "stats.safetensors"
         stats.save(path)
         return path.read_bytes()
-
-
-def _merged(
-    ranks: Sequence[tuple[Mapping[str, Any], SaliencyStats]],
-) -> tuple[list[str], dict[str, LayerStats]]:
-    """Groups, and the statistics of every layer by vLLM's names.
-
-    Ranks of a tensor-parallel group see whole outputs, so all have the same: the first is taken.
-    Expert-parallel ranks each count the experts that they hold, of the same tokens.
-
-    Raises:
-        DataError: ranks have other groups, or have seen other numbers of tokens.
-    """
-    groups = ranks[0][1].groups
-    layers: dict[str, LayerStats] = {}
-    for rank, stats in ranks:
-        if stats.groups != groups:
-            raise DataError(
-                f"rank {rank.get('rank', '?')} counts the groups {short(stats.groups)}, rank 0 "
-                f"{short(groups)}; start again (POST /reap/start)"
-            )
-        if rank["share"] == "whole" and rank["tp_rank"] != 0:
-            continue
-        for name, layer in stats.layers.items():
-            if name not in layers:
-                layers[name] = layer.to("cpu")
-                continue
-            if rank["share"] == "whole" or not torch.equal(layers[name].tokens, layer.tokens):
-                raise DataError(
-                    f"layer {name}: two ranks have seen {layers[name].tokens.tolist()} and "
-                    f"{layer.tokens.tolist()} tokens; start again (POST /reap/start)"
-                )
-            part = layer.to("cpu")
-            part.tokens.zero_()  # the same tokens
-            layers[name].merge_(part)
-    return groups, layers
 
 
 def _provenance(

@@ -1,10 +1,25 @@
 """What the workers say of their observation and their masks, as one."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import reap_kernels
 from reap_driver.integrations.vllm.server.refusals import Refused
 from reap_driver.integrations.vllm.server.served_model import ServedModel
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """The vLLM of this server.
+
+    Attributes:
+        version: of it.
+        note: what to know of this version, or None.
+    """
+
+    version: str
+    note: str | None = None
 
 
 def merged_status(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -32,16 +47,14 @@ def merged_status(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**first, "masked": masked, "error": error}
 
 
-def shown_status(status: Mapping[str, Any], model: ServedModel, vllm: str) -> dict[str, Any]:
+def shown_status(status: Mapping[str, Any], model: ServedModel, vllm: Vllm) -> dict[str, Any]:
     """A status as `GET /reap/status` answers it.
 
     Args:
         status: see `merged_status`.
         model: that is served.
-        vllm: the version of vLLM.
+        vllm: that of this server.
     """
-    import reap_kernels
-
     tokens = {group: int(number) for group, number in status["tokens"].items()}
     removed = masked_of(status, model)
     layers = {}
@@ -54,7 +67,8 @@ def shown_status(status: Mapping[str, Any], model: ServedModel, vllm: str) -> di
     return {
         "model": model.name,
         "version": reap_kernels.__version__,
-        "vllm": vllm,
+        "vllm": vllm.version,
+        "note": vllm.note,
         "mode": status["mode"],
         "every": status["every"],
         "groups": tokens,
