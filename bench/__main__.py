@@ -24,6 +24,7 @@ BENCHMARKS = {
     "ranks_cpu": "one to three processes under torchrun beside one; CPU",
     "large_checkpoint": "a 29-GB checkpoint observed, killed, resumed and pruned in 8 GB; CPU",
     "llm_compressor_cpu": "llm-compressor's REAP alone and with our modifier; CPU",
+    "vllm_cpu": "a layer of vLLM as our plugin leaves, masks and observes it, beside its own; CPU",
     "bench_writer": "checkpoint writer beside cp, 8 GB",
 }
 
