@@ -36,3 +36,27 @@ def llm_compressor_cpu() -> str:
         f"{first['commit']}; `python -m bench llm_compressor_cpu`.\n"
     )
     return markdown(head, body) + where
+
+
+def vllm_cpu() -> str:
+    """A layer of vLLM under our plugin."""
+    rows = newest("vllm_cpu", "tokens")
+    kinds = ("again", "off", "masked", "replace", "shadow")
+    body = [
+        [row["tokens"], f"{float(row['alone_us']) / 1e3:.2f} ms"]
+        + [f"{float(row[f'{kind}/alone']):.2f}" for kind in kinds]
+        + [f"{float(row['replace_added_us']) / 1e3:.2f} ms"]
+        for row in rows
+    ]
+    head = ["tokens of a call", "vLLM's own", "vLLM's own, again", "plugin loaded, off", "masked"]
+    head += ["observed, `replace`", "observed, `shadow`", "`replace` adds"]
+    first = rows[0]
+    where = (
+        f"\nRatios of the CPU time of one layer call to vLLM's own, medians of {first['rounds']} "
+        "rounds in which all take turns; the first column of ratios is the noise. "
+        f"H={first['hidden']}, I={first['intermediate']}, E={first['experts']}, "
+        f"k={first['top_k']}, {first['dtype']}, a quarter of the experts masked; {first['cpu']}, "
+        f"{first['threads']} thread, torch {first['torch']}, vLLM {first['vllm']} "
+        f"({first['kernel']}), commit {first['commit']}; `python -m bench vllm_cpu`.\n"
+    )
+    return markdown(head, body) + where

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from bench.format_tables import formats
 from bench.gram_tables import gram_cpu, obs_cpu, refit_cpu, stream_gram_cpu
-from bench.host_tables import llm_compressor_cpu
+from bench.host_tables import llm_compressor_cpu, vllm_cpu
 from bench.method_tables import criteria_cpu, methods_cpu, methods_shift
 from bench.rows import ROOT
 from bench.table_parts import Row, markdown, newest
@@ -21,6 +21,7 @@ PAGES = (
     "docs/guides/data.md",
     "docs/figures.md",
     "docs/guides/llm-compressor.md",
+    "docs/guides/live.md",
     "docs/versions.md",
     "docs/formats.md",
 )
@@ -401,6 +402,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "refit_cpu": refit_cpu,
     "stream_gram_cpu": stream_gram_cpu,
     "llm_compressor_cpu": llm_compressor_cpu,
+    "vllm_cpu": vllm_cpu,
     "demo": demo,
     "writer": writer,
     "stream_cpu": stream_cpu,
