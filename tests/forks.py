@@ -83,6 +83,11 @@ class Fork:
         assert self.pipe.poll(HUNG), "the fork hangs"
         return self.pipe.recv()
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self._process.exitcode is not None
+
     def end(self) -> Ended:
         """Waits for its end."""
         self._process.join(HUNG)

@@ -23,19 +23,24 @@ def render() -> str:
     return "\n".join(_command(name, parser) for name, parser in commands().items())
 
 
-def _command(name: str, parser: argparse.ArgumentParser) -> str:
-    parts = [f"## {name}\n", _prose(parser.description or "")]
+def _command(name: str, parser: argparse.ArgumentParser, level: str = "##") -> str:
+    """A command; those that it has itself follow it, one level below."""
+    parts = [f"{level} {name}\n", _prose(parser.description or "")]
+    below: list[str] = []
     for group in parser._action_groups:
         actions = [item for item in group._group_actions if "--help" not in item.option_strings]
-        if actions:
+        own = [item for item in actions if isinstance(item, argparse._SubParsersAction)]
+        for word, sub in (pair for item in own for pair in item.choices.items()):
+            below.append(_command(f"{name} {word}", sub, f"{level}#"))
+        if actions and not own:
             title, anchor = _sentence(group.title or ""), _slug(group.title)
-            parts.append(f"**{title}**{{ #{name}-{anchor} }}\n")
+            parts.append(f"**{title}**{{ #{_slug(name)}-{anchor} }}\n")
             parts.append(_prose(group.description or ""))
-            parts += [_action(name, parser, action) for action in actions]
+            parts += [_action(_slug(name), parser, action) for action in actions]
     if parser.epilog:
-        parts.append(f"**Examples**{{ #{name}-examples }}\n")
+        parts.append(f"**Examples**{{ #{_slug(name)}-examples }}\n")
         parts.append(_prose(parser.epilog.removeprefix("examples:\n")))
-    return "\n".join(part for part in parts if part)
+    return "\n".join(part for part in [*parts, *below] if part)
 
 
 def _action(command: str, parser: argparse.ArgumentParser, action: argparse.Action) -> str:

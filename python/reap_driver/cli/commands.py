@@ -14,6 +14,7 @@ from reap_driver.cli import (
     convert,
     demo,
     doctor,
+    live,
     observe,
     plan,
     prune,
@@ -37,6 +38,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     check,
     convert,
     recipe,
+    live,
     doctor,
     tune,
 )

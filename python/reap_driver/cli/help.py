@@ -25,6 +25,7 @@ def usage(parser: argparse.ArgumentParser) -> str:
         None: "{0}",
         argparse.OPTIONAL: "[{0}]",
         argparse.ONE_OR_MORE: "{0} [{0} ...]",
+        argparse.PARSER: "[{0} ...]",
     }
     words = ["%(prog)s"]
     for action in parser._actions:

@@ -10,7 +10,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from reap_driver.evaluation.routing import retained
 from reap_driver.planning.criteria import Scores
 from reap_driver.planning.plan import Plan
 from reap_kernels import SaliencyStats
@@ -161,9 +160,11 @@ def measure(
         plan: which experts are kept, with the same layers and numbers of experts; or None.
         doubtful: layer -> experts inside the decision margin; None where it is not known.
     """
+    from reap_driver.evaluation.routing import retained  # with it comes transformers
+
     whole = {} if plan is None else retained(stats, plan)
     single = [] if plan is None else [retained(one, plan) for one in _single_groups(stats)]
-    labels = _labels(list(stats.layers))
+    labels = labels_of(list(stats.layers))
     return [
         LayerMeasures(
             name=name,
@@ -197,7 +198,7 @@ def _single_groups(stats: SaliencyStats) -> list[SaliencyStats]:
     return found
 
 
-def _labels(names: Sequence[str]) -> list[str]:
+def labels_of(names: Sequence[str]) -> list[str]:
     """The number in each name (`3` of model.layers.3.mlp.experts); the positions instead, if a
     number is missing or repeats.
     """

@@ -172,7 +172,7 @@ class Calls:
             return DataError(ours)
         if code in _INVALID and said:
             return invalid(ours)
-        if code == 409 and said:
+        if code in (409, 503) and said:
             return BackendUnavailable(ours)
         shown = f"answers {code}{f': {said}' if said else ''}"
         return BackendUnavailable(f"{self.url}/reap/{path}: {shown}; see the log of the server")
