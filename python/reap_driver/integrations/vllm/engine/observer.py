@@ -5,13 +5,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm.config import CompilationMode
-
 from reap_driver.integrations.vllm.engine import parallel
-from reap_driver.integrations.vllm.engine.compiled import make_opaque
 from reap_driver.integrations.vllm.engine.layer import HookedLayer
 from reap_driver.integrations.vllm.engine.layers import find_layers
 from reap_driver.integrations.vllm.engine.runners import Passes
+from reap_driver.integrations.vllm.engine.self_check import check_layers
 from reap_driver.integrations.vllm.engine.step import Batch, Step
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import DataError, PlanError, UnsupportedModel
@@ -42,11 +40,9 @@ class Observer:
         self.source = ""  # of the mask, as the server named it
         self._unproved: dict[str, int] = {}  # layer -> its calls before it was hooked into a pass
         if self.layers:
-            compiled = worker.compilation_config.mode != CompilationMode.NONE
             for layer in self.layers.values():
-                if compiled:
-                    make_opaque(layer.runner)
                 layer.install()
+            check_layers(self.layers.values(), worker.vllm_config)
             Passes(runner, self._enter, self._fill, self._leave, self._due).install()
 
     # Passes of the engine. What fails here must not end it.
@@ -217,19 +213,27 @@ class Observer:
         where = parallel.places(self.worker)
         tokens = list(self.step.tokens().values())
         for name, stats in known.items():
-            if where["ep_rank"] == 0 and stats.tokens.tolist() != tokens:
+            if stats.tokens.tolist() != tokens:
                 raise DataError(
                     f"layer {name} counted {stats.tokens.tolist()} tokens by group, the steps "
                     f"{tokens}: not each step called it once; this model cannot be observed"
                 )
-        with tempfile.TemporaryDirectory(prefix="reap-") as folder:
-            path = Path(folder, "stats.safetensors")
-            SaliencyStats(known, list(self.step.group_names)).save(path)
-            content = path.read_bytes()
+        parts = where["ep"] > 1
+        file = b""  # of tensor parallel ranks, which count the same, the first sends it
+        if parts or where["tp_rank"] == 0:
+            file = _bytes_of(SaliencyStats(known, list(self.step.group_names)))
         bad = {name: int(stats.nonfinite.sum()) for name, stats in known.items()}
         return {
-            "share": "part" if where["ep"] > 1 else "whole",
+            "share": "part" if parts else "whole",
             **where,
             "nonfinite": {name: number for name, number in bad.items() if number},
-            "file": content,
+            "file": file,
         }
+
+
+def _bytes_of(stats: SaliencyStats) -> bytes:
+    """The file of statistics."""
+    with tempfile.TemporaryDirectory(prefix="reap-") as folder:
+        path = Path(folder, "stats.safetensors")
+        stats.save(path)
+        return path.read_bytes()
