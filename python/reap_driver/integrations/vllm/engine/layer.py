@@ -20,7 +20,6 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 
 import reap_kernels as rk
 from reap_driver.integrations.vllm.engine import layers, rows
-from reap_driver.integrations.vllm.engine.compiled import make_opaque
 from reap_kernels.errors import UnsupportedModel
 
 
@@ -105,10 +104,9 @@ class HookedLayer:
         return {**self._facts, "refusal": self.refusal, "mask_refusal": self.mask_refusal}
 
     def install(self) -> None:
-        """Wraps the two functions, and makes torch.compile call the layer as it is. To be called
-        before vLLM compiles or captures the model.
+        """Wraps the two functions. To be called before vLLM compiles or captures the model; where
+        it compiles, `compiled.make_opaque` is to be called too.
         """
-        make_opaque(self.runner)
         self.runner.router.select_experts = self._select
         object.__setattr__(self.runner.routed_experts, "forward_modular", self._forward)
 
@@ -251,12 +249,16 @@ class HookedLayer:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _expert_rows(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """f(x) of each token and its experts, [T * k, H]; f(g x) where inputs are weighted."""
-        weights = weights.reshape(-1, 1)
-        if not self._weights_input:
-            weights = torch.ones_like(weights)
+        """f(x) of each token and its experts, [T * k, H]; f(g x) where inputs are weighted.
+
+        The kernel is given copies: that for CPUs overwrites weights it has multiplied inputs by.
+        """
+        shape = (ids.numel(), 1)
+        weights = weights.clone() if self._weights_input else torch.ones_like(weights)
         y = self._own_forward(
-            x.repeat_interleave(ids.shape[1], dim=0), weights, ids.reshape(-1, 1).contiguous()
+            x.repeat_interleave(ids.shape[1], dim=0),
+            weights.reshape(shape),
+            ids.clone().reshape(shape),
         )
         if not isinstance(y, Tensor):
             raise UnsupportedModel(

@@ -59,7 +59,7 @@ def check_removed(
 
 
 def chunks(tokens: int, top_k: int, hidden: int, most_rows: int) -> Iterator[slice]:
-    """Slices of tokens whose rows fit into `MOST_ROWS` and `MOST_BYTES`.
+    """Slices of tokens whose rows fit into `MOST_ROWS` and `MOST_BYTES`; one, if there are none.
 
     Args:
         tokens: of this step.
@@ -69,7 +69,7 @@ def chunks(tokens: int, top_k: int, hidden: int, most_rows: int) -> Iterator[sli
     """
     limit = min(MOST_ROWS, MOST_BYTES // (4 * hidden), most_rows)
     length = max(1, limit // top_k)
-    for start in range(0, tokens, length):
+    for start in range(0, max(tokens, 1), length):
         yield slice(start, min(start + length, tokens))
 
 

@@ -100,14 +100,14 @@ def _check_statistics(layer: HookedLayer) -> str | None:
     x, weights, ids = _routed_rows(layer)
     forward = layer.runner.routed_experts.forward_modular
     device, kernel = x.device, layer.facts()["kernel"]
-    own = layer._own_forward(x.clone(), weights, ids)
+    own = layer._own_forward(x.clone(), weights.clone(), ids.clone())
     if not isinstance(own, Tensor):
         return f"its kernel {kernel} returns {type(own).__name__} in place of a tensor"
     outputs = {}
     for mode in ("shadow", "replace"):
         layer.step = _Trial(mode, device)
         layer.stats = rk.LayerStats(layer.experts, 1, device)
-        outputs[mode] = forward(x.clone(), weights, ids)
+        outputs[mode] = forward(x.clone(), weights.clone(), ids.clone())
         if layer.error is not None:
             return layer.error
         missing = _missing(layer, ids)
