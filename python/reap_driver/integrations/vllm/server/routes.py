@@ -76,15 +76,23 @@ def _session(request: Request) -> Session:
 async def _content(request: Request, limit: int) -> bytes:
     """The body of a request, of at most `limit` bytes.
 
+    A larger one is read to its end, up to `MAX_FILE`, and dropped: a client that is still sending
+    when the connection is closed may never read the answer.
+
     Raises:
         Refused: 413; it is larger.
     """
     parts, length = [], 0
     async for part in request.stream():
-        parts.append(part)
         length += len(part)
-        if length > limit:
-            raise bodies.too_large(limit)
+        if length > max(limit, MAX_FILE):
+            break
+        if length <= limit:
+            parts.append(part)
+        else:
+            parts.clear()
+    if length > limit:
+        raise bodies.too_large(limit)
     return b"".join(parts)
 
 
