@@ -36,6 +36,10 @@ _ENVIRONMENT = {
     # What vLLM compiles and learns of models; deleted with the environment.
     "VLLM_CACHE_ROOT": str(Path(sys.prefix) / "cache"),
 }
+# Runs a command that is sent SIGTERM when this process ends, even if by SIGKILL: PR_SET_PDEATHSIG.
+_WITH_US = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+)
 Body = dict[str, Any] | list[Any] | bytes | str | None
 
 
@@ -143,15 +147,11 @@ def serve(
         AssertionError: with the end of its log, if it ends or hangs before it answers.
     """
     port = _free_port()
-    variables = os.environ | _ENVIRONMENT | dict(environment or {})
-    variables["PYTHONPATH"] = os.pathsep.join(map(str, (metadata, ROOT, ROOT / "python")))
-    variables.pop("VLLM_PLUGINS", None)
-    if plugins is not None:
-        variables["VLLM_PLUGINS"] = plugins
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    command = [sys.executable, "-c", _WITH_US]
+    command += [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
     process = subprocess.Popen(
         [*command, *_ARGUMENTS, "--port", str(port), *flags],
-        env=variables,
+        env=variables(metadata, plugins) | dict(environment or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -165,6 +165,14 @@ def serve(
         yield server
     finally:
         _end(process)
+
+
+def variables(metadata: Path, plugins: str | None) -> dict[str, str]:
+    """The environment of a process of vLLM that finds the plugin; arguments as those of `serve`."""
+    found = os.environ | _ENVIRONMENT
+    found["PYTHONPATH"] = os.pathsep.join(map(str, (metadata, ROOT, ROOT / "python")))
+    found.pop("VLLM_PLUGINS", None)
+    return found if plugins is None else found | {"VLLM_PLUGINS": plugins}
 
 
 def _free_port() -> int:
