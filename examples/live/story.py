@@ -1,6 +1,6 @@
 """Profiles the requests to a vLLM server, masks experts there, and serves the pruned checkpoint.
 
-    python examples/live/story.py OUT
+    python examples/live/story.py OUT [OPTIONS OF vllm serve]
 
 It serves the bundled model, on a CPU in a few minutes; the requests are text of Python's own
 library. vLLM and reap-kernels have to be installed in one environment, so that vLLM finds our
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import reap_driver as rd
@@ -32,15 +32,15 @@ ENVIRONMENT = {"VLLM_PLUGINS": "reap", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_U
 
 
 @contextlib.contextmanager
-def served(model: Path, log: Path) -> Iterator[Server]:
+def served(model: Path, log: Path, options: Sequence[str] = ()) -> Iterator[Server]:
     """A vLLM server of a checkpoint, with the plugin; it ends with the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *OPTIONS]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [*command, "--port", port],
+            [*command, *OPTIONS, f"--port={port}", *options],
             env={**os.environ, **ENVIRONMENT},
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -104,11 +104,11 @@ def pieces(split: str, group: str, number: int) -> list[str]:
     return [text[start : start + 400] for start in range(0, len(text) - 400, step)][:number]
 
 
-def main(out: Path) -> None:
+def main(out: Path, options: Sequence[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     held_out = [text for group in GROUPS for text in pieces("held_out", group, 12)]
 
-    with served(MODEL, out / "server.log") as server:
+    with served(MODEL, out / "server.log", options) as server:
         server.start(groups=GROUPS)
         for group in GROUPS:
             for text in pieces("calibration", group, 40):
@@ -126,7 +126,7 @@ def main(out: Path) -> None:
     print(f"perplexity: {perplexity(whole):.2f} whole, {perplexity(masked):.2f} masked")
 
     rd.apply_plan(MODEL, plan, out / "pruned")
-    with served(out / "pruned", out / "pruned.log") as server:
+    with served(out / "pruned", out / "pruned.log", options) as server:
         pruned = log_probabilities(server, held_out)
     worst = max(abs(a - b) for a, b in zip(masked, pruned, strict=True))
     print(f"perplexity: {perplexity(pruned):.2f} of the pruned checkpoint")
@@ -134,5 +134,8 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "live"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `served` ends the server
+    try:
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "live"), sys.argv[2:])
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from reap_driver.integrations.vllm.server import bodies, refusals
 from reap_driver.integrations.vllm.server.endpoints import ReapEndpoints
-from reap_driver.integrations.vllm.server.status import shown_status
+from reap_driver.integrations.vllm.server.status import Vllm, shown_status
 from tests.interop.vllm.installed import ROOT
 
 PAGE = (ROOT / "docs/guides/live.md").read_text(encoding="utf-8")
@@ -64,9 +64,10 @@ def test_the_fields_of_a_status_are_those_that_are_answered() -> None:
         **dict.fromkeys(("every", "steps", "observed_steps"), 1),
         **{name: {} for name in ("tokens", "not_counted", "masked")},
         "mode": "off",
+        "error": None,
     }
     model = SimpleNamespace(name="model", layers=[], theirs={}, facts={})
-    assert named == set(shown_status(status, model, "0.32.0"))
+    assert named == set(shown_status(status, model, Vllm("0.32.0", None)))
 
 
 def test_every_status_code_that_errors_have_is_listed() -> None:

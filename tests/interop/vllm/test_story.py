@@ -23,7 +23,7 @@ def out(metadata: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = os.pathsep.join(map(str, (metadata, ROOT, ROOT / "python")))
     variables = {"PYTHONPATH": path, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder)],
+        [sys.executable, str(PROGRAM), str(folder), "--enforce-eager"],
         env=os.environ | variables,
         capture_output=True,
         text=True,
