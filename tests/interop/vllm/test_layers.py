@@ -99,6 +99,31 @@ def test_a_mask_is_the_pruned_checkpoint(engine: Engine) -> None:
         assert all(map(torch.equal, now, before))
 
 
+def test_a_mask_needs_no_branch_where_graphs_are_captured(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a graph replays what ran when it was captured: the same kernels with or
+    without a mask, and a counter of the device.
+    """
+    plain = engine.logprobs()
+    for layer in engine.layers.values():
+        monkeypatch.setattr(layer, "_captured", True)
+        monkeypatch.setattr(layer, "_always", True)
+    assert torch.equal(engine.logprobs(), plain)
+    assert [layer.calls() for layer in engine.layers.values()] == [1] * len(engine.layers)
+    kept = [layer._removed for layer in engine.layers.values()]
+    for layer, of_layer in zip(engine.layers.values(), engine.plan.layers.values(), strict=True):
+        layer.set_mask(of_layer.removed)
+    assert float((engine.logprobs() - engine.pruned).abs().max()) < LOGPROBS_BOUND
+    for layer, buffer in zip(engine.layers.values(), kept, strict=True):
+        assert layer._removed is buffer
+        layer.set_mask([])
+        layer._replayed.zero_()
+    assert torch.equal(engine.logprobs(), plain)
+    for layer in engine.layers.values():
+        layer._replayed.zero_()
+
+
 def test_tokens_are_counted_by_group_and_mark(engine: Engine) -> None:
     half = len(TOKENS) // 2
     engine.step.of_groups = [0] * half + [1] * half

@@ -5,7 +5,7 @@ vLLM computes every MoE layer in a `MoERunner`, whose `router` chooses experts f
 that draft tokens are other models of the worker and hold none of these.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,6 +72,22 @@ def selection_biases(runner: Any) -> list[Tensor]:
     names = ("e_score_correction_bias", "bias_vl")
     found = (getattr(runner.router, name, None) for name in names)
     return [bias for bias in found if bias is not None]
+
+
+def shared_biases(runners: Mapping[str, Any]) -> dict[str, str]:
+    """{layer: another layer} for layers whose selection biases are, at least in part, the same
+    memory: a mask of one, which changes it, would change the routing of the other.
+    """
+    places: dict[int, str] = {}  # address of a value -> the first layer that has it
+    shared: dict[str, str] = {}
+    for name, runner in runners.items():
+        for bias in selection_biases(runner):
+            first, step = bias.data_ptr(), bias.stride(0) * bias.element_size()
+            for place in range(first, first + step * len(bias), step or 1):
+                other = places.setdefault(place, name)
+                if other != name:
+                    shared[name], shared[other] = other, name
+    return shared
 
 
 def _monolithic(runner: Any) -> bool:

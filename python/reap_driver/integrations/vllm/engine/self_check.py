@@ -60,11 +60,17 @@ def check_layers(hooked: Iterable[HookedLayer], vllm_config: Any) -> dict[str, l
         {layer: what it failed}, without layers that failed nothing.
     """
     failed = {}
+    hooked = list(hooked)
+    for name, other in layers.shared_biases({layer.name: layer.runner for layer in hooked}).items():
+        for layer in hooked:
+            if layer.name == name and layer.mask_refusal is None:
+                layer.mask_refusal = f"its router's selection bias is that of layer {other} too"
+                failed[name] = [layer.mask_refusal]
     with torch.inference_mode(), set_forward_context(None, vllm_config):
         for layer in hooked:
             found = check_layer(layer)
             if found:
-                failed[layer.name] = found
+                failed[layer.name] = failed.get(layer.name, []) + found
     return failed
 
 
