@@ -178,7 +178,7 @@ def main(arguments: list[str]) -> None:
     if not vllm_layer.installed():
         raise SystemExit(vllm_layer.INSTALL)
     torch.set_num_threads(1)
-    with vllm_layer.world(torch.device("cpu")) as config, torch.inference_mode():
+    with vllm_layer.world(torch.device("cpu"), max(TOKENS)) as config, torch.inference_mode():
         for tokens in options.tokens or TOKENS:
             with vllm_layer.running(config):
                 row = measure(tokens, options.rounds, config)

@@ -24,8 +24,13 @@ def installed() -> bool:
 
 
 @contextlib.contextmanager
-def world(device: torch.device) -> Iterator[Any]:
-    """vLLM's configuration and groups of one process; yields the configuration."""
+def world(device: torch.device, most_tokens: int) -> Iterator[Any]:
+    """vLLM's configuration and groups of one process; yields the configuration.
+
+    Args:
+        device: of the layers that are made inside.
+        most_tokens: of a call of theirs.
+    """
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # leaves the threads as they are
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import (
@@ -35,7 +40,13 @@ def world(device: torch.device) -> Iterator[Any]:
     )
 
     config = VllmConfig(device_config=DeviceConfig(device.type))
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    config.scheduler_config.max_num_batched_tokens = most_tokens
+    backend = "gloo"
+    if device.type == "cuda":
+        from vllm.v1.worker.workspace import init_workspace_manager
+
+        backend = "nccl"
+        init_workspace_manager(device)
     with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{folder}/store", 0, backend)
         ensure_model_parallel_initialized(1, 1)

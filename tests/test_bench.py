@@ -32,6 +32,7 @@ from bench.gpu.providers import PROVIDERS, Prepared, Work
 from reap_kernels.testing import CASES, Case
 from tests.gpu import checks, running
 from tests.gpu.checks import Check
+from tests.gpu.masks import TORCH
 from tests.limits import HUNG
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +94,7 @@ def test_smoke_mode_runs_every_stage(smoke: Smoke) -> None:
     for name in command.FILES.values():
         assert {row["smoke"] for row in read(smoke.out / f"{name}.csv")} == {"yes"}
     ran = read(smoke.out / "gpu_checks.csv")
-    assert {row["backend"] for row in ran if row["result"] == "pass"} == set(checks.BACKENDS)
+    assert {row["backend"] for row in ran if row["result"] == "pass"} == {*checks.BACKENDS, TORCH}
     skipped = {row["detail"] for row in ran if row["result"] != "pass"}
     assert skipped == {"needs a CUDA device"}
     single = read(smoke.out / "gpu_kernels.csv")
@@ -114,6 +115,7 @@ def test_smoke_mode_runs_every_stage(smoke: Smoke) -> None:
     streamed = read(smoke.out / "gpu_streaming.csv")
     kinds = [("timed", "layer 0"), ("timed", "layer 1")] * 2 + [("projected", "projected")] * 2
     assert [(row["status"], row["what"]) for row in streamed] == kinds
+    assert {row["vllm"] for row in read(smoke.out / "gpu_vllm.csv")} == {"absent"}
     page = (smoke.out / "gpu.md").read_text()
     assert "Smoke run" in page
     assert all(f"{p.name}: {p.variant}" in page for p in PROVIDERS)

@@ -3,8 +3,9 @@
 `python -m bench.gpu` runs from a checkout, nothing installed, in less than eight minutes: the
 machine's peaks, then the checks of `tests/gpu` (`pytest -m gpu` runs them too), then timings of
 single kernels, of one layer and of a whole model; `--only streaming` times layers that are loaded
-while others compute. Exit codes: 0; 1 where a check failed (and nothing after it was timed); 4
-without a CUDA device. `python -m tests.gpu.sanitize` runs the CUDA kernels under compute-sanitizer.
+while others compute, `--only vllm` layers of vLLM, where it is installed, under our plugin. Exit
+codes: 0; 1 where a check failed (and nothing after it was timed); 4 without a CUDA device.
+`python -m tests.gpu.sanitize` runs the CUDA kernels under compute-sanitizer.
 """
 
 import sys

@@ -13,9 +13,10 @@ import torch
 from bench import gpu, rows
 from bench.gpu.clock import Deadline
 
-STAGES = ("checks", "kernels", "layer", "gram", "end2end", "tiles", "streaming")
-# Left out unless asked for: tiles is for who writes a launch table, and streaming fills tens of GB.
-DEFAULT = STAGES[:-2]
+STAGES = ("checks", "kernels", "layer", "gram", "end2end", "tiles", "vllm", "streaming")
+# Left out unless asked for: tiles is for who writes a launch table, vllm needs vLLM, and streaming
+# fills tens of GB.
+DEFAULT = STAGES[:-3]
 FILES = {
     "checks": "gpu_checks",
     "kernels": "gpu_kernels",
@@ -23,6 +24,7 @@ FILES = {
     "gram": "gpu_gram",
     "end2end": "gpu_end_to_end",
     "tiles": "gpu_tiles",
+    "vllm": "gpu_vllm",
     "streaming": "gpu_streaming",
 }
 # Seconds for all stages but streaming, and for streaming, which comes on top.
@@ -35,6 +37,7 @@ _ENDS = {
     "gram": 0.79,
     "end2end": 0.97,
     "tiles": 0.97,
+    "vllm": 0.97,
 }
 _LAST = 0.97
 RED, NO_GPU = 1, 4
@@ -53,7 +56,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
         "--only",
         default=",".join(DEFAULT),
         help=f"stages, comma-separated, of {', '.join(STAGES)}; "
-        "default all but tiles and streaming",
+        "default all but tiles, vllm and streaming",
     )
     parser.add_argument(
         "--budget",
@@ -138,7 +141,7 @@ def _device(smoke: bool) -> torch.device | None:
 
 def _stage(stage: str, machine: Any, deadline: Deadline, folder: Path | None) -> Rows:
     """Rows of one stage."""
-    from bench.gpu import end_to_end, grams, kernels, layer, streaming, tiles
+    from bench.gpu import end_to_end, grams, kernels, layer, streaming, tiles, vllm_layers
 
     if stage == "checks":
         from tests.gpu import running
@@ -154,6 +157,8 @@ def _stage(stage: str, machine: Any, deadline: Deadline, folder: Path | None) ->
         return end_to_end.run(machine, deadline)
     if stage == "tiles":
         return tiles.run(machine, deadline)
+    if stage == "vllm":
+        return vllm_layers.run(machine, deadline)
     return streaming.run(machine, deadline, folder)
 
 
@@ -165,7 +170,7 @@ def _report(folder: Path, stage: str, facts: dict[str, str], stages: dict[str, R
     """Appends the stage's rows, rewrites gpu.md, prints what is not green."""
     from bench.gpu import report
 
-    echo = stage in ("gram", "end2end", "tiles", "streaming")
+    echo = stage in ("gram", "end2end", "tiles", "vllm", "streaming")
     rows.write(FILES[stage], stages[stage], folder=folder, facts=facts, echo=echo)
     (folder / "gpu.md").write_text(report.page(facts, stages))
     for row in stages[stage]:

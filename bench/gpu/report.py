@@ -31,6 +31,8 @@ def page(facts: dict[str, str], stages: dict[str, Sequence[Row]]) -> str:
         parts.append("## Gram matrices\n\n" + grams(stages["gram"]))
     if "end2end" in stages:
         parts.append("## End to end\n\n" + end_to_end(stages["end2end"]))
+    if "vllm" in stages:
+        parts.append("## Layers inside vLLM\n\n" + vllm(stages["vllm"]))
     if "streaming" in stages:
         parts.append("## Streaming\n\n" + streaming(stages["streaming"]))
     return "\n".join(parts)
@@ -162,6 +164,28 @@ def end_to_end(rows: Sequence[Row]) -> str:
     head = ["provider", "observed", "tokens", "batch", "time", "tokens/s", "peak memory"]
     head += ["time / fastest transformers", "note"]
     return (markdown(head, body) if body else "") + _untimed(rows, lambda row: str(row["model"]))
+
+
+def vllm(rows: Sequence[Row]) -> str:
+    """Layers of vLLM under our plugin, then what was not timed and why."""
+    from bench.gpu.vllm_layers import KINDS
+
+    figures = [f"{kind}_ms" for kind in KINDS] + [f"{kind}/alone" for kind in KINDS[1:]]
+    body = [
+        [
+            f"{row['shape']} (E={row['E']}, k={row['k']}, H={row['H']}, I={row['I']})",
+            str(row["tokens"]),
+            row["kernel"],
+            *(row[key] for key in figures),
+            row["note"],
+        ]
+        for row in rows
+        if row["status"] == "timed"
+    ]
+    head = ["shape", "tokens", "kernel", *(key.replace("_", ", ") for key in figures), "note"]
+    return (markdown(head, body) if body else "") + _untimed(
+        rows, lambda row: f"{row['shape']} T={row['tokens']}", lambda row: f"vLLM {row['vllm']}"
+    )
 
 
 def streaming(rows: Sequence[Row]) -> str:
