@@ -237,6 +237,8 @@ def _mask(server: "Server", args: argparse.Namespace, console: Console) -> dict[
         if experts
         else "no experts are masked"
     )
+    if said.get("in_flight"):
+        console.note(str(said["in_flight"]))
     return {"mask": said, "removed": removed}
 
 

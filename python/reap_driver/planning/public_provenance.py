@@ -71,6 +71,24 @@ def calibration_mix(data: Sequence[Mapping[str, Any]]) -> list[MixEntry]:
     ]
 
 
+def live_mode(provenance: Mapping[str, Any]) -> str | None:
+    """How statistics were counted from the traffic of a server, in words; None where they were not.
+
+    Example:
+        >>> live_mode({"data": [{"group": "all", "mode": "shadow", "every": 8}]})
+        'live traffic, in the mode shadow, one step in 8'
+    """
+    data = [entry for entry in provenance.get("data") or [] if "mode" in entry]
+    if not data:
+        return None
+    found = {(str(entry["mode"]), int(entry.get("every") or 1)) for entry in data}
+    each = [
+        f"in the mode {mode}, {'every step' if every == 1 else f'one step in {every}'}"
+        for mode, every in sorted(found)
+    ]
+    return f"live traffic, {'; and '.join(each)}"
+
+
 def recipes_of(data: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """{name: digest} of the recipes that list the sources of `provenance["data"]`.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from reap_driver.planning.criteria import Scores
+from reap_driver.planning.public_provenance import live_mode
 from reap_driver.planning.scoring import score
 from reap_driver.planning.stability import rank_correlation
 from reap_driver.reporting.elements import Cell, Paragraph, Part, Share, Table
@@ -155,10 +156,17 @@ def group_parts(inputs: Inputs) -> list[Part]:
     """Specialists, correlation of scores between groups, and what other weights would keep."""
     groups = inputs.stats.groups
     if len(groups) < 2:
+        live = live_mode(inputs.stats.provenance) is not None
+        how = (
+            "start the observation with their names, and name one in the header X-Reap-Group of "
+            "each request"
+            if live
+            else "name the groups when observing (--data GROUP=SOURCE)"
+        )
         return [
             Paragraph(
                 f"All data are in one group ({groups[0]}). To see which experts serve which group, "
-                "name the groups when observing (--data GROUP=SOURCE)."
+                f"{how}."
             )
         ]
     return [_specialist_table(inputs), _correlation_table(inputs), *_reweighted_table(inputs)]

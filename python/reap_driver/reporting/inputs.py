@@ -7,7 +7,7 @@ from functools import cached_property
 
 from reap_driver.planning.criteria import Scores, known_criterion
 from reap_driver.planning.plan import Plan
-from reap_driver.planning.public_provenance import public_name
+from reap_driver.planning.public_provenance import live_mode, public_name
 from reap_driver.planning.scoring import score
 from reap_driver.planning.stability import (
     Uncertainty,
@@ -80,6 +80,11 @@ class Inputs:
     def doubt(self) -> str | None:
         """Why the decision margin is not known; None where it is."""
         if len(self.stats.parts) < 2:
+            if live_mode(self.stats.provenance) is not None:
+                return (
+                    "Statistics of live traffic have no folds, so which decisions other traffic "
+                    "would change is not known; save them twice, at other times, and compare."
+                )
             return (
                 "The statistics were not kept in folds, so which decisions another sample of the "
                 "data would change is not known; observe with --folds 8 to see it here."
@@ -149,6 +154,7 @@ class Inputs:
                     "The plan was made from other scores than these statistics give (their digests "
                     "differ): the cut shown is the plan's, the scores are those of the statistics."
                 )
+        found += [text for text in self.scores.notes if text not in found]
         if unobserved:
             found.append(
                 f"No token reached {len(unobserved)} of the MoE layers, which are not shown: "

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from reap_driver.planning.criteria import named
 from reap_driver.planning.public_provenance import (
     calibration_mix,
+    live_mode,
     observation,
     router_weight_rule,
     shape_settings,
@@ -34,7 +35,10 @@ def calibration(inputs: Inputs) -> Table | Paragraph:
         ]
         for entry in mix
     ]
-    return Table("Calibration mix", headings, rows)
+    # What no source records, as records and sequences of live traffic, gets no column.
+    recorded = [number for number in range(len(headings)) if any(row[number] for row in rows)]
+    shown: list[list[Cell]] = [[row[number] for number in recorded] for row in rows]
+    return Table("Calibration mix", [headings[number] for number in recorded], shown)
 
 
 def method(inputs: Inputs) -> Facts:
@@ -49,6 +53,7 @@ def method(inputs: Inputs) -> Facts:
             Fact("Criterion", named(inputs.scores.criterion)),
             Fact("Router weights g", router_weight_rule(known)),
             *_of_plan(inputs),
+            *([Fact("Counted from", live)] if (live := live_mode(known)) else []),
             Fact("Observed", _recorded(known.get("created"))),
             *(
                 Fact(name.capitalize(), value)

@@ -104,10 +104,11 @@ def test_a_plan_is_that_of_the_command_plan(run: Run, fake: FakeServer) -> None:
 
 def test_masks(run: Run, fake: FakeServer) -> None:
     rd.make_plan(rd.score(statistics()), 0.25).save("plan.json")
-    fake.tell("POST mask", {"experts": 4, "layers": 2})
+    fake.tell("POST mask", {"mask": {"experts": 4}, "in_flight": "they are computed again"})
     fake.tell("GET mask", {"removed": {name: [0, 1] for name in names(2)}, "source": "a plan"})
     done = run("live", fake.url, "mask", "plan.json")
     assert done.out == "4 experts are masked in 2 layers; `mask off` brings them back\n"
+    assert done.err == "note: they are computed again\n"
     assert fake.asked[0].body == Path("plan.json").read_bytes()
     fake.tell("GET mask", {"removed": {}})
     assert run("live", fake.url, "mask", "off").out == "no experts are masked\n"

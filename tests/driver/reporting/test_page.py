@@ -198,6 +198,27 @@ def test_one_group_says_how_to_have_more(make: Make, tmp_path: Path) -> None:
     assert not (tmp_path / "groups.png").exists()
 
 
+def test_live_traffic(make: Make, tmp_path: Path) -> None:
+    """Statistics that a server has counted: no records, no sequences, no folds, notes."""
+    stats, _ = make(groups=["all"])
+    source = {"group": "all", "source": "vLLM 0.32.0 live traffic", "tokens": 700}
+    stats.provenance["data"] = [source | {"counted_tokens": 700, "mode": "shadow", "every": 8}]
+    stats.provenance["notes"] = ["cached prompts are not counted"]
+    stats.provenance["backend"] = "vllm"
+    write_report(stats, tmp_path)
+    text = read(tmp_path).text
+    assert "cached prompts are not counted" in text
+    assert "live traffic, in the mode shadow, one step in 8" in text
+    assert "name one in the header X-Reap-Group of each request" in text
+    assert "--data GROUP=SOURCE" not in text
+    assert "sequence length" not in text
+    assert "records" not in text
+    plan = make_plan(score(stats), 0.5)
+    inputs = Inputs.checked(stats, plan, None)
+    assert inputs.notes() == ["cached prompts are not counted"]
+    assert "live traffic have no folds" in str(inputs.doubt)
+
+
 def test_layers_may_keep_different_numbers_and_all(make: Make, tmp_path: Path) -> None:
     stats, plan = make(parts=True)
     layers = {

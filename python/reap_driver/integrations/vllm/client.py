@@ -40,6 +40,7 @@ STATUS = Record(
     {"mode": Text(choices=("off", "replace", "shadow")), "groups": _COUNTS, "mask": _MASK},
     {
         **dict.fromkeys(("model", "version", "vllm"), _NAME),
+        **dict.fromkeys(("error", "note"), OrNull(Text())),
         **dict.fromkeys(("every", "tokens", "steps", "observed_steps"), OrNull(Int())),
         "not_counted": _COUNTS,
         "layers": MapOf(_LAYER),
@@ -133,7 +134,8 @@ class Server:
             `model`, `version` (of reap-kernels there), `vllm`; `mode` (`off`, `replace`, `shadow`),
             `every`; `groups` {name: tokens counted}, `tokens`, `not_counted` {reason: tokens},
             `steps`, `observed_steps`; `mask` (`experts` of `of`, in `layers`, from `source`) or
-            None; `layers` {name: `num_experts`, `top_k`, `masked`, `refusal`}.
+            None; `layers` {name: `num_experts`, `top_k`, `masked`, `refusal`}; `error`: why an
+            observation has ended itself, and `note` on the version of vLLM, or None.
         """
         return self._calls.json("GET", "status", STATUS)
 
@@ -190,7 +192,8 @@ class Server:
                 profile; or the content of a JSON file of these.
 
         Returns:
-            See `masked`, or the numbers of it.
+            `mask` (as in `status`), `layers` {name: masked experts} and `in_flight`: what requests
+            that are running now see of it.
 
         Raises:
             PlanError: the file cannot be read; or the server refuses what it says, which may be
@@ -199,7 +202,7 @@ class Server:
         return self._calls.json("POST", "mask", _ANY, _content(plan), PlanError)
 
     def unmask(self) -> dict[str, Any]:
-        """Brings all experts back. Returns the mask's status."""
+        """Brings all experts back. Returns what `mask` does."""
         return self._calls.json("DELETE", "mask", _ANY)
 
     def masked(self) -> dict[str, Any]:

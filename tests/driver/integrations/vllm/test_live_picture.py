@@ -193,6 +193,11 @@ def test_what_is_not_observed_is_named(seen: Seen) -> None:
     assert "note      model.layers.1.mlp.experts is not observed: its kernel routes" in found
 
 
+def test_an_observation_that_ended_itself(seen: Seen) -> None:
+    found = seen(mode="off", error="layer 3 was not called in a step; start with --enforce-eager")
+    assert "note      layer 3 was not called in a step; start with --enforce-eager\n" in text(found)
+
+
 def test_experts_without_tokens(seen: Seen) -> None:
     stats = statistics()
     for layer in stats.layers.values():

@@ -72,8 +72,7 @@ def head_lines(seen: Look, style: Style) -> list[str]:
     rows.append(("mask", _mask(seen)))
     if seen.plan is not None:
         rows += [("plan", _plan(seen)), ("margin", _margin(seen))]
-    if seen.problem:
-        rows.append(("note", seen.problem))
+    rows += [("note", text) for text in (seen.problem, status.get("error")) if text]
     for name, layer in (status.get("layers") or {}).items():
         if layer.get("refusal"):
             rows.append(("note", f"{name} is not observed: {layer['refusal']}"))
