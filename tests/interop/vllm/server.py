@@ -18,8 +18,9 @@ from typing import Any
 from tests.interop.vllm.installed import ROOT
 from tests.limits import HUNG
 
-# What the API server writes once it answers.
+# What the API server writes before it listens, and seconds between attempts after that.
 _STARTED = "Application startup complete."
+_PAUSE = 0.1
 # A start imports vLLM in three processes, one after the other, and may compile.
 _START = 5 * HUNG
 _ARGUMENTS = (
@@ -183,25 +184,32 @@ def _free_port() -> int:
 
 def _wait(server: Server) -> None:
     """Until the server answers; the thread goes on reading what it writes."""
-    decided = threading.Event()
+    started, ended = threading.Event(), threading.Event()
 
     def read() -> None:
         assert server.process.stdout is not None
         for line in server.process.stdout:
             server.lines.append(line)
             if _STARTED in line:
-                decided.set()
+                started.set()
 
     def wait() -> None:
         server.process.wait()
-        decided.set()
+        ended.set()
+        started.set()
 
     for target in (read, wait):
         threading.Thread(target=target, daemon=True).start()
-    in_time = decided.wait(_START)
+    in_time = started.wait(_START)
     assert in_time, f"no answer in {_START} s:\n{server.tail()}"
-    assert server.process.poll() is None, f"ended before it answered:\n{server.tail()}"
-    assert server.request("GET", "/health").status == 200
+    for _ in range(int(HUNG / _PAUSE)):
+        assert not ended.is_set(), f"ended before it answered:\n{server.tail()}"
+        try:
+            assert server.request("GET", "/health").status == 200
+            return
+        except urllib.error.URLError:  # it says so just before it listens
+            ended.wait(_PAUSE)
+    raise AssertionError(f"no answer in {HUNG} s after its start:\n{server.tail()}")
 
 
 def _end(process: subprocess.Popen[str]) -> None:
