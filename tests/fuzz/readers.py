@@ -17,6 +17,7 @@ from tests.fuzz.checkpoint_readers import checkpoints
 from tests.fuzz.data_readers import data
 from tests.fuzz.exchange_readers import exchanged
 from tests.fuzz.format_readers import containers, formats
+from tests.fuzz.server_readers import requests
 from tests.fuzz.sum_readers import sums
 from tests.fuzz.weight_readers import weights
 from tests.fuzz.world import World, command
@@ -32,6 +33,7 @@ def readers(world: World) -> list[Reader]:
         *checkpoints(world),
         *data(world),
         *weights(world),
+        *requests(world),
         *_words_and_variables(world),
     ]
 
