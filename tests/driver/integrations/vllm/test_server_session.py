@@ -216,7 +216,21 @@ def test_a_rank_that_has_stopped_observing(folder: Path) -> None:
     refused(work, 503, "mode is 'shadow' on rank 1 and 'off' on rank 0; stop and start again")
 
 
+def test_questions_during_an_exchange_wait(client: FakeClient) -> None:
+    """Of this API server, for their turn; of another, until the engine goes on."""
+
+    async def work() -> None:
+        one, other = session(client), session(client)
+        await asyncio.gather(one.status(), other.status())
+        work = (one.set_mask(PROFILE), one.status(), one.mask(), other.mask(), other.status())
+        found = await asyncio.gather(*work)
+        assert found[4]["mode"] == found[1]["mode"] == "off"
+
+    run(work())
+
+
 def test_engines_that_do_not_answer(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_PAUSED", 0.0)
     client.paused = True
     refused(session(client).status(), 409, "the engine sleeps or is paused")
     client.paused = False

@@ -7,6 +7,8 @@ from reap_driver.integrations.vllm.server.refusals import Refused, status_named
 from reap_kernels.schema import short
 
 _SECONDS = 120.0  # an engine that does not answer for longer is taken to hang
+# An engine that is paused for longer sleeps; another API server pauses it to exchange a mask.
+_PAUSED, _LOOKS = 2.0, 20
 
 
 class Engine:
@@ -60,9 +62,9 @@ class Engine:
                 could not be.
         """
         await self._check_awake()
-        pause = self.client.pause_generation(mode="keep", clear_cache=False)
-        await self._answered("pause_generation", pause)
         try:
+            pause = self.client.pause_generation(mode="keep", clear_cache=False)
+            await self._answered("pause_generation", pause)
             try:
                 found = await self._rpc("reap_mask", removed=removed, source=source)
                 await self._forget()
@@ -110,12 +112,16 @@ class Engine:
                 f"this server runs {size} engines (--data-parallel-size), of which vLLM's calls "
                 "reach one alone; start servers with one engine each, and merge their statistics",
             )
-        if await self._answered("is_sleeping", self.client.is_sleeping()):
-            raise Refused(
-                409,
-                "the engine sleeps or is paused; wake it up (POST /wake_up) or resume it (POST "
-                "/resume), and try again",
-            )
+        for look in range(_LOOKS + 1):
+            if not await self._answered("is_sleeping", self.client.is_sleeping()):
+                return
+            if look < _LOOKS:
+                await asyncio.sleep(_PAUSED / _LOOKS)
+        raise Refused(
+            409,
+            "the engine sleeps or is paused; wake it up (POST /wake_up) or resume it (POST "
+            "/resume), and try again",
+        )
 
     async def _answered(self, what: str, call: Any) -> Any:
         """The result of a call of the engine.

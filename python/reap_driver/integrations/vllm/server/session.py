@@ -1,7 +1,8 @@
 """What the routes do: one call of the workers each, and what comes before and after it.
 
 The state of an observation and of a mask is in the workers, so several API servers of one engine
-agree. Each of them does one thing at a time.
+agree. Each of them does one thing at a time. Masks are best changed through one of them: two that
+change them at once may let steps run between a mask and the reset of the cache.
 """
 
 import asyncio
@@ -65,7 +66,8 @@ class Session:
 
     async def status(self) -> dict[str, Any]:
         """The status of observation and mask."""
-        return await self._shown()
+        async with self._turn:
+            return await self._shown()
 
     async def stats(self) -> bytes:
         """The statistics so far, as their file."""
@@ -86,7 +88,8 @@ class Session:
 
     async def mask(self) -> dict[str, Any]:
         """The mask in force."""
-        model, status = await self._heard()
+        async with self._turn:
+            model, status = await self._heard()
         removed = masked_of(status, model)
         return {"source": status.get("source") or "", "removed": removed} if removed else _NO_MASK
 
@@ -96,7 +99,8 @@ class Session:
         Args:
             content: of the file, see `masks.mask_of`.
         """
-        model = await self.model()
+        async with self._turn:
+            model = await self.model()
         mask = await asyncio.to_thread(mask_of, content, model)
         removed = {name: list(ids) for name, ids in mask.removed.items()}
         return await self._exchanged(removed, mask.source)
@@ -111,7 +115,8 @@ class Session:
         Raises:
             Refused: 409; there is none.
         """
-        model, status = await self._heard()
+        async with self._turn:
+            model, status = await self._heard()
         removed = masked_of(status, model)
         if not removed:
             raise Refused(409, "no experts are masked; set a mask (POST /reap/mask) first")
@@ -120,7 +125,8 @@ class Session:
 
     async def refresh(self) -> None:
         """Brings the gauges up to date."""
-        await self._status()
+        async with self._turn:
+            await self._status()
 
     async def model(self) -> ServedModel:
         """The model that is served; read once, when it is first asked for.
