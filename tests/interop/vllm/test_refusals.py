@@ -19,6 +19,7 @@ from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import
 from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 
 from reap_driver.integrations.vllm.engine import layers, self_check
+from reap_driver.integrations.vllm.engine.layer import described
 
 EXPERTS = 8
 SIZES: dict[str, Any] = {"top_k": 2, "global_num_experts": EXPERTS}
@@ -165,3 +166,8 @@ def test_copies_of_an_expert_have_its_id() -> None:
     assert self_check._logical(layer, ids).tolist() == [[0, 1], [2, 0]]
     layer.runner.router.eplb_state = None
     assert self_check._logical(layer, ids) is ids
+
+
+def test_errors_of_others_are_told_on_one_line() -> None:
+    assert described(AssertionError()) == "AssertionError"
+    assert described(RuntimeError("size 8 vs 3\nat ::0")) == "RuntimeError: size 8 vs 3"

@@ -45,6 +45,11 @@ class Step(Protocol):
         """[tokens] int64: the group of each."""
 
 
+def described(error: Exception) -> str:
+    """What an error of vLLM or torch says, on one line; assertions often say nothing."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
 class HookedLayer:
     """An MoE layer whose experts are observed and masked.
 
@@ -214,7 +219,7 @@ class HookedLayer:
         try:
             return self._observe(x, topk_weights, topk_ids, combine)
         except Exception as error:  # noqa: BLE001  reported by the status
-            self.error = f"layer {self.name}: {type(error).__name__}: {error}"
+            self.error = f"layer {self.name}: {described(error)}"
             return None
 
     def _observe(

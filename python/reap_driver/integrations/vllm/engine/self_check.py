@@ -15,7 +15,7 @@ from vllm.forward_context import set_forward_context
 
 import reap_kernels as rk
 from reap_driver.integrations.vllm.engine import layers
-from reap_driver.integrations.vllm.engine.layer import HookedLayer, Step
+from reap_driver.integrations.vllm.engine.layer import HookedLayer, Step, described
 
 ROWS = 8
 
@@ -93,7 +93,7 @@ def _failed(check: Any, layer: HookedLayer) -> str | None:
     try:
         reason: str | None = check(layer)
     except Exception as error:  # noqa: BLE001  any failure is a reason to refuse the layer
-        reason = f"its self-check failed with {type(error).__name__}: {error}"
+        reason = f"its self-check failed with {described(error)}"
     finally:
         layer.step, layer.stats, layer.error, masked = state
         if layer.masked != masked:

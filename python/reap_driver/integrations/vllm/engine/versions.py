@@ -37,7 +37,16 @@ ENGINE = (
     Seam(
         f"{_FUSED}.runner.moe_runner",
         "MoERunner",
-        ("layer_name", "moe_config", "router", "routed_experts", "routed_scaling_factor"),
+        (
+            "layer_name",
+            "moe_config",
+            "router",
+            "routed_experts",
+            "routed_scaling_factor",
+            "enable_dbo",
+            "shared_experts",
+            "_fused_output_is_reduced",
+        ),
     ),
     Seam(f"{_FUSED}.runner.moe_runner", "torch.ops.vllm.moe_forward"),
     Seam(f"{_FUSED}.runner.moe_runner", "torch.ops.vllm.moe_forward_shared"),
@@ -58,9 +67,18 @@ ENGINE = (
         ("x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"),
     ),
     Seam(
+        f"{_FUSED}.routed_experts",
+        "RoutedExperts",
+        (
+            "expert_map_manager",
+            "apply_router_weight_on_input",
+            "_ensure_moe_quant_config_init",
+        ),
+    ),
+    Seam(
         f"{_FUSED}.fused_moe_method_base",
         "FusedMoEMethodBase",
-        ("is_monolithic", "topk_indices_dtype"),
+        ("is_monolithic", "topk_indices_dtype", "skip_forward_padding"),
     ),
     Seam(
         f"{_FUSED}.config",
@@ -68,10 +86,15 @@ ENGINE = (
         (
             "num_logical_experts",
             "experts_per_token",
+            "hidden_dim",
             "hidden_dim_unpadded",
             "intermediate_size",
+            "in_dtype",
+            "router_logits_dtype",
+            "max_num_tokens",
+            "use_deferred_moe_finalize",
+            "use_ep",
             "tp_size",
-            "ep_rank",
             "dp_size",
             "pcp_size",
             "is_sequence_parallel",
@@ -79,6 +102,7 @@ ENGINE = (
         ),
     ),
     Seam("vllm.distributed", "tensor_model_parallel_all_reduce"),
+    Seam("vllm.forward_context", "set_forward_context", ("attn_metadata", "vllm_config")),
     Seam(
         "vllm.v1.core.sched.output",
         "SchedulerOutput",
