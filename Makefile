@@ -15,7 +15,7 @@ WORKERS ?= 2
 HOST := out/host
 INTEROP := out/interop
 ENVIRONMENTS := $(basename $(notdir $(wildcard tests/interop/environments/*.txt)))
-ENGINES := llamacpp mlx
+ENGINES := llamacpp mlx vllm
 CMAKE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m cmake
 
 .PRECIOUS: $(INTEROP)/%/.ready

@@ -9,10 +9,14 @@ import json
 import sys
 from pathlib import Path
 
+from tests.interop.engines.table import in_matrix
+
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 BEGIN, END = "<!-- support -->\n", "<!-- end support -->"
 COLUMNS = ("statistics", "end to end", "output", "checkpoint", "non-uniform", "streamed")
 COLUMNS += ("left padding", "right padding")
+# The last column: which engines ran it, by the table of engines in the same page.
+ENGINES = "engines"
 PUBLISHED = "published"
 
 
@@ -31,17 +35,18 @@ def table(facts: dict[str, dict[str, list[str]]]) -> str:
     """One row per architecture; a dash where the run proved nothing."""
     published = sorted(name for columns in facts.values() for name in columns.get(PUBLISHED, ()))
     rows = {name: columns for name, columns in facts.items() if set(columns) & set(COLUMNS)}
-    lines = ["| architecture | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    head = ["architecture", *COLUMNS, ENGINES]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in sorted(rows):
         cells = [", ".join(rows[name].get(column, ["-"])) for column in COLUMNS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " | - |")
     complete = sum(all(column in rows[name] for column in COLUMNS[:6]) for name in rows)
-    head = (
+    summary = (
         f"{complete} of {len(rows)} architectures pass all six; {len(published)} published "
         f"models (their configs at reduced width, in their own file layout) go from observation to "
         f"generation: {', '.join(published)}.\n\n"
     )
-    return head + "\n".join(lines) + "\n"
+    return summary + "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str]) -> int:
@@ -51,7 +56,7 @@ def main(arguments: list[str]) -> int:
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    wanted = before + BEGIN + table(read(paths[0])) + END + after
+    wanted = in_matrix(before + BEGIN + table(read(paths[0])) + END + after)
     if check and wanted != text:
         print("docs/support.md: the support matrix is not what the tests proved; run: make support")
         return 1

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,30 @@ def write_checkpoint(
         shards: how many.
         plain: every tensor in float32 and nothing quantized, whatever the publisher does.
     """
-    entry, config = MODELS[name], small_config(name)
+    return write_small(
+        MODELS[name], small_config(name), folder, seed=seed, shards=shards, plain=plain
+    )
+
+
+def write_small(
+    entry: Published,
+    config: Mapping[str, Any],
+    folder: Path,
+    *,
+    seed: int = 0,
+    shards: int = 3,
+    plain: bool = False,
+    zeroed: str = "",
+) -> Path:
+    """As `write_checkpoint`, of any small configuration, under the names of `entry`.
+
+    Args:
+        entry: how the publisher names and stores tensors.
+        config: the content of `config.json`.
+        folder: as `write_checkpoint`, as `seed`, `shards` and `plain` are.
+        zeroed: regular expression of tensors that are zero; of none if empty.
+    """
+    config = dict(config)
     if plain:
         entry = dataclasses.replace(entry, quantized=None, float32="")
         config = {k: v for k, v in config.items() if k != "quantization_config"}
@@ -58,6 +81,9 @@ def write_checkpoint(
     if entry.mtp is not None:
         state |= _mtp_state(state, entry, config, generator)
     state = {key: _published_dtype(key, tensor, entry) for key, tensor in state.items()}
+    for key in state:
+        if zeroed and re.search(zeroed, key):
+            state[key].zero_()
     if entry.quantized == "fp8":
         power_of_two = config["quantization_config"].get("scale_fmt") == "ue8m0"
         state = _to_fp8(state, power_of_two=power_of_two)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,18 @@ def published_config(name: str) -> dict[str, Any]:
     return config
 
 
-def small_config(name: str) -> dict[str, Any]:
+def small_config(name: str, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The published configuration, small; expert counts, top-k and groups are the real ones.
+
+    Args:
+        name: of `MODELS`.
+        fields: dotted path -> value, in addition to the model's overrides.
 
     Raises:
         KeyError: an override names a field the published configuration does not have.
     """
     config = copy.deepcopy(published_config(name))
-    for field, value in MODELS[name].overrides.items():
+    for field, value in {**MODELS[name].overrides, **(fields or {})}.items():
         if get_field(config, field, missing="missing") == "missing":
             raise KeyError(f"{name}: override {field} is not a published field")
         set_field(config, field, value)

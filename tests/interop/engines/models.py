@@ -1,4 +1,4 @@
-"""Small models of published configurations, whole and pruned, and what transformers computes.
+"""Small models, whole and pruned, and what transformers computes.
 
 The fields of `config.json` and the names of tensors are the publisher's: engines read fields that
 transformers renames when it saves (`rope_theta`, `num_experts`) or does not know (`scoring_func`),
@@ -12,24 +12,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 import reap_driver as rd
-from tests.driver.published.checkpoint import write_checkpoint, write_tokenizer
+from tests.driver.published.checkpoint import write_small, write_tokenizer
 from tests.driver.published.expected import dequantized, read_tensors
-from tests.driver.published.models import MODELS
 from tests.driver.published.reduce import get_field
 from tests.driver.writer import narrow_plans
+from tests.interop.engines.sources import SOURCES
 
-# Architecture -> the published model whose configuration it is tested with.
-PUBLISHED = {
-    "qwen3_moe": "qwen3-30b-a3b",
-    "qwen2_moe": "qwen1.5-moe-a2.7b",
-    "mixtral": "mixtral-8x7b",
-    "olmoe": "olmoe-1b-7b",
-    "glm4_moe": "glm-4.5-air",
-    "deepseek_v3": "deepseek-r1",
-    "minimax_m2": "minimax-m2",
-}
 RATIO = 0.25
 # Greatest difference between an engine's log-probabilities and those of transformers, in nats; both
 # compute in float32. Pruning moves them by more than MOVED.
@@ -64,31 +55,48 @@ class Pair:
     """The control, a whole model, and the same model without a quarter of its experts."""
 
     architecture: str
+    stats: rd.SaliencyStats
     plan: rd.Plan
     whole: Checkpoint
     pruned: Checkpoint
 
 
-def write_pair(architecture: str, folder: Path) -> Pair:
-    """Writes both checkpoints under `folder`, the second by observing and pruning the first."""
-    name = PUBLISHED[architecture]
-    whole = write_checkpoint(name, folder / "whole", plain=True)
-    write_tokenizer(whole, special=_SPECIAL, merges=_MERGES)
-    plan = rd.make_plan(rd.score(_observed(whole)), ratio=RATIO)
+def write_pair(architecture: str, folder: Path, *, zeroed: str = "", packed: bool = False) -> Pair:
+    """Writes both checkpoints under `folder`, the second by observing and pruning the first.
+
+    Args:
+        architecture: of `SOURCES`.
+        folder: for both.
+        zeroed: regular expression of tensors that are zero.
+        packed: experts are quantized as published, and all else is in float32.
+    """
+    whole = folder / "whole"
+    _write_whole(architecture, whole, plain=not packed, zeroed=zeroed, float32=packed)
+    stats = _observed(whole)
+    plan = rd.make_plan(rd.score(stats), ratio=RATIO)
     rd.apply_plan(whole, plan, folder / "pruned")
-    pair = Pair(architecture, plan, _checkpoint(name, whole), _checkpoint(name, folder / "pruned"))
+    pruned = _checkpoint(architecture, folder / "pruned")
+    pair = Pair(architecture, stats, plan, _checkpoint(architecture, whole), pruned)
     assert pair.pruned.experts == pair.whole.experts - int(RATIO * pair.whole.experts)
     assert _difference(pair.pruned.logprobs, pair.whole.logprobs) > MOVED
     return pair
 
 
-def write_unequal(whole: Checkpoint, folder: Path) -> Path:
+def write_unequal(pair: Pair, folder: Path) -> Path:
     """The model, whose first MoE layer keeps half of its experts and the others three quarters."""
-    stats = _observed(whole.folder)
-    ratios = {next(iter(stats.layers)): 0.5}
-    plan = rd.make_plan(rd.score(stats), ratio=RATIO, layer_ratios=ratios)
-    rd.apply_plan(whole.folder, plan, folder, non_uniform=True)
+    ratios = {next(iter(pair.stats.layers)): 0.5}
+    plan = rd.make_plan(rd.score(pair.stats), ratio=RATIO, layer_ratios=ratios)
+    rd.apply_plan(pair.whole.folder, plan, folder, non_uniform=True)
     return folder
+
+
+def write_kept(pair: Pair, kept: int, folder: Path) -> Checkpoint:
+    """The model, whose MoE layers keep so many experts."""
+    plan = rd.make_plan(rd.score(pair.stats), ratio=1 - kept / pair.whole.experts)
+    rd.apply_plan(pair.whole.folder, plan, folder)
+    checkpoint = _checkpoint(pair.architecture, folder)
+    assert checkpoint.experts == kept
+    return checkpoint
 
 
 def write_narrow(pair: Pair, folder: Path) -> Checkpoint:
@@ -99,14 +107,12 @@ def write_narrow(pair: Pair, folder: Path) -> Checkpoint:
     plan = narrow_plans.narrowed(pair.plan, model, lambda width: 3 * width // 4)
     matrices = narrow_plans.random_matrices(model, plan)
     rd.apply_plan(pair.whole.folder, plan, folder, matrices=matrices)
-    return _checkpoint(PUBLISHED[pair.architecture], folder)
+    return _checkpoint(pair.architecture, folder)
 
 
 def write_quantized(pair: Pair, folder: Path) -> Checkpoint:
     """The pruned model in its publisher's FP8; the reference has the same values in float32."""
-    name = PUBLISHED[pair.architecture]
-    whole = write_checkpoint(name, folder / "whole")
-    write_tokenizer(whole, special=_SPECIAL, merges=_MERGES)
+    whole = _write_whole(pair.architecture, folder / "whole")
     rd.apply_plan(whole, pair.plan, folder / "pruned")
     config = json.loads((folder / "pruned/config.json").read_text())
     assert config.pop("quantization_config")["quant_method"] == "fp8"
@@ -114,7 +120,7 @@ def write_quantized(pair: Pair, folder: Path) -> Checkpoint:
     plain.mkdir()
     (plain / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
     save_file(dequantized(read_tensors(folder / "pruned")), plain / "model.safetensors")
-    return dataclasses.replace(_checkpoint(name, plain), folder=folder / "pruned")
+    return dataclasses.replace(_checkpoint(pair.architecture, plain), folder=folder / "pruned")
 
 
 def divergence(checkpoint: Checkpoint, rows: list[int], logprobs: torch.Tensor) -> float:
@@ -125,6 +131,12 @@ def divergence(checkpoint: Checkpoint, rows: list[int], logprobs: torch.Tensor) 
 
 
 def difference(checkpoint: Checkpoint, rows: list[int], logprobs: torch.Tensor) -> float:
+    """As `distance`; the likeliest token is the same after every token."""
+    assert torch.equal(logprobs.argmax(-1), checkpoint.logprobs[rows].argmax(-1))
+    return distance(checkpoint, rows, logprobs)
+
+
+def distance(checkpoint: Checkpoint, rows: list[int], logprobs: torch.Tensor) -> float:
     """The greatest difference in nats between an engine's log-probabilities and the reference.
 
     Args:
@@ -134,7 +146,6 @@ def difference(checkpoint: Checkpoint, rows: list[int], logprobs: torch.Tensor) 
     """
     expected = checkpoint.logprobs[rows]
     assert logprobs.shape == expected.shape
-    assert torch.equal(logprobs.argmax(-1), expected.argmax(-1))
     return _difference(logprobs, expected)
 
 
@@ -143,19 +154,46 @@ def _difference(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def _observed(folder: Path) -> rd.SaliencyStats:
-    model = rd.load_model(folder)
+    model = _loaded(folder)
     tokens = torch.randint(3, 259, (4, 96), generator=torch.Generator().manual_seed(0))
     with rd.observe(model) as observer:
         observer(input_ids=tokens)
     return observer.stats
 
 
-def _checkpoint(name: str, folder: Path) -> Checkpoint:
-    config = json.loads((folder / "config.json").read_text())
-    [experts] = {get_field(config, field) for field in MODELS[name].counts}
+def _write_whole(
+    architecture: str,
+    folder: Path,
+    *,
+    plain: bool = False,
+    zeroed: str = "",
+    float32: bool = False,
+) -> Path:
+    source = SOURCES[architecture]
+    entry, config = source.entry, dict(source.config)
+    if float32:
+        entry = dataclasses.replace(entry, float32="")
+        config["torch_dtype"] = "float32"
+    write_small(entry, config, folder, plain=plain, zeroed=zeroed)
+    write_tokenizer(folder, special=_SPECIAL, merges=_MERGES)
+    return folder
+
+
+def _loaded(folder: Path) -> PreTrainedModel:
+    """A model whose tensors, but for quantized ones, are in float32; all are when it is loaded."""
     model = rd.load_model(folder)
     assert model.dtype == torch.float32
+    return model.float()
+
+
+def _checkpoint(architecture: str, folder: Path) -> Checkpoint:
+    config = json.loads((folder / "config.json").read_text())
+    entry = SOURCES[architecture].entry
+    [experts] = {get_field(config, field) for field in entry.counts}
+    top_k = get_field(config, entry.top_k)
+    if isinstance(top_k, list):  # Hunyuan's, one of each layer
+        [top_k] = set(top_k)
+    model = _loaded(folder)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0]
-    top_k = get_field(config, MODELS[name].top_k)
     return Checkpoint(folder, experts, top_k, logits.log_softmax(-1))
