@@ -100,7 +100,7 @@ def test_provenance_says_where_they_are_from(model: ServedModel) -> None:
     cached, left, every, masked = found["notes"]
     assert "in its prefix cache" in cached
     assert left == "tokens that vLLM computed and that are not counted: 3 drafted"
-    assert every == "every 4th step was observed: 7 of 9"
+    assert every == "one step in 4 was observed: 7 of 9"
     assert masked == "experts are masked: m"
 
 

@@ -122,7 +122,7 @@ def _notes(status: Mapping[str, Any]) -> list[str]:
         notes.append(f"tokens that vLLM computed and that are not counted: {each}")
     if status.get("every", 1) > 1:
         notes.append(
-            f"every {status['every']}th step was observed: {status['observed_steps']} of "
+            f"one step in {status['every']} was observed: {status['observed_steps']} of "
             f"{status['steps']}"
         )
     if any(status.get("masked", {}).values()):
