@@ -14,6 +14,7 @@ from unittest import mock
 
 from tests.fuzz.campaign import Reader
 from tests.fuzz.checkpoint_readers import checkpoints
+from tests.fuzz.client_readers import answers
 from tests.fuzz.data_readers import data
 from tests.fuzz.exchange_readers import exchanged
 from tests.fuzz.format_readers import containers, formats
@@ -34,6 +35,7 @@ def readers(world: World) -> list[Reader]:
         *data(world),
         *weights(world),
         *requests(world),
+        *answers(),
         *_words_and_variables(world),
     ]
 
