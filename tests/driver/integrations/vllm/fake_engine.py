@@ -106,6 +106,7 @@ class Rank:
     layers: dict[str, dict[str, Any]] = field(default_factory=facts)
     place: dict[str, Any] = field(default_factory=dict)
     mode: str = "off"
+    counted_in: list[str] = field(default_factory=lambda: ["replace"])
     every: int = 1
     tokens: dict[str, int] = field(default_factory=lambda: {"all": 0})
     masked: dict[str, list[int]] = field(default_factory=dict)
@@ -126,6 +127,7 @@ class Rank:
     def start(self, mode: str, every: int, groups: list[str], reset: bool) -> dict[str, Any]:
         self.mode, self.every = mode, every
         if reset:
+            self.counted_in = [mode]
             self.tokens = dict.fromkeys(["all", *groups], 0)
         return self.status()
 
@@ -141,6 +143,7 @@ class Rank:
         return {
             "mode": self.mode,
             "every": self.every,
+            "counted_in": list(self.counted_in),
             "tokens": dict(self.tokens),
             "not_counted": {"drafted": 3, "recomputed": 0},
             "steps": 9,

@@ -97,6 +97,8 @@ def test_provenance_says_where_they_are_from(model: ServedModel) -> None:
         {"group": "all", "tokens": 3, "mode": "replace", "every": 4},
         {"group": "code", "tokens": 5, "mode": "replace", "every": 4},
     ]
+    stopped = live([rank(counted({"all": 3}))], model, mode="off", counted_in=["shadow", "replace"])
+    assert stopped.provenance["data"][0]["mode"] == "shadow and replace"
     cached, left, every, masked = found["notes"]
     assert "in its prefix cache" in cached
     assert left == "tokens that vLLM computed and that are not counted: 3 drafted"

@@ -47,6 +47,7 @@ def test_counts_tokens_of_requests_and_no_padding() -> None:
     assert step.status() == {
         "mode": "replace",
         "every": 1,
+        "counted_in": ["replace"],
         "tokens": {"all": 6},
         "not_counted": {"drafted": 0, "recomputed": 0},
         "steps": 2,
@@ -213,6 +214,20 @@ def test_runs_inside_and_outside_of_inference_mode() -> None:
         step.start("replace", groups=["x"])
     run(step, ("x:a", 0, 3))
     assert step.tokens() == {"all": 0, "x": 3}
+
+
+def test_modes_are_known_after_the_end() -> None:
+    step = started(mode="shadow")
+    assert step.counted_in == ["shadow"]
+    step.stop()
+    assert step.counted_in == ["shadow"]
+    step.start("replace", reset=False)
+    assert step.counted_in == ["shadow", "replace"]
+    step.reset()
+    assert step.counted_in == ["replace"]
+    step.stop()
+    step.reset()
+    assert step.counted_in == []
 
 
 def test_refuses_what_it_cannot_start() -> None:

@@ -47,6 +47,7 @@ class Step:
         due: whether the running pass is to be observed, so that no graph may be replayed.
         real: whether the running pass is one of requests; profiling and dummy runs are not.
         observed: whether layers observe the running pass: it is due, and its tokens are known.
+        counted_in: modes in which passes were counted since the start or the reset.
         group_names, num_groups: names of the groups, "all" first, and how many.
         steps, observed_steps: passes of requests since the start or the reset.
         drafted: tokens of observed steps that were not counted as proposals.
@@ -112,9 +113,11 @@ class Step:
             )
         fresh = reset or names != self.group_names
         if fresh:
-            self.group_names = names
+            self.group_names, self.mode = names, mode
             self._clear()
         self.mode, self.every = mode, every
+        if mode not in self.counted_in:
+            self.counted_in.append(mode)
         return fresh
 
     def stop(self) -> None:
@@ -128,6 +131,7 @@ class Step:
     def _clear(self) -> None:
         self.num_groups = len(self.group_names)
         self.steps = self.observed_steps = self.drafted = 0
+        self.counted_in = [] if self.mode == "off" else [self.mode]
         self._slots.clear()
         self._free.clear()
         with torch.inference_mode(False):
@@ -219,6 +223,7 @@ class Step:
         return {
             "mode": self.mode,
             "every": self.every,
+            "counted_in": list(self.counted_in),
             "tokens": self.tokens(),
             "not_counted": self.not_counted(),
             "steps": self.steps,

@@ -91,7 +91,8 @@ def _provenance(
 ) -> dict[str, Any]:
     """What `Observer` records of an offline observation, and what is particular to this one."""
     source = f"vLLM {vllm} live traffic"
-    how = {"mode": status["mode"], "every": status["every"]}
+    # Not the mode of now, which is `off` once the observation was stopped.
+    how = {"mode": " and ".join(status["counted_in"]), "every": status["every"]}
     found: dict[str, Any] = {
         "model": dict(model.record["model"]),
         "layers": {name: model.record["layers"][name] for name in kept},
