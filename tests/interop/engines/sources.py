@@ -18,7 +18,7 @@ class Source:
     """Where a small model comes from.
 
     Attributes:
-        model: whose configuration it has, as the table of engines names it.
+        model: whose configuration it has, or after which it was written, as the table says it.
         entry: names of tensors, and the fields that count experts.
         config: the small `config.json`.
     """
@@ -36,7 +36,8 @@ def _published(name: str, **fields: Any) -> Source:
 def _written(architecture: str) -> Source:
     """A configuration of which no published copy was at hand."""
     entry, config = WRITTEN[architecture]
-    return Source(f"{entry.hub_id.rpartition('/')[2]} (by hand)", entry, config)
+    model = entry.hub_id.rpartition("/")[2]
+    return Source(f"by hand, after {model}" if model else "by hand", entry, config)
 
 
 _WIDE: dict[str, Any] = {"head_dim": 32}

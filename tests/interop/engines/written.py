@@ -1,7 +1,9 @@
-"""Small configurations that are no copies of published ones, for architectures without a copy.
+"""Small configurations written by hand, for architectures without a copy of a published one.
 
-Names of fields are those that the publisher's `config.json` has as far as engines read them, and
-numbers of experts are the published model's; other values are small, or not verified.
+Names of fields are those that engines and transformers read. Numbers of experts, chosen and shared
+ones too, are the named model's: of dots1 and granitemoe by their published `config.json`, of
+flex_olmo by the defaults of its class in transformers; other values are small, or not verified. A
+configuration that names no model has numbers of its own.
 """
 
 from typing import Any
@@ -41,6 +43,10 @@ _GRANITE: dict[str, Any] = {
     "router_aux_loss_coef": 0.0,
     "tie_word_embeddings": True,
 }
+
+
+# No model, where its numbers of experts could not be found.
+_NO_MODEL = ""
 
 
 def _entry(hub_id: str, count: str, kept: int, top_k: str = "num_experts_per_tok") -> Published:
@@ -110,7 +116,7 @@ WRITTEN: dict[str, tuple[Published, dict[str, Any]]] = {
         },
     ),
     "granitemoeshared": (
-        _entry("ibm-research/moe-7b-1b-active-shared-experts", "num_local_experts", 48),
+        _entry(_NO_MODEL, "num_local_experts", 48),
         {
             **_GRANITE,
             "architectures": ["GraniteMoeSharedForCausalLM"],
