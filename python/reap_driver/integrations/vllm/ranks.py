@@ -29,8 +29,11 @@ def merged(answers: Sequence[Answer]) -> SaliencyStats:
     Raises:
         DataError: a rank has not answered, or a file is damaged.
 
-    Example:
-        >>> stats = merged(await engine_client.collective_rpc("reap_statistics"))
+    Example, of the one rank of one engine:
+        >>> alone = {"dp": 1, "dp_rank": 0, "pp": 1, "pp_rank": 0, "tp": 1, "tp_rank": 0}
+        >>> file = Path("stats.safetensors").read_bytes()
+        >>> merged([{"share": "whole", "file": file, **alone}]).groups == stats.groups
+        True
     """
     _check_complete(answers)
     engines: dict[int, dict[int, list[SaliencyStats]]] = {}
