@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from reap_driver.interchange.content import ModelFacts, Source
-from reap_driver.interchange.json_files import read_json, unfit, write_json
+from reap_driver.interchange.json_files import checked, read_json, unfit, write_json
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.planner import plan_of_kept
+from reap_driver.planning.public_provenance import public_name
 from reap_kernels.provenance import MAX_EXPERTS
 from reap_kernels.schema import Int, Kind, ListOf, Record, Text
 
@@ -38,12 +39,30 @@ def read(path: Path, model: ModelFacts) -> Plan:
     Raises:
         PlanError: it is no profile, or not of this model.
     """
-    content = read_json(path, WHAT, _KIND)
+    return _plan(read_json(path, WHAT, _KIND), path, model)
+
+
+def parse(profile: bytes, where: str, model: ModelFacts) -> Plan:
+    """The plan that the content of a profile is of this model.
+
+    Args:
+        profile: JSON.
+        where: names it in messages, such as "the body".
+        model: that it is for.
+
+    Raises:
+        PlanError: see `read`.
+    """
+    return _plan(checked(profile, where, WHAT, _KIND), where, model)
+
+
+def _plan(content: dict[str, Any], where: Path | str, model: ModelFacts) -> Plan:
+    """The plan of checked content."""
     if content.get("version") == 2 and "routing_mode" not in content:
-        raise unfit(path, WHAT, f"of version 2 without its routing_mode, such as {_MASK}")
+        raise unfit(where, WHAT, f"of version 2 without its routing_mode, such as {_MASK}")
     if content.get("routing_mode") == _DROP:
         raise unfit(
-            path,
+            where,
             f"{WHAT} of a pruned model",
             f"its routing_mode is {_DROP}, which drops experts after the router has chosen and "
             f"leaves a token fewer of them; only {_MASK} routes as a pruned model does",
@@ -51,17 +70,18 @@ def read(path: Path, model: ModelFacts) -> Plan:
     names, gone = model.numbers(), dict[str, set[int]]()
     for number, expert in content["pruned_experts"]:
         if number not in names:
-            raise unfit(path, f"{WHAT} of this model", f"its layer {number} has no experts")
+            raise unfit(where, f"{WHAT} of this model", f"its layer {number} has no experts")
         name = names[number]
         if expert >= model.experts(name):
             raise unfit(
-                path,
+                where,
                 f"{WHAT} of this model",
                 f"layer {number} has {model.experts(name)} experts, none of them {expert}",
             )
         gone.setdefault(name, set()).add(expert)
     kept = {name: sorted(set(range(model.experts(name))) - ids) for name, ids in gone.items()}
-    note = f"imported from the {WHAT} {path.name}{_said_of(content)}"
+    file = f" {where.name}" if isinstance(where, Path) else ""
+    note = f"imported from the {WHAT}{file}{_said_of(content)}"
     return plan_of_kept(kept, model.record, criterion="imported", notes=[note])
 
 
@@ -87,7 +107,7 @@ def write(path: Path, source: Source) -> list[str]:
     ]
     content: dict[str, Any] = {
         "version": _VERSION,
-        "model": source.model.name,
+        "model": public_name(source.model.name),
         "workload": ", ".join(plan.calibrated_on) or f"plan by {plan.criterion}",
         "pruned_experts": gone,
     }

@@ -62,6 +62,7 @@ def maskable(
     where: object,
     *,
     force: bool = False,
+    forcible: bool = True,
 ) -> tuple["Plan", list[str]]:
     """Checks that masks of a model's routers can say what a plan does.
 
@@ -71,6 +72,7 @@ def maskable(
         record: of the model, see `reap_driver.record_of`.
         where: the model, for messages.
         force: as for `apply_plan`.
+        forcible: whether who reads the message could say `force`.
 
     Returns:
         The plan of the layers that the model itself computes, and notes on how the model differs
@@ -88,7 +90,7 @@ def maskable(
         )
     plan = main_layers(plan)
     check_same_layers(plan, layers)
-    return plan, check_model(plan, record, where, force=force)
+    return plan, check_model(plan, record, where, force=force, forcible=forcible)
 
 
 @typed

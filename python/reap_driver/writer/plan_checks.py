@@ -32,7 +32,12 @@ _TOGETHER = (
 
 
 def check_model(
-    plan: "Plan", record: Mapping[str, Any], where: object, *, force: bool = False
+    plan: "Plan",
+    record: Mapping[str, Any],
+    where: object,
+    *,
+    force: bool = False,
+    forcible: bool = True,
 ) -> list[str]:
     """Checks that a plan was made for this model, or for one that routes alike and has its sizes.
 
@@ -42,6 +47,7 @@ def check_model(
         where: the model, for messages.
         force: accept other routing and sizes too. Whether the plan can be written is checked by
             `check_layers`.
+        forcible: whether who reads the message could say `force`.
 
     Returns:
         Notes on what differs, for the model card and the report.
@@ -55,17 +61,19 @@ def check_model(
     if not plan.model.get("config_digest") and not found.deciding:
         if force:
             return [f"made from statistics that record no model, applied to {here} by force"]
+        way = "pass `force_model=True` if it is, or " if forcible else ""
         raise PlanError(
             "plan: made from statistics that record no model, so whether it is of "
-            f"{where} cannot be checked; pass `force_model=True` if it is, or record the model in "
-            "the statistics: SaliencyStats(layers, groups, rd.record_of(model))."
+            f"{where} cannot be checked; {way}record the model in the statistics: "
+            "SaliencyStats(layers, groups, rd.record_of(model))."
         )
     made_for = plan.model.get("id")
     if not force and (found.deciding or found.unnamed):
+        way = ", or take it all the same by `force_model=True`" if forcible else ""
         raise PlanError(
             f"plan: made for {made_for!r}, which is no match for {where}: "
             f"{', '.join(found.deciding) or found.text}; make the plan from statistics of this "
-            "model, or take it all the same by `force_model=True`."
+            f"model{way}."
         )
     how = "applied by force" if found.deciding or found.unnamed else "applied"
     return [f"made for {public_name(str(made_for))} (there), {how} to {here} (here): {found.text}"]

@@ -1,6 +1,7 @@
 """Profiles of Reap-It-Yourself: both ways, and every way one can be wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ def test_fields(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "p").read_text())
     assert content.pop("pruned_experts")[:3] == [[1, 1], [1, 4], [2, 0]]
     assert content == {"version": 1, "model": "some/model", "workload": "plan by mine"}
+
+
+def test_no_folder_of_a_user_is_named(tmp_path: Path) -> None:
+    source = facts.source()
+    model = {**source.model.record["model"], "id": "/home/someone/tiny"}
+    record = {**source.model.record, "model": model}
+    riy_profile.write(tmp_path / "p", replace(source, model=replace(source.model, record=record)))
+    assert json.loads((tmp_path / "p").read_text())["model"] == "tiny"
 
 
 def test_an_expert_named_twice_goes_once(tmp_path: Path) -> None:

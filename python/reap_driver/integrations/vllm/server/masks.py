@@ -23,6 +23,8 @@ _TAKEN = (
     "profile"
 )
 
+_WHERE = "in the body"  # behind the name of a format, in messages
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -53,11 +55,11 @@ def mask_of(content: bytes, model: ServedModel) -> Mask:
         path.write_bytes(content)
         try:
             kind, plan = _read(path, model)
-            plan, _ = maskable(plan, model.layers, model.record, model.name)
+            plan, _ = maskable(plan, model.layers, model.record, model.name, forcible=False)
         except Refused:
             raise
         except ReapError as error:
-            text = str(error).replace(f"{folder}/body", "the body")
+            text = str(error).replace(f"{folder}/body", _WHERE)
             raise Refused(400, text) from error
     removed = {name: layer.removed for name, layer in plan.layers.items() if layer.removed}
     if not removed:
@@ -106,10 +108,11 @@ def _read(path: Path, model: ServedModel) -> tuple[str, Plan]:
     """
     kinds = known_formats(path)
     if kinds == ["plan"]:
-        plan = Plan.load(path)
+        plan = Plan.parse(path.read_bytes(), _WHERE)
         return f"plan by {plan.criterion}", plan
     if kinds == ["riy"]:
-        return "Reap-It-Yourself profile", riy_profile.read(path, ModelFacts(model.record))
+        facts = ModelFacts(model.record)
+        return "Reap-It-Yourself profile", riy_profile.parse(path.read_bytes(), "the body", facts)
     if kinds == ["stats"]:  # any file of tensors
         return "masks file", _plan_of_masks(path)
     what = f"it is a file of the format {' or '.join(kinds)}" if kinds else _unknown(path)
