@@ -5,7 +5,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm.config import CompilationMode
+
 from reap_driver.integrations.vllm.engine import parallel
+from reap_driver.integrations.vllm.engine.compiled import make_opaque
 from reap_driver.integrations.vllm.engine.layer import HookedLayer
 from reap_driver.integrations.vllm.engine.layers import find_layers
 from reap_driver.integrations.vllm.engine.runners import Passes
@@ -40,8 +43,11 @@ class Observer:
         self.source = ""  # of the mask, as the server named it
         self._unproved: dict[str, int] = {}  # layer -> its calls before it was hooked into a pass
         if self.layers:
+            compiled = worker.compilation_config.mode != CompilationMode.NONE
             for layer in self.layers.values():
                 layer.install()
+                if compiled:
+                    make_opaque(layer.runner)
             check_layers(self.layers.values(), worker.vllm_config)
             Passes(runner, self._enter, self._fill, self._leave, self._due).install()
 
