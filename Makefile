@@ -29,14 +29,15 @@ test: $(READY) host
 		$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS)
 
 # Tests against packages of others, each with an environment of its own under out/interop:
-# `make test-interop ENVS=llmcompressor` for one. `test-engines` runs pruned models in engines.
+# `make test-interop ENVS=llmcompressor` for one, and FILES=... for some of its tests. `test-engines`
+# runs pruned models in engines.
 test-interop: $(addprefix interop-,$(or $(ENVS),$(filter-out $(ENGINES),$(ENVIRONMENTS))))
 
 test-engines: $(addprefix interop-,$(or $(ENVS),$(filter $(ENGINES),$(ENVIRONMENTS))))
 
 # A process for each file: AutoRound changes the classes of transformers where it quantizes.
 interop-%: $(INTEROP)/%/.ready
-	failed=0; for file in tests/interop/$*/test_*.py; do \
+	failed=0; for file in $(or $(FILES),tests/interop/$*/test_*.py); do \
 		env -u PYTHONHOME PYTHONPATH=$(CURDIR):$(CURDIR)/python REAP_INTEROP=$* OMP_NUM_THREADS=1 \
 			$(INTEROP)/$*/bin/python -m pytest -q --confcutdir tests/interop -p tests.assertions $$file \
 			|| failed=1; done; exit $$failed

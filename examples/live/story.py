@@ -3,8 +3,9 @@
     python examples/live/story.py OUT [OPTIONS OF vllm serve]
 
 It serves the bundled model, on a CPU in a few minutes; the requests are text of Python's own
-library. vLLM and reap-kernels have to be installed in one environment, so that vLLM finds our
-plugin. Ctrl-C ends the server, too.
+library. Statistics, the plan, the pruned checkpoint and the servers' logs are left in OUT. vLLM and
+reap-kernels have to be installed in one environment, so that vLLM finds our plugin. Ctrl-C ends the
+server, too.
 """
 
 import contextlib
@@ -52,7 +53,8 @@ def served(model: Path, log: Path, options: Sequence[str] = ()) -> Iterator[Serv
         yield server
     finally:
         process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        # A second Ctrl-C does not wait for it.
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             process.wait(30)
         with contextlib.suppress(ProcessLookupError):  # what is left of its processes
             os.killpg(process.pid, signal.SIGKILL)
@@ -105,6 +107,8 @@ def pieces(split: str, group: str, number: int) -> list[str]:
 
 
 def main(out: Path, options: Sequence[str]) -> None:
+    if (out / "pruned").exists():
+        sys.exit(f"{out / 'pruned'} is there already; name another folder")
     out.mkdir(parents=True, exist_ok=True)
     held_out = [text for group in GROUPS for text in pieces("held_out", group, 12)]
 
