@@ -1,5 +1,7 @@
 """What torch.compile knows of the hooks: a key of its caches."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,9 @@ def keys(config: VllmConfig) -> tuple[str, str]:
     return config.compute_hash(), str(aot_compile_hash_factors(config))
 
 
-def test_compiled_code_with_hooks_is_not_that_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_code_with_hooks_is_not_that_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     config = VllmConfig()
     without = keys(config)
     assert keys(VllmConfig()) == without
@@ -24,8 +28,10 @@ def test_compiled_code_with_hooks_is_not_that_without(monkeypatch: pytest.Monkey
     assert all(a != b for a, b in zip(found, without, strict=True))
     compiled.enter_cache_key(config)
     assert keys(config) == found
+    changed = shutil.copytree(compiled.SOURCES, tmp_path / "engine")
+    (changed / "layer.py").write_text("# another hook\n")
     other = VllmConfig()
-    monkeypatch.setattr(compiled, "REVISION", compiled.REVISION + 1)
+    monkeypatch.setattr(compiled, "SOURCES", changed)
     compiled.enter_cache_key(other)
     assert all(a != b for a, b in zip(keys(other), found, strict=True))
     monkeypatch.setattr(rk, "__version__", "of the test")

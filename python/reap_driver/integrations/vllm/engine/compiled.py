@@ -4,6 +4,9 @@ vLLM calls its MoE layers as one opaque operator everywhere but on the CPU, wher
 traces through them: hooks would be frozen in the state that they had then, without an error.
 """
 
+import functools
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +14,7 @@ import torch
 import reap_kernels as rk
 
 KEY = "reap_kernels"
-# Changes with what the hooks compute inside a graph.
-REVISION = 2
+SOURCES = Path(__file__).parent  # of the hooks: what a graph holds follows from them
 
 
 def make_opaque(runner: Any) -> None:
@@ -24,7 +26,16 @@ def make_opaque(runner: Any) -> None:
 
 def mark() -> dict[str, str]:
     """What distinguishes compiled code with these hooks from vLLM's own and other versions'."""
-    return {KEY: f"{rk.__version__}.{REVISION}"}
+    return {KEY: f"{rk.__version__}-{_digest(SOURCES)}"}
+
+
+@functools.cache
+def _digest(folder: Path) -> str:
+    """12 hexadecimal digits over the names and texts of the sources in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 class _Marked:
