@@ -31,6 +31,16 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "torch_dtype": "bfloat16",
 }
+# A router as DeepSeek-V3's.
+_SIGMOID: dict[str, Any] = {
+    **_COMMON,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
 _GRANITE: dict[str, Any] = {
     **_COMMON,
     "intermediate_size": 32,
@@ -57,7 +67,7 @@ WRITTEN: dict[str, tuple[Published, dict[str, Any]]] = {
     "dots1": (
         _entry("rednote-hilab/dots.llm1.inst", "n_routed_experts", 96),
         {
-            **_COMMON,
+            **_SIGMOID,
             "architectures": ["Dots1ForCausalLM"],
             "model_type": "dots1",
             "num_key_value_heads": 2,
@@ -68,12 +78,6 @@ WRITTEN: dict[str, tuple[Published, dict[str, Any]]] = {
             "n_routed_experts": 128,
             "n_shared_experts": 2,
             "num_experts_per_tok": 6,
-            "n_group": 1,
-            "topk_group": 1,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-            "scoring_func": "sigmoid",
-            "topk_method": "noaux_tc",
             "sliding_window": None,
             "max_window_layers": 2,
             "rope_scaling": None,
@@ -82,7 +86,7 @@ WRITTEN: dict[str, tuple[Published, dict[str, Any]]] = {
     "exaone_moe": (
         _entry("LGAI-EXAONE/K-EXAONE-236B-A23B", "num_experts", 96),
         {
-            **_COMMON,
+            **_SIGMOID,
             "architectures": ["ExaoneMoEForCausalLM"],
             "model_type": "exaone_moe",
             "num_hidden_layers": 3,
@@ -97,12 +101,6 @@ WRITTEN: dict[str, tuple[Published, dict[str, Any]]] = {
             "num_experts": 128,
             "num_shared_experts": 1,
             "num_experts_per_tok": 8,
-            "n_group": 1,
-            "topk_group": 1,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-            "scoring_func": "sigmoid",
-            "topk_method": "noaux_tc",
             "num_nextn_predict_layers": 0,
         },
     ),
