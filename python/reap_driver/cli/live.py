@@ -19,6 +19,7 @@ from reap_driver.workflow.rank_options import (
 
 if TYPE_CHECKING:  # it imports torch, and --help must not
     from reap_driver.integrations.vllm.client import Server
+    from reap_driver.integrations.vllm.live.look import Wanted
 
 NAME = "live"
 SUMMARY = "watch, plan and mask the experts of a running vLLM server"
@@ -39,6 +40,7 @@ examples:
   reap-kernels live http://127.0.0.1:8000
   reap-kernels live http://127.0.0.1:8000 start --groups code,chat
   reap-kernels live http://127.0.0.1:8000 start --mode shadow --every 8
+  reap-kernels live http://127.0.0.1:8000 status --json
   reap-kernels live http://127.0.0.1:8000 stop
   reap-kernels live http://127.0.0.1:8000 save stats.safetensors
   reap-kernels live http://127.0.0.1:8000 plan --ratio 0.25 --out plan.json
@@ -54,6 +56,9 @@ _VIEW = {
     "shown_ratio": "--ratio",
     "shown_criterion": "--criterion",
 }
+_SHOWN = ("shown_ratio", "shown_criterion")
+_OF_PICTURES = ("once", *_SHOWN)
+_STATUS, _PLAN = "status", "plan"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -76,20 +81,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=f"seconds from one look to the next (default: {_INTERVAL:g})",
     )
-    # Not by the names that the action `plan` has for its own.
-    view.add_argument(
-        "--ratio",
-        type=_share,
-        dest="shown_ratio",
-        metavar="SHARE",
-        help=f"of the plan whose margin is shown (default: {RATIO})",
-    )
-    view.add_argument(
-        "--criterion",
-        dest="shown_criterion",
-        metavar="NAME",
-        help=f"of the scores that are shown (default: {_CRITERION})",
-    )
+    _add_shown(view, None)
     actions = parser.add_subparsers(
         dest="action", metavar="ACTION", title="actions", help="done once; see below"
     )
@@ -110,22 +102,42 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Does an action, or shows the server."""
     from reap_driver.integrations.vllm.client import Server
 
-    if args.action is None:
-        return _view(Server(args.url, timeout=args.timeout), args, console)
-    for name, flag in _VIEW.items():
-        if getattr(args, name):
-            raise refused(f"{flag}: of the view; leave it out, or put it behind {args.action}")
     server = Server(args.url, timeout=args.timeout)
+    if args.action is None:
+        return _view(server, args, console)
+    for name, flag in _VIEW.items():
+        if getattr(args, name) and not (args.action == _STATUS and name in _OF_PICTURES):
+            behind = f", or put it behind {_PLAN}" * (args.action == _PLAN and name in _SHOWN)
+            raise refused(f"{flag}: of the view; leave it out{behind}")
     *_, act = _ACTIONS[args.action]
     return {"action": args.action, "url": server.url, **act(server, args, console)}
 
 
 def _view(server: "Server", args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The picture, once or as long as the user looks."""
+    from reap_driver.integrations.vllm.live import screen
+
+    if args.once or args.json or args.quiet or not screen.is_terminal():
+        return _status(server, args, console)
+    screen.watch(server, _wanted(args), args.interval or _INTERVAL)
+    return {"url": server.url}
+
+
+def _status(server: "Server", args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """The picture, once."""
     import time
 
     from reap_driver.integrations.vllm.live import screen
-    from reap_driver.integrations.vllm.live.look import Wanted, look
+    from reap_driver.integrations.vllm.live.look import look
+
+    seen = look(server, _wanted(args), time.monotonic())
+    console.say(screen.plain(seen))
+    return seen.facts()
+
+
+def _wanted(args: argparse.Namespace) -> "Wanted":
+    """The plan whose margin is shown."""
+    from reap_driver.integrations.vllm.live.look import Wanted
     from reap_driver.planning.criteria import criterion_named
 
     wanted = Wanted(args.shown_ratio or RATIO, args.shown_criterion or _CRITERION)
@@ -133,12 +145,30 @@ def _view(server: "Server", args: argparse.Namespace, console: Console) -> dict[
         criterion_named(wanted.criterion)
     except ValueError as error:
         raise refused(f"`criterion`: {error}") from error
-    if args.once or args.json or args.quiet or not screen.is_terminal():
-        seen = look(server, wanted, time.monotonic())
-        console.say(screen.plain(seen))
-        return seen.facts()
-    screen.watch(server, wanted, args.interval or _INTERVAL)
-    return {"url": server.url}
+    return wanted
+
+
+def _configure_status(parser: argparse.ArgumentParser) -> None:
+    _add_shown(parser, argparse.SUPPRESS)  # what stands before the action counts, too
+
+
+def _add_shown(parser: argparse._ActionsContainer, default: Any) -> None:
+    """What a picture is of; not by the names that the action `plan` has for its own."""
+    parser.add_argument(
+        "--ratio",
+        type=_share,
+        dest="shown_ratio",
+        default=default,
+        metavar="SHARE",
+        help=f"of the plan whose margin is shown (default: {RATIO})",
+    )
+    parser.add_argument(
+        "--criterion",
+        dest="shown_criterion",
+        default=default,
+        metavar="NAME",
+        help=f"of the scores that are shown (default: {_CRITERION})",
+    )
 
 
 def _configure_start(parser: argparse.ArgumentParser) -> None:
@@ -193,6 +223,8 @@ def _said(status: dict[str, Any], console: Console) -> dict[str, Any]:
     mode = "not observing" if status["mode"] == "off" else f"observing ({status['mode']}{which})"
     named = f" in the groups {', '.join(status['groups'])}" if len(status["groups"]) > 1 else ""
     console.say(f"{mode}; {tokens:,} tokens counted{named}")
+    if status.get("error"):
+        console.note(f"the observation had ended itself: {status['error']}")
     return {"status": status}
 
 
@@ -319,6 +351,13 @@ def _number(text: str) -> float:
 _Action = Callable[["Server", argparse.Namespace, Console], dict[str, Any]]
 # Name: its line in --help, its description, its arguments, and what it does.
 _ACTIONS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None], _Action]] = {
+    _STATUS: (
+        "print the picture once",
+        "Prints once what the view shows, without colors; with --json, what the server says and "
+        "the measures of the view.",
+        _configure_status,
+        _status,
+    ),
     "start": (
         "begin to observe",
         "Begins to observe the requests that the server gets.",
@@ -343,7 +382,7 @@ _ACTIONS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None], _
         _configure_save,
         _save,
     ),
-    "plan": (
+    _PLAN: (
         "plan from the statistics so far",
         "Makes a plan from the statistics so far, as the command `plan` does.",
         _configure_plan,

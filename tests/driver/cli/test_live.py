@@ -51,6 +51,32 @@ def test_the_picture_in_numbers(run: Run, fake: FakeServer) -> None:
     assert found["status"]["tokens"] == 36
 
 
+def test_the_status_is_the_picture(run: Run, fake: FakeServer) -> None:
+    once = run("live", fake.url, "--once", "--ratio", 0.25)
+    for words in (["status", "--ratio", 0.25], ["--ratio", 0.25, "status"]):
+        done = run("live", fake.url, *words)
+        assert (done.code, done.out) == (0, once.out)
+    found = run("live", fake.url, "status", "--json").json
+    assert (found["action"], found["status"]["tokens"], found["plan"]["ratio"]) == (
+        "status",
+        36,
+        0.5,
+    )
+
+
+def test_an_observation_that_ended_itself(run: Run, fake: FakeServer) -> None:
+    why = "a layer was not called in a step"
+    for route in ("GET status", "POST stop"):
+        fake.tell(route, status("off", error=why))
+    fake.refuse("GET stats", 409, f"the observation has ended itself: {why}")
+    done = run("live", fake.url, "stop")
+    assert (done.code, done.err) == (0, f"note: the observation had ended itself: {why}\n")
+    done = run("live", fake.url, "status")
+    assert done.code == 0
+    assert "note      no statistics: http" in done.out
+    assert f"note      {why}\n" in done.out
+
+
 def test_observing_and_its_end(run: Run, fake: FakeServer) -> None:
     url = fake.url
     words = ["start", "--mode", "shadow", "--every", 8, "--groups", "code,chat", "--no-reset"]
@@ -141,20 +167,28 @@ def test_the_sentence_of_the_server(run: Run, fake: FakeServer) -> None:
         (["start", "--every", "0"], "is not a whole number above 0"),
         (["start", "--mode", "masks"], "invalid choice: 'masks'"),
         (["plan", "--ratio", "2", "--out", "p"], "--ratio 2: give a number above 0"),
-        (["--once", "stop"], "--once: of the view; leave it out"),
+        (["--once", "stop"], "--once: of the view; leave it out\n"),
+        (["--interval", "1", "status"], "--interval: of the view; leave it out\n"),
+        (["status", "--criterion", "best"], "--criterion: "),
         (["--ratio", "0.5", "plan", "--out", "p"], "--ratio: of the view; leave it out, or put"),
     ],
 )
 def test_wrong_usage(run: Run, fake: FakeServer, words: list[str], message: str) -> None:
     done = run("live", fake.url, *words)
     assert done.code == 2
-    assert message in done.error
+    assert message in f"{done.error}\n"
     assert done.err.startswith("usage: reap-kernels live URL")
     assert [one for one in fake.asked if one.method == "POST"] == []
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "http://user:secret@host"])
-def test_urls_that_are_none(run: Run, url: str) -> None:
-    done = run("live", url)
+def test_urls_that_are_none(run: Run) -> None:
+    done = run("live", "localhost:8000")
     assert done.code == 3
     assert "give scheme, host and port of the server" in done.error
+
+
+def test_passwords_are_not_repeated(run: Run) -> None:
+    done = run("live", "http://user:secret@host")
+    assert done.code == 3
+    assert "the URL has a user's name or password" in done.error
+    assert "secret" not in done.out + done.err

@@ -207,8 +207,13 @@ def _base(url: str) -> str:
         valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
     except ValueError:
         valid = False
+    if re.match(r"[^/]*//[^/]*@", url):
+        raise UsageError(
+            "the URL has a user's name or password before its host; leave them out: the server "
+            f"asks for its API key alone, see the variable {KEY_VARIABLE}"
+        )
     odd = re.search(r"[^\x21-\x7e]", url) or (valid and (parts.query or parts.fragment))
-    if not valid or odd or parts.username is not None:
+    if not valid or odd:
         raise UsageError(
             f"the URL is {short(url, 200)}; give scheme, host and port of the server, such as "
             "http://127.0.0.1:8000"

@@ -191,6 +191,10 @@ def test_what_is_not_observed_is_named(seen: Seen) -> None:
     layers[names(2)[1]]["refusal"] = "its kernel routes inside; use --moe-backend triton"
     found = text(seen(layers=layers))
     assert "note      model.layers.1.mlp.experts is not observed: its kernel routes" in found
+    layers[names(2)[0]]["refusal"] = layers[names(2)[1]]["refusal"]
+    found = text(seen(layers=layers, note="vLLM 0.99 has not been tested"))
+    assert "note      vLLM 0.99 has not been tested\n" in found
+    assert "model.layers.0.mlp.experts and 1 more layers are not observed: its" in found
 
 
 def test_an_observation_that_ended_itself(seen: Seen) -> None:

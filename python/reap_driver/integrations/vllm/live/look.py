@@ -135,7 +135,11 @@ def look(server: Server, wanted: Wanted, at: float, before: Look | None = None) 
     if not seen.tokens:
         return seen
     masked = server.masked()["removed"] if status["mask"] else {}
-    return _with_statistics(seen, server.stats(), masked, before)
+    try:
+        stats = server.stats()
+    except ReapError as error:  # the server has just answered: these statistics are refused
+        return replace(seen, problem=f"no statistics: {error}")
+    return _with_statistics(seen, stats, masked, before)
 
 
 def _with_statistics(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -72,14 +74,26 @@ def head_lines(seen: Look, style: Style) -> list[str]:
     rows.append(("mask", _mask(seen)))
     if seen.plan is not None:
         rows += [("plan", _plan(seen)), ("margin", _margin(seen))]
-    rows += [("note", text) for text in (seen.problem, status.get("error")) if text]
-    for name, layer in (status.get("layers") or {}).items():
-        if layer.get("refusal"):
-            rows.append(("note", f"{name} is not observed: {layer['refusal']}"))
+    notes = (seen.problem, status.get("error"), status.get("note"), *_refused(status))
+    rows += [("note", text) for text in notes if text]
     lines = [style.painted(line, _BOLD) for line in _wrapped(title, style)]
     for name, text in rows:
         lines += _wrapped(text, style, name.ljust(_NAMES))
     return lines
+
+
+def _refused(status: Mapping[str, Any]) -> list[str]:
+    """The layers that are not observed, a line for each reason."""
+    layers: dict[str, list[str]] = {}
+    for name, layer in (status.get("layers") or {}).items():
+        if layer.get("refusal"):
+            layers.setdefault(layer["refusal"], []).append(name)
+    return [
+        f"{names[0]} is not observed: {why}"
+        if len(names) == 1
+        else f"{names[0]} and {len(names) - 1} more layers are not observed: {why}"
+        for why, names in layers.items()
+    ]
 
 
 def strip_lines(seen: Look, style: Style) -> tuple[list[str], list[str]]:
