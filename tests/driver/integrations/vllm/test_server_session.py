@@ -288,7 +288,15 @@ def test_links_are_not_followed(client: FakeClient, tmp_path: Path) -> None:
 def test_no_folder(client: FakeClient, tmp_path: Path) -> None:
     for given in (None, ""):
         refused(save(client, given, "x.safetensors"), 409, "REAP_STATS_FOLDER named no folder")
-    refused(save(client, tmp_path / "gone", "x.safetensors"), 409, "gone, which is no folder")
+    gone = tmp_path / "gone"
+    with pytest.raises(UsageError, match=r"REAP_STATS_FOLDER is .*gone, which is no folder that"):
+        StatsFolder(str(gone))
+    gone.mkdir()
+    one = session(client, gone)
+    gone.rmdir()
+    client.ranks[0].tokens = {"all": 8}
+    asked = {"name": "x.safetensors", "overwrite": False}
+    refused(one.save(asked), 409, "gone, which is no longer a folder")
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,10 @@ class ReapEndpoints:
 
         Raises:
             BackendUnavailable: this version of vLLM lacks something that the plugin needs.
+            UsageError: REAP_STATS_FOLDER names nothing that can be written to.
         """
         versions.check(versions.SERVER)
+        StatsFolder(os.environ.get(VARIABLE))  # so that a wrong one ends the start
         app.add_middleware(GroupMiddleware)
         app.add_middleware(RefreshMiddleware, refresh=_refresh)
         app.include_router(router())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from reap_driver.integrations.vllm.server.refusals import Refused
 from reap_kernels import SaliencyStats
+from reap_kernels.errors import UsageError
 from reap_kernels.files import NO_SPACE
 
 VARIABLE = "REAP_STATS_FOLDER"
@@ -19,6 +20,9 @@ class StatsFolder:
         given: value of the environment variable REAP_STATS_FOLDER when the server started; None or
             empty for no such folder.
 
+    Raises:
+        UsageError: it is none that can be written to.
+
     Example:
         >>> StatsFolder(None).path is None
         True
@@ -27,6 +31,11 @@ class StatsFolder:
     def __init__(self, given: str | None) -> None:
         self.given = given
         self.path = Path(os.path.realpath(given)) if given else None
+        if self.path is not None and not (self.path.is_dir() and os.access(self.path, os.W_OK)):
+            raise UsageError(
+                f"{VARIABLE} is {given}, which is no folder that this server can write to; make "
+                "it, or start the server without the variable"
+            )
 
     def target(self, name: str, *, overwrite: bool) -> Path:
         """Where statistics of a name go.
@@ -52,7 +61,7 @@ class StatsFolder:
             )
         if not self.path.is_dir():
             raise Refused(
-                409, f"{VARIABLE} names {self.given}, which is no folder; make it, and try again"
+                409, f"{VARIABLE} names {self.given}, which is no longer a folder; make it again"
             )
         target = self.path / name
         if os.path.islink(target) or (os.path.lexists(target) and not target.is_file()):
