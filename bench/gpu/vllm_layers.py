@@ -116,7 +116,7 @@ class _Hooked:
         if kind in ("replace", "shadow"):
             self.step.start(kind)
             self.layer.begin(1)
-        self.step.enter(())
+        self.step.enter()
         positions = torch.arange(self.tokens, device=self.device)
         self.step.fill(Batch(["1"], [self.tokens], [0], positions))
 

@@ -63,6 +63,13 @@ def test_requests_computed_again_generate_the_same(engine: Engine, run: dict[str
     assert engine.call("status")["tokens"] == run["status"]["tokens"]
 
 
+def test_no_mark_of_a_request_stays(engine: Engine, run: dict[str, Any]) -> None:
+    """The last requests of a run finish in a step without tokens."""
+    assert run["status"]["tokens"]
+    worker = engine.llm.llm_engine.model_executor.driver_worker.worker
+    assert worker._reap_observer.step._slots == {}
+
+
 def test_every_third_step(engine: Engine) -> None:
     [request] = engine.generate(prompts(1, 40, vocabulary=VOCABULARY, seed=1), 1)
     prompt = len(request.prompt)
@@ -106,6 +113,32 @@ def test_masked_experts_get_no_rows(engine: Engine) -> None:
     status = engine.call("mask", removed={})
     assert (status["masked"], status["source"]) == ({}, "")
     engine.call("stop")
+
+
+def test_weights_are_exchanged_without_a_mask(engine: Engine, monkeypatch: Any) -> None:
+    layers = list(engine.call("facts")["layers"])
+    removed = {layers[1]: [0, 5, 31]}
+    engine.call("start", mode="replace")
+    engine.generate(prompts(1, 20, vocabulary=VOCABULARY), 2)
+    engine.call("mask", removed=removed, source="a test")
+    masked = engine.generate(prompts(2, 40, vocabulary=VOCABULARY), 8)
+    assert engine.call("status")["masked"] == removed
+    runner = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    during = []
+
+    def reload() -> None:
+        during.append(engine.call_all("status")[0]["masked"])
+
+    monkeypatch.setattr(runner, "reload_weights", reload)
+    engine.llm.collective_rpc("reload_weights")
+    status = engine.call_all("status")[0]
+    assert during == [{}]
+    assert (status["masked"], status["source"], status["mode"]) == (removed, "a test", "off")
+    assert "exchanged the model's weights (`reload_weights`)" in status["error"]
+    assert "start again with `reset`" in engine.refusal("statistics")
+    assert engine.generate(prompts(2, 40, vocabulary=VOCABULARY), 8) == masked
+    engine.call("reset")
+    engine.call("mask", removed={})
 
 
 def test_refuses_and_goes_on(engine: Engine) -> None:

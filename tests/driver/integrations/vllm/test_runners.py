@@ -118,7 +118,8 @@ class Calls:
     def hook(self, runner: Any) -> None:
         Passes(
             runner,
-            lambda output: self.seen.append(("enter", output.finished_req_ids)),
+            lambda requests: self.seen.append(("finished", requests)),
+            lambda: self.seen.append("enter"),
             lambda batch: self.seen.append(batch()),
             lambda: self.seen.append("leave"),
             lambda: self.eager,
@@ -133,8 +134,8 @@ def test_a_pass_of_requests(runner: Callable[[], Any]) -> None:
     made, calls = runner(), Calls()
     calls.hook(made)
     assert made.execute_model(scheduled({"a": 4, "b": 1}, {"a": [7, 8, 9]}, {"c"})) == "output"
-    entered, batch, left = calls.seen
-    assert (entered, left) == (("enter", {"c"}), "leave")
+    finished, entered, batch, left = calls.seen
+    assert (finished, entered, left) == (("finished", {"c"}), "enter", "leave")
     assert isinstance(batch, Batch)
     order = ["b", "a"] if runner is RunnerV1 else ["a", "b"]
     tokens, drafted = {"a": 4, "b": 1}, {"a": 3, "b": 0}
@@ -145,11 +146,12 @@ def test_a_pass_of_requests(runner: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_a_step_without_tokens_is_no_pass(runner: Callable[[], Any]) -> None:
+def test_a_step_without_tokens_only_finishes_requests(runner: Callable[[], Any]) -> None:
     made, calls = runner(), Calls()
     calls.hook(made)
-    assert made.execute_model(scheduler_output=scheduled({})) == "output"
-    assert calls.seen == []
+    last = scheduled({}, finished={"a"})
+    assert made.execute_model(scheduler_output=last) == "output"
+    assert calls.seen == [("finished", {"a"})]
 
 
 def test_a_dummy_run_is_no_pass() -> None:

@@ -26,7 +26,8 @@ def run(
     positions = [
         position for _, first, number, _ in rows for position in range(first, first + number)
     ]
-    step.enter(finished)
+    step.finish(finished)
+    step.enter()
     step.fill(
         Batch(
             [row[0] for row in rows],
@@ -115,7 +116,7 @@ def test_passes_that_are_not_observed_count_nothing() -> None:
     assert step.tokens() == {"all": 0}
     step.start("replace")
     assert not step.observed  # a dummy run between two passes of requests
-    step.enter(())
+    step.enter()
     assert step.due
     assert not step.observed  # tokens are not known yet
     step.leave()

@@ -215,10 +215,16 @@ class HookedLayer:
     ) -> Tensor | None:
         """`_observe`, whose failure must not end the engine: it is kept for the status, and the
         layer is not observed any more.
+
+        Ranks that sum rows must all fail, or none: one that left would let the others wait in an
+        all-reduce. What depends on shapes, dtypes or the kernel fails on all of them; memory may be
+        short on one alone, which is raised there, and ends the engine.
         """
         try:
             return self._observe(x, topk_weights, topk_ids, combine)
-        except Exception as error:  # noqa: BLE001  reported by the status
+        except Exception as error:
+            if self._sums_ranks and isinstance(error, torch.OutOfMemoryError):
+                raise
             self.error = f"layer {self.name}: {described(error)}"
             return None
 

@@ -14,6 +14,7 @@ from reap_driver.integrations.vllm.engine.layers import find_layers
 from reap_driver.integrations.vllm.engine.runners import Passes
 from reap_driver.integrations.vllm.engine.self_check import check_layers
 from reap_driver.integrations.vllm.engine.step import Batch, Step
+from reap_driver.integrations.vllm.engine.weights import watch
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import DataError, PlanError, UnsupportedModel
 
@@ -41,6 +42,7 @@ class Observer:
             for name, layer in find_layers(runner.get_model()).items()
         }
         self.source = ""  # of the mask, as the server named it
+        self._put_back: tuple[dict[str, list[int]], str] | None = None  # a mask, after a change
         self._unproved: dict[str, int] = {}  # layer -> its calls before it was hooked into a pass
         if self.layers:
             compiled = worker.compilation_config.mode != CompilationMode.NONE
@@ -49,12 +51,13 @@ class Observer:
                 if compiled:
                     make_opaque(layer.runner)
             check_layers(self.layers.values(), worker.vllm_config)
-            Passes(runner, self._enter, self._fill, self._leave, self._due).install()
+            watch(worker, self._before_weights, self._after_weights)
+        if self.layers or worker.parallel_config.pipeline_parallel_size > 1:
+            # A stage without MoE layers counts tokens, too: a status is that of its first rank.
+            step = self.step
+            Passes(runner, step.finish, step.enter, self._fill, self._leave, self._due).install()
 
     # Passes of the engine. What fails here must not end it.
-
-    def _enter(self, output: Any) -> None:
-        self.step.enter(output.finished_req_ids)
 
     def _due(self) -> bool:
         return self.step.due
@@ -98,6 +101,22 @@ class Observer:
     def _fail(self, reason: str) -> None:
         self.step.stop()
         self.error = self.error or reason
+
+    # Changes of the model's weights
+
+    def _before_weights(self, call: str) -> None:
+        """Takes the mask out of the weights, and ends an observation: it is of one model."""
+        masked = {name: layer.masked for name, layer in self.layers.items() if layer.masked}
+        if masked:
+            source = self.source
+            self.mask({}, "")
+            self._put_back = (masked, source)
+        if self.step.steps:
+            self._fail(f"vLLM exchanged the model's weights (`{call}`) after it had begun")
+
+    def _after_weights(self) -> None:
+        if self._put_back is not None:
+            self.mask(*self._put_back)
 
     # Calls
 
@@ -180,7 +199,7 @@ class Observer:
             layer.set_mask(wanted.get(name, []))
             if name in here:
                 self._unproved[name] = layer.calls()
-        self.source = source if wanted else ""
+        self.source, self._put_back = source if wanted else "", None
 
     def _check_layers(
         self, names: Collection[str], refusal: Callable[[HookedLayer], str | None], verb: str

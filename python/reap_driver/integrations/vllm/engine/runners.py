@@ -3,10 +3,13 @@
 `v1/worker/gpu_model_runner.py` ("V1") orders requests in its `input_batch` and `_prepare_inputs`
 is given their tokens; `v1/worker/gpu/model_runner.py` ("V2") returns the batch it made from
 `prepare_inputs`. Profiling, capture and dummy runs call neither.
+
+On the CPU V1 has run; V2 needs Triton, and both runners' graphs need a GPU: these were read, and
+are played by objects in tests.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,15 +17,14 @@ from typing import Any
 from reap_driver.integrations.vllm.engine.step import Batch
 from reap_kernels.errors import UnsupportedModel
 
-Hook = Callable[[Any], None]
-
 
 class Passes:
     """Calls back around each pass of requests of a model runner.
 
     Args:
         runner: vLLM's model runner, of either kind, once its model is loaded.
-        enter: called with the scheduler's output before a pass of requests.
+        finished: called with the ids of requests that are over, also by steps without tokens.
+        enter: called before a pass of requests.
         fill: called with its `Batch` when its tokens are in order.
         leave: called when it is over, also where it failed.
         eager: whether the pass that `enter` began may replay no graph.
@@ -31,12 +33,13 @@ class Passes:
     def __init__(
         self,
         runner: Any,
-        enter: Hook,
+        finished: Callable[[Collection[str]], None],
+        enter: Callable[[], None],
         fill: Callable[[Callable[[], Batch]], None],
         leave: Callable[[], None],
         eager: Callable[[], bool],
     ) -> None:
-        self.runner = runner
+        self.runner, self.finished = runner, finished
         self.enter, self.fill, self.leave, self.eager = enter, fill, leave, eager
 
     def install(self) -> None:
@@ -71,9 +74,12 @@ class Passes:
         @functools.wraps(original)
         def execute_model(*args: Any, **kwargs: Any) -> Any:
             output = _output(*args, **kwargs)
-            if kwargs.get("dummy_run") or not output.total_num_scheduled_tokens:
+            if kwargs.get("dummy_run"):
                 return original(*args, **kwargs)
-            self.enter(output)
+            self.finished(output.finished_req_ids)
+            if not output.total_num_scheduled_tokens:
+                return original(*args, **kwargs)
+            self.enter()
             try:
                 if self.eager():
                     with without_graphs(self.runner):

@@ -55,7 +55,7 @@ class Step:
     Example:
         >>> step = Step(max_tokens=8, device=torch.device("cpu"))
         >>> step.start("replace")
-        >>> step.enter(finished=())
+        >>> step.enter()
         >>> step.fill(Batch(["code:1"], [3], [0], torch.arange(3)))
         >>> step.counted(4)
         tensor([ True,  True,  True, False])
@@ -149,12 +149,15 @@ class Step:
         """Tokens of observed steps that were not counted, by reason. Waits for the device."""
         return {"drafted": self.drafted, "recomputed": int(self._again)}
 
-    def enter(self, finished: Iterable[str]) -> None:
-        """A pass of requests begins; `finished` requests have no tokens in it nor later."""
-        for request in finished:
+    def finish(self, requests: Iterable[str]) -> None:
+        """Forgets the marks of requests that have no further tokens."""
+        for request in requests:
             slot = self._slots.pop(request, None)
             if slot is not None:
                 self._free.append(slot)
+
+    def enter(self) -> None:
+        """A pass of requests begins."""
         self.real = True
         if self.mode != "off":
             self.due = self.steps % self.every == 0
