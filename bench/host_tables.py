@@ -41,15 +41,16 @@ def llm_compressor_cpu() -> str:
 def vllm_cpu() -> str:
     """A layer of vLLM under our plugin."""
     rows = newest("vllm_cpu", "tokens")
-    kinds = ("again", "off", "masked", "replace", "shadow")
+    kinds = ("again", "off", "opaque", "masked", "replace", "shadow")
     body = [
         [row["tokens"], f"{float(row['alone_us']) / 1e3:.2f} ms"]
         + [f"{float(row[f'{kind}/alone']):.2f}" for kind in kinds]
         + [f"{float(row['replace_added_us']) / 1e3:.2f} ms"]
         for row in rows
     ]
-    head = ["tokens of a call", "vLLM's own", "vLLM's own, again", "plugin loaded, off", "masked"]
-    head += ["observed, `replace`", "observed, `shadow`", "`replace` adds"]
+    head = ["tokens of a call", "vLLM's own", "vLLM's own, again", "off, `--enforce-eager`"]
+    head += ["off, compiled", "masked", "observed, `replace`", "observed, `shadow`"]
+    head += ["`replace` adds"]
     first = rows[0]
     where = (
         f"\nRatios of the CPU time of one layer call to vLLM's own, medians of {first['rounds']} "
