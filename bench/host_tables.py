@@ -51,10 +51,11 @@ def vllm_cpu() -> str:
     head = ["tokens of a call", "vLLM's own", "vLLM's own, again", "off, `--enforce-eager`"]
     head += ["off, compiled", "masked", "observed, `replace`", "observed, `shadow`"]
     head += ["`replace` adds"]
-    first = rows[0]
+    first, rounds = rows[0], sorted({int(row["rounds"]) for row in rows})
+    span = " to ".join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))
     where = (
-        f"\nRatios of the CPU time of one layer call to vLLM's own, medians of {first['rounds']} "
-        "rounds in which all take turns; the first column of ratios is the noise. "
+        f"\nRatios of the CPU time of one layer call to vLLM's own, medians of {span} rounds in "
+        "which all take turns; the first column of ratios is the noise. "
         f"H={first['hidden']}, I={first['intermediate']}, E={first['experts']}, "
         f"k={first['top_k']}, {first['dtype']}, a quarter of the experts masked; {first['cpu']}, "
         f"{first['threads']} thread, torch {first['torch']}, vLLM {first['vllm']} "
