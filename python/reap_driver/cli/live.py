@@ -107,7 +107,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         return _view(server, args, console)
     for name, flag in _VIEW.items():
         if getattr(args, name) and not (args.action == _STATUS and name in _OF_PICTURES):
-            behind = f", or put it behind {_PLAN}" * (args.action == _PLAN and name in _SHOWN)
+            own = args.action == _PLAN and name in _SHOWN  # the action has one of this name
+            behind = f", or put it behind {_PLAN}" if own else ""
             raise refused(f"{flag}: of the view; leave it out{behind}")
     *_, act = _ACTIONS[args.action]
     return {"action": args.action, "url": server.url, **act(server, args, console)}
