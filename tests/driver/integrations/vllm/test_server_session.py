@@ -206,6 +206,20 @@ def test_refusals_of_workers(client: FakeClient) -> None:
         refused(session(client).start(start()), status, "that is why$")
 
 
+def test_a_start_that_one_rank_refuses_starts_none(folder: Path) -> None:
+    ranks = [Rank(), Rank(refuses={"reap_start": {"type": "DataError", "message": "why"}})]
+    refused(session(FakeClient(folder, ranks)).start(start()), 409, r"why \(rank 1 of 2\)")
+    assert [rank.mode for rank in ranks] == ["off", "off"]
+
+
+def test_a_start_that_all_ranks_refuse_leaves_them_as_they_were(client: FakeClient) -> None:
+    one = session(client)
+    run(one.start(start()))
+    client.ranks[0].refuses = {"reap_start": {"type": "UsageError", "message": "other groups"}}
+    refused(one.start(start()), 400, "other groups$")
+    assert client.ranks[0].mode != "off"
+
+
 def test_a_rank_that_has_stopped_observing(folder: Path) -> None:
     ranks = [Rank(), Rank(error="layer x: its hook was not called")]
     one = session(FakeClient(folder, ranks))

@@ -53,7 +53,14 @@ class Session:
             model = await self.model()
             for name, why in model.refusals("refusal").items():
                 raise Refused(409, f"layer {name}: cannot be observed: {why}")
-            await self.engine.call("reap_start", **{**asked, "groups": groups})
+            try:
+                await self.engine.call("reap_start", **{**asked, "groups": groups})
+            except Refused:
+                # Ranks that observe a step sum its rows: one that does not would let them wait.
+                ranks = await self.engine.call("reap_status")
+                if len({(rank["mode"], rank["every"], rank["steps"]) for rank in ranks}) > 1:
+                    await self.engine.call("reap_stop")
+                raise
             return await self._shown()
 
     async def stop(self) -> dict[str, Any]:
