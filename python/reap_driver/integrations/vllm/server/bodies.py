@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from reap_driver.integrations.vllm.engine.step import MODES
 from reap_driver.integrations.vllm.server.groups import MAX_GROUPS, GroupName
 from reap_driver.integrations.vllm.server.refusals import Refused
 from reap_kernels.documents import parse_json
@@ -23,7 +24,6 @@ from reap_kernels.schema import (
 
 JSON, BYTES = "application/json", "application/octet-stream"
 MAX_JSON, MAX_FILE = 1_000_000, 100_000_000
-_MODES = ("replace", "shadow")
 _IDS = ListOf(Int(0, MAX_EXPERTS - 1), longest=MAX_EXPERTS)
 
 
@@ -67,7 +67,7 @@ class Body:
 START = Body(
     Record(
         optional={
-            "mode": Text(choices=_MODES),
+            "mode": Text(choices=MODES),
             "every": Int(1, 1_000_000),
             "groups": ListOf(GroupName(), longest=MAX_GROUPS),
             "reset": Flag(),

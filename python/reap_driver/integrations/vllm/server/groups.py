@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from reap_driver.integrations.vllm.engine.groups import ALL
 from reap_driver.integrations.vllm.server.refusals import envelope
 from reap_kernels.schema import Mismatch, short
 
@@ -18,7 +19,6 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-ALL = "all"  # of requests that name no group, or none that was given at the start
 MAX_GROUPS = 64
 HEADER = "X-Reap-Group"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")

@@ -59,8 +59,8 @@ def shown_status(status: Mapping[str, Any], model: ServedModel, vllm: Vllm) -> d
     removed = masked_of(status, model)
     layers = {}
     for layer in model.layers:
-        said = {"refusal": "refusal", "mask_refusal": "mask_refusal"}
-        reasons = {key: why for key, fact in said.items() if (why := _why(model, layer.name, fact))}
+        said = model.facts[layer.name]
+        reasons = {key: str(said[key]) for key in ("refusal", "mask_refusal") if said.get(key)}
         gone = len(removed.get(layer.name, ()))
         facts = {"num_experts": layer.num_experts, "top_k": layer.top_k, "masked": gone}
         layers[layer.name] = {**facts, **reasons}
@@ -101,8 +101,3 @@ def _mask(
         "of": sum(layer.num_experts for layer in model.layers),
         "source": status.get("source") or "",
     }
-
-
-def _why(model: ServedModel, name: str, fact: str) -> str | None:
-    said = model.facts[name].get(fact)
-    return None if said is None else str(said)
