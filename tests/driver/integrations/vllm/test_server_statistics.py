@@ -25,6 +25,7 @@ from tests.driver.integrations.vllm.fake_engine import (
     qwen,
     served,
 )
+from tests.driver.zoo.build import randomize
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +62,8 @@ def test_live_and_offline_statistics_merge(
     folder: Path, model: ServedModel, tmp_path: Path
 ) -> None:
     """And the merged ones make a plan that applies to the model."""
-    torch.manual_seed(0)
     weights = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
+    randomize(weights, torch.Generator().manual_seed(0))
     with rd.observe(weights) as observer, observer.group("code"):
         observer(input_ids=torch.arange(60).reshape(2, 30))
     offline = observer.stats
