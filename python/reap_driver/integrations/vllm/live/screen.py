@@ -7,7 +7,6 @@ by an error.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 import select
@@ -134,7 +133,7 @@ def _screen() -> Iterator[Callable[[float], list[str]]]:
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], list[str]]]:
     """Reads keys from stdin where it is a terminal of a POSIX system; elsewhere none come."""
-    if not sys.stdin.isatty() or importlib.util.find_spec("termios") is None:
+    if sys.platform == "win32" or not sys.stdin.isatty():
         yield _nothing
         return
     import termios
