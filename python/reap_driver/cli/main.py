@@ -64,8 +64,13 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, self.format_usage())
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of the whole command line.
+
+    Args:
+        words: that it will parse. Where the first one names a command, the other commands are
+            made without their arguments, which would take most of the time.
+    """
     parser = _Parser(
         prog=PROGRAM,
         description=_DESCRIPTION,
@@ -75,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    named = [command for command in COMMANDS if list(words[:1]) == [command.NAME]]
     for command in COMMANDS:
         sub = commands.add_parser(
             command.NAME,
@@ -84,6 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=Help,
             allow_abbrev=False,
         )
+        if named and command not in named:
+            continue
         command.configure(sub)
         _add_output(sub)
         sub.usage = usage(sub)
@@ -151,7 +159,7 @@ def _run(words: Sequence[str], *, as_json: bool) -> int:
                 "name; rename it (or, where the name is fine, set PYTHONUTF8=1)",
                 "",
             )
-    args = build_parser().parse_args(words)
+    args = build_parser(words).parse_args(words)
     if args.version:
         check()
         from reap_kernels import __version__
