@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from reap_driver.evaluation.compensation import compensated
     from reap_driver.evaluation.models import compare_models
     from reap_driver.evaluation.router_masks import masked_experts
-    from reap_driver.evaluation.routing import orphans, retained
+    from reap_driver.evaluation.routing import orphans
     from reap_driver.evaluation.sequences import Comparison
     from reap_driver.files.gram_folder import GramFolder, GramWriter
     from reap_driver.files.matrices import Matrices
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from reap_driver.planning.criteria import Scores
     from reap_driver.planning.plan import LayerPlan, Plan
     from reap_driver.planning.planner import make_plan, plan_of_removals, random_plan
+    from reap_driver.planning.retained import retained
     from reap_driver.planning.scoring import score
     from reap_driver.refitting.engine import LayerFacts
     from reap_driver.refitting.models import RefitModels, refit_models
@@ -202,7 +203,7 @@ _HOMES = {
     "refit_models": "reap_driver.refitting.models",
     "replace_matrices": "reap_driver.writer.replace",
     "report": "reap_driver.workflow.calls",
-    "retained": "reap_driver.evaluation.routing",
+    "retained": "reap_driver.planning.retained",
     "save_masks": "reap_driver.writer.mask_file",
     "score": "reap_driver.planning.scoring",
     "search": "reap_driver.workflow.calls",

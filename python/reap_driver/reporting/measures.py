@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reap_driver.planning.criteria import Scores
 from reap_driver.planning.plan import Plan
+from reap_driver.planning.retained import retained
 from reap_kernels import SaliencyStats
 
 # Experts whose score differs from the cut by less than this share are near it.
@@ -160,8 +161,6 @@ def measure(
         plan: which experts are kept, with the same layers and numbers of experts; or None.
         doubtful: layer -> experts inside the decision margin; None where it is not known.
     """
-    from reap_driver.evaluation.routing import retained  # with it comes transformers
-
     whole = {} if plan is None else retained(stats, plan)
     single = [] if plan is None else [retained(one, plan) for one in _single_groups(stats)]
     labels = labels_of(list(stats.layers))

@@ -14,11 +14,12 @@ from reap_driver.evaluation import tasks
 from reap_driver.evaluation.audit import audit
 from reap_driver.evaluation.compensation import PlannedModel
 from reap_driver.evaluation.router_masks import RouterMasks
-from reap_driver.evaluation.routing import Orphans, retained
+from reap_driver.evaluation.routing import Orphans
 from reap_driver.evaluation.sequences import Comparison
 from reap_driver.evaluation.vocabularies import check_vocabularies
 from reap_driver.files.quantization import quantization_of
 from reap_driver.planning.plan import Plan
+from reap_driver.planning.retained import retained
 from reap_driver.workflow.calibration import read_data, template_of
 from reap_driver.workflow.comparing import Candidate, Subjects, Text, compared, loaded
 from reap_driver.workflow.comparison_results import (

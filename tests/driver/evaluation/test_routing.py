@@ -10,11 +10,12 @@ import torch
 import reap_driver as rd
 from reap_driver.base.interrupts import Stop
 from reap_driver.compat.text_model import text_model
-from reap_driver.evaluation.routing import RoutingObserver, orphans, orphans_of_each, retained
+from reap_driver.evaluation.routing import RoutingObserver, orphans, orphans_of_each
 from reap_driver.load.streamed_model import open_streamed
 from reap_driver.observation.run import BatchList, Run, run_streamed
 from reap_driver.observation.state_store import StateStore
 from reap_driver.planning.plan import LayerPlan, Plan
+from reap_driver.planning.retained import retained
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import PlanError, UnsupportedModel
 from tests.driver import zoo

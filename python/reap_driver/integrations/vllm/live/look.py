@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from reap_driver.integrations.vllm.client import Server
 from reap_driver.planning.plan import Plan
 from reap_driver.planning.planner import make_plan
+from reap_driver.planning.retained import Retained, retained
 from reap_driver.planning.scoring import score
 from reap_driver.reporting.measures import Cut, labels_of
 from reap_kernels import SaliencyStats
@@ -155,8 +155,9 @@ def _with_statistics(
         plan = make_plan(scores, wanted.ratio)
     except ReapError as error:
         problem = f"no plan: {error}"
+    shares = {} if plan is None else retained(stats, plan)
     strips = [
-        _strip(name, label, scores[name], stats, plan, masked.get(name, ()))
+        _strip(name, label, scores[name], stats, plan, shares, masked.get(name, ()))
         for name, label in zip(stats.layers, labels_of(list(stats.layers)), strict=True)
     ]
     same = before is not None and before.wanted == wanted
@@ -170,18 +171,15 @@ def _strip(
     scores: Tensor,
     stats: SaliencyStats,
     plan: Plan | None,
+    shares: Mapping[str, Retained],
     masked: Sequence[int],
 ) -> Strip:
     """One layer."""
-    total = stats.layers[name].total()
-    count = total.count[0]
+    count = stats.layers[name].total().count[0]
     if plan is None:
         return Strip(name, label, scores, count, masked)
-    kept = torch.tensor(plan.layers[name].kept)
-    mass = total.router_weight_sum[0]
-    whole = float(mass.sum())
-    share = float(mass[kept].sum()) / whole if whole else 1.0
-    return Strip(name, label, scores, count, masked, Cut.of(scores, kept.tolist(), None), share)
+    cut = Cut.of(scores, list(plan.layers[name].kept), None)
+    return Strip(name, label, scores, count, masked, cut, shares[name].router_weight_share)
 
 
 def _rates(status: Mapping[str, Any], at: float, before: Look | None) -> dict[str, float]:
