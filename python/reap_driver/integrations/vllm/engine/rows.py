@@ -22,6 +22,15 @@ def lowest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).min / 4
 
 
+def fewest(top_k: int, n_group: int, topk_group: int, size: int) -> int:
+    """The fewest experts that a router can choose among, of each of its groups of `size`.
+
+    A router with groups scores each by its two best experts, and the groups that it chooses must
+    hold `top_k`: the rule of plans.
+    """
+    return top_k if n_group == 1 else max(min(2, size), -(-top_k // topk_group))
+
+
 def check_removed(
     name: str, removed: Sequence[int], *, experts: int, top_k: int, n_group: int, topk_group: int
 ) -> None:
@@ -45,9 +54,7 @@ def check_removed(
             f"0..{experts - 1}, each once; give ids of this model"
         )
     size = experts // n_group
-    # A router with groups scores each by its two best experts, and the groups that it chooses must
-    # hold top_k: the rule of plans.
-    needed = top_k if n_group == 1 else max(min(2, size), -(-top_k // topk_group))
+    needed = fewest(top_k, n_group, topk_group, size)
     for group in range(n_group):
         left = size - sum(expert // size == group for expert in removed)
         if left < needed:

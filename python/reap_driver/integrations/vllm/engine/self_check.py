@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm.forward_context import set_forward_context
 
 import reap_kernels as rk
-from reap_driver.integrations.vllm.engine import layers
+from reap_driver.integrations.vllm.engine import layers, rows
 from reap_driver.integrations.vllm.engine.layer import HookedLayer, Step, described
 
 ROWS = 8
@@ -180,9 +180,7 @@ def kept_experts(layer: HookedLayer) -> set[int]:
     """As few experts as the layer's router can choose among, the last of each group."""
     facts = layer.facts()
     groups, size = facts["n_group"], layer.experts // facts["n_group"]
-    needed = facts["top_k"]
-    if groups > 1:
-        needed = max(min(2, size), -(-needed // facts["topk_group"]))
+    needed = rows.fewest(facts["top_k"], groups, facts["topk_group"], size)
     return {group * size + size - 1 - i for group in range(groups) for i in range(needed)}
 
 
