@@ -109,6 +109,22 @@ def test_kernels_know_tensors_only() -> None:
             assert name.split(".")[0] not in FORBIDDEN_IN_KERNELS, f"{path} imports {name}"
 
 
+def test_no_file_adds_a_kind_of_error() -> None:
+    """What derives from `ReapError` itself is listed in `reap_kernels.errors`; other files may only
+    make a kind more specific.
+    """
+    found = {
+        f"{path.relative_to(path.parents[2])}: {node.name}"
+        for package in (KERNELS, DRIVER)
+        for path in sources(package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and path != KERNELS / "errors.py"
+        and any(ast.unparse(base).rpartition(".")[2] == "ReapError" for base in node.bases)
+    }
+    assert found == set()
+
+
 def test_decisions_know_statistics_only() -> None:
     for package, allowed in PURE.items():
         for path in sources(DRIVER / package):

@@ -82,15 +82,20 @@ def maskable(
         PlanError: see `save_masks`.
     """
     plan.check()
+    _check_removes_only(plan)
+    plan = main_layers(plan)
+    check_same_layers(plan, layers)
+    return plan, check_model(plan, record, where, force=force, forcible=forcible)
+
+
+def _check_removes_only(plan: "Plan") -> None:
+    """Raises PlanError for a plan that changes experts that it keeps."""
     if plan.compensates:
         raise PlanError(
             f"plan: changes the experts that it keeps ({plan.shape or 'their down projections'}), "
             "which masks of a router cannot say; write its checkpoint, or use a plan that removes "
             "whole experts only"
         )
-    plan = main_layers(plan)
-    check_same_layers(plan, layers)
-    return plan, check_model(plan, record, where, force=force, forcible=forcible)
 
 
 @typed
@@ -124,6 +129,7 @@ def save_masks(
         >>> rd.save_masks("MODEL", plan, "masks.safetensors").ratio
         0.25
     """
+    _check_removes_only(plan)  # before a model is downloaded
     folder = resolve_folder(model_path)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     full = meta_model(config)

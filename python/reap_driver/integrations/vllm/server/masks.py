@@ -56,8 +56,6 @@ def mask_of(content: bytes, model: ServedModel) -> Mask:
         try:
             kind, plan = _read(path, model)
             plan, _ = maskable(plan, model.layers, model.record, model.name, forcible=False)
-        except Refused:
-            raise
         except ReapError as error:
             text = str(error).replace(f"{folder}/body", _WHERE)
             raise Refused(400, text) from error

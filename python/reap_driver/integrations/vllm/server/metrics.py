@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from reap_driver.integrations.vllm.server.groups import App, Receive, Scope, Send
+from reap_driver.integrations.vllm.server.refusals import Refused
 from reap_kernels.errors import ReapError
 
 _SECONDS = 1.0
@@ -71,6 +72,6 @@ class RefreshMiddleware:
         if scope["type"] == "http" and path.rstrip("/") == "/metrics":
             try:
                 await asyncio.wait_for(self.refresh(scope["app"]), _SECONDS)
-            except (ReapError, TimeoutError) as error:
+            except (ReapError, Refused, TimeoutError) as error:
                 _log.debug("the gauges of reap keep their values: %s", error)
         await self.app(scope, receive, send)

@@ -39,8 +39,8 @@ _STATUS: tuple[tuple[type[ReapError], int], ...] = (
 )
 
 
-class Refused(ReapError):
-    """A request that is answered with an error.
+class Refused(Exception):
+    """A request that is answered with an error. What the library refuses is a `ReapError`.
 
     Attributes:
         status: of the answer, in HTTP.
@@ -55,7 +55,7 @@ class Refused(ReapError):
         self.status = status
 
 
-def status_of(error: ReapError) -> int:
+def status_of(error: ReapError | Refused) -> int:
     """The status by which an error is answered."""
     if isinstance(error, Refused):
         return error.status

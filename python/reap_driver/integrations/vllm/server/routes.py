@@ -30,7 +30,7 @@ class _Answered(APIRoute):
         async def answered(request: Request) -> Response:
             try:
                 return cast("Response", await handle(request))
-            except ReapError as error:
+            except (ReapError, Refused) as error:
                 return refusal(status_of(error), str(error))
             except OSError as error:  # of files that are made on the way
                 full = error.errno in NO_SPACE
