@@ -1,7 +1,8 @@
 """Readers of requests to the routes of the vLLM plugin: bodies, files of masks, headers."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from random import Random
 from typing import Any
@@ -10,11 +11,12 @@ from reap_driver.integrations.vllm.server import bodies
 from reap_driver.integrations.vllm.server.groups import GroupMiddleware
 from reap_driver.integrations.vllm.server.masks import mask_of, profile_of
 from reap_driver.integrations.vllm.server.plans import plan_text
+from reap_driver.integrations.vllm.server.refusals import Refused, status_of
 from reap_driver.integrations.vllm.server.saving import StatsFolder
 from reap_driver.integrations.vllm.server.served_model import ServedModel, served_model
 from reap_driver.planning.plan import Plan
 from reap_kernels import SaliencyStats
-from reap_kernels.errors import DataError
+from reap_kernels.errors import DataError, ReapError
 from tests.fuzz.campaign import Nonsense, Reader
 from tests.fuzz.changes import container, json_value, raw_bytes
 from tests.fuzz.inputs import unsealed
@@ -23,6 +25,27 @@ from tests.fuzz.world import World
 
 def requests(world: World) -> Iterable[Reader]:
     """Everything that a client sends."""
+    for reader in _readers(world):
+        yield replace(reader, read=_answered(reader.read))
+
+
+def _answered(read: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    """The same reader, whose refusals must be of the request: a client is told that it is wrong,
+    never that the server is.
+    """
+
+    def answered(content: bytes) -> None:
+        try:
+            read(content)
+        except (ReapError, Refused) as error:
+            if status_of(error) not in range(400, 500):
+                raise Nonsense(f"the answer has status {status_of(error)}: {error}") from error
+            raise DataError(str(error)) from error
+
+    return answered
+
+
+def _readers(world: World) -> Iterator[Reader]:
     model = _served(world)
     start = b'{"mode": "shadow", "every": 8, "groups": ["code", "a.b-c"], "reset": false}'
     yield Reader("POST /reap/start", [start, b"{}"], json_value, _start)
