@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from reap_driver.base.units import short
 from reap_driver.integrations.vllm.live.look import Look, Strip
@@ -153,30 +151,32 @@ def _parts(seen: Look, style: Style) -> tuple[list[str], list[str]]:
 
 def _cells(strip: Strip, each: int, columns: int, style: Style) -> str:
     """The strip of one layer, padded to `columns`."""
-    text, width = "", 0
-    mean = float(strip.scores[strip.count > 0].mean()) if bool(strip.count.any()) else 0.0
-    masked = torch.zeros(len(strip.scores), dtype=torch.bool)
-    masked[list(strip.masked)] = True
-    for start in range(0, len(strip.scores), each):
-        part = slice(start, start + each)
-        text += _cell(strip, part, masked[part], mean, style)
-        width += 1
-    return text + " " * (columns - width)
+    # Lists: a tensor operation per character would take most of the time of a picture.
+    scores, count = strip.scores.tolist(), strip.count.tolist()
+    kept = [True] * len(scores) if strip.cut is None else strip.cut.kept.tolist()
+    reached = {expert for expert, rows in enumerate(count) if rows}
+    mean = _mean([scores[expert] for expert in reached])
+    masked = set(strip.masked)
+    cells = []
+    for start in range(0, len(scores), each):
+        part = range(start, min(start + each, len(scores)))
+        if masked.issuperset(part):
+            cells.append(style.painted(MASKED, _DIM))
+            continue
+        seen = [scores[expert] for expert in part if expert in reached and expert not in masked]
+        shown = style.levels[level(_mean(seen), mean)] if seen else style.no_token
+        cells.append(style.painted(shown, _color([kept[expert] for expert in part])))
+    return "".join(cells) + " " * (columns - len(cells))
 
 
-def _cell(strip: Strip, part: slice, masked: torch.Tensor, mean: float, style: Style) -> str:
-    """The character of some experts, in the color of what the plan does to them."""
-    if bool(masked.all()):
-        return style.painted(MASKED, _DIM)
-    seen = (strip.count[part] > 0) & ~masked
-    shown = style.no_token
-    if bool(seen.any()):
-        shown = style.levels[level(float(strip.scores[part][seen].mean()), mean)]
-    if strip.cut is None:
-        return shown
-    kept = strip.cut.kept[part]
-    code = "" if bool(kept.all()) else _YELLOW if bool(kept.any()) else _RED
-    return style.painted(shown, code)
+def _mean(values: Sequence[float]) -> float:
+    """0 of none."""
+    return math.fsum(values) / len(values) if values else 0.0
+
+
+def _color(kept: Sequence[bool]) -> str:
+    """Of experts, by what the plan does to them."""
+    return "" if all(kept) else _YELLOW if any(kept) else _RED
 
 
 def level(score: float, mean: float) -> int:
