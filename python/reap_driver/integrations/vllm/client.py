@@ -1,14 +1,13 @@
 """A client of the plugin's HTTP surface, with the standard library only: needs no vLLM."""
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from reap_driver.base.arguments import typed
 from reap_driver.base.json_text import json_in_lines
 from reap_driver.integrations.vllm.calls import KEY_VARIABLE, MAX_FILE, Calls
+from reap_driver.integrations.vllm.engine.stats_bytes import stats_of
 from reap_driver.planning.plan import Plan
 from reap_kernels import SaliencyStats
 from reap_kernels.documents import read_bytes
@@ -150,10 +149,7 @@ class Server:
             DataError: what came is damaged, or of another version of the format.
         """
         content = self._calls.content("GET", "stats", limit=MAX_FILE)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "stats.safetensors")
-            path.write_bytes(content)
-            found = SaliencyStats.load(path)
+        found = stats_of(content)
         if out is not None:
             with replaced(out) as temporary:
                 temporary.write_bytes(content)

@@ -1,13 +1,12 @@
 """One set of statistics from what the processes of a server counted."""
 
 import functools
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from reap_driver.integrations.vllm.engine.stats_bytes import stats_of
 from reap_kernels import SaliencyStats
 from reap_kernels.errors import DataError
 
@@ -31,7 +30,7 @@ def merged(answers: Sequence[Answer]) -> SaliencyStats:
 
     Example, of the one rank of one engine:
         >>> alone = {"dp": 1, "dp_rank": 0, "pp": 1, "pp_rank": 0, "tp": 1, "tp_rank": 0}
-        >>> file = Path("stats.safetensors").read_bytes()
+        >>> file = open("stats.safetensors", "rb").read()
         >>> merged([{"share": "whole", "file": file, **alone}]).groups == stats.groups
         True
     """
@@ -40,7 +39,7 @@ def merged(answers: Sequence[Answer]) -> SaliencyStats:
     for answer in sorted(answers, key=lambda answer: (answer["dp_rank"], answer["pp_rank"])):
         if answer["share"] == "part" or answer["tp_rank"] == 0:
             engine = engines.setdefault(answer["dp_rank"], {})
-            engine.setdefault(answer["pp_rank"], []).append(_loaded(answer["file"]))
+            engine.setdefault(answer["pp_rank"], []).append(stats_of(answer["file"]))
     return _added(
         [_joined([_of_stage(stage) for stage in engine.values()]) for engine in engines.values()]
     )
@@ -58,13 +57,6 @@ def _check_complete(answers: Sequence[Answer]) -> None:
             f"{len(set(places))} of {expected} ranks have answered (engines {first['dp']}, "
             f"pipeline {first['pp']}, tensor {first['tp']}); ask each engine of the server"
         )
-
-
-def _loaded(content: bytes) -> SaliencyStats:
-    with tempfile.TemporaryDirectory(prefix="reap-") as folder:
-        path = Path(folder, "stats.safetensors")
-        path.write_bytes(content)
-        return SaliencyStats.load(path)
 
 
 def _added(shares: Sequence[SaliencyStats]) -> SaliencyStats:

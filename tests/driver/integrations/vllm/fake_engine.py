@@ -1,7 +1,6 @@
 """vLLM's `EngineClient` with workers that count made-up rows, in this process."""
 
 import asyncio
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from transformers import Glm4MoeConfig, Qwen3MoeConfig
 
 import reap_kernels as rk
+from reap_driver.integrations.vllm.engine.stats_bytes import bytes_of
 from reap_driver.integrations.vllm.server.served_model import ServedModel, served_model
 
 EXPERTS, TOP_K, HIDDEN = 8, 2, 32
@@ -68,13 +68,6 @@ def facts(names: Sequence[str] = THEIRS, **other: Any) -> dict[str, dict[str, An
 def served(folder: Path, **other: Any) -> ServedModel:
     """The model of a folder, as vLLM's workers would describe it."""
     return served_model(str(folder), None, [{"layers": facts(**other)}])
-
-
-def file_of(stats: rk.SaliencyStats) -> bytes:
-    """Statistics as the bytes of their file."""
-    with tempfile.TemporaryDirectory() as folder:
-        stats.save(Path(folder) / "stats")
-        return (Path(folder) / "stats").read_bytes()
 
 
 def counted(
@@ -156,7 +149,7 @@ class Rank:
     def statistics(self) -> dict[str, Any]:
         place = {"share": "whole", "tp": 1, "pp": 1, "dp": 1}
         place |= {"tp_rank": 0, "pp_rank": 0, "dp_rank": 0, "ep_rank": 0}
-        file = file_of(counted(self.tokens, list(self.layers)))
+        file = bytes_of(counted(self.tokens, list(self.layers)))
         return {**place, **self.place, "file": file}
 
     def mask(self, removed: Mapping[str, Sequence[int]], source: str = "") -> dict[str, Any]:

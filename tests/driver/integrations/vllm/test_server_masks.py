@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import reap_driver as rd
+from reap_driver.integrations.vllm.engine.stats_bytes import bytes_of
 from reap_driver.integrations.vllm.server.masks import mask_of, profile_of
 from reap_driver.integrations.vllm.server.refusals import Refused
 from reap_driver.integrations.vllm.server.served_model import ServedModel, paired
@@ -24,7 +25,6 @@ from tests.driver.integrations.vllm.fake_engine import (
     qwen,
     served,
 )
-from tests.driver.integrations.vllm.fake_engine import file_of as stats_file
 
 GONE = {OURS[0]: (1, 5), OURS[2]: (0, 3, 7)}  # unequal layers
 
@@ -125,7 +125,7 @@ def test_what_cannot_be_masked_is_refused(model: ServedModel, wrong: str) -> Non
 
 def test_statistics_are_no_mask(model: ServedModel) -> None:
     with pytest.raises(Refused, match="is not a masks file"):
-        mask_of(stats_file(counted({"all": 4})), model)
+        mask_of(bytes_of(counted({"all": 4})), model)
 
 
 def test_plans_that_masks_cannot_say(model: ServedModel, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import reap_driver as rd
 import reap_kernels as rk
+from reap_driver.integrations.vllm.engine.stats_bytes import bytes_of
 from reap_driver.integrations.vllm.server.refusals import Refused
 from reap_driver.integrations.vllm.server.served_model import ServedModel
-from reap_driver.integrations.vllm.server.statistics import file_of, live_statistics
+from reap_driver.integrations.vllm.server.statistics import live_statistics
 from reap_driver.integrations.vllm.server.status import merged_status
 from reap_kernels.errors import DataError, UnsupportedModel
-from tests.driver.integrations.vllm import fake_engine
 from tests.driver.integrations.vllm.fake_engine import (
     EXPERTS,
     OURS,
@@ -41,7 +41,7 @@ def model(folder: Path) -> ServedModel:
 def rank(stats: rk.SaliencyStats, **place: Any) -> dict[str, Any]:
     whole = {"share": "whole", "tp": 1, "pp": 1, "dp": 1}
     whole |= {"tp_rank": 0, "pp_rank": 0, "dp_rank": 0, "ep_rank": 0}
-    return {**whole, **place, "file": fake_engine.file_of(stats)}
+    return {**whole, **place, "file": bytes_of(stats)}
 
 
 def status(**other: Any) -> dict[str, Any]:
@@ -186,5 +186,5 @@ def test_a_scale_that_only_vllm_counts(model: ServedModel) -> None:
 
 def test_a_file_is_read_again(model: ServedModel, tmp_path: Path) -> None:
     stats = live([rank(counted({"all": 8, "code": 3}))], model)
-    (tmp_path / "s").write_bytes(file_of(stats))
+    (tmp_path / "s").write_bytes(bytes_of(stats))
     same(rk.SaliencyStats.load(tmp_path / "s"), stats)

@@ -1,8 +1,6 @@
 """The MoE layers of one worker's model, observed and masked together."""
 
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from vllm.config import CompilationMode
@@ -13,6 +11,7 @@ from reap_driver.integrations.vllm.engine.layer import HookedLayer
 from reap_driver.integrations.vllm.engine.layers import find_layers
 from reap_driver.integrations.vllm.engine.runners import Passes
 from reap_driver.integrations.vllm.engine.self_check import check_layers
+from reap_driver.integrations.vllm.engine.stats_bytes import bytes_of
 from reap_driver.integrations.vllm.engine.step import Batch, Step
 from reap_driver.integrations.vllm.engine.weights import watch
 from reap_kernels import SaliencyStats
@@ -246,7 +245,7 @@ class Observer:
         parts = where["ep"] > 1
         file = b""  # of tensor parallel ranks, which count the same, the first sends it
         if parts or where["tp_rank"] == 0:
-            file = _bytes_of(SaliencyStats(known, list(self.step.group_names)))
+            file = bytes_of(SaliencyStats(known, list(self.step.group_names)))
         bad = {name: int(stats.nonfinite.sum()) for name, stats in known.items()}
         return {
             "share": "part" if parts else "whole",
@@ -254,11 +253,3 @@ class Observer:
             "nonfinite": {name: number for name, number in bad.items() if number},
             "file": file,
         }
-
-
-def _bytes_of(stats: SaliencyStats) -> bytes:
-    """The file of statistics."""
-    with tempfile.TemporaryDirectory(prefix="reap-") as folder:
-        path = Path(folder, "stats.safetensors")
-        stats.save(path)
-        return path.read_bytes()

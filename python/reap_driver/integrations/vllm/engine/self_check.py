@@ -61,11 +61,12 @@ def check_layers(hooked: Iterable[HookedLayer], vllm_config: Any) -> dict[str, l
     """
     failed = {}
     hooked = list(hooked)
-    for name, other in layers.shared_biases({layer.name: layer.runner for layer in hooked}).items():
-        for layer in hooked:
-            if layer.name == name and layer.mask_refusal is None:
-                layer.mask_refusal = f"its router's selection bias is that of layer {other} too"
-                failed[name] = [layer.mask_refusal]
+    shared = layers.shared_biases({layer.name: layer.runner for layer in hooked})
+    for layer in hooked:
+        if layer.name in shared and layer.mask_refusal is None:
+            other = shared[layer.name]
+            layer.mask_refusal = f"its router's selection bias is that of layer {other} too"
+            failed[layer.name] = [layer.mask_refusal]
     with torch.inference_mode(), set_forward_context(None, vllm_config):
         for layer in hooked:
             found = check_layer(layer)

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from reap_driver.integrations.vllm.engine.stats_bytes import bytes_of
 from reap_driver.integrations.vllm.server.engine import Engine
 from reap_driver.integrations.vllm.server.masks import mask_of, profile_of
 from reap_driver.integrations.vllm.server.metrics import Metrics
@@ -16,7 +17,7 @@ from reap_driver.integrations.vllm.server.plans import plan_text
 from reap_driver.integrations.vllm.server.refusals import Refused
 from reap_driver.integrations.vllm.server.saving import StatsFolder
 from reap_driver.integrations.vllm.server.served_model import ServedModel, served_model
-from reap_driver.integrations.vllm.server.statistics import file_of, live_statistics
+from reap_driver.integrations.vllm.server.statistics import live_statistics
 from reap_driver.integrations.vllm.server.status import Vllm, masked_of, merged_status, shown_status
 from reap_kernels import SaliencyStats
 
@@ -78,7 +79,7 @@ class Session:
 
     async def stats(self) -> bytes:
         """The statistics so far, as their file."""
-        return await asyncio.to_thread(file_of, await self._stats())
+        return await asyncio.to_thread(bytes_of, await self._stats())
 
     async def save(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Saves the statistics so far; see `bodies.SAVE`."""

@@ -1,9 +1,7 @@
 """From what ranks have counted to statistics as an offline observation leaves them."""
 
 import datetime
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,14 +69,6 @@ def _unscale(layer: LayerStats, scale: float) -> None:
         layer.router_weight_sum.div_(scale)
         layer.weighted_norm_sum.div_(scale)
         layer.weighted_norm_sq_sum.div_(scale * scale)
-
-
-def file_of(stats: SaliencyStats) -> bytes:
-    """Statistics as the bytes of a file."""
-    with tempfile.TemporaryDirectory(prefix="reap-") as folder:
-        path = Path(folder) / "stats.safetensors"
-        stats.save(path)
-        return path.read_bytes()
 
 
 def _provenance(
