@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from reap_driver.workflow.console import flags
 from reap_driver.workflow.fields import every_field, refused, shows_default
+from reap_driver.workflow.single_options import REPLACED
 
 _Options = TypeVar("_Options")
 
@@ -128,6 +129,21 @@ def _word(flag: str, words: Sequence[str]) -> Callable[[str], str]:
         return text
 
     return read
+
+
+def add_output(parser: argparse.ArgumentParser, default: object = False) -> None:
+    """--json and --quiet, of every command; SUPPRESS as the default where they may stand before."""
+    group = parser.add_argument_group("output")
+    for names, text in (
+        (("--json",), "print one JSON object on stdout (errors too)"),
+        (("-q", "--quiet"), "print no progress, notes or results"),
+    ):
+        group.add_argument(*names, action="store_true", default=default, help=text)
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """--overwrite, where the output is no option of a job."""
+    parser.add_argument("--overwrite", action="store_true", help=REPLACED)
 
 
 def positive(text: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap_driver.cli.arguments import add, positive, read, words
+from reap_driver.cli.arguments import add, add_output, add_overwrite, positive, read, words
 from reap_driver.cli.help import Help, usage
 from reap_driver.workflow.console import Console
 from reap_driver.workflow.fields import refused
@@ -94,7 +94,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
         )
         configured(sub)
-        _add_output(sub)
+        add_output(sub, argparse.SUPPRESS)
         sub.usage = usage(sub)
 
 
@@ -234,7 +234,7 @@ def _configure_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="where to save the plan"
     )
-    _add_overwrite(parser)
+    add_overwrite(parser)
 
 
 def _plan(server: "Server", args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -285,7 +285,7 @@ def _configure_save(parser: argparse.ArgumentParser) -> None:
         help="save on the server instead, under this name in the folder that its variable "
         "REAP_STATS_FOLDER names",
     )
-    _add_overwrite(parser)
+    add_overwrite(parser)
 
 
 def _save(server: "Server", args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -308,22 +308,6 @@ def _save(server: "Server", args: argparse.Namespace, console: Console) -> dict[
 
 def _configure_nothing(_: argparse.ArgumentParser) -> None:
     """Takes no arguments of its own."""
-
-
-def _add_overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what is there, once the new is complete"
-    )
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    """--json and --quiet, which may stand behind an action, too."""
-    group = parser.add_argument_group("output")
-    for names, text in (
-        (("--json",), "print one JSON object on stdout (errors too)"),
-        (("-q", "--quiet"), "print no notes or results"),
-    ):
-        group.add_argument(*names, action="store_true", default=argparse.SUPPRESS, help=text)
 
 
 def _seconds(text: str) -> float:

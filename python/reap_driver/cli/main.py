@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from reap_driver.base.interrupts import Interrupted, Terminated, terminations_raised
 from reap_driver.base.requirements import Unmet, check
+from reap_driver.cli.arguments import add_output
 from reap_driver.cli.commands import COMMANDS
 from reap_driver.cli.help import Help, usage
 from reap_driver.workflow.console import Console, emit, flags, printable
@@ -80,7 +81,7 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    named = [command for command in COMMANDS if list(words[:1]) == [command.NAME]]
+    named = {command.NAME for command in COMMANDS} & set(words[:1])
     for command in COMMANDS:
         sub = commands.add_parser(
             command.NAME,
@@ -90,24 +91,13 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
             formatter_class=Help,
             allow_abbrev=False,
         )
-        if named and command not in named:
+        if named and command.NAME not in named:
             continue
         command.configure(sub)
-        _add_output(sub)
+        add_output(sub)
         sub.usage = usage(sub)
         sub.set_defaults(run=command.run, usage=sub.format_usage)
     return parser
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    """--json and --quiet, of every command."""
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--json", action="store_true", help="print one JSON object on stdout (errors too)"
-    )
-    group.add_argument(
-        "-q", "--quiet", action="store_true", help="print no progress, notes or results"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from reap_driver.cli.arguments import add_overwrite
 from reap_driver.workflow.console import Console
 
 NAME = "tune"
@@ -46,9 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of the weights (default: %(default)s; bfloat16 and float16 share a table)",
     )
     parser.add_argument("--device", help="the GPU (default: cuda, the current one)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what is there, once the new is complete"
-    )
+    add_overwrite(parser)
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",

@@ -71,6 +71,16 @@ def calibration_mix(data: Sequence[Mapping[str, Any]]) -> list[MixEntry]:
     ]
 
 
+def which_steps(every: int) -> str:
+    """Which steps of a server are observed, in words.
+
+    Example:
+        >>> which_steps(1), which_steps(8)
+        ('every step', 'one step in 8')
+    """
+    return "every step" if every == 1 else f"one step in {every}"
+
+
 def live_mode(provenance: Mapping[str, Any]) -> str | None:
     """How statistics were counted from the traffic of a server, in words; None where they were not.
 
@@ -82,10 +92,7 @@ def live_mode(provenance: Mapping[str, Any]) -> str | None:
     if not data:
         return None
     found = {(str(entry["mode"]), int(entry.get("every") or 1)) for entry in data}
-    each = [
-        f"in the mode {mode}, {'every step' if every == 1 else f'one step in {every}'}"
-        for mode, every in sorted(found)
-    ]
+    each = [f"in the mode {mode}, {which_steps(every)}" for mode, every in sorted(found)]
     return f"live traffic, {'; and '.join(each)}"
 
 

@@ -8,6 +8,8 @@ from reap_driver.workflow.fields import option, refused
 from reap_driver.workflow.options import DATA, DataOptions
 
 FOLDS = 8
+# What --overwrite does.
+REPLACED = "replace what is there, once the new is complete"
 
 
 def model_option(help: str = "checkpoint folder or hub id", metavar: str = "MODEL") -> Any:
@@ -22,7 +24,7 @@ def stats_option() -> Any:
 
 def overwrite_option() -> Any:
     """Whether an output may be replaced."""
-    return option(False, help="replace what is there, once the new is complete")
+    return option(False, help=REPLACED)
 
 
 def force_option() -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from reap_driver.base.units import short
 from reap_driver.integrations.vllm.live.look import Look, Strip
+from reap_driver.planning.public_provenance import which_steps
 from reap_driver.reporting.measures import NEAR
 from reap_driver.workflow.console import printable
 
@@ -228,8 +229,7 @@ def _mode(seen: Look) -> str:
     counted = f"{short(observed or 0)} of {short(steps)} steps" if steps else ""
     if status["mode"] == "off":
         return f"off; {counted} were observed" if counted and seen.tokens else "off"
-    every = status.get("every") or 1
-    which = "every step" if every == 1 else f"one step in {every}"
+    which = which_steps(status.get("every") or 1)
     return f"{status['mode']}, {which}" + (f"; {counted}" if counted else "")
 
 
