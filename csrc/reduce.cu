@@ -2,10 +2,12 @@
 //
 // Arrays, with S slots, M tiles at most (see sort.cu for gather_index, offsets and tiles):
 //
-//   norm, high, low [S] float32   by slot, from combine.cu
-//   partials  [9, G, M] float64   one tile's rows of one group: 2 counts, 5 sums, 2 extrema, in the
-//                                 order of LayerStats
-//   counts    [2, groups, E] int64, sums [5, groups, E] float64, extrema [2, groups, E] float32
+//   norm, high, low  [S] float32             by slot, from combine.cu
+//   partials         [9, G, M] float64       one tile's rows of one group: 2 counts, 5 sums, 2
+//                                            extrema, in the order of LayerStats
+//   counts           [2, groups, E] int64    updated in place, as are the others
+//   sums             [5, groups, E] float64
+//   extrema          [2, groups, E] float32
 //
 // A tile's rows are of one expert, so a tile has one sum per field; an expert's tiles are
 // consecutive.
