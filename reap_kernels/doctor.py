@@ -70,6 +70,14 @@ def _launch_tables() -> dict[str, list[str]]:
     return {arch: [table.origin for table in tuning.tables(arch)] for arch in sorted(found)}
 
 
+def _launches_off() -> dict[str, dict[str, str]]:
+    """Architecture of each GPU -> line of its tables that is off -> the reason."""
+    return {
+        arch: {str(entry): str(entry.off) for entry in tuning.off_entries(arch)}
+        for arch in _launch_tables()
+    }
+
+
 def report() -> dict[str, Any]:
     """Everything a bug report needs, as a JSON-serializable dictionary.
 
@@ -78,7 +86,8 @@ def report() -> dict[str, Any]:
         they were built with, or None and the reason), `cpu` (capability, threads, the
         dtype half precision is computed in), `gpus`; `backends`: for each device kind, dtype, op
         and backend the reason it is not chosen (None: it is); `launch_tables`: for each GPU the
-        origins of its tables, first choice first; `selfcheck`: the file of verdicts and, by what
+        origins of its tables, first choice first; `launches_off`: for each GPU the lines of its
+        tables that are never chosen, and why; `selfcheck`: the file of verdicts and, by what
         was checked, the reason a kernel is refused (None: it passed).
 
     Raises:
@@ -112,6 +121,7 @@ def report() -> dict[str, Any]:
         "gpus": _gpus(),
         "backends": backends,
         "launch_tables": _launch_tables(),
+        "launches_off": _launches_off(),
         # After `backends`: asking which backend serves runs the self-checks that are due.
         "selfcheck": {"file": str(selfcheck.path()), "verdicts": selfcheck.current()},
     }

@@ -3,7 +3,8 @@
 Nothing is timed while a model runs: equal calls get equal launches, so equal bits. A launch is
 looked up by architecture, dtype, op, width of an expert and mean rows per expert, first in the file
 `REAP_TUNING` names (`reap-kernels tune` writes one), then in `configs/`, and where neither has an
-entry it follows from the architecture's shared memory by arithmetic.
+entry it follows from the architecture's shared memory by arithmetic. A line that is `off` is
+kept but never chosen: it holds what no GPU has yet shown to be right and faster.
 """
 
 import functools
@@ -24,12 +25,20 @@ CONFIGS = Path(__file__).parent / "configs"
 
 # gate_up: a gated product, two right operands and two accumulators. down: one of each.
 PRODUCTS = ("gate_up", "down")
-# Backends of each stage of a layer, the first where no table says: of the sort by expert; of the
-# products, Triton's or torch's grouped_mm; of combination and reduction.
+# Kernels of Triton's products: operands through pointers, or by TMA in a persistent launch.
+KERNELS = ("pointer", "tma")
+# Backends of each stage of a layer, the first where no table says: of the sort by expert; of
+# combination and reduction; of the products, Triton's, torch's grouped_mm or CUDA's for Hopper; how
+# products read quantized experts; then what surrounds the experts in a model, where "model" is the
+# model's own modules.
 STAGE_BACKENDS = {
     "sort": ("cuda", "triton"),
-    "layer": ("triton", "grouped_mm"),
     "saliency": ("cuda", "triton"),
+    "layer": ("triton", "grouped_mm", "wgmma"),
+    "quantized": ("dequantize", "product"),
+    "norm": ("model", "triton"),
+    "rotary": ("model", "triton"),
+    "attention": ("model", "cudnn"),
 }
 
 
@@ -42,6 +51,7 @@ class Launch:
         group_m: tiles of rows that share a column of the right operand before the next.
         num_warps: warps of a program.
         num_stages: blocks of K in flight.
+        kernel: one of `KERNELS`.
     """
 
     block_m: int
@@ -50,9 +60,17 @@ class Launch:
     group_m: int
     num_warps: int
     num_stages: int
+    kernel: str = KERNELS[0]
 
     def __str__(self) -> str:
-        return ",".join(map(str, asdict(self).values()))
+        return ",".join(map(str, self.as_json().values()))
+
+    def as_json(self) -> dict[str, Any]:
+        """As a table file has it: without the kernel where it is the first, as older files are."""
+        facts = asdict(self)
+        if self.kernel == KERNELS[0]:
+            del facts["kernel"]
+        return facts
 
     def shared_bytes(self, op: str, itemsize: int) -> int:
         """Shared memory of the operands in flight."""
@@ -70,7 +88,8 @@ class Entry:
     """One line of a table; `width` and `rows` are upper bounds of its bucket, None for no bound;
     a `dtype` of None is any.
 
-    A line has the launch of a product, or the backend of a stage (one of `STAGE_BACKENDS`).
+    A line has the launch of a product, or the backend of a stage (one of `STAGE_BACKENDS`). `off`
+    is the reason why it is never chosen, or None.
     """
 
     op: str
@@ -79,11 +98,13 @@ class Entry:
     rows: int | None
     launch: Launch | None = None
     backend: str | None = None
+    off: str | None = None
 
     def covers(self, op: str, dtype: str, width: int, rows: float) -> bool:
-        """Whether a call falls in this bucket."""
+        """Whether a call falls in this bucket of a line that is not off."""
         return (
-            self.op == op
+            self.off is None
+            and self.op == op
             and self.dtype in (None, dtype)
             and (self.width is None or width <= self.width)
             and (self.rows is None or rows <= self.rows)
@@ -92,7 +113,13 @@ class Entry:
     def as_json(self) -> dict[str, Any]:
         """As a table file has it."""
         bucket = {"op": self.op, "dtype": self.dtype, "width": self.width, "rows": self.rows}
-        return bucket | ({"backend": self.backend} if self.launch is None else asdict(self.launch))
+        facts = {"backend": self.backend} if self.launch is None else self.launch.as_json()
+        return bucket | facts | ({} if self.off is None else {"off": self.off})
+
+    def __str__(self) -> str:
+        limits = (("width", self.width), ("rows", self.rows))
+        bounds = [f"{name} <= {bound}" for name, bound in limits if bound is not None]
+        return f"{' '.join([self.op, self.dtype or 'any', *bounds])}: {self.launch or self.backend}"
 
 
 @dataclass(frozen=True)
@@ -156,6 +183,8 @@ _LAUNCH: dict[str, Kind] = {
     "num_warps": _PowerOfTwo(1, 32),
     "num_stages": Int(1, 16),
 }
+_KERNEL: dict[str, Kind] = {"kernel": Text(choices=KERNELS)}
+_OFF: dict[str, Kind] = {"off": Text(500)}
 
 
 class _Line:
@@ -165,9 +194,10 @@ class _Line:
         Record({"op": _BUCKET["op"]}, open=True).check(value, at)
         op = value["op"]
         if op in STAGE_BACKENDS:
-            Record({**_BUCKET, "backend": Text(choices=STAGE_BACKENDS[op])}).check(value, at)
+            choices = Text(choices=STAGE_BACKENDS[op])
+            Record({**_BUCKET, "backend": choices}, _OFF).check(value, at)
             return
-        Record({**_BUCKET, **_LAUNCH}).check(value, at)
+        Record({**_BUCKET, **_LAUNCH}, _KERNEL | _OFF).check(value, at)
         launch = Launch(**{name: value[name] for name in _LAUNCH})
         size = launch.shared_bytes(op, 4 if value["dtype"] == "float32" else 2)
         if size > _SHARED:
@@ -193,10 +223,11 @@ FORMAT = Format(
 
 def _entry(line: dict[str, Any]) -> Entry:
     """A line of a table that was checked."""
-    bucket = {name: line[name] for name in _BUCKET}
+    facts = {name: line[name] for name in _BUCKET} | {"off": line.get("off")}
     if "backend" in line:
-        return Entry(**bucket, backend=line["backend"])
-    return Entry(**bucket, launch=Launch(**{name: line[name] for name in _LAUNCH}))
+        return Entry(**facts, backend=line["backend"])
+    launch = {name: line[name] for name in (*_LAUNCH, *_KERNEL) if name in line}
+    return Entry(**facts, launch=Launch(**launch))
 
 
 # What tables depend on: the architecture, the file `REAP_TUNING` names, and when it changed.
@@ -233,6 +264,17 @@ def _tables(key: _Key) -> tuple[Table, ...]:
             )
         found.insert(0, table)
     return tuple(found)
+
+
+def off_entries(arch: str) -> tuple[Entry, ...]:
+    """Lines of an architecture's tables that are off: never chosen, but compiled and measured.
+
+    Raises:
+        DataError: see `tables`.
+    """
+    return tuple(
+        entry for table in tables(arch) for entry in table.entries if entry.off is not None
+    )
 
 
 def table_dtype(dtype: torch.dtype) -> str:
@@ -317,20 +359,36 @@ def _roomier(launch: Launch) -> Launch:
 
 
 def choose_backend(
-    where: torch.device, op: str, dtype: torch.dtype, width: int, rows: float
+    where: torch.device,
+    op: str,
+    dtype: torch.dtype,
+    width: int,
+    rows: float,
+    among: tuple[str, ...] | None = None,
 ) -> str:
-    """The backend of a stage: one of `STAGE_BACKENDS[op]`; the first where no table says."""
-    found = _backend(_key(device.architecture(where)), op, table_dtype(dtype), width, rows)
-    return found or STAGE_BACKENDS[op][0]
+    """The backend of a stage: the first whose line covers a call; where none does, the first of
+    `STAGE_BACKENDS[op]`.
+
+    Args:
+        where: the device.
+        op: a key of `STAGE_BACKENDS`.
+        dtype: of the operands.
+        width: I, the experts' width; for `norm`, `rotary` and `attention` the hidden size.
+        rows: mean rows per expert; for those three the tokens of a call.
+        among: the only backends that are asked for; lines of others are passed over. Default all.
+    """
+    key = _key(device.architecture(where))
+    known = STAGE_BACKENDS[op] if among is None else among
+    return _backend(key, op, table_dtype(dtype), width, rows, known) or known[0]
 
 
 @functools.lru_cache(maxsize=4096)
-def _backend(key: _Key, op: str, dtype: str, width: int, rows: float) -> str | None:
-    """The first backend whose line covers a call."""
-    entries = (entry for table in _tables(key) for entry in table.entries)
-    return next(
-        (e.backend for e in entries if e.backend and e.covers(op, dtype, width, rows)), None
-    )
+def _backend(
+    key: _Key, op: str, dtype: str, width: int, rows: float, known: tuple[str, ...]
+) -> str | None:
+    """The first of these backends whose line covers a call."""
+    entries = (entry for table in _tables(key) for entry in table.entries if entry.backend in known)
+    return next((e.backend for e in entries if e.covers(op, dtype, width, rows)), None)
 
 
 def fallback(op: str, dtype: torch.dtype, rows: float, shared_memory: int) -> Launch:
@@ -348,14 +406,17 @@ def fallback(op: str, dtype: torch.dtype, rows: float, shared_memory: int) -> La
 
 
 def ordered(entries: Sequence[Entry]) -> tuple[Entry, ...]:
-    """One entry per bucket, the first of it; fewer rows first, then narrower experts."""
-    found: dict[tuple[str, str | None, int | None, int | None], Entry] = {}
+    """One entry per bucket, the first of it; fewer rows first, then narrower experts. Entries that
+    are off come before the one that holds, so that deleting `off` puts one in its place.
+    """
+    found: dict[tuple[Any, ...], Entry] = {}
     for entry in entries:
-        found.setdefault((entry.op, entry.dtype, entry.width, entry.rows), entry)
+        bucket = (entry.op, entry.dtype, entry.width, entry.rows)
+        offered = () if entry.off is None else (entry.launch, entry.backend)
+        found.setdefault((*bucket, *offered), entry)
     unbounded = 1 << 62
-    return tuple(
-        sorted(
-            found.values(),
-            key=lambda e: (e.op, e.dtype, e.rows or unbounded, e.width or unbounded),
-        )
-    )
+
+    def place(e: Entry) -> tuple[str, str, int, int, bool]:
+        return e.op, e.dtype or "", e.rows or unbounded, e.width or unbounded, e.off is None
+
+    return tuple(sorted(found.values(), key=place))

@@ -14,7 +14,7 @@ from reap_kernels.dispatch import Backend, Request
 from reap_kernels.experts.triton_backend import facts, launches, note, product_limits
 from reap_kernels.gram import triton_backend as gram_backend
 from reap_kernels.layer.call import LayerCall
-from reap_kernels.layer.triton_backend import check, grouped_limits
+from reap_kernels.layer.triton_backend import PRODUCTS, check, grouped_limits
 from reap_kernels.saliency.stage_kernels import stage_kernels
 from reap_kernels.sort.cuda_backend import limits
 from reap_kernels.sort.cuda_backend import priority as stage_priority
@@ -23,10 +23,9 @@ from reap_kernels.sort.cuda_backend import priority as stage_priority
 def stage_backends(request: Request) -> dict[str, str]:
     """The backend of each stage of a request, by the launch table."""
     sizes = request.sizes
-    chosen = {
-        op: tuning.choose_backend(request.device, op, request.dtype, sizes.intermediate, sizes.rows)
-        for op in tuning.STAGE_BACKENDS
-    }
+    call = (request.dtype, sizes.intermediate, sizes.rows)
+    chosen = {op: tuning.choose_backend(request.device, op, *call) for op in ("sort", "saliency")}
+    chosen["layer"] = tuning.choose_backend(request.device, "layer", *call, among=PRODUCTS)
     if chosen["layer"] == "grouped_mm" and grouped_limits(request) is not None:
         chosen["layer"] = "triton"
     return chosen

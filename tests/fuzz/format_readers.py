@@ -16,7 +16,7 @@ from reap_driver.plan_search.search_state import SearchState
 from reap_driver.plan_search.search_state import read as read_search
 from reap_driver.reporting.comparison import comparison_parts, read_comparison
 from reap_kernels import SaliencyStats
-from reap_kernels.tuning import CONFIGS, Launch, Table
+from reap_kernels.tuning import CONFIGS, KERNELS, Launch, Table
 from tests.fuzz.campaign import Nonsense, Reader
 from tests.fuzz.changes import container, json_value
 from tests.fuzz.inputs import in_file, unsealed
@@ -100,7 +100,8 @@ def _use_search(path: Path) -> None:
 
 def _use_table(path: Path) -> None:
     for entry in Table.load(path).entries:
-        entry.covers("gate_up", "half", 768, 100.0)
+        if entry.covers("gate_up", "half", 768, 100.0) and entry.off is not None:
+            raise Nonsense(f"line {entry} is off and covers a call")
         launch = entry.launch
         if launch is not None and not _sane(launch):
             raise Nonsense(f"launch {launch} cannot be launched")
@@ -112,6 +113,7 @@ def _sane(launch: Launch) -> bool:
         and launch.num_warps <= 32
         and launch.num_stages <= 16
         and launch.group_m <= 2**16
+        and launch.kernel in KERNELS
     )
 
 

@@ -32,6 +32,13 @@ def test_absent_packages_are_named_not_hidden(monkeypatch) -> None:
     assert doctor.report()["packages"]["no-such-package"] is None
 
 
+def test_lines_of_launch_tables_that_are_off_are_shown(monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "_launch_tables", lambda: {"sm90": ["by hand"]})
+    off = doctor.report()["launches_off"]["sm90"]
+    assert off["norm half: triton"] == "has not run on a GPU"
+    assert off["layer half rows <= 255: wgmma"] == "has not run on a GPU"
+
+
 def test_nvcc_absent(monkeypatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     assert doctor.report()["nvcc"] is None

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -32,9 +32,8 @@ def test_shipped_tables_are_whole() -> None:
         assert table.entries == tuning.ordered(table.entries), "buckets are out of order"
         for op in PRODUCTS:
             for dtype in ("half", "float32"):
-                bounds = [
-                    (e.width, e.rows) for e in table.entries if (e.op, e.dtype) == (op, dtype)
-                ]
+                own = [e for e in table.entries if (e.op, e.dtype, e.off) == (op, dtype, None)]
+                bounds = [(e.width, e.rows) for e in own]
                 assert bounds[-1] == (None, None), f"{arch} {op} {dtype} has calls without a launch"
         for entry in table.entries:
             if entry.launch is not None:
@@ -49,7 +48,7 @@ def test_buckets() -> None:
     def launch(width: int, rows: float) -> Launch:
         return tuning.choose(CPU, "down", torch.float16, width, rows)
 
-    half = [e for e in table.entries if (e.op, e.dtype) == ("down", "half")]
+    half = [e for e in table.entries if (e.op, e.dtype, e.off) == ("down", "half", None)]
     few, some, rest = (entry.launch for entry in half)
     assert [launch(768, 64), launch(768, 64.1), launch(1024, 255)] == [few, some, some]
     assert [launch(1025, 255.1), launch(1025, 1)] == [rest, few]
@@ -60,6 +59,50 @@ def test_buckets() -> None:
 
     narrow, wide = backend(1024, 999), backend(1025, 999)
     assert [narrow, wide, backend(1025, 255)] == ["triton", "grouped_mm", "triton"]
+
+
+@pytest.mark.usefixtures("on_sm90")
+def test_lines_that_are_off_are_kept_and_never_chosen(tmp_path: Path, monkeypatch) -> None:
+    """And one whose `off` is deleted holds in its bucket: it comes before the line that held."""
+    table = Table.load(CONFIGS / "sm90.json")
+    off = tuning.off_entries("sm90")
+    assert off == tuple(entry for entry in table.entries if entry.off == "has not run on a GPU")
+    assert {entry.launch.kernel for entry in off if entry.launch is not None} == {"tma"}
+    for op in PRODUCTS:
+        assert tuning.choose(CPU, op, torch.bfloat16, 768, 1024).kernel == "pointer"
+    for op, names in tuning.STAGE_BACKENDS.items():
+        backend = tuning.choose_backend(CPU, op, torch.bfloat16, 768, 1024)
+        assert backend == names[0], f"{op} takes {backend}"
+
+    path = tmp_path / "own.json"
+    on = tuple(replace(entry, off=None) for entry in table.entries)
+    Table("sm90", "by hand", on).save(path)
+    monkeypatch.setenv("REAP_TUNING", str(path))
+    for entry in off:
+        call = (CPU, entry.op, torch.bfloat16, entry.width or 2048, entry.rows or 1024)
+        if entry.launch is None:
+            assert tuning.choose_backend(*call) == entry.backend
+            first = tuning.STAGE_BACKENDS[entry.op][0]
+            assert tuning.choose_backend(*call, among=(first,)) == first
+        else:
+            assert tuning.choose(*call) == entry.launch
+
+
+def test_a_table_keeps_what_is_off_beside_what_holds(tmp_path: Path) -> None:
+    tma = replace(SMALL, kernel="tma")
+    bucket = ("down", "half", 768, 64)
+    on, other = Entry(*bucket, SMALL), Entry(*bucket, replace(SMALL, block_m=32))
+    off, again = Entry(*bucket, tma, off="slower"), Entry(*bucket, tma, off="again")
+    table = Table("sm90", "by hand", tuning.ordered([on, other, off, again]))
+    assert table.entries == (off, on)
+    table.save(tmp_path / "own.json")
+    assert Table.load(tmp_path / "own.json") == table
+    lines = json.loads((tmp_path / "own.json").read_text())["entries"]
+    assert lines[0]["kernel"] == "tma"
+    assert set(lines[1]) == set(lines[0]) - {"kernel", "off"}, "an older reader refuses the file"
+    assert [str(SMALL), str(tma)] == ["16,16,16,1,4,2", "16,16,16,1,4,2,tma"]
+    assert str(off) == "down half width <= 768 rows <= 64: 16,16,16,1,4,2,tma"
+    assert str(Entry("norm", None, None, None, backend="triton")) == "norm any: triton"
 
 
 @pytest.mark.usefixtures("on_sm90")
@@ -107,6 +150,9 @@ def test_override_of_another_architecture_is_refused(tmp_path: Path, monkeypatch
         ({"rows": "64"}, "rows' is '64'"),
         ({"width": -1}, "width' is -1"),
         ({"dtype": "int4"}, "dtype' is 'int4'"),
+        ({"kernel": "TMA"}, r"'entries\[0\].kernel' is 'TMA'; expected one of pointer, tma"),
+        ({"off": True}, r"'entries\[0\].off' is True; expected a text"),
+        ({"off": None}, r"'entries\[0\].off' is None"),
         ({"speed": 3}, r"'entries\[0\].speed' is unknown"),
     ],
 )

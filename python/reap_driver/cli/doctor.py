@@ -58,6 +58,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     for arch, origins in facts["launch_tables"].items():
         said = "; then ".join(origins) or "by arithmetic, no table"
         console.say(f"\nlaunches on {arch}: {said}")
+        reasons: dict[str, list[str]] = {}  # reason -> lines
+        for line, reason in facts["launches_off"][arch].items():
+            reasons.setdefault(reason, []).append(line)
+        for reason, lines in reasons.items():
+            console.say("\n".join([f"  off, {reason}:", *(f"    {line}" for line in lines)]))
     checks = facts["selfcheck"]
     console.say(f"\nself-checks of compiled kernels\n{row('  in', checks['file'], 10)}")
     for what, reason in checks["verdicts"].items():

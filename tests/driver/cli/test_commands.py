@@ -212,6 +212,15 @@ def test_doctor(run: Run, as_json: bool, monkeypatch: pytest.MonkeyPatch) -> Non
         assert max(map(len, lines)) <= 80
 
 
+def test_doctor_shows_lines_of_launch_tables_that_are_off(run: Run, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr("reap_kernels.doctor._launch_tables", lambda: {"sm90": ["by hand"]})
+    said = run("doctor").out.partition("launches on sm90: by hand\n")[2].splitlines()
+    assert said[0] == "  off, has not run on a GPU:"
+    assert "    gate_up half: 128,128,64,8,8,3,tma" in said
+    assert "    norm half: triton" in said
+
+
 def test_demo_calls_the_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo itself is tested where it is written; here, that it is called as asked."""
     asked = []
