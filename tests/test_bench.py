@@ -328,7 +328,7 @@ def test_wrong_gram_matrices_are_not_timed(monkeypatch) -> None:
         return out + 1 if gram is not None and backend == "grouped_mm" else out
 
     monkeypatch.setattr(grams.rk, "observe_layer", off)
-    found = layer.run(here(), grams.plan(smoke=True), Deadline(HUNG), grams.PROVIDERS[1:4:2])
+    found = layer.run(here(), grams.plan(smoke=True), Deadline(HUNG), grams.providers()[1:4:2])
     assert [row["status"] for row in found] == ["failed", "failed"]
     assert "gram is off by 2" in str(found[0]["note"])
     assert "change the output" in str(found[1]["note"])
@@ -340,7 +340,7 @@ def test_what_the_budget_cuts_off_is_said() -> None:
     assert {row["status"] for row in found} == {"skipped"}
     assert "budget" in report.layer(found)
     found = grams.run(replace(here(), smoke=False), Deadline(-1))
-    assert len(found) == len(grams.plan(smoke=False)) * len(grams.PROVIDERS)
+    assert len(found) == len(grams.plan(smoke=False)) * len(grams.providers())
     assert {(row["status"], row[grams.RATIO]) for row in found} == {("skipped", "")}
     assert "budget" in report.grams(found)
     bed = parts.Bed(here(), kernels.plan(smoke=True)[0])

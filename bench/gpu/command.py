@@ -12,6 +12,7 @@ import torch
 
 from bench import gpu, rows
 from bench.gpu.clock import Deadline
+from bench.gpu.queue import ITEMS, Item
 
 STAGES = ("checks", "kernels", "layer", "gram", "end2end", "tiles", "vllm", "streaming")
 # Left out unless asked for: tiles is for who writes a launch table, vllm needs vLLM, and streaming
@@ -27,8 +28,9 @@ FILES = {
     "vllm": "gpu_vllm",
     "streaming": "gpu_streaming",
 }
-# Seconds for all stages but streaming, and for streaming, which comes on top.
-BUDGET, STREAMING = 440, 240
+QUEUE_FILE = "gpu_queue"
+# Seconds for all stages but streaming, for streaming, which comes on top, and for the queue.
+BUDGET, STREAMING, QUEUE = 440, 240, 480
 # Shares of the budget by whose end a stage starts nothing more; the last one may take what is left.
 _ENDS = {
     "checks": 0.46,
@@ -45,8 +47,8 @@ RED, NO_GPU = 1, 4
 Rows = list[dict[str, object]]
 
 
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """The parsed command line."""
+def _parser() -> argparse.ArgumentParser:
+    """All options."""
     from bench.gpu import streaming
 
     parser = argparse.ArgumentParser(
@@ -61,7 +63,19 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--budget",
         type=float,
-        help=f"seconds for everything; default {BUDGET}, and {STREAMING} more for streaming",
+        help=f"seconds for everything; default {BUDGET}, and {STREAMING} more for streaming; "
+        f"{QUEUE} with --queue",
+    )
+    parser.add_argument(
+        "--queue",
+        action="store_true",
+        help="instead of stages, what docs/gpu-status.md leaves open, weightiest first, as far as "
+        "the budget reaches",
+    )
+    parser.add_argument(
+        "--items",
+        help="with --queue, some of its items, comma-separated: "
+        + ", ".join(item.name for item in ITEMS),
     )
     parser.add_argument(
         "--folder", type=Path, help="where streaming writes; default the system's temporary folder"
@@ -74,6 +88,12 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, also without a GPU")
     parser.add_argument("--commit", help="what to record where git cannot say")
+    return parser
+
+
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """The parsed command line."""
+    parser = _parser()
     options = parser.parse_args(arguments)
     options.only = [stage for stage in options.only.split(",") if stage]
     unknown = set(options.only) - set(STAGES)
@@ -81,9 +101,24 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(
             f"--only takes {', '.join(STAGES)}; got {', '.join(sorted(unknown)) or 'none'}"
         )
+    options.items = _items(parser, options)
     if options.folder is not None and not options.folder.is_dir():
         parser.error(f"--folder {options.folder}: no such folder")
     return options
+
+
+def _items(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Item]:
+    """The items asked for, in the order of the queue."""
+    if options.items is None:
+        return list(ITEMS)
+    if not options.queue:
+        parser.error(f"--items {options.items} takes --queue as well")
+    names = [name.strip() for name in options.items.split(",") if name.strip()]
+    unknown = set(names) - {item.name for item in ITEMS}
+    if unknown or not names:
+        known = ", ".join(item.name for item in ITEMS)
+        parser.error(f"--items takes {known}; got {', '.join(sorted(unknown)) or 'none'}")
+    return [item for item in ITEMS if item.name in names]
 
 
 def deadlines(only: Sequence[str], budget: float | None) -> dict[str, Deadline]:
@@ -113,19 +148,44 @@ def main(arguments: Sequence[str]) -> int:
     if options.smoke and options.out is None:
         options.out = Path(tempfile.mkdtemp(prefix="reap-smoke-"))
         print(f"--smoke: rows go to {options.out}, not to bench/results", flush=True)
+    found = Found(options.out or rows.RESULTS)
+    return _queue(options, device, found) if options.queue else _stages(options, device, found)
+
+
+def _stages(options: argparse.Namespace, device: torch.device, found: "Found") -> int:
+    """Runs stages; nothing is timed on red."""
     from bench.gpu.machine import survey
 
     budget = deadlines(options.only, options.budget)
     machine = survey(device, options.smoke, options.commit)
     print("  ".join(f"{key}={value}" for key, value in machine.facts.items()), flush=True)
-    stages: dict[str, Rows] = {}
     for stage in STAGES:
         if stage in options.only:
-            stages[stage] = _stage(stage, machine, budget[stage], options.folder)
-            _report(options.out or rows.RESULTS, stage, machine.facts, stages)
-            if any(_status(row) == "failed" for row in stages[stage]):
+            own = _stage(stage, machine, budget[stage], options.folder)
+            found.add(stage, machine.facts, own)
+            if any(_status(row) == "failed" for row in own):
                 return RED
     return 0
+
+
+def _queue(options: argparse.Namespace, device: torch.device, found: "Found") -> int:
+    """Runs the queue; RED where an item failed, whatever ran after it."""
+    from bench.gpu import queue_run
+
+    budget = float(QUEUE if options.budget is None else options.budget)
+    print(queue_run.plan(options.items, budget), flush=True)
+    own = queue_run.Options(device, options.smoke, options.commit, options.folder)
+    try:
+        outcomes = queue_run.run(options.items, budget, own, found.add)
+    except queue_run.Lost as error:
+        print(f"the queue could not begin: {error}", file=sys.stderr)
+        return RED
+    names = queue_run.rest(outcomes)
+    if names:
+        seconds = sum(item.seconds for item in options.items if item.name in names)
+        again = f'python -m bench.gpu --queue --items "{",".join(names)}"'
+        print(f"still in the queue, about {seconds:.0f} s: {again}", flush=True)
+    return RED if any(row["result"] == "failed" for row in outcomes) else 0
 
 
 def _device(smoke: bool) -> torch.device | None:
@@ -166,19 +226,32 @@ def _status(row: dict[str, object]) -> object:
     return row["result"] if "result" in row else row["status"]
 
 
-def _report(folder: Path, stage: str, facts: dict[str, str], stages: dict[str, Rows]) -> None:
-    """Appends the stage's rows, rewrites gpu.md, prints what is not green."""
-    from bench.gpu import report
+class Found:
+    """Rows of a run, written as they come.
 
-    echo = stage in ("gram", "end2end", "tiles", "vllm", "streaming")
-    rows.write(FILES[stage], stages[stage], folder=folder, facts=facts, echo=echo)
-    (folder / "gpu.md").write_text(report.page(facts, stages))
-    for row in stages[stage]:
-        if _status(row) == "failed":
-            print("FAILED  " + "  ".join(f"{k}={v}" for k, v in row.items() if v), flush=True)
-    if stage == "checks":
-        print(report.checks(stages[stage]), flush=True)
-    elif stage == "end2end":
-        print(report.end_to_end(stages[stage]), flush=True)
-    elif stage == "streaming":
-        print(report.streaming(stages[stage]), flush=True)
+    Args:
+        folder: of the rows' files and of gpu.md.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stages: dict[str, Rows] = {}
+
+    def add(self, stage: str, facts: dict[str, str], own: Rows) -> None:
+        """Appends a stage's rows, rewrites gpu.md, prints what is not green."""
+        from bench.gpu import report
+
+        self._stages.setdefault(stage, []).extend(own)
+        echo = stage not in ("checks", "kernels", "layer")
+        file = FILES.get(stage, QUEUE_FILE)
+        rows.write(file, own, folder=self.folder, facts=facts, echo=echo)
+        (self.folder / "gpu.md").write_text(report.page(facts, self._stages))
+        for row in own:
+            if stage != "queue" and _status(row) == "failed":
+                print("FAILED  " + "  ".join(f"{k}={v}" for k, v in row.items() if v), flush=True)
+        if stage == "checks":
+            print(report.checks(own), flush=True)
+        elif stage == "end2end":
+            print(report.end_to_end(own), flush=True)
+        elif stage == "streaming":
+            print(report.streaming(own), flush=True)

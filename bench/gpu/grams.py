@@ -5,7 +5,7 @@ Both take the same inputs in turn. A Gram matrix costs I / (3 H) of an expert's 
 that where only its lower triangle is computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -87,19 +87,21 @@ def _summing(backend: str) -> Callable[[Work], Prepared]:
     return prepare
 
 
-PROVIDERS = tuple(
-    provider
-    for backend in BACKENDS
-    for provider in (
-        Provider("reap", backend, True, ours(backend, observed=True)),
-        Provider(WITH, backend, True, _summing(backend)),
-    )
-)
+def providers(backends: Sequence[str] = BACKENDS) -> list[Provider]:
+    """The observed call of each backend, without and with Gram matrices."""
+    return [
+        provider
+        for backend in backends
+        for provider in (
+            Provider("reap", backend, True, ours(backend, observed=True)),
+            Provider(WITH, backend, True, _summing(backend)),
+        )
+    ]
 
 
-def run(machine: Machine, deadline: Deadline) -> list[Row]:
+def run(machine: Machine, deadline: Deadline, backends: Sequence[str] = BACKENDS) -> list[Row]:
     """Rows of all calls, each with its time over that of the same backend without."""
-    rows = layer.run(machine, plan(machine.smoke), deadline, PROVIDERS)
+    rows = layer.run(machine, plan(machine.smoke), deadline, providers(backends))
     plain = {_call(row): row for row in rows if row["provider"] == "reap"}
     for row in rows:
         less = plain[_call(row)]

@@ -19,6 +19,8 @@ def page(facts: dict[str, str], stages: dict[str, Sequence[Row]]) -> str:
     names.append(["dense bf16 product, 8192^3", f"{facts['peak_tflops']} TFLOP/s"])
     names.append(["copy, read and written", f"{facts['copy_gb_s']} GB/s"])
     parts = [head + markdown(["", ""], names)]
+    if "queue" in stages:
+        parts.append("## Queue\n\n" + queue(stages["queue"]))
     if "checks" in stages:
         parts.append("## Checks\n\n" + checks(stages["checks"]))
     else:
@@ -36,6 +38,13 @@ def page(facts: dict[str, str], stages: dict[str, Sequence[Row]]) -> str:
     if "streaming" in stages:
         parts.append("## Streaming\n\n" + streaming(stages["streaming"]))
     return "\n".join(parts)
+
+
+def queue(rows: Sequence[Row]) -> str:
+    """What became of each item of the queue."""
+    keys = ("item", "answers", "result", "about_s", "seconds", "detail")
+    head = ["item", "answers", "result", "estimate, s", "took, s", "what was found"]
+    return markdown(head, [[str(row[key]) for key in keys] for row in rows])
 
 
 def checks(rows: Sequence[Row]) -> str:

@@ -5,6 +5,7 @@ compared with float64 before it is timed; kernels are compiled in several proces
 """
 
 import os
+from collections.abc import Sequence
 from multiprocessing import get_context
 
 import torch
@@ -17,7 +18,7 @@ from reap_kernels.tuning import Launch
 Row = dict[str, object]
 # Experts of DeepSeek-V3 and their rows, but fewer: all 256 of them change nothing in a tile.
 SHAPES = {"Qwen3-30B-A3B": Shape(128, 8, 2048, 768), "DeepSeek-V3": Shape(32, 8, 7168, 2048)}
-ROWS = (1024, 192)
+ROWS, FEW_ROWS = (1024, 192), (8, 32)
 _SMOKE = {"tiny": Shape(4, 2, 64, 32)}
 
 # block_m, block_n, block_k, group_m, warps, stages.
@@ -38,9 +39,9 @@ LAUNCHES = {
 }
 
 
-def run(machine: Machine, deadline: Deadline) -> list[Row]:
-    """Rows of every launch; those the deadline cuts off say so."""
-    shapes, rows_of = (_SMOKE, (8,)) if machine.smoke else (SHAPES, ROWS)
+def run(machine: Machine, deadline: Deadline, rows_of: Sequence[int] = ROWS) -> list[Row]:
+    """Rows of every launch, at `rows_of` rows per expert; those the deadline cuts off say so."""
+    shapes, rows_of = (_SMOKE, (8,)) if machine.smoke else (SHAPES, rows_of)
     launches = {op: own[:1] if machine.smoke else own for op, own in LAUNCHES.items()}
     if machine.device.type == "cuda":
         _compile(machine.device, shapes, launches)

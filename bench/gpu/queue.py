@@ -1,0 +1,177 @@
+"""What docs/gpu-status.md leaves open and one machine with one GPU can answer, weightiest first.
+
+`python -m bench.gpu --queue --budget SECONDS` runs these items (`bench.gpu.queue_run` says how);
+a test holds them equal to the page: a line that is open there ends with the items that answer it,
+`*(queue: NAME, NAME)*`, or with what else it takes, `*(needs: two GPUs)*`.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from bench.gpu.clock import Deadline
+from bench.gpu.machine import Machine
+
+Row = dict[str, object]
+PAGE = Path(__file__).parent.parent.parent / "docs" / "gpu-status.md"
+# What a line of the page may need instead of an item.
+NEEDS = (
+    "a published checkpoint",
+    "a server of vLLM",
+    "an AMD GPU",
+    "an item",  # one machine with one GPU could, and nothing in the queue does yet
+    "another GPU",
+    "llm-compressor",
+    "two GPUs",
+)
+_SECTION = "## Never run on a GPU"
+_MARK = re.compile(r"\*\(((?:queue|needs): [^()]*)\)\*$")
+
+
+@dataclass(frozen=True)
+class At:
+    """Where and until when an item runs.
+
+    Attributes:
+        machine: the device, its peaks, and whether sizes are tiny.
+        deadline: by when it starts nothing more.
+        folder: where files are written; None is the system's temporary folder.
+    """
+
+    machine: Machine
+    deadline: Deadline
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question to a GPU.
+
+    Attributes:
+        name: what the page calls it.
+        answers: how the page's lines begin.
+        seconds: what it is thought to take on an H200, compilation included; measured nowhere.
+        stage: whose file of rows (`bench.gpu.command.FILES`) and part of gpu.md it fills.
+        run: its rows, as that stage has them; imports what it needs.
+    """
+
+    name: str
+    answers: tuple[str, ...]
+    seconds: float
+    stage: str
+    run: Callable[[At], list[Row]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """An open line of the page: its text without the mark, and what the mark names."""
+
+    text: str
+    items: tuple[str, ...]
+    needs: tuple[str, ...]
+
+
+def _checks(module: str, at: At) -> list[Row]:
+    """Every check of a module of `tests.gpu`, in processes as `pytest -m gpu` runs them; one where
+    all would be interpreted.
+    """
+    from importlib import import_module
+
+    from tests.gpu import running
+
+    plan = import_module(f"tests.gpu.{module}").plan(at.machine.smoke)
+    plan = plan[:1] if at.machine.smoke else plan
+    return running.run(at.machine.device, plan, at.deadline)
+
+
+def _layer_checks(at: At) -> list[Row]:
+    """Of the layer's checks and the GPU's own facts, those in bf16."""
+    import torch
+
+    from tests.gpu import checks, facts, running
+
+    every = [*facts.plan(False), *checks.plan(False)]
+    some = [check for check in every if check.dtype == torch.bfloat16]
+    if at.machine.smoke:
+        some = checks.plan(smoke=True)[:1]
+    return running.run(at.machine.device, some, at.deadline)
+
+
+def _gram_time(at: At) -> list[Row]:
+    from bench.gpu import grams
+
+    return grams.run(at.machine, at.deadline, grams.BACKENDS[: 1 if at.machine.smoke else None])
+
+
+def _few_rows(at: At) -> list[Row]:
+    from bench.gpu import tiles
+
+    return tiles.run(at.machine, at.deadline, rows_of=tiles.FEW_ROWS)
+
+
+def _streaming(at: At) -> list[Row]:
+    from bench.gpu import streaming
+
+    return streaming.run(at.machine, at.deadline, at.folder)
+
+
+def _vllm(at: At) -> list[Row]:
+    from bench.gpu import vllm_layers
+
+    return vllm_layers.run(at.machine, at.deadline)
+
+
+_GRAMS = "Gram matrices and cross moments"
+# Correctness before time; of each, what most users meet first.
+ITEMS: tuple[Item, ...] = (
+    Item("layer checks", ("The call object of the layer op",), 75, "checks", _layer_checks),
+    Item("gram checks", (_GRAMS,), 60, "checks", partial(_checks, "grams")),
+    Item("mask in a graph", ("a mask inside a captured",), 15, "checks", partial(_checks, "masks")),
+    Item("gram time", (_GRAMS,), 45, "gram", _gram_time),
+    Item("few rows", ("Launch tables for few rows per expert",), 60, "tiles", _few_rows),
+    Item(
+        "vllm layers",
+        ("vLLM's Triton kernel", "removed experts have the lowest", "cost of a step"),
+        90,
+        "vllm",
+        _vllm,
+    ),
+    Item(
+        "streaming",
+        ("Layers loaded on a side stream", "Reading into pinned", "Hidden states", "Time for each"),
+        240,
+        "streaming",
+        _streaming,
+    ),
+)
+
+
+def open_lines(page: str) -> list[Line]:
+    """The open lines of docs/gpu-status.md: entries of lists and rows of tables below its heading.
+
+    Raises:
+        ValueError: a line ends with no mark.
+    """
+    text = page.partition(f"\n{_SECTION}\n")[2]
+    entries: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("- "):
+            entries.append(line[2:])
+        elif line.startswith("  ") and entries:
+            entries[-1] += f" {line.strip()}"
+        elif line.startswith("| ") and not line.startswith("| what "):
+            entries.append(line.strip("| "))
+    return [_line(entry) for entry in entries]
+
+
+def _line(entry: str) -> Line:
+    mark = _MARK.search(entry)
+    if mark is None:
+        raise ValueError(f"no *(queue: NAME)* or *(needs: WHAT)* ends the line {entry[:60]!r}")
+    found: dict[str, Sequence[str]] = {"queue": (), "needs": ()}
+    for part in mark[1].split("; "):
+        kind, _, names = part.partition(": ")
+        found[kind] = names.split(", ")
+    return Line(entry[: mark.start()].strip(), tuple(found["queue"]), tuple(found["needs"]))

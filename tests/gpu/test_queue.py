@@ -1,0 +1,169 @@
+"""The queue of what only a GPU shows: equal to the page, within its budget, whatever dies."""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.gpu import ROOT, command, queue, queue_run
+from bench.gpu.clock import Deadline
+from bench.gpu.queue import At, Item, Row
+from tests.limits import HUNG
+
+CPU = queue_run.Options(torch.device("cpu"), smoke=True)
+ROW: Row = {
+    "check": "one",
+    "backend": "",
+    "dtype": "",
+    "result": "pass",
+    "detail": "",
+    "seconds": "",
+}
+
+
+def right(at: At) -> list[Row]:
+    return [{**ROW, "detail": at.machine.facts["smoke"]}]
+
+
+def wrong(at: At) -> list[Row]:
+    return [ROW, {**ROW, "result": "failed", "detail": "off by 1"}]
+
+
+def cut(at: At) -> list[Row]:
+    return [ROW, {**ROW, "result": "skipped", "detail": at.deadline.reason}]
+
+
+def raises(at: At) -> list[Row]:
+    raise RuntimeError("no kernel image")
+
+
+def dies(at: At) -> list[Row]:
+    os.abort()
+
+
+def hangs(at: At) -> list[Row]:
+    time.sleep(100 * HUNG)
+    return []
+
+
+def item(run, seconds: float = 1.0) -> Item:
+    return Item(run.__name__, (f"line of {run.__name__}",), seconds, "checks", run)
+
+
+def ran(items: list[Item], budget: float) -> tuple[dict[str, Row], list[tuple[str, list[Row]]]]:
+    """Outcomes by item, and what was written, in order."""
+    written: list[tuple[str, list[Row]]] = []
+    found = queue_run.run(
+        items, budget, CPU, lambda stage, facts, own: written.append((stage, own))
+    )
+    return {str(row["item"]): row for row in found}, written
+
+
+def test_items_and_the_page_are_equal() -> None:
+    lines = queue.open_lines(queue.PAGE.read_text())
+    assert len(lines) > 30
+    for line in lines:
+        assert line.items or line.needs
+        assert set(line.needs) <= set(queue.NEEDS), line.text
+        answering = {one.name for one in queue.ITEMS if line.text.startswith(one.answers)}
+        assert set(line.items) == answering, line.text
+    for one in queue.ITEMS:
+        for begins in one.answers:
+            assert sum(line.text.startswith(begins) for line in lines) == 1, (one.name, begins)
+    assert len({one.name for one in queue.ITEMS}) == len(queue.ITEMS)
+    assert {one.stage for one in queue.ITEMS} <= set(command.FILES)
+
+
+def test_a_line_without_a_mark_is_refused() -> None:
+    page = "# GPU status\n\n## Never run on a GPU\n\nText.\n\n- One\n  line. *(queue: a, b)*\n"
+    assert queue.open_lines(page) == [queue.Line("One line.", ("a", "b"), ())]
+    page += "\n| what | how |\n|---|---|\n| x | y *(queue: c; needs: two GPUs)* |\n"
+    assert queue.open_lines(page)[1] == queue.Line("x | y", ("c",), ("two GPUs",))
+    with pytest.raises(ValueError, match="ends the line 'Two'"):
+        queue.open_lines(f"{page}\n- Two\n")
+
+
+def test_what_the_budget_does_not_hold_is_said_and_what_fits_runs() -> None:
+    found, written = ran([item(cut), item(right, 10 * HUNG), item(wrong)], 5 * HUNG)
+    assert [row["result"] for row in found.values()] == ["partly", "not reached", "failed"]
+    assert found["right"]["detail"].startswith(f"about {10 * HUNG:.0f} s, of which ")
+    assert "off by 1" in str(found["wrong"]["detail"])
+    assert [stage for stage, _ in written] == ["checks", "queue", "queue", "checks", "queue"]
+    assert queue_run.rest(list(found.values())) == ["cut", "right"]
+
+
+def test_an_item_that_raises_or_dies_does_not_end_the_queue(monkeypatch) -> None:
+    found, written = ran([item(raises), item(dies), item(right)], 10 * HUNG)
+    assert [row["result"] for row in found.values()] == ["failed", "failed", "pass"]
+    assert found["raises"]["detail"] == "RuntimeError: no kernel image"
+    assert "its process died with code -6" in str(found["dies"]["detail"])
+    assert written[2][1] == [{**ROW, "detail": "yes"}]
+
+
+def test_an_item_that_hangs_is_killed(monkeypatch) -> None:
+    monkeypatch.setattr(queue_run, "_GRACE", 0.5)
+    found, _ = ran([item(hangs, 0.1), item(right)], 10 * HUNG)
+    assert "it was killed" in str(found["hangs"]["detail"])
+    assert found["right"]["result"] == "pass"
+
+
+def test_the_plan_says_what_runs_only_if_time_is_left() -> None:
+    text = queue_run.plan([item(right, 50), item(cut, 500), item(wrong, 100)], 200)
+    lines = text.splitlines()
+    assert lines[0] == "queue: 3 items, about 650 s; 200 s to spend"
+    assert [line.endswith("(only if others take less)") for line in lines[1:]] == [
+        False,
+        True,
+        False,
+    ]
+
+
+def test_judgement() -> None:
+    skipped = {**ROW, "result": "skipped", "detail": "needs a CUDA device"}
+    assert queue_run.judged([skipped])[0] == "skipped"
+    assert queue_run.judged([skipped, ROW]) == ("pass", "1 pass, 1 skipped: needs a CUDA device")
+    assert queue_run.judged([]) == ("failed", "no rows")
+    late = {"status": "skipped", "note": f"round 2 skipped: {Deadline(0).reason}"}
+    assert queue_run.judged([late, {"status": "timed", "note": ""}])[0] == "partly"
+
+
+def test_smoke_run_of_the_whole_queue(tmp_path: Path) -> None:
+    """As CI runs it: every item, tiny, and the plan that a GPU would get."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--queue", "--smoke", "--out", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert queue_run.plan(queue.ITEMS, command.QUEUE) in done.stdout
+    with (tmp_path / "gpu_queue.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["item"] for row in rows] == [one.name for one in queue.ITEMS]
+    assert {row["result"] for row in rows} <= {"pass", "skipped"}
+    page = (tmp_path / "gpu.md").read_text()
+    assert "## Queue" in page
+    assert "Smoke run" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--items", "gram time"], "takes --queue as well"),
+        (["--queue", "--items", "nothing"], "got nothing"),
+        (["--queue", "--items", ","], "got none"),
+    ],
+)
+def test_items_are_refused_by_name(arguments: list[str], says: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        command.options_of(arguments)
+    assert says in capsys.readouterr().err
+    some = command.options_of(["--queue", "--items", "streaming,gram checks"]).items
+    assert [one.name for one in some] == ["gram checks", "streaming"]
