@@ -14,16 +14,27 @@ from bench import gpu, rows
 from bench.gpu.clock import Deadline
 from bench.gpu.queue import ITEMS, Item
 
-STAGES = ("checks", "kernels", "layer", "gram", "end2end", "tiles", "vllm", "streaming")
-# Left out unless asked for: tiles is for who writes a launch table, vllm needs vLLM, and streaming
-# fills tens of GB.
-DEFAULT = STAGES[:-3]
+STAGES = (
+    "checks",
+    "kernels",
+    "layer",
+    "gram",
+    "end2end",
+    "steps",
+    "tiles",
+    "vllm",
+    "streaming",
+)
+# Left out unless asked for: steps and tiles are for who works on a layer or its launch table, vllm
+# needs vLLM, and streaming fills tens of GB.
+DEFAULT = STAGES[:5]
 FILES = {
     "checks": "gpu_checks",
     "kernels": "gpu_kernels",
     "layer": "gpu_layer",
     "gram": "gpu_gram",
     "end2end": "gpu_end_to_end",
+    "steps": "gpu_steps",
     "tiles": "gpu_tiles",
     "vllm": "gpu_vllm",
     "streaming": "gpu_streaming",
@@ -32,16 +43,15 @@ QUEUE_FILE = "gpu_queue"
 # Seconds for all stages but streaming, for streaming, which comes on top, and for the queue.
 BUDGET, STREAMING, QUEUE = 440, 240, 480
 # Shares of the budget by whose end a stage starts nothing more; the last one may take what is left.
+_LAST = 0.97
 _ENDS = {
     "checks": 0.46,
     "kernels": 0.56,
     "layer": 0.73,
     "gram": 0.79,
     "end2end": 0.97,
-    "tiles": 0.97,
-    "vllm": 0.97,
+    **dict.fromkeys(("steps", "tiles", "vllm"), _LAST),
 }
-_LAST = 0.97
 RED, NO_GPU = 1, 4
 
 Rows = list[dict[str, object]]
@@ -58,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only",
         default=",".join(DEFAULT),
         help=f"stages, comma-separated, of {', '.join(STAGES)}; "
-        "default all but tiles, vllm and streaming",
+        f"default all but {', '.join(STAGES[5:-1])} and streaming",
     )
     parser.add_argument(
         "--budget",
@@ -201,7 +211,7 @@ def _device(smoke: bool) -> torch.device | None:
 
 def _stage(stage: str, machine: Any, deadline: Deadline, folder: Path | None) -> Rows:
     """Rows of one stage."""
-    from bench.gpu import end_to_end, grams, kernels, layer, streaming, tiles, vllm_layers
+    from bench.gpu import end_to_end, grams, kernels, layer, steps, streaming, tiles, vllm_layers
 
     if stage == "checks":
         from tests.gpu import running
@@ -215,6 +225,8 @@ def _stage(stage: str, machine: Any, deadline: Deadline, folder: Path | None) ->
         return grams.run(machine, deadline)
     if stage == "end2end":
         return end_to_end.run(machine, deadline)
+    if stage == "steps":
+        return steps.run(machine, deadline)
     if stage == "tiles":
         return tiles.run(machine, deadline)
     if stage == "vllm":

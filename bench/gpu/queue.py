@@ -105,6 +105,12 @@ def _gram_time(at: At) -> list[Row]:
     return grams.run(at.machine, at.deadline, grams.BACKENDS[: 1 if at.machine.smoke else None])
 
 
+def _steps(at: At) -> list[Row]:
+    from bench.gpu import steps
+
+    return steps.run(at.machine, at.deadline)
+
+
 def _few_rows(at: At) -> list[Row]:
     from bench.gpu import tiles
 
@@ -130,6 +136,7 @@ ITEMS: tuple[Item, ...] = (
     Item("gram checks", (_GRAMS,), 60, "checks", partial(_checks, "grams")),
     Item("mask in a graph", ("a mask inside a captured",), 15, "checks", partial(_checks, "masks")),
     Item("gram time", (_GRAMS,), 45, "gram", _gram_time),
+    Item("steps", ("Where a layer's time goes", "65,536 tokens"), 90, "steps", _steps),
     Item("few rows", ("Launch tables for few rows per expert",), 60, "tiles", _few_rows),
     Item(
         "vllm layers",

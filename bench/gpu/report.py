@@ -31,6 +31,8 @@ def page(facts: dict[str, str], stages: dict[str, Sequence[Row]]) -> str:
         parts.append("## One layer\n\n" + layer(stages["layer"]))
     if "gram" in stages:
         parts.append("## Gram matrices\n\n" + grams(stages["gram"]))
+    if "steps" in stages:
+        parts.append("## Steps of a layer\n\n" + steps(stages["steps"]))
     if "end2end" in stages:
         parts.append("## End to end\n\n" + end_to_end(stages["end2end"]))
     if "vllm" in stages:
@@ -150,6 +152,23 @@ def grams(rows: Sequence[Row]) -> str:
         goal
         + (markdown(head, body) if body else "")
         + _untimed(rows, lambda row: f"{row['shape']} T={row['tokens']} {row['routing']}")
+    )
+
+
+def steps(rows: Sequence[Row]) -> str:
+    """Where the time of a layer goes, then what was not timed and why."""
+    keys = ("step", "ms", "share", "pct_peak", "pct_copy", "sum_ms", "layer_ms")
+    body = [
+        [row["shape"], str(row["tokens"]), row["routing"], row["variant"], *(row[k] for k in keys)]
+        for row in rows
+        if row["status"] == "timed"
+    ]
+    head = ["shape", "tokens", "routing", "around the products", "step", "ms", "% of all steps"]
+    head += ["% of peak", "% of copy", "all steps, ms", "without events, ms"]
+    return (markdown(head, body) if body else "") + _untimed(
+        rows,
+        lambda row: f"{row['shape']} T={row['tokens']} {row['routing']}",
+        lambda row: str(row["variant"]),
     )
 
 
