@@ -114,4 +114,78 @@ int dequantize_fp8(const Dequant& call, Where where);
 int dequantize_mxfp4(const Dequant& call, Where where);
 int dequantize_int4(const Dequant& call, Where where);
 
+// What a product computes of its sums; `Activation` states the formulas of those with a gate.
+enum class Formula : int {
+    none,
+    relu2,
+    silu,
+    gelu_tanh,
+    silu_clamped_in,
+    silu_clamped_out,
+    swiglu_oai
+};
+
+// Sorted rows of a tile of `multiply_experts`: `block_m` of its tile list.
+constexpr int PRODUCT_ROWS = 256;
+
+// One matrix [N, K] per expert, K contiguous; gated, two of the same shape and strides.
+struct Matrices {
+    const void* up;    // expert 0's; or null: `table` describes all
+    const void* gate;  // likewise, or null: not gated
+    std::int64_t expert_stride;
+    std::int64_t row_stride;
+    const void* table;  // on the device, of `describe_experts`; or null
+};
+
+// [E, N] of the matrices' dtype, with free strides.
+struct Biases {
+    const void* base;  // or null: none
+    std::int64_t expert_stride;
+    std::int64_t row_stride;
+};
+
+// One grouped product on sm_90, with its activation; see grouped.cuh for the arrays. It needs no
+// memory beside its output and the tile list. All addresses but those of biases and of the tile
+// list, and all strides of tokens and matrices, are multiples of 16 bytes, N and K of 8 elements.
+struct Product {
+    int dtype;  // bf16 or fp16
+    int formula;
+    float limit;  // infinity where the formula has none
+    float alpha;
+    const void* tokens;
+    std::int64_t token_rows;
+    std::int64_t token_stride;
+    const std::int64_t* gather_index;  // or null: tokens are sorted rows
+    int top_k;                         // of gather_index
+    Matrices matrices;
+    Biases bias;       // of the ups
+    Biases gate_bias;  // of the gates
+    const std::int64_t* offsets;
+    const std::int32_t* tile_experts;
+    const std::int32_t* tile_rows;
+    const std::int32_t* firsts;
+    void* out;
+    std::int64_t slots;
+    int experts;
+    int width;  // N
+    int depth;  // K
+    int group;  // tiles that use a weight tile before the next; at least 1
+};
+int multiply_experts(const Product& call, Where where);
+
+// Describes experts whose matrices are separate tensors, in host memory; the caller copies the
+// result to the device, at a multiple of 128 bytes.
+struct Table {
+    int dtype;
+    const std::uint64_t* ups;    // [E] addresses
+    const std::uint64_t* gates;  // likewise, or null
+    std::int64_t row_stride;
+    int experts;
+    int width;
+    int depth;
+    void* table;  // [table_bytes(experts)]
+};
+constexpr std::int64_t table_bytes(int experts) { return std::int64_t{132} * experts; }
+int describe_experts(const Table& call);
+
 }  // namespace reap

@@ -11,6 +11,7 @@ namespace reap {
 
 constexpr int SUCCESS = 0;
 constexpr int INVALID_VALUE = 1;  // cudaErrorInvalidValue: the caller passed what no kernel takes
+constexpr int NO_CODE = 209;      // cudaErrorNoKernelImageForDevice
 
 struct Grid {
     unsigned x = 1, y = 1;
@@ -22,6 +23,24 @@ struct Threads {
 // The largest grid along x; along y it is 65535.
 constexpr std::int64_t MOST_BLOCKS = (std::int64_t{1} << 31) - 1;
 
+// A block gets more shared memory than this only where it asks the device.
+constexpr unsigned COMMON_SHARED = 48u << 10;
+
+// Multiprocessors of a device that runs kernels for sm_90a, else 0.
+inline int hopper_processors(int device) {
+#ifdef __CUDACC__
+    int major = 0, minor = 0, processors = 0;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+        return 0;
+    return major == 9 && minor == 0 ? processors : 0;
+#else
+    (void)device;
+    return 3;  // so that blocks have several tiles in tests
+#endif
+}
+
 template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), Grid grid, Threads threads, unsigned shared, Where where,
            Args&&... args) {
@@ -29,6 +48,12 @@ int launch(void (*kernel)(Params...), Grid grid, Threads threads, unsigned share
     // This module links its own runtime, whose current device is not torch's.
     if (const cudaError_t status = cudaSetDevice(where.device); status != cudaSuccess)
         return static_cast<int>(status);
+    if (shared > COMMON_SHARED) {
+        const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                        static_cast<int>(shared));
+        if (status != cudaSuccess) return static_cast<int>(status);
+    }
     std::tuple<Params...> values(std::forward<Args>(args)...);
     const cudaError_t status = std::apply(
         [&](auto&... held) {

@@ -19,12 +19,12 @@ struct Tiling {
 };
 
 #ifdef REAP_HOST
-struct alignas(64) Map {
+struct alignas(128) Map {
     Tiling tiling;
 };
 #else
 // As the driver encodes it.
-struct alignas(64) Map {
+struct alignas(128) Map {
     std::uint64_t words[16];
 };
 #endif
