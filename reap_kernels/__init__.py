@@ -2,7 +2,7 @@
 
 Tensors in, tensors out; imports torch, never transformers. Layers, lowest first: errors, env,
 activation, quantized -> types -> dispatch, stats, layer_gram, device -> tuning, selfcheck -> sort,
-dequant -> experts -> saliency, gram -> layer, cross, compare.
+dequant, norm -> experts, rotary -> saliency, gram -> layer, cross, compare.
 """
 
 from reap_kernels import errors, requirements  # noqa: F401  which checks torch
@@ -15,7 +15,9 @@ from reap_kernels.experts import expert_outputs
 from reap_kernels.gram import gram
 from reap_kernels.layer import observe_layer
 from reap_kernels.layer_gram import LayerGram
+from reap_kernels.norm import rms_norm
 from reap_kernels.quantized import Quantized
+from reap_kernels.rotary import rotary
 from reap_kernels.saliency import accumulate
 from reap_kernels.sort import sort_by_expert
 from reap_kernels.stats import LayerStats, SaliencyStats
@@ -44,5 +46,7 @@ __all__ = [
     "gram",
     "observe_layer",
     "probe_activation",
+    "rms_norm",
+    "rotary",
     "sort_by_expert",
 ]

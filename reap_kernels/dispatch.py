@@ -23,7 +23,9 @@ OPS = env.OPS
 
 
 class Sizes(NamedTuple):
-    """T, k, E, H and I of a call; by default those of Qwen3-30B-A3B on 16,384 tokens.
+    """T, k, E, H, I and D of a call; by default those of Qwen3-30B-A3B on 16,384 tokens.
+
+    D is the width of a head of the attention, which `rotary` alone depends on.
 
     Example:
         >>> rk.Sizes(tokens=512, top_k=2, experts=8).rows  # mean rows per expert
@@ -35,6 +37,7 @@ class Sizes(NamedTuple):
     experts: int = 128
     hidden: int = 2048
     intermediate: int = 768
+    head: int = 128
 
     @property
     def rows(self) -> float:
@@ -261,13 +264,13 @@ def check_backend(
 
     Args:
         op: one of `dispatch.OPS`: `sort`, `dequant`, `experts`, `saliency`, `gram`, `layer`,
-            `cross`, `compare`.
+            `cross`, `compare`, `norm`, `rotary`.
         device: where the inputs will lie.
         dtype: of the hidden states (`layer`, `experts`, `cross`), expert outputs (`saliency`),
-            inner activations (`gram`), logits (`compare`), expert ids (`sort`) or dequantized
-            matrices (`dequant`).
+            inner activations (`gram`), logits (`compare`), rows (`norm`), queries (`rotary`),
+            expert ids (`sort`) or dequantized matrices (`dequant`).
         backend: an explicit request, as in the ops. Default: `REAP_BACKEND`, else automatic choice.
-        sizes: T, k, E, H and I of the call. Default: those of Qwen3-30B-A3B on 16,384 tokens.
+        sizes: T, k, E, H, I and D of the call. Default: those of Qwen3-30B-A3B on 16,384 tokens.
         activation: kind of the experts' activation; `opaque` for one that only the model can
             compute.
         layout: `ExpertWeights.layout`.
@@ -380,7 +383,7 @@ def explain(
         device: where the inputs would lie.
         dtype: dtype of the hidden states.
         activation: kind of activation; `opaque` for one that only the model can compute.
-        sizes: T, k, E, H and I; default those of a typical call.
+        sizes: T, k, E, H, I and D; default those of a typical call.
         layout: `ExpertWeights.layout`.
         biased: whether the experts add biases.
         gram: whether the layer is asked for Gram matrices too.

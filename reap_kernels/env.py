@@ -30,7 +30,18 @@ from pathlib import Path
 from reap_kernels.errors import BackendUnavailable
 from reap_kernels.files import is_file
 
-OPS = ("sort", "dequant", "experts", "saliency", "gram", "layer", "cross", "compare")
+OPS = (
+    "sort",
+    "dequant",
+    "experts",
+    "saliency",
+    "gram",
+    "layer",
+    "cross",
+    "compare",
+    "norm",
+    "rotary",
+)
 CPU_DTYPES = ("auto", "native", "float32")
 
 
