@@ -1,35 +1,21 @@
-"""Compiles every launch of the launch tables without a GPU, and inspects the machine code.
+"""Every kernel launch of the library on an architecture, recorded instead of run.
 
 The launches are those of the real host code, which runs on CPU tensors while every kernel launch is
 recorded instead of executed. So arguments and specializations are those a GPU would get, and host
-code that reads a kernel's result would read garbage. Each recorded kernel is compiled for an
-architecture and its code is inspected: no spills, no local memory, and tensor-core instructions for
-16-bit operands.
+code that reads a kernel's result would read garbage.
 """
 
-import argparse
 import contextlib
-import datetime
-import re
-import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import reap_kernels as rk
-from bench import rows
 from reap_kernels import device, tuning
 from reap_kernels.compare import gpu as compare
 from reap_kernels.cross import gpu as cross
@@ -104,6 +90,12 @@ class Launched:
     def code(self) -> tuple[Any, ...]:
         """The key under which launches have the same code."""
         return (self.kernel, self.signature, self.constants, self.divisible, self.options)
+
+    @property
+    def uses_tensor_cores(self) -> bool:
+        """Whether the code should use tensor cores: it has products of 16-bit operands."""
+        operand = dict(self.signature).get("a_ptr")  # of products only
+        return operand in ("*bf16", "*fp16")
 
 
 def _described(function: JITFunction, why: str, args: tuple[Any, ...], kwargs: Any) -> Launched:
@@ -295,161 +287,3 @@ def _variants(found: list[Launched]) -> None:
         up, index = torch.zeros(64, 128, dtype=half), torch.zeros(64, dtype=torch.int64)
         slots = SortedSlots(index, index, index[:9], 8, schedule)
         activated(up, up, rk.Activation("silu"), slots)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """Facts about the machine code of one launch.
-
-    Attributes:
-        launch: the launch.
-        registers: registers per thread.
-        shared: bytes of shared memory per program.
-        local: bytes of stack and local memory per thread, from spills or indexed arrays.
-        spills: number of loads and stores of local memory.
-        tensor_cores: number of tensor-core instructions.
-        seconds: compile time.
-    """
-
-    launch: Launched
-    registers: int
-    shared: int
-    local: int
-    spills: int
-    tensor_cores: int
-    seconds: float
-
-
-def compile_one(arch: Arch, launch: Launched) -> Compiled:
-    """Compiles one launch and inspects its code."""
-    module, name = launch.kernel
-    function = getattr(__import__(module, fromlist=[name]), name)
-    source = ASTSource(
-        function,
-        dict(launch.signature),
-        dict(launch.constants),
-        {(index,): [["tt.divisibility", 16]] for index in launch.divisible},
-    )
-    began = time.perf_counter()
-    compiled = triton.compile(source, target=arch.target, options=dict(launch.options))
-    seconds = time.perf_counter() - began
-    inspect = _inspect_nvidia if arch.target.backend == "cuda" else _inspect_amd
-    return Compiled(launch, *inspect(arch, launch, compiled), seconds)
-
-
-def _inspect_amd(arch: Arch, launch: Launched, compiled: Any) -> tuple[int, int, int, int, int]:
-    """Registers, shared and local bytes, spills and tensor-core instructions of AMD assembly."""
-    code = compiled.asm["amdgcn"]
-
-    def fact(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", code)
-        assert found, name
-        return int(found[1])
-
-    local, spills = fact("private_segment_fixed_size"), fact("vgpr_spill_count")
-    cores = len(re.findall(arch.tensor_cores, code))
-    return fact("vgpr_count"), compiled.metadata.shared, local, spills, cores
-
-
-def _inspect_nvidia(arch: Arch, launch: Launched, compiled: Any) -> tuple[int, int, int, int, int]:
-    """Registers, shared and local bytes, spills and tensor-core instructions of a cubin."""
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-
-        def dump(option: str) -> str:
-            command = [str(tools / "cuobjdump"), option, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = dump("--dump-resource-usage")
-        # Disassembly takes as long as compilation, so it is skipped where the usage is enough.
-        clean = "STACK:0 " in usage and "LOCAL:0 " in usage
-        code = "" if clean and not _uses_tensor_cores(launch) else dump("-sass")
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found, usage
-    return (
-        int(found[1]),
-        compiled.metadata.shared,
-        int(found[2]) + int(found[3]),
-        len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        len(re.findall(arch.tensor_cores, code)),
-    )
-
-
-def problems(arch: Arch, compiled: Compiled) -> list[str]:
-    """The problems in the code of one launch."""
-    found = []
-    if compiled.spills or compiled.local:
-        found.append(f"{compiled.spills} local loads and stores, {compiled.local} bytes")
-    if compiled.shared > arch.shared:
-        found.append(f"{compiled.shared} bytes of shared memory, {arch.shared} are there")
-    if _uses_tensor_cores(compiled.launch) and not compiled.tensor_cores:
-        found.append(f"no tensor-core instruction ({arch.tensor_cores})")
-    return found
-
-
-def _uses_tensor_cores(launch: Launched) -> bool:
-    """Whether the code should use tensor cores: it has products of 16-bit operands."""
-    operand = dict(launch.signature).get("a_ptr")  # of products only
-    return operand in ("*bf16", "*fp16")
-
-
-def row(arch: Arch, compiled: Compiled, run: str) -> dict[str, object]:
-    """One row of bench/results/aot.csv; `run` identifies the run."""
-    launch = compiled.launch
-    constants = dict(launch.constants)
-    blocks = [str(constants[key]) for key in constants if key.startswith("BLOCK")]
-    options = dict(launch.options)
-    operand = next(kind for _, kind in launch.signature if kind.startswith("*"))
-    return {
-        "run": run,
-        "arch": arch.name,
-        "triton": triton.__version__,
-        "kernel": launch.kernel[1],
-        "use": launch.why,
-        "operand": operand.removeprefix("*"),
-        "activation": constants.get("ACTIVATION", ""),
-        "blocks": "x".join(blocks),
-        "warps": options.get("num_warps", 4),
-        "stages": options.get("num_stages", 3),
-        "registers": compiled.registers,
-        "shared_bytes": compiled.shared,
-        "local_bytes": compiled.local,
-        "spills": compiled.spills,
-        "tensor_core_instructions": compiled.tensor_cores,
-        "compile_s": f"{compiled.seconds:.2f}",
-    }
-
-
-def main(arguments: list[str]) -> None:
-    """Compiles, prints one line per kernel, and fails if any has a problem."""
-    parser = argparse.ArgumentParser(prog="python -m bench aot", description=__doc__)
-    parser.add_argument(
-        "--arch", choices=ARCHS, action="append", help="default: those with a table"
-    )
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--record", action="store_true", help="append rows to bench/results")
-    options = parser.parse_args(arguments)
-    if device.interpreted():
-        parser.error("TRITON_INTERPRET=1 is set, so nothing would be compiled; unset it")
-    bad, run = 0, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    work = {ARCHS[name]: launches_of(ARCHS[name]) for name in options.arch or TABLED}
-    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
-        queued = {
-            arch: [pool.submit(compile_one, arch, launch) for launch in launches]
-            for arch, launches in work.items()
-        }
-        for arch, futures in queued.items():
-            done = [future.result() for future in futures]
-            lines = [row(arch, compiled, run) for compiled in done]
-            if options.record:
-                rows.write("aot", lines)
-            for line, compiled in zip(lines, done, strict=True):
-                wrong = problems(arch, compiled)
-                bad += bool(wrong)
-                if wrong or not options.record:
-                    print("  ".join(str(v) for v in line.values()), "; ".join(wrong), flush=True)
-    if bad:
-        raise SystemExit(f"{bad} kernels have problems")
-    print(f"{len(work)} architectures: every kernel compiles without spills")
