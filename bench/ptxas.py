@@ -1,8 +1,9 @@
 """Builds reap_kernels._C for every architecture without a GPU, and inspects the reports of ptxas.
 
 No kernel may spill or use a stack frame, every `__global__` function of csrc/ must exist for every
-architecture, wide combine kernels must use 16-byte loads, the build must take less than two minutes
-on two cores, and the module must import on a machine without a driver.
+architecture, wide combine kernels must use 16-byte loads, kernels of `DEMANDS` must have the
+instructions that make them fast, the build must take less than two minutes on two cores, and the
+module must import on a machine without a driver.
 """
 
 import argparse
@@ -29,6 +30,8 @@ MOST_SECONDS = 240
 # Bytes that the wide variants of the combine kernel load at once.
 WIDE = 16
 SIZES = {"double": 8, "float": 4, "fp16": 2, "bf16": 2}
+# What ptxas says where products of one warp group wait for each other.
+SERIALIZED = "Potential Performance Loss"
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _KERNEL = re.compile(
@@ -59,6 +62,38 @@ class Took:
 
 
 @dataclass(frozen=True)
+class Demand:
+    """What a kernel's code on one architecture must have.
+
+    Attributes:
+        registers: most registers per thread.
+        instructions: how often each text must be in the code at least.
+    """
+
+    registers: int
+    instructions: dict[str, int]
+
+
+# By architecture and kernel. Eight widths of a tile, each with a loop of four products, whose wait
+# leaves one group under way; elsewhere the kernel has no code.
+DEMANDS = {
+    ("sm_90a", "multiply_tiles"): Demand(
+        168,
+        {
+            "HGMMA.64x256x16": 4,
+            "HGMMA.": 32,
+            "WARPGROUP.DEPBAR.LE gsb0, 0x1": 8,
+            "UTMALDG.5D": 1,
+            "UTMALDG.2D": 1,
+            "LDGSTS.E.BYPASS.128": 16,
+            "USETMAXREG.": 2,
+            "STSM.16.MT88.4": 8,
+        },
+    )
+}
+
+
+@dataclass(frozen=True)
 class Built:
     """One kernel on one architecture, as ptxas reports it.
 
@@ -71,6 +106,7 @@ class Built:
         shared: bytes of static shared memory per block.
         stack, stores, loads: bytes per thread, of the stack frame and of spills.
         wide_loads: number of 128-bit loads in its code; None if it was not disassembled.
+        lacks: what its demand asks for and its code has too little of.
     """
 
     arch: str
@@ -83,6 +119,12 @@ class Built:
     stores: int
     loads: int
     wide_loads: int | None = None
+    lacks: tuple[str, ...] = ()
+
+    @property
+    def demand(self) -> Demand | None:
+        """What its code must have, where anything is stated."""
+        return DEMANDS.get((self.arch, self.kernel))
 
     @property
     def wide(self) -> bool:
@@ -191,7 +233,9 @@ def architectures() -> list[str]:
 def reported() -> tuple[list[Built], list[str]]:
     """Every kernel in the reports, and the warnings among them."""
     text = "".join((BUILD / f"{path.name}.txt").read_text() for path in SOURCES.glob("*.cu"))
-    warnings = [line for line in text.splitlines() if "warning" in line.lower()]
+    warnings = [
+        line for line in text.splitlines() if "warning" in line.lower() or SERIALIZED in line
+    ]
     parts = _ENTRY.split(text)
     entries = list(zip(parts[1::3], parts[2::3], parts[3::3], strict=True))
     names = dict(zip(parts[1::3], _readable(parts[1::3]), strict=True))
@@ -231,24 +275,35 @@ def module_path() -> Path:
     return found
 
 
-def with_wide_loads(found: list[Built]) -> list[Built]:
-    """The kernels, with the 128-bit loads of wide combine kernels counted in the disassembly."""
+def disassembled(found: list[Built]) -> list[Built]:
+    """The kernels, with what only the disassembly tells: the 128-bit loads of wide combine kernels,
+    and what kernels with a demand lack.
+    """
     wanted: dict[str, list[str]] = {}
     for built in found:
-        if built.wide:
+        if built.wide or built.demand:
             wanted.setdefault(built.arch, []).append(built.symbol)
     # The disassembler takes seconds, on one processor.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        codes = list(pool.map(_disassembled, wanted, wanted.values()))
-    counts = {
-        (arch, symbol): len(_WIDE_LOAD.findall(code))
-        for arch, pairs in zip(wanted, codes, strict=True)
-        for symbol, code in pairs
+        pairs = list(pool.map(_disassembled, wanted, wanted.values()))
+    codes = {
+        (arch, symbol): code
+        for arch, own in zip(wanted, pairs, strict=True)
+        for symbol, code in own
     }
-    return [
-        replace(built, wide_loads=counts.get((built.arch, built.symbol), 0) if built.wide else None)
-        for built in found
-    ]
+    return [inspected(built, codes.get((built.arch, built.symbol), "")) for built in found]
+
+
+def inspected(built: Built, code: str) -> Built:
+    """A kernel with what its machine code tells."""
+    asked = built.demand.instructions if built.demand else {}
+    lacks = tuple(
+        f"{code.count(text)} of {least} {text}"
+        for text, least in asked.items()
+        if code.count(text) < least
+    )
+    wide_loads = len(_WIDE_LOAD.findall(code)) if built.wide else None
+    return replace(built, wide_loads=wide_loads, lacks=lacks)
 
 
 def _disassembled(arch: str, symbols: list[str]) -> list[tuple[str, str]]:
@@ -280,6 +335,10 @@ def problems(built: Built) -> list[str]:
         )
     if built.wide and not built.wide_loads:
         found.append("no 128-bit load")
+    if built.demand and built.registers > built.demand.registers:
+        found.append(f"more than {built.demand.registers} registers")
+    if built.lacks:
+        found.append(f"its code has {', '.join(built.lacks)}")
     return found
 
 
@@ -341,7 +400,7 @@ def main(arguments: list[str]) -> None:
     run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     took = build(compiler, afresh=options.record)
     found, wrong = reported()
-    found = with_wide_loads(found)
+    found = disassembled(found)
     lines = [row(built, nvcc_version(compiler), took, run) for built in found]
     if options.record:
         rows.write("ptxas", lines, echo=False)

@@ -9,6 +9,7 @@ from bench import ptxas
 
 PREFIX = "ptxas info    : "
 COMBINE = "_ZN4reap12_GLOBAL__N_114combine_tokensINS_4bf16ELi8ELi8EEEvNS_7CombineE"
+PRODUCT = "_ZN4reap7grouped14multiply_tilesINS_4bf16ELb1EEEvNS0_4CallENS_3MapES4_"
 TILES = "_ZN4reap12_GLOBAL__N_110list_tilesENS_8ScheduleE"
 
 
@@ -62,6 +63,27 @@ def test_wide_combinations_need_wide_loads(report) -> None:
     (built,), _ = report(entry(COMBINE, "sm_80"))
     assert ptxas.problems(replace(built, wide_loads=0)) == ["no 128-bit load"]
     assert ptxas.problems(replace(built, wide_loads=8)) == []
+
+
+def test_kernels_with_a_demand_need_its_instructions(report) -> None:
+    found, _ = report(entry(PRODUCT, "sm_90a") + entry(PRODUCT, "sm_80"))
+    code = "\n".join(
+        text
+        for text, least in ptxas.DEMANDS["sm_90a", "multiply_tiles"].instructions.items()
+        for _ in range(least)
+    )
+    fast, elsewhere = (ptxas.inspected(built, code) for built in found)
+    assert ptxas.problems(fast) == ptxas.problems(elsewhere) == []
+    assert ptxas.problems(replace(fast, registers=176)) == ["more than 168 registers"]
+    waits = ptxas.inspected(fast, code.replace("gsb0, 0x1", "gsb0, 0x0"))
+    assert ptxas.problems(waits) == ["its code has 0 of 8 WARPGROUP.DEPBAR.LE gsb0, 0x1"]
+    assert len(ptxas.inspected(fast, "").lacks) == 8
+
+
+def test_serialized_products_are_seen(report) -> None:
+    line = f"{PREFIX}(C7510) Potential Performance Loss: wgmma.mma_async are serialized\n"
+    _, (warning,) = report(line + entry(PRODUCT, "sm_90a"))
+    assert "serialized" in warning
 
 
 def test_no_kernel_of_the_sources_may_be_absent(report) -> None:
