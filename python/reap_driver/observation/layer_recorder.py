@@ -1,15 +1,16 @@
 """Records the statistics of one layer, and checks its output against the module's own forward."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from reap_driver.compat.experts_interface import Forward
-from reap_driver.model.adapters import ExpertCall, KernelAdapter
+from reap_driver.compat.experts_interface import Forward, GroupedForm
+from reap_driver.model.adapters import ExpertCall, KernelAdapter, Sample
 from reap_driver.model.discover import MoELayer, adapter_of
+from reap_driver.observation.first_calls import Code, FirstCalls
 from reap_driver.observation.token_mask import TokenMask
 from reap_kernels import (
     Activation,
@@ -23,19 +24,6 @@ from reap_kernels.dispatch import select
 from reap_kernels.errors import DataError, UnsupportedModel
 from reap_kernels.experts.request import request_of
 
-# Number of tokens on which a layer's first call is compared with the module's own forward. Few,
-# because most of the cost is reading the weights of every expert that these tokens reach.
-_SAMPLE = 4
-
-# Largest accepted ||ours - eager|| / ||eager|| on the sample. Rounding causes at most a tenth of
-# each; a missing expert or a wrong activation causes more than 0.1.
-_TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-    torch.float16: 5e-3,
-    torch.bfloat16: 2e-2,
-}
-
 
 class Observation(Protocol):
     """What a recorder needs from the observer that it belongs to.
@@ -46,20 +34,18 @@ class Observation(Protocol):
         groups: names of the calibration groups so far.
         tokens: the token mask of the current forward.
         gram: whether Gram matrices are summed.
+        first_calls: the comparisons of layers' first calls.
     """
 
     backend: str | None
     gram: bool
+    first_calls: FirstCalls
     forwards: int
     groups: list[str]
     tokens: TokenMask
 
     def group_index(self) -> int:
         """Index of the calibration group of the current forward."""
-        ...
-
-    def check_finite(self) -> None:
-        """Raises DataError for the first layer whose experts returned NaN or Inf."""
         ...
 
 
@@ -71,7 +57,6 @@ class LayerRecorder:
         self._layer = layer
         self._activation: Activation | None = None
         self._stats: LayerStats | None = None
-        self._compared = False
         self._dtype: torch.dtype | None = None  # in which the model computes the layer
         self._forward = 0  # the last one recorded; `_before` are the statistics before it
         self._before: LayerStats | None = None
@@ -116,8 +101,15 @@ class LayerRecorder:
         """Experts a token is routed to."""
         return self._layer.top_k
 
-    def observe(self, hidden: Tensor, ids: Tensor, weights: Tensor, eager: Forward) -> Tensor:
-        """The routed output [T, H] of one call, recorded; the first is compared with `eager`."""
+    def observe(
+        self,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        eager: Forward,
+        grouped: Callable[[], GroupedForm | None] | None = None,
+    ) -> Tensor:
+        """The routed output [T, H] of one call, recorded; the first is compared, see `Recorder`."""
         self.routed(ids, weights)
         mask = self.token_mask(len(hidden), hidden.device)
         self.watch(weights, mask)  # smaller than the rows, and not finite if a row is not
@@ -138,17 +130,8 @@ class LayerRecorder:
             backend=self.backend,
             gram=self.gram(hidden.device),
         ).to(hidden.dtype)
-        few = self.sample(len(hidden), self._comparable(ids, mask))
-        if few is not None:
-            try:
-                own = eager(hidden[few], ids[few], weights[few])
-            except RuntimeError as error:
-                raise UnsupportedModel(
-                    f"{self.name}: the module's own forward fails, so the observed output cannot "
-                    f"be checked ({str(error).splitlines()[0]}); run the model without "
-                    "observe(), and without autocast"
-                ) from error
-            self.compare(out[few], own)
+        if self._observation.first_calls.due(self.name):
+            self._compare_first(ExpertCall(hidden, ids, weights, mask), out, eager, grouped)
         return self.computed(ExpertCall(rows, ids, weights, mask), out)
 
     def computed(self, call: ExpertCall, out: Tensor) -> Tensor:
@@ -160,9 +143,33 @@ class LayerRecorder:
     def routed(self, ids: Tensor, weights: Tensor) -> None:
         """Called with the routing of every call. A hook for subclasses that record the routing."""
 
+    def _compare_first(
+        self,
+        call: ExpertCall,
+        out: Tensor,
+        eager: Forward,
+        grouped: Callable[[], GroupedForm | None] | None,
+    ) -> None:
+        """Compares the output [T, H] of a call with the module's own on a sample of its tokens."""
+        mask = self._comparable(call.ids, call.mask)
+        sample = self.sample(len(out), mask, out.device)
+        if sample is None:
+            return
+        forward, code = self._observation.first_calls.reference(eager, grouped)
+        few = sample.rows
+        try:
+            own = forward(call.hidden[few], call.ids[few], call.weights[few])
+        except RuntimeError as error:
+            raise UnsupportedModel(
+                f"{self.name}: the module's own forward fails, so the observed output cannot be "
+                f"checked ({str(error).splitlines()[0]}); run the model without observe(), and "
+                "without autocast"
+            ) from error
+        self.compare(sample, out[few], own, code)
+
     def _comparable(self, ids: Tensor, mask: Tensor | None) -> Tensor | None:
         """Mask of counted tokens that reach an expert of this process; it computes no others."""
-        if self._compared or self._layer.local is None:
+        if self._layer.local is None:
             return mask
         own = ((ids >= 0) & (ids < self._layer.local_experts)).any(dim=1)
         return own if mask is None else own & mask
@@ -181,7 +188,7 @@ class LayerRecorder:
         if not isinstance(adapter, KernelAdapter):
             raise TypeError(f"adapter {adapter.name!r} does not describe its weights to kernels")
         if self._activation is None:
-            self._activation = adapter.activation(module)
+            self._activation = self._observation.first_calls.activation(module, adapter)
         return adapter.weights(module, self._activation)
 
     def token_mask(self, tokens: int, device: torch.device) -> Tensor | None:
@@ -282,38 +289,17 @@ class LayerRecorder:
             )
         self._dtype = dtype
 
-    def sample(self, tokens: int, mask: Tensor | None) -> Tensor | None:
-        """Token indices for the first call's comparison, spread over the counted tokens."""
-        if self._compared:
-            return None
-        rows = torch.arange(tokens) if mask is None else mask.cpu().nonzero().flatten()
-        if not len(rows):
-            return None
-        self._compared = True
-        return rows[torch.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows))).long()]
+    def sample(self, tokens: int, mask: Tensor | None, device: torch.device) -> Sample | None:
+        """The tokens to compare in the first call with counted tokens; None afterwards."""
+        return self._observation.first_calls.sample(self.name, tokens, mask, device)
 
-    def compare(self, own: Tensor, eager: Tensor) -> None:
-        """Raises unless our output equals the module's own within the dtype's tolerance."""
-        dtype = own.dtype if self._dtype is None else self._dtype
-        name, tolerance = self._layer.name, _TOLERANCE[dtype]
-        truth = eager.double()
-        if not bool(truth.isfinite().all()):
-            if self._layer.local is None:
-                self._observation.check_finite()  # an earlier layer may be the cause
-            bad = int((~truth.isfinite().all(dim=-1)).sum())
-            raise DataError(
-                f"{name}: the model's own experts return NaN or Inf for {bad} of {len(truth)} "
-                f"tokens in {dtype}; check the checkpoint's weights, or load it in a wider "
-                "dtype"
-            )
-        scale = float(truth.norm())
-        error = float((own.double() - truth).norm()) / (scale or 1.0)
-        if not error <= tolerance:
-            raise UnsupportedModel(
-                f"{name} ({type(self._layer.module).__name__}): our output differs from the "
-                f"module's own by {error:.2e} relative, {tolerance:.0e} is allowed for "
-                f"{dtype}; this version does not support what this model computes"
-            )
+    def compare(self, sample: Sample, ours: Tensor, own: Tensor, code: Code | None = None) -> None:
+        """Compares our output of some tokens with the module's own, which `code` computed, by
+        default that of its class. The result is read after the forward.
+        """
+        dtype = ours.dtype if self._dtype is None else self._dtype
+        first_calls = self._observation.first_calls
+        first_calls.add(self._layer, dtype, sample, code or Code(), ours, own)
 
     def collect(self, groups: int) -> LayerStats:
         """A copy on the CPU with `groups` groups, of all ranks' experts; empty if never called."""

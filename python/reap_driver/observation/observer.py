@@ -5,28 +5,26 @@ pass, and is restored when the context exits. The model's outputs do not change.
 """
 
 import contextlib
-import datetime
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import reap_kernels
 from reap_driver.base.arguments import typed
 from reap_driver.compat.mtp_layer import running_mtp
 from reap_driver.compat.text_model import text_model
-from reap_driver.model.discover import adapter_of, block_of, find_moe_layers, record_of
-from reap_driver.model.expert_dims import stacks_of
+from reap_driver.model.discover import adapter_of, block_of, find_moe_layers
 from reap_driver.model.forward import forward
 from reap_driver.model.unwrap import check_mode, unwrap_model
+from reap_driver.observation.first_calls import FirstCalls
 from reap_driver.observation.gram_sums import GramSink, check_gram
 from reap_driver.observation.layer_recorder import LayerRecorder
+from reap_driver.observation.provenance import provenance_of
 from reap_driver.observation.token_mask import TokenMask
 from reap_kernels import LayerGram, LayerStats, SaliencyStats
 from reap_kernels.documents import as_read
@@ -75,6 +73,7 @@ class Observer:
             [la.name for la in self.layers if not adapter_of(la).takes_mask],
             [la.name for la in self.layers if la.mtp],
         )
+        self.first_calls = FirstCalls()
         self._recorders = {layer.name: LayerRecorder(self, layer) for layer in self.layers}
         self._sources: list[dict[str, Any]] = []
         self._notes: list[str] = []
@@ -167,8 +166,11 @@ class Observer:
         except (Exception, KeyboardInterrupt):
             self._undo()
             raise
+        except BaseException:  # a streamed model aborts its forward after a layer, and it counts
+            self._settle()
+            raise
         finally:
-            self._running = False  # a streamed model aborts its forward, but it counts
+            self._running = False
 
     def group(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A context in which forwards are counted under the calibration group `name`.
@@ -242,7 +244,7 @@ class Observer:
         reached = {name for name, layer in collected.items() if int(layer.tokens.sum())}
         kept = {name: la for name, la in collected.items() if name in reached or not reached}
         self._check_finite(kept)
-        return SaliencyStats(kept, list(groups), self._provenance(list(kept)))
+        return SaliencyStats(kept, list(groups), self._provenance(kept))
 
     @property
     def grams(self) -> dict[str, LayerGram]:
@@ -334,6 +336,13 @@ class Observer:
         }
         self._check_finite({name: recorder.local(groups) for name, recorder in called.items()})
 
+    def _provenance(self, kept: Collection[str]) -> dict[str, Any]:
+        """The provenance of the statistics of some layers."""
+        served = (one.served_by for one in self._recorders.values() if one.called)
+        facts = provenance_of(self.model, self.layers, kept, backends=set().union(*served))
+        facts["data"] = [dict(source) for source in self._sources]
+        return {**facts, "notes": list(self._notes)} if self._notes else facts
+
     def _check_finite(self, layers: Mapping[str, LayerStats]) -> None:
         groups = list(self.groups or [DEFAULT_GROUP])
         for name, layer in layers.items():
@@ -396,10 +405,23 @@ class Observer:
     def _undo(self) -> None:
         """Removes what a failed forward has recorded."""
         if self._running:
+            self.first_calls.drop()
             for recorder in self._recorders.values():
                 recorder.undo(self.forwards)
             del self.groups[self._groups_before :]
         self._running = False
+
+    def _settle(self) -> None:
+        """Reads how the first calls of this forward compare; removes what it recorded if it raises.
+
+        Raises:
+            UnsupportedModel, DataError: see `FirstCalls.settle`.
+        """
+        try:
+            self.first_calls.settle(self.check_finite)
+        except Exception:
+            self._undo()
+            raise
 
     @torch.compiler.disable
     def _ended(self, _: nn.Module, __: Any, output: Any) -> None:
@@ -410,38 +432,16 @@ class Observer:
 
     @torch.compiler.disable
     def _after_forward(self, *_: Any) -> None:
-        """Refuses a model that runs without calling any of the observed experts."""
+        """Refuses a model that runs without calling any of the observed experts, or whose layers
+        differ from their modules' own forwards.
+        """
         if not any(recorder.called for recorder in self._recorders.values()):
             raise UnsupportedModel(
                 f"{type(self.model).__name__} ran, but none of its {len(self.layers)} MoE layers "
                 f"({self.layers[0].name}, ...) was called: something replaced their blocks; load "
                 "the model without hub kernels (use_kernels) and without torch.compile"
             )
-
-    def _provenance(self, names: list[str]) -> dict[str, Any]:
-        facts: dict[str, Any] = {
-            **record_of(self.model, [layer for layer in self.layers if layer.name in names]),
-            "data": [dict(source) for source in self._sources],
-            "gate": "model",
-            "software": {
-                "reap_kernels": reap_kernels.__version__,
-                "torch": str(torch.__version__),
-                "transformers": transformers.__version__,
-            },
-            "backend": "+".join(
-                sorted({name for r in self._recorders.values() if r.called for name in r.served_by})
-            ),
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        if self._notes:
-            facts["notes"] = list(self._notes)
-        unobserved = [layer.name for layer in self.layers if layer.name not in names]
-        if not unobserved:
-            return facts
-        experts = {layer.name: layer.num_experts for layer in self.layers}
-        stacks = stacks_of(self.model, experts)
-        facts["stacks"] = {stack.field: list(stack.layers) for stack in stacks}
-        return {**facts, "unobserved": unobserved}
+        self._settle()
 
 
 @typed

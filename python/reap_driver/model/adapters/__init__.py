@@ -1,6 +1,14 @@
 """Adapters: what differs between kinds of experts modules, one file per kind."""
 
-from reap_driver.model.adapters.adapter import Adapter, ExpertCall, KernelAdapter, Recorder, Sizes
+from reap_driver.model.adapters.adapter import (
+    Adapter,
+    ExpertCall,
+    ExpertsModule,
+    KernelAdapter,
+    Recorder,
+    Sample,
+    Sizes,
+)
 from reap_driver.model.adapters.dbrx import DbrxExperts
 from reap_driver.model.adapters.llama4 import Llama4Experts
 from reap_driver.model.adapters.module_list import InlineExperts, MethodExperts
@@ -15,4 +23,13 @@ ADAPTERS: tuple[Adapter, ...] = (
     InlineExperts(),
 )
 
-__all__ = ["ADAPTERS", "Adapter", "ExpertCall", "KernelAdapter", "Recorder", "Sizes"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "ExpertCall",
+    "ExpertsModule",
+    "KernelAdapter",
+    "Recorder",
+    "Sample",
+    "Sizes",
+]

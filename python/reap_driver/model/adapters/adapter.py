@@ -5,12 +5,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from reap_driver.compat.experts_interface import Forward
+from reap_driver.compat.experts_interface import Forward, GroupedForm
 from reap_driver.model.adapters.expert_parallel import ExpertSlice, slice_of
 from reap_kernels import Activation, ExpertWeights, LayerGram, LayerStats
 from reap_kernels.errors import UnsupportedModel
@@ -49,12 +49,33 @@ class ExpertCall:
     tokens: Tensor | None = None
 
 
+class Sample(NamedTuple):
+    """Tokens whose output is compared with the module's own, on the device that computes them.
+
+    Attributes:
+        rows: int64 [n], their indices among the T of a call.
+        counted: int64, how many of the T count; if none does, the comparison says nothing. None
+            if all count.
+    """
+
+    rows: Tensor
+    counted: Tensor | None
+
+
 class Recorder(Protocol):
     """Records the statistics of one layer during an observation (`observation.layer_recorder`)."""
 
-    def observe(self, hidden: Tensor, ids: Tensor, weights: Tensor, eager: Forward) -> Tensor:
-        """The routed output [T, H] of a call, which is recorded. Compares the first call
-        with `eager`.
+    def observe(
+        self,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        eager: Forward,
+        grouped: Callable[[], GroupedForm | None] | None = None,
+    ) -> Tensor:
+        """The routed output [T, H] of a call, which is recorded. Compares the first call with
+        `eager`, the module's own code, or where that of its kind was compared, with its grouped
+        form.
         """
         ...
 
@@ -94,14 +115,14 @@ class Recorder(Protocol):
         """
         ...
 
-    def compare(self, own: Tensor, eager: Tensor) -> None:
-        """Raises UnsupportedModel unless computed rows equal the module's own, to the
-        tolerance of the dtype.
+    def compare(self, sample: Sample, ours: Tensor, own: Tensor) -> None:
+        """Receives computed rows and the module's own. Once the forward has ended, raises
+        UnsupportedModel unless they are equal to the tolerance of the dtype.
         """
         ...
 
-    def sample(self, tokens: int, mask: Tensor | None) -> Tensor | None:
-        """Indices of the rows to compare in the first call with counted tokens; None afterwards."""
+    def sample(self, tokens: int, mask: Tensor | None, device: torch.device) -> Sample | None:
+        """The tokens to compare in the first call with counted tokens; None afterwards."""
         ...
 
     @property

@@ -114,12 +114,12 @@ def _run(
     stats.merge_(part)
     out = torch.zeros_like(rows)
     out[flat] = routed.to(out.dtype)
-    sample = recorder.sample(tokens, mask)
+    sample = recorder.sample(tokens, mask, rows.device)
     if sample is not None:
         hidden = rows.shape[-1]
-        few = rows.view(experts, tokens, hidden)[:, sample].reshape(-1, hidden)
-        own = out.view(experts, tokens, hidden)[:, sample].reshape(-1, hidden)
-        recorder.compare(own, eager(few))
+        few = rows.view(experts, tokens, hidden)[:, sample.rows].reshape(-1, hidden)
+        ours = out.view(experts, tokens, hidden)[:, sample.rows].reshape(-1, hidden)
+        recorder.compare(sample, ours, eager(few))
     call = ExpertCall(operands[flat], expert[:, None], ones, mask, token)
     out[flat] = recorder.computed(call, out[flat])
     return out

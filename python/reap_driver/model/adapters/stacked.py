@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reap_driver.compat.experts_interface import eager_forward, experts_bound, is_interface
+from reap_driver.compat.experts_interface import (
+    GroupedForm,
+    eager_forward,
+    experts_bound,
+    grouped_form,
+    is_interface,
+)
 from reap_driver.model.adapters.adapter import (
     ExpertsModule,
     KernelAdapter,
@@ -122,8 +128,11 @@ class StackedExperts(KernelAdapter):
             ids = ids if local is None else torch.where(ids < local.count, ids, 0)
             return eager(hidden, ids, weights)
 
+        def grouped() -> GroupedForm | None:
+            return grouped_form(module)
+
         def run(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            return recorder.observe(hidden, ids, weights, here)
+            return recorder.observe(hidden, ids, weights, here, grouped)
 
         def run_with_identity(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             # Slots of identity experts return their input times the router weight.
