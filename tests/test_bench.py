@@ -33,6 +33,7 @@ from reap_kernels.testing import CASES, Case
 from tests.gpu import checks, running
 from tests.gpu.checks import Check
 from tests.gpu.masks import TORCH
+from tests.gpu.models import DRIVER
 from tests.limits import HUNG
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +95,11 @@ def test_smoke_mode_runs_every_stage(smoke: Smoke) -> None:
     for name in command.FILES.values():
         assert {row["smoke"] for row in read(smoke.out / f"{name}.csv")} == {"yes"}
     ran = read(smoke.out / "gpu_checks.csv")
-    assert {row["backend"] for row in ran if row["result"] == "pass"} == {*checks.BACKENDS, TORCH}
+    assert {row["backend"] for row in ran if row["result"] == "pass"} == {
+        *checks.BACKENDS,
+        TORCH,
+        DRIVER,
+    }
     skipped = {row["detail"] for row in ran if row["result"] != "pass"}
     assert skipped == {"needs a CUDA device"}
     single = read(smoke.out / "gpu_kernels.csv")

@@ -86,6 +86,19 @@ def _checks(module: str, at: At) -> list[Row]:
     return running.run(at.machine.device, plan, at.deadline)
 
 
+def _group(module: str, groups: tuple[str, ...], at: At) -> list[Row]:
+    """Groups of checks of a module of `tests.gpu`; the first where the CPU would only be compared
+    with itself.
+    """
+    from importlib import import_module
+
+    from tests.gpu import models, running
+
+    here = import_module(f"tests.gpu.{module}")
+    every = [check for name in groups for check in models.checks(getattr(here, name))]
+    return running.run(at.machine.device, every[: 1 if at.machine.smoke else None], at.deadline)
+
+
 def _layer_checks(at: At) -> list[Row]:
     """Of the layer's checks and the GPU's own facts, those in bf16."""
     import torch
@@ -134,9 +147,48 @@ _GRAMS = "Gram matrices and cross moments"
 ITEMS: tuple[Item, ...] = (
     Item("layer checks", ("The call object of the layer op",), 75, "checks", _layer_checks),
     Item("gram checks", (_GRAMS,), 60, "checks", partial(_checks, "grams")),
+    Item(
+        "observed models",
+        (
+            "What observing has done in addition",
+            "Multi-token-prediction layers",
+            "Records with images",
+            "`device_map` with weights",
+        ),
+        60,
+        "checks",
+        partial(_group, "models", ("OBSERVING",)),
+    ),
+    Item(
+        "plans",
+        (
+            "`rd.masked_experts`, `search` and `compare`",
+            "Plans that remove neurons",
+            "Several plans compared",
+            "`rd.observe_vectors`",
+        ),
+        60,
+        "checks",
+        partial(_group, "models", ("PLANS",)),
+    ),
+    Item(
+        "streamed bits",
+        ("Streamed statistics equal", "FP8 blocks and the matrices"),
+        40,
+        "checks",
+        partial(_group, "jobs", ("STREAMED",)),
+    ),
+    Item(
+        "commands",
+        ("Recording a GPU's name", "`rd.masked_experts`, `search` and `compare`"),
+        60,
+        "checks",
+        partial(_group, "jobs", ("COMMANDS",)),
+    ),
     Item("mask in a graph", ("a mask inside a captured",), 15, "checks", partial(_checks, "masks")),
     Item("gram time", (_GRAMS,), 45, "gram", _gram_time),
     Item("steps", ("Where a layer's time goes", "65,536 tokens"), 90, "steps", _steps),
+    Item("tune", ("`reap-kernels tune`",), 60, "checks", partial(_group, "jobs", ("TUNED",))),
     Item("few rows", ("Launch tables for few rows per expert",), 60, "tiles", _few_rows),
     Item(
         "vllm layers",

@@ -11,7 +11,7 @@ from bench.gpu.clock import Deadline
 from reap_kernels.errors import BackendUnavailable, KernelError
 from reap_kernels.layer import cuda_backend
 from reap_kernels.testing import CASES, Case, make_experts, make_inputs
-from tests.gpu import checks, grams, running
+from tests.gpu import checks, grams, models, running
 from tests.gpu.checks import Check
 from tests.gpu.test_gpu import as_users_run, judge, name_of
 from tests.limits import HUNG
@@ -134,3 +134,37 @@ def test_checks_run_without_what_tests_set(monkeypatch) -> None:
         assert not {"TRITON_INTERPRET", "REAP_CUDA_HOST", "REAP_CPU_DTYPE"} & set(os.environ)
     assert os.environ["REAP_CUDA_HOST"] == "x"
     assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+def test_models_on_a_device_are_checked(monkeypatch) -> None:
+    """What a device gets wrong is found: here a sum that is off, and logits that are."""
+    real = models.observed
+    (_, run, own), *_ = models.OBSERVING
+    assert "within 0.0e+00" in run(CPU, "", torch.float32, *own)
+    calls = []
+
+    def wrong(model, batches, **how):
+        calls.append(model)
+        stats = real(model, batches, **how)
+        if len(calls) == 1:
+            next(iter(stats.layers.values())).norm_sum.mul_(1.01)
+        return stats
+
+    monkeypatch.setattr(models, "observed", wrong)
+    with pytest.raises(checks.CheckFailed, match=r"sums of model\.layers\.0.* are off by 1\.0e-02"):
+        run(CPU, "", torch.float32, *own)
+    with pytest.raises(checks.CheckFailed, match="logits is off"):
+        models.near(torch.ones(3), torch.full((3,), 1.1), 1e-3, "logits")
+
+
+def test_what_is_not_installed_is_told_from_what_is_wrong() -> None:
+    def absent(*_: object) -> str:
+        raise ModuleNotFoundError("No module named 'PIL'", name="PIL")
+
+    def ours(*_: object) -> str:
+        raise ModuleNotFoundError("No module named 'tests.x'", name="tests.x")
+
+    with pytest.raises(verify.NotHere, match="install it"):
+        models.imported(absent, CPU)
+    with pytest.raises(ModuleNotFoundError):
+        models.imported(ours, CPU)

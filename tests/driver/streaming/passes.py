@@ -55,11 +55,15 @@ def resident(
 
 
 def streamed(
-    folder: Path, data: Listed, place: Offload = "device", files: Path | None = None
+    folder: Path,
+    data: Listed,
+    place: Offload = "device",
+    files: Path | None = None,
+    device: torch.device = CPU,
 ) -> tuple[SaliencyStats, StreamedModel]:
     """Statistics of the streamed model, and the model."""
-    store = StateStore(place, CPU, files)
-    with open_streamed(folder) as opened:
+    store = StateStore(place, device, files)
+    with open_streamed(folder, device=device) as opened:
         observer = observe(opened.model)
         run_streamed(Run(observer, data, range(len(data.ids)), Stop()), opened, store)
         store.close()
