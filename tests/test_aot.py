@@ -55,8 +55,10 @@ LOOP = Loop(0, 2, 6, 0, ((64, 16),) * 4, 18)
 BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}
 
 
-def product(loop: Loop | None = LOOP, registers: int = 90, activation: str = "none") -> Compiled:
-    constants = {"ACTIVATION": activation, **BLOCKS}
+def product(
+    loop: Loop | None = LOOP, registers: int = 90, activation: str | None = "none"
+) -> Compiled:
+    constants = {**BLOCKS} if activation is None else {"ACTIVATION": activation, **BLOCKS}
     options = (("num_stages", 4), ("num_warps", 8))
     launch = Launched(
         ("reap_kernels.experts.kernel_triton", "grouped_product"),
@@ -115,8 +117,9 @@ def test_an_unrolled_loop_is_held_to_its_blocks() -> None:
     assert problems(SM90, product(twice)) == []
     (found,) = problems(SM90, product(replace(twice, copies=26)))
     assert found == "loop_copies is 13 for each block of K, at most 12 is allowed"
-    # A gated product multiplies twice as much in a block of K.
+    # A gated product multiplies twice as much in a block of K; another kernel has no activation.
     assert product(twice, activation="silu").steps == 1
+    assert product(twice, activation=None).steps == 2
 
 
 def test_bulk_copies_that_must_be_there_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:

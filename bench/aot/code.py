@@ -47,7 +47,7 @@ class Compiled:
         sizes = [constants.get(f"BLOCK_{name}") for name in "MNK"]
         if self.loop is None or None in sizes:
             return 1
-        halves = 1 if constants["ACTIVATION"] in ("none", "relu2") else 2
+        halves = 1 if constants.get("ACTIVATION", "none") in ("none", "relu2") else 2
         warps = dict(self.launch.options).get("num_warps", 4)
         return self.loop.steps(halves * math.prod(sizes), warps)
 
