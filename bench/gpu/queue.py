@@ -112,6 +112,22 @@ def _layer_checks(at: At) -> list[Row]:
     return running.run(at.machine.device, some, at.deadline)
 
 
+def _sanitized(tool: str, at: At) -> list[Row]:
+    """One tool of compute-sanitizer on one small variant of each CUDA kernel."""
+    import time
+
+    from tests.gpu import sanitize
+
+    start, reason = time.perf_counter(), sanitize.absent()
+    result, detail = "skipped", reason or ""
+    if reason is None:
+        clean, detail, output = sanitize.checked(tool, True, max(1.0, at.deadline.left()))
+        result = "pass" if clean else "failed"
+        detail += "" if clean else f": {' '.join(output.split())[:400]}"
+    row: Row = {"check": tool, "backend": "cuda", "dtype": "", "result": result, "detail": detail}
+    return [{**row, "seconds": f"{time.perf_counter() - start:.2f}"}]
+
+
 def _gram_time(at: At) -> list[Row]:
     from bench.gpu import grams
 
@@ -186,6 +202,10 @@ ITEMS: tuple[Item, ...] = (
         partial(_group, "jobs", ("COMMANDS",)),
     ),
     Item("mask in a graph", ("a mask inside a captured",), 15, "checks", partial(_checks, "masks")),
+    *(
+        Item(tool, ("compute-sanitizer's racecheck",), 60, "checks", partial(_sanitized, tool))
+        for tool in ("racecheck", "synccheck", "initcheck")
+    ),
     Item("gram time", (_GRAMS,), 45, "gram", _gram_time),
     Item("steps", ("Where a layer's time goes", "65,536 tokens"), 90, "steps", _steps),
     Item("tune", ("`reap-kernels tune`",), 60, "checks", partial(_group, "jobs", ("TUNED",))),

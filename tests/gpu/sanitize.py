@@ -2,8 +2,9 @@
 
 memcheck finds accesses out of bounds or misaligned, racecheck hazards in shared memory, synccheck
 wrong uses of barriers and of lane masks, initcheck reads of global memory nobody wrote. Each tool
-runs `tests.gpu.variants`, takes minutes, and gets one line. Exit codes: 0; 1 where a tool found
-something, or could not tell; 4 where a GPU, the kernels or compute-sanitizer are absent.
+runs `tests.gpu.variants` and gets one line; all of them take minutes, `--small` is one small
+variant of each kernel, about a minute a tool. Exit codes: 0; 1 where a tool found something, or
+could not tell; 4 where a GPU, the kernels or compute-sanitizer are absent.
 """
 
 import argparse
@@ -69,22 +70,43 @@ def verdict(output: str, code: int) -> tuple[bool, str]:
     return True, "nothing found"
 
 
-def check(tool: str) -> bool:
-    """Runs one tool and prints its line."""
+def checked(tool: str, small: bool = False, seconds: float | None = None) -> tuple[bool, str, str]:
+    """Runs one tool: whether it was clean, what to say, and what it printed.
+
+    Args:
+        tool: one of TOOLS.
+        small: one small variant of each kernel instead of all.
+        seconds: after which it is killed; None for no limit.
+    """
     # Importing torch under a tool may take longer than the tool waits for CUDA's first call.
     own = [str(program()), "--tool", tool, "--launch-timeout", "0"]
     # Our launches are checked by their status; torch asks the driver things that may fail.
     own += ["--report-api-errors", "no"] if tool == "memcheck" else []
-    command = [*own, sys.executable, "-m", "tests.gpu.variants", "cuda"]
+    command = [*own, sys.executable, "-m", "tests.gpu.variants", "cuda", *["small"] * small]
     # Without torch's cache every tensor is an allocation of its own, with bounds of its own.
     variables = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False
-    )
-    clean, text = verdict(done.stdout + done.stderr, done.returncode)
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=variables,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"did not end within {seconds:.0f} s", ""
+    output = done.stdout + done.stderr
+    return *verdict(output, done.returncode), output
+
+
+def check(tool: str, small: bool = False) -> bool:
+    """Runs one tool and prints its line."""
+    clean, text, output = checked(tool, small)
     print(f"{tool:10} {text}", flush=True)
     if not clean:
-        print("\n".join((done.stdout + done.stderr).splitlines()[:_KEPT]), flush=True)
+        print("\n".join(output.splitlines()[:_KEPT]), flush=True)
     return clean
 
 
@@ -92,12 +114,13 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the tools asked for; 0, RED or ABSENT."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.sanitize", description=__doc__)
     parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS, help="default: all")
+    parser.add_argument("--small", action="store_true", help="one small variant of each kernel")
     options = parser.parse_args(arguments)
     reason = absent()
     if reason is not None:
         print(f"python -m tests.gpu.sanitize cannot run: {reason}", file=sys.stderr)
         return ABSENT
-    clean = [check(tool) for tool in options.tools]
+    clean = [check(tool, options.small) for tool in options.tools]
     return 0 if all(clean) else RED
 
 

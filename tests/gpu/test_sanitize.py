@@ -14,8 +14,11 @@ CLEAN = "========= ERROR SUMMARY: 0 errors"
 NO_HAZARDS = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
 
 
-def test_every_launcher_runs_and_is_right(monkeypatch, capsys) -> None:
-    """A launcher that the module has and no variant calls would go unchecked."""
+@pytest.mark.parametrize("words", [["cpu"], ["cpu", "small"]], ids=["all", "small"])
+def test_every_launcher_runs_and_is_right(monkeypatch, capsys, words: list[str]) -> None:
+    """A launcher that the module has and no variant calls would go unchecked; `Variant.small` marks
+    one for each.
+    """
     module = cuda.host_module(env.cuda_host())
     helpers = {"error", "set_order"}
     launchers = {name for name in dir(module) if callable(getattr(module, name))} - helpers
@@ -28,7 +31,7 @@ def test_every_launcher_runs_and_is_right(monkeypatch, capsys) -> None:
         return launch(self, *arguments, **rest)
 
     monkeypatch.setattr(cuda.Kernel, "__call__", recorded)
-    assert variants.main(["cpu"]) == 0
+    assert variants.main(words) == 0
     assert "variants on cpu, 0 wrong" in capsys.readouterr().out
     assert called == launchers
 
@@ -104,6 +107,18 @@ def test_one_line_a_tool_and_red_where_one_finds_something(on_a_gpu: Path, capsy
     assert lines[2].endswith("-m tests.gpu.variants cuda 1")
     assert [line.split()[0] for line in lines[4:]] == ["synccheck", "initcheck"]
     assert sanitize.main(["--tools", "memcheck", "initcheck"]) == 0
+
+
+def test_a_tool_that_does_not_end_is_killed(on_a_gpu: Path) -> None:
+    install(on_a_gpu)
+    program = on_a_gpu / "compute-sanitizer"
+    program.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(1000)\n")
+    found = sanitize.checked("racecheck", small=True, seconds=0.5)
+    assert found == (False, "did not end within 0 s", "")
+    install(on_a_gpu)
+    clean, text, output = sanitize.checked("synccheck", small=True)
+    assert (clean, text) == (True, "nothing found")
+    assert "-m tests.gpu.variants cuda small 1" in output
 
 
 def test_where_compute_sanitizer_is_looked_for(on_a_gpu: Path, monkeypatch) -> None:

@@ -1,8 +1,9 @@
 """Launches every CUDA kernel in every variant, small, and compares each result with float64.
 
-`python -m tests.gpu.variants [cuda | cpu]`: what `tests.gpu.sanitize` runs under compute-sanitizer,
-and by itself a check; `cpu` where REAP_CUDA_HOST names the kernels compiled for the CPU. Inputs are
-made on the CPU and results read there, so that on the device next to nothing runs but our kernels.
+`python -m tests.gpu.variants [cuda | cpu] [small]`: what `tests.gpu.sanitize` runs under
+compute-sanitizer, and by itself a check; `small` is one small variant of each kernel, `cpu` where
+REAP_CUDA_HOST names the kernels compiled for the CPU. Inputs are made on the CPU and results read
+there, so that on the device next to nothing runs but our kernels.
 """
 
 import itertools
@@ -47,10 +48,15 @@ _BASE = Case("", "", tokens=6, experts=33, hidden=8, intermediate=1, foreign=0.2
 
 @dataclass(frozen=True)
 class Variant:
-    """One launch, or a few; `run(device)` raises CheckFailed where a result is wrong."""
+    """One launch, or a few; `run(device)` raises CheckFailed where a result is wrong.
+
+    Attributes:
+        small: whether it is the one of its kernels that the slowest tools run.
+    """
 
     name: str
     run: Callable[[torch.device], None]
+    small: bool = False
 
 
 def _expect(right: bool, what: str) -> None:
@@ -177,7 +183,8 @@ def _routes() -> Iterator[Variant]:
     sizes = [*itertools.product((0, 1, 128, 129, 350), few), *itertools.product((0, 129), most)]
     for tokens, experts in sizes:
         run = partial(_route, tokens, experts, torch.int64, torch.bfloat16)
-        yield Variant(f"route of {tokens} tokens to {experts} experts", run)
+        name = f"route of {tokens} tokens to {experts} experts"
+        yield Variant(name, run, small=(tokens, experts) == (129, 40))
     for dtype, router_weights in itertools.product(cuda.INTEGERS, (None, *cuda.FLOATS)):
         yield Variant(
             f"route of {dtype} by {router_weights}", partial(_route, 70, 9, dtype, router_weights)
@@ -187,7 +194,9 @@ def _routes() -> Iterator[Variant]:
 def _layers() -> Iterator[Variant]:
     for k, width, dtype in itertools.product(SLOTS, WIDTHS, FLOATS):
         case = replace(_BASE, top_k=k, hidden=width)
-        yield Variant(f"layer of k={k} H={width} {dtype}", partial(_layer, case, dtype, dtype, 64))
+        small = (k, width, dtype) == (8, 8, FLOATS[0])
+        run = partial(_layer, case, dtype, dtype, 64)
+        yield Variant(f"layer of k={k} H={width} {dtype}", run, small)
     for groups, masked, router_weights in itertools.product((1, 3), (0.0, 0.4), cuda.FLOATS):
         case = replace(_BASE, tokens=150, experts=3, top_k=2, groups=groups, masked=masked)
         name = f"layer of {groups} groups, {masked} masked, router_weights {router_weights}"
@@ -198,13 +207,15 @@ def _layers() -> Iterator[Variant]:
 
 def _others() -> Iterator[Variant]:
     for width, dtype, shifted in itertools.product((8, 9, 2056), cuda.FLOATS, (False, True)):
-        yield Variant(f"norms of {width} {dtype}", partial(_norms, width, dtype, shifted))
+        run = partial(_norms, width, dtype, shifted)
+        yield Variant(f"norms of {width} {dtype}", run, small=width == 9 and shifted)
     # Several blocks of threads and a partial one; rows that begin anywhere, which only FP8 has.
     for name, (packed, _, scaled) in FORMATS.items():
         sizes = ((3, 200, 416), (3, 35, 75)) if packed == 1 else ((3, 200, 416),)
         for size, scales, skipping in itertools.product(sizes, scaled, (False, True)):
             made = make_quantized(name, *size, scales=scales)
-            yield Variant(f"{name} {size} {scales}", partial(_dequantize, made, skipping))
+            run = partial(_dequantize, made, skipping)
+            yield Variant(f"{name} {size} {scales}", run, small=skipping and size[1] == 200)
 
 
 def every() -> Iterator[Variant]:
@@ -214,9 +225,13 @@ def every() -> Iterator[Variant]:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs all on a device; 0, or 1 where a result is wrong."""
-    where = torch.device(arguments[0] if arguments else "cuda")
+    words = list(arguments)
+    small = "small" in words
+    where = torch.device(next((word for word in words if word != "small"), "cuda"))
     number = wrong = 0
     for variant in every():
+        if small and not variant.small:
+            continue
         number += 1
         try:
             variant.run(where)
