@@ -69,7 +69,7 @@ int main(int argc, char** argv) {
     if (is("parted_lanes")) status = go(parted_lanes, 0);
     if (is("lost_threads")) status = go(lost_threads, 0);
     if (is("right")) status = go(right, 0);
-    if (is("too_much_shared")) status = go(race, 49 << 10);
+    if (is("too_much_shared")) status = go(race, 228 << 10);
     if (is("unwritten"))
         status =
             launch(unwritten, Grid{1}, Threads{64}, 256, Where{}, reinterpret_cast<unsigned*>(out));

@@ -1,29 +1,29 @@
 """Whether the emulation that runs our CUDA kernels on the CPU shows what is wrong with a kernel."""
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-CSRC = HERE.parent.parent / "csrc"
+from tests.csrc.programs import HERE, ORDERS, compile_cpp, compile_emulation, run
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    assert compiler, "tests need a C++ compiler; install g++"
-    built = tmp_path_factory.mktemp("emulation") / "emulation_test"
-    sources = [HERE / "emulation_test.cpp", CSRC / "host/emulation.cpp"]
-    command = [compiler, "-std=c++20", "-O1", "-w", f"-I{CSRC}", *sources, "-o", built]
-    subprocess.run(list(map(str, command)), check=True)
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return compile_emulation(tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture(scope="module")
+def program(emulation: list[Path]) -> Path:
+    built = emulation[0].parent / "emulation_test"
+    compile_cpp(built, "-O1", HERE / "emulation_test.cpp", *emulation)
     return built
 
 
-def run(program: Path, kernel: str, seed: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [str(program), kernel, str(seed)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def hopper(emulation: list[Path]) -> Path:
+    built = emulation[0].parent / "hopper_test"
+    compile_cpp(built, "-O1", HERE / "hopper_test.cpp", *emulation)
+    return built
 
 
 def values(program: Path, kernel: str, seed: int) -> list[int]:
@@ -67,3 +67,46 @@ def test_threads_that_miss_each_other_end_the_process(
 @pytest.mark.parametrize(("kernel", "status"), [("too_much_shared", 1), ("too_many_threads", 9)])
 def test_what_cuda_would_refuse_is_refused(program: Path, kernel: str, status: int) -> None:
     assert run(program, kernel).returncode == status
+
+
+@pytest.mark.parametrize("kernel", ["", "TMA alone"])
+def test_words_of_hopper_compute_a_product(hopper: Path, kernel: str) -> None:
+    for order in ORDERS:
+        done = run(hopper, kernel, order)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kernel", ["no swizzle", "no fence of copies"])
+def test_products_read_other_bytes(hopper: Path, kernel: str) -> None:
+    assert [run(hopper, kernel, order).returncode for order in ORDERS] == [3] * len(ORDERS)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("more bytes", "threads 0-127: the mbarrier at byte 12288 to end phase 0, which lacks 0"),
+        ("odd address", "a TMA load is not to a multiple of 128 bytes"),
+        ("arrival before copies", "cp.async are not waited for"),
+        ("no fence of products", "a product without products_begin"),
+        ("lanes differ", "lanes of one warp issue different products"),
+        ("a warp issues less", "warps of a group issue different products"),
+        ("no commit", "products are not waited for"),
+        ("no wait for products", "products are not waited for"),
+        ("no initialization", "an mbarrier is used before barrier_init"),
+        ("no fence of barriers", "TMA uses an mbarrier before barriers_ready"),
+        ("barrier overwritten", "an mbarrier has been written over"),
+        ("no wait for loads", "a block ends before copies that it began"),
+        ("another arrival", "a block ends before copies that it began"),
+        ("a thread stays away", "0-69, 71-127: bar.sync 1, to which 127 of 128 have come"),
+        ("too little memory", "an mbarrier outside shared memory"),
+    ],
+)
+def test_misuse_of_hopper_says_what_it_is(hopper: Path, kernel: str, message: str) -> None:
+    assert message in run(hopper, kernel).stderr
+
+
+def test_a_thread_that_only_waits_may_miss_a_phase(hopper: Path) -> None:
+    """The emulation asks each thread at its own turn, as the GPU does."""
+    runs = [run(hopper, "idle waiters", order) for order in ORDERS]
+    assert runs[0].returncode == 0
+    assert any("to end phase 1, which lacks 1 of 1 arrivals" in done.stderr for done in runs)
