@@ -57,7 +57,8 @@ def write(
 ) -> Path:
     """Appends `rows` to NAME.csv in `folder` and prints them.
 
-    The first row determines the file's columns; rows with other columns are refused.
+    The first row determines the file's columns. Where a run has more than the file, old rows leave
+    them blank; rows that lack one of the file's are refused.
 
     Args:
         name: name of the file, without its suffix.
@@ -73,9 +74,15 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         with path.open(newline="") as file:
-            header = next(csv.reader(file))
-        if header != columns:
+            reader = csv.DictReader(file)
+            header, before = list(reader.fieldnames or ()), list(reader)
+        if not set(header) <= set(columns):
             raise ValueError(f"{path} has columns {header}, this run has {columns}; rename one")
+        if header != columns:
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, columns, restval="")
+                writer.writeheader()
+                writer.writerows(before)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns)
         if file.tell() == 0:

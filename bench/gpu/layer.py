@@ -9,6 +9,7 @@ import torch
 
 from bench.gpu.clock import Deadline, times
 from bench.gpu.machine import Machine
+from bench.gpu.nvml import COLUMNS, Window
 from bench.gpu.providers import PROVIDERS, Prepared, Provider, Work, checked
 from bench.gpu.verify import outcome_of
 from reap_kernels import Activation, ExpertWeights
@@ -101,6 +102,7 @@ def measure(work: Work, deadline: Deadline, providers: Sequence[Provider]) -> li
     """Rows of one case: every provider, ROUNDS times in turn."""
     rows = {provider: _row(work.case, provider) for provider in providers}
     taken: dict[Provider, list[float]] = {provider: [] for provider in providers}
+    windows: dict[Provider, list[Window]] = {provider: [] for provider in providers}
     for turn in range(ROUNDS):
         for provider, row in rows.items():
             if row["status"] not in ("", "timed"):  # refused, skipped, failed or wrong
@@ -109,13 +111,15 @@ def measure(work: Work, deadline: Deadline, providers: Sequence[Provider]) -> li
                 row["note"] = f"{row['note']}; round {turn + 1} skipped: {deadline.reason}"
                 row["status"] = row["status"] or "skipped"
                 continue
-            _attempt(work, provider, row, taken[provider], verify=turn == 0)
+            own = (taken[provider], windows[provider])
+            _attempt(work, provider, row, *own, verify=turn == 0)
             if row["status"] != "timed":
                 taken[provider].clear()
                 _release(work.machine)
     for provider, row in rows.items():
         if row["status"] == "timed":
             row.update(_figures(work, taken[provider]))
+            row.update(work.machine.watch.columns(windows[provider]))
     _ratios(
         rows, {p: statistics.median(t) for p, t in taken.items() if rows[p]["status"] == "timed"}
     )
@@ -124,7 +128,14 @@ def measure(work: Work, deadline: Deadline, providers: Sequence[Provider]) -> li
     return list(rows.values())
 
 
-def _attempt(work: Work, provider: Provider, row: Row, taken: list[float], verify: bool) -> None:
+def _attempt(
+    work: Work,
+    provider: Provider,
+    row: Row,
+    taken: list[float],
+    windows: list[Window],
+    verify: bool,
+) -> None:
     """One round of one provider; checked first, and never timed where the check fails."""
     device = work.machine.device
     try:
@@ -132,7 +143,9 @@ def _attempt(work: Work, provider: Provider, row: Row, taken: list[float], verif
         if verify:
             row["error"] = f"{checked(work, prepared):.1e}"
             row["note"] = prepared.note
-        own = times(prepared.calls, device, _repeats(work, prepared))
+        repeats = _repeats(work, prepared)
+        with work.machine.watch.window(windows):
+            own = times(prepared.calls, device, repeats)
         taken += [prepared.scale * seconds for seconds in own]
         row["status"] = "timed"
     except torch.OutOfMemoryError as error:
@@ -181,6 +194,7 @@ _FIGURES = (
     "observed/unobserved",
     "transformers/observed",
     "error",
+    *COLUMNS,
 )
 _PRINTED = ("shape", "tokens", "routing", "provider", "variant", "observed", "status", "ms", "note")
 

@@ -3,12 +3,14 @@
 import shutil
 import statistics
 import subprocess
+import time
 from dataclasses import dataclass
 
 import torch
 
 from bench import rows
 from bench.gpu.clock import times
+from bench.gpu.nvml import Watch, Window
 from reap_kernels import device as devices
 
 
@@ -22,6 +24,7 @@ class Machine:
         facts: the columns every row begins with.
         peak: FLOP/s of a dense bf16 product, measured.
         copy: bytes/s of a device-to-device copy, read and written, measured.
+        watch: its clock and power while something is timed.
     """
 
     device: torch.device
@@ -29,6 +32,7 @@ class Machine:
     facts: dict[str, str]
     peak: float
     copy: float
+    watch: Watch
 
     @property
     def cache_bytes(self) -> int:
@@ -48,7 +52,9 @@ class Machine:
 
 def survey(device: torch.device, smoke: bool, commit: str | None) -> Machine:
     """Names the machine and measures its peaks; `commit` where git cannot say."""
-    peak, copy = _peak(device, 128 if smoke else 8192), _copy(device, 1 << (20 if smoke else 30))
+    watch, size = Watch(device), 128 if smoke else 8192
+    peak, copy = _peak(device, size), _copy(device, 1 << (20 if smoke else 30))
+    sustained, clock = _sustained(device, size, 0.01 if smoke else 2.0, watch)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     facts = {
@@ -58,12 +64,15 @@ def survey(device: torch.device, smoke: bool, commit: str | None) -> Machine:
         "cuda": str(torch.version.cuda or torch.version.hip or "none"),
         "triton": devices.triton_version() or "absent",
         "peak_tflops": f"{peak / 1e12:.1f}",
+        "sustained_tflops": f"{sustained / 1e12:.1f}",
+        "sustained_mhz": clock,
         "copy_gb_s": f"{copy / 1e9:.0f}",
+        "nvml": watch.note,
         "smoke": "yes" if smoke else "no",
     }
     if commit:  # of a tree that git knows nothing of, so neither whether it was changed
         facts |= {"commit": commit, "dirty": "unknown"}
-    return Machine(device, smoke, facts, peak, copy)
+    return Machine(device, smoke, facts, peak, copy, watch)
 
 
 def _driver() -> str:
@@ -82,6 +91,19 @@ def _peak(device: torch.device, size: int) -> float:
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     times([lambda: a @ b], device, 3)
     return 2 * size**3 / statistics.median(times([lambda: a @ b], device, 30))
+
+
+def _sustained(device: torch.device, size: int, seconds: float, watch: Watch) -> tuple[float, str]:
+    """FLOP/s of the same product once it has run for so many seconds, and the clock it then has."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    windows: list[Window] = []
+    end, taken = time.perf_counter() + seconds, [0.0]
+    with watch.window(windows):
+        while time.perf_counter() < end:
+            taken = times([lambda: a @ b], device, 30)
+    columns = watch.columns([(end - seconds / 4, windows[0][1])])
+    what = f"{columns['sm_mhz']} at {columns['watts']} W" if columns["sm_mhz"] else ""
+    return 2 * size**3 / statistics.median(taken), what
 
 
 def _copy(device: torch.device, size: int) -> float:

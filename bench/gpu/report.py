@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from bench.gpu.nvml import COLUMNS
 from bench.table_parts import markdown
 
 Row = dict[str, Any]
@@ -17,6 +18,9 @@ def page(facts: dict[str, str], stages: dict[str, Sequence[Row]]) -> str:
         head += "**Smoke run: tiny sizes; no figure here means anything.**\n\n"
     names = [[name, facts[name]] for name in _MACHINE]
     names.append(["dense bf16 product, 8192^3", f"{facts['peak_tflops']} TFLOP/s"])
+    sustained = f"{facts['sustained_tflops']} TFLOP/s {facts['sustained_mhz']}".strip()
+    names.append(["the same after 2 s, MHz and watts", sustained])
+    names.append(["clock and power (NVML)", facts["nvml"]])
     names.append(["copy, read and written", f"{facts['copy_gb_s']} GB/s"])
     parts = [head + markdown(["", ""], names)]
     if "queue" in stages:
@@ -120,12 +124,14 @@ def layer(rows: Sequence[Row]) -> str:
             row["pct_copy"],
             row["observed/unobserved"],
             row["transformers/observed"],
+            *(row[key] for key in COLUMNS),
         ]
         for row in rows
         if row["status"] == "timed"
     ]
     head = ["shape", "tokens", "routing", "provider", "observed", "ms", "TFLOP/s", "% of peak"]
     head += ["% of copy", "observed / unobserved", "fastest transformers / ours observed"]
+    head += ["MHz", "watts", "throttled"]
     return (markdown(head, body) if body else "") + _untimed(
         rows, lambda row: f"{row['shape']} T={row['tokens']} {row['routing']}"
     )

@@ -21,6 +21,7 @@ from bench.gpu import layer
 from bench.gpu.clock import Deadline, times
 from bench.gpu.layer import DTYPE, Row
 from bench.gpu.machine import Machine
+from bench.gpu.nvml import COLUMNS, Window
 from bench.gpu.providers import Work
 from bench.gpu.verify import CheckFailed, bounds_of, outcome_of, products_of
 from reap_kernels import LayerStats
@@ -39,17 +40,8 @@ BACKENDS = ("triton", "cuda")
 ROUNDS, REPEATS = 3, 12
 _SHAPES = ("Qwen3-30B-A3B", "DeepSeek-V3", "Qwen3.5-397B")
 _TOKENS = (2048, 16384, 65536)
-_FIGURES = (
-    "calls",
-    "ms",
-    "ms_p20",
-    "ms_p80",
-    "share",
-    "pct_peak",
-    "pct_copy",
-    "layer_ms",
-    "sum_ms",
-)
+_FIGURES = ("calls", "ms", "ms_p20", "ms_p80", "share", "pct_peak", "pct_copy", "layer_ms")
+_FIGURES += ("sum_ms", *COLUMNS)
 _PRINTED = ("shape", "tokens", "routing", "variant", "step", "status", "ms", "share", "note")
 
 
@@ -192,6 +184,7 @@ class Timer:
         self._stats = LayerStats(work.case.experts, device=work.machine.device)
         self._steps: list[list[float]] = []
         self._whole: list[float] = []
+        self._windows: list[Window] = []
         self.error = self._verify()
 
     def _call(self, kernels: gpu.LayerKernels, hidden: torch.Tensor) -> torch.Tensor:
@@ -227,9 +220,10 @@ class Timer:
     def round(self) -> None:
         """Some calls with events between the steps, and as many without."""
         work, repeats = self.work, 1 if self.work.machine.smoke else REPEATS
-        self._steps += self._stepped(repeats)
         calls = [lambda h=h: self._call(self._kernels, h) for h in work.hidden]
-        self._whole += times(calls, work.machine.device, repeats)
+        with work.machine.watch.window(self._windows):
+            self._steps += self._stepped(repeats)
+            self._whole += times(calls, work.machine.device, repeats)
 
     def figures(self) -> list[tuple[str, str, str, Row]]:
         """Step, status, note and figures of each step."""
@@ -247,7 +241,7 @@ class Timer:
                 "layer_ms": f"{statistics.median(self._whole) * 1e3:.4g}",
                 "sum_ms": f"{sum(middle) * 1e3:.4g}",
             }
-            figures |= self._of(name, seconds)
+            figures |= self._of(name, seconds) | self.work.machine.watch.columns(self._windows)
             found.append((name, "timed", f"output off by {self.error:.1e}", figures))
         return found
 
