@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import reap_kernels as rk
+from bench.aot import norms
 from reap_kernels import device, tuning
 from reap_kernels.compare import gpu as compare
 from reap_kernels.cross import gpu as cross
@@ -246,6 +247,9 @@ def launches_of(arch: Arch) -> list[Launched]:
             for vocabulary in (151936, 50257):
                 with recording(f"compare, V = {vocabulary}, {short}", found):
                     _compare(vocabulary, dtype)
+            for name, call in norms.calls(dtype):
+                with recording(f"{name}, {short}", found):
+                    call()
         _variants(found)
     return found
 

@@ -16,6 +16,7 @@ from bench.gpu.layer import SHAPES, TOKENS
 from bench.gpu.logits import NAME as COMPARE
 from bench.gpu.logits import of_vocabulary
 from bench.gpu.machine import Machine
+from bench.gpu.norms import ADDED, NORM, ROTARY, of_norms
 from bench.gpu.parts import (
     AROUND,
     DTYPE,
@@ -84,7 +85,7 @@ def run(machine: Machine, deadline: Deadline) -> list[Row]:
 
 def _groups(machine: Machine) -> Iterator[list[Part]]:
     """Parts that are timed in turn: of the first shape and length, of quantized matrices, of
-    logits, then of the other shapes.
+    logits, of norms, then of the other shapes.
     """
     cases = plan(machine.smoke)
     for number, case in enumerate(cases):
@@ -93,6 +94,7 @@ def _groups(machine: Machine) -> Iterator[list[Part]]:
             for shape in quantized(machine.smoke):
                 yield of_formats(machine, [shape], DEQUANT_BACKENDS)
             yield of_vocabulary(machine)
+            yield of_norms(machine)
 
 
 def _release(machine: Machine) -> None:
@@ -210,7 +212,8 @@ def _ratios(pairs: list[tuple[Part, Row]]) -> None:
         if name == OBSERVED and plain:
             row["observed/unobserved"] = _over(row, plain)
         others = [own for (n, v), own in timed.items() if n == name and v != variant]
-        if others and (variant == "cuda" or (name, variant) == (COMPARE, "triton")):
+        beside_torch = variant == "triton" and name in (COMPARE, NORM, ADDED, ROTARY)
+        if others and (variant == "cuda" or beside_torch):
             row["ours/other"] = _over(row, others[0])
 
 

@@ -140,6 +140,12 @@ def _steps(at: At) -> list[Row]:
     return steps.run(at.machine, at.deadline)
 
 
+def _norm_time(at: At) -> list[Row]:
+    from bench.gpu import kernels, norms
+
+    return kernels.measure(norms.of_norms(at.machine), at.machine, at.deadline)
+
+
 def _few_rows(at: At) -> list[Row]:
     from bench.gpu import tiles
 
@@ -158,10 +164,13 @@ def _vllm(at: At) -> list[Row]:
     return vllm_layers.run(at.machine, at.deadline)
 
 
+_NORMS = "RMS norms and rotary embeddings"
 _GRAMS = "Gram matrices and cross moments"
 # Correctness before time; of each, what most users meet first.
 ITEMS: tuple[Item, ...] = (
     Item("layer checks", ("The call object of the layer op",), 75, "checks", _layer_checks),
+    Item("norm checks", (_NORMS,), 45, "checks", partial(_checks, "norms")),
+    Item("norm time", (_NORMS,), 15, "kernels", _norm_time),
     Item("gram checks", (_GRAMS,), 60, "checks", partial(_checks, "grams")),
     Item(
         "observed models",

@@ -25,9 +25,8 @@ def rotary(
     second, out_second = (q, out_q) if k is None or out_k is None else (k, out_k)  # never read
     k_heads = 0 if k is None else k.shape[1]
     rotated = cos.shape[-1] * (2 if form.per_pair else 1)
-    heads_q, heads_k = (
-        rows_of_tile(power_of_two(width), power_of_two(n)) for n in (heads, k_heads)
-    )
+    tile = power_of_two(width) * (2 if width > rotated else 1)  # columns that pass have their own
+    heads_q, heads_k = (rows_of_tile(tile, power_of_two(n)) for n in (heads, k_heads))
     blocks = -(-heads // heads_q)  # and then those of k
     grid = (batch * tokens, blocks + -(-k_heads // heads_k))
     if not grid[0] * grid[1]:
@@ -56,7 +55,7 @@ def rotary(
             PAIRS=power_of_two(rotated // 2),
             REST=power_of_two(width - rotated) if width > rotated else 0,
             EMULATED=device.interpreted(),
-            num_warps=warps_of_tile(max(heads_q, heads_k) * power_of_two(width)),
+            num_warps=warps_of_tile(max(heads_q, heads_k) * tile),
             **OPTIONS,
         )
     return out_q, out_k

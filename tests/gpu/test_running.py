@@ -11,7 +11,7 @@ from bench.gpu.clock import Deadline
 from reap_kernels.errors import BackendUnavailable, KernelError
 from reap_kernels.layer import cuda_backend
 from reap_kernels.testing import CASES, Case, make_experts, make_inputs
-from tests.gpu import checks, grams, models, running
+from tests.gpu import checks, grams, models, norms, running
 from tests.gpu.checks import Check
 from tests.gpu.test_gpu import as_users_run, judge, name_of
 from tests.limits import HUNG
@@ -59,6 +59,28 @@ def test_gram_matrices_are_checked(run, op: str, says: str, monkeypatch) -> None
     monkeypatch.setattr(grams.rk, op, wrong)
     with pytest.raises(checks.CheckFailed, match=says):
         run(CPU, "triton", torch.float32, case)
+
+
+@pytest.mark.parametrize(
+    ("op", "run", "sizes", "says"),
+    [
+        ("rms_norm", norms.normed, (3, 40), "off by"),
+        ("rotary", norms.rotated, (1, 2, 1, 8, 8), "off by"),
+        ("rotary", norms.rotated, (1, 2, 1, 8, 6), "other bits"),
+    ],
+)
+def test_norms_are_checked(op: str, run, sizes, says: str, monkeypatch) -> None:
+    """Right ones pass; results that are off by a tenth fail."""
+    assert "of the elements differ" in run(CPU, "triton", torch.float16, *sizes)
+    real = getattr(norms.rk, op)
+
+    def wrong(*arguments, backend=None, **rest):
+        first, *others = real(*arguments, backend=backend, **rest)
+        return (first * 1.1 if backend == "triton" else first, *others)
+
+    monkeypatch.setattr(norms.rk, op, wrong)
+    with pytest.raises(checks.CheckFailed, match=says):
+        run(CPU, "triton", torch.float16, *sizes)
 
 
 def test_refusals_are_told_from_failures() -> None:
