@@ -127,6 +127,77 @@ void define_dequant(py::module_& m) {
     define("dequantize_int4", &reap::dequantize_int4);
 }
 
+void define_products(py::module_& m) {
+    m.def(
+        "multiply_experts",
+        [](Address tokens, int tokens_dtype, std::int64_t token_rows, std::int64_t token_stride,
+           Address gather_index, int top_k, Address up, Address gate, std::int64_t expert_stride,
+           std::int64_t row_stride, Address table, Address bias, std::int64_t bias_expert_stride,
+           std::int64_t bias_row_stride, Address gate_bias, std::int64_t gate_bias_expert_stride,
+           std::int64_t gate_bias_row_stride, int formula, float limit, float alpha,
+           Address offsets, Address tile_experts, Address tile_rows, Address firsts, Address out,
+           std::int64_t slots, int experts, int width, int depth, int group, int device,
+           Address stream) {
+            reap::Product call{};
+            call.dtype = tokens_dtype;
+            call.formula = formula;
+            call.limit = limit;
+            call.alpha = alpha;
+            call.tokens = at<const void>(tokens);
+            call.token_rows = token_rows;
+            call.token_stride = token_stride;
+            call.gather_index = at<const std::int64_t>(gather_index);
+            call.top_k = top_k;
+            call.matrices = {at<const void>(up), at<const void>(gate), expert_stride, row_stride,
+                             at<const void>(table)};
+            call.bias = {at<const void>(bias), bias_expert_stride, bias_row_stride};
+            call.gate_bias = {at<const void>(gate_bias), gate_bias_expert_stride,
+                              gate_bias_row_stride};
+            call.offsets = at<const std::int64_t>(offsets);
+            call.tile_experts = at<const std::int32_t>(tile_experts);
+            call.tile_rows = at<const std::int32_t>(tile_rows);
+            call.firsts = at<const std::int32_t>(firsts);
+            call.out = at<void>(out);
+            call.slots = slots;
+            call.experts = experts;
+            call.width = width;
+            call.depth = depth;
+            call.group = group;
+            return reap::multiply_experts(call, {device, stream});
+        },
+        py::kw_only(), "tokens"_a, "tokens_dtype"_a, "token_rows"_a, "token_stride"_a,
+        "gather_index"_a, "top_k"_a, "up"_a, "gate"_a, "expert_stride"_a, "row_stride"_a, "table"_a,
+        "bias"_a, "bias_expert_stride"_a, "bias_row_stride"_a, "gate_bias"_a,
+        "gate_bias_expert_stride"_a, "gate_bias_row_stride"_a, "formula"_a, "limit"_a, "alpha"_a,
+        "offsets"_a, "tile_experts"_a, "tile_rows"_a, "firsts"_a, "out"_a, "slots"_a, "experts"_a,
+        "width"_a, "depth"_a, "group"_a, "device"_a, "stream"_a);
+    m.def(
+        "describe_experts",
+        [](int dtype, Address ups, Address gates, std::int64_t row_stride, int experts, int width,
+           int depth, Address table) {
+            return reap::describe_experts({dtype, at<const std::uint64_t>(ups),
+                                           at<const std::uint64_t>(gates), row_stride, experts,
+                                           width, depth, at<void>(table)});
+        },
+        py::kw_only(), "dtype"_a, "ups"_a, "gates"_a, "row_stride"_a, "experts"_a, "width"_a,
+        "depth"_a, "table"_a,
+        "Fills `table`, host memory of `table_bytes(experts)`, from host arrays of addresses.");
+    m.def("table_bytes", &reap::table_bytes, "experts"_a);
+    py::dict formulas;
+    const auto name = [&](const char* kind, reap::Formula formula) {
+        formulas[kind] = static_cast<int>(formula);
+    };
+    name("none", reap::Formula::none);
+    name("relu2", reap::Formula::relu2);
+    name("silu", reap::Formula::silu);
+    name("gelu_tanh", reap::Formula::gelu_tanh);
+    name("silu_clamped_in", reap::Formula::silu_clamped_in);
+    name("silu_clamped_out", reap::Formula::silu_clamped_out);
+    name("swiglu_oai", reap::Formula::swiglu_oai);
+    m.attr("FORMULAS") = formulas;
+    m.attr("PRODUCT_ROWS") = reap::PRODUCT_ROWS;
+}
+
 void define_dtypes(py::module_& m) {
     py::dict dtypes;
     const auto name = [&](const char* torch, reap::Dtype dtype) {
@@ -181,4 +252,5 @@ PYBIND11_MODULE(_C, m) {
     define_sort(m);
     define_saliency(m);
     define_dequant(m);
+    define_products(m);
 }

@@ -76,15 +76,20 @@ def refusal(where: torch.device) -> str | None:
 @functools.cache
 def digest(where: torch.device) -> str:
     """Changes whenever the module that serves a device does: verdicts hold for one build."""
-    return hashlib.sha256(Path(str(_module(where).__file__)).read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(Path(str(required(where).__file__)).read_bytes()).hexdigest()[:12]
 
 
 def constant(where: torch.device, name: str) -> int:
     """A limit or size the module states, such as `SORT_CHUNK`."""
-    return int(getattr(_module(where), name))
+    return int(getattr(required(where), name))
 
 
-def _module(where: torch.device) -> ModuleType:
+def required(where: torch.device) -> ModuleType:
+    """The module that serves a device.
+
+    Raises:
+        BackendUnavailable: none does.
+    """
     found = serving(where)
     if isinstance(found, str):
         raise BackendUnavailable(f"CUDA kernels cannot run on {where}: {found}")
@@ -104,7 +109,7 @@ class Kernel:
         self.name = name
         self._dtypes = dtypes
 
-    def __call__(self, where: torch.device, shape: str, **arguments: Tensor | int | None) -> None:
+    def __call__(self, where: torch.device, shape: str, **arguments: Tensor | float | None) -> None:
         """Launches on `where`'s current stream; waits for nothing.
 
         Args:
@@ -117,15 +122,15 @@ class Kernel:
             ShapeError, DtypeError: a tensor is elsewhere, not contiguous, or of another dtype.
             KernelError: CUDA refused the launch.
         """
-        found = _module(where)
-        values: dict[str, int] = {}
+        found = required(where)
+        values: dict[str, float] = {}
         for name, value in arguments.items():
             allowed = self._dtypes.get(name)
             if allowed is None:
-                assert isinstance(value, int), f"{self.name} states no dtype for {name}"
+                assert isinstance(value, int | float), f"{self.name} states no dtype for {name}"
                 values[name] = value
                 continue
-            assert not isinstance(value, int)
+            assert not isinstance(value, int | float)
             values[name] = 0 if value is None else self._address(name, value, where)
             if isinstance(allowed, tuple):
                 dtype = allowed[0] if value is None else value.dtype

@@ -169,6 +169,9 @@ _GRAMS = "Gram matrices and cross moments"
 # Correctness before time; of each, what most users meet first.
 ITEMS: tuple[Item, ...] = (
     Item("layer checks", ("The call object of the layer op",), 75, "checks", _layer_checks),
+    Item(
+        "product checks", ("CUDA products for Hopper",), 40, "checks", partial(_checks, "products")
+    ),
     Item("norm checks", (_NORMS,), 45, "checks", partial(_checks, "norms")),
     Item("norm time", (_NORMS,), 15, "kernels", _norm_time),
     Item("gram checks", (_GRAMS,), 60, "checks", partial(_checks, "grams")),

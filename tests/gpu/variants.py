@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import reap_kernels as rk
-from bench.gpu.verify import CheckFailed
+from bench.gpu.verify import CheckFailed, NotHere
 from reap_kernels import LayerStats, cuda
 from reap_kernels.dequant import kernel_cuda as dequant
 from reap_kernels.quantized import FORMATS, Quantized
@@ -26,6 +26,7 @@ from reap_kernels.sort import kernel_cuda as route
 from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.stats import COUNTS, EXTREMA, SUMS
 from reap_kernels.testing import (
+    ACTIVATIONS,
     Case,
     Inputs,
     largest_relative_error,
@@ -33,6 +34,7 @@ from reap_kernels.testing import (
     make_quantized,
     relative_error,
 )
+from tests.gpu import products
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # One rounding of sums that accumulate in float32; of norms, a few of float32.
@@ -218,9 +220,36 @@ def _others() -> Iterator[Variant]:
             yield Variant(f"{name} {size} {scales}", run, small=skipping and size[1] == 200)
 
 
+def _product(
+    case: Case, layout: str, activation: rk.Activation, dtype: torch.dtype, where: torch.device
+) -> None:
+    """Both products of an expert, where the GPU is a Hopper."""
+    try:
+        errors = products.compare(case, layout, activation, dtype, where)
+    except NotHere as reason:
+        print(f"not run: {reason}")
+        return
+    _expect(max(errors) <= products.BOUNDS[dtype], f"products are off by {errors}")
+
+
+def _products() -> Iterator[Variant]:
+    for activation, dtype in itertools.product(ACTIVATIONS, products.BOUNDS):
+        layouts = (
+            ("stacked", "interleaved-biased", "per-expert") if activation.gated else ("ungated",)
+        )
+        for layout in layouts:
+            run = partial(_product, products.SIZES, layout, activation, dtype)
+            small = dtype == torch.bfloat16 and activation.kind == "silu" and layout == "stacked"
+            yield Variant(f"products of {layout} {activation.kind} {dtype}", run, small)
+    yield Variant(
+        "products of full tiles",
+        partial(_product, products.ONE, "stacked", ACTIVATIONS[0], torch.bfloat16),
+    )
+
+
 def every() -> Iterator[Variant]:
     """All variants, small."""
-    return itertools.chain(_routes(), _layers(), _others())
+    return itertools.chain(_routes(), _layers(), _others(), _products())
 
 
 def main(arguments: Sequence[str]) -> int:

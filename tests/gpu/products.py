@@ -1,0 +1,132 @@
+"""The CUDA products for Hopper on a GPU, both of an expert, against float64."""
+
+import torch
+from torch import Tensor
+
+from bench.gpu.verify import CheckFailed, NotHere
+from reap_kernels.activation import Activation
+from reap_kernels.experts import kernel_cuda as products
+from reap_kernels.experts.kernel_cuda import Half
+from reap_kernels.sort import kernel_cuda as route
+from reap_kernels.sort.slots import SortedSlots
+from reap_kernels.testing import ACTIVATIONS, Case, make_experts, make_inputs, relative_error
+from tests.gpu.checks import Check, poisoned
+
+NAME = "wgmma"
+# What rounding the results costs, and sums of products in float32 with it.
+BOUNDS = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
+LAYOUTS = ("stacked", "interleaved-biased", "ungated", "per-expert")
+# Widths that fill no tile; experts with no rows, with few, and (one) with more than a tile has.
+SIZES = Case("sizes", "multiples of 8 alone", 60, 5, 2, 136, 72, "zipf", foreign=0.2)
+ONE = Case("one", "tiles of two widths, most experts empty", 300, 4, 2, 72, 40, "one")
+# More tiles than an H200 has multiprocessors, several times; every stage is used many times.
+MANY = Case("many", "blocks with many tiles", 2000, 40, 4, 512, 1024, "zipf")
+
+
+def _both(
+    hidden: Tensor, rows: SortedSlots, first: tuple[Half, Half | None], down: Half, act: Activation
+) -> tuple[Tensor, Tensor]:
+    """h and y by sorted row."""
+    up, gate = first
+    h = products.product(hidden, up, rows, gate=gate, activation=act, gather=True)
+    return h, products.product(h, down, rows)
+
+
+def compare(
+    case: Case, layout: str, activation: Activation | None, dtype: torch.dtype, where: torch.device
+) -> tuple[float, float]:
+    """Relative errors of h and of y, which is computed from h. Inputs are made and results judged
+    on the CPU, so that on the device next to nothing runs but the products.
+
+    Raises:
+        NotHere: the kernels do not run on `where`.
+        CheckFailed: a second run has other bits.
+    """
+    inputs, experts = make_inputs(case, dtype), make_experts(case, layout, activation, dtype)
+    there = make_experts(case, layout, activation, dtype, device=where)
+    first, down = products.first_halves(there), Half.of(there.down, there.down_bias)
+    reason = products.refusal(where, *first) or products.refusal(where, down)
+    if reason is not None:
+        raise NotHere(reason)
+    ids, weights = inputs.topk_ids.to(where), inputs.topk_weights.to(where)
+    rows, hidden = route.sort_slots(ids, weights, case.experts), inputs.hidden.to(where)
+    with poisoned():
+        found = _both(hidden, rows, first, down, there.activation)
+        again = _both(hidden, rows, first, down, there.activation)
+    offsets, tokens = rows.offsets.tolist(), (rows.gather_index // rows.top_k).cpu()
+    h, y = (own[: offsets[-1]].cpu() for own in found)
+    if not all(
+        torch.equal(own[: offsets[-1]].cpu(), one) for own, one in zip(again, (h, y), strict=True)
+    ):
+        raise CheckFailed("a second run has other bits")
+    owners = list(zip(range(case.experts), offsets, offsets[1:], strict=False))
+    x = inputs.hidden.double()[tokens]
+    want_h = torch.cat([experts.inner(e, x[a:b]) for e, a, b in owners])
+    want_y = torch.cat([experts.output(e, h.double()[a:b]) for e, a, b in owners])
+    return relative_error(h, want_h), relative_error(y, want_y)
+
+
+def equal_float64(
+    device: torch.device,
+    _: str,
+    dtype: torch.dtype,
+    case: Case,
+    layout: str,
+    activation: Activation | None,
+) -> str:
+    """Both products within their bounds, twice the same bits."""
+    errors = compare(case, layout, activation, dtype, device)
+    if not max(errors) <= BOUNDS[dtype]:
+        raise CheckFailed(f"h and y are off by {errors}, {BOUNDS[dtype]:.1e} is allowed")
+    return f"h and y are off by {errors[0]:.1e} and {errors[1]:.1e}"
+
+
+def in_graph(device: torch.device, _: str, dtype: torch.dtype) -> str:
+    """Captured products, whose tensor maps are parameters of the launch, have the same bits."""
+    experts, inputs = make_experts(SIZES, dtype=dtype, device=device), make_inputs(SIZES, dtype)
+    first, down = products.first_halves(experts), Half.of(experts.down, None)
+    reason = products.refusal(device, *first)
+    if device.type != "cuda" or reason is not None:
+        raise NotHere(reason or "needs a CUDA device")
+    there = inputs.to(device)
+    rows = route.sort_slots(there.topk_ids, there.topk_weights, SIZES.experts)
+    served = int(rows.offsets[-1])
+    want = _both(there.hidden, rows, first, down, experts.activation)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = _both(there.hidden, rows, first, down, experts.activation)
+    graph.replay()
+    torch.cuda.synchronize(device)
+    for own, one in zip(got, want, strict=True):
+        if not torch.equal(own[:served], one[:served]):
+            raise CheckFailed("a replay has other bits")
+    return "the bits of direct launches"
+
+
+def plan(smoke: bool) -> list[Check]:
+    """Every layout and activation, tiles of every kind, many tiles, and a graph; in both dtypes."""
+    cases: list[tuple[Case, str, Activation | None]] = [(SIZES, layout, None) for layout in LAYOUTS]
+    if smoke:
+        dtypes = (torch.float16,)
+        cases = cases[:1]
+    else:
+        dtypes = tuple(BOUNDS)
+        cases += [(ONE, "stacked", None), (MANY, "stacked", None), (MANY, "per-expert", None)]
+        cases += [
+            (SIZES, "interleaved-biased" if own.gated else "ungated", own) for own in ACTIVATIONS
+        ]
+    checks = [
+        Check(
+            f"products, {case.name}, {layout}{f', {own.kind}' if own else ''}",
+            NAME,
+            dtype,
+            equal_float64,
+            (case, layout, own),
+        )
+        for case, layout, own in cases
+        for dtype in dtypes
+    ]
+    return checks + [
+        Check("products in a CUDA graph", NAME, dtype, in_graph, ()) for dtype in dtypes
+    ]
