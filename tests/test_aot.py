@@ -63,9 +63,9 @@ def product(
     launch = Launched(
         ("reap_kernels.experts.kernel_triton", "grouped_product"),
         "table, bfloat16",
-        (("a_ptr", "*bf16"), *((name, "constexpr") for name in constants)),
+        (("a_ptr", "*bf16"), ("K", "i32"), *((name, "constexpr") for name in constants)),
         tuple(constants.items()),
-        (0,),
+        (0, 1),
         options,
     )
     return Compiled(launch, registers, 1024, 0, 0, 4, loop, 1.0)
@@ -109,6 +109,12 @@ def test_waits_in_the_loop_are_seen(before: str, after: str, said: str) -> None:
     assert problems(SM90, product(main_loop(CODE, HGMMA))) == []
     (found,) = problems(SM90, product(main_loop(CODE.replace(before, after), HGMMA)))
     assert found.startswith(said)
+
+
+def test_rows_that_begin_anywhere_may_be_waited_for() -> None:
+    waits = product(replace(LOOP, drains=1))
+    assert problems(SM90, waits) != []
+    assert problems(SM90, replace(waits, launch=replace(waits.launch, divisible=(0,)))) == []
 
 
 def test_an_unrolled_loop_is_held_to_its_blocks() -> None:

@@ -98,6 +98,14 @@ class Launched:
         operand = dict(self.signature).get("a_ptr")  # of products only
         return operand in ("*bf16", "*fp16")
 
+    @property
+    def copies_rows(self) -> bool:
+        """Whether rows of K elements begin at multiples of 16 elements; those of other products may
+        begin anywhere, and are loaded through registers.
+        """
+        names = [name for name, _ in self.signature]
+        return "K" not in names or names.index("K") in self.divisible
+
 
 def _described(function: JITFunction, why: str, args: tuple[Any, ...], kwargs: Any) -> Launched:
     """A launch as Triton specializes it, for arguments equal to 1 or divisible by 16."""
