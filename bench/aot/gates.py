@@ -1,8 +1,8 @@
 """What the machine code of a launch must not do: spill, wait or issue more than it has to.
 
-Products of 16-bit operands are held twice: to stated limits, whichever Triton compiled them (but not
-where rows begin anywhere, so that they are loaded through registers and waited for), and to the
-newest recorded run of the same architecture and Triton version. `python -m bench aot --record`
+Products of 16-bit operands are held twice: to stated limits, whichever Triton compiled them (not
+where rows begin anywhere: they are loaded through registers and waited for), and to the newest
+recorded run of the same architecture and Triton version. `python -m bench aot --record`
 records a run, and with it accepts what it found.
 """
 
