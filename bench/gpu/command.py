@@ -21,12 +21,13 @@ STAGES = (
     "gram",
     "end2end",
     "steps",
+    "choices",
     "tiles",
     "vllm",
     "streaming",
 )
-# Left out unless asked for: steps and tiles are for who works on a layer or its launch table, vllm
-# needs vLLM, and streaming fills tens of GB.
+# Left out unless asked for: steps, choices and tiles are for who works on a layer or its launch
+# table, vllm needs vLLM, and streaming fills tens of GB.
 DEFAULT = STAGES[:5]
 FILES = {
     "checks": "gpu_checks",
@@ -35,6 +36,7 @@ FILES = {
     "gram": "gpu_gram",
     "end2end": "gpu_end_to_end",
     "steps": "gpu_steps",
+    "choices": "gpu_choices",
     "tiles": "gpu_tiles",
     "vllm": "gpu_vllm",
     "streaming": "gpu_streaming",
@@ -50,7 +52,7 @@ _ENDS = {
     "layer": 0.73,
     "gram": 0.79,
     "end2end": 0.97,
-    **dict.fromkeys(("steps", "tiles", "vllm"), _LAST),
+    **dict.fromkeys(("steps", "choices", "tiles", "vllm"), _LAST),
 }
 RED, NO_GPU = 1, 4
 
@@ -211,7 +213,17 @@ def _device(smoke: bool) -> torch.device | None:
 
 def _stage(stage: str, machine: Any, deadline: Deadline, folder: Path | None) -> Rows:
     """Rows of one stage."""
-    from bench.gpu import end_to_end, grams, kernels, layer, steps, streaming, tiles, vllm_layers
+    from bench.gpu import (
+        choices,
+        end_to_end,
+        grams,
+        kernels,
+        layer,
+        steps,
+        streaming,
+        tiles,
+        vllm_layers,
+    )
 
     if stage == "checks":
         from tests.gpu import running
@@ -227,6 +239,8 @@ def _stage(stage: str, machine: Any, deadline: Deadline, folder: Path | None) ->
         return end_to_end.run(machine, deadline)
     if stage == "steps":
         return steps.run(machine, deadline)
+    if stage == "choices":
+        return choices.run(machine, deadline)
     if stage == "tiles":
         return tiles.run(machine, deadline)
     if stage == "vllm":
@@ -251,13 +265,15 @@ class Found:
 
     def add(self, stage: str, facts: dict[str, str], own: Rows) -> None:
         """Appends a stage's rows, rewrites gpu.md, prints what is not green."""
-        from bench.gpu import report
+        from bench.gpu import choices, report
 
         self._stages.setdefault(stage, []).extend(own)
         echo = stage not in ("checks", "kernels", "layer")
         file = FILES.get(stage, QUEUE_FILE)
         rows.write(file, own, folder=self.folder, facts=facts, echo=echo)
         (self.folder / "gpu.md").write_text(report.page(facts, self._stages))
+        if stage == "choices" and facts["smoke"] == "no":
+            choices.propose(self.folder, facts, own)
         for row in own:
             if stage != "queue" and _status(row) == "failed":
                 print("FAILED  " + "  ".join(f"{k}={v}" for k, v in row.items() if v), flush=True)

@@ -146,6 +146,12 @@ def _norm_time(at: At) -> list[Row]:
     return kernels.measure(norms.of_norms(at.machine), at.machine, at.deadline)
 
 
+def _choices(at: At) -> list[Row]:
+    from bench.gpu import choices
+
+    return choices.run(at.machine, at.deadline)
+
+
 def _few_rows(at: At) -> list[Row]:
     from bench.gpu import tiles
 
@@ -221,6 +227,7 @@ ITEMS: tuple[Item, ...] = (
     Item("gram time", (_GRAMS,), 45, "gram", _gram_time),
     Item("steps", ("Where a layer's time goes", "65,536 tokens"), 90, "steps", _steps),
     Item("tune", ("`reap-kernels tune`",), 60, "checks", partial(_group, "jobs", ("TUNED",))),
+    Item("choices", ("CUDA's or Triton's sort",), 90, "choices", _choices),
     Item("few rows", ("Launch tables for few rows per expert",), 60, "tiles", _few_rows),
     Item(
         "vllm layers",

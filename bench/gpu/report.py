@@ -37,6 +37,8 @@ def page(facts: dict[str, str], stages: dict[str, Sequence[Row]]) -> str:
         parts.append("## Gram matrices\n\n" + grams(stages["gram"]))
     if "steps" in stages:
         parts.append("## Steps of a layer\n\n" + steps(stages["steps"]))
+    if "choices" in stages:
+        parts.append("## Backends of a layer's stages\n\n" + choices(stages["choices"]))
     if "end2end" in stages:
         parts.append("## End to end\n\n" + end_to_end(stages["end2end"]))
     if "vllm" in stages:
@@ -44,6 +46,23 @@ def page(facts: dict[str, str], stages: dict[str, Sequence[Row]]) -> str:
     if "streaming" in stages:
         parts.append("## Streaming\n\n" + streaming(stages["streaming"]))
     return "\n".join(parts)
+
+
+def choices(rows: Sequence[Row]) -> str:
+    """CUDA's sort and saliency beside Triton's in whole layers, then what was not timed and why."""
+    keys = ("ms_cuda", "ms_triton", "cuda/triton", "low", "high", "noise", "verdict")
+    body = [
+        [row["shape"], str(row["tokens"]), row["routing"], row["op"], *(row[key] for key in keys)]
+        for row in rows
+        if row["status"] == "timed"
+    ]
+    head = ["shape", "tokens", "routing", "op", "cuda, ms", "triton, ms", "cuda / triton"]
+    head += ["99 % from", "to", "noise", "faster"]
+    return (markdown(head, body) if body else "") + _untimed(
+        rows,
+        lambda row: f"{row['shape']} T={row['tokens']} {row['routing']}",
+        lambda row: row["op"],
+    )
 
 
 def queue(rows: Sequence[Row]) -> str:
