@@ -185,6 +185,7 @@ ITEMS: tuple[Item, ...] = (
         "observed models",
         (
             "What observing has done in addition",
+            "Checks of layers' first calls",
             "Multi-token-prediction layers",
             "Records with images",
             "`device_map` with weights",
@@ -224,6 +225,7 @@ ITEMS: tuple[Item, ...] = (
         Item(tool, ("compute-sanitizer's racecheck",), 60, "checks", partial(_sanitized, tool))
         for tool in ("racecheck", "synccheck", "initcheck")
     ),
+    Item("attention", ("cuDNN's attention",), 20, "checks", partial(_checks, "attention")),
     Item("gram time", (_GRAMS,), 45, "gram", _gram_time),
     Item("steps", ("Where a layer's time goes", "65,536 tokens"), 90, "steps", _steps),
     Item("tune", ("`reap-kernels tune`",), 60, "checks", partial(_group, "jobs", ("TUNED",))),

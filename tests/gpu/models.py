@@ -196,6 +196,31 @@ def not_finite(device: torch.device, _: str, __: torch.dtype) -> str:
     raise CheckFailed("NaN was observed without an error")
 
 
+def refused(device: torch.device, _: str, __: torch.dtype, layer: int) -> str:
+    """A layer whose weights are described wrongly is refused by the check of its first call."""
+    import dataclasses
+    from unittest import mock
+
+    from reap_driver.observation.layer_recorder import LayerRecorder
+    from reap_kernels.errors import UnsupportedModel
+
+    _cpu, there, batches = pair("qwen3_moe", device)
+    own, bad = LayerRecorder.weights, library().find_moe_layers(there)[layer].name
+
+    def weights(self: LayerRecorder) -> Any:
+        found = own(self)
+        return dataclasses.replace(found, down=1.01 * found.down) if self.name == bad else found
+
+    with mock.patch.object(LayerRecorder, "weights", weights):
+        try:
+            observed(there, batches)
+        except UnsupportedModel as error:
+            if str(error).startswith(bad):
+                return f"refused: {str(error)[:80]}"
+            raise
+    raise CheckFailed(f"{bad} computes something else and was observed")
+
+
 def images(device: torch.device, _: str, __: torch.dtype) -> str:
     """A record with an image, by the model that takes it."""
     from reap_driver.compat.model_config import load_config
@@ -403,6 +428,7 @@ OBSERVING: Group = (
     ("observed, torch.compile", compiled, ()),
     ("forward that fails", failed_forward, ()),
     ("inputs that are not finite", not_finite, ()),
+    *((f"wrong weights of layer {one}", refused, (one,)) for one in range(2)),
     ("observed, images", images, ()),
     ("observed, offloaded", offloaded, ()),
     ("observed, multi-token prediction", predicting, ()),

@@ -55,7 +55,7 @@ def forward(model: PreTrainedModel, batch: Mapping[str, Any], *, all_logits: boo
     model = text_model(model)
     _check_ids(model, batch.get("input_ids"))
     with torch.no_grad(), documents_apart(model.config, batch):
-        device = _input_device(model)
+        device = input_device(model)
         if device.type != "meta":
             batch = {k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         return model(**{**_unused_outputs_off(model, batch, all_logits), **batch})
@@ -107,7 +107,7 @@ def _unused_outputs_off(
     return options
 
 
-def _input_device(model: PreTrainedModel) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """The device of the embeddings, where token ids go; a streamed model's first parameter
     may be on the meta device.
     """

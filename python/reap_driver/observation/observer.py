@@ -18,14 +18,16 @@ from transformers import PreTrainedModel
 from reap_driver.base.arguments import typed
 from reap_driver.compat.mtp_layer import running_mtp
 from reap_driver.compat.text_model import text_model
+from reap_driver.model.attention import Attention, AttentionKernels
 from reap_driver.model.discover import adapter_of, block_of, find_moe_layers
 from reap_driver.model.forward import forward
-from reap_driver.model.unwrap import check_mode, unwrap_model
+from reap_driver.model.unwrap import unwrap_model
 from reap_driver.observation.first_calls import FirstCalls
 from reap_driver.observation.gram_sums import GramSink, check_gram
 from reap_driver.observation.layer_recorder import LayerRecorder
 from reap_driver.observation.provenance import provenance_of
 from reap_driver.observation.token_mask import TokenMask
+from reap_driver.observation.unchanged import check_unchanged
 from reap_kernels import LayerGram, LayerStats, SaliencyStats
 from reap_kernels.documents import as_read
 from reap_kernels.errors import DataError, UnsupportedModel, UsageError
@@ -58,11 +60,17 @@ class Observer:
     """
 
     def __init__(
-        self, model: PreTrainedModel, backend: str | None = None, *, gram: bool = False
+        self,
+        model: PreTrainedModel,
+        backend: str | None = None,
+        *,
+        gram: bool = False,
+        attention: Attention | None = None,
     ) -> None:
         self.model = model = unwrap_model(model)
         self.backend, self.gram = backend, gram
         self.layers = find_moe_layers(model)
+        self._attention = AttentionKernels(model, attention, self.layers[0].hidden_size)
         if gram:
             check_gram(self.layers)
         self.groups: list[str] = []
@@ -88,7 +96,7 @@ class Observer:
     def __enter__(self) -> "Observer":
         if self._thread is not None:
             raise UsageError("this observer is entered already; call it inside its one `with`")
-        self._check_model(all_modules=True)
+        check_unchanged(self.model, self.layers, all_modules=True)
         modules = [layer.module for layer in self.layers]
         if any(module in _OBSERVED for module in modules):
             raise UnsupportedModel(
@@ -161,7 +169,7 @@ class Observer:
                 "alone; write obs(**batch), or obs(input_ids=ids)"
             )
         try:
-            with self.tokens.restricted_to(token_mask):
+            with self.tokens.restricted_to(token_mask), self._attention.around(batch):
                 return forward(self.model, batch)
         except (Exception, KeyboardInterrupt):
             self._undo()
@@ -341,6 +349,8 @@ class Observer:
         served = (one.served_by for one in self._recorders.values() if one.called)
         facts = provenance_of(self.model, self.layers, kept, backends=set().union(*served))
         facts["data"] = [dict(source) for source in self._sources]
+        if self._attention.used != "model":
+            facts["attention"] = self._attention.used
         return {**facts, "notes": list(self._notes)} if self._notes else facts
 
     def _check_finite(self, layers: Mapping[str, LayerStats]) -> None:
@@ -375,32 +385,9 @@ class Observer:
                 "gradients are enabled inside observe(), which computes none; remove "
                 "torch.enable_grad(), or train outside of the context"
             )
-        self._check_model()
+        check_unchanged(self.model, self.layers)
         self._running, self._groups_before = True, len(self.groups)
         self.forwards += 1
-
-    def _check_model(self, *, all_modules: bool = False) -> None:
-        """Raises UnsupportedModel unless the modules are unchanged and in evaluation mode.
-
-        Args:
-            all_modules: check the mode of every module, not only of the MoE blocks.
-        """
-        blocks: list[tuple[str, nn.Module]] = [("", self.model)]
-        for layer in self.layers:
-            block_name, _, leaf = layer.name.rpartition(".")
-            try:
-                block = self.model.get_submodule(block_name)
-                found = getattr(block, leaf, None)
-            except AttributeError:
-                found = None
-            if found is not layer.module:
-                raise UnsupportedModel(
-                    f"{layer.name} is another module than when observe() was called, so its tokens "
-                    "would not be counted; change the model first, then call observe() again"
-                )
-            blocks.append((block_name, block))
-        for name, module in self.model.named_modules() if all_modules else blocks:
-            check_mode(name, module)
 
     def _undo(self) -> None:
         """Removes what a failed forward has recorded."""
@@ -445,7 +432,13 @@ class Observer:
 
 
 @typed
-def observe(model: PreTrainedModel, *, backend: str | None = None, gram: bool = False) -> Observer:
+def observe(
+    model: PreTrainedModel,
+    *,
+    backend: str | None = None,
+    gram: bool = False,
+    attention: Attention | None = None,
+) -> Observer:
     """Collects statistics of every expert in all forwards of `model` inside the context.
 
     No gradients are computed inside it. The context may be entered again, which adds to the
@@ -457,17 +450,22 @@ def observe(model: PreTrainedModel, *, backend: str | None = None, gram: bool = 
         backend: kernel backend, without fallback; None for the best one for each call.
         gram: also sum the Gram matrices that removing neurons needs, E * I^2 float32 per layer of
             E experts of width I; the observer's `grams` has them. Statistics stay the same bits.
+        attention: "cudnn" to let torch try cuDNN's attention kernel first in calls of the observer,
+            which needs a GPU of compute capability 9.0; "model" for the kernel that the model gets
+            without; None for what the launch table says. A caller's own `sdpa_kernel` holds.
 
     Returns:
         The observer: call it with a batch to run the model, read `stats` for the statistics.
 
     Raises:
         UsageError: `model` is not a model.
-        UnsupportedModel: see `find_moe_layers`; or Gram matrices cannot be summed of a layer.
+        UnsupportedModel: see `find_moe_layers`; Gram matrices cannot be summed of a layer; or
+            cuDNN's attention is asked for and the model does not use torch's function.
+        BackendUnavailable: cuDNN's attention is asked for where it is not.
 
     Example:
         >>> with rd.observe(model) as obs:
         ...     obs(input_ids=ids)  # int64 [batch, seq]
         >>> scores = rd.score(obs.stats)
     """
-    return Observer(model, backend, gram=gram)
+    return Observer(model, backend, gram=gram, attention=attention)

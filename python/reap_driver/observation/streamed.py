@@ -13,6 +13,7 @@ from reap_driver.base.arguments import typed
 from reap_driver.base.interrupts import Stop
 from reap_driver.load.streamed_model import open_streamed
 from reap_driver.memory.decision import Offload
+from reap_driver.model.attention import Attention
 from reap_driver.observation.gram_sums import GramSink
 from reap_driver.observation.observer import observe
 from reap_driver.observation.run import BatchList, Run, run_streamed
@@ -32,6 +33,7 @@ def observe_streamed(
     offload_folder: str | Path | None = None,
     backend: str | None = None,
     gram: GramSink | None = None,
+    attention: Attention | None = None,
     trust_remote_code: bool = False,
     with_mtp: bool = False,
 ) -> SaliencyStats:
@@ -57,6 +59,7 @@ def observe_streamed(
         gram: called once for every MoE layer, as soon as it has run on all batches: with its name,
             its statistics, its Gram sums (`LayerGram`, on `device`), and its weights. Only the
             sums of one layer are in memory.
+        attention: see `observe`.
         trust_remote_code: whether to run model code that comes with the checkpoint.
         with_mtp: also observe the multi-token-prediction layer, see `load_model`.
 
@@ -68,6 +71,7 @@ def observe_streamed(
             expert's output was NaN or Inf.
         CheckpointError, UnsupportedModel: see `load_model`; or the model passes on more between
             its layers than can be stored.
+        BackendUnavailable: see `observe`.
 
     Example:
         >>> stats = rd.observe_streamed("MODEL", batches, groups=["code"] * len(batches))
@@ -90,7 +94,9 @@ def observe_streamed(
         )
         store = StateStore(offload, streamed.device, None if folder is None else Path(folder))
         stack.callback(store.close)
-        observer = observe(streamed.model, backend=backend, gram=gram is not None)
+        observer = observe(
+            streamed.model, backend=backend, gram=gram is not None, attention=attention
+        )
         run = Run(observer, given, range(len(batches)), Stop())
         if gram is not None:
             run.layer_done = functools.partial(observer.give_grams, sink=gram)
