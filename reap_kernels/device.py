@@ -69,6 +69,19 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", 1 << 16))
 
 
+def tma(device: torch.device) -> bool:
+    """Whether `device` copies boxes of tensors by itself, as GPUs do from sm_90 on."""
+    arch = architecture(device)
+    return arch == "interpreter" or (arch.startswith("sm") and int(arch[2:]) >= 90)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a persistent kernel run at once on `device`, one on each."""
+    if device.type == "cpu":
+        return 3  # an interpreter runs one after the other, each with several tiles
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def too_old(device: torch.device) -> str | None:
     """Why no GPU kernel of ours runs on a CUDA or ROCm device, or None; asks its driver once."""
     index = device.index

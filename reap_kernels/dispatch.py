@@ -58,6 +58,8 @@ class Request(NamedTuple):
         layout: `ExpertWeights.layout`, where the op takes weights.
         biased: whether the experts add biases.
         gram: whether a layer is asked for Gram matrices too.
+        boxes: how TMA can read gate and up as one: `fused` where all gates come before all ups (or
+            there are none), `interleaved`; empty where their strides or addresses do not allow it.
     """
 
     op: str
@@ -68,6 +70,7 @@ class Request(NamedTuple):
     layout: str = "stacked"
     biased: bool = False
     gram: bool = False
+    boxes: str = "fused"
 
 
 @dataclass(frozen=True)

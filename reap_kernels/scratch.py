@@ -1,6 +1,12 @@
-"""How much scratch a GPU backend holds: what does not fit a budget is computed in equal parts."""
+"""Scratch of GPU backends: where it does not fit a budget, a call is computed in equal parts; and
+what Triton's kernels ask for when they are launched.
+"""
+
+import contextvars
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from reap_kernels import env
 
@@ -41,3 +47,26 @@ def _part(count: int, each: int, budget: int) -> int:
     most = max(1, budget // each)
     parts = max(1, -(-count // most))
     return max(1, -(-count // parts))
+
+
+def launch_with_scratch(launch: Callable[..., object], *args: object, **options: object) -> None:
+    """Launches a Triton kernel that makes descriptors on the device.
+
+    They lie in memory of torch's allocator: that of the current stream, and of a CUDA graph's pool
+    while one is captured.
+    Triton takes an allocator from the context; this one is set in a copy, and the caller's stays.
+    """
+    import triton
+
+    context = contextvars.copy_context()
+    context.run(triton.set_allocator, _allocate)
+    context.run(launch, *args, **options)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory of a launch on the current stream; torch aligns more strictly than is asked."""
+    assert alignment <= _ALIGNMENT, alignment
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+_ALIGNMENT = 512  # of every allocation of torch's on a GPU

@@ -283,7 +283,14 @@ def table_dtype(dtype: torch.dtype) -> str:
     return "half" if half else str(dtype).removeprefix("torch.")
 
 
-def choose(where: torch.device, op: str, dtype: torch.dtype, width: int, rows: float) -> Launch:
+def choose(
+    where: torch.device,
+    op: str,
+    dtype: torch.dtype,
+    width: int,
+    rows: float,
+    kernels: tuple[str, ...] = KERNELS,
+) -> Launch:
     """The launch of one grouped product.
 
     Args:
@@ -292,18 +299,22 @@ def choose(where: torch.device, op: str, dtype: torch.dtype, width: int, rows: f
         dtype: of the operands.
         width: I, the experts' width.
         rows: mean rows per expert, T * k / E of the whole call.
+        kernels: that can read the operands; lines of others are passed over.
     """
     key = _key(device.architecture(where))
-    found = _launch(key, op, table_dtype(dtype), width, rows)
+    found = _launch(key, op, table_dtype(dtype), width, rows, kernels)
     return found or fallback(op, dtype, rows, device.shared_memory(where))
 
 
 # Looked up several times per call, and for one model always the same.
 @functools.lru_cache(maxsize=4096)
-def _launch(key: _Key, op: str, dtype: str, width: int, rows: float) -> Launch | None:
-    """The first launch that covers a call."""
+def _launch(
+    key: _Key, op: str, dtype: str, width: int, rows: float, kernels: tuple[str, ...]
+) -> Launch | None:
+    """The first launch of one of these kernels that covers a call."""
     entries = (entry for table in _tables(key) for entry in table.entries)
-    return next((e.launch for e in entries if e.launch and e.covers(op, dtype, width, rows)), None)
+    covering = (e.launch for e in entries if e.launch and e.covers(op, dtype, width, rows))
+    return next((launch for launch in covering if launch.kernel in kernels), None)
 
 
 @dataclass(frozen=True)
@@ -325,6 +336,7 @@ class Problem:
         hidden, intermediate: H and I.
         rows: mean rows per expert, T * k / E of the whole call.
         plain: no biases and no address table, which need registers of their own.
+        kernels: that can read the operands.
     """
 
     device: torch.device
@@ -334,6 +346,7 @@ class Problem:
     intermediate: int
     rows: float
     plain: bool
+    kernels: tuple[str, ...] = KERNELS
 
     def launches(self) -> Launches:
         """Launches of both products."""
@@ -341,10 +354,12 @@ class Problem:
             return Launches(*2 * (_UNALIGNED[self.dtype.itemsize],))
         fused = self.activation not in ("relu2", "opaque")
         up = self._choose("gate_up" if fused else "down")
-        return Launches(up if self.plain or not fused else _roomier(up), self._choose("down"))
+        if fused and not self.plain and up.kernel == "pointer":
+            up = _roomier(up)
+        return Launches(up, self._choose("down"))
 
     def _choose(self, op: str) -> Launch:
-        return choose(self.device, op, self.dtype, self.intermediate, self.rows)
+        return choose(self.device, op, self.dtype, self.intermediate, self.rows, self.kernels)
 
 
 # Rows that do not begin at 16 bytes are loaded element by element, through registers.

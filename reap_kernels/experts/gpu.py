@@ -17,9 +17,12 @@ from torch import Tensor
 from reap_kernels import device
 from reap_kernels.activation import Activation
 from reap_kernels.dequant.op import chosen as chosen_dequantize
+from reap_kernels.errors import BackendUnavailable
+from reap_kernels.experts import kernel_tma
 from reap_kernels.experts import kernel_triton as kernels
+from reap_kernels.experts.request import boxed
 from reap_kernels.quantized import Quantized
-from reap_kernels.scratch import fitting
+from reap_kernels.scratch import fitting, launch_with_scratch
 from reap_kernels.sort.gpu import schedule
 from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.tuning import Launch, Launches
@@ -173,7 +176,7 @@ def product(
         a: [T, K] with `gather`, else [S, K] by sorted row.
         b: the right operand.
         rows: the routing.
-        launch: tiles.
+        launch: tiles, and the kernel.
         gate: the gate half, for a gated activation.
         activation: applied to the product; None for none.
         gather: whether sorted rows are looked up in `a` by token.
@@ -182,13 +185,29 @@ def product(
 
     Returns:
         [S, N] in `a`'s dtype; rows that no expert serves are not written.
+
+    Raises:
+        BackendUnavailable: `launch` names the kernel `tma`, which cannot read these operands.
     """
-    n, depth = b.shape
-    tiles = rows.tiles(launch.block_m)
-    out = room_for(rows, n, a) if out is None else out
-    if not tiles.bound:
-        return out.to(a.dtype)
-    other = b if gate is None else gate
+    out = room_for(rows, b.shape[0], a) if out is None else out
+    if rows.tiles(launch.block_m).bound:
+        by = _product_tma if launch.kernel == "tma" else _product_by_pointers
+        by(a, b, gate, rows, launch, activation, gather, out)
+    return out.to(a.dtype)
+
+
+def _product_by_pointers(
+    a: Tensor,
+    b: Operand,
+    gate: Operand | None,
+    rows: SortedSlots,
+    launch: Launch,
+    activation: Activation | None,
+    gather: bool,
+    out: Tensor,
+) -> None:
+    """`product` by a program for every tile, which reads any strides."""
+    (n, depth), other, tiles = b.shape, b if gate is None else gate, rows.tiles(launch.block_m)
     biased = b.bias is not None or other.bias is not None
     with device.on(a.device):
         kernels.grouped_product[(tiles.bound * -(-n // launch.block_n),)](
@@ -221,7 +240,68 @@ def product(
             **_tile_options(launch, n, depth),
             **device.OPTIONS,
         )
-    return out.to(a.dtype)
+
+
+def _product_tma(
+    a: Tensor,
+    b: Operand,
+    gate: Operand | None,
+    rows: SortedSlots,
+    launch: Launch,
+    activation: Activation | None,
+    gather: bool,
+    out: Tensor,
+) -> None:
+    """`product` by as many programs as run at once, which read boxes."""
+    (n, depth), first, tiles = b.shape, b if gate is None else gate, rows.tiles(launch.block_m)
+    apart = (b.base.data_ptr() - first.base.data_ptr()) // a.element_size()
+    _check_boxes(a, b, gate, apart, gather)
+    biased = b.bias is not None or first.bias is not None
+    programs = min(device.multiprocessors(a.device), tiles.bound * -(-n // launch.block_n))
+    with device.on(a.device):
+        launch_with_scratch(
+            kernel_tma.grouped_product_tma[(programs,)],
+            a,
+            first.base,
+            b.added(biased),
+            first.added(biased),
+            out,
+            rows.gather_index,
+            rows.offsets,
+            *tiles.tensors,
+            rows.num_experts,
+            len(rows.gather_index),
+            n,
+            depth,
+            float("inf") if activation is None else activation.limit,
+            0.0 if activation is None else activation.alpha,
+            *a.stride(),
+            b.strides[0],
+            apart,
+            b.strides[1],
+            *b.bias_strides(),
+            *first.bias_strides(),
+            TOP_K=rows.top_k,
+            GATHER=gather,
+            INTERLEAVED=0 < apart < b.strides[1],
+            ACTIVATION="none" if activation is None else activation.kind,
+            BIASED=biased,
+            PRECISION=precision(a.dtype),
+            UPCAST=a.dtype == torch.bfloat16 and device.interpreted(),
+            **{k: v for k, v in _tile_options(launch, n, depth).items() if k != "EVEN_N"},
+            **device.OPTIONS,
+        )
+
+
+def _check_boxes(a: Tensor, b: Operand, gate: Operand | None, apart: int, gather: bool) -> None:
+    """Raises unless TMA reads the operands; `apart`: elements from a gate to its up."""
+    halves = gate is None or (0 < apart < b.strides[0] and boxed(gate.base))
+    if b.table or not halves or not boxed(b.base) or not (gather or boxed(a)):
+        raise BackendUnavailable(
+            f"the TMA kernel cannot read weights of strides {b.strides}, gate and up {apart} "
+            f"elements apart, and rows of strides {a.stride()}: the last must be 1, gate and up in "
+            "one tensor, all else at multiples of 16 bytes; take a launch without `kernel`"
+        )
 
 
 def _tile_options(launch: Launch, n: int, depth: int) -> dict[str, int]:

@@ -29,7 +29,7 @@ def _within(x, limit):
 
 
 @triton.jit
-def _apply_activation(gate, up, limit, alpha, ACTIVATION: tl.constexpr):
+def apply_activation(gate, up, limit, alpha, ACTIVATION: tl.constexpr):
     """The formulas of `activation.Activation` in float32; NaN passes through every clamp."""
     if ACTIVATION == "relu2":
         positive = tl.maximum(up, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -50,6 +50,17 @@ def _apply_activation(gate, up, limit, alpha, ACTIVATION: tl.constexpr):
         low = _at_most(gate, limit)
         out = low * tl.sigmoid(alpha * low) * (_within(up, limit) + 1.0)
     return out
+
+
+@triton.jit
+def tile_of(pid, num_tiles, num_n, GROUP_M: tl.constexpr):
+    """The tile of rows and the block of columns of a program: it walks GROUP_M tiles before the
+    next block, so that neighbors share b in L2.
+    """
+    group = pid // (GROUP_M * num_n)
+    members = tl.minimum(num_tiles - group * GROUP_M, GROUP_M)
+    inside = pid - group * GROUP_M * num_n
+    return group * GROUP_M + inside % members, inside // members
 
 
 @triton.jit
@@ -120,7 +131,6 @@ def grouped_product(
     """Grid (bound on tiles * ceil(N / BLOCK_N),): one program writes one BLOCK_M x BLOCK_N of out.
 
     ACTIVATION is "none" (out = a @ b), "relu2" (no gate half), or gated (b_gate is read too).
-    Programs walk GROUP_M tiles before the next BLOCK_N, so that neighbors share b in L2.
     """
     GATED: tl.constexpr = ACTIVATION != "none" and ACTIVATION != "relu2"
     pid = tl.program_id(0)
@@ -128,10 +138,7 @@ def grouped_product(
     num_n = tl.cdiv(N, BLOCK_N)
     if pid >= num_tiles * num_n:
         return
-    group = pid // (GROUP_M * num_n)
-    members = tl.minimum(num_tiles - group * GROUP_M, GROUP_M)
-    inside = pid - group * GROUP_M * num_n
-    tile = group * GROUP_M + inside % members
+    tile, column = tile_of(pid, num_tiles, num_n, GROUP_M)
     expert = tl.load(tile_experts_ptr + tile)
     first = tl.load(tile_rows_ptr + tile)
     stop = tl.load(offsets_ptr + expert + 1).to(tl.int32)
@@ -142,7 +149,7 @@ def grouped_product(
     source = tl.where(live, rows, first).to(tl.int64)
     if GATHER:
         source = tl.load(gather_index_ptr + source).to(tl.int64) // TOP_K
-    cols = (inside // members) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     # Bases advance along K, offsets stay: gate and up share theirs, which saves registers.
     a_offsets = source[:, None] * stride_am + k[None, :] * stride_ak
@@ -178,9 +185,9 @@ def grouped_product(
             at = bias_gate_ptr + expert.to(tl.int64) * stride_bias_ge + wide * stride_bias_gn
             acc_gate += tl.load(at, mask=within, other=0.0).to(tl.float32)[None, :]
     if GATED:
-        acc = _apply_activation(acc_gate, acc, limit, alpha, ACTIVATION)
+        acc = apply_activation(acc_gate, acc, limit, alpha, ACTIVATION)
     elif ACTIVATION == "relu2":
-        acc = _apply_activation(acc, acc, limit, alpha, ACTIVATION)
+        acc = apply_activation(acc, acc, limit, alpha, ACTIVATION)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + wide[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & within[None, :])
 
@@ -212,5 +219,5 @@ def activate_rows(
     up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
     at = wide * stride_gm + cols[None, :] * stride_gn
     gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    out = _apply_activation(gate, up, limit, alpha, ACTIVATION)
+    out = apply_activation(gate, up, limit, alpha, ACTIVATION)
     tl.store(out_ptr + wide * N + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)

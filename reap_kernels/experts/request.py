@@ -22,4 +22,22 @@ def request_of(
         experts.layout,
         experts.biased,
         gram,
+        _boxes(experts),
     )
+
+
+def boxed(matrices: Tensor) -> bool:
+    """Whether TMA reads boxes of a tensor: its rows are contiguous, and the tensor and all of its
+    other strides are multiples of 16 bytes.
+    """
+    size, (*outer, last) = matrices.element_size(), matrices.stride()
+    aligned = all(stride * size % 16 == 0 for stride in outer)
+    return last == 1 and aligned and matrices.data_ptr() % 16 == 0
+
+
+def _boxes(experts: ExpertWeights) -> str:
+    """See `Request.boxes`."""
+    found = experts.gate is None and experts.layout in ("stacked", "quantized")
+    if experts.layout == "stacked":
+        found = found and all(boxed(m) for m in (experts.up, experts.down) if isinstance(m, Tensor))
+    return ("interleaved" if experts.interleaved else "fused") if found else ""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reap_kernels import selfcheck
+from reap_kernels import device, selfcheck
 from reap_kernels.activation import Activation
 from reap_kernels.device import tf32
 from reap_kernels.dispatch import Backend, Request
@@ -16,7 +16,7 @@ from reap_kernels.experts import reference
 from reap_kernels.sort import reference as sort_reference
 from reap_kernels.sort.triton_backend import limits, priority
 from reap_kernels.testing import Case, make_experts, make_inputs, relative_error
-from reap_kernels.tuning import Launches, Problem
+from reap_kernels.tuning import KERNELS, Launches, Problem
 from reap_kernels.types import ExpertWeights, Routing
 
 # ||got - want|| / ||want||. bf16 rounds the activation and the output to 8 bits.
@@ -45,6 +45,11 @@ def product_limits(request: Request) -> str | None:
 def note(request: Request) -> str:
     """What a user should know of a call that is served."""
     notes = []
+    asked = _launches(request, KERNELS)
+    if "tma" in (asked.up.kernel, asked.down.kernel):
+        reason = tma_limits(request)
+        told = "products by TMA" if reason is None else f"products by pointers: {reason}"
+        notes.append(told)
     if request.layout == "quantized":
         notes.append("experts are dequantized to bf16 by chunks")
     if request.activation == "opaque":
@@ -54,8 +59,31 @@ def note(request: Request) -> str:
     return "; ".join(notes)
 
 
+def tma_limits(request: Request) -> str | None:
+    """Why TMA cannot read the operands of a request, whatever the launch table says; or None."""
+    if not device.tma(request.device):
+        return f"TMA is there from sm_90 on, this is {device.architecture(request.device)}"
+    if request.layout not in ("stacked", "quantized"):
+        return "TMA reads experts that are stacked in one tensor"
+    sizes = {"H": request.sizes.hidden, "I": request.sizes.intermediate}
+    for name, size in sizes.items():
+        if size * request.dtype.itemsize % 16:
+            return f"TMA reads rows of multiples of 16 bytes; {name} is {size}"
+    if not request.boxes:
+        return (
+            "TMA reads weights whose rows are contiguous and begin at multiples of 16 bytes, with "
+            "gate and up in one tensor"
+        )
+    return None
+
+
 def launches(request: Request) -> Launches:
     """Launches of the two products of a request."""
+    return _launches(request, KERNELS if tma_limits(request) is None else ("pointer",))
+
+
+def _launches(request: Request, kernels: tuple[str, ...]) -> Launches:
+    """Launches of the first of these kernels that the table names."""
     sizes = request.sizes
     return Problem(
         request.device,
@@ -65,6 +93,7 @@ def launches(request: Request) -> Launches:
         sizes.intermediate,
         sizes.rows,
         plain=_seen(request) == "stacked" and not request.biased,
+        kernels=kernels,
     ).launches()
 
 
@@ -84,6 +113,7 @@ def facts(request: Request) -> dict[str, Any]:
         "top_k": request.sizes.top_k,
         "activation": request.activation,
         "layout": _seen(request),
+        "boxes": request.boxes if chosen.up.kernel == "tma" else "",
         "biased": request.biased,
         "tf32": tf32(request.dtype),
         "up": chosen.up,
@@ -121,17 +151,29 @@ def check_layer(request: Request) -> tuple[Case, ExpertWeights]:
         skew="zipf",
         foreign=0.1,
     )
+    interleaved = request.biased or request.boxes == "interleaved"
     layout = {"table": "per-expert"}.get(
-        request.layout, "interleaved-biased" if request.biased else "stacked"
+        request.layout, "interleaved-biased" if interleaved else "stacked"
     )
     own = Activation("silu").apply if request.activation == "opaque" else None
     activation = Activation(request.activation, limit=0.7, fn=own)
     if request.activation == "relu2":
         layout = "ungated"
     experts = make_experts(case, layout, activation, request.dtype, device=request.device)
+    if experts.interleaved and chosen.up.kernel == "tma" and request.boxes == "fused":
+        experts = _parted(experts)
     if not request.biased:
         experts = replace(experts, up_bias=None, gate_bias=None, down_bias=None)
     return case, experts
+
+
+def _parted(experts: ExpertWeights) -> ExpertWeights:
+    """Interleaved experts with all gates before all ups."""
+    up, bias = experts.up, experts.up_bias
+    assert isinstance(up, Tensor)
+    assert bias is not None
+    matrices, biases = (torch.cat([t[:, ::2], t[:, 1::2]], dim=1) for t in (up, bias))
+    return replace(experts, up=matrices, up_bias=biases, interleaved=False)
 
 
 def output_bound(dtype: torch.dtype) -> float:
