@@ -26,11 +26,12 @@ constexpr std::int64_t MOST_BLOCKS = (std::int64_t{1} << 31) - 1;
 // A block gets more shared memory than this only where it asks the device.
 constexpr unsigned COMMON_SHARED = 48u << 10;
 
-// Multiprocessors of a device that runs kernels for sm_90a, else 0.
+// Makes a device current; its multiprocessors if it runs kernels for sm_90a, else 0.
 inline int hopper_processors(int device) {
 #ifdef __CUDACC__
     int major = 0, minor = 0, processors = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+    if (cudaSetDevice(device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
         cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
         return 0;
