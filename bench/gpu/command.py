@@ -5,12 +5,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import gpu, rows
+from bench.gpu import selection
 from bench.gpu.clock import Deadline
 from bench.gpu.queue import ITEMS, Item
 
@@ -22,12 +24,15 @@ STAGES = (
     "end2end",
     "steps",
     "choices",
+    "short",
+    "products",
+    "profile",
     "tiles",
     "vllm",
     "streaming",
 )
-# Left out unless asked for: steps, choices and tiles are for who works on a layer or its launch
-# table, vllm needs vLLM, and streaming fills tens of GB.
+# Left out unless asked for: those from steps to tiles are for who looks for time, vllm needs vLLM,
+# and streaming fills tens of GB.
 DEFAULT = STAGES[:5]
 FILES = {
     "checks": "gpu_checks",
@@ -37,11 +42,16 @@ FILES = {
     "end2end": "gpu_end_to_end",
     "steps": "gpu_steps",
     "choices": "gpu_choices",
+    "short": "gpu_short",
+    "products": "gpu_products",
+    "profile": "gpu_profile",
     "tiles": "gpu_tiles",
     "vllm": "gpu_vllm",
     "streaming": "gpu_streaming",
 }
 QUEUE_FILE = "gpu_queue"
+# Modules of stages that are named otherwise.
+_MODULES = {"gram": "grams", "end2end": "end_to_end", "vllm": "vllm_layers"}
 # Seconds for all stages but streaming, for streaming, which comes on top, and for the queue.
 BUDGET, STREAMING, QUEUE = 440, 240, 480
 # Shares of the budget by whose end a stage starts nothing more; the last one may take what is left.
@@ -52,7 +62,7 @@ _ENDS = {
     "layer": 0.73,
     "gram": 0.79,
     "end2end": 0.97,
-    **dict.fromkeys(("steps", "choices", "tiles", "vllm"), _LAST),
+    **dict.fromkeys(("steps", "choices", "short", "products", "profile", "tiles", "vllm"), _LAST),
 }
 RED, NO_GPU = 1, 4
 
@@ -100,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, also without a GPU")
     parser.add_argument("--commit", help="what to record where git cannot say")
+    selection.add(parser)
     return parser
 
 
@@ -114,6 +125,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
             f"--only takes {', '.join(STAGES)}; got {', '.join(sorted(unknown)) or 'none'}"
         )
     options.items = _items(parser, options)
+    options.selection = selection.of(parser, options)
     if options.folder is not None and not options.folder.is_dir():
         parser.error(f"--folder {options.folder}: no such folder")
     return options
@@ -173,7 +185,7 @@ def _stages(options: argparse.Namespace, device: torch.device, found: "Found") -
     print("  ".join(f"{key}={value}" for key, value in machine.facts.items()), flush=True)
     for stage in STAGES:
         if stage in options.only:
-            own = _stage(stage, machine, budget[stage], options.folder)
+            own = _stage(stage, machine, budget[stage], options)
             found.add(stage, machine.facts, own)
             if any(_status(row) == "failed" for row in own):
                 return RED
@@ -211,41 +223,21 @@ def _device(smoke: bool) -> torch.device | None:
     return torch.device("cpu")
 
 
-def _stage(stage: str, machine: Any, deadline: Deadline, folder: Path | None) -> Rows:
+def _stage(stage: str, machine: Any, deadline: Deadline, options: argparse.Namespace) -> Rows:
     """Rows of one stage."""
-    from bench.gpu import (
-        choices,
-        end_to_end,
-        grams,
-        kernels,
-        layer,
-        steps,
-        streaming,
-        tiles,
-        vllm_layers,
-    )
-
     if stage == "checks":
         from tests.gpu import running
 
         return running.run(machine.device, running.plan(machine.smoke), deadline)
-    if stage == "kernels":
-        return kernels.run(machine, deadline)
+    module: Any = import_module(f"bench.gpu.{_MODULES.get(stage, stage)}")
     if stage == "layer":
-        return layer.run(machine, layer.plan(machine.smoke), deadline)
-    if stage == "gram":
-        return grams.run(machine, deadline)
-    if stage == "end2end":
-        return end_to_end.run(machine, deadline)
-    if stage == "steps":
-        return steps.run(machine, deadline)
-    if stage == "choices":
-        return choices.run(machine, deadline)
-    if stage == "tiles":
-        return tiles.run(machine, deadline)
-    if stage == "vllm":
-        return vllm_layers.run(machine, deadline)
-    return streaming.run(machine, deadline, folder)
+        cases, rounds = module.plan(machine.smoke), options.selection.rounds or module.ROUNDS
+        return module.run(machine, options.selection.cases(cases), deadline, rounds=rounds)
+    if stage == "streaming":
+        return module.run(machine, deadline, options.folder)
+    if stage in ("choices", "tiles", "vllm"):
+        return module.run(machine, deadline)
+    return module.run(machine, deadline, options.selection)
 
 
 def _status(row: dict[str, object]) -> object:
@@ -268,7 +260,7 @@ class Found:
         from bench.gpu import choices, report
 
         self._stages.setdefault(stage, []).extend(own)
-        echo = stage not in ("checks", "kernels", "layer")
+        echo = stage not in ("checks", "kernels", "layer", "steps", "short", "products", "profile")
         file = FILES.get(stage, QUEUE_FILE)
         rows.write(file, own, folder=self.folder, facts=facts, echo=echo)
         (self.folder / "gpu.md").write_text(report.page(facts, self._stages))

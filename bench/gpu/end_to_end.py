@@ -17,6 +17,8 @@ import reap_kernels as rk
 from bench.baselines import observe_module
 from bench.gpu.clock import Deadline, times
 from bench.gpu.machine import Machine
+from bench.gpu.nvml import COLUMNS, Window
+from bench.gpu.selection import PLANNED, Selection
 from bench.gpu.verify import CheckFailed, bounds_of
 
 Row = dict[str, object]
@@ -48,6 +50,8 @@ _TINY = {
     "head_dim": 32,
     "max_position_embeddings": 64,
 }
+_OBSERVED, _UNOBSERVED = ("reap", "automatic", "yes"), ("reap", "automatic", "no")
+_OVER = "observed/unobserved"
 # What of the free memory weights may take; the rest is for activations and the kernels' scratch.
 _WEIGHTS_SHARE = 0.88
 
@@ -72,14 +76,15 @@ class Bench:
         note: what a reader of any row must know.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, sequences: int | None = None) -> None:
         from reap_driver.memory.machine import free_device_memory
         from reap_driver.memory.workload import workload
         from reap_driver.model.discover import find_moe_layers
 
         self.machine = machine
         sizes = dict(_TINY if machine.smoke else _QWEN3_30B)
-        sequences, length = (3, 16) if machine.smoke else (SEQUENCES, LENGTH)
+        planned, length = (3, 16) if machine.smoke else (SEQUENCES, LENGTH)
+        sequences = sequences or planned
         wanted = sizes["num_hidden_layers"]
         sizes["num_hidden_layers"] = min(wanted, fitting_layers(sizes, machine.free_bytes()))
         self.note = f"{sizes['num_hidden_layers']} of {wanted} layers, random weights"
@@ -138,8 +143,7 @@ class Bench:
             ("transformers", name, "no"): lambda batches, n=name: self.plain(n, batches)
             for name in IMPLEMENTATIONS
         }
-        ours = {("reap", "automatic", "no"): self.unobserved}
-        return {("reap", "automatic", "yes"): self.observed, **ours, **theirs}
+        return {_OBSERVED: self.observed, _UNOBSERVED: self.unobserved, **theirs}
 
 
 @contextlib.contextmanager
@@ -237,16 +241,16 @@ def all_experts_seconds(bench: Bench) -> float:
     return statistics.mean(taken)
 
 
-def run(machine: Machine, deadline: Deadline) -> list[Row]:
+def run(machine: Machine, deadline: Deadline, selection: Selection = PLANNED) -> list[Row]:
     """Rows of every variant; one row that says why, where the stage cannot run."""
     reason = missing() or (deadline.reason if deadline.passed() else None)
     if reason is not None:
         return [_row("reap", "automatic", "yes", status="skipped", note=reason)]
     bench = None
     try:
-        bench = Bench(machine)
+        bench = Bench(machine, selection.sequences)
         checked = verify(bench)
-        return _measure(bench, deadline, checked)
+        return _measure(bench, deadline, checked, selection.rounds or ROUNDS)
     except CheckFailed as error:
         return [_row("reap", "automatic", "yes", status="failed", note=str(error))]
     except torch.OutOfMemoryError as error:
@@ -260,7 +264,7 @@ def run(machine: Machine, deadline: Deadline) -> list[Row]:
         gc.collect()
 
 
-def _measure(bench: Bench, deadline: Deadline, checked: str) -> list[Row]:
+def _measure(bench: Bench, deadline: Deadline, checked: str, turns: int) -> list[Row]:
     device, variants = bench.machine.device, bench.variants()
     first = bench.batches[:1]
     trial = {}
@@ -269,21 +273,52 @@ def _measure(bench: Bench, deadline: Deadline, checked: str) -> list[Row]:
         trial[key] = times([lambda w=work: w(first)], device, 1)[0]
     baseline = all_experts_seconds(bench)
     slowest = _out_of_the_race(trial)
-    rounds = sum(seconds for key, seconds in trial.items() if key not in slowest) * ROUNDS
+    rounds = sum(seconds for key, seconds in trial.items() if key not in slowest) * turns
     fit = max(1, math.floor(0.9 * deadline.left() / rounds))
     batches = bench.batches[:fit]
     taken: dict[tuple[str, str, str], list[float]] = {key: [] for key in variants}
     peaks: dict[tuple[str, str, str], float] = {}
-    for _ in range(ROUNDS):
+    windows: dict[tuple[str, str, str], list[Window]] = {key: [] for key in variants}
+    for _ in range(turns):
         for key, work in variants.items():
             if key in slowest:
                 continue
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            taken[key] += times([lambda w=work: w(batches)], device, 1)
+            with bench.machine.watch.window(windows[key]):
+                taken[key] += times([lambda w=work: w(batches)], device, 1)
             if device.type == "cuda":
                 peaks[key] = torch.cuda.max_memory_allocated(device) / 1e9
-    return _rows(bench, batches, taken, peaks, trial, baseline, checked)
+    rows = _rows(bench, batches, taken, peaks, trial, baseline, checked)
+    for row in rows:
+        key = (str(row["provider"]), str(row["variant"]), str(row["observed"]))
+        row.update(bench.machine.watch.columns(windows.get(key, [])))
+    return rows + _contexts(bench, trial, turns)
+
+
+def _contexts(bench: Bench, trial: dict[tuple[str, str, str], float], turns: int) -> list[Row]:
+    """One batch observed twice in one context: the difference is what first calls cost."""
+    from reap_driver import observe
+
+    ids, device = bench.batches[0], bench.machine.device
+    taken: tuple[list[float], list[float]] = ([], [])
+    for _ in range(turns + 1):
+        with observe(bench.model) as obs:
+            for own in taken:
+                own += times([lambda o=obs: o(input_ids=ids)], device, 1)
+    # The first context warms up.
+    first, again = (statistics.median(own[1:]) for own in taken)
+    note = f"{bench.note}; one batch, twice in one context; the checks of first calls take "
+    note += f"{first - again:.3f} s"
+    rows = []
+    for name, seconds in (("first batch of a context", first), ("the same batch again", again)):
+        row = _row("reap", name, "yes", "timed", note)
+        row |= {"layers": bench.layers, "sequences": len(ids), "length": bench.length}
+        row |= {"batch": bench.batch, "rounds": turns, "seconds": f"{seconds:.3f}"}
+        row["tokens_s"] = f"{len(ids) * bench.length / seconds:.0f}"
+        row[_OVER] = f"{seconds / trial[_UNOBSERVED]:.4f}"
+        rows.append(row)
+    return rows
 
 
 def _out_of_the_race(trial: dict[tuple[str, str, str], float]) -> set[tuple[str, str, str]]:
@@ -316,9 +351,12 @@ def _rows(
         figures |= {"tokens_s": f"{tokens / seconds:.0f}"}
         figures |= {"peak_gb": f"{peaks[key]:.1f}" if key in peaks else ""}
         figures |= {"time/transformers": f"{seconds / middle[theirs]:.3f}"}
+        if key == _OBSERVED:
+            figures[_OVER] = f"{seconds / middle[_UNOBSERVED]:.4f}"
         return {**_row(*key, status="timed", note=f"{note}; {extra}"), **figures}
 
-    rows = [row(key, middle[key], checked, ROUNDS) for key in middle]
+    turns = max(map(len, taken.values()))
+    rows = [row(key, middle[key], checked, turns) for key in middle]
     for key in [key for key in taken if key not in middle]:
         slower = f"{trial[key] / trial[theirs]:.2f} times transformers' fastest on one batch"
         rows.append(_row(*key, status="skipped", note=f"{note}; {slower}"))
@@ -333,5 +371,5 @@ def _row(provider: str, variant: str, observed: str, status: str, note: str) -> 
     figures = ("layers", "sequences", "length", "batch", "rounds", "seconds", "tokens_s")
     who: Row = {"model": "Qwen3-30B-A3B's shape", "dtype": "bfloat16", "provider": provider}
     who |= {"variant": variant, "observed": observed, "status": status}
-    blank = dict.fromkeys((*figures, "peak_gb", "time/transformers"), "")
+    blank = dict.fromkeys((*figures, "peak_gb", "time/transformers", _OVER, *COLUMNS), "")
     return {**who, **blank, "note": note}

@@ -16,6 +16,7 @@ from bench.gpu.clock import Deadline
 from bench.gpu.layer import Row
 from bench.gpu.machine import Machine
 from bench.gpu.providers import Prepared, Provider, Work, ours
+from bench.gpu.selection import PLANNED, Selection
 from bench.gpu.verify import CheckFailed
 from reap_kernels import LayerGram, LayerStats
 from reap_kernels.gram.triton_backend import difference
@@ -99,9 +100,15 @@ def providers(backends: Sequence[str] = BACKENDS) -> list[Provider]:
     ]
 
 
-def run(machine: Machine, deadline: Deadline, backends: Sequence[str] = BACKENDS) -> list[Row]:
+def run(
+    machine: Machine,
+    deadline: Deadline,
+    selection: Selection = PLANNED,
+    backends: Sequence[str] = BACKENDS,
+) -> list[Row]:
     """Rows of all calls, each with its time over that of the same backend without."""
-    rows = layer.run(machine, plan(machine.smoke), deadline, providers(backends))
+    cases, rounds = selection.cases(plan(machine.smoke)), selection.rounds
+    rows = layer.run(machine, cases, deadline, providers(backends), rounds or layer.ROUNDS)
     plain = {_call(row): row for row in rows if row["provider"] == "reap"}
     for row in rows:
         less = plain[_call(row)]

@@ -28,6 +28,7 @@ from bench.gpu.parts import (
     of_formats,
     of_layer,
 )
+from bench.gpu.selection import PLANNED, Selection
 from bench.gpu.verify import outcome_of
 from reap_kernels.testing import Case
 
@@ -72,22 +73,21 @@ def quantized(smoke: bool) -> list[tuple[Case, str]]:
     return list(QUANTIZED)
 
 
-def run(machine: Machine, deadline: Deadline) -> list[Row]:
+def run(machine: Machine, deadline: Deadline, selection: Selection = PLANNED) -> list[Row]:
     """Rows of all parts; those the deadline cuts off say so."""
     rows: list[Row] = []
     with torch.no_grad():
-        for group in _groups(machine):
-            rows += measure(group, machine, deadline)
+        for group in _groups(machine, selection.cases(plan(machine.smoke))):
+            rows += measure(group, machine, deadline, selection.rounds or ROUNDS)
             del group
             _release(machine)
     return rows
 
 
-def _groups(machine: Machine) -> Iterator[list[Part]]:
+def _groups(machine: Machine, cases: list[Case]) -> Iterator[list[Part]]:
     """Parts that are timed in turn: of the first shape and length, of quantized matrices, of
     logits, of norms, then of the other shapes.
     """
-    cases = plan(machine.smoke)
     for number, case in enumerate(cases):
         yield of_layer(Bed(machine, case), BACKENDS)
         if number == 0:
@@ -103,11 +103,13 @@ def _release(machine: Machine) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(parts: list[Part], machine: Machine, deadline: Deadline) -> list[Row]:
-    """Rows of parts that are timed in turn, ROUNDS times."""
+def measure(
+    parts: list[Part], machine: Machine, deadline: Deadline, rounds: int = ROUNDS
+) -> list[Row]:
+    """Rows of parts that are timed in turn, `rounds` times."""
     pairs = [(part, _row(part)) for part in parts]
     timers: list[Timer | None] = [None] * len(parts)
-    for turn in range(ROUNDS):
+    for turn in range(rounds):
         for number, (part, row) in enumerate(pairs):
             if row["status"] not in ("", "timed"):
                 continue

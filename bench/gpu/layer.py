@@ -68,6 +68,7 @@ def run(
     cases: list[Case],
     deadline: Deadline,
     providers: Sequence[Provider] | None = None,
+    rounds: int = ROUNDS,
 ) -> list[Row]:
     """Rows of all cases by all providers, `PROVIDERS` by default; those the deadline cuts off say
     so.
@@ -87,7 +88,7 @@ def run(
             experts, before = weights(case, machine.device), shape
         assert experts is not None
         with torch.no_grad():
-            rows += measure(Work(machine, case, experts), deadline, providers)
+            rows += measure(Work(machine, case, experts), deadline, providers, rounds)
         _release(machine)
     return rows
 
@@ -98,12 +99,14 @@ def _release(machine: Machine) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(work: Work, deadline: Deadline, providers: Sequence[Provider]) -> list[Row]:
-    """Rows of one case: every provider, ROUNDS times in turn."""
+def measure(
+    work: Work, deadline: Deadline, providers: Sequence[Provider], rounds: int = ROUNDS
+) -> list[Row]:
+    """Rows of one case: every provider, `rounds` times in turn."""
     rows = {provider: _row(work.case, provider) for provider in providers}
     taken: dict[Provider, list[float]] = {provider: [] for provider in providers}
     windows: dict[Provider, list[Window]] = {provider: [] for provider in providers}
-    for turn in range(ROUNDS):
+    for turn in range(rounds):
         for provider, row in rows.items():
             if row["status"] not in ("", "timed"):  # refused, skipped, failed or wrong
                 continue

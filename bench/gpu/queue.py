@@ -131,7 +131,9 @@ def _sanitized(tool: str, at: At) -> list[Row]:
 def _gram_time(at: At) -> list[Row]:
     from bench.gpu import grams
 
-    return grams.run(at.machine, at.deadline, grams.BACKENDS[: 1 if at.machine.smoke else None])
+    return grams.run(
+        at.machine, at.deadline, backends=grams.BACKENDS[: 1 if at.machine.smoke else None]
+    )
 
 
 def _steps(at: At) -> list[Row]:
@@ -150,6 +152,30 @@ def _choices(at: At) -> list[Row]:
     from bench.gpu import choices
 
     return choices.run(at.machine, at.deadline)
+
+
+def _products(at: At) -> list[Row]:
+    from bench.gpu import products
+
+    return products.run(at.machine, at.deadline)
+
+
+def _end_to_end(at: At) -> list[Row]:
+    from bench.gpu import end_to_end
+
+    return end_to_end.run(at.machine, at.deadline)
+
+
+def _profile(at: At) -> list[Row]:
+    from bench.gpu import profile
+
+    return profile.run(at.machine, at.deadline)
+
+
+def _short(at: At) -> list[Row]:
+    from bench.gpu import short
+
+    return short.run(at.machine, at.deadline)
 
 
 def _few_rows(at: At) -> list[Row]:
@@ -228,6 +254,10 @@ ITEMS: tuple[Item, ...] = (
     Item("attention", ("cuDNN's attention",), 20, "checks", partial(_checks, "attention")),
     Item("gram time", (_GRAMS,), 45, "gram", _gram_time),
     Item("steps", ("Where a layer's time goes", "65,536 tokens"), 90, "steps", _steps),
+    Item("short calls", ("Calls of 2,048 tokens",), 60, "short", _short),
+    Item("products", ("Kernels of the products",), 90, "products", _products),
+    Item("end to end", ("Qwen3-30B-A3B on all 231",), 120, "end2end", _end_to_end),
+    Item("profile", ("What one batch of a whole model",), 60, "profile", _profile),
     Item("tune", ("`reap-kernels tune`",), 60, "checks", partial(_group, "jobs", ("TUNED",))),
     Item("choices", ("CUDA's or Triton's sort",), 90, "choices", _choices),
     Item("few rows", ("Launch tables for few rows per expert",), 60, "tiles", _few_rows),

@@ -39,8 +39,14 @@ def page(facts: dict[str, str], stages: dict[str, Sequence[Row]]) -> str:
         parts.append("## Steps of a layer\n\n" + steps(stages["steps"]))
     if "choices" in stages:
         parts.append("## Backends of a layer's stages\n\n" + choices(stages["choices"]))
+    if "short" in stages:
+        parts.append("## Short calls\n\n" + short(stages["short"]))
+    if "products" in stages:
+        parts.append("## Products\n\n" + products(stages["products"]))
     if "end2end" in stages:
         parts.append("## End to end\n\n" + end_to_end(stages["end2end"]))
+    if "profile" in stages:
+        parts.append("## One batch, kernel by kernel\n\n" + profiled(stages["profile"]))
     if "vllm" in stages:
         parts.append("## Layers inside vLLM\n\n" + vllm(stages["vllm"]))
     if "streaming" in stages:
@@ -197,6 +203,48 @@ def steps(rows: Sequence[Row]) -> str:
     )
 
 
+def short(rows: Sequence[Row]) -> str:
+    """Short calls by four clocks, then what was not timed and why."""
+    from bench.gpu.short import FIGURES, RATIO
+
+    body = [
+        [
+            row["shape"],
+            str(row["tokens"]),
+            f"{row['provider']}: {row['variant']}",
+            row["observed"],
+            *(row[key] for key in (*FIGURES, RATIO, "note")),
+        ]
+        for row in rows
+        if row["status"] == "timed"
+    ]
+    head = ["shape", "tokens", "provider", "observed", "host's clock, ms", "until it returns, ms"]
+    head += ["queued, ms", "CUDA graph, ms", "queued / fastest transformers", "note"]
+    return (markdown(head, body) if body else "") + _untimed(
+        rows, lambda row: f"{row['shape']} T={row['tokens']}"
+    )
+
+
+def products(rows: Sequence[Row]) -> str:
+    """Kernels of both products side by side, then what was not timed and why."""
+    from bench.gpu.products import RATIO
+
+    keys = ("product", "provider", "ms", "ms_p20", "ms_p80", "tflops", "pct_peak", RATIO)
+    keys += (*COLUMNS, "note")
+    body = [
+        [row["shape"], str(row["tokens"]), row["routing"], *(row[key] for key in keys)]
+        for row in rows
+        if row["status"] == "timed"
+    ]
+    head = ["shape", "tokens", "routing", "product", "kernel", "ms", "p20", "p80", "TFLOP/s"]
+    head += ["% of peak", RATIO.replace("/", " / "), "MHz", "watts", "throttled", "note"]
+    return (markdown(head, body) if body else "") + _untimed(
+        rows,
+        lambda row: f"{row['product']} of {row['shape']} T={row['tokens']} {row['routing']}",
+        lambda row: str(row["provider"]),
+    )
+
+
 def end_to_end(rows: Sequence[Row]) -> str:
     """Figures of the whole model, then what was not timed and why."""
     timed = [row for row in rows if row["status"] == "timed"]
@@ -210,13 +258,24 @@ def end_to_end(rows: Sequence[Row]) -> str:
             row["tokens_s"],
             f"{row['peak_gb']} GB" if row["peak_gb"] else "",
             row["time/transformers"],
+            row["observed/unobserved"],
             row["note"],
         ]
         for row in timed
     ]
     head = ["provider", "observed", "tokens", "batch", "time", "tokens/s", "peak memory"]
-    head += ["time / fastest transformers", "note"]
+    head += ["time / fastest transformers", "observed / unobserved", "note"]
     return (markdown(head, body) if body else "") + _untimed(rows, lambda row: str(row["model"]))
+
+
+def profiled(rows: Sequence[Row]) -> str:
+    """Kernels of one batch of the whole model, then why there are none."""
+    keys = ("observed", "kernel", "calls", "ms", "share", "batch_ms")
+    body = [[str(row[key]) for key in keys] for row in rows if row["status"] == "timed"]
+    head = ["observed", "kernel", "calls", "ms", "% of the batch", "batch, ms"]
+    return (markdown(head, body) if body else "") + _untimed(
+        rows, lambda row: str(row["model"]), lambda row: "torch.profiler"
+    )
 
 
 def vllm(rows: Sequence[Row]) -> str:

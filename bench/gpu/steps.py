@@ -23,6 +23,7 @@ from bench.gpu.layer import DTYPE, Row
 from bench.gpu.machine import Machine
 from bench.gpu.nvml import COLUMNS, Window
 from bench.gpu.providers import Work
+from bench.gpu.selection import PLANNED, Selection
 from bench.gpu.verify import CheckFailed, bounds_of, outcome_of, products_of
 from reap_kernels import LayerStats
 from reap_kernels.dispatch import select
@@ -58,11 +59,12 @@ def plan(smoke: bool) -> list[Case]:
     ]
 
 
-def run(machine: Machine, deadline: Deadline, cases: list[Case] | None = None) -> list[Row]:
+def run(machine: Machine, deadline: Deadline, selection: Selection = PLANNED) -> list[Row]:
     """Rows of all steps of all calls; those the deadline cuts off say so."""
     rows: list[Row] = []
     own, before = None, None
-    for case in plan(machine.smoke) if cases is None else cases:
+    rounds = selection.rounds or (1 if machine.smoke else ROUNDS)
+    for case in selection.cases(plan(machine.smoke)):
         if deadline.passed():
             rows += [_row(case, name, "", "skipped", deadline.reason) for name in BACKENDS]
             continue
@@ -73,7 +75,7 @@ def run(machine: Machine, deadline: Deadline, cases: list[Case] | None = None) -
             own, before = layer.weights(case, machine.device), shape
         assert own is not None
         with torch.no_grad():
-            rows += _measured(Work(machine, case, own))
+            rows += _measured(Work(machine, case, own), rounds)
         _release(machine)
     return rows
 
@@ -84,7 +86,7 @@ def _release(machine: Machine) -> None:
         torch.cuda.empty_cache()
 
 
-def _measured(work: Work) -> list[Row]:
+def _measured(work: Work, rounds: int) -> list[Row]:
     """Rows of one call by every backend, in turn."""
     ready: dict[str, Timer] = {}
     rows: list[Row] = []
@@ -97,7 +99,7 @@ def _measured(work: Work) -> list[Row]:
         except Exception as error:  # noqa: BLE001  whatever a kernel or a compiler does is a row
             status, note = outcome_of(error, backend, work.machine.device)
             rows.append(_row(work.case, backend, "", status, note))
-    for _ in range(1 if work.machine.smoke else ROUNDS):
+    for _ in range(rounds):
         for timer in ready.values():
             timer.round()
     for backend, timer in ready.items():

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import ROOT, command, queue, queue_run
+from bench.gpu import ROOT, command, layer, queue, queue_run, steps
 from bench.gpu.clock import Deadline
 from bench.gpu.queue import At, Item, Row
 from tests.limits import HUNG
@@ -167,3 +168,45 @@ def test_items_are_refused_by_name(arguments: list[str], says: str, capsys) -> N
     assert says in capsys.readouterr().err
     some = command.options_of(["--queue", "--items", "streaming,gram checks"]).items
     assert [one.name for one in some] == ["gram checks", "streaming"]
+
+
+def test_what_is_timed_can_be_chosen() -> None:
+    words = [
+        "--shapes",
+        "DeepSeek-V3,Mixtral-8x7B",
+        "--tokens",
+        "2048",
+        "--routing",
+        "zipf,balanced",
+    ]
+    own = command.options_of([*words, "--rounds", "5", "--sequences", "64"]).selection
+    assert (own.rounds, own.sequences) == (5, 64)
+    found = [(case.name, case.tokens, case.skew) for case in own.cases(layer.plan(smoke=False))]
+    assert found == [
+        (shape, 2048, skew)
+        for shape in ("DeepSeek-V3", "Mixtral-8x7B")
+        for skew in ("zipf", "balanced")
+    ]
+    none = command.options_of([]).selection
+    assert none.cases(layer.plan(smoke=False)) == layer.plan(smoke=False)
+    some = command.options_of(["--tokens", "512"]).selection.cases(steps.plan(smoke=False))
+    assert {case.tokens for case in some} == {512}
+    assert len(some) == len(steps.plan(smoke=False)) / 3
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--shapes", "Qwen"], "--shapes takes Qwen3-30B-A3B, DeepSeek-V3, .*; got Qwen$"),
+        (["--shapes", ","], "got none$"),
+        (["--routing", "zipf,even"], "--routing takes balanced, zipf; got even$"),
+        (["--tokens", "2k"], "--tokens takes whole numbers of 1 or more; got 2k$"),
+        (["--tokens", ""], "--tokens takes whole numbers of 1 or more; got none$"),
+        (["--rounds", "0"], "--rounds takes whole numbers of 1 or more; got 0$"),
+        (["--sequences", "-1"], "--sequences takes whole numbers of 1 or more; got -1$"),
+    ],
+)
+def test_choices_are_refused_with_what_there_is(words: list[str], says: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        command.options_of([f"{words[0]}={words[1]}"])
+    assert re.search(says, capsys.readouterr().err.strip())
