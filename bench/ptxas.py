@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench import rows
+from bench import roles, rows
 
 BUILD = rows.ROOT / "out/cuda"
 SOURCES = rows.ROOT / "csrc"
@@ -68,10 +68,14 @@ class Demand:
     Attributes:
         registers: most registers per thread.
         instructions: how often each text must be in the code at least.
+        given: registers left to warps that give some up.
+        taken: registers of those that take more.
     """
 
     registers: int
     instructions: dict[str, int]
+    given: int
+    taken: int
 
 
 # By architecture and kernel. Eight widths of a tile, each with a loop of four products, whose wait
@@ -86,9 +90,12 @@ DEMANDS = {
             "UTMALDG.5D": 1,
             "UTMALDG.2D": 1,
             "LDGSTS.E.BYPASS.128": 16,
-            "USETMAXREG.": 2,
+            "USETMAXREG.DEALLOC.CTAPOOL 0x28": 1,
+            "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe8": 1,
             "STSM.16.MT88.4": 8,
         },
+        given=40,
+        taken=232,
     )
 }
 
@@ -106,7 +113,7 @@ class Built:
         shared: bytes of static shared memory per block.
         stack, stores, loads: bytes per thread, of the stack frame and of spills.
         wide_loads: number of 128-bit loads in its code; None if it was not disassembled.
-        lacks: what its demand asks for and its code has too little of.
+        lacks: what its code has too little or too much of, by its demand.
     """
 
     arch: str
@@ -296,14 +303,25 @@ def disassembled(found: list[Built]) -> list[Built]:
 
 def inspected(built: Built, code: str) -> Built:
     """A kernel with what its machine code tells."""
-    asked = built.demand.instructions if built.demand else {}
-    lacks = tuple(
-        f"{code.count(text)} of {least} {text}"
-        for text, least in asked.items()
-        if code.count(text) < least
-    )
+    lacks = () if built.demand is None else _missed(built.demand, code)
     wide_loads = len(_WIDE_LOAD.findall(code)) if built.wide else None
     return replace(built, wide_loads=wide_loads, lacks=lacks)
+
+
+def _missed(demand: Demand, code: str) -> tuple[str, ...]:
+    """What of a demand the code does not meet."""
+    missed = [
+        f"{code.count(text)} of {least} {text}"
+        for text, least in demand.instructions.items()
+        if code.count(text) < least
+    ]
+    try:
+        few, many = roles.registers_after_giving(code), roles.registers(code)
+    except ValueError as error:
+        return (*missed, str(error))
+    missed += [f"{few} registers where {demand.given} are left"] * (few > demand.given)
+    missed += [f"{many} registers of {demand.taken}"] * (many > demand.taken)
+    return tuple(missed)
 
 
 def _disassembled(arch: str, symbols: list[str]) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import ptxas
+from bench import ptxas, roles
 
 PREFIX = "ptxas info    : "
 COMBINE = "_ZN4reap12_GLOBAL__N_114combine_tokensINS_4bf16ELi8ELi8EEEvNS_7CombineE"
@@ -20,6 +20,14 @@ def entry(symbol: str, arch: str, spill: int = 0) -> str:
         f"    {spill} bytes stack frame, {spill} bytes spill stores, 0 bytes spill loads\n"
         f"{PREFIX}Used 86 registers, used 1 barriers, 64 bytes smem, 392 bytes cmem[0]\n"
     )
+
+
+def machine_code(*instructions: str) -> str:
+    """As cuobjdump prints it."""
+    lines = (
+        f"        /*{16 * i:04x}*/  {words} ;  /* 0x0 */" for i, words in enumerate(instructions)
+    )
+    return "\n".join(lines)
 
 
 @pytest.fixture
@@ -67,17 +75,44 @@ def test_wide_combinations_need_wide_loads(report) -> None:
 
 def test_kernels_with_a_demand_need_its_instructions(report) -> None:
     found, _ = report(entry(PRODUCT, "sm_90a") + entry(PRODUCT, "sm_80"))
-    code = "\n".join(
+    names = (
         text
         for text, least in ptxas.DEMANDS["sm_90a", "multiply_tiles"].instructions.items()
         for _ in range(least)
     )
+    code = machine_code(*names, "MOV R39, R2", "EXIT", "MOV R90, R3")
     fast, elsewhere = (ptxas.inspected(built, code) for built in found)
     assert ptxas.problems(fast) == ptxas.problems(elsewhere) == []
     assert ptxas.problems(replace(fast, registers=176)) == ["more than 168 registers"]
     waits = ptxas.inspected(fast, code.replace("gsb0, 0x1", "gsb0, 0x0"))
     assert ptxas.problems(waits) == ["its code has 0 of 8 WARPGROUP.DEPBAR.LE gsb0, 0x1"]
-    assert len(ptxas.inspected(fast, "").lacks) == 8
+    greedy = ptxas.inspected(fast, code.replace("R39", "R40"))
+    assert ptxas.problems(greedy) == ["its code has 41 registers where 40 are left"]
+    greedy = ptxas.inspected(fast, code.replace("R90", "R232"))
+    assert ptxas.problems(greedy) == ["its code has 233 registers of 232"]
+    assert len(ptxas.inspected(fast, "").lacks) == 10
+
+
+def test_registers_of_a_role_are_those_that_can_be_reached() -> None:
+    code = machine_code(
+        "MOV R99, R98",
+        "@P0 BRA 0x60",
+        "USETMAXREG.DEALLOC.CTAPOOL 0x18",
+        "MOV R7, R6",
+        "@!P1 BRA 0x30",
+        "BRA 0x80",
+        "MOV R50, R50",
+        "EXIT",
+        "MOV R8, R1",
+        "EXIT",
+        "MOV R60, R60",
+    )
+    assert roles.registers_after_giving(code) == 9
+    assert roles.registers(code) == 100
+    with pytest.raises(ValueError, match="in a table"):
+        roles.registers_after_giving(code.replace("BRA 0x80", "BRX R2 -0x80"))
+    with pytest.raises(ValueError, match="DEALLOC"):
+        roles.registers_after_giving(machine_code("EXIT"))
 
 
 def test_serialized_products_are_seen(report) -> None:
