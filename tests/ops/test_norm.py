@@ -178,6 +178,18 @@ def test_strides(backend: str) -> None:
     assert rk.rms_norm(x[0], weight, EPS, backend=backend).shape == (40,)
 
 
+@pytest.mark.parametrize("steps", [(1 << 30, 1), (1, 1 << 27)], ids=["rows", "columns"])
+def test_addresses_beyond_31_bits(steps: tuple[int, int]) -> None:
+    """Memory that is not touched is never taken."""
+    x, weight = inputs(3, 20, torch.float16)
+    far = torch.empty(1 + 2 * steps[0] + 19 * steps[1], dtype=x.dtype).as_strided((3, 20), steps)
+    far.copy_(x)
+    got = rk.rms_norm(far, weight, EPS, residual=far, backend="triton")
+    want = rk.rms_norm(x, weight, EPS, residual=x, backend="triton")
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_leading_dimensions_merge() -> None:
     """Into at most three, or none of a size; more are launched one by one."""
     plain = torch.empty(2, 3, 4, 5)

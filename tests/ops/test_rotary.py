@@ -185,6 +185,23 @@ def test_strides(backend: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("far", ["heads", "tokens", "columns"])
+def test_addresses_beyond_31_bits(far: str) -> None:
+    """Memory that is not touched is never taken."""
+    q = heads(3, torch.float16)[:1]
+    cos, sin = tables(24, q.dtype, batch=1)
+    steps = {
+        "heads": (1, 1 << 30, 24, 1),
+        "tokens": (1, 24, 1 << 30, 1),
+        "columns": (1, 1, 3, 1 << 27),
+    }
+    room = 1 + sum((n - 1) * step for n, step in zip(q.shape, steps[far], strict=True))
+    spread = torch.empty(room, dtype=q.dtype).as_strided(q.shape, steps[far]).copy_(q)
+    got = rk.rotary(spread, spread, cos, sin, backend="triton")
+    for ours in got:
+        assert torch.equal(ours, llama_rope(q, cos, sin))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_keys_and_without_tokens(backend: str) -> None:
     q = heads(6, torch.float32)
