@@ -169,29 +169,42 @@ def demo() -> str:
 
 
 def aot() -> str:
-    """Resource usage of the compiled Triton kernels, by architecture: the newest run of each."""
-    found = newest("aot", "arch", "kernel", "use", "operand", "activation", "blocks")
+    """Resource usage of the compiled Triton kernels, by architecture and Triton version: the newest
+    run of each. Waits and barriers are those of a block of K, in loops of products on tensor cores
+    whose rows are copied; runs before these were counted have none.
+    """
+    found = newest("aot", "arch", "triton", "kernel", "use", "operand", "activation", "blocks")
     body = []
-    for arch in dict.fromkeys(row["arch"] for row in found):
-        rows = [row for row in found if row["arch"] == arch]
+    for arch, version in dict.fromkeys((row["arch"], row["triton"]) for row in found):
+        rows = [row for row in found if (row["arch"], row["triton"]) == (arch, version)]
         last = max(row["run"] for row in rows)
         rows = [row for row in rows if row["run"] == last]
         products = [row for row in rows if row["operand"] in ("bf16", "fp16") and row["activation"]]
-        products = [row for row in products if row["kernel"] == "grouped_product"]
+        products = [row for row in products if row["kernel"].startswith("grouped_product")]
         body.append(
             [
                 arch,
-                rows[0]["triton"],
+                version,
                 str(len(rows)),
                 str(sum(int(row["spills"]) + int(row["local_bytes"]) for row in rows)),
                 f"{sum(int(row['tensor_core_instructions']) > 0 for row in products)} of "
                 f"{len(products)}",
+                _in_loops(products, "loop_drains"),
+                _in_loops(products, "loop_barriers"),
                 str(max(int(row["registers"]) for row in rows)),
                 f"{max(int(row['shared_bytes']) for row in rows) // 1024} KiB",
             ]
         )
     head = ["architecture", "Triton", "kernels", "spills", "16-bit products on tensor cores"]
-    return markdown([*head, "most registers", "most shared memory"], body)
+    head += ["most waits that drain", "most barriers", "most registers", "most shared memory"]
+    return markdown(head, body)
+
+
+def _in_loops(products: list[Row], column: str) -> str:
+    """The most of one thing for each block of K; empty where none was counted."""
+    copied = [row for row in products if row["loop_length"] and row["loop_copies"] != "0"]
+    counts = [int(row[column]) / int(row["loop_steps"]) for row in copied]
+    return f"{max(counts):g}" if counts else ""
 
 
 def ptxas() -> str:

@@ -82,9 +82,28 @@ def test_an_inner_loop_is_the_main_loop() -> None:
     outer = CODE.replace("/*1c30*/                   EXIT", "/*1c30*/   @P5 BRA.U 0x0c20")
     assert main_loop(outer, HGMMA) == LOOP
     # Without its own branch, the inner loop is part of the outer one.
-    flat = main_loop(outer.replace("BRA 0x1240", "BRA 0x17d0"), HGMMA)
+    flat = main_loop(outer.replace("@!P6 BRA 0x1240", "NOP"), HGMMA)
     assert flat is not None
     assert (flat.drains, flat.barriers, flat.copies) == (1, 3, 7)
+
+
+def test_a_step_jumps_over_the_epilogue_but_not_over_products() -> None:
+    outer = CODE.replace("/*1c30*/                   EXIT", "/*1c30*/   @P5 BRA 0x1240")
+    flat = outer.replace("@!P6 BRA 0x1240", "@!P6 BRA 0x1c30")
+    loop = main_loop(flat, HGMMA)
+    assert loop == replace(LOOP, length=LOOP.length + 1)
+    always = main_loop(flat.replace("@!P6 BRA 0x1c30", "NOP"), HGMMA)
+    assert always is not None
+    assert (always.drains, always.barriers) == (1, 3)
+    jumped = main_loop(flat.replace("DEPBAR.LE SB0, 0x4", "@P1 BRA 0x17c0"), HGMMA)
+    assert jumped == loop
+
+
+def test_a_block_behind_the_end_is_no_loop() -> None:
+    cold = CODE.replace("BRA 0x1c40", "BRA 0x1250")  # it waits again, and comes back
+    assert main_loop(cold.replace("@!P6 BRA 0x1240", "@!P6 BRA 0x0c20"), HGMMA) == Loop(
+        0, 2, 7, 0, LOOP.products, LOOP.length + 3
+    )
 
 
 def test_code_without_a_loop_of_products_has_none() -> None:

@@ -45,6 +45,7 @@ class Limit:
 # By architecture and kernel.
 LIMITS = {
     ("sm90", "grouped_product"): Limit(),
+    ("sm90", "grouped_product_tma"): Limit(barriers=4, copies=4, bulk=1),
     ("sm90", "grouped_outer"): Limit(barriers=3),
 }
 
