@@ -1,0 +1,81 @@
+"""Stages that look for time, where there is no GPU: what they check, and what they divide."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.gpu import layer, products, short, steps
+from bench.gpu.machine import survey
+from bench.gpu.providers import Prepared, Provider, Work
+from bench.gpu.verify import CheckFailed
+from reap_kernels.layer import gpu
+
+(CASE,) = layer.plan(smoke=True)
+
+
+@pytest.fixture(scope="module")
+def work() -> Work:
+    machine = survey(torch.device("cpu"), True, "abc")
+    return Work(machine, CASE, layer.weights(CASE, machine.device))
+
+
+def test_steps_are_those_of_the_layer(work: Work, monkeypatch) -> None:
+    timer = steps.Timer(work, "triton")
+    timer.round()
+    found = timer.figures()
+    assert [name for name, *_ in found] == list(steps.STEPS)
+    shares = [float(str(figures["share"])) for *_, figures in found]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+    whole = sum(float(str(figures["ms"])) for *_, figures in found)
+    assert whole == pytest.approx(float(str(found[0][3]["sum_ms"])), rel=1e-2)
+
+    monkeypatch.setattr(steps, "_marked", lambda kernels, mark: kernels)
+    with pytest.raises(CheckFailed, match="the layer has 1 steps, not sort, gate_up"):
+        steps.Timer(work, "triton")
+
+
+def test_a_wrong_layer_is_not_divided(work: Work, monkeypatch) -> None:
+    real = gpu.observe_layer
+    monkeypatch.setattr(gpu, "observe_layer", lambda *own: 1.1 * real(*own))
+    with pytest.raises(CheckFailed, match=r"the output is off by 1\.0e-01"):
+        steps.Timer(work, "triton")
+
+
+def test_products_are_compared_by_round(work: Work, monkeypatch) -> None:
+    bed = products.Bed.of(work)
+
+    def off(bed: products.Bed, product: str) -> tuple[Callable[[], Tensor], str]:
+        call, note = products._pointer(bed, product)
+        return lambda: 1.1 * call(), note
+
+    kept = {"pointer": products._pointer, "again": products._grouped_mm, "off": off}
+    monkeypatch.setattr(products, "PROVIDERS", kept)
+    for product in products.PRODUCTS:
+        first, again, wrong = products.measure(bed, product, 3)
+        assert (first["status"], again["status"], wrong["status"]) == ("timed", "timed", "wrong")
+        assert "rows are off by 1.0e-01" in str(wrong["note"])
+        assert (first[products.RATIO], first["calls"]) == ("1.0000", 3)
+        assert float(str(again[products.RATIO])) > 0
+    monkeypatch.setattr(products, "PROVIDERS", {"pointer": off})
+    assert products.measure(bed, "down", 1)[0]["status"] == "failed"
+
+
+def test_what_is_absent_is_a_row(work: Work) -> None:
+    rows = {str(row["provider"]): row for row in products.measure(products.Bed.of(work), "down", 1)}
+    assert list(rows) == list(products.PROVIDERS)
+    assert rows["DeepGEMM"]["note"] == "deep_gemm is not installed"
+
+
+def test_a_short_call_that_is_wrong_is_not_timed(work: Work) -> None:
+    def prepare(own: Work) -> Prepared:
+        out = torch.ones(len(own.sample), CASE.hidden)
+        return Prepared([lambda: out], lambda: (out, None))
+
+    asked = [*short.providers(smoke=True), Provider("reap", "off", False, prepare)]
+    *timed, wrong = short._measured(work, asked, 1)
+    assert [row["status"] for row in timed] == ["timed", "timed"]
+    assert (wrong["status"], wrong["host_ms"]) == ("failed", "")
+    theirs = next(row for row in timed if row["provider"] == "transformers")
+    assert theirs[short.RATIO] == "1.000"
