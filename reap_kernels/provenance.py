@@ -70,6 +70,7 @@ _FIELDS: dict[str, Kind] = {
     "unobserved": ListOf(Text(500)),
     "stacks": MapOf(ListOf(Text(500))),  # by field that counts experts: its layers
     "notes": ListOf(Text()),
+    "fused": MapOf(Int(0)),  # norms and rotations that kernels computed, by kind
     "served": MapOf(ListOf(Text(500))),  # by layer, of a snapshot: the backends it ran on
     "observed": OBSERVED,
     "run": MapOf(Anything()),  # what the command that made them asked for

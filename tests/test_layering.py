@@ -31,6 +31,7 @@ DRIVER_ORDER = (
     ("compat",),
     ("model",),
     ("load",),
+    ("fusing",),
     ("data",),
     ("planning",),
     ("interchange",),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from reap_driver.evaluation.sequences import Comparison
     from reap_driver.files.gram_folder import GramFolder, GramWriter
     from reap_driver.files.matrices import Matrices
+    from reap_driver.fusing.fusion import Fused, fused
     from reap_driver.load.resident import load_model
     from reap_driver.merging.merged import merged_experts
     from reap_driver.merging.observer import VectorObserver, observe_vectors
@@ -123,6 +124,7 @@ _HOMES = {
     "Estimate": "reap_driver.workflow.estimate",
     "EstimateOptions": "reap_driver.workflow.jobs",
     "ExpertRows": "reap_driver.compensation.rows",
+    "Fused": "reap_driver.fusing.fusion",
     "GramFolder": "reap_driver.files.gram_folder",
     "GramWriter": "reap_driver.files.gram_folder",
     "JournalOptions": "reap_driver.workflow.options",
@@ -178,6 +180,7 @@ _HOMES = {
     "estimate": "reap_driver.workflow.calls",
     "export_constants": "reap_driver.writer.constants_file",
     "find_moe_layers": "reap_driver.model.discover",
+    "fused": "reap_driver.fusing.fusion",
     "load_config": "reap_driver.compat.model_config",
     "load_constants": "reap_driver.writer.constants_file",
     "load_masks": "reap_driver.writer.mask_file",
@@ -234,6 +237,7 @@ __all__ = [
     "EstimateOptions",
     "ExpertRows",
     "FoundShape",
+    "Fused",
     "GramFolder",
     "GramWriter",
     "JournalOptions",
@@ -289,6 +293,7 @@ __all__ = [
     "estimate",
     "export_constants",
     "find_moe_layers",
+    "fused",
     "load_config",
     "load_constants",
     "load_masks",

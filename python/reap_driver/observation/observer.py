@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from reap_driver.base.arguments import typed
 from reap_driver.compat.mtp_layer import running_mtp
 from reap_driver.compat.text_model import text_model
+from reap_driver.fusing.fusion import Fused
 from reap_driver.model.attention import Attention, AttentionKernels
 from reap_driver.model.discover import adapter_of, block_of, find_moe_layers
 from reap_driver.model.forward import forward
@@ -48,6 +49,7 @@ class Observer:
         model: the observed model, without wrappers.
         backend: the requested kernel backend; None for the best one for each call.
         gram: whether Gram matrices are summed.
+        fused: what of the rest of the model kernels of fewer launches compute.
         layers: its MoE layers, in the model's order.
         groups: names of the calibration groups so far, in the order of their first use.
 
@@ -66,11 +68,13 @@ class Observer:
         *,
         gram: bool = False,
         attention: Attention | None = None,
+        fuse: bool | None = None,
     ) -> None:
         self.model = model = unwrap_model(model)
         self.backend, self.gram = backend, gram
         self.layers = find_moe_layers(model)
         self._attention = AttentionKernels(model, attention, self.layers[0].hidden_size)
+        self.fused = Fused(model, fuse)
         if gram:
             check_gram(self.layers)
         self.groups: list[str] = []
@@ -106,6 +110,7 @@ class Observer:
             _OBSERVED.update(modules)
             stack.callback(_OBSERVED.difference_update, modules)
             stack.enter_context(torch.no_grad())
+            self.fused.bind(stack)
             handle = self._reader.register_forward_pre_hook(self._before_forward)
             stack.callback(handle.remove)
             for layer in self.layers:
@@ -351,6 +356,8 @@ class Observer:
         facts["data"] = [dict(source) for source in self._sources]
         if self._attention.used != "model":
             facts["attention"] = self._attention.used
+        if self.fused.active:
+            facts["fused"] = self.fused.counts
         return {**facts, "notes": list(self._notes)} if self._notes else facts
 
     def _check_finite(self, layers: Mapping[str, LayerStats]) -> None:
@@ -438,6 +445,7 @@ def observe(
     backend: str | None = None,
     gram: bool = False,
     attention: Attention | None = None,
+    fuse: bool | None = None,
 ) -> Observer:
     """Collects statistics of every expert in all forwards of `model` inside the context.
 
@@ -453,6 +461,8 @@ def observe(
         attention: "cudnn" to let torch try cuDNN's attention kernel first in calls of the observer,
             which needs a GPU of compute capability 9.0; "model" for the kernel that the model gets
             without; None for what the launch table says. A caller's own `sdpa_kernel` holds.
+        fuse: whether `rms_norm` and `rotary` run where the model's own code computes what they do,
+            see `fused`, which changes rounding; None for what the launch table has.
 
     Returns:
         The observer: call it with a batch to run the model, read `stats` for the statistics.
@@ -468,4 +478,4 @@ def observe(
         ...     obs(input_ids=ids)  # int64 [batch, seq]
         >>> scores = rd.score(obs.stats)
     """
-    return Observer(model, backend, gram=gram, attention=attention)
+    return Observer(model, backend, gram=gram, attention=attention, fuse=fuse)

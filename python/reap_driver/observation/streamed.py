@@ -34,6 +34,7 @@ def observe_streamed(
     backend: str | None = None,
     gram: GramSink | None = None,
     attention: Attention | None = None,
+    fuse: bool | None = None,
     trust_remote_code: bool = False,
     with_mtp: bool = False,
 ) -> SaliencyStats:
@@ -60,6 +61,7 @@ def observe_streamed(
             its statistics, its Gram sums (`LayerGram`, on `device`), and its weights. Only the
             sums of one layer are in memory.
         attention: see `observe`.
+        fuse: see `observe`.
         trust_remote_code: whether to run model code that comes with the checkpoint.
         with_mtp: also observe the multi-token-prediction layer, see `load_model`.
 
@@ -95,7 +97,11 @@ def observe_streamed(
         store = StateStore(offload, streamed.device, None if folder is None else Path(folder))
         stack.callback(store.close)
         observer = observe(
-            streamed.model, backend=backend, gram=gram is not None, attention=attention
+            streamed.model,
+            backend=backend,
+            gram=gram is not None,
+            attention=attention,
+            fuse=fuse,
         )
         run = Run(observer, given, range(len(batches)), Stop())
         if gram is not None:

@@ -39,7 +39,7 @@ class CapturingObserver(Observer):
     """
 
     def __init__(self, model: PreTrainedModel, backend: str | None) -> None:
-        super().__init__(model, backend)
+        super().__init__(model, backend, fuse=False)  # as the original runs
         check_gram(self.layers)
         for layer in self.layers:
             if layer.norm_space != "output":

@@ -141,7 +141,7 @@ def refit_layers(
     with contextlib.ExitStack() as stack:
         streams = []
         for layers, observer, name in (
-            (original, observe(original.model, backend=refit.backend), STREAMS[0]),
+            (original, observe(original.model, backend=refit.backend, fuse=False), STREAMS[0]),
             (pruned, CapturingObserver(pruned.model, refit.backend), STREAMS[1]),
         ):
             folder = None if refit.folder is None else refit.folder / name

@@ -37,6 +37,7 @@ from reap_driver.workflow.single_options import (
     check_with_mtp,
     folds_option,
     force_option,
+    fuse_option,
     hold_out_option,
     model_option,
     needs_data,
@@ -121,6 +122,7 @@ class ObserveOptions:
     data: DataOptions = group_of(DataOptions)
     hold_out_group: str | Sequence[str] = hold_out_option()
     folds: int = folds_option()
+    fuse: bool | None = fuse_option()
     run: RunOptions = group_of(RunOptions)
     journal: JournalOptions = group_of(JournalOptions)
 
@@ -197,6 +199,7 @@ class PruneOptions:
     data: DataOptions = group_of(DataOptions)
     hold_out_group: str | Sequence[str] = hold_out_option()
     folds: int = folds_option()
+    fuse: bool | None = fuse_option()
     run: RunOptions = group_of(RunOptions)
     journal: JournalOptions = group_of(JournalOptions)
     write: WriteOptions = group_of(WriteOptions)

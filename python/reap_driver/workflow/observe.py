@@ -269,7 +269,9 @@ class Observing:
     def asked(self) -> dict[str, Any]:
         """What the command asks for, once `read_data` was called; see `asked_for`."""
         asked = asked_for(self.model, self.sources, self._data, self._run, self._options.folds)
-        return {**asked, "with_mtp": True} if self.model.mtp else asked
+        mtp = {"with_mtp": True} if self.model.mtp else {}
+        fuse = {} if self._options.fuse is None else {"fuse": self._options.fuse}
+        return {**asked, **mtp, **fuse}
 
     def complete(self, made: Mapping[Path, Both]) -> bool:
         """With `resume='auto'`, whether this command has made its outputs already.
@@ -392,8 +394,8 @@ class Observing:
             ) as held,
         ):
             model.check_unchanged()  # the files that were loaded are those that were inspected
-            grams = self._grams
-            observer = observe(held.model, backend=self._run.backend, gram=grams is not None)
+            grams, backend, fuse = self._grams, self._run.backend, self._options.fuse
+            observer = observe(held.model, backend=backend, gram=grams is not None, fuse=fuse)
             self._prepare(observer, batches, how, entry)
             with heard.progress("observing", "tok", total) as progress:
                 run = Run(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from reap_driver.workflow.fields import option, refused
-from reap_driver.workflow.options import DATA, DataOptions
+from reap_driver.workflow.options import DATA, RUN, DataOptions
 
 FOLDS = 8
 # What --overwrite does.
@@ -51,6 +51,17 @@ def check_with_mtp(with_mtp: bool, **others: Any) -> None:
     for name, given in others.items():
         if with_mtp and given is not None:
             raise refused(f"`with_mtp=True`: not together with `{name}`; leave one out")
+
+
+def fuse_option() -> Any:
+    """Whether kernels compute norms and rotations while a model is observed."""
+    return option(
+        None,
+        group=RUN,
+        help="compute norms, residual additions and rotary embeddings in fewer kernels while the "
+        "model is observed, where they have the model's own values within rounding (default: where "
+        "the launch table has it)",
+    )
 
 
 def folds_option() -> Any:

@@ -110,6 +110,7 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "plan": w["plan"],
     },
     "find_moe_layers": lambda w: {"model": w["model"]},
+    "fused": lambda w: {"model": w["model"]},
     "load_config": lambda w: {"path_or_id": w["root"] / "full"},
     "load_constants": lambda w: {"path": w["root"] / "saved-constants"},
     "load_masks": lambda w: {"path": w["root"] / "masks"},

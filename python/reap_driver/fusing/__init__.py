@@ -1,0 +1,1 @@
+"""Norms, residual additions and rotary embeddings in fewer kernels, while a model is observed."""

@@ -1,0 +1,276 @@
+"""What is bound is restored, and what cannot be bound runs the model's own code, with a reason."""
+
+import contextlib
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import reap_driver as rd
+from reap_driver.model.forward import forward
+from reap_kernels import tuning
+from reap_kernels.errors import UnsupportedModel, UsageError
+from tests.driver import zoo
+from tests.driver.observation.test_offload import offload
+from tests.driver.writer.saved import save
+
+ROTATE = "apply_rotary_pos_emb"
+
+
+@pytest.fixture
+def world() -> tuple[Any, dict[str, Tensor]]:
+    """A model, and its inputs."""
+    config, model = zoo.tiny("qwen3_moe")
+    return model, zoo.tiny_inputs("qwen3_moe", config)
+
+
+def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    found: Tensor = forward(model, inputs, all_logits=True).logits
+    return found
+
+
+def modeling(model: nn.Module) -> Any:
+    return sys.modules[type(model).__module__]
+
+
+def state(model: nn.Module) -> list[Any]:
+    """Every class and attribute of a model's modules, and the function that rotates."""
+    facts = [
+        (type(module), sorted(vars(module)), len(module._forward_pre_hooks))
+        for module in model.modules()
+    ]
+    return [*facts, getattr(modeling(model), ROTATE)]
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [None, _Stop, KeyboardInterrupt])
+def test_the_model_is_restored(
+    world: tuple[Any, dict[str, Tensor]], stop: type[BaseException] | None
+) -> None:
+    model, inputs = world
+    before = state(model)
+    with contextlib.suppress(stop or ()), rd.fused(model) as fused:
+        fused(**inputs)
+        assert state(model) != before
+        if stop is not None:
+            raise stop
+    assert state(model) == before
+
+
+def test_the_model_is_restored_after_a_stop_inside_a_layer(
+    world: tuple[Any, dict[str, Tensor]],
+) -> None:
+    model, inputs = world
+    before = state(model)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), rd.observe(model, fuse=True) as obs:
+        obs(**inputs)
+    handle.remove()
+    assert state(model) == before
+
+
+def test_a_failed_entry_restores(
+    world: tuple[Any, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = world
+    before = state(model)
+    monkeypatch.setattr("reap_driver.fusing.fusion._branch", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError), rd.fused(model):
+        pass
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("first_ends_first", [False, True])
+def test_two_models_of_one_architecture(first_ends_first: bool) -> None:
+    """They share the function that rotates; contexts may end in any order."""
+    pairs = [zoo.tiny("qwen3_moe", seed) for seed in range(2)]
+    inputs = [zoo.tiny_inputs("qwen3_moe", config) for config, _ in pairs]
+    models = [model for _, model in pairs]
+    own = getattr(modeling(models[0]), ROTATE)
+    plain = [logits(model, given) for model, given in zip(models, inputs, strict=True)]
+    contexts = [rd.fused(model) for model in models]
+    for context in contexts:
+        context.__enter__()
+    order = contexts if first_ends_first else contexts[::-1]
+    for model, given, expected in zip(models, inputs, plain, strict=True):
+        torch.testing.assert_close(logits(model, given), expected)
+    assert all(context.counts["norm_rotary"] == 4 for context in contexts)
+    order[0].__exit__(None, None, None)
+    assert getattr(modeling(models[0]), ROTATE) is not own
+    order[1].__exit__(None, None, None)
+    assert getattr(modeling(models[0]), ROTATE) is own
+
+
+def test_nested_contexts_of_one_model(world: tuple[Any, dict[str, Tensor]]) -> None:
+    """The inner one leaves what the outer one has bound, and says so."""
+    model, inputs = world
+    before = state(model)
+    with rd.fused(model) as outer:
+        with rd.fused(model) as inner:
+            inner(**inputs)
+        reasons = {name: reason for name, reason in inner.left.items() if "norm" in name}
+        assert len(reasons) == 9
+        assert all("another context" in reason for reason in reasons.values())
+        outer(**inputs)
+        assert outer.counts["norm_rotary"] == 4
+    assert state(model) == before
+
+
+def test_a_context_is_entered_once_at_a_time(world: tuple[Any, dict[str, Tensor]]) -> None:
+    model, _ = world
+    fused = rd.fused(model)
+    with fused, pytest.raises(UsageError, match="entered already"):
+        fused.__enter__()
+    with fused:
+        assert fused.active
+
+
+def test_a_model_in_training_mode_is_refused(world: tuple[Any, dict[str, Tensor]]) -> None:
+    model, _ = world
+    with pytest.raises(UnsupportedModel, match="training mode"), rd.fused(model.train()):
+        pass
+
+
+def test_gradients_run_the_models_own_code(world: tuple[Any, dict[str, Tensor]]) -> None:
+    model, inputs = world
+    with rd.fused(model) as fused, torch.enable_grad():
+        loss = model(**inputs, use_cache=False).logits.square().mean()
+        loss.backward()
+    assert fused.counts["norm_rotary"] == 0
+    assert model.model.norm.weight.grad is not None
+
+
+def test_hooks_leave_a_module_alone(world: tuple[Any, dict[str, Tensor]]) -> None:
+    """A hook would see another value than the model computes, or none."""
+    model, inputs = world
+    seen = []
+    handle = model.model.layers[0].input_layernorm.register_forward_hook(
+        lambda *given: seen.append(given[-1])
+    )
+    model.model.layers[1].self_attn.register_forward_hook(lambda *given: seen.append(given[-1]))
+    with rd.fused(model) as fused:
+        fused(**inputs)
+    handle.remove()
+    assert fused.left.keys() == {"model.layers.0.input_layernorm", "model.layers.1"}
+    assert all("has hooks" in reason for reason in fused.left.values())
+    assert type(seen[0]) is Tensor
+    assert type(seen[1][0]) is Tensor
+
+
+def test_offloaded_modules_are_left_alone(world: tuple[Any, dict[str, Tensor]]) -> None:
+    """accelerate replaces their forwards by ones that load the weights."""
+    model, inputs = world
+    plain = logits(model, inputs)
+    for module in model.modules():
+        if not module._modules and "Norm" in type(module).__name__:
+            offload(module)
+    with rd.fused(model) as fused:
+        torch.testing.assert_close(logits(model, inputs), plain)
+    assert fused.counts["norm"] + fused.counts["norm_rotary"] == 0
+    assert sum("another library" in reason for reason in fused.left.values()) == 9
+
+
+def test_a_copy_runs_with_its_own_weights(world: tuple[Any, dict[str, Tensor]]) -> None:
+    """As `DataParallel` copies modules: the copy's norm has the copy's weight."""
+    model, _ = world
+    x = torch.randn(2, 32)
+    with rd.fused(model):
+        replica = model.model.norm._replicate_for_data_parallel()
+        replica._parameters["weight"] = nn.Parameter(torch.zeros(32))
+        assert not replica(x).any()
+        assert model.model.norm(x).any()
+
+
+def test_a_wrapped_model(world: tuple[Any, dict[str, Tensor]]) -> None:
+    model, inputs = world
+    with rd.fused(nn.DataParallel(model)) as fused:
+        fused(**inputs)
+    assert fused.counts["norm_rotary"] == 4
+
+
+def test_a_compiled_model_computes_its_own(world: tuple[Any, dict[str, Tensor]]) -> None:
+    """While torch.compile traces, the model's own code runs."""
+    model, inputs = world
+    plain = logits(model, inputs)
+    compiled = torch.compile(model.model.norm, backend="eager")
+    x = torch.randn(3, 32)
+    own = model.model.norm(x)
+    with rd.fused(model) as fused:
+        assert torch.equal(compiled(x), own)
+        torch.testing.assert_close(logits(model, inputs), plain)
+    assert fused.counts["norm"] == 3
+    assert torch.equal(compiled(x), own)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> tuple[Path, Any, list[dict[str, Tensor]]]:
+    """A checkpoint, its model, and batches."""
+    save("qwen3_moe", tmp_path / "model")
+    model = rd.load_model(tmp_path / "model")
+    batches = [zoo.tiny_inputs("qwen3_moe", model.config, seed=seed) for seed in range(2)]
+    return tmp_path / "model", model, batches
+
+
+def test_streaming_has_the_bits_of_a_resident_model(
+    checkpoint: tuple[Path, Any, list[dict[str, Tensor]]],
+) -> None:
+    folder, model, batches = checkpoint
+    with rd.observe(model, fuse=True) as obs:
+        for batch in batches:
+            obs(**batch)
+    resident = obs.stats
+    streamed = rd.observe_streamed(folder, batches, fuse=True)
+    assert streamed.provenance["fused"] == resident.provenance["fused"]
+    for layer, stats in resident.layers.items():
+        assert torch.equal(stats.sums, streamed.layers[layer].sums)
+
+
+def test_the_launch_table_decides(
+    world: tuple[Any, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is bound on CPUs, and on a GPU what the table has."""
+    model, inputs = world
+    with rd.observe(model) as obs:
+        obs(**inputs)
+    assert not obs.fused.active
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("reap_driver.fusing.fusion.input_device", lambda _: gpu)
+    asked = []
+
+    def choose(where: torch.device, op: str, dtype: torch.dtype, width: int, rows: int) -> str:
+        asked.append((where, op, dtype, width, rows))
+        return "triton" if op == "norm" else "model"
+
+    monkeypatch.setattr(tuning, "choose_backend", choose)
+    fused = rd.observe(model).fused
+    with contextlib.ExitStack() as stack:
+        fused.bind(stack)
+        assert fused.counts == {
+            "norm": 9,
+            "residual_norm": 0,
+            "norm_rotary": 0,
+            "rotary": 0,
+            "left": 0,
+        }
+    expected = [(gpu, op, torch.float32, 32, 16_384) for op in ("norm", "rotary")]
+    assert asked == expected
+
+
+def test_a_deep_copy_does_not_share_the_state(world: tuple[Any, dict[str, Tensor]]) -> None:
+    """A copy that is made inside computes the same, also after the context."""
+    model, inputs = world
+    plain = logits(model, inputs)
+    with rd.fused(model):
+        twin = copy.deepcopy(model)
+    torch.testing.assert_close(logits(twin, inputs), plain)
