@@ -198,15 +198,13 @@ def _vllm(at: At) -> list[Row]:
 
 _NORMS = "RMS norms and rotary embeddings"
 _GRAMS = "Gram matrices and cross moments"
-# Correctness before time; of each, what most users meet first.
+# Correctness before time; of each, new kernels first, then what most users meet.
 ITEMS: tuple[Item, ...] = (
-    Item("layer checks", ("The call object of the layer op",), 75, "checks", _layer_checks),
     Item(
-        "product checks", ("CUDA products for Hopper",), 40, "checks", partial(_checks, "products")
+        "product checks", ("CUDA products for Hopper",), 30, "checks", partial(_checks, "products")
     ),
-    Item("norm checks", (_NORMS,), 45, "checks", partial(_checks, "norms")),
-    Item("norm time", (_NORMS,), 15, "kernels", _norm_time),
-    Item("gram checks", (_GRAMS,), 60, "checks", partial(_checks, "grams")),
+    Item("norm checks", (_NORMS,), 30, "checks", partial(_checks, "norms")),
+    Item("layer checks", ("The call object of the layer op",), 60, "checks", _layer_checks),
     Item(
         "observed models",
         (
@@ -216,10 +214,11 @@ ITEMS: tuple[Item, ...] = (
             "Records with images",
             "`device_map` with weights",
         ),
-        60,
+        30,
         "checks",
         partial(_group, "models", ("OBSERVING",)),
     ),
+    Item("attention", ("cuDNN's attention",), 20, "checks", partial(_checks, "attention")),
     Item(
         "plans",
         (
@@ -228,38 +227,39 @@ ITEMS: tuple[Item, ...] = (
             "Several plans compared",
             "`rd.observe_vectors`",
         ),
-        60,
+        30,
         "checks",
         partial(_group, "models", ("PLANS",)),
     ),
     Item(
         "streamed bits",
         ("Streamed statistics equal", "FP8 blocks and the matrices"),
-        40,
+        20,
         "checks",
         partial(_group, "jobs", ("STREAMED",)),
     ),
     Item(
         "commands",
         ("Recording a GPU's name", "`rd.masked_experts`, `search` and `compare`"),
-        60,
+        40,
         "checks",
         partial(_group, "jobs", ("COMMANDS",)),
     ),
-    Item("mask in a graph", ("a mask inside a captured",), 15, "checks", partial(_checks, "masks")),
+    Item("gram checks", (_GRAMS,), 45, "checks", partial(_checks, "grams")),
+    Item("mask in a graph", ("a mask inside a captured",), 10, "checks", partial(_checks, "masks")),
     *(
         Item(tool, ("compute-sanitizer's racecheck",), 60, "checks", partial(_sanitized, tool))
         for tool in ("racecheck", "synccheck", "initcheck")
     ),
-    Item("attention", ("cuDNN's attention",), 20, "checks", partial(_checks, "attention")),
-    Item("gram time", (_GRAMS,), 45, "gram", _gram_time),
-    Item("steps", ("Where a layer's time goes", "65,536 tokens"), 90, "steps", _steps),
-    Item("short calls", ("Calls of 2,048 tokens",), 60, "short", _short),
-    Item("products", ("Kernels of the products",), 90, "products", _products),
+    Item("products", ("Kernels of the products",), 75, "products", _products),
     Item("end to end", ("Qwen3-30B-A3B on all 231",), 120, "end2end", _end_to_end),
-    Item("profile", ("What one batch of a whole model",), 60, "profile", _profile),
-    Item("tune", ("`reap-kernels tune`",), 60, "checks", partial(_group, "jobs", ("TUNED",))),
+    Item("short calls", ("Calls of 2,048 tokens",), 45, "short", _short),
+    Item("steps", ("Where a layer's time goes", "65,536 tokens"), 75, "steps", _steps),
+    Item("norm time", (_NORMS,), 15, "kernels", _norm_time),
     Item("choices", ("CUDA's or Triton's sort",), 90, "choices", _choices),
+    Item("gram time", (_GRAMS,), 45, "gram", _gram_time),
+    Item("profile", ("What one batch of a whole model",), 45, "profile", _profile),
+    Item("tune", ("`reap-kernels tune`",), 60, "checks", partial(_group, "jobs", ("TUNED",))),
     Item("few rows", ("Launch tables for few rows per expert",), 60, "tiles", _few_rows),
     Item(
         "vllm layers",
