@@ -8,6 +8,7 @@ import gc
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,11 +124,11 @@ class Bench:
                 own = ids.to(self.machine.device, non_blocking=True)
                 self.model(input_ids=own, use_cache=False, logits_to_keep=1)
 
-    def observed(self, batches: list[Tensor]) -> rk.SaliencyStats:
-        """`reap_driver.observation.observer`, from entering it to statistics on the CPU."""
+    def observed(self, batches: list[Tensor], **how: Any) -> rk.SaliencyStats:
+        """`rd.observe` with its options, from entering it to statistics on the CPU."""
         from reap_driver import observe
 
-        with observe(self.model) as obs:
+        with observe(self.model, **how) as obs:
             for ids in batches:
                 obs(input_ids=ids)
         return obs.stats
@@ -137,13 +138,34 @@ class Bench:
         with _bound(self.experts):
             self.forward(batches)
 
+    def fused(self, batches: list[Tensor]) -> None:
+        """The same, with norms, residual sums and rotations in kernels of ours."""
+        from reap_driver import fused
+
+        with fused(self.model):
+            self.unobserved(batches)
+
     def variants(self) -> dict[tuple[str, str, str], Callable[[list[Tensor]], object]]:
         """(provider, variant, observed) -> how to run it."""
         theirs = {
             ("transformers", name, "no"): lambda batches, n=name: self.plain(n, batches)
             for name in IMPLEMENTATIONS
         }
-        return {_OBSERVED: self.observed, _UNOBSERVED: self.unobserved, **theirs}
+        ours: dict[tuple[str, str, str], Callable[[list[Tensor]], object]] = {
+            _OBSERVED: self.observed,
+            _UNOBSERVED: self.unobserved,
+            ("reap", "fused", "yes"): partial(self.observed, fuse=True),
+            ("reap", "fused", "no"): self.fused,
+        }
+        if self._cudnn():
+            options = {"fuse": True, "attention": "cudnn"}
+            ours["reap", "fused, cuDNN's attention", "yes"] = partial(self.observed, **options)
+        return ours | theirs
+
+    def _cudnn(self) -> bool:
+        """Whether observing may ask for cuDNN's attention."""
+        device = self.machine.device
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @contextlib.contextmanager
@@ -351,8 +373,9 @@ def _rows(
         figures |= {"tokens_s": f"{tokens / seconds:.0f}"}
         figures |= {"peak_gb": f"{peaks[key]:.1f}" if key in peaks else ""}
         figures |= {"time/transformers": f"{seconds / middle[theirs]:.3f}"}
-        if key == _OBSERVED:
-            figures[_OVER] = f"{seconds / middle[_UNOBSERVED]:.4f}"
+        plain = middle.get((*key[:2], "no"))
+        if key[2] == "yes" and plain:
+            figures[_OVER] = f"{seconds / plain:.4f}"
         return {**_row(*key, status="timed", note=f"{note}; {extra}"), **figures}
 
     turns = max(map(len, taken.values()))

@@ -252,7 +252,7 @@ ITEMS: tuple[Item, ...] = (
         for tool in ("racecheck", "synccheck", "initcheck")
     ),
     Item("products", ("Kernels of the products",), 75, "products", _products),
-    Item("end to end", ("Qwen3-30B-A3B on all 231",), 120, "end2end", _end_to_end),
+    Item("end to end", ("Qwen3-30B-A3B on all 231",), 150, "end2end", _end_to_end),
     Item("short calls", ("Calls of 2,048 tokens",), 45, "short", _short),
     Item("steps", ("Where a layer's time goes", "65,536 tokens"), 75, "steps", _steps),
     Item("norm time", (_NORMS,), 15, "kernels", _norm_time),
