@@ -10,6 +10,7 @@ from torch import Tensor
 from reap_driver.compat.experts_interface import Forward, GroupedForm
 from reap_driver.model.adapters import ExpertCall, KernelAdapter, Sample
 from reap_driver.model.discover import MoELayer, adapter_of
+from reap_driver.observation.copies import Copies
 from reap_driver.observation.first_calls import Code, FirstCalls
 from reap_driver.observation.token_mask import TokenMask
 from reap_kernels import (
@@ -60,9 +61,12 @@ class LayerRecorder:
         self._dtype: torch.dtype | None = None  # in which the model computes the layer
         self._forward = 0  # the last one recorded; `_before` are the statistics before it
         self._before: LayerStats | None = None
+        self._kept = True  # whether `_before` are the statistics now
         self._gram: LayerGram | None = None
         self._gram_lost = ""  # why it cannot be added to any more
-        self._total: Tensor | None = None  # sum of the inputs; not finite if one is not
+        # Sums of the inputs, not finite if one is not: of forwards before, and of the last one.
+        self._total: Tensor | None = None
+        self._latest: Tensor | None = None
         self._served: dict[int, str] = {}
         self._served_before: set[str] = set()  # of the restored snapshot
 
@@ -199,8 +203,7 @@ class LayerRecorder:
         """The layer's statistics on `device`, and the index of the current group."""
         self._check_dtype(device)
         if self._forward != self._observation.forwards:
-            self._forward = self._observation.forwards
-            self._before = None if self._stats is None else self._stats.to(self._stats.device)
+            self._forward, self._kept = self._observation.forwards, False
         group = self._observation.group_index()
         if self._stats is None:
             self._stats = LayerStats(
@@ -257,15 +260,37 @@ class LayerRecorder:
             mask: bool [T]; None if all tokens count.
         """
         counted = rows if mask is None else torch.where(mask[:, None], rows, 0)
-        total = counted.sum(
-            dtype=torch.float32
-        )  # propagates NaN and Inf without synchronizing with the device
-        self._total = total if self._total is None else self._total.to(total.device) + total
+        # Propagates NaN and Inf, without waiting for the device.
+        total = counted.sum(dtype=torch.float32)
+        self._latest = total if self._latest is None else self._latest.to(total.device) + total
+
+    def keep(self) -> Copies:
+        """Keeps the statistics for `undo`; called before every forward.
+
+        Returns:
+            What remains to be copied and added; `do_all` does it for all layers together.
+        """
+        stats, before, left = self._stats, self._before, Copies()
+        if self._kept or stats is None:
+            return left
+        self._kept = True
+        if before is not None and _alike(before.counts, stats.counts):
+            left.copied += zip(before.packed(), stats.packed(), strict=True)
+        else:
+            self._before = stats.to(stats.device)
+        total, latest = self._total, self._latest
+        if total is not None and latest is not None and _alike(total, latest):
+            left.added.append((total, latest))
+        elif latest is not None:
+            self._total = latest if total is None else total.to(latest.device) + latest
+        self._latest = None
+        return left
 
     @property
     def input_finite(self) -> bool:
         """Whether the input was finite for all counted tokens so far."""
-        return self._total is None or bool(self._total.isfinite())
+        sums = (self._total, self._latest)
+        return all(one is None or bool(one.isfinite()) for one in sums)
 
     def undo(self, forward: int) -> None:
         """Removes what was recorded in a forward, if it is the last one recorded."""
@@ -275,6 +300,7 @@ class LayerRecorder:
             elif self._gram is not None:  # a copy before every forward would cost as much again
                 self._gram_lost = "a forward failed after it had added to the Gram matrices"
             self._stats, self._forward = self._before, 0
+            self._before, self._kept, self._latest = None, False, None
             self._dtype = None if self._stats is None else self._dtype
 
     def _check_dtype(self, device: torch.device) -> None:
@@ -315,8 +341,13 @@ class LayerRecorder:
 
     def restore(self, stats: LayerStats, served_by: Iterable[str]) -> None:
         """Continues from these statistics, which the given backends computed."""
-        self._stats = stats.to("cpu")
+        self._stats, self._kept = stats.to("cpu"), False
         self._served_before = set(served_by)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors have one shape and device."""
+    return one.shape == other.shape and one.device == other.device
 
 
 def _computed_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

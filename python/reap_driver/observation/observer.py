@@ -23,6 +23,7 @@ from reap_driver.model.attention import Attention, AttentionKernels
 from reap_driver.model.discover import adapter_of, block_of, find_moe_layers
 from reap_driver.model.forward import forward
 from reap_driver.model.unwrap import unwrap_model
+from reap_driver.observation.copies import do_all
 from reap_driver.observation.first_calls import FirstCalls
 from reap_driver.observation.gram_sums import GramSink, check_gram
 from reap_driver.observation.layer_recorder import LayerRecorder
@@ -393,6 +394,7 @@ class Observer:
                 "torch.enable_grad(), or train outside of the context"
             )
         check_unchanged(self.model, self.layers)
+        do_all([recorder.keep() for recorder in self._recorders.values()])
         self._running, self._groups_before = True, len(self.groups)
         self.forwards += 1
 
