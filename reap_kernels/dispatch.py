@@ -121,7 +121,7 @@ class Verdict:
     Example:
         >>> import reap_kernels as rk
         >>> print(rk.explain("cpu", backend="reference")[0])
-        sort, reference: chosen
+        sort, cpu: not chosen: reference was requested
     """
 
     op: str
