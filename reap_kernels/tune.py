@@ -7,7 +7,7 @@ compiler gets wrong cannot win. Nothing here runs while a model is observed.
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,8 +67,11 @@ def cuda_timer(call: Callable[[], object]) -> float:
     return statistics.median(taken)
 
 
-def candidates(op: str, dtype: torch.dtype, shared_memory: int) -> list[Launch]:
-    """Launches whose accumulators fit in registers and whose operands fit in shared memory."""
+def candidates(op: str, dtype: torch.dtype, shared_memory: int, tma: bool = False) -> list[Launch]:
+    """Launches whose accumulators fit in registers and whose operands fit in shared memory; with
+    `tma`, of both kernels. (A persistent program also reorders in shared memory what it stores:
+    one that asks for too much falls out when it is launched.)
+    """
     found = []
     sizes = itertools.product((16, 64, 128), (32, 64, 128, 256), (32, 64), (4, 8), (2, 3, 4))
     for m, n, k, warps, depth in sizes:
@@ -78,6 +81,9 @@ def candidates(op: str, dtype: torch.dtype, shared_memory: int) -> list[Launch]:
             and launch.shared_bytes(op, dtype.itemsize) <= shared_memory
         ):
             found.append(launch)
+            # Boxes pay where tensor cores work on whole warp groups.
+            if tma and dtype.itemsize == 2 and m >= 64 and k == 64:
+                found.append(replace(launch, kernel="tma"))
     return found
 
 
@@ -87,7 +93,7 @@ def tune(
     where: torch.device,
     *,
     timer: Timer = cuda_timer,
-    tried: Callable[[str, torch.dtype, int], list[Launch]] = candidates,
+    tried: Callable[[str, torch.dtype, int, bool], list[Launch]] = candidates,
     seen: Callable[[Measured], None] = lambda measured: None,
 ) -> Table:
     """Measures the products of every shape and bucket, and the backend of every stage.
@@ -115,7 +121,7 @@ def tune(
         for bound, rows in BUCKETS:
             best = {}
             for op in PRODUCTS:
-                options = tried(op, dtype, device.shared_memory(where))
+                options = tried(op, dtype, device.shared_memory(where), device.tma(where))
                 best[op] = _best(op, options, shape, weights, rows, timer, seen)
                 bucket = (op, table_dtype(dtype), shape.intermediate, bound)
                 entries.append(Entry(*bucket, launch=best[op]))

@@ -354,9 +354,7 @@ class Problem:
             return Launches(*2 * (_UNALIGNED[self.dtype.itemsize],))
         fused = self.activation not in ("relu2", "opaque")
         up = self._choose("gate_up" if fused else "down")
-        if fused and not self.plain and up.kernel == "pointer":
-            up = _roomier(up)
-        return Launches(up, self._choose("down"))
+        return Launches(up if self.plain or not fused else _roomier(up), self._choose("down"))
 
     def _choose(self, op: str) -> Launch:
         return choose(self.device, op, self.dtype, self.intermediate, self.rows, self.kernels)

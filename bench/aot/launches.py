@@ -259,6 +259,7 @@ def launches_of(arch: Arch) -> list[Launched]:
                 with recording(f"{name}, {short}", found):
                     call()
         _variants(found)
+        _boxed(arch, found)
     return found
 
 
@@ -271,6 +272,28 @@ def _pretending(arch: Arch) -> Iterator[None]:
         yield
     finally:
         device.architecture, device.shared_memory = before
+
+
+def _boxed(arch: Arch, found: list[Launched]) -> None:
+    """What the kernel `tma` is launched for beyond the pairs of a table that names it, in bf16."""
+    half, off = torch.bfloat16, tuning.off_entries(arch.name)
+    lines = {e.op: e.launch for e in off if e.launch is not None and e.launch.kernel == "tma"}
+    if not lines:
+        return
+    pair = Launches(*(lines[op] for op in tuning.PRODUCTS))
+    one = Launches(pair.down, pair.down)  # of products without a gate half
+    narrow = Launches(replace(pair.up, block_n=pair.up.block_n // 2), pair.down)
+    oai = rk.Activation("swiglu_oai", limit=7.0)
+    opaque = rk.Activation("opaque", fn=rk.Activation("silu").apply)
+    for case, layout, activation, launches in (
+        (EVEN, "stacked", rk.Activation("silu_clamped_in", limit=7.0), pair),
+        (EVEN, "interleaved-biased", oai, narrow),
+        (EVEN, "ungated", rk.Activation("relu2"), one),
+        (EVEN, "stacked", opaque, one),
+        (UNEVEN, "stacked", None, pair),
+    ):
+        with recording(f"tma, {case.name} {layout}", found):
+            _observe(case, half, layout, activation, launches=launches)
 
 
 def _variants(found: list[Launched]) -> None:

@@ -33,9 +33,18 @@ _DOWN = (
     (128, 256, 64, 16, 8, 3), (64, 256, 64, 8, 4, 4), (64, 256, 64, 8, 8, 4),
     (128, 128, 64, 16, 8, 3),
 )  # fmt: skip
+# The same by the kernel that reads boxes, which competes from sm_90 on.
+_GATE_UP_TMA = (
+    (128, 128, 64, 8, 8, 3), (128, 128, 64, 8, 8, 4), (128, 128, 64, 16, 8, 3),
+    (64, 128, 64, 8, 4, 4), (128, 64, 64, 8, 8, 4),
+)  # fmt: skip
+_DOWN_TMA = (
+    (128, 256, 64, 16, 8, 3), (128, 256, 64, 8, 8, 4), (128, 128, 64, 8, 8, 4),
+    (64, 256, 64, 8, 4, 4),
+)  # fmt: skip
 LAUNCHES = {
-    "gate_up": [Launch(*sizes) for sizes in _GATE_UP],
-    "down": [Launch(*sizes) for sizes in _DOWN],
+    op: [Launch(*sizes) for sizes in own] + [Launch(*sizes, kernel="tma") for sizes in boxed]
+    for op, own, boxed in (("gate_up", _GATE_UP, _GATE_UP_TMA), ("down", _DOWN, _DOWN_TMA))
 }
 
 

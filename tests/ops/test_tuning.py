@@ -218,6 +218,18 @@ def test_unaligned_sizes_and_biases_get_launches_of_their_own() -> None:
     assert tuning._roomier(SMALL) == SMALL
 
 
+def test_candidates_of_both_kernels_where_there_is_tma() -> None:
+    pointers = candidates("down", torch.bfloat16, 227 * 1024)
+    assert {launch.kernel for launch in pointers} == {"pointer"}
+    both = candidates("down", torch.bfloat16, 227 * 1024, True)
+    boxed = [launch for launch in both if launch.kernel == "tma"]
+    assert [launch for launch in both if launch.kernel == "pointer"] == pointers
+    assert replace(SMALL, block_m=64, block_n=64, block_k=64, group_m=8, kernel="tma") in boxed
+    assert candidates("down", torch.float32, 227 * 1024, True) == candidates(
+        "down", torch.float32, 227 * 1024
+    )
+
+
 def test_candidates_fit() -> None:
     for op in PRODUCTS:
         found = candidates(op, torch.bfloat16, 99 * 1024)
