@@ -196,6 +196,7 @@ def _vllm(at: At) -> list[Row]:
     return vllm_layers.run(at.machine, at.deadline)
 
 
+_TMA = "Triton's products by TMA"
 _NORMS = "RMS norms and rotary embeddings"
 _GRAMS = "Gram matrices and cross moments"
 # Correctness before time; of each, new kernels first, then what most users meet.
@@ -203,6 +204,7 @@ ITEMS: tuple[Item, ...] = (
     Item(
         "product checks", ("CUDA products for Hopper",), 30, "checks", partial(_checks, "products")
     ),
+    Item("TMA checks", (_TMA,), 45, "checks", partial(_checks, "tma")),
     Item("norm checks", (_NORMS,), 30, "checks", partial(_checks, "norms")),
     Item("layer checks", ("The call object of the layer op",), 60, "checks", _layer_checks),
     Item(
@@ -251,7 +253,7 @@ ITEMS: tuple[Item, ...] = (
         Item(tool, ("compute-sanitizer's racecheck",), 60, "checks", partial(_sanitized, tool))
         for tool in ("racecheck", "synccheck", "initcheck")
     ),
-    Item("products", ("Kernels of the products",), 75, "products", _products),
+    Item("products", ("Kernels of the products", _TMA), 75, "products", _products),
     Item("end to end", ("Qwen3-30B-A3B on all 231",), 150, "end2end", _end_to_end),
     Item("short calls", ("Calls of 2,048 tokens",), 45, "short", _short),
     Item("steps", ("Where a layer's time goes", "65,536 tokens"), 75, "steps", _steps),
