@@ -5,6 +5,7 @@ import sys
 
 BENCHMARKS = {
     "observe_cpu": "observed forward beside transformers' unobserved one and all-experts, CPU",
+    "first_call_cpu": "first observed forward beside the second: what checking layers costs, CPU",
     "gram_cpu": "observed forward with Gram matrices beside that without, CPU",
     "accuracy_cpu": "error of every statistic against a float64 oracle, CPU",
     "aot": "every kernel compiled for five architectures, its code inspected; needs no GPU",
