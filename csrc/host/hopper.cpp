@@ -17,6 +17,7 @@ constexpr unsigned LANES = 32;
 constexpr unsigned GROUP = 128;                     // threads of a warp group
 constexpr std::uint64_t BEGUN = 0x6d626172726965;   // what a barrier's bytes hold
 constexpr std::int64_t MOST_BYTES = (1 << 20) - 1;  // that a phase of a barrier can expect
+constexpr std::size_t MOST_REGISTERS = 1 << 16;     // of a multiprocessor
 constexpr unsigned NAMED = 16;                      // barriers of bar.sync
 
 struct Barrier {
@@ -52,6 +53,7 @@ struct Thread {
     std::size_t open = 0;             // products of the group that is not committed
     bool fenced = false;
     std::uint64_t issued = 0;  // how many products, ever
+    unsigned registers = 0;    // as set by the thread; 0: as at the launch
 };
 
 struct Named {
@@ -344,6 +346,11 @@ void begin_hopper(unsigned count) {
 }
 
 void end_hopper() {
+    // A warp group waits for registers that others give back; none come after the last has.
+    const std::size_t first = MOST_REGISTERS / threads.size() / 8 * 8;
+    std::size_t registers = 0;
+    for (const Thread& own : threads) registers += own.registers ? own.registers : first;
+    if (registers > first * threads.size()) fail("warp groups take more registers than there are");
     for (std::size_t i = 0; i < threads.size(); ++i) {
         const Thread& own = threads[i];
         if (!own.products.empty()) fail("products are not waited for");
@@ -378,6 +385,8 @@ void product(float* sum, int columns, Dtype dtype, std::uint64_t a, std::uint64_
     ++own.open;
     ++own.issued;
 }
+
+void set_registers(unsigned registers) { self().registers = registers; }
 
 void products_wait(int left) {
     finish(static_cast<std::size_t>(left));

@@ -11,8 +11,8 @@
 //   phase that comes and goes between two of its turns is missed, as on the GPU.
 //
 // Misuse (a barrier that nobody began, more arrivals than it expects, an operand outside shared
-// memory, lanes that issue different products, copies that nobody waits for) ends the process with a
-// message.
+// memory, lanes that issue different products, copies that nobody waits for, more registers than a
+// block has) ends the process with a message.
 #pragma once
 
 #include <cmath>
@@ -50,6 +50,7 @@ namespace host {
 void tma_load(void* to, const Map& map, std::uint64_t* barrier, const int* at, int rank);
 void product(float* sum, int columns, Dtype dtype, std::uint64_t a, std::uint64_t b, bool add);
 void products_wait(int left);
+void set_registers(unsigned registers);
 
 template <class T>
 constexpr Dtype DTYPE_OF = Dtype::fp32;
@@ -106,10 +107,11 @@ inline float times_sigmoid(float x, float z) { return x / (1.0f + std::exp(-z));
 template <int REGISTERS>
 void fewer_registers() {
     static_assert(REGISTERS % 8 == 0 && REGISTERS >= 24 && REGISTERS <= 256);
+    host::set_registers(REGISTERS);
 }
 template <int REGISTERS>
 void more_registers() {
-    static_assert(REGISTERS % 8 == 0 && REGISTERS >= 24 && REGISTERS <= 256);
+    fewer_registers<REGISTERS>();
 }
 
 }  // namespace reap

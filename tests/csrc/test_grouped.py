@@ -84,6 +84,7 @@ MUTANTS = (
     mutant("barriers are not ready for TMA", "barriers_ready();", ""),
     mutant("barriers are used before they begin", "__syncthreads();", ""),
     mutant("the ring's parity stays", "parity ^= 1;", ""),
+    mutant("warp groups take too many registers", "fewer_registers<40>", "fewer_registers<48>"),
     mutant("idle threads wait for stages", "(!gather && threadIdx.x != 0)", "false"),
 )
 
