@@ -258,6 +258,7 @@ ITEMS: tuple[Item, ...] = (
     Item("short calls", ("Calls of 2,048 tokens",), 45, "short", _short),
     Item("steps", ("Where a layer's time goes", "65,536 tokens"), 75, "steps", _steps),
     Item("norm time", (_NORMS,), 15, "kernels", _norm_time),
+    Item("fused", ("Norms, residual sums",), 40, "checks", partial(_checks, "fusing")),
     Item("choices", ("CUDA's or Triton's sort",), 90, "choices", _choices),
     Item("gram time", (_GRAMS,), 45, "gram", _gram_time),
     Item("profile", ("What one batch of a whole model",), 45, "profile", _profile),

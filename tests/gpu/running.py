@@ -12,7 +12,19 @@ import torch
 
 from bench.gpu.clock import Deadline
 from bench.gpu.verify import outcome_of
-from tests.gpu import attention, facts, grams, jobs, logits, masks, models, norms, products, tma
+from tests.gpu import (
+    attention,
+    facts,
+    fusing,
+    grams,
+    jobs,
+    logits,
+    masks,
+    models,
+    norms,
+    products,
+    tma,
+)
 from tests.gpu import checks as layers
 from tests.gpu.checks import Check
 
@@ -22,7 +34,20 @@ _GRACE = 45
 
 def plan(smoke: bool) -> list[Check]:
     """Every check there is: the GPU's own facts first, whole models and jobs last."""
-    every = (facts, logits, norms, masks, products, tma, grams, layers, models, attention, jobs)
+    every = (
+        facts,
+        logits,
+        norms,
+        masks,
+        products,
+        tma,
+        grams,
+        layers,
+        models,
+        attention,
+        fusing,
+        jobs,
+    )
     return [check for module in every for check in module.plan(smoke)]
 
 
