@@ -46,7 +46,6 @@ class Limit:
 LIMITS = {
     ("sm90", "grouped_product"): Limit(),
     ("sm90", "grouped_product_tma"): Limit(barriers=4, copies=4, bulk=1),
-    ("sm90", "grouped_outer"): Limit(barriers=3),
 }
 
 
