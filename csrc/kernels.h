@@ -6,6 +6,10 @@
 
 namespace reap {
 
+// Statuses that launchers answer with themselves, as CUDA numbers them.
+constexpr int SUCCESS = 0;
+constexpr int INVALID_VALUE = 1;  // cudaErrorInvalidValue: the caller passed what no kernel takes
+
 // Of elements; module.cpp gives Python the same numbers by torch's names.
 enum class Dtype : int { bf16, fp16, fp32, fp64, int32, int64 };
 
@@ -69,6 +73,9 @@ struct Combine {
     bool wide;  // whether rows of y and out begin at multiples of 16 bytes
 };
 int combine_rows(const Combine& call, Where where);
+
+// Numbers that a tile of `reduce_slots` sums up.
+constexpr int REDUCE_FIELDS = 9;
 
 // Adds measured slots to the statistics; see reduce.cu for the arrays.
 struct Reduce {
@@ -187,5 +194,47 @@ struct Table {
 };
 constexpr std::int64_t table_bytes(int experts) { return std::int64_t{132} * experts; }
 int describe_experts(const Table& call);
+
+// The weights of one product of a layer, as `Product` has them.
+struct Weights {
+    Matrices matrices;
+    Biases bias;
+    Biases gate_bias;
+};
+
+// An MoE layer by the kernels above alone, in one call: sort, tiles, both products, combination and
+// reduction, one after another on the stream, in one workspace; see layer.cpp for its arrays.
+struct Layer {
+    const void* hidden;  // [T, H], contiguous
+    int dtype;           // bf16 or fp16, of all weights and of `out`
+    const void* ids;     // [T, k], as are the router weights
+    int ids_dtype;
+    const void* router_weights;
+    int router_weights_dtype;
+    std::int64_t tokens;
+    int top_k;
+    int experts;
+    int width;  // H
+    int inner;  // I
+    int formula;
+    float limit;
+    float alpha;
+    int tiles;  // of rows that use a tile of weights before the next: `Product::group`
+    Weights first;
+    Weights second;
+    void* out;   // [T, H]
+    int groups;  // of the statistics; 0: none are kept. What follows is as in `Reduce`.
+    std::int64_t* counts;
+    double* sums;
+    float* extrema;
+    const bool* mask;
+    const std::int64_t* group;
+    int first_group;
+    void* workspace;  // of `layer_bytes`, at a multiple of 256 bytes
+};
+int run_layer(const Layer& call, Where where);
+
+// Bytes of workspace that `run_layer` needs, by tokens, top_k, experts, width, inner and groups.
+std::int64_t layer_bytes(const Layer& call);
 
 }  // namespace reap

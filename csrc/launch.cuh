@@ -9,9 +9,7 @@
 
 namespace reap {
 
-constexpr int SUCCESS = 0;
-constexpr int INVALID_VALUE = 1;  // cudaErrorInvalidValue: the caller passed what no kernel takes
-constexpr int NO_CODE = 209;      // cudaErrorNoKernelImageForDevice
+constexpr int NO_CODE = 209;  // cudaErrorNoKernelImageForDevice
 
 struct Grid {
     unsigned x = 1, y = 1;

@@ -1,6 +1,8 @@
 // The Python module: launchers with named arguments, pointers and streams as integers.
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "kernels.h"
 
 #ifdef REAP_HOST
@@ -198,6 +200,84 @@ void define_products(py::module_& m) {
     m.attr("PRODUCT_ROWS") = reap::PRODUCT_ROWS;
 }
 
+// Named arguments of a call that has too many for a signature.
+class Given {
+  public:
+    explicit Given(const py::kwargs& all) : all_(all) {}
+
+    template <class T>
+    T number(const std::string& name) const {
+        return py::cast<T>(all_[name.c_str()]);
+    }
+
+    template <class T>
+    T* pointer(const std::string& name) const {
+        return at<T>(number<Address>(name));
+    }
+
+    // Of the product whose arguments' names begin with `name`.
+    reap::Weights weights(const std::string& name) const {
+        const auto bias = [&](const std::string& own) -> reap::Biases {
+            return {pointer<const void>(own), number<std::int64_t>(own + "_expert_stride"),
+                    number<std::int64_t>(own + "_row_stride")};
+        };
+        return {{pointer<const void>(name + "_up"), pointer<const void>(name + "_gate"),
+                 number<std::int64_t>(name + "_expert_stride"),
+                 number<std::int64_t>(name + "_row_stride"), pointer<const void>(name + "_table")},
+                bias(name + "_bias"),
+                bias(name + "_gate_bias")};
+    }
+
+  private:
+    const py::kwargs& all_;
+};
+
+// The sizes of a layer, which its workspace depends on.
+reap::Layer layer_sizes(const Given& given) {
+    reap::Layer call{};
+    call.tokens = given.number<std::int64_t>("tokens");
+    call.top_k = given.number<int>("top_k");
+    call.experts = given.number<int>("experts");
+    call.width = given.number<int>("width");
+    call.inner = given.number<int>("inner");
+    call.groups = given.number<int>("groups");
+    return call;
+}
+
+int run_layer(const py::kwargs& all) {
+    const Given given(all);
+    reap::Layer call = layer_sizes(given);
+    call.hidden = given.pointer<const void>("hidden");
+    call.dtype = given.number<int>("hidden_dtype");
+    call.ids = given.pointer<const void>("ids");
+    call.ids_dtype = given.number<int>("ids_dtype");
+    call.router_weights = given.pointer<const void>("router_weights");
+    call.router_weights_dtype = given.number<int>("router_weights_dtype");
+    call.formula = given.number<int>("formula");
+    call.limit = given.number<float>("limit");
+    call.alpha = given.number<float>("alpha");
+    call.tiles = given.number<int>("tiles");
+    call.first = given.weights("first");
+    call.second = given.weights("second");
+    call.out = given.pointer<void>("out");
+    call.counts = given.pointer<std::int64_t>("counts");
+    call.sums = given.pointer<double>("sums");
+    call.extrema = given.pointer<float>("extrema");
+    call.mask = given.pointer<const bool>("mask");
+    call.group = given.pointer<const std::int64_t>("group");
+    call.first_group = given.number<int>("first_group");
+    call.workspace = given.pointer<void>("workspace");
+    return reap::run_layer(call, {given.number<int>("device"), given.number<Address>("stream")});
+}
+
+void define_layer(py::module_& m) {
+    m.def("run_layer", &run_layer, "One MoE layer; named arguments as fields of `Layer`.");
+    m.def(
+        "layer_bytes",
+        [](const py::kwargs& sizes) { return reap::layer_bytes(layer_sizes(Given(sizes))); },
+        "Workspace of `run_layer`: tokens, top_k, experts, width, inner, groups.");
+}
+
 void define_dtypes(py::module_& m) {
     py::dict dtypes;
     const auto name = [&](const char* torch, reap::Dtype dtype) {
@@ -253,4 +333,5 @@ PYBIND11_MODULE(_C, m) {
     define_saliency(m);
     define_dequant(m);
     define_products(m);
+    define_layer(m);
 }

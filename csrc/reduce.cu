@@ -19,7 +19,7 @@ namespace reap {
 namespace {
 
 constexpr int THREADS = 128;
-constexpr int FIELDS = 9, COUNTS = 2, SUMS = 5;
+constexpr int FIELDS = REDUCE_FIELDS, COUNTS = 2, SUMS = 5;
 
 // What a field is of no rows at all.
 REAP_DEVICE double nothing(int field) {

@@ -11,7 +11,6 @@
 namespace reap {
 namespace {
 
-constexpr int SUCCESS = 0, INVALID_VALUE = 1;
 constexpr std::uint64_t ALIGNED = 16, MOST_STRIDE = std::uint64_t{1} << 40;
 constexpr std::uint64_t MOST_SIZE = std::uint64_t{1} << 32;
 constexpr std::uint32_t MOST_BOX = 256, FASTEST = 64;

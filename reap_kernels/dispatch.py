@@ -58,8 +58,9 @@ class Request(NamedTuple):
         layout: `ExpertWeights.layout`, where the op takes weights.
         biased: whether the experts add biases.
         gram: whether a layer is asked for Gram matrices too.
-        boxes: how TMA can read gate and up as one: `fused` where all gates come before all ups (or
-            there are none), `interleaved`; empty where their strides or addresses do not allow it.
+        boxes: how TMA can read gate and up: as one, `fused` where all gates come before all ups (or
+            there are none), `interleaved`; or `apart`; empty where strides or addresses do not
+            allow it.
     """
 
     op: str

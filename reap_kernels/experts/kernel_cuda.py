@@ -19,7 +19,7 @@ from reap_kernels.types import ExpertWeights, Matrices
 
 DTYPES = (torch.bfloat16, torch.float16)
 # Elements of 16 bytes, which TMA loads at least.
-_CHUNK = 8
+CHUNK = 8
 _REACH = 1 << 40  # bytes between neighbors in a tensor map
 # Tiles that use a weight tile before the next; nobody has compared others.
 GROUP = 8
@@ -82,12 +82,12 @@ class Half:
         n, k = self.shape
         if self.dtype not in DTYPES:
             return f"weights are {self.dtype}; it takes bfloat16 and float16"
-        if n % _CHUNK or k % _CHUNK:
-            return f"matrices are {n} x {k}; TMA needs multiples of {_CHUNK}"
+        if n % CHUNK or k % CHUNK:
+            return f"matrices are {n} x {k}; TMA needs multiples of {CHUNK}"
         if self.strides[2] != 1:
             return "weights are stored transposed, which it does not read"
-        if self.strides[1] % _CHUNK or self.strides[0] % _CHUNK:
-            return f"strides of weights are {self.strides}; TMA needs multiples of {_CHUNK}"
+        if self.strides[1] % CHUNK or self.strides[0] % CHUNK:
+            return f"strides of weights are {self.strides}; TMA needs multiples of {CHUNK}"
         if any(address % 16 for address in self.addresses):
             return "weights do not begin at multiples of 16 bytes, as TMA needs"
         return None
@@ -185,8 +185,23 @@ def _described(up: Half, gate: Half | None, where: torch.device) -> Tensor:
 _MAPS = _Maps()
 
 
+def weight_arguments(
+    up: Half, gate: Half | None, where: torch.device
+) -> dict[str, Tensor | float | None]:
+    """A product's weights and biases, by the launcher's names; `gate` has `up`'s strides."""
+    return {
+        "up": up.addresses[0],
+        "gate": 0 if gate is None else gate.addresses[0],
+        "expert_stride": up.strides[0],
+        "row_stride": up.strides[1],
+        "table": _MAPS.on_device(up, gate, where) if up.table else None,
+        **_bias("bias", up),
+        **_bias("gate_bias", gate),
+    }
+
+
 def _bias(name: str, half: Half | None) -> dict[str, int]:
-    """Address and strides of a half's bias, by the launcher's names."""
+    """Address and strides of a half's bias."""
     bias = None if half is None else half.bias
     return {
         name: 0 if bias is None else bias.data_ptr(),
@@ -234,13 +249,7 @@ def product(
         token_stride=depth,
         gather_index=rows.gather_index if gather else None,
         top_k=rows.top_k,
-        up=up.addresses[0],
-        gate=0 if gate is None else gate.addresses[0],
-        expert_stride=up.strides[0],
-        row_stride=up.strides[1],
-        table=_MAPS.on_device(up, gate, where) if up.table else None,
-        **_bias("bias", up),
-        **_bias("gate_bias", gate),
+        **weight_arguments(up, gate, where),
         formula=cuda.required(where).FORMULAS[kind],
         limit=float("inf") if activation is None else activation.limit,
         alpha=0.0 if activation is None else activation.alpha,

@@ -36,8 +36,18 @@ def boxed(matrices: Tensor) -> bool:
 
 
 def _boxes(experts: ExpertWeights) -> str:
-    """See `Request.boxes`."""
-    found = experts.gate is None and experts.layout in ("stacked", "quantized")
-    if experts.layout == "stacked":
-        found = found and all(boxed(m) for m in (experts.up, experts.down) if isinstance(m, Tensor))
-    return ("interleaved" if experts.interleaved else "fused") if found else ""
+    """See `Request.boxes`. Of separate tensors only the first is looked at: the others have its
+    strides, and to ask all their addresses takes longer than a launch.
+    """
+    if experts.layout == "mixed":
+        return ""
+    if experts.layout == "quantized":  # dequantized into one tensor
+        read = True
+    else:
+        parts = (m for m in (experts.up, experts.gate, experts.down) if m is not None)
+        read = all(boxed(m if isinstance(m, Tensor) else m[0]) for m in parts)
+    if not read:
+        return ""
+    if experts.gate is not None or experts.layout == "table":
+        return "apart"
+    return "interleaved" if experts.interleaved else "fused"

@@ -69,7 +69,7 @@ def tma_limits(request: Request) -> str | None:
     for name, size in sizes.items():
         if size * request.dtype.itemsize % 16:
             return f"TMA reads rows of multiples of 16 bytes; {name} is {size}"
-    if not request.boxes:
+    if request.boxes in ("", "apart"):
         return (
             "TMA reads weights whose rows are contiguous and begin at multiples of 16 bytes, with "
             "gate and up in one tensor"

@@ -1,5 +1,6 @@
 """One call of the layer op, as every backend takes it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -8,8 +9,12 @@ from reap_kernels.dispatch import Request
 from reap_kernels.experts.request import request_of
 from reap_kernels.gram.factors import row_factors
 from reap_kernels.layer_gram import LayerGram
+from reap_kernels.scratch import fitting
 from reap_kernels.stats import LayerStats
 from reap_kernels.types import ExpertWeights
+
+# Scratch of a slot beside h and y: both indices, counts, measures, partial sums and tile lists.
+SLOT_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +68,20 @@ class LayerCall:
             group=self.group[tokens] if isinstance(self.group, Tensor) else self.group,
             gram_scale=scale[tokens] if isinstance(scale, Tensor) else scale,
         )
+
+    def parts(self, slot_bytes: int, quarters: int = 4) -> Iterator[tuple[slice, "LayerCall"]]:
+        """The call in equal parts whose scratch fits the budget, with the tokens of each; itself
+        where all fits.
+
+        Args:
+            slot_bytes: scratch of one slot.
+            quarters: of the budget that the slots may take.
+        """
+        tokens, top_k = self.topk_ids.shape
+        size = self.chunk or fitting(tokens, top_k * slot_bytes, self.hidden.device, quarters)
+        if size >= tokens:
+            yield slice(tokens), self
+            return
+        for start in range(0, tokens, size):
+            own = slice(start, start + size)
+            yield own, self.part(own)

@@ -36,15 +36,20 @@ def priority(request: Request) -> int:
     return stage_priority(request._replace(op="sort"))
 
 
+def stage_limits(request: Request) -> str | None:
+    """Why the kernels around the products cannot serve, as far as is known without running them."""
+    reason = limits(request)
+    if reason is not None:
+        return reason
+    most = cuda.constant(request.device, "COMBINE_SLOTS")
+    if request.sizes.top_k > most:
+        return f"k = {request.sizes.top_k} is above {most}; `triton` has no limit"
+    return None
+
+
 def refusal(request: Request) -> str | None:
     """Why `layer` cannot be served, or None."""
-    reason = limits(request)
-    if reason is None:
-        most = cuda.constant(request.device, "COMBINE_SLOTS")
-        if request.sizes.top_k > most:
-            reason = f"k = {request.sizes.top_k} is above {most}; `triton` has no limit"
-    if reason is None:
-        reason = product_limits(request)
+    reason = stage_limits(request) or product_limits(request)
     if reason is None and request.gram:
         reason = gram_backend.refusal(request)
     if reason is not None:

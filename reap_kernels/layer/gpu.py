@@ -17,9 +17,8 @@ from torch import Tensor
 from reap_kernels.dispatch import Request
 from reap_kernels.experts.gpu import Seen, grouped_outputs, triton_outputs
 from reap_kernels.gram.gpu import add_gram, outer_launch
-from reap_kernels.layer.call import LayerCall
+from reap_kernels.layer.call import SLOT_BYTES, LayerCall
 from reap_kernels.saliency.measures import SlotMeasures, StageKernels
-from reap_kernels.scratch import fitting
 from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.tuning import Launch, Launches
 from reap_kernels.types import ExpertWeights
@@ -48,9 +47,6 @@ GROUPED_MM = Products(
     grouped_outputs, lambda experts: 2 * experts.hidden_size + 3 * experts.intermediate_size
 )
 PRODUCTS = {"triton": TRITON, "grouped_mm": GROUPED_MM}
-
-# O(S) arrays: both indices, counts, measures, partial sums and tile lists.
-_SLOT_BYTES = 64
 
 
 def _gram_bytes(width: int) -> int:
@@ -87,22 +83,16 @@ def prepared(
 
 def observe_layer(kernels: LayerKernels, call: LayerCall) -> Tensor:
     """See `reap_kernels.layer.op.observe_layer`."""
-    tokens, top_k = call.topk_ids.shape
     hidden, experts = call.hidden, call.experts
-    slot_bytes = kernels.products.width(experts) * hidden.element_size() + _SLOT_BYTES
+    slot_bytes = kernels.products.width(experts) * hidden.element_size() + SLOT_BYTES
     if call.gram is not None:
         slot_bytes += _gram_bytes(experts.intermediate_size)
     # The last quarter of the budget is for experts that are dequantized by chunks.
     quarters = 3 if experts.layout == "quantized" else 4
-    size = call.chunk or fitting(tokens, top_k * slot_bytes, hidden.device, quarters)
     dtype = kernels.around.written(hidden.dtype)
     out = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
-    if size >= tokens:
-        _observe_part(kernels, call, out)
-    else:
-        for start in range(0, tokens, size):
-            part = slice(start, start + size)
-            _observe_part(kernels, call.part(part), out[part])
+    for tokens, part in call.parts(slot_bytes, quarters):
+        _observe_part(kernels, part, out[tokens])
     return out.to(hidden.dtype)
 
 

@@ -14,7 +14,7 @@ from reap_kernels.errors import ShapeError
 from reap_kernels.experts.op import check_experts
 from reap_kernels.gram.factors import checked_scale
 from reap_kernels.gram.op import check_sums
-from reap_kernels.layer import cpu, cuda_backend, reference, triton_backend
+from reap_kernels.layer import cpu, cuda_backend, reference, triton_backend, wgmma_backend
 from reap_kernels.layer.call import LayerCall
 from reap_kernels.layer_gram import LayerGram
 from reap_kernels.quantized import FORMATS, Quantized
@@ -256,3 +256,4 @@ register(Backend("layer", "cpu", lambda _: 10, cpu_only, always(cpu.observe_laye
 for _backend in triton_backend.BACKENDS:
     register(_backend)
 register(cuda_backend.BACKEND)
+register(wgmma_backend.BACKEND)

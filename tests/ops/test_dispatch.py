@@ -183,7 +183,7 @@ def test_check_backend_gives_the_reasons_that_explain_gives(monkeypatch) -> None
             reasons[name] = str(error)
     told = rk.explain(CPU, torch.float32, layout="table", biased=True)
     refused = {v.backend: v.reason for v in told if v.op == "layer" and v.backend in reasons}
-    assert set(reasons) == {"triton", "grouped_mm", "cuda"}
+    assert set(reasons) == {"triton", "grouped_mm", "cuda", "wgmma"}
     for name, text in reasons.items():
         assert refused[name] in text
 

@@ -204,7 +204,7 @@ def test_order_of_choice(monkeypatch) -> None:
         request = Request("layer", torch.device(where), torch.bfloat16, "silu", sizes)
         return [backend.name for backend in _ranked(request)]
 
-    assert first("cpu", Sizes()) == ["cpu", "triton", "grouped_mm", "cuda", "reference"]
+    assert first("cpu", Sizes()) == ["cpu", "triton", "grouped_mm", "cuda", "reference", "wgmma"]
     monkeypatch.setattr(device, "architecture", lambda where: "sm90")
     monkeypatch.setattr(device, "triton_refusal", lambda where: None)
     monkeypatch.setattr(cuda, "module", lambda: "not built")
