@@ -282,6 +282,8 @@ PROVIDERS = (
     Provider("reap", "grouped_mm", False, ours("grouped_mm", False)),
     Provider("reap", "cuda", True, ours("cuda", True)),
     Provider("reap", "cuda", False, ours("cuda", False)),
+    Provider("reap", "wgmma", True, ours("wgmma", True)),
+    Provider("reap", "wgmma", False, ours("wgmma", False)),
     Provider("reap", "automatic", True, ours(None, True)),
     Provider("reap", "automatic", False, ours(None, False)),
     Provider("transformers", "grouped_mm", False, _transformers("grouped_mm")),

@@ -106,13 +106,19 @@ def first_halves(experts: ExpertWeights) -> tuple[Half, Half | None]:
     return Half.of(experts.up, experts.up_bias, ups), Half.of(experts.up, experts.up_bias, gates)
 
 
+def device_refusal(where: torch.device) -> str | None:
+    """Why nothing of this file runs on `where`, or None."""
+    reason = cuda.refusal(where)
+    if reason is None and where.type == "cuda" and device.architecture(where) != "sm90":
+        return f"it is written for sm_90 (H100, H200), and {where} is {device.architecture(where)}"
+    return reason
+
+
 def refusal(where: torch.device, up: Half, gate: Half | None = None) -> str | None:
     """Why a product cannot run on `where`, or None."""
-    reason = cuda.refusal(where)
+    reason = device_refusal(where)
     if reason is not None:
         return reason
-    if where.type == "cuda" and device.architecture(where) != "sm90":
-        return f"it is written for sm_90 (H100, H200), and {where} is {device.architecture(where)}"
     if gate is None:
         return up.refusal()
     reason = up.refusal() or gate.refusal()

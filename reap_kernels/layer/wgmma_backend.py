@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from reap_kernels import cuda, device, selfcheck, tuning
+from reap_kernels import cuda, selfcheck, tuning
 from reap_kernels.activation import KINDS
 from reap_kernels.dispatch import Backend, Request
-from reap_kernels.experts.kernel_cuda import CHUNK, DTYPES
+from reap_kernels.experts.kernel_cuda import CHUNK, DTYPES, device_refusal
 from reap_kernels.experts.triton_backend import facts
 from reap_kernels.layer.call import LayerCall
 from reap_kernels.layer.cuda_backend import stage_limits
@@ -33,12 +33,9 @@ def priority(request: Request) -> int:
 
 def limits(request: Request) -> str | None:
     """Why it cannot serve a request, as far as is known without running anything."""
-    where = request.device
-    reason = stage_limits(request)
+    reason = stage_limits(request) or device_refusal(request.device)
     if reason is not None:
         return reason
-    if where.type == "cuda" and device.architecture(where) != "sm90":
-        return f"it is written for sm_90 (H100, H200), and {where} is {device.architecture(where)}"
     if request.dtype not in DTYPES:
         return f"it multiplies bfloat16 and float16, not {request.dtype}"
     if request.gram:

@@ -1,4 +1,4 @@
-"""The CUDA products for Hopper on a GPU, both of an expert, against float64."""
+"""The CUDA products for Hopper on a GPU, alone and in a layer of one call, against float64."""
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from reap_kernels.experts.kernel_cuda import Half
 from reap_kernels.sort import kernel_cuda as route
 from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.testing import ACTIVATIONS, Case, make_experts, make_inputs, relative_error
+from tests.gpu import checks as layers
 from tests.gpu.checks import Check, poisoned
 
 NAME = "wgmma"
@@ -124,6 +125,11 @@ def plan(smoke: bool) -> list[Check]:
             equal_float64,
             (case, layout, own),
         )
+        for case, layout, own in cases
+        for dtype in dtypes
+    ]
+    checks += [
+        Check(f"layer, {case.name}, {layout}", NAME, dtype, layers.compare, (case, layout, own))
         for case, layout, own in cases
         for dtype in dtypes
     ]
