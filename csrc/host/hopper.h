@@ -1,4 +1,4 @@
-// The words of hopper.cuh on the CPU: what Hopper does beside its threads, done as late as it may be.
+// The words of hopper.cuh on the CPU: what Hopper does beside its threads, as late as it may be.
 //
 // Three things are modeled that a run on a GPU may happen not to show:
 //
