@@ -60,14 +60,16 @@ class Fused:
         for name, site in self._norms.items():
             kind = "norm_rotary" if site.rotations else "residual_norm" if site.sums else "norm"
             kinds[name] = "" if site.left else kind
-        kinds.update({name: "" if s.left else "rotary" for name, s in self._rotary.items()})
+        kinds.update(dict.fromkeys(self._rotary, "rotary"))
+        kinds.update(dict.fromkeys(self.left, ""))
         return {name: kind for name, kind in kinds.items() if kind}
 
     @property
     def left(self) -> dict[str, str]:
         """{name: reason} of modules and functions that were tried, and run the model's own code."""
         sites = [*self._norms.items(), *self._rotary.items()]
-        return {**self._left, **{name: site.left for name, site in sites if site.left}}
+        unlike = {name: s.unlike for name, s in self._rotary.items() if s.unlike and not s.calls}
+        return {**self._left, **unlike, **{name: site.left for name, site in sites if site.left}}
 
     @property
     def counts(self) -> dict[str, int]:

@@ -151,6 +151,7 @@ class RotarySite(Site):
         own: the function that stands in its Python module.
         form: how it takes its arguments.
         calls: number of calls that the kernel took.
+        unlike: of the last call that it did not take, in what layout it was; empty for none.
     """
 
     def __init__(self, name: str, own: Rotation, form: Form, backend: str | None) -> None:
@@ -159,6 +160,7 @@ class RotarySite(Site):
         self._layouts: dict[Any, Layout | None] = {}
         self._watch: Callable[[list[Any]], None] | None = None
         self.calls = 0
+        self.unlike = ""
 
     @contextlib.contextmanager
     def watched(self, watch: Callable[[list[Any]], None]) -> Iterator[None]:
@@ -191,6 +193,9 @@ class RotarySite(Site):
         if swapped:
             sources = [one.transpose(1, 2) for one in sources]
         layout = self.layout(cos.shape[-1], sources[0], cos.dtype)
+        if layout is None:
+            kind = f"{sources[0].shape[-1]} columns in {sources[0].dtype}"
+            self.unlike = f"rotates heads of {kind} in none of the layouts that the kernel has"
         if not self.runs(*sources, cos, sin) or layout is None:
             return self.own(*args, **kwargs)
         extra = {} if norms is None else _weights(norms)

@@ -171,6 +171,16 @@ def test_the_first_call_is_compared(fault: str, monkeypatch: pytest.MonkeyPatch)
     assert all("differs from the kernel by" in reason for reason in context.left.values())
 
 
+def test_a_layout_that_is_not_found_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that fits elsewhere, and not in the call that the model makes."""
+    config, model = zoo.tiny("qwen3_moe")
+    with rd.fused(model) as fused:
+        monkeypatch.setattr("reap_driver.fusing.sites.layout_of", lambda *_: None)
+        fused(**zoo.tiny_inputs("qwen3_moe", config))
+    assert "rotary" not in fused.bound.values()
+    assert "none of the layouts" in fused.left["modeling_qwen3_moe.apply_rotary_pos_emb"]
+
+
 def test_a_change_in_place_is_refused() -> None:
     """A residual that is overwritten before its sum is computed would be wrong silently."""
     from reap_driver.fusing.deferred import Branch
