@@ -7,7 +7,6 @@ rows of its experts, in the tiles they would have anyway: the same bits whatever
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from reap_kernels.errors import BackendUnavailable
 from reap_kernels.experts import kernel_tma
 from reap_kernels.experts import kernel_triton as kernels
 from reap_kernels.experts.request import boxed
+from reap_kernels.experts.tables import Tables
 from reap_kernels.quantized import Quantized
 from reap_kernels.scratch import fitting, launch_with_scratch
 from reap_kernels.sort.gpu import schedule
@@ -60,7 +60,9 @@ class Operand:
         addresses = tuple(matrix.data_ptr() for matrix in matrices)
         n, k = first.stride()
         aligned = all(address % 16 == 0 for address in addresses)
-        table = _ADDRESSES.on_device(addresses, first.device)
+        table = _ADDRESSES.on_device(
+            addresses, first.device, lambda: torch.tensor(addresses, dtype=torch.int64)
+        )
         return cls(table, (0, n, k), (first.shape[0], first.shape[1]), True, aligned, bias)
 
     def added(self, biased: bool) -> Tensor:
@@ -76,32 +78,7 @@ class Operand:
         return (0, 0) if self.bias is None else (self.bias.stride(0), self.bias.stride(1))
 
 
-class _AddressTables:
-    """Address tables on the device, kept by value, so that a model uploads each only once.
-
-    Values are the key: a table can never be stale. Bounded, since offloading moves weights about.
-    """
-
-    _LIMIT = 4096
-
-    def __init__(self) -> None:
-        self._tables: OrderedDict[tuple[torch.device, tuple[int, ...]], Tensor] = OrderedDict()
-
-    def on_device(self, addresses: tuple[int, ...], where: torch.device) -> Tensor:
-        """[E] int64 on `where`."""
-        key = (where, addresses)
-        if key not in self._tables:
-            table = torch.tensor(addresses, dtype=torch.int64)
-            if where.type == "cuda":  # pinned: from pageable memory the copy would wait
-                table = table.pin_memory().to(where, non_blocking=True)
-            self._tables[key] = table
-            if len(self._tables) > self._LIMIT:
-                self._tables.popitem(last=False)
-        self._tables.move_to_end(key)
-        return self._tables[key]
-
-
-_ADDRESSES = _AddressTables()
+_ADDRESSES = Tables()
 
 # Is given h [S, I] by sorted row, contiguous, once the outputs are computed, and may write to it.
 Seen = Callable[[Tensor], None]

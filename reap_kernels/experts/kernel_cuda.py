@@ -5,7 +5,6 @@ kernels read matrices by TMA, where they lie: stacked, or one tensor per expert,
 device memory describe.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from reap_kernels import cuda, device
 from reap_kernels.activation import Activation
 from reap_kernels.errors import KernelError
+from reap_kernels.experts.tables import Tables
 from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.types import ExpertWeights, Matrices
 
@@ -43,7 +43,7 @@ class Half:
     Attributes:
         addresses: of each expert's matrix; of stacked ones the first alone.
         experts: E.
-        strides: elements between experts (0 where they are separate), rows and columns.
+        strides: elements between experts (0 where each has its address), rows and columns.
         shape: (N, K).
         dtype: of the elements.
         bias: [E, N] or None.
@@ -60,22 +60,22 @@ class Half:
     def of(cls, matrices: Matrices, bias: Tensor | None, rows: slice = slice(None)) -> "Half":
         """Describes some rows of every expert's matrix where they lie; nothing is copied."""
         own = None if bias is None else bias[:, rows]
+        experts = len(matrices)
         if isinstance(matrices, Tensor):
-            part = matrices[:, rows]
-            experts, n, k = part.shape
-            strides = (part.stride(0), part.stride(1), part.stride(2))
-            return cls((part.data_ptr(),), experts, strides, (n, k), part.dtype, own)
-        parts = [matrix[rows] for matrix in matrices]
-        first = parts[0]
-        strides = (0, first.stride(0), first.stride(1))
-        addresses = tuple(part.data_ptr() for part in parts)
-        shape = (first.shape[0], first.shape[1])
-        return cls(addresses, len(parts), strides, shape, first.dtype, own)
+            part, between = matrices[0, rows], matrices.stride(0)
+            # An expanded stack has one matrix for all experts.
+            addresses = (part.data_ptr(),) * (1 if between else experts)
+        else:
+            part, between = matrices[0][rows], 0
+            offset = part.data_ptr() - matrices[0].data_ptr()
+            addresses = tuple(matrix.data_ptr() + offset for matrix in matrices)
+        (n, k), (row, column) = part.shape, part.stride()
+        return cls(addresses, experts, (between, row, column), (n, k), part.dtype, own)
 
     @property
     def table(self) -> bool:
-        """Whether every expert has a tensor of its own."""
-        return len(self.addresses) > 1 or self.strides[0] == 0
+        """Whether a table says where each expert's matrix lies."""
+        return len(self.addresses) > 1
 
     def refusal(self) -> str | None:
         """Why the kernels cannot read these matrices, or None."""
@@ -136,30 +136,6 @@ def refusal(where: torch.device, up: Half, gate: Half | None = None) -> str | No
     return None
 
 
-class _Maps:
-    """Tensor maps of experts with tensors of their own, on the device, kept by value: a model
-    encodes and uploads each only once. Bounded, since offloading moves weights about.
-    """
-
-    _LIMIT = 4096
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
-
-    def on_device(self, up: Half, gate: Half | None, where: torch.device) -> Tensor:
-        """[bytes] uint8 on `where`; see `describe_experts` of csrc/kernels.h."""
-        key = (where, up.addresses, gate and gate.addresses, up.strides, up.shape, up.dtype)
-        if key not in self._kept:
-            table = _described(up, gate, where)
-            if where.type == "cuda":  # pinned: from pageable memory the copy would wait
-                table = table.pin_memory().to(where, non_blocking=True)
-            self._kept[key] = table
-            if len(self._kept) > self._LIMIT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
-
 def _described(up: Half, gate: Half | None, where: torch.device) -> Tensor:
     """The maps in host memory."""
     ups = torch.tensor(up.addresses, dtype=torch.int64)
@@ -188,7 +164,13 @@ def _described(up: Half, gate: Half | None, where: torch.device) -> Tensor:
     return table
 
 
-_MAPS = _Maps()
+_MAPS = Tables()
+
+
+def _maps(up: Half, gate: Half | None, where: torch.device) -> Tensor:
+    """[bytes] uint8 on `where`; see `describe_experts` of csrc/kernels.h."""
+    key = (up.addresses, gate and gate.addresses, up.strides, up.shape, up.dtype)
+    return _MAPS.on_device(key, where, lambda: _described(up, gate, where))
 
 
 def weight_arguments(
@@ -200,7 +182,7 @@ def weight_arguments(
         "gate": 0 if gate is None else gate.addresses[0],
         "expert_stride": up.strides[0],
         "row_stride": up.strides[1],
-        "table": _MAPS.on_device(up, gate, where) if up.table else None,
+        "table": _maps(up, gate, where) if up.table else None,
         **_bias("bias", up),
         **_bias("gate_bias", gate),
     }

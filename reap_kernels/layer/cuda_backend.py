@@ -1,8 +1,8 @@
 """When the `cuda` backend serves `layer`: compiled kernels around the products.
 
 The sort, combination and reduction are CUDA kernels where the launch table does not say otherwise;
-the products are Triton's, or torch's grouped_mm where the table prefers it: a hand-written product
-exists for no architecture yet.
+the products are Triton's, or torch's grouped_mm where the table prefers it. `wgmma_backend.py` has
+a layer whose products are CUDA kernels too.
 """
 
 from collections.abc import Callable

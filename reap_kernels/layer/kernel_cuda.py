@@ -70,13 +70,12 @@ def _run(call: LayerCall, weights: dict[str, Tensor | float | None], out: Tensor
         "groups": 0 if stats is None else stats.num_groups,
     }
     module = cuda.required(where)
-    bytes_ = module.layer_bytes(**sizes)
     _LAYER(
         where,
         ", ".join(f"{name} = {size}" for name, size in sizes.items()),
         **sizes,
         **weights,
-        hidden=call.hidden.contiguous(),
+        hidden=_aligned(call.hidden),
         ids=(ids if ids.dtype in cuda.INTEGERS else ids.to(torch.int64)).contiguous(),
         router_weights=call.topk_weights.contiguous(),
         formula=module.FORMULAS[activation.kind],
@@ -84,12 +83,18 @@ def _run(call: LayerCall, weights: dict[str, Tensor | float | None], out: Tensor
         alpha=activation.alpha,
         tiles=GROUP,
         out=out.data_ptr(),
-        workspace=_workspace(bytes_, where),
+        workspace=_workspace(module.layer_bytes(**sizes), where),
         **_statistics(stats),
         mask=call.mask,
         group=call.group if isinstance(call.group, Tensor) else None,
         first_group=0 if isinstance(call.group, Tensor) else call.group,
     )
+
+
+def _aligned(hidden: Tensor) -> Tensor:
+    """Contiguous, at a multiple of 16 bytes, as kernels copy it; itself where it is so."""
+    own = hidden.contiguous()
+    return own.clone() if own.data_ptr() % 16 else own
 
 
 def _workspace(size: int, where: torch.device) -> Tensor:

@@ -61,7 +61,7 @@ def refusal(request: Request) -> str | None:
     return limits(request) or selfcheck.verdict(
         "layer.wgmma",
         request.device,
-        {**facts(request), "module": cuda.digest(request.device)},
+        {**facts(request), "boxes": request.boxes, "module": cuda.digest(request.device)},
         lambda: check(prepare(request), "wgmma", request),
     )
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 import reap_kernels as rk
 from reap_kernels import cuda, env
-from reap_kernels.errors import KernelError
+from reap_kernels.errors import BackendUnavailable, KernelError
 from reap_kernels.experts import kernel_cuda as products
 from reap_kernels.experts.kernel_cuda import Half
+from reap_kernels.experts.tables import Tables
 from reap_kernels.sort import kernel_cuda as route
 from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.testing import ACTIVATIONS, Case, make_experts, make_inputs, relative_error
@@ -120,6 +121,19 @@ def test_bits_depend_neither_on_the_order_nor_on_the_layout() -> None:
                 assert torch.equal(h[:served], want[:served])
     finally:
         module.set_order(0)
+
+
+def test_an_expanded_stack_has_one_matrix_for_all_experts() -> None:
+    own = make_experts(SIZES, "stacked", dtype=torch.float16)
+    assert isinstance(own.up, Tensor)
+    shared = rk.ExpertWeights(own.up[:1].expand_as(own.up), own.down, own.activation)
+    assert error_of_inner(SIZES, shared)[0] < BOUNDS[torch.float16]
+
+
+def test_a_captured_graph_uploads_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(BackendUnavailable, match="call the layer once before"):
+        Tables().on_device("a key", torch.device("cuda"), lambda: torch.zeros(1))
 
 
 def test_no_rows_need_no_launch() -> None:
