@@ -101,7 +101,7 @@ bool is_served(const Product& call, bool gated) {
         return false;
     if (!call.matrices.table && (call.matrices.gate != nullptr) != gated) return false;
     if (call.experts < 1 || call.width < 8 || call.width % 8 || call.depth < 8 || call.depth % 8 ||
-        call.group < 1 || call.slots > MOST_INDEX || call.token_rows < 1)
+        call.group < 1 || call.slots > MOST_INDEX - PRODUCT_ROWS || call.token_rows < 1)
         return false;
     if (!aligned(call.tokens) || !aligned(call.out) || call.token_stride % 8 ||
         call.token_stride < 0)
@@ -157,7 +157,8 @@ int multiply_experts(const Product& call, Where where) {
     const int rows = grouped::WEIGHT_ROWS / (gated ? 2 : 1);
     const std::int64_t weight_tiles = ceil_div(call.width, rows);
     const std::int64_t tiles = ceil_div(call.slots, PRODUCT_ROWS) + call.experts;
-    if (tiles * weight_tiles > MOST_INDEX) return INVALID_VALUE;
+    // Blocks count past the last tile once.
+    if (tiles * weight_tiles > MOST_INDEX - processors) return INVALID_VALUE;
     Call to = device_call(call, static_cast<int>(weight_tiles));
     Map weights{}, tokens{};
     if (!to.maps) {

@@ -183,7 +183,8 @@ REAP_DEVICE float at_least(float x, float limit) {
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(x), "f"(limit));
     return out;
 }
-// x / (1 + exp(-z)), to about 2^-21.
+// x / (1 + exp(-z)). __expf is off by 2 + 1.2 |z| units in its last place: far less than what
+// rounding to 16 bits costs.
 REAP_DEVICE float times_sigmoid(float x, float z) { return __fdividef(x, 1.0f + __expf(-z)); }
 
 // Registers of each thread of a warp group, from the pool of the block.

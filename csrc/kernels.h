@@ -152,8 +152,8 @@ struct Biases {
 };
 
 // One grouped product on sm_90, with its activation; see grouped.cuh for the arrays. It needs no
-// memory beside its output and the tile list. All addresses but those of biases and of the tile
-// list, and all strides of tokens and matrices, are multiples of 16 bytes, N and K of 8 elements.
+// memory beside its output and the tile list. Addresses of tokens, matrices and out, and strides of
+// tokens and matrices, are multiples of 16 bytes, N and K of 8 elements.
 struct Product {
     int dtype;  // bf16 or fp16
     int formula;
