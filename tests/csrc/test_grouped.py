@@ -89,33 +89,50 @@ MUTANTS = (
 )
 
 
+@dataclass(frozen=True)
+class Common:
+    """What every program of this file is made of: all but the products.
+
+    Attributes:
+        header: includes what grouped.cuh does, and lies beside its precompiled form.
+        objects: to be linked.
+    """
+
+    header: Path
+    objects: list[Path]
+
+
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """What every program of this file links: all but the products."""
+def common(tmp_path_factory: pytest.TempPathFactory) -> Common:
     folder = tmp_path_factory.mktemp("grouped")
     built = compile_emulation(folder)
     for source in (HERE / "grouped_test.cpp", CSRC / "tensor_map.cpp"):
         built.append(folder / f"{source.stem}.o")
         compile_cpp(built[-1], "-O1", "-c", source)
-    return built
+    header = folder / "common.h"
+    header.write_text('#include "hopper.cuh"\n#include "launch.cuh"\n')
+    compile_cpp(folder / "common.h.gch", "-x", "c++-header", header)
+    return Common(header, built)
 
 
-def compile_products(folder: Path, objects: list[Path], changed: Mutant) -> Path:
-    """The test's program with the products as `changed`."""
+def compile_products(folder: Path, common: Common, changed: Mutant) -> Path:
+    """The test's program with the products as `changed`. Nothing is optimized: to compile takes
+    longer than to run.
+    """
     text = (CSRC / "grouped.cuh").read_text()
     for old, new in changed.changes:
         assert text.count(old) == 1, f"mutant '{changed.name}': grouped.cuh has not one '{old}'"
         text = text.replace(old, new)
     (folder / "grouped.cuh").write_text(text)
     shutil.copy(CSRC / "grouped.cu", folder / "grouped.cpp")
-    compile_cpp(folder / "grouped.o", "-O1", "-c", folder / "grouped.cpp")
-    compile_cpp(folder / "test", folder / "grouped.o", *objects)
+    compile_cpp(folder / "grouped.o", "-include", common.header, "-c", folder / "grouped.cpp")
+    compile_cpp(folder / "test", folder / "grouped.o", *common.objects)
     return folder / "test"
 
 
 @pytest.fixture(scope="module")
-def program(objects: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_products(tmp_path_factory.mktemp("products"), objects, Mutant("none", ()))
+def program(common: Common, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_products(tmp_path_factory.mktemp("products"), common, Mutant("none", ()))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -126,6 +143,6 @@ def test_products_match_float64(program: Path, dtype: str, order: int) -> None:
 
 
 @pytest.mark.parametrize("changed", MUTANTS, ids=lambda changed: changed.name)
-def test_mutants_are_caught(changed: Mutant, objects: list[Path], tmp_path: Path) -> None:
-    built = compile_products(tmp_path, objects, changed)
+def test_mutants_are_caught(changed: Mutant, common: Common, tmp_path: Path) -> None:
+    built = compile_products(tmp_path, common, changed)
     assert any(run(built, "bf16", order).returncode for order in CATCHING), "no order shows it"
