@@ -275,9 +275,12 @@ def _pretending(arch: Arch) -> Iterator[None]:
 
 
 def _boxed(arch: Arch, found: list[Launched]) -> None:
-    """What the kernel `tma` is launched for beyond the pairs of a table that names it, in bf16."""
-    half, off = torch.bfloat16, tuning.off_entries(arch.name)
-    lines = {e.op: e.launch for e in off if e.launch is not None and e.launch.kernel == "tma"}
+    """What the kernel `tma` is launched for beyond the pairs of a table that names it, on or off,
+    in bf16.
+    """
+    half, tables = torch.bfloat16, tuning.tables(arch.name)
+    entries = (entry for table in tables for entry in table.entries)
+    lines = {e.op: e.launch for e in entries if e.launch is not None and e.launch.kernel == "tma"}
     if not lines:
         return
     pair = Launches(*(lines[op] for op in tuning.PRODUCTS))
