@@ -27,11 +27,11 @@ def request_of(
 
 
 def boxed(matrices: Tensor) -> bool:
-    """Whether TMA reads boxes of a tensor: its rows are contiguous, and the tensor and all of its
-    other strides are multiples of 16 bytes.
+    """Whether TMA reads boxes of a tensor: its rows are contiguous, and its address and all other
+    strides are multiples of 16 bytes; a stride of 0 (one matrix for all experts) is none.
     """
     size, (*outer, last) = matrices.element_size(), matrices.stride()
-    aligned = all(stride * size % 16 == 0 for stride in outer)
+    aligned = all(stride > 0 and stride * size % 16 == 0 for stride in outer)
     return last == 1 and aligned and matrices.data_ptr() % 16 == 0
 
 
