@@ -12,6 +12,8 @@ from reap_kernels import env
 
 # Scratch below this is not worth asking how much memory is free.
 _SMALL = 64 << 20
+# Bytes that every allocation of torch's on a GPU is aligned to.
+_ALIGNMENT = 512
 # Calls of one shape are split alike for as long as the process lives: same bits, and no question
 # to the driver within a captured graph.
 _SPLITS: dict[tuple[torch.device, int, int, int], int] = {}
@@ -67,6 +69,3 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     """Memory of a launch on the current stream; torch aligns more strictly than is asked."""
     assert alignment <= _ALIGNMENT, alignment
     return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-_ALIGNMENT = 512  # of every allocation of torch's on a GPU

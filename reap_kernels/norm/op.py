@@ -66,7 +66,8 @@ def rms_norm(
 
     Args:
         x: [..., H] bf16, fp16 or fp32, any strides; where more than three leading dimensions do
-            not merge into rows of equal distance, GPU backends copy it.
+            not merge into rows of equal distance, `triton` launches a kernel for each element of
+            the first of them.
         weight: [H] of any of these dtypes, or None for a norm without a weight.
         eps: what is added to the mean of squares, at least 0.
         offset: what is added to the weight: in float32, with `round_first` in the weight's dtype.
