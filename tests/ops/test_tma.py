@@ -121,9 +121,9 @@ def test_layouts_and_formulas(layout: str, activation: rk.Activation, launched: 
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("biased", "interleaved"), [(False, True), (True, False)])
 def test_halves_of_either_order(biased: bool, interleaved: bool, launched: list[bool]) -> None:
+    """The two combinations that no layout above has."""
     case = sizes_for_tma(VARIANT)
     experts = make_experts(case, "interleaved-biased")
     experts = experts if interleaved else triton_backend._parted(experts)
@@ -143,14 +143,14 @@ def test_an_opaque_activation(launched: list[bool]) -> None:
 @pytest.mark.usefixtures("poisoned")
 def test_every_number_of_rows_and_of_tiles(launched: list[bool]) -> None:
     """From fewer tiles than programs to many more; columns and depth below one tile too."""
-    for tokens, hidden, inner in ((1, 8, 4), (33, 36, 68), (130, 68, 36)):
+    for tokens, hidden, inner in ((1, 8, 4), (33, 36, 68), (60, 68, 36)):
         case = replace(CASES[0], tokens=tokens, experts=5, hidden=hidden, intermediate=inner)
         check(case, make_experts(case), make_inputs(case), "triton", sums=1e-6, output=1e-6)
     assert len(launched) >= 6
 
 
 def test_the_same_bits_run_to_run() -> None:
-    case = sizes_for_tma(CASES[-1])
+    case = sizes_for_tma(VARIANT)
     inputs, experts = make_inputs(case, torch.float16), make_experts(case, dtype=torch.float16)
     (first, one), (second, two) = (observe(case, experts, inputs, "triton") for _ in range(2))
     assert torch.equal(first, second)
@@ -295,7 +295,7 @@ def test_programs_share_the_tiles(monkeypatch) -> None:
     case = sizes_for_tma(VARIANT)
     inputs, experts = make_inputs(case), make_experts(case)
     want = None
-    for programs in (1, 2, 132):
+    for programs in (1, 132):
         monkeypatch.setattr(device, "multiprocessors", lambda where, n=programs: n)
         out, _ = observe(case, experts, inputs, "triton")
         want = out if want is None else want
