@@ -4,12 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.csrc.programs import HERE, ORDERS, compile_cpp, compile_emulation, run
-
-
-@pytest.fixture(scope="module")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return compile_emulation(tmp_path_factory.mktemp("emulation"))
+from tests.csrc.programs import HERE, ORDERS, compile_cpp, run
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.csrc.programs import CSRC, HERE, ORDERS, compile_cpp, compile_emulation, run
+from tests.csrc.programs import CSRC, HERE, ORDERS, compile_cpp, run
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,8 @@ def mutant(name: str, *texts: str) -> Mutant:
     return Mutant(name, tuple(zip(texts[::2], texts[1::2], strict=True)))
 
 
-# Every mutant is caught in one of the first six orders as the kernel is now; which one may change
-# with the kernel, so there are more. Orders that let one warp run ahead catch most, and come first.
-CATCHING = sorted(range(12), key=lambda order: (order + 1) % 3)
+# Orders that let one warp run ahead catch most mutants, and come first.
+CATCHING = sorted(ORDERS, key=lambda order: (order + 1) % 3)
 
 FREES = "if (speaks) barrier_arrive(at.empty(before.stage));"
 FREES_LAST = f"    products_wait<0>();\n    keep<N>(sum);\n    {FREES}\n"
@@ -103,9 +102,8 @@ class Common:
 
 
 @pytest.fixture(scope="module")
-def common(tmp_path_factory: pytest.TempPathFactory) -> Common:
-    folder = tmp_path_factory.mktemp("grouped")
-    built = compile_emulation(folder)
+def common(emulation: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Common:
+    folder, built = tmp_path_factory.mktemp("grouped"), list(emulation)
     for source in (HERE / "grouped_test.cpp", CSRC / "tensor_map.cpp"):
         built.append(folder / f"{source.stem}.o")
         compile_cpp(built[-1], "-O1", "-c", source)
