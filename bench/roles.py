@@ -18,18 +18,23 @@ _GIVES = "USETMAXREG.DEALLOC"
 
 
 def registers(code: str) -> int:
-    """One more than the highest register that any instruction of a kernel names."""
+    """One more than the highest register that any instruction of a kernel names.
+
+    Of a vector, instructions name the first register alone. One of up to four begins at a multiple
+    of its size and so passes no limit of setmaxnreg, all of which are multiples of eight; of the
+    longer ones of HGMMA, other instructions name each register.
+    """
     return 1 + max(map(int, _REGISTER.findall(code)), default=-1)
 
 
 def registers_after_giving(code: str) -> int:
-    """Likewise, of the instructions that can be reached once a warp group has given registers up.
+    """Likewise, of the instructions that can be reached after a warp group has given registers up.
 
     Args:
         code: disassembly of one kernel, as cuobjdump prints it.
 
     Raises:
-        ValueError: no warp group gives registers up, or a jump there goes nobody knows where.
+        ValueError: no warp group gives registers up, or the targets of a jump there are unknown.
     """
     instructions = [(int(at, 16), words) for at, words in _INSTRUCTION.findall(code)]
     place = {at: index for index, (at, _) in enumerate(instructions)}

@@ -72,7 +72,7 @@ struct Call {
 struct Tile {
     int expert, first, stop, weights;  // stop: one past its last sorted row
 
-    // Its loads are under way on return, for a tile of later.
+    // Made one tile ahead, so that nobody waits for what it loads.
     REAP_DEVICE Tile(const Call& call, int index, int tiles) {
         const int total = tiles * call.weight_tiles;
         index = index < total ? index : total - 1;

@@ -1,6 +1,6 @@
 // What kernels for Hopper (sm_90a) say beyond CUDA C++: mbarriers, TMA, cp.async, wgmma, stmatrix.
 //
-// Under nvcc each word is one PTX instruction; on the CPU host/hopper.h runs the same words.
+// Under nvcc the words are PTX; on the CPU host/hopper.h runs the same words.
 // Kernels are compiled for every architecture, but have code only where HOPPER is true.
 //
 // Stages of shared memory are guarded by two mbarriers each, `full` and `empty`. A wait names the

@@ -146,16 +146,17 @@ def _described(up: Half, gate: Half | None, where: torch.device) -> Tensor:
     room = torch.empty(size + 128, dtype=torch.uint8)
     start = -room.data_ptr() % 128
     table = room[start : start + size]
-    status = module.describe_experts(
-        dtype=module.DTYPES[str(up.dtype).removeprefix("torch.")],
-        ups=ups.data_ptr(),
-        gates=0 if gates is None else gates.data_ptr(),
-        row_stride=up.strides[1],
-        experts=up.experts,
-        width=up.shape[0],
-        depth=up.shape[1],
-        table=table.data_ptr(),
-    )
+    with device.on(where):
+        status = module.describe_experts(
+            dtype=module.DTYPES[str(up.dtype).removeprefix("torch.")],
+            ups=ups.data_ptr(),
+            gates=0 if gates is None else gates.data_ptr(),
+            row_stride=up.strides[1],
+            experts=up.experts,
+            width=up.shape[0],
+            depth=up.shape[1],
+            table=table.data_ptr(),
+        )
     if status:
         raise KernelError(
             f"tensor maps of {up.experts} experts of {up.shape[0]} x {up.shape[1]} could not be "
