@@ -97,6 +97,8 @@ class Branch(Deferred):
         output = self.value()
         if type(other) is not Tensor or other.shape != output.shape or other.dtype != output.dtype:
             return NotImplemented
+        if other.is_inference() or output.is_inference():  # changes in place are not counted
+            return NotImplemented
         return Sum.of(other, output)
 
 
@@ -198,8 +200,8 @@ class _Guard:
     """Notices that the operands of a deferred tensor were changed in place before their use."""
 
     def __init__(self, *operands: Tensor) -> None:
-        self._operands = [one for one in operands if not one.is_inference()]
-        self._versions = [one._version for one in self._operands]
+        self._operands = operands
+        self._versions = [one._version for one in operands]
 
     def check(self) -> None:
         """Raises UnsupportedModel if one was."""

@@ -129,7 +129,7 @@ class Fused:
         """Whether an op's kernel is to run: as asked for, else as the launch table has it."""
         if self._fuse is not None:
             return self._fuse
-        device = input_device(self.model)
+        device = input_device(text_model(self.model))
         if device.type != "cuda":
             return False
         found = tuning.choose_backend(device, op, self.model.dtype, self._hidden, _ROWS)
@@ -155,7 +155,8 @@ class Fused:
             if isinstance(found, str):
                 self._left[name] = found
             else:
-                self._norms[name] = NormSite(name, found, self._backend)
+                [weight] = module._parameters
+                self._norms[name] = NormSite(name, weight, found, self._backend)
         for name, module in modules.items():
             if isinstance(modules.get(name.rpartition(".")[0]), nn.ModuleList):
                 self._find_sum(name, module)
@@ -221,7 +222,7 @@ def _branch(norm: NormSite) -> Any:
     def run(module: nn.Module, own: Any, args: Any, kwargs: Any) -> Any:
         found = own(*args, **kwargs)
         first = found[0] if isinstance(found, tuple) and found else found
-        if not norm.runs(first):
+        if not norm.runs(first) or first.is_inference():
             return found
         deferred = Branch.of(first)
         return (deferred, *found[1:]) if isinstance(found, tuple) else deferred
@@ -255,6 +256,9 @@ def fused(model: PreTrainedModel, *, backend: str | None = None) -> Fused:
     from its name, and compared on a few rows of the first real input. Everything else, and
     everything that differs, runs the model's own code. Outputs are those of the model within
     rounding; no gradients are computed. The model is as before once the context is left.
+
+    Functions that rotate belong to the Python module of an architecture: other models of it that
+    run without gradients while the context is open use the kernel too.
 
     Args:
         model: a loaded model in evaluation mode. If `torch.compile`, `DataParallel` or

@@ -60,6 +60,13 @@ class Form:
         first = {"unsqueeze_dim": 1} if "unsqueeze_dim" in names else {}
         return cls(names.index("cos"), signature, first)
 
+    def takes(self, given: Mapping[str, Any]) -> bool:
+        """Whether arguments by name are those that the probe had: others have their defaults."""
+        parameters = self.signature.parameters
+        known = {*list(parameters)[: self.tensors], "cos", "sin", "unsqueeze_dim"}
+        others = given.keys() - known
+        return all(given[name] is parameters[name].default for name in others)
+
 
 @dataclass(frozen=True)
 class Layout:

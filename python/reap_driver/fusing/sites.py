@@ -1,11 +1,12 @@
 """Where a model computes a norm or a rotation: runs the kernel there, checked on its first call.
 
-The first call of every kind is compared, on a few rows of the real input, with the model's own
-code, before its result is used. Where they differ the model's own code runs from then on, and the
+The first call of every kind is compared, on a small part of the real input, with the model's own
+code, before its result is used. Where they differ, the model's own code runs from then on, and the
 reason is kept.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from reap_driver.fusing.deferred import Normed, Sum, plain
 from reap_driver.fusing.norms import NormFormula
 from reap_driver.fusing.rotary_formula import Form, Layout, Rotation, layout_of, relation
 
-_ROWS = 4  # rows or positions of the first call that are compared
+_ROWS = 4  # positions of the first call that are compared
+_EACH = 2  # entries of each dimension before the last, likewise for norms
 
 # Largest accepted ||ours - own|| / ||own|| on them: one unit of rounding for every element.
 TOLERANCE = {
@@ -72,6 +74,11 @@ def difference(own: Any, ours: Tensor) -> str:
     return f"its first call differs from the kernel by {error:.2e} relative, {allowed}"
 
 
+def few(x: Tensor) -> Tensor:
+    """A small part of a norm's input, with as many dimensions and whole rows."""
+    return x[tuple(slice(_EACH) for _ in x.shape[:-1])]
+
+
 class NormSite(Site):
     """A norm.
 
@@ -82,8 +89,9 @@ class NormSite(Site):
         rotations: number of calls that a rotation took over.
     """
 
-    def __init__(self, name: str, formula: NormFormula, backend: str | None) -> None:
+    def __init__(self, name: str, weight: str, formula: NormFormula, backend: str | None) -> None:
         super().__init__(name)
+        self._weight = weight  # name of the module's parameter
         self.formula, self.head = formula, False
         self._backend = backend
         self.sums = self.rotations = 0
@@ -93,16 +101,15 @@ class NormSite(Site):
     ) -> Any:
         """What runs instead of the module's forward."""
         x = args[0] if len(args) == 1 and not kwargs else None
-        [weight] = module._parameters.values()
+        weight = getattr(module, self._weight)  # copies of `DataParallel` hold it as an attribute
         if isinstance(x, Sum) and x.parts is not None and self.runs(*x.parts):
             return self._added(own, x, weight)
         x = plain(x)
         if x is None or weight is None or not self.runs(x):
             return own(*args, **kwargs)
-        rows = x.reshape(-1, x.shape[-1])[:_ROWS]
-        if not self.agrees(x.dtype, lambda: [(own(rows), self._norm(rows, weight))]):
+        if not self.agrees(x.dtype, lambda: [(own(few(x)), self._norm(few(x), weight))]):
             return own(x)
-        if self.head and x.dim() == 4 and weight.dtype == x.dtype:
+        if self.head and x.dim() == 4 and weight.dtype == x.dtype and not x.is_inference():
             return Normed.of(x, self, own, weight)
         return self._norm(x, weight)
 
@@ -119,11 +126,10 @@ class NormSite(Site):
         parts = x.parts
         assert parts is not None
         residual, added = parts
-        few = [part.reshape(-1, part.shape[-1])[:_ROWS] for part in parts]
 
         def pairs() -> list[tuple[Any, Tensor]]:
-            out, total = self._both(few[0], few[1], weight)
-            whole = few[0] + few[1]
+            out, total = self._both(few(residual), few(added), weight)
+            whole = few(residual) + few(added)
             return [(own(whole), out), (whole, total)]
 
         if not self.agrees((residual.dtype, "sum"), pairs):
@@ -158,18 +164,20 @@ class RotarySite(Site):
         super().__init__(name)
         self.own, self.form, self._backend = own, form, backend
         self._layouts: dict[Any, Layout | None] = {}
-        self._watch: Callable[[list[Any]], None] | None = None
+        self._watches: dict[int, Callable[[list[Any]], None]] = {}  # by thread
         self.calls = 0
         self.unlike = ""
 
     @contextlib.contextmanager
     def watched(self, watch: Callable[[list[Any]], None]) -> Iterator[None]:
-        """Inside, calls show what they would rotate to `watch`, and return it as it is."""
-        self._watch = watch
+        """Inside, calls of this thread show what they would rotate to `watch`, and return it as it
+        is.
+        """
+        self._watches[threading.get_ident()] = watch
         try:
             yield
         finally:
-            self._watch = None
+            del self._watches[threading.get_ident()]
 
     def fits(self) -> bool:
         """Whether it has one of the layouts in float32."""
@@ -185,8 +193,9 @@ class RotarySite(Site):
         if call is None:
             return self.own(*args, **kwargs)
         heads, cos, sin, swapped = call
-        if self._watch is not None:
-            self._watch(heads)
+        watch = self._watches.get(threading.get_ident())
+        if watch is not None:
+            watch(heads)
             return tuple(heads) if len(heads) == 2 else heads[0]
         norms = _norms(heads)
         sources = [plain(one) if norms is None else one.source for one in heads]
@@ -201,12 +210,13 @@ class RotarySite(Site):
         extra = {} if norms is None else _weights(norms)
 
         def pairs() -> list[tuple[Any, Tensor]]:
-            few = [one[:1, :, :_ROWS] for one in sources]
-            at = cos[:1, :_ROWS], sin[:1, :_ROWS]
-            own = few if norms is None else [n.own(x) for n, x in zip(norms, few, strict=True)]
+            # The last positions: at the first one every angle is 0.
+            last = [one[-1:, :, -_ROWS:] for one in sources]
+            at = cos[-1:, -_ROWS:], sin[-1:, -_ROWS:]
+            own = last if norms is None else [n.own(x) for n, x in zip(norms, last, strict=True)]
             truth = self.own(*own, *at, **self.form.first)
             return [
-                *zip(_tuple(truth), self._rotated(few, at[0], at[1], layout, extra), strict=True)
+                *zip(_tuple(truth), self._rotated(last, at[0], at[1], layout, extra), strict=True)
             ]
 
         key = (layout, sources[0].dtype, None if norms is None else norms[0].site.formula)
@@ -224,6 +234,8 @@ class RotarySite(Site):
         try:
             bound = self.form.signature.bind(*args, **kwargs)
         except TypeError:
+            return None
+        if not self.form.takes(bound.arguments):
             return None
         bound.apply_defaults()
         given = dict(bound.arguments)

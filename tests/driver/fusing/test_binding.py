@@ -187,9 +187,19 @@ def test_a_copy_runs_with_its_own_weights(world: tuple[Any, dict[str, Tensor]]) 
     x = torch.randn(2, 32)
     with rd.fused(model):
         replica = model.model.norm._replicate_for_data_parallel()
-        replica._parameters["weight"] = nn.Parameter(torch.zeros(32))
+        replica.weight = torch.zeros(32)  # as torch's `replicate` does
         assert not replica(x).any()
         assert model.model.norm(x).any()
+
+
+def test_inference_mode_defers_nothing(world: tuple[Any, dict[str, Tensor]]) -> None:
+    """Its tensors do not count changes in place, so a late sum could be of other values."""
+    model, inputs = world
+    plain = logits(model, inputs)
+    with rd.fused(model) as fused, torch.inference_mode():
+        torch.testing.assert_close(logits(model, inputs), plain)
+    counts = fused.counts
+    assert (counts["norm"], counts["residual_norm"], counts["norm_rotary"]) == (9, 0, 0)
 
 
 def test_a_wrapped_model(world: tuple[Any, dict[str, Tensor]]) -> None:

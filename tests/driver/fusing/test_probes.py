@@ -1,6 +1,7 @@
 """Only what computes the same is bound: look-alikes are left alone, and said."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import reap_driver as rd
 import reap_kernels
 from reap_driver.fusing.norms import NormFormula, norm_formula
 from reap_driver.fusing.rotary_formula import Form, Layout, layout_of
+from reap_driver.fusing.sites import NormSite, RotarySite
 from reap_kernels import rms_norm, rotary
 from reap_kernels.errors import UnsupportedModel
 from tests.driver import zoo
@@ -134,6 +136,59 @@ def test_other_rotations_have_no_layout(other: Callable[..., Any]) -> None:
     assert form is not None
     for columns in ("all", "half", "fewer"):
         assert layout_of(other, form, columns, torch.float32, torch.float32, rotary) is None
+
+
+class OverTokens(Norm):
+    """Of one norm over all dimensions but the first: an RMS norm of rows that come alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float().flatten(1)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        return self.weight * wide.view(x.shape).to(x.dtype)
+
+
+def test_the_first_call_has_the_dimensions_of_the_real_input() -> None:
+    module = OverTokens()
+    formula = norm_formula(module, HALF)
+    assert isinstance(formula, NormFormula)
+    site = NormSite("norm", "weight", formula, None)
+    x = torch.arange(1.0, 6 * 48 + 1).view(2, 3, 48).to(HALF)
+    with torch.no_grad():
+        found = site.forward(module, module.forward, (x,), {})
+        assert torch.equal(found, module(x))
+    assert "differs from the kernel by" in site.left
+
+
+def inverse(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Any:
+    return halves(q, k, cos, -sin if back else sin)
+
+
+def test_arguments_that_the_probe_did_not_have_run_the_models_own_code() -> None:
+    form = Form.of(inverse)
+    assert form is not None
+    site = RotarySite("rotary", inverse, form, None)
+    rng = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 5, 16, generator=rng) for heads in (3, 2))
+    cos, sin = (torch.randn(1, 5, 16, generator=rng) for _ in range(2))
+    cases: list[tuple[dict[str, bool], int]] = [({}, 1), ({"back": False}, 2), ({"back": True}, 2)]
+    with torch.no_grad():
+        for given, calls in cases:
+            found = site(q, k, cos, sin, **given)
+            torch.testing.assert_close(found, inverse(q, k, cos, sin, **given))
+            assert site.calls == calls
+
+
+def test_another_thread_rotates_while_one_is_probed() -> None:
+    form = Form.of(halves)
+    assert form is not None
+    site = RotarySite("rotary", halves, form, None)
+    given = [torch.ones(1, 1, 5, 16)] * 2 + [torch.full((1, 5, 16), 2.0)] * 2
+    seen: list[Any] = []
+    with site.watched(seen.append), ThreadPoolExecutor(1) as pool:
+        assert site(*given)[0] is given[0]
+        other = pool.submit(torch.no_grad()(site), *given).result()
+    torch.testing.assert_close(other, halves(*given))
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("fault", ["norm", "residual", "rotary"])
