@@ -83,9 +83,10 @@ _NOT_READ = {*vars(nn.Module()), "_hf_hook", "_old_forward", "forward"}
 
 def kind_of(module: nn.Module) -> Hashable:
     """What a module's forward depends on beside the values of its weights: equal for modules that
-    compute alike. An attribute of an unknown type, or a buffer, is like no other's but itself.
+    compute alike. An attribute of an unknown type is like no other but itself, and a module with
+    buffers, which offloading may replace, like no other module.
     """
-    parts: list[Hashable] = [id(buffer) for buffer in module.buffers()]
+    parts: list[Hashable] = [id(module)] if any(True for _ in module.buffers()) else []
     for name, part in module.named_modules():
         own = ((key, value) for key, value in vars(part).items() if key not in _NOT_READ)
         parts.append((name, type(part), *((key, _plain(value)) for key, value in own)))

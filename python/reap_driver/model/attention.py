@@ -61,7 +61,8 @@ class AttentionKernels:
     """
 
     def __init__(self, model: PreTrainedModel, asked: Attention | None, width: int) -> None:
-        self._model, self._asked, self._width = model, asked, width
+        self._model = model = text_model(model)
+        self._asked, self._width = asked, width
         self.used: Attention = "model"
         if asked == "cudnn" and (reason := _refusal(model)) is not None:
             raise reason
@@ -110,7 +111,7 @@ def _refusal(model: PreTrainedModel) -> BackendUnavailable | UnsupportedModel | 
             f"attention='cudnn' needs a GPU of compute capability 9.0 with cuDNN, and "
             f"{type(model).__name__} is on {device}; leave it out"
         )
-    own = text_model(model).config.get_text_config()._attn_implementation
+    own = model.config.get_text_config()._attn_implementation
     if own != "sdpa":
         return UnsupportedModel(
             f"attention='cudnn': {type(model).__name__} computes its attention by {own!r}, for "

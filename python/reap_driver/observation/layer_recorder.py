@@ -159,17 +159,29 @@ class LayerRecorder:
         sample = self.sample(len(out), mask, out.device)
         if sample is None:
             return
-        forward, code = self._observation.first_calls.reference(eager, grouped)
         few = sample.rows
+        operands = call.hidden[few], call.ids[few], call.weights[few]
+        own, code = self._own_output(operands, eager, grouped)
+        self.compare(sample, out[few], own, code)
+
+    def _own_output(
+        self,
+        operands: tuple[Tensor, Tensor, Tensor],
+        eager: Forward,
+        grouped: Callable[[], GroupedForm | None] | None,
+    ) -> tuple[Tensor, Code]:
+        """What the module computes of some tokens, and by which code."""
+        forward, code = self._observation.first_calls.reference(eager, grouped)
         try:
-            own = forward(call.hidden[few], call.ids[few], call.weights[few])
+            return forward(*operands), code
         except RuntimeError as error:
+            if not code.own:  # torch has no grouped product for these weights on this device
+                return self._own_output(operands, eager, None)
             raise UnsupportedModel(
                 f"{self.name}: the module's own forward fails, so the observed output cannot be "
                 f"checked ({str(error).splitlines()[0]}); run the model without observe(), and "
                 "without autocast"
             ) from error
-        self.compare(sample, out[few], own, code)
 
     def _comparable(self, ids: Tensor, mask: Tensor | None) -> Tensor | None:
         """Mask of counted tokens that reach an expert of this process; it computes no others."""

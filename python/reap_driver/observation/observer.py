@@ -175,7 +175,8 @@ class Observer:
                 "alone; write obs(**batch), or obs(input_ids=ids)"
             )
         try:
-            with self.tokens.restricted_to(token_mask), self._attention.around(batch):
+            attention = batch.get("attention_mask")
+            with self.tokens.restricted_to(token_mask, attention), self._attention.around(batch):
                 return forward(self.model, batch)
         except (Exception, KeyboardInterrupt):
             self._undo()

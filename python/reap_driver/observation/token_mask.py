@@ -51,6 +51,7 @@ class TokenMask:
         self._signature = inspect.signature(type(model).forward)
         self._unmaskable, self._ahead = unmaskable, ahead
         self._given: Tensor | None = None
+        self._attention: Any = None
         self._mask: Tensor | None = None
         self._followed: Tensor | None = None
         self._tokens: int | None = None
@@ -69,13 +70,19 @@ class TokenMask:
             self._leave()
 
     @contextlib.contextmanager
-    def restricted_to(self, given: Tensor | None) -> Iterator[None]:
-        """Counts only the tokens in `given`, bool [batch, seq], in a forward inside the context."""
-        self._given = given
+    def restricted_to(self, given: Tensor | None, attention: Any = None) -> Iterator[None]:
+        """Counts only the tokens in `given`, bool [batch, seq], in a forward inside the context.
+
+        Args:
+            given: the mask; None if all tokens count.
+            attention: the forward's `attention_mask` before it is moved to the model's device;
+                reading it there would wait for the device.
+        """
+        self._given, self._attention = given, attention
         try:
             yield
         finally:
-            self._given = None
+            self._given, self._attention = None, None
 
     def for_layer(self, name: str, tokens: int, device: torch.device) -> Tensor | None:
         """The mask, bool [tokens], for a layer that received `tokens` tokens; None if all count.
@@ -114,7 +121,8 @@ class TokenMask:
         inputs = named.get("input_ids")
         inputs = named.get("inputs_embeds") if inputs is None else inputs
         attention = named.get("attention_mask")
-        self._mask = self._combine(inputs, attention)
+        before = self._attention  # None in forwards that are not run through the observer
+        self._mask = self._combine(inputs, attention if before is None else before)
         if self._ahead and inputs is not None:
             self._followed = _followed(inputs, attention, named.get("position_ids"))
         # Images and other modalities add tokens, which may be routed to other experts.
@@ -155,8 +163,8 @@ class TokenMask:
                 f"{self._unmaskable[0]} routes inside its block, so tokens cannot be left out "
                 "there; pass sequences of equal length without padding, or one at a time"
             )
-        combined = masks[0].to(masks[-1].device) & masks[-1]
-        return combined.reshape(-1)
+        device = masks[0].device if inputs is None else inputs.device
+        return (masks[0].to(device) & masks[-1].to(device)).reshape(-1)
 
     def _check_padding(self) -> None:
         config = self._model.config

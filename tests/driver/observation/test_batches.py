@@ -1,12 +1,14 @@
 """Which tokens count: padding, token masks, groups, splitting, generation, decoding."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from reap_driver.observation import token_mask
 from reap_driver.observation.observer import Observer, observe
 from reap_kernels import LayerStats, SaliencyStats
 from reap_kernels.errors import DataError, UnsupportedModel
@@ -117,6 +119,28 @@ def test_token_mask_and_padding_combine() -> None:
     with observe(model) as obs:
         obs(input_ids=padded, attention_mask=attention, token_mask=given)
     counted = int((attention.bool() & given).sum())
+    assert all(int(layer.tokens.sum()) == counted for layer in obs.stats.layers.values())
+
+
+def test_masks_are_read_before_they_go_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a copy on a GPU would wait for all queued work."""
+    model, ids = _tiny("qwen3_moe")
+    padded, attention = _padded(ids, "right")
+    read: list[Any] = []
+    own = token_mask._as_bool
+
+    def spied(name: str, mask: Any) -> Tensor:
+        read.append(mask)
+        return own(name, mask)
+
+    monkeypatch.setattr(token_mask, "_as_bool", spied)
+    monkeypatch.setattr("reap_driver.model.forward._moved", lambda tensor, _: tensor.clone())
+    with observe(model) as obs:
+        obs(input_ids=padded, attention_mask=attention)
+        assert [mask is attention for mask in read] == [True]
+        model(padded, attention_mask=attention.clone(), use_cache=False)
+    assert [mask is attention for mask in read] == [True, False]
+    counted = 2 * int(attention.sum())
     assert all(int(layer.tokens.sum()) == counted for layer in obs.stats.layers.values())
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import reap_driver as rd
 from reap_driver.compat.experts_interface import grouped_form
@@ -187,6 +188,22 @@ def test_own_code_is_run_for_every_layer_where_grouped_products_do_not_serve(
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"), rd.observe(model) as ob:
         ob(**batch)
     assert ran == [_nth(model, 0), _nth(model, 1)]
+
+
+def test_own_code_is_run_where_torch_refuses_the_grouped_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, batch = tiny("qwen3_moe")
+    ran = _own_code(monkeypatch)
+
+    def refuse(*_: Any) -> Tensor:
+        raise RuntimeError("no grouped product of these weights")
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", refuse)
+    with rd.observe(model) as obs:
+        obs(**batch)
+    assert ran == [_nth(model, 0), _nth(model, 1)]
+    assert not any(map(obs.first_calls.due, obs._recorders))
 
 
 def _own_code(monkeypatch: pytest.MonkeyPatch) -> list[str]:
