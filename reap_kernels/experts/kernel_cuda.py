@@ -130,9 +130,11 @@ def refusal(where: torch.device, up: Half, gate: Half | None = None) -> str | No
         len(gate.addresses),
     ):
         return "gate and up have different strides, and one tensor map reads both"
-    apart = max(abs(a - b) for a, b in zip(up.addresses, gate.addresses, strict=True))
-    if apart >= _REACH:
-        return f"gate and up lie {apart} bytes apart; a tensor map reaches {_REACH}"
+    apart = [abs(a - b) for a, b in zip(up.addresses, gate.addresses, strict=True)]
+    if not all(apart):
+        return "gate and up of an expert are one matrix, and a tensor map reads two"
+    if max(apart) >= _REACH:
+        return f"gate and up lie {max(apart)} bytes apart; a tensor map reaches {_REACH}"
     return None
 
 

@@ -82,9 +82,12 @@ def equal_float64(
     return f"h and y are off by {errors[0]:.1e} and {errors[1]:.1e}"
 
 
-def in_graph(device: torch.device, _: str, dtype: torch.dtype) -> str:
-    """Captured products, whose tensor maps are parameters of the launch, have the same bits."""
-    experts, inputs = make_experts(SIZES, dtype=dtype, device=device), make_inputs(SIZES, dtype)
+def in_graph(device: torch.device, _: str, dtype: torch.dtype, layout: str) -> str:
+    """Captured products, whose tensor maps are parameters of the launch or in a table that the
+    first call has uploaded, have the same bits.
+    """
+    experts = make_experts(SIZES, layout, dtype=dtype, device=device)
+    inputs = make_inputs(SIZES, dtype)
     first, down = products.first_halves(experts), Half.of(experts.down, None)
     reason = products.refusal(device, *first)
     if device.type != "cuda" or reason is not None:
@@ -134,5 +137,7 @@ def plan(smoke: bool) -> list[Check]:
         for dtype in dtypes
     ]
     return checks + [
-        Check("products in a CUDA graph", NAME, dtype, in_graph, ()) for dtype in dtypes
+        Check(f"products in a CUDA graph, {layout}", NAME, dtype, in_graph, (layout,))
+        for layout in ("stacked", "per-expert")
+        for dtype in dtypes
     ]

@@ -149,7 +149,9 @@ def stacked(*shape: int, dtype: torch.dtype = torch.float16) -> Half:
 
 def test_what_tma_cannot_read_is_refused_with_the_reason() -> None:
     fit = stacked(2, 16, 24)
-    assert products.refusal(CPU, fit, fit) is None
+    beside = replace(fit, addresses=(fit.addresses[0] + 1024,))
+    assert products.refusal(CPU, fit, beside) is None
+    assert "are one matrix" in (products.refusal(CPU, fit, fit) or "")
     reasons = {
         "float32; it takes": stacked(2, 16, 24, dtype=torch.float32),
         "16 x 20; TMA": stacked(2, 16, 20),
