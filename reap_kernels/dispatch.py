@@ -59,8 +59,8 @@ class Request(NamedTuple):
         biased: whether the experts add biases.
         gram: whether a layer is asked for Gram matrices too.
         boxes: how TMA can read gate and up: as one, `fused` where all gates come before all ups (or
-            there are none), `interleaved`; or `apart`; empty where strides or addresses do not
-            allow it.
+            there are none), `interleaved`; or `apart` (two tensors, a tensor for each expert, or
+            one matrix for all); empty where strides or addresses do not allow it.
     """
 
     op: str

@@ -273,11 +273,13 @@ def _product_tma(
 def _check_boxes(a: Tensor, b: Operand, gate: Operand | None, apart: int, gather: bool) -> None:
     """Raises unless TMA reads the operands; `apart`: elements from a gate to its up."""
     halves = gate is None or (0 < apart < b.strides[0] and boxed(gate.base))
-    if b.table or not halves or not boxed(b.base) or not (gather or boxed(a)):
+    own = not b.table and b.strides[0] > 0  # a matrix for each expert
+    if not own or not halves or not boxed(b.base) or not (gather or boxed(a)):
         raise BackendUnavailable(
             f"the TMA kernel cannot read weights of strides {b.strides}, gate and up {apart} "
             f"elements apart, and rows of strides {a.stride()}: the last must be 1, gate and up in "
-            "one tensor, all else at multiples of 16 bytes; take a launch without `kernel`"
+            "one tensor, all else above 0 and at multiples of 16 bytes; take a launch without "
+            "`kernel`"
         )
 
 

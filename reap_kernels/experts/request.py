@@ -28,10 +28,10 @@ def request_of(
 
 def boxed(matrices: Tensor) -> bool:
     """Whether TMA reads boxes of a tensor: its rows are contiguous, and its address and all other
-    strides are multiples of 16 bytes; a stride of 0 (one matrix for all experts) is none.
+    strides are multiples of 16 bytes.
     """
     size, (*outer, last) = matrices.element_size(), matrices.stride()
-    aligned = all(stride > 0 and stride * size % 16 == 0 for stride in outer)
+    aligned = all(stride * size % 16 == 0 for stride in outer)
     return last == 1 and aligned and matrices.data_ptr() % 16 == 0
 
 
@@ -48,6 +48,8 @@ def _boxes(experts: ExpertWeights) -> str:
         read = all(boxed(m if isinstance(m, Tensor) else m[0]) for m in parts)
     if not read:
         return ""
-    if experts.gate is not None or experts.layout == "table":
+    stacks = [m for m in (experts.up, experts.down) if isinstance(m, Tensor)]
+    shared = any(stack.stride(0) == 0 for stack in stacks)  # one matrix for all experts
+    if experts.gate is not None or experts.layout == "table" or shared:
         return "apart"
     return "interleaved" if experts.interleaved else "fused"

@@ -71,8 +71,8 @@ def tma_limits(request: Request) -> str | None:
             return f"TMA reads rows of multiples of 16 bytes; {name} is {size}"
     if request.boxes in ("", "apart"):
         return (
-            "TMA reads weights whose rows are contiguous and begin at multiples of 16 bytes, with "
-            "gate and up in one tensor"
+            "TMA reads weights whose rows are contiguous and begin at multiples of 16 bytes, a "
+            "matrix for each expert, with gate and up in one tensor"
         )
     return None
 

@@ -16,6 +16,7 @@ from reap_kernels import device, scratch, selfcheck
 from reap_kernels.dispatch import Request, Sizes
 from reap_kernels.errors import BackendUnavailable
 from reap_kernels.experts import gpu, triton_backend
+from reap_kernels.experts.request import request_of
 from reap_kernels.sort.gpu import sort_slots
 from reap_kernels.testing import (
     ACTIVATIONS,
@@ -220,13 +221,17 @@ def test_operands_it_cannot_read_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["up", "down"])
 def test_one_matrix_for_all_experts_is_read_through_pointers(name: str, launched: list) -> None:
-    """Its stride of 0 is none of a box; no call is refused for it."""
+    """Its stride of 0 is none of a box; no call is refused for it, but a launch that is named."""
     case = sizes_for_tma(VARIANT)
     experts = make_experts(case)
     shared = getattr(experts, name)[:1].expand(case.experts, -1, -1)
-    experts = replace(experts, **{name: shared})
-    check(case, experts, make_inputs(case), "triton", sums=1e-6, output=1e-6)
+    experts, inputs = replace(experts, **{name: shared}), make_inputs(case)
+    assert request_of("layer", inputs.hidden, case.top_k, experts).boxes == "apart"
+    check(case, experts, inputs, "triton", sums=1e-6, output=1e-6)
     assert not launched
+    rows = sort_slots(inputs.topk_ids, inputs.topk_weights, case.experts)
+    with pytest.raises(BackendUnavailable, match="all else above 0"):
+        gpu.product(inputs.hidden, gpu.Operand.of(shared, None), rows, TMA, gather=True)
 
 
 def test_rows_of_any_strides_are_gathered() -> None:
