@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,14 @@ def test_a_failed_entry_restores(
     assert state(model) == before
 
 
+@pytest.fixture
+def gradients() -> Iterator[None]:
+    """Gradients as before afterwards: `no_grad` contexts that cross restore each other's."""
+    with torch.enable_grad():
+        yield
+
+
+@pytest.mark.usefixtures("gradients")
 @pytest.mark.parametrize("first_ends_first", [False, True])
 def test_two_models_of_one_architecture(first_ends_first: bool) -> None:
     """They share the function that rotates; contexts may end in any order."""
