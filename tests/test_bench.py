@@ -150,7 +150,7 @@ def test_smoke_rows_go_to_a_folder_of_their_own(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(command, "_stage", lambda *_: [{"status": "timed"}])
     written = []
-    monkeypatch.setattr(command, "_report", lambda folder, *_: written.append(folder))
+    monkeypatch.setattr(command.Found, "add", lambda found, *_: written.append(found.folder))
     assert command.main(["--smoke", "--only", "layer"]) == 0
     [folder] = tmp_path.iterdir()
     assert written == [folder]

@@ -86,7 +86,7 @@ def _compared(work: Work, deadline: Deadline) -> list[Row]:
     machine, case = work.machine, work.case
     try:
         calls, note = _variants(work)
-        times = interleaved(calls, machine.device, 2 if machine.smoke else ROUNDS, deadline)
+        times = interleaved(calls, machine.device, 1 if machine.smoke else ROUNDS, deadline)
     except Exception as error:  # noqa: BLE001  whatever a kernel or a compiler does is a row
         status, note = outcome_of(error, "cuda", machine.device)
         return [_row(machine, case, op, status, note) for op in (*OPS, SAME)]
@@ -122,7 +122,7 @@ def _variants(work: Work) -> tuple[dict[str, Sequence[Callable[[], object]]], st
         return prepared.calls
 
     calls = {_name(a, b): variant(a, b) for a in BACKENDS for b in BACKENDS}
-    calls[SAME] = variant(BACKENDS[0], BACKENDS[0])
+    calls[SAME] = calls[_name(BACKENDS[0], BACKENDS[0])]
     return calls, f"products by {products}"
 
 

@@ -1,6 +1,7 @@
 """`python -m bench.gpu`: checks, then timings, then rows and a page; nothing is timed on red."""
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -78,7 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--only",
-        default=",".join(DEFAULT),
         help=f"stages, comma-separated, of {', '.join(STAGES)}; "
         f"default all but {', '.join(STAGES[5:-1])} and streaming",
     )
@@ -118,12 +118,17 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     """The parsed command line."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    options.only = [stage for stage in options.only.split(",") if stage]
+    if options.queue and options.only is not None:
+        parser.error(f"--queue runs items, no stages, so --only {options.only} has no meaning")
+    only = ",".join(DEFAULT) if options.only is None else options.only
+    options.only = [stage for stage in only.split(",") if stage]
     unknown = set(options.only) - set(STAGES)
     if unknown or not options.only:
         parser.error(
             f"--only takes {', '.join(STAGES)}; got {', '.join(sorted(unknown)) or 'none'}"
         )
+    if options.budget is not None and not 0 < options.budget < math.inf:
+        parser.error(f"--budget takes seconds, a number above 0; got {options.budget:g}")
     options.items = _items(parser, options)
     options.selection = selection.of(parser, options)
     if options.folder is not None and not options.folder.is_dir():
@@ -198,7 +203,9 @@ def _queue(options: argparse.Namespace, device: torch.device, found: "Found") ->
 
     budget = float(QUEUE if options.budget is None else options.budget)
     print(queue_run.plan(options.items, budget), flush=True)
-    own = queue_run.Options(device, options.smoke, options.commit, options.folder)
+    own = queue_run.Options(
+        device, options.smoke, options.commit, options.folder, options.selection
+    )
     try:
         outcomes = queue_run.run(options.items, budget, own, found.add)
     except queue_run.Lost as error:

@@ -107,8 +107,9 @@ def run(
     backends: Sequence[str] = BACKENDS,
 ) -> list[Row]:
     """Rows of all calls, each with its time over that of the same backend without."""
-    cases, rounds = selection.cases(plan(machine.smoke)), selection.rounds
-    rows = layer.run(machine, cases, deadline, providers(backends), rounds or layer.ROUNDS)
+    cases = selection.cases(plan(machine.smoke))
+    rounds = selection.rounds or (1 if machine.smoke else layer.ROUNDS)
+    rows = layer.run(machine, cases, deadline, providers(backends), rounds)
     plain = {_call(row): row for row in rows if row["provider"] == "reap"}
     for row in rows:
         less = plain[_call(row)]

@@ -36,12 +36,12 @@ SHAPES = (
     _shape("gpt-oss-120b in bf16", 128, 4, 2880, 2880),
 )
 TOKENS = (16384, 2048, 65536)
-_SMOKE = _shape("tiny", 4, 2, 64, 32)
+_SMOKE = _shape("tiny", 2, 2, 32, 32)
 
 
 def plan(smoke: bool) -> list[Case]:
     """Every layer call: balanced routing before Zipf's, a length of all shapes before the next."""
-    shapes, lengths = ((_SMOKE,), (16,)) if smoke else (SHAPES, TOKENS)
+    shapes, lengths = ((_SMOKE,), (8,)) if smoke else (SHAPES, TOKENS)
     return [
         replace(shape, tokens=tokens, skew=skew)
         for skew in (("balanced",) if smoke else ("balanced", "zipf"))

@@ -92,11 +92,12 @@ def interleaved(
     found = Times({name: [] for name in calls}, {name: [] for name in calls})
     rng, turn = random.Random(0), 0
     began = time.perf_counter()
+    warm = 2 if device.type == "cuda" else 1
     for own in calls.values():  # compiles, and tells how many rounds a batch may have
-        own[0]()
-        own[0]()
+        for _ in range(warm):
+            own[0]()
     _wait(device)
-    each = (time.perf_counter() - began) / 2
+    each = (time.perf_counter() - began) / warm
     batch = max(1, int(_BATCH / each))
     while found.rounds < rounds and not (found.rounds and deadline.passed()):
         orders = [rng.sample(sorted(calls), len(calls)) for _ in range(batch)]
@@ -114,7 +115,8 @@ def _queued(
     """Queues rounds without waiting, then adds their times; returns the number of calls so far."""
     cuda = device.type == "cuda"
     names = [name for order in orders for name in order]
-    calls[names[0]][turn % len(calls[names[0]])]()  # the first finds an idle device
+    if cuda:
+        calls[names[0]][turn % len(calls[names[0]])]()  # the first finds an idle device
     marks, host = [_mark(cuda)], []
     for name in names:
         turn += 1

@@ -214,7 +214,7 @@ def run(machine: Machine, deadline: Deadline, selection: Selection = PLANNED) ->
     """Rows of all providers; those the deadline cuts off say so."""
     found: list[Row] = []
     own, before = None, None
-    rounds = selection.rounds or (2 if machine.smoke else ROUNDS)
+    rounds = selection.rounds or (1 if machine.smoke else ROUNDS)
     for case in selection.cases(plan(machine.smoke)):
         if deadline.passed():
             found += [_row(case, product, "", "skipped", deadline.reason) for product in PRODUCTS]

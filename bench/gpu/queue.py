@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench.gpu.clock import Deadline
 from bench.gpu.machine import Machine
+from bench.gpu.selection import PLANNED, Selection
 
 Row = dict[str, object]
 PAGE = Path(__file__).parent.parent.parent / "docs" / "gpu-status.md"
@@ -38,11 +39,13 @@ class At:
         machine: the device, its peaks, and whether sizes are tiny.
         deadline: by when it starts nothing more.
         folder: where files are written; None is the system's temporary folder.
+        selection: what timings are narrowed to.
     """
 
     machine: Machine
     deadline: Deadline
     folder: Path | None = None
+    selection: Selection = PLANNED
 
 
 @dataclass(frozen=True)
@@ -131,15 +134,14 @@ def _sanitized(tool: str, at: At) -> list[Row]:
 def _gram_time(at: At) -> list[Row]:
     from bench.gpu import grams
 
-    return grams.run(
-        at.machine, at.deadline, backends=grams.BACKENDS[: 1 if at.machine.smoke else None]
-    )
+    backends = grams.BACKENDS[-1:] if at.machine.smoke else grams.BACKENDS
+    return grams.run(at.machine, at.deadline, at.selection, backends)
 
 
 def _steps(at: At) -> list[Row]:
     from bench.gpu import steps
 
-    return steps.run(at.machine, at.deadline)
+    return steps.run(at.machine, at.deadline, at.selection)
 
 
 def _norm_time(at: At) -> list[Row]:
@@ -157,25 +159,25 @@ def _choices(at: At) -> list[Row]:
 def _products(at: At) -> list[Row]:
     from bench.gpu import products
 
-    return products.run(at.machine, at.deadline)
+    return products.run(at.machine, at.deadline, at.selection)
 
 
 def _end_to_end(at: At) -> list[Row]:
     from bench.gpu import end_to_end
 
-    return end_to_end.run(at.machine, at.deadline)
+    return end_to_end.run(at.machine, at.deadline, at.selection)
 
 
 def _profile(at: At) -> list[Row]:
     from bench.gpu import profile
 
-    return profile.run(at.machine, at.deadline)
+    return profile.run(at.machine, at.deadline, at.selection)
 
 
 def _short(at: At) -> list[Row]:
     from bench.gpu import short
 
-    return short.run(at.machine, at.deadline)
+    return short.run(at.machine, at.deadline, at.selection)
 
 
 def _few_rows(at: At) -> list[Row]:
@@ -199,13 +201,18 @@ def _vllm(at: At) -> list[Row]:
 _TMA = "Triton's products by TMA"
 _NORMS = "RMS norms and rotary embeddings"
 _GRAMS = "Gram matrices and cross moments"
-# Correctness before time; of each, new kernels first, then what most users meet.
+# New kernels first: whether they are right, then how fast, alone and in a whole pass; if each takes
+# its estimate, 480 s hold these and little else. Then the rest: correctness before time.
 ITEMS: tuple[Item, ...] = (
     Item(
         "product checks", ("CUDA products for Hopper",), 30, "checks", partial(_checks, "products")
     ),
     Item("TMA checks", (_TMA,), 45, "checks", partial(_checks, "tma")),
     Item("norm checks", (_NORMS,), 30, "checks", partial(_checks, "norms")),
+    Item("fused", ("Norms, residual sums",), 40, "checks", partial(_checks, "fusing")),
+    Item("attention", ("cuDNN's attention",), 20, "checks", partial(_checks, "attention")),
+    Item("products", ("Kernels of the products", _TMA), 75, "products", _products),
+    Item("end to end", ("Qwen3-30B-A3B on all 231",), 150, "end2end", _end_to_end),
     Item("layer checks", ("The call object of the layer op",), 60, "checks", _layer_checks),
     Item(
         "observed models",
@@ -220,7 +227,6 @@ ITEMS: tuple[Item, ...] = (
         "checks",
         partial(_group, "models", ("OBSERVING",)),
     ),
-    Item("attention", ("cuDNN's attention",), 20, "checks", partial(_checks, "attention")),
     Item(
         "plans",
         (
@@ -253,12 +259,9 @@ ITEMS: tuple[Item, ...] = (
         Item(tool, ("compute-sanitizer's racecheck",), 60, "checks", partial(_sanitized, tool))
         for tool in ("racecheck", "synccheck", "initcheck")
     ),
-    Item("products", ("Kernels of the products", _TMA), 75, "products", _products),
-    Item("end to end", ("Qwen3-30B-A3B on all 231",), 150, "end2end", _end_to_end),
     Item("short calls", ("Calls of 2,048 tokens",), 45, "short", _short),
     Item("steps", ("Where a layer's time goes", "65,536 tokens"), 75, "steps", _steps),
     Item("norm time", (_NORMS,), 15, "kernels", _norm_time),
-    Item("fused", ("Norms, residual sums",), 40, "checks", partial(_checks, "fusing")),
     Item("choices", ("CUDA's or Triton's sort",), 90, "choices", _choices),
     Item("gram time", (_GRAMS,), 45, "gram", _gram_time),
     Item("profile", ("What one batch of a whole model",), 45, "profile", _profile),

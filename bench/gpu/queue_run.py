@@ -21,6 +21,7 @@ import torch
 from bench.gpu.clock import Deadline
 from bench.gpu.machine import Machine, survey
 from bench.gpu.queue import At, Item, Row
+from bench.gpu.selection import PLANNED, Selection
 
 STAGE = "queue"
 # Seconds for what comes before the first item: a process, and the machine's peaks.
@@ -44,6 +45,7 @@ class Options:
     smoke: bool
     commit: str | None = None
     folder: Path | None = None
+    selection: Selection = PLANNED
 
 
 def plan(items: Sequence[Item], budget: float) -> str:
@@ -197,7 +199,7 @@ def _serve(pipe: Connection, options: Options, machine: Machine | None) -> None:
         pipe.send(machine)
         while True:
             item, seconds = pipe.recv()
-            at = At(machine, Deadline(seconds), options.folder)
+            at = At(machine, Deadline(seconds), options.folder, options.selection)
             pipe.send(_attempt(item, at))
     except EOFError:
         return

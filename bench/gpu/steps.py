@@ -90,7 +90,7 @@ def _measured(work: Work, rounds: int) -> list[Row]:
     """Rows of one call by every backend, in turn."""
     ready: dict[str, Timer] = {}
     rows: list[Row] = []
-    for backend in BACKENDS:
+    for backend in BACKENDS[1 if work.machine.smoke else 0 :]:
         try:
             ready[backend] = Timer(work, backend)
         except torch.OutOfMemoryError as error:

@@ -124,6 +124,17 @@ def test_the_plan_says_what_runs_only_if_time_is_left() -> None:
     ]
 
 
+def test_the_default_holds_new_kernels_and_the_time_of_a_pass() -> None:
+    text = queue_run.plan(queue.ITEMS, command.QUEUE).splitlines()[1:]
+    held = [
+        one.name
+        for one, line in zip(queue.ITEMS, text, strict=True)
+        if not line.endswith("(only if others take less)")
+    ]
+    new = ["product checks", "TMA checks", "norm checks", "fused", "attention"]
+    assert held[: len(new) + 2] == [*new, "products", "end to end"]
+
+
 def test_judgement() -> None:
     skipped = {**ROW, "result": "skipped", "detail": "needs a CUDA device"}
     assert queue_run.judged([skipped])[0] == "skipped"
@@ -158,12 +169,15 @@ def test_smoke_run_of_the_whole_queue(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["--queue", "--budget", "-1"], "--budget takes seconds, a number above 0; got -1"),
+        (["--budget", "nan"], "--budget takes seconds, a number above 0; got nan"),
+        (["--queue", "--only", "checks"], "--queue runs items, no stages"),
         (["--items", "gram time"], "takes --queue as well"),
         (["--queue", "--items", "nothing"], "got nothing"),
         (["--queue", "--items", ","], "got none"),
     ],
 )
-def test_items_are_refused_by_name(arguments: list[str], says: str, capsys) -> None:
+def test_options_of_the_queue_are_refused(arguments: list[str], says: str, capsys) -> None:
     with pytest.raises(SystemExit):
         command.options_of(arguments)
     assert says in capsys.readouterr().err
