@@ -61,6 +61,8 @@ class Request(NamedTuple):
         boxes: how TMA can read gate and up: as one, `fused` where all gates come before all ups (or
             there are none), `interleaved`; or `apart` (two tensors, a tensor for each expert, or
             one matrix for all); empty where strides or addresses do not allow it.
+        block: rows and columns of the elements that share a scale, of experts in `fp8_block`; None
+            for all others.
     """
 
     op: str
@@ -72,6 +74,7 @@ class Request(NamedTuple):
     biased: bool = False
     gram: bool = False
     boxes: str = "fused"
+    block: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -329,9 +332,15 @@ def check_backend(
             layout if quantized is None else "quantized",
             biased,
             gram,
+            block=_block_of(quantized),
         ),
         backend,
     ).name
+
+
+def _block_of(quantized: str | None) -> tuple[int, int] | None:
+    """`Request.block` of experts in a format, where no call is there to tell."""
+    return (128, 128) if quantized == "fp8_block" else None
 
 
 def _check_dtype(op: str, dtype: torch.dtype, quantized: str | None) -> None:
@@ -380,6 +389,7 @@ def explain(
     biased: bool = False,
     gram: bool = False,
     backend: str | None = None,
+    quantized: str | None = None,
 ) -> list[Verdict]:
     """Which backend each op would take for such a call, and why not the others.
 
@@ -392,6 +402,9 @@ def explain(
         biased: whether the experts add biases.
         gram: whether the layer is asked for Gram matrices too.
         backend: an explicit request, as in the ops.
+        quantized: format of the experts (`fp8_block`, in blocks of 128 x 128; `mxfp4`,
+            `int4_group`), or None where they are not quantized, or `layout` says only that they
+            are.
 
     Returns:
         One `Verdict` per (op, backend), first choice first; `reason` is None for the one chosen.
@@ -404,10 +417,19 @@ def explain(
         {'reference'}
     """
     verdicts = []
+    layout = layout if quantized is None else "quantized"
     for op in OPS:
         requested = backend or env.backend(op)
         request = Request(
-            op, torch.device(device), dtype, activation, sizes or Sizes(), layout, biased, gram
+            op,
+            torch.device(device),
+            dtype,
+            activation,
+            sizes or Sizes(),
+            layout,
+            biased,
+            gram,
+            block=_block_of(quantized),
         )
         chosen: str | None = None
         for peer in _ranked(request):

@@ -158,7 +158,7 @@ def _source_digest() -> str:
     """Changes whenever the source of a kernel or of its launches does."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    kernels = ("kernel_triton.py", "kernel_tma.py", "kernel_cuda.py")
+    kernels = ("kernel_triton.py", "kernel_tma.py", "kernel_fp8.py", "kernel_cuda.py")
     launching = (*kernels, "gpu.py", "stage_kernels.py", "slots.py")
     for file in sorted(file for name in launching for file in here.glob(f"*/{name}")):
         digest.update(file.read_bytes())

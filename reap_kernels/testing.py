@@ -286,8 +286,11 @@ def make_quantized_experts(
     activation: Activation | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    block: tuple[int, int] = (128, 128),
 ) -> ExpertWeights:
-    """Experts of `case` whose matrices are quantized; biases and shapes as `layout` has them."""
+    """Experts of `case` whose matrices are quantized; biases and shapes as `layout` has them.
+    `block` is that of `fp8_block`.
+    """
     plain = make_experts(case, layout, activation, torch.bfloat16, seed, device)
     hidden, inner = plain.hidden_size, plain.intermediate_size
 
@@ -295,7 +298,7 @@ def make_quantized_experts(
         std = (2 if number == 2 else 1) * columns**-0.5
         seeds = seed * 3 + number
         sizes = (case.experts, rows, columns)
-        return make_quantized(format, *sizes, std=std, seed=seeds).to(device)
+        return make_quantized(format, *sizes, std=std, block=block, seed=seeds).to(device)
 
     gate = None if plain.gate is None else made(inner, hidden, 1)
     up = made(plain.up[0].shape[0], hidden, 0)

@@ -187,6 +187,7 @@ def measurements(
 ) -> Iterator[Measured]:
     """Every candidate of one product, checked on the rows of one expert, then timed."""
     from reap_kernels.experts import gpu
+    from reap_kernels.experts.operands import Operand
     from reap_kernels.sort.gpu import sort_slots
 
     hidden, ids, topk_weights = _inputs(shape, rows, weights)
@@ -200,7 +201,7 @@ def measurements(
         )
     )
     up, gate = gpu.halves(weights)
-    b = up if gated else gpu.Operand.of(weights.down, None)
+    b = up if gated else Operand.of(weights.down, None)
     want, rows_of_one = _truth(op, a, slots.gather_index, slots.offsets, shape, weights)
     for launch in launches:
 

@@ -27,6 +27,9 @@ CONFIGS = Path(__file__).parent / "configs"
 PRODUCTS = ("gate_up", "down")
 # Kernels of Triton's products: operands through pointers, or by TMA in a persistent launch.
 KERNELS = ("pointer", "tma")
+# The kernel of products that read FP8 codes, by the tiles of a `pointer` line: no table names it,
+# the stage `quantized` asks for it.
+FP8 = "fp8"
 # Backends of each stage of a layer, the first where no table says: of the sort by expert; of
 # combination and reduction; of the products, Triton's, torch's grouped_mm or CUDA's for Hopper; how
 # products read quantized experts; then what surrounds the experts in a model, where "model" is the
@@ -51,7 +54,7 @@ class Launch:
         group_m: tiles of rows that share a column of the right operand before the next.
         num_warps: warps of a program.
         num_stages: blocks of K in flight.
-        kernel: one of `KERNELS`.
+        kernel: one of `KERNELS`, or `FP8`.
     """
 
     block_m: int

@@ -207,7 +207,8 @@ import torch
 from bench.aot.code import compile_one
 from bench.aot.gates import problems
 from bench.aot.launches import ARCHS, recording
-from reap_kernels.experts.gpu import Operand, product
+from reap_kernels.experts.gpu import product
+from reap_kernels.experts.operands import Operand
 from reap_kernels.sort.gpu import schedule
 from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.tuning import Launch

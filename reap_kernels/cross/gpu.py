@@ -12,7 +12,7 @@ from reap_kernels.experts.gpu import triton_inner
 from reap_kernels.gram.gpu import add_outer, weigh
 from reap_kernels.scratch import fitting
 from reap_kernels.sort.gpu import sort_slots
-from reap_kernels.tuning import Launch
+from reap_kernels.tuning import FP8, Launch
 from reap_kernels.types import ExpertWeights
 
 # O(S) arrays: both indices, factors, counts and tile lists.
@@ -41,7 +41,8 @@ def cross(
     targets = targets.to(hidden.dtype).contiguous()
     width = experts.intermediate_size * (3 if experts.activation.kind == "opaque" else 1)
     each = top_k * (width * hidden.element_size() + _SLOT_BYTES)
-    size = fitting(tokens, each, hidden.device, 3 if experts.layout == "quantized" else 4)
+    chunked = experts.layout == "quantized" and kernels.up.kernel != FP8
+    size = fitting(tokens, each, hidden.device, 3 if chunked else 4)
     for start in range(0, tokens, size):
         part = slice(start, start + size)
         weights = topk_weights[part].contiguous()

@@ -2,13 +2,13 @@
 
 Two paths share everything but the products: our Triton kernel, which gathers rows and applies the
 activation inside, and torch's grouped_mm between a gather and an activation pass of ours. Quantized
-experts are dequantized by chunks into scratch that all chunks share; a chunk's products write the
-rows of its experts, in the tiles they would have anyway: the same bits whatever the chunks.
+experts are read as they are by a launch of the kernel `fp8`; others dequantize them by chunks into
+scratch that all chunks share; a chunk's products write the rows of its experts, in the tiles they
+would have anyway: the same bits whatever the chunks.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,68 +17,16 @@ from reap_kernels import device
 from reap_kernels.activation import Activation
 from reap_kernels.dequant.op import chosen as chosen_dequantize
 from reap_kernels.errors import BackendUnavailable
-from reap_kernels.experts import kernel_tma
+from reap_kernels.experts import kernel_fp8, kernel_tma
 from reap_kernels.experts import kernel_triton as kernels
+from reap_kernels.experts.operands import Operand
 from reap_kernels.experts.request import boxed
-from reap_kernels.experts.tables import Tables
 from reap_kernels.quantized import Quantized
 from reap_kernels.scratch import fitting, launch_with_scratch
 from reap_kernels.sort.gpu import schedule
 from reap_kernels.sort.slots import SortedSlots
-from reap_kernels.tuning import Launch, Launches
+from reap_kernels.tuning import FP8, Launch, Launches
 from reap_kernels.types import ExpertWeights, Matrices, Routing
-
-
-@dataclass(frozen=True)
-class Operand:
-    """The right operand of a product: one [N, K] matrix per expert, and its bias.
-
-    Attributes:
-        base: the stacked tensor, or with `table` [E] int64 addresses.
-        strides: elements between experts, rows and columns.
-        shape: (N, K).
-        table: whether `base` holds addresses.
-        aligned: whether every address is a multiple of 16 bytes.
-        bias: [E, N] or None.
-    """
-
-    base: Tensor
-    strides: tuple[int, int, int]
-    shape: tuple[int, int]
-    table: bool
-    aligned: bool
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, matrices: Matrices, bias: Tensor | None) -> "Operand":
-        """Describes weights where they lie; nothing of them is copied."""
-        if isinstance(matrices, Tensor):
-            e, n, k = matrices.stride()
-            shape = (matrices.shape[1], matrices.shape[2])
-            return cls(matrices, (e, n, k), shape, False, True, bias)
-        first = matrices[0]
-        addresses = tuple(matrix.data_ptr() for matrix in matrices)
-        n, k = first.stride()
-        aligned = all(address % 16 == 0 for address in addresses)
-        table = _ADDRESSES.on_device(
-            addresses, first.device, lambda: torch.tensor(addresses, dtype=torch.int64)
-        )
-        return cls(table, (0, n, k), (first.shape[0], first.shape[1]), True, aligned, bias)
-
-    def added(self, biased: bool) -> Tensor:
-        """The bias as kernels take it: zeros where only the other half has one, a stand-in that is
-        not read where neither has.
-        """
-        if self.bias is not None:
-            return self.bias
-        return torch.zeros(1, dtype=torch.float32, device=self.base.device) if biased else self.base
-
-    def bias_strides(self) -> tuple[int, int]:
-        """Elements between experts and columns of the bias."""
-        return (0, 0) if self.bias is None else (self.bias.stride(0), self.bias.stride(1))
-
-
-_ADDRESSES = Tables()
 
 # Is given h [S, I] by sorted row, contiguous, once the outputs are computed, and may write to it.
 Seen = Callable[[Tensor], None]
@@ -92,12 +40,14 @@ def first_sides(experts: ExpertWeights) -> list[Side]:
     return [up] if experts.gate is None else [up, (experts.gate, experts.gate_bias)]
 
 
-def chunks(rows: SortedSlots, sides: list[Side]) -> Iterator[tuple[SortedSlots, list[Side]]]:
-    """All experts at once where products can read them; quantized ones some at a time, in scratch
-    that holds them until the next are asked for. Nothing waits for the device.
+def chunks(
+    rows: SortedSlots, sides: list[Side], launch: Launch
+) -> Iterator[tuple[SortedSlots, list[Side]]]:
+    """All experts at once where products of `launch` can read them; quantized ones some at a time,
+    in scratch that holds them until the next are asked for. Nothing waits for the device.
     """
     quantized = [(m, bias) for m, bias in sides if isinstance(m, Quantized)]
-    if not quantized:
+    if not quantized or launch.kernel == FP8:
         yield rows, sides
         return
     experts, first = rows.num_experts, quantized[0][0]
@@ -129,6 +79,8 @@ def halves(experts: ExpertWeights, sides: list[Side] | None = None) -> tuple[Ope
 
     def part(rows: slice) -> Operand:
         own = None if bias is None else bias[:, rows]
+        if isinstance(up, Quantized):
+            return Operand.of_codes(up, own, rows)
         if isinstance(up, Tensor):
             return Operand.of(up[:, rows], own)
         return Operand.of([matrix[rows] for matrix in up], own)
@@ -168,7 +120,7 @@ def product(
     """
     out = room_for(rows, b.shape[0], a) if out is None else out
     if rows.tiles(launch.block_m).bound:
-        by = _product_tma if launch.kernel == "tma" else _product_by_pointers
+        by = {"tma": _product_tma, FP8: _product_fp8}.get(launch.kernel, _product_by_pointers)
         by(a, b, gate, rows, launch, activation, gather, out)
     return out.to(a.dtype)
 
@@ -270,6 +222,58 @@ def _product_tma(
         )
 
 
+def _product_fp8(
+    a: Tensor,
+    b: Operand,
+    gate: Operand | None,
+    rows: SortedSlots,
+    launch: Launch,
+    activation: Activation | None,
+    gather: bool,
+    out: Tensor,
+) -> None:
+    """`product` of FP8 codes, whose scales multiply sums of a block of K."""
+    (n, depth), other, tiles = b.shape, b if gate is None else gate, rows.tiles(launch.block_m)
+    scales, scales_gate = b.block_scales(), other.block_scales()
+    biased = b.bias is not None or other.bias is not None
+    with device.on(a.device):
+        kernel_fp8.grouped_product_fp8[(tiles.bound * -(-n // launch.block_n),)](
+            a,
+            b.base,
+            other.base,
+            scales.of_blocks,
+            scales_gate.of_blocks,
+            b.added(biased),
+            other.added(biased),
+            out,
+            rows.gather_index,
+            rows.offsets,
+            *tiles.tensors,
+            rows.num_experts,
+            n,
+            depth,
+            float("inf") if activation is None else activation.limit,
+            0.0 if activation is None else activation.alpha,
+            *a.stride(),
+            *b.strides,
+            scales.first,
+            scales_gate.first,
+            *scales.of_blocks.stride(),
+            *b.bias_strides(),
+            *other.bias_strides(),
+            TOP_K=rows.top_k,
+            GATHER=gather,
+            STEP=scales.step,
+            ROWS=scales.block[0],
+            COLUMNS=scales.block[1],
+            ACTIVATION="none" if activation is None else activation.kind,
+            BIASED=biased,
+            UPCAST=device.interpreted(),
+            **_tile_options(launch, n, depth),
+            **device.OPTIONS,
+        )
+
+
 def _check_boxes(a: Tensor, b: Operand, gate: Operand | None, apart: int, gather: bool) -> None:
     """Raises unless TMA reads the operands; `apart`: elements from a gate to its up."""
     halves = gate is None or (0 < apart < b.strides[0] and boxed(gate.base))
@@ -318,7 +322,7 @@ def triton_inner(
     if activation.kind == "opaque":
         return activation.apply(_projected(hidden, rows, experts, launch)).contiguous()
     h = room_for(rows, experts.intermediate_size, hidden)
-    for own, sides in chunks(rows, first_sides(experts)):
+    for own, sides in chunks(rows, first_sides(experts), launch):
         up, gate = halves(experts, sides) if activation.gated else (Operand.of(*sides[0]), None)
         product(hidden, up, own, launch, gate=gate, activation=activation, gather=True, out=h)
     return h.to(hidden.dtype)
@@ -337,7 +341,7 @@ def triton_outputs(
     """
     h = triton_inner(hidden, rows, experts, launches.up)
     y = room_for(rows, experts.hidden_size, hidden)
-    for own, (down,) in chunks(rows, [(experts.down, experts.down_bias)]):
+    for own, (down,) in chunks(rows, [(experts.down, experts.down_bias)], launches.down):
         product(h, Operand.of(*down), own, launches.down, out=y)
     if seen is not None:
         seen(h)
@@ -351,7 +355,7 @@ def _projected(hidden: Tensor, rows: SortedSlots, experts: ExpertWeights, launch
     for matrices, bias in reversed(first_sides(experts)):
         width = matrices.shape[1] if isinstance(matrices, Tensor | Quantized) else len(matrices[0])
         out = room_for(rows, width, hidden)
-        for own, (some,) in chunks(rows, [(matrices, bias)]):
+        for own, (some,) in chunks(rows, [(matrices, bias)], launch):
             product(hidden, Operand.of(*some), own, launch, gather=True, out=out)
         found.append(out.to(hidden.dtype))
     return found[0] if len(found) == 1 else torch.cat(found, dim=-1)

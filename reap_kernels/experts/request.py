@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from reap_kernels.dispatch import Request, Sizes
-from reap_kernels.types import ExpertWeights
+from reap_kernels.quantized import Quantized
+from reap_kernels.types import ExpertWeights, Matrices
 
 
 def request_of(
@@ -23,7 +24,15 @@ def request_of(
         experts.biased,
         gram,
         _boxes(experts),
+        _block(experts.down),
     )
+
+
+def _block(matrices: Matrices) -> tuple[int, int] | None:
+    """See `Request.block`: all of the experts' matrices have the same."""
+    if isinstance(matrices, Quantized) and matrices.format == "fp8_block":
+        return matrices.block
+    return None
 
 
 def boxed(matrices: Tensor) -> bool:

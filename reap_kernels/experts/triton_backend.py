@@ -15,12 +15,22 @@ from reap_kernels.dispatch import Backend, Request
 from reap_kernels.experts import reference
 from reap_kernels.sort import reference as sort_reference
 from reap_kernels.sort.triton_backend import limits, priority
-from reap_kernels.testing import Case, make_experts, make_inputs, relative_error
-from reap_kernels.tuning import KERNELS, Launches, Problem
+from reap_kernels.testing import (
+    Case,
+    make_experts,
+    make_inputs,
+    make_quantized_experts,
+    relative_error,
+)
+from reap_kernels.tuning import FP8, KERNELS, Launch, Launches, Problem, choose_backend
 from reap_kernels.types import ExpertWeights, Routing
 
 # ||got - want|| / ||want||. bf16 rounds the activation and the output to 8 bits.
 _OUTPUT_BOUND = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+# Tensor cores multiply no less than this along K.
+_LEAST_DEPTH = 16
+# Registers of a thread for sums where one block of K has sums of its own.
+_SUMS_OF_CODES = 128
 # TF32 keeps 10 bits of each factor, and twice.
 _TF32_BOUND = 2e-3
 
@@ -46,12 +56,12 @@ def note(request: Request) -> str:
     """What a user should know of a call that is served."""
     notes = []
     asked = _launches(request, KERNELS)
-    if "tma" in (asked.up.kernel, asked.down.kernel):
+    if "tma" in (asked.up.kernel, asked.down.kernel) and not reads_codes(request):
         reason = tma_limits(request)
         told = "products by TMA" if reason is None else f"products by pointers: {reason}"
         notes.append(told)
     if request.layout == "quantized":
-        notes.append("experts are dequantized to bf16 by chunks")
+        notes.append(_note_of_codes(request))
     if request.activation == "opaque":
         notes.append(
             "the activation is the model's own torch function, run between the two products"
@@ -77,8 +87,65 @@ def tma_limits(request: Request) -> str | None:
     return None
 
 
+def _note_of_codes(request: Request) -> str:
+    """How quantized experts are read."""
+    if reads_codes(request):
+        return "products read FP8 codes and their scales, without dequantizing"
+    told = "experts are dequantized to bf16 by chunks"
+    reason = code_limits(request)
+    return f"{told}: {reason}" if reason is not None and _asks_for_codes(request) else told
+
+
+def _asks_for_codes(request: Request) -> bool:
+    """Whether the launch table wants products to read quantized experts."""
+    sizes = (request.sizes.intermediate, request.sizes.rows)
+    return choose_backend(request.device, "quantized", request.dtype, *sizes) == "product"
+
+
+def code_limits(request: Request) -> str | None:
+    """Why no product can read quantized experts, whatever the launch table says; or None."""
+    if request.block is None:
+        return "products read the format fp8_block alone"
+    if request.block[1] < _LEAST_DEPTH:
+        return f"products read blocks of {_LEAST_DEPTH} columns or more, not of {request.block[1]}"
+    arch = device.architecture(request.device)
+    if arch != "interpreter" and not (arch.startswith("sm") and int(arch[2:]) >= 89):
+        return f"GPUs convert FP8 codes from sm_89 on, this is {arch}"
+    return None
+
+
+def reads_codes(request: Request) -> bool:
+    """Whether products read a request's experts as they are quantized."""
+    return (
+        request.layout == "quantized" and code_limits(request) is None and _asks_for_codes(request)
+    )
+
+
+def for_codes(launch: Launch, columns: int, *, gated: bool) -> Launch:
+    """A launch whose tiles leave registers for the sums of one block of K beside all sums, and
+    whose blocks of K have one scale each.
+
+    Args:
+        launch: of a product of bf16.
+        columns: elements of K that share a scale.
+        gated: whether it has two accumulators.
+    """
+    sums, width = (3 if gated else 2) * launch.block_m, launch.block_n
+    while sums * width > _SUMS_OF_CODES * 32 * launch.num_warps and width > _LEAST_DEPTH:
+        width //= 2
+    depth = min(launch.block_k, columns)
+    return replace(launch, block_n=width, block_k=depth, kernel=FP8)
+
+
 def launches(request: Request) -> Launches:
     """Launches of the two products of a request."""
+    if request.block is not None and reads_codes(request):
+        found, columns = _launches(request, KERNELS[:1]), request.block[1]
+        gated = request.activation not in ("relu2", "opaque")
+        return Launches(
+            for_codes(found.up, columns, gated=gated),
+            for_codes(found.down, columns, gated=False),
+        )
     return _launches(request, KERNELS if tma_limits(request) is None else ("pointer",))
 
 
@@ -114,6 +181,7 @@ def facts(request: Request) -> dict[str, Any]:
         "activation": request.activation,
         "layout": _seen(request),
         "boxes": request.boxes if chosen.up.kernel == "tma" else "",
+        "block": request.block if chosen.up.kernel == FP8 else None,
         "biased": request.biased,
         "tf32": tf32(request.dtype),
         "up": chosen.up,
@@ -128,6 +196,9 @@ def _small_sizes(request: Request) -> tuple[int, int]:
     chosen = launches(request)
     along_hidden = max(chosen.up.block_k, chosen.down.block_n)
     along_intermediate = max(chosen.up.block_n, chosen.down.block_k)
+    if request.block is not None and chosen.up.kernel == FP8:  # several blocks of scales
+        along_hidden = max(along_hidden, *request.block)
+        along_intermediate = max(along_intermediate, *request.block)
     return (
         2 * along_hidden + request.sizes.hidden % along_hidden,
         2 * along_intermediate + request.sizes.intermediate % along_intermediate,
@@ -159,7 +230,12 @@ def check_layer(request: Request) -> tuple[Case, ExpertWeights]:
     activation = Activation(request.activation, limit=0.7, fn=own)
     if request.activation == "relu2":
         layout = "ungated"
-    experts = make_experts(case, layout, activation, request.dtype, device=request.device)
+    if request.block is not None and chosen.up.kernel == FP8:
+        experts = make_quantized_experts(
+            case, "fp8_block", layout, activation, device=request.device, block=request.block
+        )
+    else:
+        experts = make_experts(case, layout, activation, request.dtype, device=request.device)
     if experts.interleaved and chosen.up.kernel == "tma" and request.boxes == "fused":
         experts = _parted(experts)
     if not request.biased:

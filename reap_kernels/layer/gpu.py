@@ -20,7 +20,7 @@ from reap_kernels.gram.gpu import add_gram, outer_launch
 from reap_kernels.layer.call import SLOT_BYTES, LayerCall
 from reap_kernels.saliency.measures import SlotMeasures, StageKernels
 from reap_kernels.sort.slots import SortedSlots
-from reap_kernels.tuning import Launch, Launches
+from reap_kernels.tuning import FP8, Launch, Launches
 from reap_kernels.types import ExpertWeights
 
 
@@ -88,7 +88,8 @@ def observe_layer(kernels: LayerKernels, call: LayerCall) -> Tensor:
     if call.gram is not None:
         slot_bytes += _gram_bytes(experts.intermediate_size)
     # The last quarter of the budget is for experts that are dequantized by chunks.
-    quarters = 3 if experts.layout == "quantized" else 4
+    chunked = experts.layout == "quantized" and kernels.launches.up.kernel != FP8
+    quarters = 3 if chunked else 4
     dtype = kernels.around.written(hidden.dtype)
     out = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
     for tokens, part in call.parts(slot_bytes, quarters):

@@ -16,6 +16,7 @@ from reap_kernels import device, scratch, selfcheck
 from reap_kernels.dispatch import Request, Sizes
 from reap_kernels.errors import BackendUnavailable
 from reap_kernels.experts import gpu, triton_backend
+from reap_kernels.experts.operands import Operand
 from reap_kernels.experts.request import request_of
 from reap_kernels.sort.gpu import sort_slots
 from reap_kernels.testing import (
@@ -213,7 +214,7 @@ def test_operands_it_cannot_read_are_refused() -> None:
         silu = rk.Activation("silu")
         with pytest.raises(BackendUnavailable, match="the TMA kernel cannot read"):
             gpu.product(inputs.hidden, up, rows, TMA, gate=gate, activation=silu, gather=True)
-    down = gpu.Operand.of(make_experts(case).down, None)
+    down = Operand.of(make_experts(case).down, None)
     h = torch.zeros(len(rows.gather_index), case.intermediate + 1)[:, 1:]
     with pytest.raises(BackendUnavailable, match="rows of strides"):
         gpu.product(h, down, rows, TMA)
@@ -231,7 +232,7 @@ def test_one_matrix_for_all_experts_is_read_through_pointers(name: str, launched
     assert not launched
     rows = sort_slots(inputs.topk_ids, inputs.topk_weights, case.experts)
     with pytest.raises(BackendUnavailable, match="all else above 0"):
-        gpu.product(inputs.hidden, gpu.Operand.of(shared, None), rows, TMA, gather=True)
+        gpu.product(inputs.hidden, Operand.of(shared, None), rows, TMA, gather=True)
 
 
 def test_rows_of_any_strides_are_gathered() -> None:

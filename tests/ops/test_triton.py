@@ -230,7 +230,7 @@ def test_tf32_only_where_torch_was_asked() -> None:
 
 
 def test_address_tables_are_made_once_and_never_stale() -> None:
-    from reap_kernels.experts.gpu import Operand
+    from reap_kernels.experts.operands import Operand
 
     matrices = [torch.randn(4, 8) for _ in range(3)]
     first = Operand.of(matrices, None)
