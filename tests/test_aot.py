@@ -11,8 +11,8 @@ import pytest
 
 from bench import rows
 from bench.aot.code import Compiled, row
-from bench.aot.gates import LIMITS, Limit, Recorded, problems, summary
 from bench.aot.launches import ARCHS, Launched
+from bench.aot.limits import LIMITS, Limit, Recorded, problems, summary
 from bench.aot.sass import Loop, main_loop
 
 HGMMA = r"\bHGMMA\."
@@ -205,7 +205,7 @@ def test_equal_rows_are_held_to_the_most_lenient(tmp_path: Path) -> None:
 COMPILED = """
 import torch
 from bench.aot.code import compile_one
-from bench.aot.gates import problems
+from bench.aot.limits import problems
 from bench.aot.launches import ARCHS, recording
 from reap_kernels.experts.gpu import product
 from reap_kernels.experts.operands import Operand

@@ -9,8 +9,8 @@ import triton
 
 from bench import aot, rows
 from bench.aot.code import compile_one, row
-from bench.aot.gates import Recorded, problems, summary
 from bench.aot.launches import ARCHS, TABLED, Arch, Launched, launches_of
+from bench.aot.limits import Recorded, problems, summary
 from reap_kernels import device
 
 FILE = "aot"

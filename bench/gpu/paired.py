@@ -80,7 +80,7 @@ def interleaved(
     rounds: int,
     deadline: Deadline,
 ) -> Times:
-    """Times every variant once a round, in random order, until a deadline.
+    """Times every variant once per round, in random order, until a deadline.
 
     Args:
         calls: by variant, one call for each input set; successive calls take successive sets, so
