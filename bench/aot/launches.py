@@ -20,6 +20,7 @@ from bench.aot import norms
 from reap_kernels import device, tuning
 from reap_kernels.compare import gpu as compare
 from reap_kernels.cross import gpu as cross
+from reap_kernels.dispatch import Request
 from reap_kernels.experts import triton_backend
 from reap_kernels.experts.gpu import activated
 from reap_kernels.gram.gpu import outer_launch
@@ -28,7 +29,13 @@ from reap_kernels.layer.call import LayerCall
 from reap_kernels.saliency.stage_kernels import accumulate, stage_kernels
 from reap_kernels.sort.gpu import schedule
 from reap_kernels.sort.slots import SortedSlots
-from reap_kernels.testing import ACTIVATIONS, Case, make_experts, make_inputs
+from reap_kernels.testing import (
+    ACTIVATIONS,
+    Case,
+    make_experts,
+    make_inputs,
+    make_quantized_experts,
+)
 from reap_kernels.tuning import Launch, Launches
 
 
@@ -60,6 +67,7 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.float64: "fp64",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -174,10 +182,16 @@ def _observe(
     activation: rk.Activation | None = None,
     observed: bool = True,
     launches: Launches | None = None,
+    codes: bool = False,
 ) -> None:
-    """One call of the layer through the host code, which chooses the launches unless given."""
+    """One call of the layer through the host code, which chooses the launches unless given; with
+    experts in FP8 blocks where `codes`.
+    """
     inputs = make_inputs(case, dtype)
-    experts = make_experts(case, layout, activation, dtype)
+    if codes:
+        experts = make_quantized_experts(case, "fp8_block", layout, activation)
+    else:
+        experts = make_experts(case, layout, activation, dtype)
     stats = rk.LayerStats(case.experts, case.groups) if observed else None
     arguments = (inputs.hidden, inputs.topk_ids, inputs.topk_weights, experts, stats)
     gram = rk.LayerGram(case.experts, case.intermediate) if observed else None
@@ -260,6 +274,7 @@ def launches_of(arch: Arch) -> list[Launched]:
                     call()
         _variants(found)
         _boxed(arch, found)
+        _codes(arch, found)
     return found
 
 
@@ -297,6 +312,40 @@ def _boxed(arch: Arch, found: list[Launched]) -> None:
     ):
         with recording(f"tma, {case.name} {layout}", found):
             _observe(case, half, layout, activation, launches=launches)
+
+
+def _codes(arch: Arch, found: list[Launched]) -> None:
+    """Products that read FP8 codes, where the architecture converts them, by all tiles of bf16."""
+    half = torch.bfloat16
+    asked = Request("layer", torch.device("cpu"), half, layout="quantized", block=(128, 128))
+    if triton_backend.code_limits(asked) is not None:
+        return
+
+    def made(pair: Launches, gated: bool = True, plain: bool = True) -> Launches:
+        first = pair.up if gated else pair.down
+        up = triton_backend.for_codes(first, 128, gated=gated, plain=plain)
+        return Launches(up, triton_backend.for_codes(pair.down, 128, gated=False))
+
+    by_pointers = [p for p in _pairs(arch, half) if p.up.kernel == p.down.kernel == "pointer"]
+    for pair in by_pointers:
+        with recording("fp8, table", found):
+            _observe(EVEN, half, launches=made(pair), codes=True)
+    oai = rk.Activation("swiglu_oai", limit=7.0)
+    for case, layout, activation in (
+        (EVEN, "interleaved-biased", oai),
+        (EVEN, "ungated", rk.Activation("relu2")),
+        (UNEVEN, "stacked", rk.Activation("silu")),
+        (ODD, "blocks", rk.Activation("silu")),
+    ):
+        sizes = (case.hidden, case.intermediate, 256.0)
+        plain = layout != "interleaved-biased"
+        problem = tuning.Problem(
+            asked.device, half, activation.kind, *sizes, plain=plain, kernels=("pointer",)
+        )
+        plain = plain and case is EVEN
+        launches = made(problem.launches(), layout != "ungated", plain)
+        with recording(f"fp8, {case.name} {layout}", found):
+            _observe(case, half, layout, activation, launches=launches, codes=True)
 
 
 def _variants(found: list[Launched]) -> None:

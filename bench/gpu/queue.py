@@ -208,6 +208,7 @@ ITEMS: tuple[Item, ...] = (
         "product checks", ("CUDA products for Hopper",), 30, "checks", partial(_checks, "products")
     ),
     Item("TMA checks", (_TMA,), 45, "checks", partial(_checks, "tma")),
+    Item("FP8 checks", ("Products that read FP8",), 30, "checks", partial(_checks, "fp8")),
     Item("norm checks", (_NORMS,), 30, "checks", partial(_checks, "norms")),
     Item("fused", ("Norms, residual sums",), 40, "checks", partial(_checks, "fusing")),
     Item("attention", ("cuDNN's attention",), 20, "checks", partial(_checks, "attention")),

@@ -121,7 +121,7 @@ def reads_codes(request: Request) -> bool:
     )
 
 
-def for_codes(launch: Launch, columns: int, *, gated: bool) -> Launch:
+def for_codes(launch: Launch, columns: int, *, gated: bool, plain: bool = True) -> Launch:
     """A launch whose tiles leave registers for the sums of one block of K beside all sums, and
     whose blocks of K have one scale each.
 
@@ -129,9 +129,11 @@ def for_codes(launch: Launch, columns: int, *, gated: bool) -> Launch:
         launch: of a product of bf16.
         columns: elements of K that share a scale.
         gated: whether it has two accumulators.
+        plain: no biases, and sizes of whole tiles: masks need registers of their own too.
     """
+    most = _SUMS_OF_CODES // (2 if gated and not plain else 1) * 32 * launch.num_warps
     sums, width = (3 if gated else 2) * launch.block_m, launch.block_n
-    while sums * width > _SUMS_OF_CODES * 32 * launch.num_warps and width > _LEAST_DEPTH:
+    while sums * width > most and width > _LEAST_DEPTH:
         width //= 2
     depth = min(launch.block_k, columns)
     return replace(launch, block_n=width, block_k=depth, kernel=FP8)
@@ -142,8 +144,10 @@ def launches(request: Request) -> Launches:
     if request.block is not None and reads_codes(request):
         found, columns = _launches(request, KERNELS[:1]), request.block[1]
         gated = request.activation not in ("relu2", "opaque")
+        uneven = request.sizes.hidden % 128 or request.sizes.intermediate % 128
+        plain = not (request.biased or uneven)
         return Launches(
-            for_codes(found.up, columns, gated=gated),
+            for_codes(found.up, columns, gated=gated, plain=plain),
             for_codes(found.down, columns, gated=False),
         )
     return _launches(request, KERNELS if tma_limits(request) is None else ("pointer",))

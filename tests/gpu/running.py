@@ -15,6 +15,7 @@ from bench.gpu.verify import outcome_of
 from tests.gpu import (
     attention,
     facts,
+    fp8,
     fusing,
     grams,
     jobs,
@@ -41,6 +42,7 @@ def plan(smoke: bool) -> list[Check]:
         masks,
         products,
         tma,
+        fp8,
         grams,
         layers,
         models,

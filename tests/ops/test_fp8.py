@@ -30,6 +30,7 @@ from reap_kernels.testing import (
     relative_error,
 )
 from reap_kernels.tuning import FP8, Entry, Launch, Table
+from tests.gpu.fp8 import exact
 from tests.ops.test_backends import BF16_CASES, VARIANT, check, meet, observe
 
 CPU = torch.device("cpu")
@@ -74,23 +75,6 @@ def launched(monkeypatch) -> list[bool]:
 
     monkeypatch.setattr(gpu, "_product_fp8", seen)
     return found
-
-
-def exact(experts: rk.ExpertWeights) -> rk.ExpertWeights:
-    """The experts in float64: each code times its scale, which float64 holds exactly."""
-
-    def made(m: rk.Quantized | None) -> torch.Tensor | None:
-        if m is None:
-            return None
-        high, wide = m.block
-        scales = m.scales.double().repeat_interleave(high, 1).repeat_interleave(wide, 2)
-        return m.values.double() * scales[:, : m.shape[1], : m.shape[2]]
-
-    parts = {name: made(getattr(experts, name)) for name in ("up", "gate", "down")}
-    names = ("up_bias", "gate_bias", "down_bias")
-    biases = {name: getattr(experts, name) for name in names}
-    doubled = {name: None if bias is None else bias.double() for name, bias in biases.items()}
-    return replace(experts, **parts, **doubled)
 
 
 def error(case: Case, experts: rk.ExpertWeights) -> float:
@@ -261,6 +245,7 @@ def test_launches_leave_registers_for_a_block_of_k() -> None:
     assert triton_backend.for_codes(wide, 128, gated=False).block_n == 128
     gated = triton_backend.for_codes(replace(wide, block_n=128), 32, gated=True)
     assert (gated.block_n, gated.block_k, gated.kernel) == (64, 32, FP8)
+    assert triton_backend.for_codes(wide, 128, gated=True, plain=False).block_n == 32
 
 
 def test_the_self_check_reads_codes(launched: list[bool]) -> None:
