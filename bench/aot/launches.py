@@ -327,9 +327,10 @@ def _codes(arch: Arch, found: list[Launched]) -> None:
         return Launches(up, triton_backend.for_codes(pair.down, 128, gated=False))
 
     by_pointers = [p for p in _pairs(arch, half) if p.up.kernel == p.down.kernel == "pointer"]
+    shared = arch.name in ("sm90", "sm100")
     for pair in by_pointers:
         with recording("fp8, table", found):
-            _observe(EVEN, half, launches=made(pair), codes=True)
+            _observe(EVEN, half, launches=made(pair, plain=shared), codes=True)
     oai = rk.Activation("swiglu_oai", limit=7.0)
     for case, layout, activation in (
         (EVEN, "interleaved-biased", oai),
@@ -342,7 +343,7 @@ def _codes(arch: Arch, found: list[Launched]) -> None:
         problem = tuning.Problem(
             asked.device, half, activation.kind, *sizes, plain=plain, kernels=("pointer",)
         )
-        plain = plain and case is EVEN
+        plain = plain and shared and case is EVEN
         launches = made(problem.launches(), layout != "ungated", plain)
         with recording(f"fp8, {case.name} {layout}", found):
             _observe(case, half, layout, activation, launches=launches, codes=True)

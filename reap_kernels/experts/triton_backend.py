@@ -129,7 +129,8 @@ def for_codes(launch: Launch, columns: int, *, gated: bool, plain: bool = True) 
         launch: of a product of bf16.
         columns: elements of K that share a scale.
         gated: whether it has two accumulators.
-        plain: no biases, and sizes of whole tiles: masks need registers of their own too.
+        plain: no biases, sizes of whole tiles, and tensor cores that read shared memory, as those
+            of sm_90 and sm_100: all else needs registers of its own.
     """
     most = _SUMS_OF_CODES // (2 if gated and not plain else 1) * 32 * launch.num_warps
     sums, width = (3 if gated else 2) * launch.block_m, launch.block_n
@@ -145,7 +146,8 @@ def launches(request: Request) -> Launches:
         found, columns = _launches(request, KERNELS[:1]), request.block[1]
         gated = request.activation not in ("relu2", "opaque")
         uneven = request.sizes.hidden % 128 or request.sizes.intermediate % 128
-        plain = not (request.biased or uneven)
+        shared = device.architecture(request.device) in ("sm90", "sm100")
+        plain = shared and not (request.biased or uneven)
         return Launches(
             for_codes(found.up, columns, gated=gated, plain=plain),
             for_codes(found.down, columns, gated=False),
