@@ -21,9 +21,9 @@ from bench.gpu.clock import Deadline
 from bench.gpu.layer import DTYPE, Row
 from bench.gpu.machine import Machine
 from bench.gpu.paired import CONFIDENCE, Effect, Times, effect, interleaved
-from bench.gpu.providers import Prepared, Work, checked
+from bench.gpu.providers import Work, checked, of_run
 from bench.gpu.verify import bounds_of, outcome_of
-from reap_kernels import LayerStats, device, tuning
+from reap_kernels import device, tuning
 from reap_kernels.dispatch import select
 from reap_kernels.experts.request import request_of
 from reap_kernels.experts.triton_backend import launches
@@ -117,32 +117,13 @@ def _variants(work: Work) -> tuple[dict[str, Sequence[Callable[[], object]]], st
     def variant(sort: str, saliency: str) -> Sequence[Callable[[], object]]:
         around = stage_kernels(sort, saliency)
         own = gpu.prepared(gpu.PRODUCTS[products], around, launches(request), request)
-        prepared = _prepared(work, own, bounds_of(DTYPE, products).output)
+        prepared = of_run(work, own, bounds_of(DTYPE, products).output)
         checked(work, prepared)
         return prepared.calls
 
     calls = {_name(a, b): variant(a, b) for a in BACKENDS for b in BACKENDS}
     calls[SAME] = calls[_name(BACKENDS[0], BACKENDS[0])]
     return calls, f"products by {products}"
-
-
-def _prepared(work: Work, own: Run, bound: float) -> Prepared:
-    """One variant: its observed calls, and what is compared with float64."""
-    total = LayerStats(work.case.experts, device=work.machine.device)
-
-    def call(hidden: Tensor, stats: LayerStats, mask: Tensor | None = None) -> Tensor:
-        routed = (work.ids, work.router_weights, work.experts)
-        return own(LayerCall(hidden, *routed, stats, mask))
-
-    def verify() -> tuple[Tensor, Tensor]:
-        mask = torch.zeros(work.case.tokens, dtype=torch.bool, device=work.machine.device)
-        mask[work.sample] = True
-        stats = LayerStats(work.case.experts, device=work.machine.device)
-        out = call(work.hidden[0], stats, mask)
-        sums = torch.stack([stats.count.double(), stats.norm_sum, stats.weighted_norm_sum])
-        return out[work.sample], sums[:, 0]
-
-    return Prepared([lambda h=h: call(h, total) for h in work.hidden], verify, output=bound)
 
 
 def _pairs(op: str) -> list[tuple[str, str]]:

@@ -20,10 +20,9 @@ from bench.gpu.clock import Deadline, times
 from bench.gpu.layer import DTYPE, Row
 from bench.gpu.machine import Machine
 from bench.gpu.nvml import COLUMNS, Window
-from bench.gpu.providers import Work
+from bench.gpu.providers import Work, tma_launch
 from bench.gpu.selection import PLANNED, Selection
 from bench.gpu.verify import CheckFailed, NotHere, outcome_of
-from reap_kernels import device, tuning
 from reap_kernels.errors import BackendUnavailable
 from reap_kernels.experts import gpu as experts
 from reap_kernels.experts.operands import Operand
@@ -118,19 +117,11 @@ def _pointer(bed: Bed, product: str) -> tuple[Call, str]:
 
 
 def _tma(bed: Bed, product: str) -> tuple[Call, str]:
-    if find_spec("reap_kernels.experts.kernel_tma") is None:
-        raise NotHere("reap_kernels.experts.kernel_tma is not in this tree")
-    where = bed.work.machine.device
-    off = tuning.off_entries(device.architecture(where))
-    found = (entry.launch for entry in off if entry.op == product)
-    own = next((launch for launch in found if launch and launch.kernel == "tma"), None)
-    launch = own or replace(bed.launch(product), kernel="tma")
+    launch = tma_launch(bed.work.machine.device, product, bed.launch(product))
     return _triton(bed, product, launch), str(launch)
 
 
 def _wgmma(bed: Bed, product: str) -> tuple[Call, str]:
-    if find_spec("reap_kernels.experts.kernel_cuda") is None:
-        raise NotHere("reap_kernels.experts.kernel_cuda is not in this tree")
     from reap_kernels.experts import kernel_cuda
 
     own, hidden = bed.work.experts, bed.work.hidden[0]

@@ -1,7 +1,7 @@
 """Everything timed on one MoE layer: one registry, each entry checked before it is timed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,11 +13,15 @@ from bench.baselines import observe_all
 from bench.gpu.machine import Machine
 from bench.gpu.verify import CheckFailed, NotHere, bounds_of, products_of
 from reap_kernels import ExpertWeights, LayerStats
+from reap_kernels.device import architecture
 from reap_kernels.dispatch import select
 from reap_kernels.experts.request import request_of
 from reap_kernels.experts.triton_backend import launches
+from reap_kernels.layer import gpu
+from reap_kernels.layer.call import LayerCall
+from reap_kernels.saliency.stage_kernels import stage_kernels
 from reap_kernels.testing import Case, largest_relative_error, make_inputs, relative_error
-from reap_kernels.tuning import Launch
+from reap_kernels.tuning import Launch, Launches, off_entries
 
 # Tokens whose outputs and statistics are compared with float64.
 _SAMPLE = 16
@@ -140,6 +144,56 @@ def checked(work: Work, prepared: Prepared) -> float:
     return error
 
 
+def of_run(
+    work: Work, run: Callable[[LayerCall], Tensor], bound: float, note: str = ""
+) -> Prepared:
+    """Observed calls of a layer by kernels that were chosen by hand, and what is compared with
+    float64.
+    """
+    total = LayerStats(work.case.experts, device=work.machine.device)
+
+    def call(hidden: Tensor, stats: LayerStats, mask: Tensor | None = None) -> Tensor:
+        return run(LayerCall(hidden, work.ids, work.router_weights, work.experts, stats, mask))
+
+    def verify() -> tuple[Tensor, Tensor]:
+        return _sampled(work, lambda stats, mask: call(work.hidden[0], stats, mask))
+
+    calls = [lambda h=h: call(h, total) for h in work.hidden]
+    return Prepared(calls, verify, output=bound, note=note)
+
+
+def _sampled(work: Work, call: Callable[[LayerStats, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Outputs and statistics of the whole call, of which only the sampled tokens count."""
+    mask = torch.zeros(work.case.tokens, dtype=torch.bool, device=work.machine.device)
+    mask[work.sample] = True
+    own = LayerStats(work.case.experts, device=work.machine.device)
+    out = call(own, mask)
+    sums = torch.stack([own.count.double(), own.norm_sum, own.weighted_norm_sum])[:, 0]
+    return out[work.sample], sums
+
+
+def tma_launch(where: torch.device, product: str, otherwise: Launch) -> Launch:
+    """A product's launch by TMA: of the table's line that is off, else as `otherwise`."""
+    found = (entry.launch for entry in off_entries(architecture(where)) if entry.op == product)
+    own = next((launch for launch in found if launch and launch.kernel == "tma"), None)
+    return own or replace(otherwise, kernel="tma")
+
+
+def _by_tma(work: Work) -> Prepared:
+    """Triton's kernels with both products by TMA, whatever the launch table says."""
+    request = request_of("layer", work.hidden[0], work.case.top_k, work.experts)
+    select(request, "triton")  # runs its self-check, or says why it does not serve
+    chosen, where = launches(request), work.machine.device
+    own = Launches(*(tma_launch(where, op, getattr(chosen, at)) for op, at in _SIDES.items()))
+    run = gpu.prepared(gpu.TRITON, stage_kernels("triton", "triton"), own, request)
+    note = f"tiles {_tiles(own.up)}, {_tiles(own.down)}"
+    return of_run(work, run, bounds_of(work.experts.dtype, "triton").output, note)
+
+
+# Products, and which launch of a layer is theirs.
+_SIDES = {"gate_up": "up", "down": "down"}
+
+
 def ours(backend: str | None, observed: bool) -> Callable[[Work], Prepared]:
     """A call of the layer op by one backend; None: the default."""
 
@@ -156,14 +210,11 @@ def ours(backend: str | None, observed: bool) -> Callable[[Work], Prepared]:
         def verify() -> tuple[Tensor, Tensor | None]:
             if not observed:
                 return call(work.hidden[0])()[work.sample], None
-            # The whole call, of which only the sampled tokens count.
-            mask = torch.zeros(work.case.tokens, dtype=torch.bool, device=work.machine.device)
-            mask[work.sample] = True
-            own = LayerStats(work.case.experts, device=work.machine.device)
-            inputs = (work.hidden[0], work.ids, work.router_weights, work.experts, own)
-            out = rk.observe_layer(*inputs, mask=mask, backend=backend)
-            sums = torch.stack([own.count.double(), own.norm_sum, own.weighted_norm_sum])[:, 0]
-            return out[work.sample], sums
+            inputs = (work.hidden[0], work.ids, work.router_weights, work.experts)
+            return _sampled(
+                work,
+                lambda own, mask: rk.observe_layer(*inputs, own, mask=mask, backend=backend),
+            )
 
         products = products_of(served.name, work.hidden[0], work.case.top_k, work.experts)
         chosen, note = launches(request), served.backend.note(request)
@@ -282,6 +333,7 @@ PROVIDERS = (
     Provider("reap", "grouped_mm", False, ours("grouped_mm", False)),
     Provider("reap", "cuda", True, ours("cuda", True)),
     Provider("reap", "cuda", False, ours("cuda", False)),
+    Provider("reap", "tma", True, _by_tma),
     Provider("reap", "wgmma", True, ours("wgmma", True)),
     Provider("reap", "wgmma", False, ours("wgmma", False)),
     Provider("reap", "automatic", True, ours(None, True)),

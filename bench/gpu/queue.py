@@ -162,6 +162,22 @@ def _products(at: At) -> list[Row]:
     return products.run(at.machine, at.deadline, at.selection)
 
 
+def _layers(at: At) -> list[Row]:
+    """Layers of the shapes that goals are set for, by the kernels they are set for and what those
+    are compared with.
+    """
+    from bench.gpu import layer
+
+    names = ("tma", "wgmma") if at.machine.smoke else ("triton", "tma", "wgmma", "grouped_mm")
+    providers = [one for one in layer.PROVIDERS if one.variant in names]
+    shapes = ("Qwen3-30B-A3B", "DeepSeek-V3", "Qwen3.5-397B", "Mixtral-8x7B")
+    planned = layer.plan(at.machine.smoke)
+    if not at.machine.smoke:
+        planned = [case for case in planned if case.name in shapes and case.skew == "balanced"]
+    rounds = at.selection.rounds or layer.ROUNDS
+    return layer.run(at.machine, at.selection.cases(planned), at.deadline, providers, rounds)
+
+
 def _end_to_end(at: At) -> list[Row]:
     from bench.gpu import end_to_end
 
@@ -201,8 +217,8 @@ def _vllm(at: At) -> list[Row]:
 _TMA = "Triton's products by TMA"
 _NORMS = "RMS norms and rotary embeddings"
 _GRAMS = "Gram matrices and cross moments"
-# New kernels first: whether they are right, then how fast, alone and in a whole pass; if each takes
-# its estimate, 480 s hold these and little else. Then the rest: correctness before time.
+# New kernels first: whether they are right, then how fast, in a layer and in a whole pass; if each
+# takes its estimate, 480 s hold these and little else. Then the rest: correctness before time.
 ITEMS: tuple[Item, ...] = (
     Item(
         "product checks", ("CUDA products for Hopper",), 30, "checks", partial(_checks, "products")
@@ -212,8 +228,9 @@ ITEMS: tuple[Item, ...] = (
     Item("norm checks", (_NORMS,), 30, "checks", partial(_checks, "norms")),
     Item("fused", ("Norms, residual sums",), 40, "checks", partial(_checks, "fusing")),
     Item("attention", ("cuDNN's attention",), 20, "checks", partial(_checks, "attention")),
-    Item("products", ("Kernels of the products", _TMA), 75, "products", _products),
+    Item("layers", ("Whole layers by the new products",), 75, "layer", _layers),
     Item("end to end", ("Qwen3-30B-A3B on all 231",), 150, "end2end", _end_to_end),
+    Item("products", ("Kernels of the products", _TMA), 75, "products", _products),
     Item("layer checks", ("The call object of the layer op",), 60, "checks", _layer_checks),
     Item(
         "observed models",

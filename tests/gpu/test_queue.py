@@ -108,7 +108,7 @@ def test_an_item_that_raises_or_dies_does_not_end_the_queue(monkeypatch) -> None
 
 def test_an_item_that_hangs_is_killed(monkeypatch) -> None:
     monkeypatch.setattr(queue_run, "_GRACE", 0.5)
-    found, _ = ran([item(hangs, 0.1), item(right)], 10 * HUNG)
+    found, _ = ran([item(hangs, 0.1), item(right, HUNG)], 10 * HUNG)
     assert "it was killed" in str(found["hangs"]["detail"])
     assert found["right"]["result"] == "pass"
 
@@ -131,8 +131,8 @@ def test_the_default_holds_new_kernels_and_the_time_of_a_pass() -> None:
         for one, line in zip(queue.ITEMS, text, strict=True)
         if not line.endswith("(only if others take less)")
     ]
-    new = ["product checks", "TMA checks", "norm checks", "fused", "attention"]
-    assert held[: len(new) + 2] == [*new, "products", "end to end"]
+    new = ["product checks", "TMA checks", "FP8 checks", "norm checks", "fused", "attention"]
+    assert held[: len(new) + 2] == [*new, "layers", "end to end"]
 
 
 def test_judgement() -> None:
