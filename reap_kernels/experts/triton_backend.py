@@ -55,11 +55,12 @@ def product_limits(request: Request) -> str | None:
 def note(request: Request) -> str:
     """What a user should know of a call that is served."""
     notes = []
-    asked = _launches(request, KERNELS)
-    if "tma" in (asked.up.kernel, asked.down.kernel) and not reads_codes(request):
-        reason = tma_limits(request)
-        told = "products by TMA" if reason is None else f"products by pointers: {reason}"
-        notes.append(told)
+    if limits(request) is None:  # else the device has no launch table
+        asked = _launches(request, KERNELS)
+        if "tma" in (asked.up.kernel, asked.down.kernel) and not reads_codes(request):
+            reason = tma_limits(request)
+            told = "products by TMA" if reason is None else f"products by pointers: {reason}"
+            notes.append(told)
     if request.layout == "quantized":
         notes.append(_note_of_codes(request))
     if request.activation == "opaque":

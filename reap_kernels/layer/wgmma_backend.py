@@ -24,6 +24,8 @@ _FIRST = 40
 
 def priority(request: Request) -> int:
     """Before all others where the launch table names it, else after all."""
+    if cuda.refusal(request.device) is not None:  # such a device has no launch table
+        return _NEVER
     sizes = request.sizes
     chosen = tuning.choose_backend(
         request.device, "layer", request.dtype, sizes.intermediate, sizes.rows

@@ -134,7 +134,13 @@ def plan(smoke: bool) -> list[Check]:
         for dtype in dtypes
     ]
     checks += [
-        Check(f"layer, {case.name}, {layout}", NAME, dtype, layers.compare, (case, layout, own))
+        Check(
+            f"layer, {case.name}, {layout}{f', {own.kind}' if own else ''}",
+            NAME,
+            dtype,
+            layers.compare,
+            (case, layout, own),
+        )
         for case, layout, own in cases
         for dtype in dtypes
     ]

@@ -174,6 +174,7 @@ def test_explain_gives_one_choice_and_reasons_for_the_rest(monkeypatch) -> None:
         "triton": gpu,
         "grouped_mm": gpu,
         "cuda": "inputs are on meta; CUDA kernels serve NVIDIA devices",
+        "wgmma": "inputs are on meta; CUDA kernels serve NVIDIA devices",
         "reference": None,
     }
 

@@ -80,7 +80,7 @@ def test_chunks_change_no_output_and_hardly_a_sum(backend: str) -> None:
 def test_scratch_budget_splits_a_call(monkeypatch) -> None:
     case = replace(CASE, tokens=25)
     whole, stats = observe(case, whole_numbers(), whole=True)
-    token = CASE.top_k * ((CASE.hidden + CASE.intermediate) * 4 + gpu._SLOT_BYTES)
+    token = CASE.top_k * ((CASE.hidden + CASE.intermediate) * 4 + gpu.SLOT_BYTES)
     monkeypatch.setenv("REAP_SCRATCH_BYTES", str(13 * token))
     assert scratch.fitting(case.tokens, token, torch.device("cpu")) == 13
     seen = []

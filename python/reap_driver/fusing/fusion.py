@@ -39,7 +39,7 @@ class Fused:
         >>> with rd.fused(model) as fused:
         ...     output = fused(input_ids=ids)
         >>> fused.counts["norm"]
-        9
+        5
     """
 
     def __init__(

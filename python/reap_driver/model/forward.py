@@ -111,7 +111,10 @@ def input_device(model: PreTrainedModel) -> torch.device:
     """The device of the embeddings, where token ids go; a streamed model's first parameter
     may be on the meta device.
     """
-    embeddings = model.get_input_embeddings()
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # a class may not say which they are
+        return model.device
     weight = next(embeddings.parameters(), None) if embeddings is not None else None
     return model.device if weight is None or weight.is_meta else weight.device
 
