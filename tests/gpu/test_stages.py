@@ -39,7 +39,7 @@ def test_steps_are_those_of_the_layer(work: Work, monkeypatch) -> None:
 def test_a_wrong_layer_is_not_divided(work: Work, monkeypatch) -> None:
     real = gpu.observe_layer
     monkeypatch.setattr(gpu, "observe_layer", lambda *own: 1.1 * real(*own))
-    with pytest.raises(CheckFailed, match=r"the output is off by (1\.0e-01|9\.\de-02)"):
+    with pytest.raises(CheckFailed, match=r"the output is off by 9\.9e-02, 5e-03 is allowed"):
         steps.Timer(work, "triton")
 
 

@@ -19,6 +19,9 @@ import reap_kernels as rk
 from bench.gpu.verify import CheckFailed, NotHere
 from reap_kernels import LayerStats, cuda
 from reap_kernels.dequant import kernel_cuda as dequant
+from reap_kernels.experts import kernel_cuda
+from reap_kernels.layer import kernel_cuda as layer
+from reap_kernels.layer.call import LayerCall
 from reap_kernels.quantized import FORMATS, Quantized
 from reap_kernels.saliency import kernel_cuda as saliency
 from reap_kernels.saliency.measures import SlotMeasures
@@ -30,6 +33,7 @@ from reap_kernels.testing import (
     Case,
     Inputs,
     largest_relative_error,
+    make_experts,
     make_inputs,
     make_quantized,
     relative_error,
@@ -40,6 +44,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # One rounding of sums that accumulate in float32; of norms, a few of float32.
 _OUTPUT = {torch.float32: 3e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 _SUMS = 5e-7
+# Outputs of whole layers, which round h and y as well.
+_WHOLE = {torch.float16: 1e-3, torch.bfloat16: 5e-3}
 # Slots per token around every kernel there is; widths of 16-byte rows, and of others.
 SLOTS = (1, 2, 3, 4, 5, 8, 10, 16, 22, 32)
 WIDTHS = (8, 2056, 33, 257)
@@ -232,6 +238,37 @@ def _product(
     _expect(max(errors) <= products.BOUNDS[dtype], f"products are off by {errors}")
 
 
+def _whole(case: Case, layout: str, dtype: torch.dtype, where: torch.device) -> None:
+    """A layer in one call, observed and not, where the GPU is a Hopper."""
+    reason = kernel_cuda.device_refusal(where)
+    if reason is not None:
+        print(f"not run: {reason}")
+        return
+    made, experts = make_inputs(case, dtype), make_experts(case, layout, dtype=dtype)
+    routed = (made.hidden, made.topk_ids, made.topk_weights)
+    rest = {"mask": made.mask, "group": made.group}
+    truth = LayerStats(case.experts, case.groups)
+    want = rk.observe_layer(*routed, experts, truth, **rest, backend="reference")
+    there, own = made.to(where), make_experts(case, layout, dtype=dtype, device=where)
+    routed = (there.hidden, there.topk_ids, there.topk_weights, own)
+    stats = LayerStats(case.experts, case.groups, where)
+    for kept in (stats, None):
+        out = layer.observe_layer(LayerCall(*routed, kept, there.mask, there.group))
+        error = relative_error(out.cpu(), want)
+        _expect(error <= _WHOLE[dtype], f"the output is off by {error:.1e}")
+    counts = stats.to("cpu").fields()
+    for name in COUNTS:
+        _expect(torch.equal(counts[name], truth.fields()[name]), f"{name} differs")
+
+
+def _wholes() -> Iterator[Variant]:
+    for layout, dtype in itertools.product(("stacked", "per-expert", "ungated"), _WHOLE):
+        case = replace(products.SIZES, groups=2, masked=0.3)
+        small = (layout, dtype) == ("stacked", torch.bfloat16)
+        run = partial(_whole, case, layout, dtype)
+        yield Variant(f"whole layer of {layout} {dtype}", run, small)
+
+
 def _products() -> Iterator[Variant]:
     for activation, dtype in itertools.product(ACTIVATIONS, products.BOUNDS):
         layouts = (
@@ -249,7 +286,7 @@ def _products() -> Iterator[Variant]:
 
 def every() -> Iterator[Variant]:
     """All variants, small."""
-    return itertools.chain(_routes(), _layers(), _others(), _products())
+    return itertools.chain(_routes(), _layers(), _others(), _products(), _wholes())
 
 
 def main(arguments: Sequence[str]) -> int:
