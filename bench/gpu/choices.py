@@ -5,7 +5,6 @@ interleaved as `bench.gpu.paired` says; one variant is there twice and states th
 rows support is proposed as lines of a launch table.
 """
 
-import gc
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -13,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bench.gpu import layer
@@ -63,21 +61,14 @@ def plan(smoke: bool) -> list[Case]:
 def run(machine: Machine, deadline: Deadline) -> list[Row]:
     """Rows of all calls; those that the deadline cuts off say so."""
     rows: list[Row] = []
-    own, before = None, None
+    layers = layer.Layers(machine)
     cases = plan(machine.smoke)
     for at, case in enumerate(cases):
         if deadline.passed():
             rows += [_row(machine, case, op, "skipped", deadline.reason) for op in (*OPS, SAME)]
             continue
-        shape = replace(case, tokens=0, skew="")
-        if shape != before:
-            own = None  # freed before the next shape's are made
-            gc.collect()
-            own, before = layer.weights(case, machine.device), shape
-        assert own is not None
-        with torch.no_grad():
-            share = Deadline(deadline.left() / (len(cases) - at))
-            rows += _compared(Work(machine, case, own), share)
+        share = Deadline(deadline.left() / (len(cases) - at))
+        rows += layers.measured(case, lambda work, share=share: _compared(work, share))
     return rows
 
 

@@ -20,16 +20,21 @@ def times(calls: Sequence[Callable[[], object]], device: torch.device, repeats: 
             taken.append(time.perf_counter() - start)
         return taken
     with torch.cuda.device(device):
-        pairs = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            for _ in range(repeats)
-        ]
         torch.cuda.synchronize()
-        for index, (begin, end) in enumerate(pairs):
-            begin.record()
-            calls[index % len(calls)]()
-            end.record()
-        torch.cuda.synchronize()
+        return queued(calls, repeats)
+
+
+def queued(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Seconds between events around each call, in a row, behind whatever the device has to do."""
+    pairs = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(repeats)
+    ]
+    for index, (begin, end) in enumerate(pairs):
+        begin.record()
+        calls[index % len(calls)]()
+        end.record()
+    torch.cuda.synchronize()
     return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
 
 

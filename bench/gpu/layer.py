@@ -2,7 +2,7 @@
 
 import gc
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -75,25 +75,38 @@ def run(
     """
     providers = PROVIDERS if providers is None else providers
     rows: list[Row] = []
-    experts: ExpertWeights | None = None
-    before: Case | None = None
+    layers = Layers(machine)
     for case in cases:
         if deadline.passed():
             rows += [_row(case, p, status="skipped", note=deadline.reason) for p in providers]
             continue
-        shape = replace(case, tokens=0, skew="")
-        if shape != before:
-            experts = None  # freed before the next shape's are made
-            _release(machine)
-            experts, before = weights(case, machine.device), shape
-        assert experts is not None
-        with torch.no_grad():
-            rows += measure(Work(machine, case, experts), deadline, providers, rounds)
-        _release(machine)
+        rows += layers.measured(case, lambda work: measure(work, deadline, providers, rounds))
     return rows
 
 
-def _release(machine: Machine) -> None:
+class Layers:
+    """Makes layers to measure; calls of one shape after another share its weights."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._experts: ExpertWeights | None = None
+        self._shape: Case | None = None
+
+    def measured(self, case: Case, measure: Callable[[Work], list[Row]]) -> list[Row]:
+        """Rows of one call, of a layer that lives no longer."""
+        shape = replace(case, tokens=0, skew="")
+        if shape != self._shape or self._experts is None:
+            self._experts = None  # freed before the next shape's are made
+            release(self._machine)
+            self._experts, self._shape = weights(case, self._machine.device), shape
+        with torch.no_grad():
+            rows = measure(Work(self._machine, case, self._experts))
+        release(self._machine)
+        return rows
+
+
+def release(machine: Machine) -> None:
+    """Gives memory that nothing refers to back to the device."""
     gc.collect()
     if machine.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -118,7 +131,7 @@ def measure(
             _attempt(work, provider, row, *own, verify=turn == 0)
             if row["status"] != "timed":
                 taken[provider].clear()
-                _release(work.machine)
+                release(work.machine)
     for provider, row in rows.items():
         if row["status"] == "timed":
             row.update(_figures(work, taken[provider]))

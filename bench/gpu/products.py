@@ -5,7 +5,6 @@ temperature are the same for all: ratios are of the calls of one round. A provid
 float64 before it is timed. What is not installed, or not in this tree, is a row that says so.
 """
 
-import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -205,31 +204,19 @@ PROVIDERS: dict[str, Callable[[Bed, str], tuple[Call, str]]] = {
 def run(machine: Machine, deadline: Deadline, selection: Selection = PLANNED) -> list[Row]:
     """Rows of all providers; those the deadline cuts off say so."""
     found: list[Row] = []
-    own, before = None, None
+    layers = layer.Layers(machine)
     rounds = selection.rounds or (1 if machine.smoke else ROUNDS)
+
+    def both(work: Work) -> list[Row]:
+        bed = Bed.of(work)
+        return [row for product in PRODUCTS for row in measure(bed, product, rounds)]
+
     for case in selection.cases(plan(machine.smoke)):
         if deadline.passed():
             found += [_row(case, product, "", "skipped", deadline.reason) for product in PRODUCTS]
             continue
-        shape = replace(case, tokens=0, skew="")
-        if shape != before:
-            own = None  # freed before the next shape's are made
-            _release(machine)
-            own, before = layer.weights(case, machine.device), shape
-        assert own is not None
-        with torch.no_grad():
-            bed = Bed.of(Work(machine, case, own))
-            for product in PRODUCTS:
-                found += measure(bed, product, rounds)
-        del bed
-        _release(machine)
+        found += layers.measured(case, both)
     return found
-
-
-def _release(machine: Machine) -> None:
-    gc.collect()
-    if machine.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def measure(bed: Bed, product: str, rounds: int) -> list[Row]:

@@ -8,13 +8,13 @@ work that lets the host run ahead, so the device's time alone; `graph_ms`, as a 
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from bench.gpu import layer
-from bench.gpu.clock import Deadline, times
+from bench.gpu.clock import Deadline, queued, times
 from bench.gpu.layer import DTYPE, Row
 from bench.gpu.machine import Machine
 from bench.gpu.providers import PROVIDERS, Prepared, Provider, Work, checked
@@ -165,26 +165,12 @@ class Timer:
             launch = (time.perf_counter() - start) / self._repeats
             torch.cuda.synchronize()
             torch.cuda._sleep(_AHEAD)
-            return launch, _events(self._calls, self._repeats)
+            return launch, queued(self._calls, self._repeats)
 
     def medians(self) -> dict[str, float]:
         """Of each figure; where there is only the host's clock, `queued_ms` is its."""
         found = {name: statistics.median(taken) for name, taken in self._taken.items()}
         return {"queued_ms": found["host_ms"], **found}
-
-
-def _events(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Seconds between events around calls that are queued without waiting before them."""
-    pairs = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(repeats)
-    ]
-    for index, (begin, end) in enumerate(pairs):
-        begin.record()
-        calls[index % len(calls)]()
-        end.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
 
 
 def _row(case: Case, provider: Provider, status: str, note: str) -> Row:

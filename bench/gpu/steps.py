@@ -5,7 +5,6 @@ The layer op's own code runs, with its kernels wrapped so that each ends with an
 is the same call without events, timed in turn with it.
 """
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -62,28 +61,14 @@ def plan(smoke: bool) -> list[Case]:
 def run(machine: Machine, deadline: Deadline, selection: Selection = PLANNED) -> list[Row]:
     """Rows of all steps of all calls; those the deadline cuts off say so."""
     rows: list[Row] = []
-    own, before = None, None
+    layers = layer.Layers(machine)
     rounds = selection.rounds or (1 if machine.smoke else ROUNDS)
     for case in selection.cases(plan(machine.smoke)):
         if deadline.passed():
             rows += [_row(case, name, "", "skipped", deadline.reason) for name in BACKENDS]
             continue
-        shape = replace(case, tokens=0, skew="")
-        if shape != before:
-            own = None  # freed before the next shape's are made
-            _release(machine)
-            own, before = layer.weights(case, machine.device), shape
-        assert own is not None
-        with torch.no_grad():
-            rows += _measured(Work(machine, case, own), rounds)
-        _release(machine)
+        rows += layers.measured(case, lambda work: _measured(work, rounds))
     return rows
-
-
-def _release(machine: Machine) -> None:
-    gc.collect()
-    if machine.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _measured(work: Work, rounds: int) -> list[Row]:

@@ -1,18 +1,12 @@
 """Products that read FP8 codes on a GPU: against float64, on cases, layouts and formulas."""
 
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import reap_kernels as rk
 from bench.gpu.verify import NotHere
-from reap_kernels import device as here
 from reap_kernels.experts import triton_backend
 from reap_kernels.experts.request import request_of
 from reap_kernels.testing import (
@@ -23,8 +17,9 @@ from reap_kernels.testing import (
     make_quantized_experts,
     relative_error,
 )
-from reap_kernels.tuning import FP8, Entry, Table
+from reap_kernels.tuning import FP8, Entry
 from tests.gpu.checks import Check, poisoned
+from tests.gpu.lines import in_force
 
 # Several steps along H and I, and parts of tiles and of blocks of scales.
 _FORM = replace(CASES[-1], tokens=600, hidden=320, intermediate=192)
@@ -48,21 +43,8 @@ def exact(experts: rk.ExpertWeights) -> rk.ExpertWeights:
     return replace(experts, **parts, **doubled)
 
 
-@contextmanager
-def reading_codes(device: torch.device) -> Iterator[None]:
-    """Inside the context, `REAP_TUNING` names a table whose products read FP8 codes."""
-    before = os.environ.get("REAP_TUNING")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "fp8.json"
-        line = Entry("quantized", "half", None, None, backend="product")
-        Table(here.architecture(device), "what is off in the shipped table", (line,)).save(path)
-        os.environ["REAP_TUNING"] = str(path)
-        try:
-            yield
-        finally:
-            del os.environ["REAP_TUNING"]
-            if before is not None:
-                os.environ["REAP_TUNING"] = before
+# Products read FP8 codes; the shipped table has it off.
+_LINE = Entry("quantized", "half", None, None, backend="product")
 
 
 def compare(
@@ -81,7 +63,7 @@ def compare(
     reason = triton_backend.code_limits(request)
     if reason is not None:
         raise NotHere(reason)
-    with reading_codes(device), poisoned():
+    with in_force(device, [_LINE]), poisoned():
         assert triton_backend.launches(request).up.kernel == FP8
         out = rk.observe_layer(inputs.hidden, *routed, experts, backend=backend)
         again = rk.observe_layer(inputs.hidden, *routed, experts, backend=backend)

@@ -1,11 +1,7 @@
 """The product by TMA on a GPU: checks of the layer with the lines of its table switched on."""
 
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -13,9 +9,10 @@ from bench.gpu.verify import MANY_ROWS, NotHere
 from reap_kernels import device as here
 from reap_kernels import tuning
 from reap_kernels.testing import ACTIVATIONS, CASES
-from reap_kernels.tuning import PRODUCTS, Entry, Launch, Table
+from reap_kernels.tuning import PRODUCTS, Entry, Launch
 from tests.gpu import checks, facts
 from tests.gpu.checks import Check
+from tests.gpu.lines import in_force
 
 BACKEND = "triton"
 # For the CPU, where an interpreter runs it.
@@ -38,26 +35,6 @@ def lines(arch: str) -> tuple[Entry, ...]:
     )
 
 
-@contextmanager
-def switched_on(device: torch.device) -> Iterator[None]:
-    """Inside the context, `REAP_TUNING` names a table of these lines; others hold as before."""
-    arch = here.architecture(device)
-    found = lines(arch)
-    if not found:
-        raise NotHere(f"the launch table of {arch} has no line of the kernel `tma` that is off")
-    before = os.environ.get("REAP_TUNING")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tma.json"
-        Table(arch, "what is off in the shipped table", found).save(path)
-        os.environ["REAP_TUNING"] = str(path)
-        try:
-            yield
-        finally:
-            del os.environ["REAP_TUNING"]
-            if before is not None:
-                os.environ["REAP_TUNING"] = before
-
-
 def by_tma(
     device: torch.device,
     backend: str,
@@ -66,7 +43,11 @@ def by_tma(
     *arguments: object,
 ) -> str:
     """Another check, with products by TMA."""
-    with switched_on(device):
+    arch = here.architecture(device)
+    found = lines(arch)
+    if not found:
+        raise NotHere(f"the launch table of {arch} has no line of the kernel `tma` that is off")
+    with in_force(device, found):
         return run(device, backend, dtype, *arguments)
 
 
