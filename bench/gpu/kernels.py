@@ -4,7 +4,6 @@ Kernels of a few microseconds take less than the host needs to launch them, so e
 a CUDA graph of all its calls (`us`); `us_queued` is what a caller sees who launches one by one.
 """
 
-import gc
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from bench.gpu.clock import Deadline, times
-from bench.gpu.layer import SHAPES, TOKENS
+from bench.gpu.layer import SHAPES, TOKENS, release
 from bench.gpu.logits import NAME as COMPARE
 from bench.gpu.logits import of_vocabulary
 from bench.gpu.machine import Machine
@@ -80,7 +79,7 @@ def run(machine: Machine, deadline: Deadline, selection: Selection = PLANNED) ->
         for group in _groups(machine, selection.cases(plan(machine.smoke))):
             rows += measure(group, machine, deadline, selection.rounds or ROUNDS)
             del group
-            _release(machine)
+            release(machine)
     return rows
 
 
@@ -95,12 +94,6 @@ def _groups(machine: Machine, cases: list[Case]) -> Iterator[list[Part]]:
                 yield of_formats(machine, [shape], DEQUANT_BACKENDS)
             yield of_vocabulary(machine)
             yield of_norms(machine)
-
-
-def _release(machine: Machine) -> None:
-    gc.collect()
-    if machine.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def measure(

@@ -14,7 +14,7 @@ scale, which a dequantized weight in bf16 is a rounding of.
 import triton
 import triton.language as tl
 
-from reap_kernels.experts.kernel_triton import apply_activation, tile_of
+from reap_kernels.experts.kernel_triton import rows_of, tile_of, write_tile
 
 
 @triton.jit
@@ -88,15 +88,9 @@ def grouped_product_fp8(
         return
     tile, column = tile_of(pid, num_tiles, num_n, GROUP_M)
     expert = tl.load(tile_experts_ptr + tile)
-    first = tl.load(tile_rows_ptr + tile)
-    stop = tl.load(offsets_ptr + expert + 1).to(tl.int32)
-
-    rows = first + tl.arange(0, BLOCK_M)
-    live = rows < stop
-    # Rows past the expert's last repeat its first: loads then need no mask, and stores have one.
-    source = tl.where(live, rows, first).to(tl.int64)
-    if GATHER:
-        source = tl.load(gather_index_ptr + source).to(tl.int64) // TOP_K
+    rows, live, source = rows_of(
+        tile, expert, gather_index_ptr, offsets_ptr, tile_rows_ptr, GATHER, TOP_K, BLOCK_M
+    )
     cols = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     # Bases advance along K, offsets stay: gate and up share theirs, which saves registers.
@@ -133,15 +127,25 @@ def grouped_product_fp8(
         a_ptr += BLOCK_K * stride_ak
         b += BLOCK_K * stride_bk
 
-    if BIASED:
-        at = bias_ptr + expert.to(tl.int64) * stride_bias_e + wide * stride_bias_n
-        acc += tl.load(at, mask=within, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            at = bias_gate_ptr + expert.to(tl.int64) * stride_bias_ge + wide * stride_bias_gn
-            acc_gate += tl.load(at, mask=within, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        acc = apply_activation(acc_gate, acc, limit, alpha, ACTIVATION)
-    elif ACTIVATION == "relu2":
-        acc = apply_activation(acc, acc, limit, alpha, ACTIVATION)
-    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + wide[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & within[None, :])
+    if not GATED:
+        acc_gate = acc
+    write_tile(
+        acc_gate,
+        acc,
+        bias_ptr,
+        bias_gate_ptr,
+        out_ptr,
+        expert,
+        rows,
+        live,
+        cols,
+        N,
+        limit,
+        alpha,
+        stride_bias_e,
+        stride_bias_n,
+        stride_bias_ge,
+        stride_bias_gn,
+        ACTIVATION,
+        BIASED,
+    )

@@ -21,7 +21,27 @@ device, in scratch that the launch provides.
 import triton
 import triton.language as tl
 
-from reap_kernels.experts.kernel_triton import apply_activation, tile_of
+from reap_kernels.experts.kernel_triton import tile_of, write_tile
+
+
+@triton.jit
+def _halves(
+    acc,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The sums of gate and of up; both are `acc` where there is no gate half."""
+    if INTERLEAVED:
+        gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
+    elif GATED:
+        pairs = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1))
+        gate, up = tl.split(pairs)
+    else:
+        gate = acc
+        up = acc
+    return gate, up
 
 
 @triton.jit
@@ -124,24 +144,25 @@ def grouped_product_tma(
                 b = b.to(tl.float32)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
 
+        gate, up = _halves(acc, GATED, INTERLEAVED, BLOCK_M, BLOCK_N)
         cols = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        within = cols < N
-        wide = cols.to(tl.int64)
-        if INTERLEAVED:
-            gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
-        elif GATED:
-            pairs = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1))
-            gate, up = tl.split(pairs)
-        else:
-            gate = acc
-            up = acc
-        if BIASED:
-            at = bias_ptr + expert.to(tl.int64) * stride_bias_e + wide * stride_bias_n
-            up += tl.load(at, mask=within, other=0.0).to(tl.float32)[None, :]
-            if GATED:
-                at = bias_gate_ptr + expert.to(tl.int64) * stride_bias_ge + wide * stride_bias_gn
-                gate += tl.load(at, mask=within, other=0.0).to(tl.float32)[None, :]
-        if ACTIVATION != "none":
-            up = apply_activation(gate, up, limit, alpha, ACTIVATION)
-        out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + wide[None, :]
-        tl.store(out_ptrs, up.to(out_ptr.dtype.element_ty), mask=live[:, None] & within[None, :])
+        write_tile(
+            gate,
+            up,
+            bias_ptr,
+            bias_gate_ptr,
+            out_ptr,
+            expert,
+            rows,
+            live,
+            cols,
+            N,
+            limit,
+            alpha,
+            stride_bias_e,
+            stride_bias_n,
+            stride_bias_ge,
+            stride_bias_gn,
+            ACTIVATION,
+            BIASED,
+        )

@@ -64,6 +64,29 @@ def tile_of(pid, num_tiles, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def rows_of(
+    tile,
+    expert,
+    gather_index_ptr,
+    offsets_ptr,
+    tile_rows_ptr,
+    GATHER: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The rows of a tile, which of them are the expert's, and the rows of `a` that they read."""
+    first = tl.load(tile_rows_ptr + tile)
+    stop = tl.load(offsets_ptr + expert + 1).to(tl.int32)
+    rows = first + tl.arange(0, BLOCK_M)
+    live = rows < stop
+    # Rows past the expert's last repeat its first: loads then need no mask, and stores have one.
+    source = tl.where(live, rows, first).to(tl.int64)
+    if GATHER:
+        source = tl.load(gather_index_ptr + source).to(tl.int64) // TOP_K
+    return rows, live, source
+
+
+@triton.jit
 def _matrix(ptr, expert, stride_e, a_ptr, TABLE: tl.constexpr, ALIGNED: tl.constexpr):
     """Address of one expert's matrix, of the left operand's dtype."""
     if TABLE:
@@ -84,6 +107,45 @@ def _step(
     if UPCAST:  # the interpreter's bf16 product is wrong
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def write_tile(
+    gate,
+    up,
+    bias_ptr,
+    bias_gate_ptr,
+    out_ptr,
+    expert,
+    rows,
+    live,
+    cols,
+    N,
+    limit,
+    alpha,
+    stride_bias_e,
+    stride_bias_n,
+    stride_bias_ge,
+    stride_bias_gn,
+    ACTIVATION: tl.constexpr,
+    BIASED: tl.constexpr,
+):
+    """Adds biases to a tile's sums, applies the activation, and stores the rows that are live.
+    `gate` is `up` where there is no gate half.
+    """
+    GATED: tl.constexpr = ACTIVATION != "none" and ACTIVATION != "relu2"
+    within = cols < N
+    wide = cols.to(tl.int64)
+    if BIASED:
+        at = bias_ptr + expert.to(tl.int64) * stride_bias_e + wide * stride_bias_n
+        up += tl.load(at, mask=within, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            at = bias_gate_ptr + expert.to(tl.int64) * stride_bias_ge + wide * stride_bias_gn
+            gate += tl.load(at, mask=within, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION != "none":
+        up = apply_activation(gate, up, limit, alpha, ACTIVATION)
+    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + wide[None, :]
+    tl.store(out_ptrs, up.to(out_ptr.dtype.element_ty), mask=live[:, None] & within[None, :])
 
 
 @triton.jit
@@ -140,15 +202,9 @@ def grouped_product(
         return
     tile, column = tile_of(pid, num_tiles, num_n, GROUP_M)
     expert = tl.load(tile_experts_ptr + tile)
-    first = tl.load(tile_rows_ptr + tile)
-    stop = tl.load(offsets_ptr + expert + 1).to(tl.int32)
-
-    rows = first + tl.arange(0, BLOCK_M)
-    live = rows < stop
-    # Rows past the expert's last repeat its first: loads then need no mask, and stores have one.
-    source = tl.where(live, rows, first).to(tl.int64)
-    if GATHER:
-        source = tl.load(gather_index_ptr + source).to(tl.int64) // TOP_K
+    rows, live, source = rows_of(
+        tile, expert, gather_index_ptr, offsets_ptr, tile_rows_ptr, GATHER, TOP_K, BLOCK_M
+    )
     cols = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     # Bases advance along K, offsets stay: gate and up share theirs, which saves registers.
@@ -177,19 +233,28 @@ def grouped_product(
         a_ptr += BLOCK_K * stride_ak
         b += BLOCK_K * stride_bk
 
-    within = cols < N
-    if BIASED:
-        at = bias_ptr + expert.to(tl.int64) * stride_bias_e + wide * stride_bias_n
-        acc += tl.load(at, mask=within, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            at = bias_gate_ptr + expert.to(tl.int64) * stride_bias_ge + wide * stride_bias_gn
-            acc_gate += tl.load(at, mask=within, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        acc = apply_activation(acc_gate, acc, limit, alpha, ACTIVATION)
-    elif ACTIVATION == "relu2":
-        acc = apply_activation(acc, acc, limit, alpha, ACTIVATION)
-    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + wide[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & within[None, :])
+    if not GATED:
+        acc_gate = acc
+    write_tile(
+        acc_gate,
+        acc,
+        bias_ptr,
+        bias_gate_ptr,
+        out_ptr,
+        expert,
+        rows,
+        live,
+        cols,
+        N,
+        limit,
+        alpha,
+        stride_bias_e,
+        stride_bias_n,
+        stride_bias_ge,
+        stride_bias_gn,
+        ACTIVATION,
+        BIASED,
+    )
 
 
 @triton.jit
