@@ -159,7 +159,7 @@ def _source_digest() -> str:
     digest = hashlib.sha256()
     here = Path(__file__).parent
     kernels = ("kernel_triton.py", "kernel_tma.py", "kernel_fp8.py", "kernel_cuda.py")
-    launching = (*kernels, "gpu.py", "stage_kernels.py", "slots.py")
+    launching = (*kernels, "gpu.py", "operands.py", "product.py", "stage_kernels.py", "slots.py")
     for file in sorted(file for name in launching for file in here.glob(f"*/{name}")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]

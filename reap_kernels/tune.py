@@ -186,7 +186,7 @@ def measurements(
     timer: Timer,
 ) -> Iterator[Measured]:
     """Every candidate of one product, checked on the rows of one expert, then timed."""
-    from reap_kernels.experts import gpu
+    from reap_kernels.experts import gpu, product
     from reap_kernels.experts.operands import Operand
     from reap_kernels.sort.gpu import sort_slots
 
@@ -208,10 +208,10 @@ def measurements(
         def call(launch: Launch = launch) -> Tensor:
             if gated:
                 activation = weights.activation
-                return gpu.product(
+                return product.product(
                     a, b, slots, launch, gate=gate, activation=activation, gather=True
                 )
-            return gpu.product(a, b, slots, launch)
+            return product.product(a, b, slots, launch)
 
         try:
             error = relative_error(call()[rows_of_one], want)

@@ -207,7 +207,7 @@ import torch
 from bench.aot.code import compile_one
 from bench.aot.limits import problems
 from bench.aot.launches import ARCHS, recording
-from reap_kernels.experts.gpu import product
+from reap_kernels.experts.product import product
 from reap_kernels.experts.operands import Operand
 from reap_kernels.sort.gpu import schedule
 from reap_kernels.sort.slots import SortedSlots

@@ -25,6 +25,7 @@ from bench.gpu.verify import CheckFailed, NotHere, outcome_of
 from reap_kernels.errors import BackendUnavailable
 from reap_kernels.experts import gpu as experts
 from reap_kernels.experts.operands import Operand
+from reap_kernels.experts.product import product as multiplied
 from reap_kernels.experts.request import request_of
 from reap_kernels.experts.triton_backend import launches
 from reap_kernels.sort.gpu import sort_slots
@@ -107,7 +108,7 @@ def _triton(bed: Bed, product: str, launch: Launch) -> Call:
     if product == "gate_up":
         return lambda: experts.triton_inner(work.hidden[0], bed.rows, work.experts, launch)
     down = Operand.of(work.experts.down, None)
-    return lambda: experts.product(bed.inner, down, bed.rows, launch)
+    return lambda: multiplied(bed.inner, down, bed.rows, launch)
 
 
 def _pointer(bed: Bed, product: str) -> tuple[Call, str]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from reap_kernels import device
 from reap_kernels.dispatch import Request
-from reap_kernels.experts.gpu import precision
+from reap_kernels.experts.product import precision
 from reap_kernels.gram import kernel_triton as kernels
 from reap_kernels.layer_gram import LayerGram
 from reap_kernels.saliency.measures import TILE

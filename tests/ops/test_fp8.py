@@ -7,6 +7,7 @@ scales; a GPU's launches, `python -m bench aot` compiles.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import reap_kernels as rk
 from reap_kernels import device, scratch, selfcheck
 from reap_kernels.dispatch import Request, Sizes
 from reap_kernels.errors import BackendUnavailable
-from reap_kernels.experts import gpu, triton_backend
+from reap_kernels.experts import gpu, product, triton_backend
 from reap_kernels.experts.operands import Operand
 from reap_kernels.sort.gpu import sort_slots
 from reap_kernels.testing import (
@@ -66,14 +67,14 @@ def table(tmp_path: Path, monkeypatch) -> None:
 def launched(monkeypatch) -> list[bool]:
     """Whether each product of codes gathered its rows."""
     found = []
-    launch = gpu._product_fp8
+    launch = product._of_codes
 
-    def seen(a, b, gate, rows, launches, activation, gather, out):
-        assert launches.kernel == FP8
-        found.append(gather)
-        launch(a, b, gate, rows, launches, activation, gather, out)
+    def seen(call: Any) -> None:
+        assert call.launch.kernel == FP8
+        found.append(call.gather)
+        launch(call)
 
-    monkeypatch.setattr(gpu, "_product_fp8", seen)
+    monkeypatch.setattr(product, "_of_codes", seen)
     return found
 
 
@@ -143,7 +144,7 @@ def product_of(matrices: rk.Quantized, a: torch.Tensor) -> torch.Tensor:
     ids = torch.zeros(len(a), 1, dtype=torch.int64)
     rows = sort_slots(ids, torch.ones(len(a), 1), 1)
     launch = replace(POINTER, kernel=FP8)
-    return gpu.product(a, Operand.of(matrices, None), rows, launch, gather=True)
+    return product.product(a, Operand.of(matrices, None), rows, launch, gather=True)
 
 
 def test_every_code_is_read_exactly() -> None:
@@ -261,4 +262,4 @@ def test_other_operands_are_refused() -> None:
     rows = sort_slots(torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1), VARIANT.experts)
     a = torch.zeros(4, VARIANT.hidden, dtype=torch.bfloat16)
     with pytest.raises(BackendUnavailable, match=r"reads fp8_block experts, not torch\.bfloat16"):
-        gpu.product(a, Operand.of(up, None), rows, replace(POINTER, kernel=FP8), gather=True)
+        product.product(a, Operand.of(up, None), rows, replace(POINTER, kernel=FP8), gather=True)

@@ -7,6 +7,7 @@ program compute several tiles; a GPU's launches, `python -m bench aot` compiles.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import reap_kernels as rk
 from reap_kernels import device, scratch, selfcheck
 from reap_kernels.dispatch import Request, Sizes
 from reap_kernels.errors import BackendUnavailable
-from reap_kernels.experts import gpu, triton_backend
+from reap_kernels.experts import gpu, product, triton_backend
 from reap_kernels.experts.operands import Operand
 from reap_kernels.experts.request import request_of
 from reap_kernels.sort.gpu import sort_slots
@@ -54,13 +55,13 @@ def table(tmp_path: Path, monkeypatch) -> None:
 def launched(monkeypatch) -> list[bool]:
     """Whether each product gathered its rows, of those that TMA served."""
     found = []
-    launch = gpu._product_tma
+    launch = product._by_boxes
 
-    def seen(a, b, gate, rows, launches, activation, gather, out):
-        found.append(gather)
-        launch(a, b, gate, rows, launches, activation, gather, out)
+    def seen(call: Any) -> None:
+        found.append(call.gather)
+        launch(call)
 
-    monkeypatch.setattr(gpu, "_product_tma", seen)
+    monkeypatch.setattr(product, "_by_boxes", seen)
     return found
 
 
@@ -215,11 +216,11 @@ def test_operands_it_cannot_read_are_refused() -> None:
         up, gate = gpu.halves(make_experts(case, layout))
         silu = rk.Activation("silu")
         with pytest.raises(BackendUnavailable, match="the TMA kernel cannot read"):
-            gpu.product(inputs.hidden, up, rows, TMA, gate=gate, activation=silu, gather=True)
+            product.product(inputs.hidden, up, rows, TMA, gate=gate, activation=silu, gather=True)
     down = Operand.of(make_experts(case).down, None)
     h = torch.zeros(len(rows.gather_index), case.intermediate + 1)[:, 1:]
     with pytest.raises(BackendUnavailable, match="rows of strides"):
-        gpu.product(h, down, rows, TMA)
+        product.product(h, down, rows, TMA)
 
 
 @pytest.mark.parametrize("name", ["up", "down"])
@@ -234,7 +235,7 @@ def test_one_matrix_for_all_experts_is_read_through_pointers(name: str, launched
     assert not launched
     rows = sort_slots(inputs.topk_ids, inputs.topk_weights, case.experts)
     with pytest.raises(BackendUnavailable, match="all else above 0"):
-        gpu.product(inputs.hidden, Operand.of(shared, None), rows, TMA, gather=True)
+        product.product(inputs.hidden, Operand.of(shared, None), rows, TMA, gather=True)
 
 
 def test_rows_of_any_strides_are_gathered() -> None:

@@ -217,7 +217,7 @@ def test_order_of_choice(monkeypatch) -> None:
 
 
 def test_tf32_only_where_torch_was_asked() -> None:
-    from reap_kernels.experts import gpu as experts
+    from reap_kernels.experts import product as experts
 
     assert experts.precision(torch.float32) == "ieee"
     torch.set_float32_matmul_precision("high")

@@ -239,17 +239,17 @@ def test_candidates_fit() -> None:
 
 def test_tune_takes_the_fastest_that_is_right(tmp_path: Path, monkeypatch) -> None:
     """In the interpreter, by a clock that prefers one launch, with a product that is wrong once."""
-    from reap_kernels.experts import gpu
+    from reap_kernels.experts import product as products
 
     quick, slow = Launch(16, 32, 32, 1, 4, 1), Launch(32, 32, 32, 1, 4, 1)
     wrong = Launch(16, 16, 32, 1, 4, 1)
-    product = gpu.product
+    product = products.product
 
     def broken(a, b, rows, launch, **options):
         out = product(a, b, rows, launch, **options)
         return out * 2 if launch == wrong else out
 
-    monkeypatch.setattr(gpu, "product", broken)
+    monkeypatch.setattr(products, "product", broken)
     ran: list[Launch] = []
     monkeypatch.setattr("reap_kernels.tune.BUCKETS", ((16, 4), (None, 6)))
     seen: list[Measured] = []
