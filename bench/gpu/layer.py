@@ -16,6 +16,8 @@ from reap_kernels import Activation, ExpertWeights
 from reap_kernels.testing import Case
 
 Row = dict[str, object]
+# The experts of a shape, on a device.
+Maker = Callable[[Case, torch.device], ExpertWeights]
 DTYPE = torch.bfloat16
 ROUNDS = 2
 _SLOW, _VERY_SLOW = 0.05, 0.5  # seconds per call from which on fewer calls are timed
@@ -69,13 +71,14 @@ def run(
     deadline: Deadline,
     providers: Sequence[Provider] | None = None,
     rounds: int = ROUNDS,
+    make: Maker = weights,
 ) -> list[Row]:
-    """Rows of all cases by all providers, `PROVIDERS` by default; those the deadline cuts off say
-    so.
+    """Rows of all cases by all providers, `PROVIDERS` by default, on weights that `make` makes;
+    those the deadline cuts off say so.
     """
     providers = PROVIDERS if providers is None else providers
     rows: list[Row] = []
-    layers = Layers(machine)
+    layers = Layers(machine, make)
     for case in cases:
         if deadline.passed():
             rows += [_row(case, p, status="skipped", note=deadline.reason) for p in providers]
@@ -87,8 +90,8 @@ def run(
 class Layers:
     """Makes layers to measure; calls of one shape after another share its weights."""
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(self, machine: Machine, make: Maker = weights) -> None:
+        self._machine, self._make = machine, make
         self._experts: ExpertWeights | None = None
         self._shape: Case | None = None
 
@@ -98,7 +101,7 @@ class Layers:
         if shape != self._shape or self._experts is None:
             self._experts = None  # freed before the next shape's are made
             release(self._machine)
-            self._experts, self._shape = weights(case, self._machine.device), shape
+            self._experts, self._shape = self._make(case, self._machine.device), shape
         with torch.no_grad():
             rows = measure(Work(self._machine, case, self._experts))
         release(self._machine)
@@ -222,7 +225,7 @@ def _figures(work: Work, taken: list[float]) -> Row:
     ordered = sorted(taken)
     size = DTYPE.itemsize
     flops = 6 * work.slots * case.hidden * case.intermediate
-    read = work.touched * 3 * case.hidden * case.intermediate * size
+    read = work.touched * 3 * case.hidden * case.intermediate * work.weight_size
     routing = work.ids.nbytes + work.router_weights.nbytes
     moved = read + 2 * case.tokens * case.hidden * size + routing
     return {

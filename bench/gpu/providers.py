@@ -12,7 +12,7 @@ import reap_kernels as rk
 from bench.baselines import observe_all
 from bench.gpu.machine import Machine
 from bench.gpu.verify import CheckFailed, NotHere, bounds_of, products_of
-from reap_kernels import ExpertWeights, LayerStats
+from reap_kernels import ExpertWeights, LayerStats, Quantized
 from reap_kernels.device import architecture
 from reap_kernels.dispatch import select
 from reap_kernels.experts.request import request_of
@@ -75,6 +75,12 @@ class Work:
     def slots(self) -> int:
         """S = T * k."""
         return self.case.tokens * self.case.top_k
+
+    @property
+    def weight_size(self) -> int:
+        """Bytes of a weight as it is stored, without its share of a scale."""
+        up = self.experts.up
+        return (up.values if isinstance(up, Quantized) else up[0]).itemsize
 
     @cached_property
     def touched(self) -> int:

@@ -150,6 +150,12 @@ def _norm_time(at: At) -> list[Row]:
     return kernels.measure(norms.of_norms(at.machine), at.machine, at.deadline)
 
 
+def _fp8_time(at: At) -> list[Row]:
+    from bench.gpu import fp8
+
+    return fp8.run(at.machine, at.deadline, at.selection)
+
+
 def _choices(at: At) -> list[Row]:
     from bench.gpu import choices
 
@@ -280,6 +286,7 @@ ITEMS: tuple[Item, ...] = (
     Item("short calls", ("Calls of 2,048 tokens",), 45, "short", _short),
     Item("steps", ("Where a layer's time goes", "65,536 tokens"), 75, "steps", _steps),
     Item("norm time", (_NORMS,), 15, "kernels", _norm_time),
+    Item("FP8 time", ("Whether products that read FP8",), 45, "layer", _fp8_time),
     Item("choices", ("CUDA's or Triton's sort",), 90, "choices", _choices),
     Item("gram time", (_GRAMS,), 45, "gram", _gram_time),
     Item("profile", ("What one batch of a whole model",), 45, "profile", _profile),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import reap_kernels as rk
+from bench.gpu.lines import in_force
 from bench.gpu.verify import NotHere
 from reap_kernels.experts import triton_backend
 from reap_kernels.experts.request import request_of
@@ -19,7 +20,6 @@ from reap_kernels.testing import (
 )
 from reap_kernels.tuning import FP8, Entry
 from tests.gpu.checks import Check, poisoned
-from tests.gpu.lines import in_force
 
 # Several steps along H and I, and parts of tiles and of blocks of scales.
 _FORM = replace(CASES[-1], tokens=600, hidden=320, intermediate=192)

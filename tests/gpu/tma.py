@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from bench.gpu.lines import in_force
 from bench.gpu.verify import MANY_ROWS, NotHere
 from reap_kernels import device as here
 from reap_kernels import tuning
@@ -12,7 +13,6 @@ from reap_kernels.testing import ACTIVATIONS, CASES
 from reap_kernels.tuning import PRODUCTS, Entry, Launch
 from tests.gpu import checks, facts
 from tests.gpu.checks import Check
-from tests.gpu.lines import in_force
 
 BACKEND = "triton"
 # For the CPU, where an interpreter runs it.
