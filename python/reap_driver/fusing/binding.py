@@ -1,6 +1,8 @@
 """Puts other functions in the place of a module's forward or of a name of a Python module."""
 
 import contextlib
+import copyreg
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,14 +37,26 @@ def forward_replaced(module: nn.Module, replacement: Replacement) -> Iterator[No
 
     The module has another class inside, derived from its own, so copies of it that
     `DataParallel` makes run the replacement with their own weights, and `torch.compile` sees that
-    it has changed.
+    it has changed. Copies by `copy` and `pickle` have the module's own class.
     """
     own: Any = type(module)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return replacement(self, lambda *a, **k: own.forward(self, *a, **k), args, kwargs)
 
-    names = {"forward": forward, _MARK: True, "__module__": own.__module__, "__doc__": own.__doc__}
+    def reduced(self: Any, protocol: Any) -> Any:
+        make, given, *rest = own.__reduce_ex__(self, protocol)
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+            make, given = copyreg._reconstructor, (*given, object, None)  # type: ignore[attr-defined]
+        return (make, tuple(own if one is bound else one for one in given), *rest)
+
+    names = {
+        "forward": forward,
+        _MARK: True,
+        "__reduce_ex__": reduced,
+        "__module__": own.__module__,
+        "__doc__": own.__doc__,
+    }
     bound: Any = type(own.__name__, (own,), names)
     module.__class__ = bound
     try:
@@ -60,6 +74,7 @@ class GlobalFunctions:
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._users: dict[tuple[int, str], int] = {}
         self._found: dict[tuple[int, str], Any] = {}
 
@@ -73,16 +88,19 @@ class GlobalFunctions:
             value: its value inside.
         """
         key = (id(names), name)
-        if key not in self._users:
-            self._found[key], self._users[key] = (names[name], value), 0
-            names[name] = value
-        self._users[key] += 1
+        with self._lock:
+            if key not in self._users:
+                self._found[key], self._users[key] = (names[name], value), 0
+                names[name] = value
+            self._users[key] += 1
+            made = self._found[key][1]
         try:
-            yield self._found[key][1]
+            yield made
         finally:
-            self._users[key] -= 1
-            if not self._users[key]:
-                own, made = self._found.pop(key)
-                del self._users[key]
-                if names.get(name) is made:
-                    names[name] = own
+            with self._lock:
+                self._users[key] -= 1
+                if not self._users[key]:
+                    own, made = self._found.pop(key)
+                    del self._users[key]
+                    if names.get(name) is made:
+                        names[name] = own

@@ -44,15 +44,22 @@ class Deferred(Tensor):
     def value(self) -> Tensor:
         """The value, a plain tensor; computed once."""
         if self._value is None:
-            self._value = self._computed()
+            self.settle(self._computed())
+        assert self._value is not None
         return self._value
 
     def settle(self, value: Tensor) -> None:
-        """Gives the value, where a kernel computed it along with something else."""
+        """Gives the value, where a kernel computed it along with something else; what it would be
+        computed from is let go of, since a layer keeps its residual for longer than that.
+        """
         self._value = value
+        self._let_go()
 
     def _computed(self) -> Tensor:
         raise NotImplementedError
+
+    def _let_go(self) -> None:
+        """Drops the operands."""
 
     def _taken(self, function: Any, args: Any, kwargs: Any) -> Any:
         """The result of a function that leaves it deferred; `NotImplemented` for all others."""
@@ -128,6 +135,9 @@ class Sum(Deferred):
         self._guard.check()
         return self.residual + self.added
 
+    def _let_go(self) -> None:
+        del self.residual, self.added, self._guard
+
 
 class NormSource(Protocol):
     """What a `Normed` needs of the place it comes from.
@@ -180,12 +190,17 @@ class Normed(Deferred):
         self._guard.check()
         return self.site.computed_alone(self.source, self.weight)
 
+    def _let_go(self) -> None:
+        del self.source, self.own, self.weight, self._guard
+
     def _taken(self, function: Any, args: Any, kwargs: Any) -> Any:
         if function not in (Tensor.transpose, torch.transpose) or kwargs or len(args) != 3:
             return NotImplemented
+        if self._value is not None:
+            return NotImplemented
         last = self.source.dim() - 1
         first, second = (place % (last + 1) for place in args[1:])
-        if last in (first, second) or self._value is not None:
+        if last in (first, second):
             return NotImplemented
         source = self.source.transpose(first, second)
         return Normed.of(source, self.site, self.own, self.weight)

@@ -2,7 +2,9 @@
 
 import contextlib
 import inspect
+import weakref
 from collections import Counter
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +27,8 @@ from reap_kernels import tuning
 from reap_kernels.errors import UsageError
 
 _FUNCTIONS = GlobalFunctions()
+# The contexts that have bound parts of a model, by its part that takes text.
+_OPEN: "weakref.WeakKeyDictionary[nn.Module, list[Fused]]" = weakref.WeakKeyDictionary()
 # The number of tokens of a batch on a GPU, for which the launch table is asked.
 _ROWS = 16_384
 
@@ -50,7 +54,7 @@ class Fused:
         self._left: dict[str, str] = {}
         self._norms: dict[str, NormSite] = {}
         self._rotary: dict[str, RotarySite] = {}
-        self._sums: dict[str, str] = {}  # norm of a sum -> the child whose output is added
+        self._sums: dict[str, str] = {}  # a child whose output is added -> norm of the sum
         self._exit: contextlib.ExitStack | None = None
 
     @property
@@ -107,7 +111,16 @@ class Fused:
         self._exit = None
 
     def __call__(self, **batch: Any) -> Any:
-        """Runs the model on a batch of its arguments, such as `input_ids` [batch, seq] int64."""
+        """Runs the model on a batch of its arguments, such as `input_ids` [batch, seq] int64.
+
+        Raises:
+            UsageError: called outside the `with` block.
+        """
+        if self._exit is None:
+            raise UsageError(
+                "this context is called outside its `with` block, where the model's own code runs; "
+                "write `with rd.fused(model) as fused: fused(**batch)`"
+            )
         return forward(self.model, batch)
 
     def bind(self, stack: contextlib.ExitStack) -> None:
@@ -121,9 +134,31 @@ class Fused:
             self._bind_rotary(modules, stack)
         for name, site in self._norms.items():
             stack.enter_context(forward_replaced(modules[name], site.forward))
-        for norm, branch in self._sums.items():
+        for branch, norm in self._sums.items():
             binding = _branch(self._norms[norm])
             stack.enter_context(forward_replaced(modules[branch], binding))
+        if self.active:
+            stack.enter_context(self._open())
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        """Inside, other contexts know of this one."""
+        others = _OPEN.setdefault(text_model(self.model), [])
+        others.append(self)
+        try:
+            yield
+        finally:
+            others.remove(self)
+
+    def check_alone(self) -> None:
+        """Raises UsageError if another context has bound parts of the model: statistics, whose
+        observer asked for its own, would not record it.
+        """
+        if any(one is not self for one in _OPEN.get(text_model(self.model), ())):
+            raise UsageError(
+                "the observed model is inside rd.fused() too, which its statistics would not "
+                "record; leave that context, and write rd.observe(model, fuse=True) instead"
+            )
 
     def _wants(self, op: str) -> bool:
         """Whether an op's kernel is to run: as asked for, else as the launch table has it."""
@@ -138,7 +173,10 @@ class Fused:
     @property
     def _hidden(self) -> int:
         """Width of the hidden states."""
-        return int(self.model.config.get_text_config().hidden_size)
+        width = getattr(self.model.config.get_text_config(), "hidden_size", None)
+        if width is None:  # a configuration may name it otherwise
+            width = next(text_model(self.model).get_input_embeddings().parameters()).shape[-1]
+        return int(width)
 
     def _find_norms(self, modules: dict[str, nn.Module]) -> None:
         """Norms, and the layers that give one a sum."""
@@ -157,12 +195,15 @@ class Fused:
             else:
                 [weight] = module._parameters
                 self._norms[name] = NormSite(name, weight, found, self._backend)
+        names = {module: name for name, module in modules.items()}
         for name, module in modules.items():
             if isinstance(modules.get(name.rpartition(".")[0]), nn.ModuleList):
-                self._find_sum(name, module)
+                self._find_sum(name, module, names)
 
-    def _find_sum(self, name: str, layer: nn.Module) -> None:
-        """The norm of a layer's sum of its input and a child's output, if it has one."""
+    def _find_sum(self, name: str, layer: nn.Module, names: dict[nn.Module, str]) -> None:
+        """The norm of a layer's sum of its input and a child's output, if it has one; `names` has
+        one for every module, also for those that several layers share.
+        """
         own = self._norms_in(name, layer)
         if len(own) < 2:
             return
@@ -171,7 +212,7 @@ class Fused:
             branch = layer.get_submodule(found.branch)
             reason = unfit(branch)
             if not reason:
-                self._sums[f"{name}.{found.norm}"] = f"{name}.{found.branch}"
+                self._sums.setdefault(names[branch], f"{name}.{found.norm}")
                 return
             found = f"{found.branch} {reason}"
         self._left[name] = f"residual and norm apart: {found}"
@@ -203,15 +244,21 @@ class Fused:
     ) -> RotarySite | None:
         """The bound function of a name; None if it is no candidate, or does not fit."""
         own: Any = names.get(used)
+        if isinstance(own, RotarySite) and own.ended:  # imported while a context was open
+            own = own.own
         form = own.form if isinstance(own, RotarySite) else Form.of(own)
         if form is None:
             return None
         full = f"{names['__name__'].rpartition('.')[2]}.{used}"
+        if isinstance(own, RotarySite) and own.backend != self._backend:
+            self._left[full] = f"is bound with backend={own.backend!r} by another open context"
+            return None
         site = own if isinstance(own, RotarySite) else RotarySite(full, own, form, self._backend)
         if not site.fits():
             self._left[full] = "rotates in none of the layouts that the kernel has"
             return None
         bound: RotarySite = stack.enter_context(_FUNCTIONS.replaced(names, used, site))
+        stack.enter_context(bound.used())
         self._rotary[full] = bound
         return bound
 

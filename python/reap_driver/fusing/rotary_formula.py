@@ -149,10 +149,16 @@ def layout_of(
             own = function(*given, cos, sin, **form.first)
     except Exception:  # noqa: BLE001 - whatever a model's code does with shapes that it does not take
         return None
+    if isinstance(own, tuple) != (len(given) == 2):
+        return None  # it returns as many tensors as it turns, one of them alone
     own = own if isinstance(own, tuple) else (own,)
+    if len(own) != len(given):
+        return None
+    heads = given if len(given) == 2 else [*given, None]
     for layout in layouts(columns):
         if layout.float32 or angles == dtype:
-            ours = rotate(*given, *[None] * (2 - len(given)), **layout.arguments(cos, sin, _WIDTH))
-            if all(same(one, two) for one, two in zip(own, ours[: len(given)], strict=False)):
+            # On the CPU, whatever backend the process asks for elsewhere.
+            ours = rotate(*heads, **layout.arguments(cos, sin, _WIDTH), backend="cpu")
+            if all(same(one, two) for one, two in zip(own, ours, strict=False)):
                 return layout
     return None

@@ -18,8 +18,7 @@ from reap_driver.fusing.deferred import Normed, Sum, plain
 from reap_driver.fusing.norms import NormFormula
 from reap_driver.fusing.rotary_formula import Form, Layout, Rotation, layout_of, relation
 
-_ROWS = 4  # positions of the first call that are compared
-_EACH = 2  # entries of each dimension before the last, likewise for norms
+_ROWS = 4  # positions of the first call of a rotation that are compared
 
 # Largest accepted ||ours - own|| / ||own|| on them: one unit of rounding for every element.
 TOLERANCE = {
@@ -49,17 +48,30 @@ class Site:
             return False
         return all(type(one) is Tensor and one.dtype in TOLERANCE and one.numel() for one in given)
 
-    def agrees(self, key: Any, pairs: Callable[[], Sequence[tuple[Any, Tensor]]]) -> bool:
-        """Whether calls of a kind have the values of the model's own code; compared once.
+    def agrees(
+        self, key: Any, where: torch.device, pairs: Callable[[], Sequence[tuple[Any, Tensor]]]
+    ) -> bool:
+        """Whether calls of a kind have the values of the model's own code; compared once, and once
+        more in each dtype of autocast, which the model's own code may follow.
 
         Args:
             key: the kind.
+            where: the device of the call.
             pairs: computes pairs of the model's own tensor and ours, on a few rows.
         """
+        key = key, autocast_of(where)
         if key not in self._agreed and not self.left:
-            self.left = next(filter(None, (difference(*pair) for pair in pairs())), "")
+            reason = next(filter(None, (difference(*pair) for pair in pairs())), "")
+            if reason:  # never taken back by another thread's comparison
+                self.left = reason
             self._agreed.add(key)
         return not self.left
+
+
+def autocast_of(where: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on a device; None outside of it."""
+    kind = where.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def difference(own: Any, ours: Tensor) -> str:
@@ -75,8 +87,10 @@ def difference(own: Any, ours: Tensor) -> str:
 
 
 def few(x: Tensor) -> Tensor:
-    """A small part of a norm's input, with as many dimensions and whole rows."""
-    return x[tuple(slice(_EACH) for _ in x.shape[:-1])]
+    """A small part of a norm's input, with as many dimensions and whole rows: the first and the
+    last of each dimension, so that padding on one side, which may be zero, is not all of it.
+    """
+    return x[tuple(slice(None, None, max(size - 1, 1)) for size in x.shape[:-1])]
 
 
 class NormSite(Site):
@@ -107,7 +121,7 @@ class NormSite(Site):
         x = plain(x)
         if x is None or weight is None or not self.runs(x):
             return own(*args, **kwargs)
-        if not self.agrees(x.dtype, lambda: [(own(few(x)), self._norm(few(x), weight))]):
+        if not self.agrees(x.dtype, x.device, lambda: [(own(few(x)), self._norm(few(x), weight))]):
             return own(x)
         if self.head and x.dim() == 4 and weight.dtype == x.dtype and not x.is_inference():
             return Normed.of(x, self, own, weight)
@@ -132,7 +146,7 @@ class NormSite(Site):
             whole = few(residual) + few(added)
             return [(own(whole), out), (whole, total)]
 
-        if not self.agrees((residual.dtype, "sum"), pairs):
+        if not self.agrees((residual.dtype, "sum"), residual.device, pairs):
             return own(x.value())
         out, total = self._both(residual, added, weight)
         x.settle(total)
@@ -156,17 +170,30 @@ class RotarySite(Site):
     Attributes:
         own: the function that stands in its Python module.
         form: how it takes its arguments.
+        backend: of `rotary`; None for the best one.
         calls: number of calls that the kernel took.
         unlike: of the last call that it did not take, in what layout it was; empty for none.
+        ended: whether all contexts that used it have ended. Code that was imported inside one may
+            hold it for good; it runs the model's own code from then on.
     """
 
     def __init__(self, name: str, own: Rotation, form: Form, backend: str | None) -> None:
         super().__init__(name)
-        self.own, self.form, self._backend = own, form, backend
+        self.own, self.form, self.backend = own, form, backend
         self._layouts: dict[Any, Layout | None] = {}
         self._watches: dict[int, Callable[[list[Any]], None]] = {}  # by thread
-        self.calls = 0
-        self.unlike = ""
+        self.calls = self._users = 0
+        self.unlike, self.ended = "", False
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Inside, a context uses it."""
+        self._users, self.ended = self._users + 1, False
+        try:
+            yield
+        finally:
+            self._users -= 1
+            self.ended = not self._users
 
     @contextlib.contextmanager
     def watched(self, watch: Callable[[list[Any]], None]) -> Iterator[None]:
@@ -189,7 +216,8 @@ class RotarySite(Site):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What runs instead of the function."""
-        call = None if self.left else self._read(args, kwargs)
+        off = self.left or self.ended or torch.compiler.is_compiling()
+        call = None if off else self._read(args, kwargs)
         if call is None:
             return self.own(*args, **kwargs)
         heads, cos, sin, swapped = call
@@ -197,6 +225,8 @@ class RotarySite(Site):
         if watch is not None:
             watch(heads)
             return tuple(heads) if len(heads) == 2 else heads[0]
+        if torch.is_grad_enabled():
+            return self.own(*args, **kwargs)
         norms = _norms(heads)
         sources = [plain(one) if norms is None else one.source for one in heads]
         if swapped:
@@ -220,7 +250,7 @@ class RotarySite(Site):
             ]
 
         key = (layout, sources[0].dtype, None if norms is None else norms[0].site.formula)
-        if not self.agrees(key, pairs):
+        if not self.agrees(key, cos.device, pairs):
             return self.own(*args, **kwargs)
         found = self._rotated(sources, cos, sin, layout, extra)
         self.calls += 1
@@ -245,10 +275,13 @@ class RotarySite(Site):
         if not all(isinstance(one, Tensor) and one.dim() == 4 for one in heads):
             return None
         fits = all(isinstance(one, Tensor) and one.dim() == 3 for one in (cos, sin))
-        if not fits or dimension not in (1, 2) or cos.shape != sin.shape:
+        if not fits or dimension not in (1, 2):
             return None
-        batch, tokens = heads[0].shape[0], heads[0].shape[3 - dimension]
-        if cos.shape[0] not in (1, batch) or cos.shape[1] != tokens:
+        if (cos.shape, cos.dtype) != (sin.shape, sin.dtype):
+            return None
+        kinds = {(x.shape[0], x.shape[3 - dimension], x.shape[3], x.dtype) for x in heads}
+        batch, tokens, *_ = next(iter(kinds))
+        if len(kinds) > 1 or cos.shape[0] not in (1, batch) or cos.shape[1] != tokens:
             return None
         return heads, plain(cos), plain(sin), dimension == 2
 
@@ -266,7 +299,7 @@ class RotarySite(Site):
         queries, keys = heads[0], heads[1] if len(heads) > 1 else None
         arguments = layout.arguments(cos, sin, heads[0].shape[-1])
         found: tuple[Any, ...] = reap_kernels.rotary(
-            queries, keys, **arguments, **extra, backend=self._backend
+            queries, keys, **arguments, **extra, backend=self.backend
         )
         return list(found[: len(heads)])
 

@@ -93,7 +93,7 @@ class Observer:
         self._inside_group = False
         self._pending: str | None = None  # a group that was created but not entered
         self._thread: int | None = None  # the one that entered the context; None outside it
-        self._running = False
+        self._running = self._complete = False
         self._groups_before = 0
         self.forwards = 0
         self._exit = contextlib.ExitStack()
@@ -157,7 +157,8 @@ class Observer:
             The model's output.
 
         Raises:
-            UsageError: called outside the `with` block, or with positional arguments.
+            UsageError: called outside the `with` block, or with positional arguments; or the model
+                is inside `rd.fused` too.
             DataError: the batch is empty, a token id is outside the vocabulary, a mask does not
                 fit, or the model does not take an argument.
             UnsupportedModel: a layer's output differs from the module's own; the batch has padding
@@ -174,11 +175,13 @@ class Observer:
                 f"an observer takes the model's arguments by name, not a {type(args[0]).__name__} "
                 "alone; write obs(**batch), or obs(input_ids=ids)"
             )
+        before = self.forwards
         try:
             attention = batch.get("attention_mask")
             with self.tokens.restricted_to(token_mask, attention), self._attention.around(batch):
                 return forward(self.model, batch)
         except (Exception, KeyboardInterrupt):
+            self._running = self.forwards != before  # also where a hook failed after all of ours
             self._undo()
             raise
         except BaseException:  # a streamed model aborts its forward after a layer, and it counts
@@ -395,8 +398,9 @@ class Observer:
                 "torch.enable_grad(), or train outside of the context"
             )
         check_unchanged(self.model, self.layers)
+        self.fused.check_alone()
         do_all([recorder.keep() for recorder in self._recorders.values()])
-        self._running, self._groups_before = True, len(self.groups)
+        self._running, self._complete, self._groups_before = True, False, len(self.groups)
         self.forwards += 1
 
     def _undo(self) -> None:
@@ -416,14 +420,14 @@ class Observer:
         """
         try:
             self.first_calls.settle(self.check_finite)
-        except Exception:
+        except BaseException:  # Ctrl-C too: reading waits for the device
             self._undo()
             raise
 
     @torch.compiler.disable
-    def _ended(self, _: nn.Module, __: Any, output: Any) -> None:
-        """Called after every forward; without an output, it failed."""
-        if output is None:
+    def _ended(self, *_: Any) -> None:
+        """Called after every forward; it failed if another's hook did, before `_after_forward`."""
+        if not self._complete:
             self._undo()
         self._running = False
 
@@ -439,6 +443,7 @@ class Observer:
                 "the model without hub kernels (use_kernels) and without torch.compile"
             )
         self._settle()
+        self._complete = True
 
 
 @typed

@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
+import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -286,10 +287,121 @@ def test_the_launch_table_decides(
     assert asked == expected
 
 
-def test_a_deep_copy_does_not_share_the_state(world: tuple[Any, dict[str, Tensor]]) -> None:
-    """A copy that is made inside computes the same, also after the context."""
+def _pickled(model: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled])
+def test_a_copy_made_inside_runs_the_models_own_code(
+    world: tuple[Any, dict[str, Tensor]], copied: Callable[[nn.Module], Any]
+) -> None:
     model, inputs = world
     plain = logits(model, inputs)
+    classes = [type(module) for module in model.modules()]
     with rd.fused(model):
-        twin = copy.deepcopy(model)
-    torch.testing.assert_close(logits(twin, inputs), plain)
+        twin = copied(model)
+    assert [type(module) for module in twin.modules()] == classes
+    assert torch.equal(logits(twin, inputs), plain)
+
+
+def test_a_child_that_layers_share_is_bound_once(world: tuple[Any, dict[str, Tensor]]) -> None:
+    model, inputs = world
+    first, second = model.model.layers
+    second.self_attn = first.self_attn
+    plain, before = logits(model, inputs), state(model)
+    with rd.fused(model) as fused:
+        torch.testing.assert_close(logits(model, inputs), plain)
+    assert fused.left == {}
+    assert (fused.counts["residual_norm"], fused.counts["norm_rotary"]) == (2, 2)
+    assert state(model) == before
+
+
+def test_a_function_imported_inside_runs_the_models_own_code_afterwards(
+    world: tuple[Any, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another Python module then holds the replacement for good; it can be bound again."""
+    model, inputs = world
+    with rd.fused(model) as first:
+        first(**inputs)
+        kept = getattr(modeling(model), ROTATE)
+    monkeypatch.setattr(modeling(model), ROTATE, kept)
+    calls = kept.calls
+    assert calls
+    logits(model, inputs)
+    assert kept.calls == calls
+    with rd.fused(model) as second:
+        second(**inputs)
+    assert second.counts["norm_rotary"] == 4
+    assert kept.calls == calls
+
+
+def test_a_function_bound_for_another_backend_is_left(
+    world: tuple[Any, dict[str, Tensor]],
+) -> None:
+    """An explicit backend never runs another."""
+    model, _ = world
+    _, other = zoo.tiny("qwen3_moe", 1)
+    with rd.fused(model, backend="cpu"), rd.fused(other, backend="reference") as fused:
+        assert fused.counts["rotary"] == 0
+    assert list(fused.left) == [f"modeling_qwen3_moe.{ROTATE}"]
+    assert "bound with backend='cpu'" in fused.left[f"modeling_qwen3_moe.{ROTATE}"]
+
+
+def test_made_inputs_run_on_the_cpu_whatever_backend_is_asked_for(
+    world: tuple[Any, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`REAP_BACKEND=triton` on a GPU is for its tensors."""
+    model, _ = world
+    monkeypatch.setenv("REAP_BACKEND", "rms_norm=triton,rotary=triton")
+    with rd.fused(model) as fused:
+        assert (fused.counts["norm"], fused.counts["rotary"]) == (9, 1)
+    assert fused.left == {}
+
+
+def test_a_call_outside_the_block_is_refused(world: tuple[Any, dict[str, Tensor]]) -> None:
+    model, inputs = world
+    with pytest.raises(UsageError, match="outside its `with` block"):
+        rd.fused(model)(**inputs)
+
+
+@pytest.mark.parametrize("outer", ["fused", "observe"])
+def test_an_observed_model_is_fused_by_its_observer_alone(
+    world: tuple[Any, dict[str, Tensor]], outer: str
+) -> None:
+    """Statistics would not record another context, or would say that there is none."""
+    model, inputs = world
+    contexts: list[Any] = [rd.fused(model), rd.observe(model, fuse=False)]
+    obs = contexts[1]
+    with contextlib.ExitStack() as stack:
+        for context in contexts if outer == "fused" else contexts[::-1]:
+            stack.enter_context(context)
+        with pytest.raises(UsageError, match=r"inside rd\.fused\(\) too"):
+            obs(**inputs)
+    assert not any(int(layer.tokens.sum()) for layer in obs.stats.layers.values())
+    with obs:
+        obs(**inputs)
+    assert "fused" not in obs.stats.provenance
+
+
+def test_a_width_that_the_configuration_does_not_name(
+    world: tuple[Any, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is that of the embeddings."""
+    model, _ = world
+    width = model.config.hidden_size
+    monkeypatch.setattr(model.config, "get_text_config", lambda *_: object())
+    assert rd.fused(model)._hidden == width
+
+
+def test_attention_compiles_as_one_graph(world: tuple[Any, dict[str, Tensor]]) -> None:
+    """What stands in the place of its norms and rotation breaks no graph."""
+    model, _ = world
+    x = torch.randn(1, 5, 32)
+    angles = model.model.rotary_emb(x, torch.arange(5)[None])
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad(), rd.fused(model):
+        compiled = torch.compile(attention, backend="eager", fullgraph=True)
+        found = compiled(x, position_embeddings=angles, attention_mask=None)[0]
+    with torch.no_grad():
+        own = attention(x, position_embeddings=angles, attention_mask=None)[0]
+    assert torch.equal(found, own)

@@ -1,5 +1,6 @@
 """Only what computes the same is bound: look-alikes are left alone, and said."""
 
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -111,6 +112,18 @@ def backwards(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
     return halves(q, k, cos, -sin)
 
 
+def one_of_two(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    return (halves(q, k, cos, sin)[0],)
+
+
+def with_more(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    return *halves(q, k, cos, sin), None
+
+
+def one_in_a_tuple(x: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    return (halves(x, x, cos, sin)[0],)
+
+
 def queries_only(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
     return halves(q, k, cos, sin)[0], k
 
@@ -130,7 +143,10 @@ def test_rotations_of_halves_are_found(dtype: torch.dtype) -> None:
     assert layout_of(halves, form, "all", dtype, dtype, rotary) == Layout()
 
 
-@pytest.mark.parametrize("other", [backwards, queries_only, exchanged, scaled])
+@pytest.mark.parametrize(
+    "other",
+    [backwards, queries_only, exchanged, scaled, one_of_two, with_more, one_in_a_tuple],
+)
 def test_other_rotations_have_no_layout(other: Callable[..., Any]) -> None:
     form = Form.of(other)
     assert form is not None
@@ -159,6 +175,40 @@ def test_the_first_call_has_the_dimensions_of_the_real_input() -> None:
     assert "differs from the kernel by" in site.left
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_zeros_is_not_all_that_is_compared(side: str) -> None:
+    """A wrong formula gives zeros their norm too."""
+    module = Norm()
+    site = NormSite("norm", "weight", NormFormula(1e-6, 1.0, True), None)
+    x = torch.ones(2, 6, 48, dtype=HALF)
+    x[:, slice(0, 4) if side == "left" else slice(2, 6)] = 0
+    with torch.no_grad():
+        assert torch.equal(site.forward(module, module.forward, (x,), {}), module(x))
+    assert "differs from the kernel by" in site.left
+
+
+class InAutocast(Norm):
+    """Computes in the dtype of autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        on = torch.is_autocast_enabled("cpu")
+        return super().forward(x).to(torch.get_autocast_dtype("cpu") if on else x.dtype)
+
+
+def test_a_call_under_autocast_is_compared_by_itself() -> None:
+    module = InAutocast().float()
+    formula = norm_formula(module, torch.float32)
+    assert isinstance(formula, NormFormula)
+    site = NormSite("norm", "weight", formula, None)
+    x = torch.arange(1.0, 97).view(2, 48)
+    with torch.no_grad():
+        assert site.forward(module, module.forward, (x,), {}).dtype == torch.float32
+        assert site.left == ""
+        with torch.autocast("cpu", torch.bfloat16):
+            assert site.forward(module, module.forward, (x,), {}).dtype == torch.bfloat16
+    assert "another shape or dtype" in site.left
+
+
 def inverse(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Any:
     return halves(q, k, cos, -sin if back else sin)
 
@@ -176,6 +226,26 @@ def test_arguments_that_the_probe_did_not_have_run_the_models_own_code() -> None
             found = site(q, k, cos, sin, **given)
             torch.testing.assert_close(found, inverse(q, k, cos, sin, **given))
             assert site.calls == calls
+
+
+@pytest.mark.parametrize("kind", ["dtype of keys", "dtype of sin", "tokens"])
+def test_heads_that_the_kernel_refuses_run_the_models_own_code(kind: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 5, 16, generator=rng) for heads in (3, 2))
+    cos, sin = (torch.randn(1, 5, 16, generator=rng) for _ in range(2))
+    if kind == "dtype of keys":
+        k = k.double()
+    elif kind == "dtype of sin":
+        sin = sin.double()
+    else:
+        k = k[:, :, :1]
+    form = Form.of(halves)
+    assert form is not None
+    site = RotarySite("rotary", halves, form, None)
+    with torch.no_grad():
+        for one, two in zip(site(q, k, cos, sin), halves(q, k, cos, sin), strict=True):
+            assert torch.equal(one, two)
+    assert (site.calls, site.left) == (0, "")
 
 
 def test_another_thread_rotates_while_one_is_probed() -> None:
@@ -245,6 +315,19 @@ def test_a_change_in_place_is_refused() -> None:
     residual.add_(1)
     with pytest.raises(UnsupportedModel, match="in place"):
         total.sum()
+
+
+def test_a_computed_sum_lets_go_of_what_it_added() -> None:
+    """The model keeps the sum as its residual, while its MLP needs the memory."""
+    from reap_driver.fusing.deferred import Branch
+
+    residual = torch.ones(3)
+    total = residual + Branch.of(torch.ones(3))
+    held = weakref.ref(residual)
+    del residual
+    assert held() is not None
+    assert torch.equal(total * 1, torch.full((3,), 2.0))
+    assert held() is None
 
 
 def test_deferred_tensors_have_their_values() -> None:
