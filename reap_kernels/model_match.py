@@ -111,6 +111,8 @@ def merged_provenance(
     data = [*here.get("data", []), *there.get("data", [])]
     # No command made the two together.
     known = {name: value for name, value in here.items() if name not in ("run", "observed")}
+    # What changed rounding in a part is said of the whole.
+    known = {**{name: there[name] for name in ("attention", "fused") if name in there}, **known}
     notes = [*here.get("notes", []), *there.get("notes", [])]
     if found.other:
         ids = [(record.get("model") or {}).get("id") for record in (there, here)]

@@ -128,6 +128,14 @@ def test_merge_joins_groups_by_name_and_data_in_order() -> None:
     assert torch.equal(merged.layers[name].count[4], b.layers[name].count[1])
 
 
+@pytest.mark.parametrize("name", ["fused", "attention"])
+def test_merge_keeps_what_changed_rounding_in_either(name: str) -> None:
+    plain, other = model(), model(seed=5)
+    other.provenance[name] = value = {"norm": 3} if name == "fused" else "cudnn"
+    assert plain.merge(other).provenance[name] == value
+    assert other.merge(plain).provenance[name] == value
+
+
 def divided(seeds=(1, 5, 9), **more) -> rk.SaliencyStats:
     """Statistics of several shares, with the shares as parts."""
     parts = [model(seed=seed, **more) for seed in seeds]

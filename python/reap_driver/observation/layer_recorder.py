@@ -174,6 +174,8 @@ class LayerRecorder:
         forward, code = self._observation.first_calls.reference(eager, grouped)
         try:
             return forward(*operands), code
+        except torch.OutOfMemoryError:  # a RuntimeError too, with another remedy
+            raise
         except RuntimeError as error:
             if not code.own:  # torch has no grouped product for these weights on this device
                 return self._own_output(operands, eager, None)

@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 import reap_driver as rd
 from reap_driver.compat.experts_interface import grouped_form
 from reap_driver.observation import layer_recorder
-from reap_driver.observation.first_calls import FirstCalls
+from reap_driver.observation.first_calls import Code, FirstCalls
 from reap_driver.observation.layer_recorder import LayerRecorder
 from reap_kernels import Activation, ExpertWeights, observe_layer
 from reap_kernels.errors import DataError, UnsupportedModel
@@ -279,6 +279,43 @@ def test_a_forward_that_fails_is_compared_again(end: str, monkeypatch: pytest.Mo
         obs(**batch)
         assert not any(map(obs.first_calls.due, obs._recorders))
     assert ran == [_nth(model, 0)] * 2
+
+
+def test_a_device_without_memory_is_not_said_to_be_the_modules_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, batch = tiny("qwen3_moe")
+
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(FirstCalls, "reference", lambda *_: (full, Code()))
+    with rd.observe(model) as obs, pytest.raises(torch.OutOfMemoryError):
+        obs(**batch)
+
+
+class _Left(BaseException):
+    """Ends a forward as streaming does, after the layers that have run."""
+
+
+def test_an_interrupt_while_results_are_read_counts_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Reading waits for the device, so that Ctrl-C comes there."""
+    model, batch = tiny("qwen3_moe")
+
+    def leave(*_: Any) -> None:
+        raise _Left
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model.lm_head.register_forward_pre_hook(leave)
+    with rd.observe(model) as obs:
+        monkeypatch.setattr(obs.first_calls, "settle", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            obs(**batch)
+        assert not any(int(layer.tokens.sum()) for layer in obs.stats.layers.values())
 
 
 def test_layers_without_counted_tokens_are_compared_later(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -340,6 +340,26 @@ def test_a_forward_that_fails_counts_nothing(how: str, error: type[BaseException
     assert obs.groups == ["default"]
 
 
+@pytest.mark.parametrize("registered", ["before", "inside"])
+def test_a_forward_whose_hook_fails_counts_nothing(registered: str) -> None:
+    """A caller's hook on the model runs before or after those of the observer."""
+    model, batch = tiny()
+
+    def fail(*_: Any) -> None:
+        raise ValueError("on purpose")
+
+    handles = [model.register_forward_hook(fail)] if registered == "before" else []
+    with rd.observe(model) as obs:
+        if registered == "inside":
+            handles.append(model.register_forward_hook(fail))
+        with pytest.raises(ValueError, match="on purpose"), obs.group("other"):
+            obs(**batch)
+        handles[0].remove()
+        obs(**batch)
+    assert same(obs.stats, observed(model, batch))
+    assert obs.groups == ["default"]
+
+
 def test_orphans_of_a_forward_that_fails_are_not_counted() -> None:
     from reap_driver.evaluation.routing import RoutingObserver
 
