@@ -191,6 +191,7 @@ struct Table {
     int width;
     int depth;
     void* table;  // [table_bytes(experts)]
+    int device;   // that will read it
 };
 constexpr std::int64_t table_bytes(int experts) { return std::int64_t{132} * experts; }
 int describe_experts(const Table& call);

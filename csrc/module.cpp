@@ -176,13 +176,13 @@ void define_products(py::module_& m) {
     m.def(
         "describe_experts",
         [](int dtype, Address ups, Address gates, std::int64_t row_stride, int experts, int width,
-           int depth, Address table) {
+           int depth, Address table, int device) {
             return reap::describe_experts({dtype, at<const std::uint64_t>(ups),
                                            at<const std::uint64_t>(gates), row_stride, experts,
-                                           width, depth, at<void>(table)});
+                                           width, depth, at<void>(table), device});
         },
         py::kw_only(), "dtype"_a, "ups"_a, "gates"_a, "row_stride"_a, "experts"_a, "width"_a,
-        "depth"_a, "table"_a,
+        "depth"_a, "table"_a, "device"_a,
         "Fills `table`, host memory of `table_bytes(experts)`, from host arrays of addresses.");
     m.def("table_bytes", &reap::table_bytes, "experts"_a);
     py::dict formulas;

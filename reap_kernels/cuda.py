@@ -96,6 +96,13 @@ def required(where: torch.device) -> ModuleType:
     return found
 
 
+def number(where: torch.device) -> int:
+    """The number the module knows a device by; 0 on the CPU."""
+    if where.type != "cuda":
+        return 0
+    return torch.cuda.current_device() if where.index is None else where.index
+
+
 class Kernel:
     """One launcher of the module, and the dtypes of its tensors.
 
@@ -135,10 +142,8 @@ class Kernel:
             if isinstance(allowed, tuple):
                 dtype = allowed[0] if value is None else value.dtype
                 values[f"{name}_dtype"] = found.DTYPES[_NAMES[dtype]]
-        stream = 0
-        index = 0
+        stream, index = 0, number(where)
         if where.type == "cuda":
-            index = torch.cuda.current_device() if where.index is None else where.index
             # As Triton's launcher does: making a Stream object takes as long as a launch.
             stream = torch._C._cuda_getCurrentRawStream(index)
         with device.on(where):

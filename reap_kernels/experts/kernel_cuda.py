@@ -158,6 +158,7 @@ def _described(up: Half, gate: Half | None, where: torch.device) -> Tensor:
             width=up.shape[0],
             depth=up.shape[1],
             table=table.data_ptr(),
+            device=cuda.number(where),
         )
     if status:
         raise KernelError(
