@@ -13,7 +13,7 @@ _TARGET = re.compile(r"(?:@!?U?P\w+\s+)?(?:BRA|BSSY|CALL|WARPSYNC)\b.*?\b0x([0-9
 _REGISTER = re.compile(r"\bR(\d+)\b")
 # Instructions after which the next is not run, unless a predicate skips them.
 _ENDS = re.compile(r"(?:BRA(?:\.\w+)* (?:`|0x)|EXIT\b|RET\b)")
-_TABLE = re.compile(r"(?:@!?U?P\w+\s+)?(?:BRX|JMX|JMP)\b")
+_TABLE = re.compile(r"(?:@!?U?P\w+\s+)?(?:BRXU?|JMXU?|JMP)\b")
 _GIVES = "USETMAXREG.DEALLOC"
 
 

@@ -109,8 +109,9 @@ def test_registers_of_a_role_are_those_that_can_be_reached() -> None:
     )
     assert roles.registers_after_giving(code) == 9
     assert roles.registers(code) == 100
-    with pytest.raises(ValueError, match="in a table"):
-        roles.registers_after_giving(code.replace("BRA 0x80", "BRX R2 -0x80"))
+    for jump in ("BRX R2 -0x80", "@P0 BRXU UR4 -0x80"):
+        with pytest.raises(ValueError, match="in a table"):
+            roles.registers_after_giving(code.replace("BRA 0x80", jump))
     with pytest.raises(ValueError, match="DEALLOC"):
         roles.registers_after_giving(machine_code("EXIT"))
 
