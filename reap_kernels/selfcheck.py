@@ -74,7 +74,8 @@ def _verdict(key: str, where: torch.device, check: Callable[[], str | None]) -> 
             "it has not been checked on this device yet; call it once before capturing a graph"
         )
     try:
-        reason = check()
+        with torch.device("cpu"):  # checks make their inputs there
+            reason = check()
     except KernelError as error:
         return f"its self-check could not be launched: {error}"
     except ReapError:  # a wrong setting says nothing about the kernel: its own error is raised

@@ -136,6 +136,65 @@ def test_a_captured_graph_uploads_no_table(monkeypatch: pytest.MonkeyPatch) -> N
         Tables().on_device("a key", torch.device("cuda"), lambda: torch.zeros(1))
 
 
+class Uploaded:
+    """A table that says it went to a device."""
+
+    def pin_memory(self) -> "Uploaded":
+        return self
+
+    def to(self, *_: object, **__: object) -> "Uploaded":
+        return self
+
+
+def test_a_stream_awaits_the_copy_another_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Event:
+        done = False
+
+        def record(self, stream: str) -> None:
+            said.append(f"recorded on {stream}")
+
+        def query(self) -> bool:
+            said.append("asked")
+            return self.done
+
+    class Stream(str):
+        def wait_event(self, _: Event) -> None:
+            said.append(f"{self} waits")
+
+    def get() -> None:
+        tables.on_device("a key", torch.device("cuda"), Uploaded)
+
+    tables, capturing = Tables(), [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for stream in "first", "second":
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, own=stream: Stream(own))
+        get()
+    assert said == ["recorded on first", "asked", "second waits"]
+    capturing[0] = True
+    get()  # what captures a graph has waited for the device
+    assert said[3:] == []
+    capturing[0], Event.done = False, True
+    get()
+    get()
+    assert said[3:] == ["asked"]
+
+
+def test_tables_are_made_on_the_cpu_whatever_the_default_device() -> None:
+    experts = make_experts(SIZES, "per-expert", dtype=torch.float16)
+    hidden, rows = routed(SIZES, torch.float16)
+    down = Half.of(experts.down, None)
+    inner = hidden[:, : down.shape[1]].contiguous()
+    want = products.product(inner, down, rows, gather=True)
+    products._MAPS._kept.clear()
+    with torch.device("meta"):
+        got = products.product(inner, down, rows, gather=True)
+    served = int(rows.offsets[-1])
+    assert torch.equal(got[:served], want[:served])
+
+
 def test_no_rows_need_no_launch() -> None:
     case = Case("no-tokens", "an empty batch is legal", tokens=0)
     hidden, rows = routed(case, torch.bfloat16)

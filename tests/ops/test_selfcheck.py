@@ -45,6 +45,13 @@ def test_runs_once_and_is_kept() -> None:
     assert list(selfcheck.saved().values()) == [None, None]
 
 
+def test_inputs_are_made_on_the_cpu_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        assert (
+            selfcheck.verdict("op", CPU, {}, lambda: None if torch.ones(1).item() else "") is None
+        )
+
+
 def test_wrong_numbers_refuse_the_backend(monkeypatch) -> None:
     """A kernel that drops the gate, as a miscompiled one might, never serves."""
     combine = saliency.combine
