@@ -187,13 +187,20 @@ def facts(request: Request) -> dict[str, Any]:
         "top_k": request.sizes.top_k,
         "activation": request.activation,
         "layout": _seen(request),
-        "boxes": request.boxes if chosen.up.kernel == "tma" else "",
+        "boxes": _halves(request, chosen.up),
         "block": request.block if chosen.up.kernel == FP8 else None,
         "biased": request.biased,
         "tf32": tf32(request.dtype),
         "up": chosen.up,
         "down": chosen.down,
     }
+
+
+def _halves(request: Request, up: Launch) -> str:
+    """How gate and up lie, as far as the code of the first product depends on it."""
+    if up.kernel == "tma":
+        return request.boxes
+    return "interleaved" if up.kernel == FP8 and request.boxes == "interleaved" else ""
 
 
 def _small_sizes(request: Request) -> tuple[int, int]:
@@ -243,20 +250,11 @@ def check_layer(request: Request) -> tuple[Case, ExpertWeights]:
         )
     else:
         experts = make_experts(case, layout, activation, request.dtype, device=request.device)
-    if experts.interleaved and chosen.up.kernel == "tma" and request.boxes == "fused":
-        experts = _parted(experts)
+    if chosen.up.kernel in ("tma", FP8) and request.boxes != "interleaved":
+        experts = replace(experts, interleaved=False)  # the weights are random: in any order
     if not request.biased:
         experts = replace(experts, up_bias=None, gate_bias=None, down_bias=None)
     return case, experts
-
-
-def _parted(experts: ExpertWeights) -> ExpertWeights:
-    """Interleaved experts with all gates before all ups."""
-    up, bias = experts.up, experts.up_bias
-    assert isinstance(up, Tensor)
-    assert bias is not None
-    matrices, biases = (torch.cat([t[:, ::2], t[:, 1::2]], dim=1) for t in (up, bias))
-    return replace(experts, up=matrices, up_bias=biases, interleaved=False)
 
 
 def output_bound(dtype: torch.dtype) -> float:

@@ -257,6 +257,21 @@ def test_the_self_check_reads_codes(launched: list[bool]) -> None:
     assert triton_backend.facts(request()) != triton_backend.facts(request(block=(32, 32)))
 
 
+def test_a_check_of_its_own_for_each_order_of_halves() -> None:
+    """The distance of an operand's rows in their matrix is compiled into the kernel."""
+    seen = set()
+    for boxes, interleaved in (("fused", False), ("apart", False), ("interleaved", True)):
+        for biased in (False, True):
+            asked = request(boxes=boxes, biased=biased, block=(32, 32))
+            _, experts = triton_backend.check_layer(asked)
+            up, gate = gpu.halves(experts)
+            steps = {up.block_scales().step, gate.block_scales().step}
+            assert steps == {2 if interleaved else 1}
+            assert experts.biased == biased
+            seen.add(str(triton_backend.facts(asked)))
+    assert len(seen) == 4
+
+
 def test_other_operands_are_refused() -> None:
     up = make_experts(VARIANT, dtype=torch.bfloat16).up
     rows = sort_slots(torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1), VARIANT.experts)
