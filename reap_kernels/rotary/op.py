@@ -49,7 +49,10 @@ def rotary(
             else i and i + R / 2, as in Llama and Qwen3.
         separate: whether, of interleaved pairs, the results' first R / 2 columns are the first
             elements and the next R / 2 the second ones, as in DeepSeek-V3.
-        per_pair: whether `cos` and `sin` have a column for each pair, as in gpt-oss.
+        per_pair: whether `cos` and `sin` have a column for each pair, as in gpt-oss. Tables of
+            transformers for GLM-4, Ernie and DeepSeek-V3 have each pair's angle in both halves,
+            which is the order of `interleaved=False`: for these give `cos[..., : R // 2]`, `sin`
+            likewise, and `per_pair=True`.
         float32: whether products and sum are computed in float32 and rounded once.
         start: the first column that is rotated; those outside start .. start + R stay as they are,
             or as the norm makes them.

@@ -17,10 +17,13 @@ Rotary = Callable[
     tuple[Tensor, Tensor | None],
 ]
 
-# Halves of all columns after norms, and interleaved pairs of some.
+# Every order of pairs, with norms and without, of all columns and of half of them: what is rotated,
+# whether it is normed, and the form.
 _FORMS = (
-    Form(False, False, False, False, 0, 1e-6, 0.0, True),
-    Form(True, False, True, True, 1, 1e-6, 1.0, False),
+    (1.0, True, Form(False, False, False, False, 0, 1e-6, 0.0, True)),
+    (1.0, True, Form(True, False, True, True, 1, 1e-6, 1.0, False)),
+    (1.0, False, Form(True, True, True, False, 0, 1e-6, 0.0, False)),
+    (0.5, True, Form(False, False, False, False, 0, 1e-6, 1.0, False)),
 )
 
 
@@ -43,7 +46,7 @@ def prepare(request: Request) -> Rotary:
 
 
 def check(run: Rotary, request: Request) -> str | None:
-    """Compares with the reference's results, heads of several counts, with norms."""
+    """Compares with the reference's results, heads of several counts, in each of `_FORMS`."""
     rng = torch.Generator().manual_seed(0)
     width = request.sizes.head
 
@@ -53,14 +56,15 @@ def check(run: Rotary, request: Request) -> str | None:
     # As projections make them: heads of a token lie together.
     q, k = (made(2, 3, heads, width).transpose(1, 2) for heads in (5, 2))
     weights = made(width), made(width)
-    for form in _FORMS:
-        rotated = (width - form.start) // 2 * 2
+    for share, normed, form in _FORMS:
+        rotated = int(share * (width - form.start)) // 2 * 2
         if not rotated:
             continue
         angle = made(1, 3, rotated // 2 if form.per_pair else rotated).float()
         tables = angle.cos().to(request.dtype), angle.sin().to(request.dtype)
-        got = run(q, k, *tables, *weights, form)
-        want = reference.rotary(q, k, *tables, *weights, form)
+        q_weight, k_weight = weights if normed else (None, None)
+        got = run(q, k, *tables, q_weight, k_weight, form)
+        want = reference.rotary(q, k, *tables, q_weight, k_weight, form)
         for name, ours, theirs in zip(("q", "k"), got, want, strict=True):
             reason = _off(name, ours, theirs, request.dtype)
             if reason is not None:

@@ -288,14 +288,25 @@ def test_what_triton_refuses(monkeypatch) -> None:
     assert chosen == ["cpu"]
 
 
-def test_wrong_numbers_refuse_the_kernel(monkeypatch, tmp_path) -> None:
-    """A kernel that turns keys the other way never serves."""
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param(lambda form, passed: form.round_first, id="norm"),
+        pytest.param(lambda form, passed: form.float32, id="one rounding"),
+        pytest.param(lambda form, passed: form.separate, id="separate"),
+        pytest.param(lambda form, passed: passed and not form.interleaved, id="columns that pass"),
+    ],
+)
+def test_wrong_numbers_refuse_the_kernel(broken, monkeypatch, tmp_path) -> None:
+    """A kernel that turns keys the other way in one form never serves."""
     monkeypatch.setenv("REAP_CACHE_DIR", str(tmp_path))
     selfcheck.forget()
     sound = gpu.rotary
 
     def wrong(q, k, cos, sin, *rest):
-        return sound(q, k, cos, sin, *rest)[0], sound(q, k, cos, -sin, *rest)[1]
+        form, columns = rest[-1], cos.shape[-1] * (2 if rest[-1].per_pair else 1)
+        keys = -sin if broken(form, columns < q.shape[-1]) else sin
+        return sound(q, k, cos, sin, *rest)[0], sound(q, k, cos, keys, *rest)[1]
 
     monkeypatch.setattr(gpu, "rotary", wrong)
     q, (cos, sin) = heads(2, torch.float16), tables(24, torch.float16)
