@@ -19,7 +19,16 @@ from reap_kernels.layer.call import LayerCall
 from reap_kernels.layer.triton_backend import grouped_limits
 from reap_kernels.saliency.stage_kernels import stage_kernels
 from reap_kernels.testing import relative_error
-from reap_kernels.tuning import PRODUCTS, Entry, Launch, Launches, Table, ordered, table_dtype
+from reap_kernels.tuning import (
+    KERNELS,
+    PRODUCTS,
+    Entry,
+    Launch,
+    Launches,
+    Table,
+    ordered,
+    table_dtype,
+)
 from reap_kernels.types import ExpertWeights
 
 # Upper bounds of the buckets of rows per expert, and the rows each is measured at.
@@ -96,7 +105,9 @@ def tune(
     tried: Callable[[str, torch.dtype, int, bool], list[Launch]] = candidates,
     seen: Callable[[Measured], None] = lambda measured: None,
 ) -> Table:
-    """Measures the products of every shape and bucket, and the backend of every stage.
+    """Measures the products of every shape and bucket, and the backends of a layer's sort, of its
+    saliency, and of its products (`triton` or `grouped_mm`). Other stages keep what other tables
+    say. A launch by TMA comes before the quickest one through pointers, which reads any weights.
 
     Args:
         shapes: of the models' layers; the table's width buckets end at their I.
@@ -122,9 +133,10 @@ def tune(
             best = {}
             for op in PRODUCTS:
                 options = tried(op, dtype, device.shared_memory(where), device.tma(where))
-                best[op] = _best(op, options, shape, weights, rows, timer, seen)
+                found = _best(op, options, shape, weights, rows, timer, seen)
                 bucket = (op, table_dtype(dtype), shape.intermediate, bound)
-                entries.append(Entry(*bucket, launch=best[op]))
+                entries += [Entry(*bucket, launch=launch) for launch in found]
+                best[op] = found[0]
             launches = Launches(best["gate_up"], best["down"])
             for op, backend in _stage_backends(launches, shape, weights, rows, timer).items():
                 name = None if op == "sort" else table_dtype(dtype)
@@ -156,16 +168,18 @@ def _inputs(shape: Shape, rows: int, like: ExpertWeights) -> tuple[Tensor, Tenso
 
 def _best(
     op: str,
-    launches: Sequence[Launch],
+    options: Sequence[Launch],
     shape: Shape,
     weights: ExpertWeights,
     rows: int,
     timer: Timer,
     seen: Callable[[Measured], None],
-) -> Launch:
-    """The fastest launch of one product among those that compute it right."""
+) -> list[Launch]:
+    """The fastest launch of one product among those that compute it right; where that is by TMA,
+    followed by the fastest through pointers.
+    """
     found = []
-    for measured in measurements(op, launches, shape, weights, rows, timer):
+    for measured in measurements(op, options, shape, weights, rows, timer):
         seen(measured)
         if measured.milliseconds is not None:
             found.append((measured.milliseconds, measured.launch))
@@ -174,7 +188,10 @@ def _best(
             f"no launch of {op} computes {shape} right on {weights.device}; `reap-kernels doctor` "
             "shows versions: report them"
         )
-    return min(found, key=lambda pair: pair[0])[1]
+    launches = [launch for _, launch in sorted(found, key=lambda pair: pair[0])]
+    best = launches[0]
+    pointers = [launch for launch in launches if launch.kernel == KERNELS[0]]
+    return [best] if best.kernel == KERNELS[0] else [best, *pointers[:1]]
 
 
 def measurements(

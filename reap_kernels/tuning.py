@@ -422,14 +422,16 @@ def fallback(op: str, dtype: torch.dtype, rows: float, shared_memory: int) -> La
 
 
 def ordered(entries: Sequence[Entry]) -> tuple[Entry, ...]:
-    """One entry per bucket, the first of it; fewer rows first, then narrower experts. Entries that
-    are off come before the one that holds, so that deleting `off` puts one in its place.
+    """One entry per bucket and kernel or backend, the first of it, in the order given: the next one
+    holds where the first cannot serve. Fewer rows come first, then narrower experts. Entries that
+    are off come before those that hold, so that deleting `off` puts one in their place.
     """
     found: dict[tuple[Any, ...], Entry] = {}
     for entry in entries:
         bucket = (entry.op, entry.dtype, entry.width, entry.rows)
-        offered = () if entry.off is None else (entry.launch, entry.backend)
-        found.setdefault((*bucket, *offered), entry)
+        serving = entry.backend if entry.launch is None else entry.launch.kernel
+        offered = () if entry.off is None else (entry.launch,)
+        found.setdefault((*bucket, serving, *offered), entry)
     unbounded = 1 << 62
 
     def place(e: Entry) -> tuple[str, str, int, int, bool]:

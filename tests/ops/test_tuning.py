@@ -95,6 +95,10 @@ def test_a_table_keeps_what_is_off_beside_what_holds(tmp_path: Path) -> None:
     off, again = Entry(*bucket, tma, off="slower"), Entry(*bucket, tma, off="again")
     table = Table("sm90", "by hand", tuning.ordered([on, other, off, again]))
     assert table.entries == (off, on)
+    both = (replace(off, off=None), on)
+    assert tuning.ordered([*both, other]) == both, "the pointer kernel reads what TMA cannot"
+    layers = [Entry("layer", *bucket[1:], backend=name) for name in ("wgmma", "triton", "wgmma")]
+    assert tuning.ordered(layers) == tuple(layers[:2])
     table.save(tmp_path / "own.json")
     assert Table.load(tmp_path / "own.json") == table
     lines = json.loads((tmp_path / "own.json").read_text())["entries"]
@@ -280,6 +284,34 @@ def test_tune_takes_the_fastest_that_is_right(tmp_path: Path, monkeypatch) -> No
     table.save(path)
     assert Table.load(path) == table
     assert asdict(table)["arch"] == "interpreter"
+
+
+@pytest.mark.parametrize(
+    ("best", "kernels"), [("tma", ["tma", "pointer"]), ("pointer", ["pointer"])]
+)
+def test_tune_keeps_a_launch_that_reads_any_weights(
+    best: str, kernels: list[str], tmp_path: Path, monkeypatch
+) -> None:
+    """Where TMA is faster: of experts that are separate tensors, the line behind it is used."""
+    monkeypatch.setattr("reap_kernels.tune.BUCKETS", ((None, 6),))
+    slow = Launch(32, 32, 32, 1, 4, 1)
+    pointer = Launch(16, 32, 32, 1, 4, 1)
+    boxes = replace(pointer, kernel="tma")
+
+    def clock(call) -> float:
+        launch = None if call.__defaults__ is None else call.__defaults__[0]
+        return {slow: 4.0, pointer: 2.0, boxes: 1.0 if best == "tma" else 3.0}.get(launch, 1.0)
+
+    tried = [slow, pointer, boxes]
+    table = tune([Shape(3, 2, 48, 32)], torch.float32, CPU, timer=clock, tried=lambda *_: tried)
+    for op in PRODUCTS:
+        lines = [e.launch for e in table.entries if e.op == op]
+        assert [launch.kernel for launch in lines] == kernels
+        assert lines[-1] == pointer
+    table.save(tmp_path / "table.json")
+    monkeypatch.setenv("REAP_TUNING", str(tmp_path / "table.json"))
+    assert tuning.choose(CPU, "down", torch.float32, 32, 6).kernel == best
+    assert tuning.choose(CPU, "down", torch.float32, 32, 6, ("pointer",)) == pointer
 
 
 @pytest.mark.parametrize(("quick", "served"), [("cuda", True), ("triton", True), ("cuda", False)])
