@@ -353,6 +353,8 @@ def _check_dtype(op: str, dtype: torch.dtype, quantized: str | None) -> None:
     allowed: tuple[torch.dtype, ...] = FLOATS
     if op == "sort":
         allowed = INTEGERS
+    elif op in ("compare", "norm", "rotary"):  # which compute in float32
+        allowed = tuple(kind for kind in FLOATS if kind != torch.float64)
     elif op == "dequant" or quantized is not None:
         allowed = (torch.bfloat16,)
     if dtype not in allowed:

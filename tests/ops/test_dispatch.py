@@ -197,6 +197,14 @@ def test_check_backend_gives_the_reasons_that_explain_gives(monkeypatch) -> None
         (UsageError, "layout 'flat' is not known", {"layout": "flat"}),
         (DtypeError, "op 'layer' takes .*, not torch.int8", {"dtype": torch.int8}),
         (DtypeError, "op 'sort' takes torch.int64, .*, not torch.float32", {"op": "sort"}),
+        *(
+            (
+                DtypeError,
+                f"op '{op}' takes .*, not torch.float64",
+                {"op": op, "dtype": torch.double},
+            )
+            for op in ("compare", "norm", "rotary")
+        ),
         (DtypeError, "in mxfp4 takes torch.bfloat16, not torch.float32", {"quantized": "mxfp4"}),
         (DtypeError, "'nvfp4' is no format that is read; give one of", {"quantized": "nvfp4"}),
         (ShapeError, "top_k up to experts", {"sizes": Sizes(top_k=9, experts=8)}),
