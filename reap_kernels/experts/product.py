@@ -211,7 +211,9 @@ def _of_codes(call: _Call) -> None:
 def _check_boxes(call: _Call, apart: int) -> None:
     """Raises unless TMA reads the operands; `apart`: elements from a gate to its up."""
     a, b, gate = call.a, call.b, call.gate
-    halves = gate is None or (0 < apart < b.strides[0] and boxed(gate.base))
+    # Rows of a gate and rows of its up in turn are one matrix: all the same distance apart.
+    spaced = apart >= b.strides[1] or 2 * apart == b.strides[1]
+    halves = gate is None or (0 < apart < b.strides[0] and spaced and boxed(gate.base))
     own = not b.table and b.strides[0] > 0  # a matrix for each expert
     if not own or not halves or not boxed(b.base) or not (call.gather or boxed(a)):
         raise BackendUnavailable(

@@ -131,7 +131,7 @@ def test_halves_of_either_order(biased: bool, interleaved: bool, launched: list[
     """The two combinations that no layout above has."""
     case = sizes_for_tma(VARIANT)
     experts = make_experts(case, "interleaved-biased")
-    experts = experts if interleaved else triton_backend._parted(experts)
+    experts = replace(experts, interleaved=interleaved)
     if not biased:
         experts = replace(experts, up_bias=None, down_bias=None)
     check(case, experts, make_inputs(case), "triton", sums=1e-6, output=1e-6)
@@ -217,6 +217,11 @@ def test_operands_it_cannot_read_are_refused() -> None:
         silu = rk.Activation("silu")
         with pytest.raises(BackendUnavailable, match="the TMA kernel cannot read"):
             product.product(inputs.hidden, up, rows, TMA, gate=gate, activation=silu, gather=True)
+    # A gate and its up beside a third matrix: not at one distance.
+    wide = torch.zeros(case.experts, case.intermediate, 3 * case.hidden)
+    gate, up = (Operand.of(part, None) for part in wide.split(case.hidden, dim=2)[:2])
+    with pytest.raises(BackendUnavailable, match="the TMA kernel cannot read"):
+        product.product(inputs.hidden, up, rows, TMA, gate=gate, activation=silu, gather=True)
     down = Operand.of(make_experts(case).down, None)
     h = torch.zeros(len(rows.gather_index), case.intermediate + 1)[:, 1:]
     with pytest.raises(BackendUnavailable, match="rows of strides"):
