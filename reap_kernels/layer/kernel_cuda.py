@@ -98,10 +98,8 @@ def _aligned(hidden: Tensor) -> Tensor:
 
 
 def _workspace(size: int, where: torch.device) -> Tensor:
-    """[size] uint8 at a multiple of 256 bytes, which is less than torch's own on a CPU."""
-    room = torch.empty(
-        size if where.type == "cuda" else size + 256, dtype=torch.uint8, device=where
-    )
+    """[size] uint8 at a multiple of 256 bytes, whatever the allocator aligns to."""
+    room = torch.empty(size + 256, dtype=torch.uint8, device=where)
     start = -room.data_ptr() % 256
     return room[start : start + size]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from reap_kernels import cuda, env
+from reap_kernels.experts import kernel_cuda
 from reap_kernels.saliency import kernel_cuda as saliency
 from tests.gpu import sanitize, variants
 
@@ -52,6 +53,20 @@ def test_a_wrong_variant_is_named(monkeypatch, capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("wrong: layer of k=2 H=33 torch.float16: the output is off by")
     assert lines[1] == f"{len(some)} variants on cpu, 1 wrong"
+
+
+def test_products_that_are_nan_are_wrong_numbers(monkeypatch, capsys) -> None:
+    product = kernel_cuda.product
+
+    def broken(*arguments, gather=False, **rest):
+        out = product(*arguments, gather=gather, **rest)
+        return out if gather else out.fill_(float("nan"))
+
+    some = [v for v in variants.every() if v.name == "products of ungated relu2 torch.bfloat16"]
+    monkeypatch.setattr(variants, "every", lambda: iter(some))
+    monkeypatch.setattr(kernel_cuda, "product", broken)
+    assert variants.main(["cpu"]) == 1
+    assert "relu2 torch.bfloat16: h and y are off by (0.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def _product(
     except NotHere as reason:
         print(f"not run: {reason}")
         return
-    _expect(max(errors) <= products.BOUNDS[dtype], f"products are off by {errors}")
+    products.expect_within(errors, dtype)
 
 
 def _whole(case: Case, layout: str, dtype: torch.dtype, where: torch.device) -> None:
