@@ -30,7 +30,7 @@ from bench.gpu import (
 from bench.gpu.clock import Deadline
 from bench.gpu.providers import PROVIDERS, Prepared, Work
 from reap_kernels.testing import CASES, Case
-from tests.gpu import checks, running
+from tests.gpu import checks, processes, running
 from tests.gpu.checks import Check
 from tests.gpu.masks import TORCH
 from tests.gpu.models import DRIVER
@@ -195,7 +195,7 @@ def test_without_cuda_kernels_their_rows_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(layer, "PROVIDERS", [p for p in PROVIDERS if p.variant == "cuda"])
     found += layer.run(bed.machine, layer.plan(smoke=True), Deadline(HUNG))
     planned = [check for check in checks.plan(smoke=True) if check.backend == "cuda"]
-    checked = running.run(CPU, planned, Deadline(HUNG))
+    checked = processes.run(CPU, planned, Deadline(HUNG))
     assert len(found) == len(some) + 2
     assert len(checked) == 7
     assert {row["status"] for row in found} == {row["result"] for row in checked} == {"refused"}

@@ -16,6 +16,7 @@ from bench import gpu, rows
 from bench.gpu import selection
 from bench.gpu.clock import Deadline
 from bench.gpu.queue import ITEMS, Item
+from reap_kernels import cuda
 
 STAGES = (
     "checks",
@@ -203,6 +204,8 @@ def _queue(options: argparse.Namespace, device: torch.device, found: "Found") ->
 
     budget = float(QUEUE if options.budget is None else options.budget)
     print(queue_run.plan(options.items, budget), flush=True)
+    if device.type == "cuda" and (reason := cuda.refusal(device)) is not None:
+        print(f"without CUDA kernels, whose checks and times are skipped: {reason}", flush=True)
     own = queue_run.Options(
         device, options.smoke, options.commit, options.folder, options.selection
     )
@@ -233,9 +236,9 @@ def _device(smoke: bool) -> torch.device | None:
 def _stage(stage: str, machine: Any, deadline: Deadline, options: argparse.Namespace) -> Rows:
     """Rows of one stage."""
     if stage == "checks":
-        from tests.gpu import running
+        from tests.gpu import processes, running
 
-        return running.run(machine.device, running.plan(machine.smoke), deadline)
+        return processes.run(machine.device, running.plan(machine.smoke), deadline)
     module: Any = import_module(f"bench.gpu.{_MODULES.get(stage, stage)}")
     if stage == "layer":
         cases, rounds = module.plan(machine.smoke), options.selection.rounds or module.ROUNDS

@@ -82,11 +82,11 @@ def _checks(module: str, at: At) -> list[Row]:
     """
     from importlib import import_module
 
-    from tests.gpu import running
+    from tests.gpu import processes
 
     plan = import_module(f"tests.gpu.{module}").plan(at.machine.smoke)
     plan = plan[:1] if at.machine.smoke else plan
-    return running.run(at.machine.device, plan, at.deadline)
+    return processes.run(at.machine.device, plan, at.deadline)
 
 
 def _group(module: str, groups: tuple[str, ...], at: At) -> list[Row]:
@@ -95,24 +95,24 @@ def _group(module: str, groups: tuple[str, ...], at: At) -> list[Row]:
     """
     from importlib import import_module
 
-    from tests.gpu import models, running
+    from tests.gpu import models, processes
 
     here = import_module(f"tests.gpu.{module}")
     every = [check for name in groups for check in models.checks(getattr(here, name))]
-    return running.run(at.machine.device, every[: 1 if at.machine.smoke else None], at.deadline)
+    return processes.run(at.machine.device, every[: 1 if at.machine.smoke else None], at.deadline)
 
 
 def _layer_checks(at: At) -> list[Row]:
     """Of the layer's checks and the GPU's own facts, those in bf16."""
     import torch
 
-    from tests.gpu import checks, facts, running
+    from tests.gpu import checks, facts, processes
 
     every = [*facts.plan(False), *checks.plan(False)]
     some = [check for check in every if check.dtype == torch.bfloat16]
     if at.machine.smoke:
         some = checks.plan(smoke=True)[:1]
-    return running.run(at.machine.device, some, at.deadline)
+    return processes.run(at.machine.device, some, at.deadline)
 
 
 def _sanitized(tool: str, at: At) -> list[Row]:
@@ -147,7 +147,8 @@ def _steps(at: At) -> list[Row]:
 def _norm_time(at: At) -> list[Row]:
     from bench.gpu import kernels, norms
 
-    return kernels.measure(norms.of_norms(at.machine), at.machine, at.deadline)
+    rounds = at.selection.rounds or kernels.ROUNDS
+    return kernels.measure(norms.of_norms(at.machine), at.machine, at.deadline, rounds)
 
 
 def _fp8_time(at: At) -> list[Row]:

@@ -30,6 +30,9 @@ _BEGINS_WITHIN = 180.0
 # An item may take so many times its estimate; if it has not ended so long after, it is killed.
 _STRETCH, _GRACE = 2.0, 50.0
 
+# What a row says that found nothing out, or nothing good; the first of them is quoted.
+_NOT_RIGHT = ("failed", "wrong", "refused", "skipped")
+
 Write = Callable[[str, dict[str, str], list[Row]], None]
 
 
@@ -114,21 +117,25 @@ def _outcome(item: Item, process: "_Process", seconds: float) -> tuple[str, list
 
 
 def judged(made: Sequence[Row]) -> tuple[str, str]:
-    """Result and detail of an item by its rows."""
-    counts = Counter(str(row["result"] if "result" in row else row["status"]) for row in made)
-    detail = ", ".join(f"{number} {what}" for what, number in sorted(counts.items())) or "no rows"
-    notes = [
-        str(row["detail"] if "result" in row else row["note"])
+    """Result and detail of an item by its rows; one in which nothing ran is skipped, whether its
+    rows are skipped or refused.
+    """
+    found = [
+        (str(row["result"]), str(row["detail"]))
+        if "result" in row
+        else (str(row["status"]), str(row["note"]))
         for row in made
-        if (row["result"] if "result" in row else row["status"]) in ("failed", "skipped")
     ]
+    counts = Counter(what for what, _ in found)
+    detail = ", ".join(f"{number} {what}" for what, number in sorted(counts.items())) or "no rows"
+    notes = [note for worst in _NOT_RIGHT for what, note in found if what == worst]
     if notes:
         detail += f": {notes[0][:300]}"
     if counts["failed"] or not made:
         return "failed", detail
     if any(Deadline(0).reason in note for note in notes):
         return "partly", detail
-    return ("skipped" if counts["skipped"] == len(made) else "pass"), detail
+    return ("pass" if set(counts) - set(_NOT_RIGHT) else "skipped"), detail
 
 
 class _Process:

@@ -51,7 +51,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group(
         "what is timed",
         "shapes, tokens and routing: of the stages kernels, layer, gram, steps, short and "
-        "products; rounds: of these and of end2end; sequences: of end2end and profile",
+        "products, and of the queue's items layers, products, short calls, steps, FP8 time and "
+        "gram time; rounds: of these, of end2end, and of the items end to end and norm time; "
+        "sequences: of end2end and profile, as stages or items",
     )
     what.add_argument("--shapes", help=f"comma-separated, of {', '.join(_names())}")
     what.add_argument("--tokens", help="of a layer call, comma-separated, such as 2048,16384")

@@ -15,7 +15,7 @@ import torch
 
 from bench.gpu import ROOT
 from bench.gpu.clock import Deadline
-from tests.gpu import running, sanitize
+from tests.gpu import processes, running, sanitize
 from tests.gpu.checks import Check
 
 pytestmark = [
@@ -62,7 +62,7 @@ def rows(request: pytest.FixtureRequest) -> dict[str, dict[str, object]]:
             chosen[name_of(check)] = check
     device = torch.device("cuda", torch.cuda.current_device())
     with as_users_run():
-        found = running.run(device, list(chosen.values()), Deadline(_HOURS))
+        found = processes.run(device, list(chosen.values()), Deadline(_HOURS))
     return dict(zip(chosen, found, strict=True))
 
 

@@ -14,6 +14,7 @@ import torch
 from bench.gpu import ROOT, command, layer, queue, queue_run, steps
 from bench.gpu.clock import Deadline
 from bench.gpu.queue import At, Item, Row
+from reap_kernels import cuda
 from tests.limits import HUNG
 
 CPU = queue_run.Options(torch.device("cpu"), smoke=True)
@@ -139,6 +140,10 @@ def test_judgement() -> None:
     skipped = {**ROW, "result": "skipped", "detail": "needs a CUDA device"}
     assert queue_run.judged([skipped])[0] == "skipped"
     assert queue_run.judged([skipped, ROW]) == ("pass", "1 pass, 1 skipped: needs a CUDA device")
+    refused = {**ROW, "result": "refused", "detail": "reap_kernels._C is not built"}
+    found = queue_run.judged([skipped, refused])
+    assert found == ("skipped", "1 refused, 1 skipped: reap_kernels._C is not built")
+    assert queue_run.judged([skipped, {**ROW, "result": "failed", "detail": "off"}])[0] == "failed"
     assert queue_run.judged([]) == ("failed", "no rows")
     late = {"status": "skipped", "note": f"round 2 skipped: {Deadline(0).reason}"}
     assert queue_run.judged([late, {"status": "timed", "note": ""}])[0] == "partly"
@@ -164,6 +169,16 @@ def test_smoke_run_of_the_whole_queue(tmp_path: Path) -> None:
     page = (tmp_path / "gpu.md").read_text()
     assert "## Queue" in page
     assert "Smoke run" in page
+
+
+def test_without_cuda_kernels_it_says_so_before_it_runs(monkeypatch, capsys, tmp_path) -> None:
+    """A GPU is lent for minutes: what is missing must show before they are spent."""
+    monkeypatch.setattr(command, "_device", lambda smoke: torch.device("cuda", 0))
+    monkeypatch.setattr(cuda, "refusal", lambda device: "reap_kernels._C was not built; build it")
+    monkeypatch.setattr(queue_run, "run", lambda *_: [])
+    assert command.main(["--queue", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "without CUDA kernels, whose checks and times are skipped: reap_kernels._C was" in out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """How checks of a GPU are run and judged, where there is no GPU."""
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,18 +13,13 @@ from bench.gpu.clock import Deadline
 from reap_kernels.errors import BackendUnavailable, KernelError
 from reap_kernels.layer import cuda_backend
 from reap_kernels.testing import CASES, Case, make_experts, make_inputs
-from tests.gpu import checks, grams, models, norms, running
+from tests.gpu import checks, failing, grams, models, norms, processes, running
 from tests.gpu.checks import Check
 from tests.gpu.test_gpu import as_users_run, judge, name_of
 from tests.limits import HUNG
 
 CPU = torch.device("cpu")
 SMALL = replace(CASES[-1], tokens=16, experts=4, top_k=2, groups=2)
-
-
-def dies(*_: object) -> str:
-    """What a kernel that takes its process along looks like from outside."""
-    os.abort()
 
 
 def test_single_ops_are_checked() -> None:
@@ -86,13 +83,13 @@ def test_norms_are_checked(op: str, run, sizes, says: str, monkeypatch) -> None:
 def test_refusals_are_told_from_failures() -> None:
     def row(backend: str, case: Case, dtype: torch.dtype) -> dict[str, object]:
         check = Check(case.name, backend, dtype, checks.compare, (case,))
-        return running.outcome(check, CPU, Deadline(HUNG))
+        return processes.outcome(check, CPU, Deadline(HUNG))
 
     odd = next(case for case in CASES if case.name == "odd-sizes")
     assert row("grouped_mm", odd, torch.float32)["result"] == "refused"
     assert row("triton", odd, torch.float64)["result"] == "failed"
     assert verify.is_red("grouped_mm", "its self-check gave wrong numbers: the output is off", CPU)
-    late = running.outcome(
+    late = processes.outcome(
         Check("late", "triton", torch.float32, checks.compare, (odd,)), CPU, Deadline(-1)
     )
     assert late["result"] == "skipped"
@@ -122,14 +119,30 @@ def test_bounds_of_cuda_are_those_of_its_products(monkeypatch) -> None:
     assert verify.products_of("triton", inputs.hidden, SMALL.top_k, experts) == "triton"
 
 
-def test_checks_run_in_processes_and_a_dead_one_is_red() -> None:
-    odd = next(case for case in CASES if case.name == "odd-sizes")
-    alive = Check("alive", "grouped_mm", torch.float32, checks.compare, (odd,))
-    dead = Check("dead", "grouped_mm", torch.float32, dies, ())
-    found = running.run(CPU, [alive, dead], Deadline(HUNG), workers=1)
-    assert [row["check"] for row in found] == ["alive", "dead"]
-    assert [row["result"] for row in found] == ["refused", "failed"]
-    assert "process died" in str(found[1]["detail"])
+def made(*runs: Callable[..., str]) -> list[Check]:
+    return [Check(run.__name__, "triton", torch.float32, run, ()) for run in runs]
+
+
+def test_checks_run_in_processes_and_a_dead_one_is_red_alone() -> None:
+    """Neither a process that dies nor a device that fails for good is met by the next check."""
+    every = made(failing.dies, failing.has_a_device, failing.loses_the_device, failing.has_a_device)
+    found = processes.run(CPU, every, Deadline(HUNG), workers=1)
+    assert [row["check"] for row in found] == [check.name for check in every]
+    assert [row["result"] for row in found] == ["failed", "pass", "failed", "pass"]
+    assert found[0]["detail"] == "its process died with code -6"
+    assert "an illegal memory access" in str(found[2]["detail"])
+
+
+def test_checks_that_hang_are_killed_together(monkeypatch) -> None:
+    """All of them so long after the deadline, not one after another."""
+    monkeypatch.setattr(processes, "_GRACE", 0.5)
+    start = time.monotonic()
+    found = processes.run(
+        CPU, made(failing.hangs, failing.hangs, failing.has_a_device), Deadline(0.5), workers=2
+    )
+    assert [row["result"] for row in found] == ["failed", "failed", "skipped"]
+    assert "it had no result 0.5 s after the deadline" in str(found[1]["detail"])
+    assert time.monotonic() - start < HUNG
 
 
 @pytest.mark.parametrize("result", ["pass", "refused", "skipped", "failed"])
