@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import choices
+from bench.gpu import choices, paired
 from bench.gpu.clock import Deadline
 from bench.gpu.paired import Times, effect, interleaved
 from reap_kernels.tuning import Table
@@ -89,6 +89,32 @@ def test_rounds_have_every_variant_once_in_changing_order() -> None:
     assert len({tuple(name for name, _ in one) for one in rounds}) > 1
     inputs = [which for _, which in ran[warm:]]
     assert inputs == [(number + 1) % 2 for number in range(len(inputs))]
+
+
+def test_compiling_makes_no_batch_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds that are queued one at a time would be timed by the host's launches."""
+    now, called, batches = [0.0], set(), []
+
+    def call(name: str):
+        def run() -> None:
+            now[0] += 1e-3 if name in called else 10.0
+            called.add(name)
+
+        return [run]
+
+    def queued(calls, orders, device, turn, found: Times) -> int:
+        batches.append(len(orders))
+        for own in (*found.device.values(), *found.host.values()):
+            own += [1.0] * len(orders)
+        return turn
+
+    monkeypatch.setattr(paired.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(paired, "_wait", lambda device: None)
+    monkeypatch.setattr(paired, "_queued", queued)
+    calls = {name: call(name) for name in "ab"}
+    interleaved(calls, torch.device("cuda"), 200, Deadline(HUNG))
+    assert sum(batches) == 200
+    assert batches[0] in (99, 100)  # of 2 ms each, in 0.2 s
 
 
 def test_a_deadline_ends_rounds() -> None:

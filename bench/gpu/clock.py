@@ -24,6 +24,31 @@ def times(calls: Sequence[Callable[[], object]], device: torch.device, repeats: 
         return queued(calls, repeats)
 
 
+# Cycles of a kernel behind which the host runs ahead: about 25 ms.
+_AHEAD = 50_000_000
+
+
+def busy(device: torch.device) -> None:
+    """Gives the device about 25 ms of other work, behind which the host can queue calls ahead."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda._sleep(_AHEAD)
+
+
+def behind(
+    calls: Sequence[Callable[[], object]], device: torch.device, repeats: int
+) -> list[float]:
+    """As `times`, behind other work: the device's time alone, also of calls that are shorter than
+    the host takes to launch them.
+    """
+    if device.type != "cuda":
+        return times(calls, device, repeats)
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        busy(device)
+        return queued(calls, repeats)
+
+
 def queued(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
     """Seconds between events around each call, in a row, behind whatever the device has to do."""
     pairs = [

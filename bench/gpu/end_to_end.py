@@ -4,7 +4,6 @@ transformers and reap_driver are imported inside functions: a machine without th
 """
 
 import contextlib
-import gc
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -17,12 +16,15 @@ from torch import Tensor
 import reap_kernels as rk
 from bench.baselines import observe_module
 from bench.gpu.clock import Deadline, times
+from bench.gpu.layer import release
 from bench.gpu.machine import Machine
 from bench.gpu.nvml import COLUMNS, Window
 from bench.gpu.selection import PLANNED, Selection
 from bench.gpu.verify import CheckFailed, bounds_of
 
 Row = dict[str, object]
+# Provider, variant, and whether it is observed.
+Key = tuple[str, str, str]
 SEQUENCES, LENGTH, ROUNDS = 231, 2048, 2
 IMPLEMENTATIONS = ("grouped_mm", "eager")
 _QWEN3_30B = {
@@ -145,13 +147,13 @@ class Bench:
         with fused(self.model):
             self.unobserved(batches)
 
-    def variants(self) -> dict[tuple[str, str, str], Callable[[list[Tensor]], object]]:
+    def variants(self) -> dict[Key, Callable[[list[Tensor]], object]]:
         """(provider, variant, observed) -> how to run it."""
         theirs = {
             ("transformers", name, "no"): lambda batches, n=name: self.plain(n, batches)
             for name in IMPLEMENTATIONS
         }
-        ours: dict[tuple[str, str, str], Callable[[list[Tensor]], object]] = {
+        ours: dict[Key, Callable[[list[Tensor]], object]] = {
             _OBSERVED: self.observed,
             _UNOBSERVED: self.unobserved,
             ("reap", "fused", "yes"): partial(self.observed, fuse=True),
@@ -267,40 +269,31 @@ def run(machine: Machine, deadline: Deadline, selection: Selection = PLANNED) ->
     """Rows of every variant; one row that says why, where the stage cannot run."""
     reason = missing() or (deadline.reason if deadline.passed() else None)
     if reason is not None:
-        return [_row("reap", "automatic", "yes", status="skipped", note=reason)]
+        return [_row(*_OBSERVED, status="skipped", note=reason)]
     bench = None
     try:
         bench = Bench(machine, selection.sequences)
         checked = verify(bench)
         return _measure(bench, deadline, checked, selection.rounds or ROUNDS)
-    except CheckFailed as error:
-        return [_row("reap", "automatic", "yes", status="failed", note=str(error))]
-    except torch.OutOfMemoryError as error:
-        note = f"out of memory: {' '.join(str(error).split())[:200]}"
-        return [_row("reap", "automatic", "yes", status="skipped", note=note)]
     except Exception as error:  # noqa: BLE001  what earlier stages found must not be lost
-        note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return [_row("reap", "automatic", "yes", status="failed", note=note)]
+        return [_row(*_OBSERVED, *_status(error))]
     finally:
         del bench
-        gc.collect()
+        release(machine)  # other processes check what comes next
 
 
 def _measure(bench: Bench, deadline: Deadline, checked: str, turns: int) -> list[Row]:
     device, variants = bench.machine.device, bench.variants()
-    first = bench.batches[:1]
-    trial = {}
-    for key, work in variants.items():
-        times([lambda w=work: w(first)], device, 1)
-        trial[key] = times([lambda w=work: w(first)], device, 1)[0]
+    trial, lost = _tried(bench, variants)
+    variants = {key: variants[key] for key in trial}
     baseline = all_experts_seconds(bench)
     slowest = _out_of_the_race(trial)
     rounds = sum(seconds for key, seconds in trial.items() if key not in slowest) * turns
     fit = max(1, math.floor(0.9 * deadline.left() / rounds))
     batches = bench.batches[:fit]
-    taken: dict[tuple[str, str, str], list[float]] = {key: [] for key in variants}
-    peaks: dict[tuple[str, str, str], float] = {}
-    windows: dict[tuple[str, str, str], list[Window]] = {key: [] for key in variants}
+    taken: dict[Key, list[float]] = {key: [] for key in variants}
+    peaks: dict[Key, float] = {}
+    windows: dict[Key, list[Window]] = {key: [] for key in variants}
     for _ in range(turns):
         for key, work in variants.items():
             if key in slowest:
@@ -315,10 +308,40 @@ def _measure(bench: Bench, deadline: Deadline, checked: str, turns: int) -> list
     for row in rows:
         key = (str(row["provider"]), str(row["variant"]), str(row["observed"]))
         row.update(bench.machine.watch.columns(windows.get(key, [])))
-    return rows + _contexts(bench, trial, turns)
+    return rows + lost + _contexts(bench, trial, turns)
 
 
-def _contexts(bench: Bench, trial: dict[tuple[str, str, str], float], turns: int) -> list[Row]:
+def _tried(
+    bench: Bench, variants: dict[Key, Callable[[list[Tensor]], object]]
+) -> tuple[dict[Key, float], list[Row]]:
+    """Seconds of one batch, once warm, and rows of the options that cannot run it: an option that
+    fails leaves the others their figures.
+    """
+    first, device = bench.batches[:1], bench.machine.device
+    trial: dict[Key, float] = {}
+    lost: list[Row] = []
+    for key, work in variants.items():
+        try:
+            times([lambda w=work: w(first)], device, 1)
+            trial[key] = times([lambda w=work: w(first)], device, 1)[0]
+        except Exception as error:
+            if key in (_OBSERVED, _UNOBSERVED) or key[0] == "transformers":
+                raise
+            lost.append(_row(*key, *_status(error)))
+    return trial, lost
+
+
+def _status(error: Exception) -> tuple[str, str]:
+    """Status and note of what an error ended."""
+    said = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return "skipped", f"out of memory: {said[:200]}"
+    if isinstance(error, CheckFailed):
+        return "failed", str(error)
+    return "failed", f"{type(error).__name__}: {said[:300]}"
+
+
+def _contexts(bench: Bench, trial: dict[Key, float], turns: int) -> list[Row]:
     """One batch observed twice in one context: the difference is what first calls cost."""
     from reap_driver import observe
 
@@ -343,7 +366,7 @@ def _contexts(bench: Bench, trial: dict[tuple[str, str, str], float], turns: int
     return rows
 
 
-def _out_of_the_race(trial: dict[tuple[str, str, str], float]) -> set[tuple[str, str, str]]:
+def _out_of_the_race(trial: dict[Key, float]) -> set[Key]:
     """transformers' implementations but the fastest on one batch."""
     theirs = [key for key in trial if key[0] == "transformers"]
     return set(theirs) - {min(theirs, key=lambda key: trial[key])}
@@ -352,9 +375,9 @@ def _out_of_the_race(trial: dict[tuple[str, str, str], float]) -> set[tuple[str,
 def _rows(
     bench: Bench,
     batches: list[Tensor],
-    taken: dict[tuple[str, str, str], list[float]],
-    peaks: dict[tuple[str, str, str], float],
-    trial: dict[tuple[str, str, str], float],
+    taken: dict[Key, list[float]],
+    peaks: dict[Key, float],
+    trial: dict[Key, float],
     baseline: float,
     checked: str,
 ) -> list[Row]:
@@ -366,7 +389,7 @@ def _rows(
     if done < total:
         note += f"; {done} of {total} sequences, as the budget allows"
 
-    def row(key: tuple[str, str, str], seconds: float, extra: str, calls: int) -> Row:
+    def row(key: Key, seconds: float, extra: str, calls: int) -> Row:
         tokens = done * bench.length
         figures: Row = {"layers": bench.layers, "sequences": done, "length": bench.length}
         figures |= {"batch": bench.batch, "rounds": calls, "seconds": f"{seconds:.3f}"}

@@ -97,8 +97,9 @@ def _sustained(device: torch.device, size: int, seconds: float, watch: Watch) ->
     """FLOP/s of the same product once it has run for so many seconds, and the clock it then has."""
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     windows: list[Window] = []
-    end, taken = time.perf_counter() + seconds, [0.0]
+    end = time.perf_counter() + seconds
     with watch.window(windows):
+        taken = times([lambda: a @ b], device, 30)
         while time.perf_counter() < end:
             taken = times([lambda: a @ b], device, 30)
     columns = watch.columns([(end - seconds / 4, windows[0][1])])

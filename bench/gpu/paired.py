@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.gpu.clock import Deadline
+from bench.gpu.clock import Deadline, busy
 
 # Of an interval: a run compares dozens of pairs, of which one in a hundred may mislead.
 CONFIDENCE = 0.99
@@ -92,12 +92,12 @@ def interleaved(
     found = Times({name: [] for name in calls}, {name: [] for name in calls})
     rng, turn = random.Random(0), 0
     began = time.perf_counter()
-    warm = 2 if device.type == "cuda" else 1
-    for own in calls.values():  # compiles, and tells how many rounds a batch may have
-        for _ in range(warm):
+    for _ in range(2 if device.type == "cuda" else 1):  # the first time compiles
+        began = time.perf_counter()
+        for own in calls.values():
             own[0]()
-    _wait(device)
-    each = (time.perf_counter() - began) / warm
+        _wait(device)
+    each = time.perf_counter() - began  # tells how many rounds a batch may have
     batch = max(1, int(_BATCH / each))
     while found.rounds < rounds and not (found.rounds and deadline.passed()):
         orders = [rng.sample(sorted(calls), len(calls)) for _ in range(batch)]
@@ -117,6 +117,7 @@ def _queued(
     names = [name for order in orders for name in order]
     if cuda:
         calls[names[0]][turn % len(calls[names[0]])]()  # the first finds an idle device
+        busy(device)
     marks, host = [_mark(cuda)], []
     for name in names:
         turn += 1

@@ -4,7 +4,6 @@
 the same batch has run. Times are of kernels alone; `gaps` is what the batch takes beside them.
 """
 
-import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from bench.gpu import end_to_end
 from bench.gpu.clock import Deadline
+from bench.gpu.layer import release
 from bench.gpu.machine import Machine
 from bench.gpu.selection import PLANNED, Selection
 
@@ -46,7 +46,7 @@ def run(machine: Machine, deadline: Deadline, selection: Selection = PLANNED) ->
         return [_row("", "", "failed", note)]
     finally:
         del bench
-        gc.collect()
+        release(machine)  # other processes check what comes next
 
 
 def _profiled(machine: Machine, observed: str, call: Callable[[], object], note: str) -> list[Row]:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from bench.gpu import layer
-from bench.gpu.clock import Deadline, queued, times
+from bench.gpu.clock import Deadline, behind, busy, times
 from bench.gpu.layer import DTYPE, Row
 from bench.gpu.machine import Machine
 from bench.gpu.providers import PROVIDERS, Prepared, Provider, Work, checked
@@ -28,8 +28,6 @@ RATIO = "queued/transformers"
 _SHAPES = ("Qwen3-30B-A3B", "GLM-4.5-Air", "DeepSeek-V3")
 _TOKENS = (2048, 512)
 _LEFT_OUT = ("products only", "batched_mm", "eager")
-# Cycles of a kernel behind which the host runs ahead: about 25 ms.
-_AHEAD = 50_000_000
 _PRINTED = ("shape", "tokens", "provider", "variant", "observed", "status", *FIGURES, "note")
 
 
@@ -159,13 +157,11 @@ class Timer:
         """Seconds until a call returns, and on the device, both behind other work."""
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()
-            torch.cuda._sleep(_AHEAD)
+            busy(self._device)
             start = time.perf_counter()
             self._some()
             launch = (time.perf_counter() - start) / self._repeats
-            torch.cuda.synchronize()
-            torch.cuda._sleep(_AHEAD)
-            return launch, queued(self._calls, self._repeats)
+        return launch, behind(self._calls, self._device, self._repeats)
 
     def medians(self) -> dict[str, float]:
         """Of each figure; where there is only the host's clock, `queued_ms` is its."""

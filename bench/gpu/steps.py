@@ -2,7 +2,8 @@
 
 The layer op's own code runs, with its kernels wrapped so that each ends with an event: `sort`,
 `gate_up`, `down`, `combine`, `reduce`. A step's share is that of the sum of all steps; `layer_ms`
-is the same call without events, timed in turn with it.
+is the same call without events, timed in turn with it. Both are queued behind other work, so that
+no time of the host's is in them.
 """
 
 import statistics
@@ -17,7 +18,7 @@ from unittest import mock
 import torch
 
 from bench.gpu import layer
-from bench.gpu.clock import Deadline, times
+from bench.gpu.clock import Deadline, behind, busy
 from bench.gpu.layer import DTYPE, Row
 from bench.gpu.machine import Machine
 from bench.gpu.nvml import COLUMNS, Window
@@ -185,6 +186,7 @@ class Timer:
         marks = Marks(self.work.machine.device)
         kernels = _marked(self._kernels, marks.mark)
         with _first_product_marked(marks.mark):
+            busy(self.work.machine.device)
             for number in range(calls):
                 marks.begin()
                 self._call(kernels, self.work.hidden[number % len(self.work.hidden)])
@@ -210,7 +212,7 @@ class Timer:
         calls = [lambda h=h: self._call(self._kernels, h) for h in work.hidden]
         with work.machine.watch.window(self._windows):
             self._steps += self._stepped(repeats)
-            self._whole += times(calls, work.machine.device, repeats)
+            self._whole += behind(calls, work.machine.device, repeats)
 
     def figures(self) -> list[tuple[str, str, str, Row]]:
         """Step, status, note and figures of each step."""

@@ -1,16 +1,19 @@
 """Stages that look for time, where there is no GPU: what they check, and what they divide."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.gpu import layer, products, short, steps
+from bench.gpu import end_to_end, layer, products, short, steps
+from bench.gpu.clock import Deadline
 from bench.gpu.machine import survey
 from bench.gpu.providers import Prepared, Provider, Work
 from bench.gpu.verify import CheckFailed
 from reap_kernels.layer import gpu
+from tests.limits import HUNG
 
 (CASE,) = layer.plan(smoke=True)
 
@@ -58,8 +61,9 @@ def test_products_are_compared_by_round(work: Work, monkeypatch) -> None:
         assert "rows are off by 1.0e-01" in str(wrong["note"])
         assert (first[products.RATIO], first["calls"]) == ("1.0000", 3)
         assert float(str(again[products.RATIO])) > 0
-    monkeypatch.setattr(products, "PROVIDERS", {"pointer": off})
-    assert products.measure(bed, "down", 1)[0]["status"] == "failed"
+    for ours in products.OURS:
+        monkeypatch.setattr(products, "PROVIDERS", {ours: off})
+        assert products.measure(bed, "down", 1)[0]["status"] == "failed"
 
 
 def test_what_is_absent_is_a_row(work: Work) -> None:
@@ -79,3 +83,36 @@ def test_a_short_call_that_is_wrong_is_not_timed(work: Work) -> None:
     assert (wrong["status"], wrong["host_ms"]) == ("failed", "")
     theirs = next(row for row in timed if row["provider"] == "transformers")
     assert theirs[short.RATIO] == "1.000"
+
+
+def test_steps_are_timed_behind_other_work(work: Work, monkeypatch) -> None:
+    """Else events of short calls would tell when the host launched, not what the device took."""
+    timer, order = steps.Timer(work, "triton"), []
+    begin = steps.Marks.begin
+    monkeypatch.setattr(steps, "busy", lambda device: order.append("busy"))
+    monkeypatch.setattr(steps.Marks, "begin", lambda own: (order.append("call"), begin(own)))
+    timer.round()
+    assert order == ["busy", "call"]
+
+
+def test_a_variant_that_fails_does_not_end_the_others(work: Work, monkeypatch) -> None:
+    """A new kernel that cannot run must not cost the figures of those that can."""
+
+    def fails(batches: list[Tensor]) -> None:
+        raise RuntimeError("no kernel image")
+
+    known = (end_to_end._OBSERVED, end_to_end._UNOBSERVED, ("transformers", "eager", "no"))
+    variants = {**dict.fromkeys(known, len), ("reap", "fused", "yes"): fails}
+    parts = {"machine": work.machine, "batches": [torch.zeros(2, 4)], "note": "", "length": 4}
+    bench = SimpleNamespace(variants=lambda: dict(variants), layers=1, batch=2, **parts)
+    monkeypatch.setattr(end_to_end, "all_experts_seconds", lambda bench: 1.0)
+    monkeypatch.setattr(end_to_end, "_contexts", lambda *_: [])
+    rows = end_to_end._measure(bench, Deadline(HUNG), "checked", 2)  # type: ignore[arg-type]
+    found = {(row["provider"], row["variant"], row["observed"]): row for row in rows}
+    assert [found[key]["status"] for key in known] == ["timed"] * 3
+    wrong = found["reap", "fused", "yes"]
+    assert (wrong["status"], wrong["note"]) == ("failed", "RuntimeError: no kernel image")
+    for key in known:
+        variants[key] = fails
+        with pytest.raises(RuntimeError, match="no kernel image"):
+            end_to_end._measure(bench, Deadline(HUNG), "", 2)  # type: ignore[arg-type]
