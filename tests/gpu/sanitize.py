@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ def checked(tool: str, small: bool = False, seconds: float | None = None) -> tup
     Args:
         tool: one of TOOLS.
         small: one small variant of each kernel instead of all.
-        seconds: after which it is killed; None for no limit.
+        seconds: after which it and the program under it are killed; None for no limit.
     """
     # Importing torch under a tool may take longer than the tool waits for CUDA's first call.
     own = [str(program()), "--tool", tool, "--launch-timeout", "0"]
@@ -85,20 +86,25 @@ def checked(tool: str, small: bool = False, seconds: float | None = None) -> tup
     command = [*own, sys.executable, "-m", "tests.gpu.variants", "cuda", *["small"] * small]
     # Without torch's cache every tensor is an allocation of its own, with bounds of its own.
     variables = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=variables,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=seconds,
-        )
-    except subprocess.TimeoutExpired:
-        return False, f"did not end within {seconds:.0f} s", ""
-    output = done.stdout + done.stderr
-    return *verdict(output, done.returncode), output
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=variables,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+    ) as running:
+        try:
+            output = "".join(running.communicate(timeout=seconds))
+        except BaseException as error:
+            # The program under the tool would go on, on the device that others are timed on.
+            os.killpg(running.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return False, f"did not end within {seconds:.0f} s", ""
+            raise
+    return *verdict(output, running.returncode), output
 
 
 def check(tool: str, small: bool = False) -> bool:

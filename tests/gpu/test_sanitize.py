@@ -1,5 +1,7 @@
 """What compute-sanitizer would run, run on the CPU; and what is made of each tool's last lines."""
 
+import os
+import select
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from reap_kernels import cuda, env
 from reap_kernels.experts import kernel_cuda
 from reap_kernels.saliency import kernel_cuda as saliency
 from tests.gpu import sanitize, variants
+from tests.limits import HUNG
 
 CLEAN = "========= ERROR SUMMARY: 0 errors"
 NO_HAZARDS = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
@@ -124,12 +127,19 @@ def test_one_line_a_tool_and_red_where_one_finds_something(on_a_gpu: Path, capsy
     assert sanitize.main(["--tools", "memcheck", "initcheck"]) == 0
 
 
-def test_a_tool_that_does_not_end_is_killed(on_a_gpu: Path) -> None:
+def test_a_tool_that_does_not_end_is_killed_with_its_program(on_a_gpu: Path) -> None:
     install(on_a_gpu)
     program = on_a_gpu / "compute-sanitizer"
-    program.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(1000)\n")
-    found = sanitize.checked("racecheck", small=True, seconds=0.5)
-    assert found == (False, "did not end within 0 s", "")
+    alive = on_a_gpu / "alive"
+    os.mkfifo(alive)
+    # As a tool does, it begins a program of its own; that one has the pipe's only writing end.
+    program.write_text(f"#!/bin/sh\n/bin/sleep 1000 > {alive} &\nwait\n")
+    held = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
+    found = sanitize.checked("racecheck", small=True, seconds=2)
+    assert found == (False, "did not end within 2 s", "")
+    assert select.select([held], [], [], HUNG)[0]  # nobody can write: the program has ended
+    assert os.read(held, 1) == b""
+    os.close(held)
     install(on_a_gpu)
     clean, text, output = sanitize.checked("synccheck", small=True)
     assert (clean, text) == (True, "nothing found")
