@@ -13,6 +13,7 @@ from reap_kernels.sort import kernel_cuda as route
 from reap_kernels.sort.slots import SortedSlots
 from reap_kernels.testing import ACTIVATIONS, Case, make_experts, make_inputs, relative_error
 from tests.gpu import checks as layers
+from tests.gpu import facts
 from tests.gpu.checks import Check, poisoned
 
 NAME = "wgmma"
@@ -24,6 +25,7 @@ SIZES = Case("sizes", "multiples of 8 alone", 60, 5, 2, 136, 72, "zipf", foreign
 ONE = Case("one", "tiles of two widths, most experts empty", 300, 4, 2, 72, 40, "one")
 # More tiles than an H200 has multiprocessors, several times; every stage is used many times.
 MANY = Case("many", "blocks with many tiles", 2000, 40, 4, 512, 1024, "zipf")
+_FACTS = (facts.no_host_sync, facts.cuda_graph, facts.other_stream, facts.compiled, facts.chunked)
 
 
 def _both(
@@ -121,7 +123,9 @@ def in_graph(device: torch.device, _: str, dtype: torch.dtype, layout: str) -> s
 
 
 def plan(smoke: bool) -> list[Check]:
-    """Every layout and activation, tiles of every kind, many tiles, and a graph; in both dtypes."""
+    """Every layout and activation, tiles of every kind, many tiles, and a graph, in both dtypes; a
+    layer's graph, streams, `torch.compile`, no synchronization, and a call in parts in bf16.
+    """
     cases: list[tuple[Case, str, Activation | None]] = [(SIZES, layout, None) for layout in LAYOUTS]
     if smoke:
         dtypes = (torch.float16,)
@@ -154,6 +158,12 @@ def plan(smoke: bool) -> list[Check]:
         for case, layout, own in cases
         for dtype in dtypes
     ]
+    if not smoke:
+        for fact in _FACTS:
+            name = f"layer, {fact.__name__.replace('_', ' ')}"
+            # Groups by token are checked by reading them on the CPU, which no graph can hold.
+            case = replace(facts.FACT, groups=1) if fact is facts.compiled else facts.FACT
+            checks.append(Check(name, NAME, torch.bfloat16, fact, (case,)))
     return checks + [
         Check(f"products in a CUDA graph, {layout}", NAME, dtype, in_graph, (layout,))
         for layout in ("stacked", "per-expert")
