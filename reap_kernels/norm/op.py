@@ -137,9 +137,10 @@ def check_weight(name: str, weight: Tensor, width: int) -> None:
 
 def check_numbers(eps: float, offset: float) -> None:
     """Raises unless both are finite, and eps is at least 0."""
-    if not (math.isfinite(eps) and eps >= 0):
+    # Compared rather than asked whether they are finite, which torch.compile does not trace.
+    if not 0 <= eps < math.inf:
         raise UsageError(f"eps is {eps}; give a number of at least 0, such as 1e-6")
-    if not math.isfinite(offset):
+    if not -math.inf < offset < math.inf:
         raise UsageError(f"offset is {offset}; give 0, or 1 where weights are differences from 1")
 
 

@@ -319,3 +319,12 @@ def test_compiles_without_a_graph_break() -> None:
 
     fast = torch.compile(both, backend="aot_eager", fullgraph=True)
     assert torch.equal(fast(x, weight), both(x, weight))
+
+
+def test_compiles_with_numbers_that_are_arguments() -> None:
+    """As of one function for norms that differ in `eps`, which torch then traces as a symbol."""
+    x, weight = inputs(3, 30, torch.float32)
+    fast = torch.compile(rk.rms_norm, backend="aot_eager", fullgraph=True, dynamic=True)
+    for eps in (1e-6, 1e-2):
+        want = rk.rms_norm(x, weight, eps, offset=2 * eps)
+        assert torch.equal(fast(x, weight, eps, offset=2 * eps), want)
