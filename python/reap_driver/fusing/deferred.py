@@ -223,5 +223,5 @@ class _Guard:
         if [one._version for one in self._operands] != self._versions:
             raise UnsupportedModel(
                 "the model changes a residual, query or key in place before it uses what was "
-                "computed from it; run it with `fuse=False`"
+                "computed from it; run it outside rd.fused(), or with `fuse=False`"
             )

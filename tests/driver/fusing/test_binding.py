@@ -212,6 +212,24 @@ def test_inference_mode_defers_nothing(world: tuple[Any, dict[str, Tensor]]) -> 
     assert (counts["norm"], counts["residual_norm"], counts["norm_rotary"]) == (9, 0, 0)
 
 
+def test_a_model_in_float64_computes_its_own(world: tuple[Any, dict[str, Tensor]]) -> None:
+    """The kernels do not have it."""
+    model, inputs = world
+    plain = logits(model.double(), inputs)
+    with rd.fused(model) as fused:
+        assert torch.equal(logits(model, inputs), plain)
+    assert not any(fused.counts[kind] for kind in ("norm", "norm_rotary", "rotary"))
+    assert all("float64" in reason for reason in fused.left.values())
+
+
+def test_a_norm_that_gets_float64_computes_its_own(world: tuple[Any, dict[str, Tensor]]) -> None:
+    model, _ = world
+    x = torch.ones(3, 32, dtype=torch.float64)
+    own = model.model.norm(x)
+    with rd.fused(model):
+        assert torch.equal(model.model.norm(x), own)
+
+
 def test_a_wrapped_model(world: tuple[Any, dict[str, Tensor]]) -> None:
     model, inputs = world
     with rd.fused(nn.DataParallel(model)) as fused:
