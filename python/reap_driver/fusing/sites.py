@@ -46,7 +46,10 @@ class Site:
         """Whether the kernel takes a call: no gradients, no tracing, tensors on a device."""
         if self.left or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        return all(type(one) is Tensor and one.dtype in TOLERANCE and one.numel() for one in given)
+        return all(
+            type(one) is Tensor and one.dtype in TOLERANCE and one.numel() and not one.is_meta
+            for one in given
+        )
 
     def agrees(
         self, key: Any, where: torch.device, pairs: Callable[[], Sequence[tuple[Any, Tensor]]]
@@ -79,6 +82,8 @@ def difference(own: Any, ours: Tensor) -> str:
     if not isinstance(own, Tensor) or (own.shape, own.dtype) != (ours.shape, ours.dtype):
         return "its first call returned another shape or dtype than the kernel"
     truth = own.double()
+    if not bool(truth.isfinite().all()):
+        return "its first call returned NaN or Inf, so it cannot be compared with the kernel"
     error = float((ours.double() - truth).norm() / truth.norm().clamp_min(1e-300))
     if error <= TOLERANCE[own.dtype]:
         return ""

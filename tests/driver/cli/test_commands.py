@@ -83,6 +83,27 @@ def test_the_batch_size_is_chosen_and_recorded(
     assert sizes == {(): [22, 1], ("--batch-size", "auto"): [22, 1], ("--batch-size", 5): [5, 1]}
 
 
+def test_what_was_fused_is_recorded(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
+    found = {}
+    for flags in ((), ("--fuse",), ("--no-fuse",)):
+        out = tmp_path / f"stats{len(found)}.safetensors"
+        words = ("observe", model, "--data", f"{data}:3", "--seq-len", 32, *flags, "--out", out)
+        done = run(*words)
+        assert done.code == 0, done.err
+        found[flags] = rd.SaliencyStats.load(out).provenance
+    fused = found["--fuse",]["fused"]
+    assert (fused["norm"], fused["residual_norm"], fused["rotary"], fused["left"]) == (3, 2, 1, 0)
+    assert [("fused" in facts, facts["run"].get("fuse")) for facts in found.values()] == [
+        (False, None),
+        (True, True),
+        (False, False),
+    ]
+    words = ("--data", f"{data}:3", "--seq-len", 32, "--ratio", 0.5, "--fuse")
+    assert run("prune", model, *words, "--out", tmp_path / "out").code == 0
+    stats = rd.SaliencyStats.load(tmp_path / "out/reap/stats.safetensors")
+    assert stats.provenance["fused"] == fused
+
+
 def test_groups_are_kept_apart_and_weighed(
     run: Run, model: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -230,6 +230,24 @@ def test_a_norm_that_gets_float64_computes_its_own(world: tuple[Any, dict[str, T
         assert torch.equal(model.model.norm(x), own)
 
 
+def test_a_norm_without_values_computes_its_own(world: tuple[Any, dict[str, Tensor]]) -> None:
+    """On the meta device there is nothing to compare."""
+    model, _ = world
+    with rd.fused(model.to("meta")):
+        found = model.model.norm(torch.empty(3, 32, device="meta"))
+    assert found.is_meta
+
+
+def test_a_first_call_that_is_not_finite_is_said(world: tuple[Any, dict[str, Tensor]]) -> None:
+    model, inputs = world
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_norm.weight[0] = torch.nan
+    plain = logits(model, inputs)
+    with rd.fused(model) as fused:
+        assert torch.equal(logits(model, inputs).isnan(), plain.isnan())
+    assert "returned NaN or Inf" in fused.left["model.layers.1.self_attn.q_norm"]
+
+
 def test_a_wrapped_model(world: tuple[Any, dict[str, Tensor]]) -> None:
     model, inputs = world
     with rd.fused(nn.DataParallel(model)) as fused:
