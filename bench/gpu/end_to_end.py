@@ -387,7 +387,7 @@ def _rows(
     note = bench.note
     total = sum(len(ids) for ids in bench.batches)
     if done < total:
-        note += f"; {done} of {total} sequences, as the budget allows"
+        note += f"; {done} of {total} sequences: {Deadline(0).reason}"
 
     def row(key: Key, seconds: float, extra: str, calls: int) -> Row:
         tokens = done * bench.length

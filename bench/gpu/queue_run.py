@@ -117,8 +117,10 @@ def _outcome(item: Item, process: "_Process", seconds: float) -> tuple[str, list
 
 
 def judged(made: Sequence[Row]) -> tuple[str, str]:
-    """Result and detail of an item by its rows; one in which nothing ran is skipped, whether its
-    rows are skipped or refused.
+    """Result and detail of an item by its rows.
+
+    It is `partly` where the deadline cut something off, also of a row with figures, and `skipped`
+    where nothing ran, since all rows are skipped or refused.
     """
     found = [
         (str(row["result"]), str(row["detail"]))
@@ -133,7 +135,7 @@ def judged(made: Sequence[Row]) -> tuple[str, str]:
         detail += f": {notes[0][:300]}"
     if counts["failed"] or not made:
         return "failed", detail
-    if any(Deadline(0).reason in note for note in notes):
+    if any(Deadline(0).reason in note for _, note in found):
         return "partly", detail
     return ("pass" if set(counts) - set(_NOT_RIGHT) else "skipped"), detail
 

@@ -147,6 +147,7 @@ def test_judgement() -> None:
     assert queue_run.judged([]) == ("failed", "no rows")
     late = {"status": "skipped", "note": f"round 2 skipped: {Deadline(0).reason}"}
     assert queue_run.judged([late, {"status": "timed", "note": ""}])[0] == "partly"
+    assert queue_run.judged([{**late, "status": "timed"}])[0] == "partly"
 
 
 def test_smoke_run_of_the_whole_queue(tmp_path: Path) -> None:

@@ -103,15 +103,19 @@ def test_a_variant_that_fails_does_not_end_the_others(work: Work, monkeypatch) -
 
     known = (end_to_end._OBSERVED, end_to_end._UNOBSERVED, ("transformers", "eager", "no"))
     variants = {**dict.fromkeys(known, len), ("reap", "fused", "yes"): fails}
-    parts = {"machine": work.machine, "batches": [torch.zeros(2, 4)], "note": "", "length": 4}
+    parts = {"machine": work.machine, "batches": [torch.zeros(2, 4)] * 2, "note": "", "length": 4}
     bench = SimpleNamespace(variants=lambda: dict(variants), layers=1, batch=2, **parts)
     monkeypatch.setattr(end_to_end, "all_experts_seconds", lambda bench: 1.0)
     monkeypatch.setattr(end_to_end, "_contexts", lambda *_: [])
     rows = end_to_end._measure(bench, Deadline(HUNG), "checked", 2)  # type: ignore[arg-type]
     found = {(row["provider"], row["variant"], row["observed"]): row for row in rows}
     assert [found[key]["status"] for key in known] == ["timed"] * 3
+    assert all("sequences" not in str(found[key]["note"]) for key in known)
     wrong = found["reap", "fused", "yes"]
     assert (wrong["status"], wrong["note"]) == ("failed", "RuntimeError: no kernel image")
+    rows = end_to_end._measure(bench, Deadline(0.0), "checked", 2)  # type: ignore[arg-type]
+    note = f"2 of 4 sequences: {Deadline(0).reason}"
+    assert all(note in str(row["note"]) for row in rows if row["status"] == "timed")
     for key in known:
         variants[key] = fails
         with pytest.raises(RuntimeError, match="no kernel image"):
