@@ -106,7 +106,7 @@ class _Worker:
         try:
             self._pipe.send(check)
             if not self._pipe.poll(max(0.0, self._deadline.left() + _GRACE)):
-                self._end()
+                self._end(dying=0.0)
                 detail = f"it had no result {_GRACE} s after the deadline; it was killed"
                 return _row(check, "failed", detail, time.perf_counter() - start)
             row, usable = self._pipe.recv()
@@ -124,12 +124,12 @@ class _Worker:
         self._child.start()
         theirs.close()
 
-    def _end(self) -> int | None:
-        """Ends the process, if it has not ended; its exit code."""
+    def _end(self, dying: float = _DYING) -> int | None:
+        """Ends the process, if it has not ended within some seconds; its exit code."""
         child, self._child = self._child, None
         if child is None:
             return None
-        child.join(_DYING)  # one that is dying says with which code
+        child.join(dying)  # one that is dying says with which code
         child.kill()
         child.join()
         return child.exitcode

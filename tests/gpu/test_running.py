@@ -137,9 +137,8 @@ def test_checks_that_hang_are_killed_together(monkeypatch) -> None:
     """All of them so long after the deadline, not one after another."""
     monkeypatch.setattr(processes, "_GRACE", 0.5)
     start = time.monotonic()
-    found = processes.run(
-        CPU, made(failing.hangs, failing.hangs, failing.has_a_device), Deadline(0.5), workers=2
-    )
+    every = made(failing.hangs, failing.hangs, failing.has_a_device)
+    found = processes.run(CPU, every, failing.Ending(2), workers=2)
     assert [row["result"] for row in found] == ["failed", "failed", "skipped"]
     assert "it had no result 0.5 s after the deadline" in str(found[1]["detail"])
     assert time.monotonic() - start < HUNG
