@@ -83,10 +83,12 @@ def run(
 
 def _drain(worker: "_Worker", pending: deque[tuple[int, Check]], rows: dict[int, Row]) -> None:
     """Checks, as long as there are any, by one process after another."""
-    with contextlib.suppress(IndexError):
-        while True:
+    while True:
+        try:
             number, check = pending.popleft()
-            rows[number] = worker.row(check)
+        except IndexError:  # another one took the last
+            return
+        rows[number] = worker.row(check)
 
 
 class _Worker:
@@ -114,7 +116,7 @@ class _Worker:
             detail = f"its process died with code {self._end()}"
             return _row(check, "failed", detail, time.perf_counter() - start)
         if not usable:
-            self._end()
+            self._end(dying=0.0)
         return dict(row)
 
     def _begin(self) -> None:
