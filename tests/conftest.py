@@ -1,6 +1,8 @@
 """Shared by all tests: one thread per worker, and uninitialized memory filled with NaN."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,6 +33,23 @@ pytest.register_assert_rewrite(*(f"tests.{name}" for name in _HELPERS))
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _loading_has_ended() -> Iterator[None]:
+    """What transformers replaces while it loads is back after each test; else models that later
+    tests make would keep uninitialized weights.
+    """
+    yield
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is None:
+        return
+    made = {
+        name: getattr(library.PreTrainedModel, name) for name in ("init_weights", "tie_weights")
+    }
+    made |= {"normal_": torch.nn.init.normal_}
+    left = [f"{name} is {own}" for name, own in made.items() if own.__name__ != name]
+    assert not left, f"this test ended in the middle of loading: {'; '.join(left)}"
 
 
 @pytest.fixture
