@@ -1,12 +1,11 @@
 """Builds configurations without the texts that transformers formats on the way and drops."""
 
 import contextlib
-import threading
 from collections.abc import Iterator
 
 from transformers import GenerationConfig, PretrainedConfig
 
-_LOCK = threading.RLock()  # the method is replaced for all threads
+from reap_driver.compat.replacement import LIBRARY
 
 
 @contextlib.contextmanager
@@ -19,7 +18,7 @@ def without_texts() -> Iterator[None]:
     with all nested ones, which are checked and formatted in turn: two thirds of the time that
     reading the config.json of a model of several parts took.
     """
-    with _LOCK:
+    with LIBRARY:
         originals = {cls: cls.__repr__ for cls in (PretrainedConfig, GenerationConfig)}
         for cls in originals:
             cls.__repr__ = _name_of

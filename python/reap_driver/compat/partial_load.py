@@ -11,7 +11,6 @@ import contextlib
 import copy
 import logging
 import os
-import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,14 +26,13 @@ from transformers.utils import logging as library_logging
 from reap_driver.compat.conversion import KeyMap, Target
 from reap_driver.compat.decoder_layers import owner_of
 from reap_driver.compat.fp8 import partial_blocks
-from reap_driver.compat.replacement import replaced
+from reap_driver.compat.replacement import LIBRARY, replaced
 from reap_kernels.errors import CheckpointError
 
 _convert_and_load = core_model_loading.convert_and_load_state_dict_in_model
 _set_param = core_model_loading.set_param_for_module
 
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
-_LIBRARY = threading.RLock()
 
 _REMEDY = "use the config.json and weights of one and the same checkpoint"
 
@@ -373,7 +371,7 @@ def _in_this_thread() -> Iterator[None]:
     One thread at a time is inside, since what is replaced meanwhile is the library's own: layers of
     several models may be loaded in the background at once.
     """
-    with _LIBRARY:
+    with LIBRARY:
         yield from _quietly()
 
 

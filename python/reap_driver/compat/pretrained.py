@@ -21,6 +21,7 @@ from reap_driver.compat.model_config import (
     quantization_settings,
     quiet,
 )
+from reap_driver.compat.replacement import LIBRARY
 from reap_kernels.errors import CheckpointError, UnsupportedModel
 from reap_kernels.schema import short
 
@@ -116,7 +117,7 @@ def from_checkpoint(
     noisy = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
     remedy = "check config.json, generation_config.json and the weights, or download them again"
     with wrap_errors(f"{path_or_id}: the model cannot be loaded", remedy):
-        with quiet(*noisy), partial_blocks(), built_per_layer(cls):
+        with LIBRARY, quiet(*noisy), partial_blocks(), built_per_layer(cls):
             model, info = cls.from_pretrained(
                 str(path_or_id),
                 config=config,
@@ -145,7 +146,7 @@ def meta_model(
     chosen = model_class(config) if cls is None else cls
 
     def build(config: PretrainedConfig) -> PreTrainedModel:
-        with contextlib.ExitStack() as stack:
+        with LIBRARY, contextlib.ExitStack() as stack:
             for context in (torch.device("meta"), meta_device_safe_creation_ops()):
                 stack.enter_context(context)
             stack.enter_context(no_init_weights())

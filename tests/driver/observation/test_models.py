@@ -1,14 +1,23 @@
 """Resolving, digesting and loading models; each damaged checkpoint gives a clear error."""
 
+import contextlib
 import copy
 import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PretrainedConfig
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeForCausalLM,
+    initialization,
+)
 
 from reap_driver.compat.config_texts import without_texts
 from reap_driver.compat.model_config import config_digest, load_config
@@ -33,6 +42,33 @@ def _saved(folder: Path, name: str = "qwen3_moe", shard: str = "50GB", **fields:
 def _edit(folder: Path, **fields: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_models_built_by_two_threads_leave_the_library_as_it_was(monkeypatch) -> None:
+    """What it replaces meanwhile, it replaces for all threads: one goes after the other."""
+    both = threading.Event()
+    inside: list[int] = []
+    own, before = initialization.no_init_weights, PreTrainedModel.init_weights
+
+    @contextlib.contextmanager
+    def counted() -> Iterator[None]:
+        inside.append(1)
+        if len(inside) == 2:
+            both.set()
+        with own():
+            yield
+
+    class Waiting(Qwen3MoeForCausalLM):
+        def __init__(self, config: PretrainedConfig) -> None:
+            both.wait(0.5)  # the first gives the second time to come inside
+            super().__init__(config)
+
+    monkeypatch.setattr(initialization, "no_init_weights", counted)
+    config = zoo.tiny("qwen3_moe")[0]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: meta_model(config, Waiting), range(2))
+    assert PreTrainedModel.init_weights is before
+    assert type(first) is type(second) is Waiting
 
 
 def test_configurations_keep_their_text(tmp_path: Path) -> None:
