@@ -32,8 +32,9 @@ struct alignas(128) Map {
 constexpr int MAP_BYTES = 128;
 static_assert(sizeof(Map) == MAP_BYTES);
 
-// Encodes a map on a thread whose current device is a Hopper, to be given to a kernel as a __grid_constant__ parameter or to be copied to global
-// memory. Returns a CUDA status: INVALID_VALUE where TMA cannot read the tensor.
+// Encodes a map, to be given to a kernel as a __grid_constant__ parameter or to be copied to global
+// memory; the thread's current device is a Hopper. Returns a CUDA status: INVALID_VALUE where TMA
+// cannot read the tensor.
 int encode_map(const Tiling& tiling, Map* to);
 
 }  // namespace reap
