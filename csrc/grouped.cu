@@ -183,7 +183,7 @@ int describe_experts(const Table& call) {
     if (!is_half(call.dtype) || call.experts < 1 || call.width < 8 || call.width % 8 ||
         call.depth < 8 || call.depth % 8)
         return INVALID_VALUE;
-    // A thread that has launched nothing has no current device, and the driver encodes only with one.
+    // A thread that has launched nothing has no current device; the driver encodes only with one.
     if (hopper_processors(call.device) == 0) return NO_CODE;
     auto* const to = static_cast<unsigned char*>(call.table);
     for (int expert = 0; expert < call.experts; ++expert) {

@@ -104,8 +104,8 @@ REAP_DEVICE void tma_load_5d(void* to, const Map* map, std::uint64_t* barrier, i
         "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(v), "r"(w)
         : "memory");
 }
-// Before the first load by a map that lies in global memory. The host has copied it there: hence the
-// scope of the system.
+// Before the first load by a map that lies in global memory. The host has copied it there, hence
+// the scope of the system.
 REAP_DEVICE void acquire_map(const Map* map) {
     asm volatile("fence.proxy.tensormap::generic.acquire.sys [%0], 128;" ::"l"(map) : "memory");
 }
