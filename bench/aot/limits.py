@@ -42,10 +42,12 @@ class Limit:
     bulk: int = 0
 
 
-# By architecture and kernel.
+# By architecture and kernel. Sums of one block of K of FP8 codes are drained before their scale is
+# applied, those of gate and of up.
 LIMITS = {
     ("sm90", "grouped_product"): Limit(),
     ("sm90", "grouped_product_tma"): Limit(barriers=4, copies=4, bulk=1),
+    ("sm90", "grouped_product_fp8"): Limit(drains=2, barriers=5, copies=8),
 }
 
 
