@@ -20,7 +20,7 @@ from bench.gpu.layer import release
 from bench.gpu.machine import Machine
 from bench.gpu.nvml import COLUMNS, Window
 from bench.gpu.selection import PLANNED, Selection
-from bench.gpu.verify import CheckFailed, bounds_of
+from bench.gpu.verify import CheckFailed, bounds_of, stage_outcome
 
 Row = dict[str, object]
 # Provider, variant, and whether it is observed.
@@ -276,7 +276,7 @@ def run(machine: Machine, deadline: Deadline, selection: Selection = PLANNED) ->
         checked = verify(bench)
         return _measure(bench, deadline, checked, selection.rounds or ROUNDS)
     except Exception as error:  # noqa: BLE001  what earlier stages found must not be lost
-        return [_row(*_OBSERVED, *_status(error))]
+        return [_row(*_OBSERVED, *stage_outcome(error))]
     finally:
         del bench
         release(machine)  # other processes check what comes next
@@ -327,18 +327,8 @@ def _tried(
         except Exception as error:
             if key in (_OBSERVED, _UNOBSERVED) or key[0] == "transformers":
                 raise
-            lost.append(_row(*key, *_status(error)))
+            lost.append(_row(*key, *stage_outcome(error)))
     return trial, lost
-
-
-def _status(error: Exception) -> tuple[str, str]:
-    """Status and note of what an error ended."""
-    said = " ".join(str(error).split())
-    if isinstance(error, torch.OutOfMemoryError):
-        return "skipped", f"out of memory: {said[:200]}"
-    if isinstance(error, CheckFailed):
-        return "failed", str(error)
-    return "failed", f"{type(error).__name__}: {said[:300]}"
 
 
 def _contexts(bench: Bench, trial: dict[Key, float], turns: int) -> list[Row]:

@@ -28,7 +28,7 @@ from bench.gpu.parts import (
     of_layer,
 )
 from bench.gpu.selection import PLANNED, Selection
-from bench.gpu.verify import outcome_of
+from bench.gpu.verify import timed_outcome
 from reap_kernels.testing import Case
 
 Row = dict[str, object]
@@ -177,10 +177,8 @@ def _attempt(part: Part, row: Row, timer: Timer | None, machine: Machine) -> Tim
             timer = Timer(prepared, machine)
         timer.round()
         row["status"] = "timed"
-    except torch.OutOfMemoryError as error:
-        row.update(status="skipped", note=f"out of memory: {' '.join(str(error).split())[:160]}")
     except Exception as error:  # noqa: BLE001  whatever a kernel or a compiler does is red
-        status, note = outcome_of(error, part.variant, machine.device)
+        status, note = timed_outcome(error, part.variant, machine.device)
         row.update(status=status, note=note)
     return timer
 

@@ -11,7 +11,7 @@ from bench.gpu.clock import Deadline, times
 from bench.gpu.machine import Machine
 from bench.gpu.nvml import COLUMNS, Window
 from bench.gpu.providers import PROVIDERS, Prepared, Provider, Work, checked
-from bench.gpu.verify import outcome_of
+from bench.gpu.verify import timed_outcome
 from reap_kernels import Activation, ExpertWeights
 from reap_kernels.testing import Case
 
@@ -167,12 +167,10 @@ def _attempt(
             own = times(prepared.calls, device, repeats)
         taken += [prepared.scale * seconds for seconds in own]
         row["status"] = "timed"
-    except torch.OutOfMemoryError as error:
-        row.update(status="skipped", note=f"out of memory: {' '.join(str(error).split())[:160]}")
     except Exception as error:  # noqa: BLE001  compilers and peers fail in any way
         # What is wrong with ours ends the run in red; with others it is said and not timed.
         wrong = "failed" if provider.name.startswith("reap") else "wrong"
-        status, note = outcome_of(error, provider.variant, device, wrong)
+        status, note = timed_outcome(error, provider.variant, device, wrong)
         row.update(status=status, note=note)
 
 

@@ -1,4 +1,4 @@
-"""Lines of launch tables that are off in the shipped one, put in force while a check runs."""
+"""Lines of launch tables that are off in the shipped one, put in force for a while."""
 
 import os
 import tempfile

@@ -21,7 +21,7 @@ from bench.gpu.machine import Machine
 from bench.gpu.nvml import COLUMNS, Window
 from bench.gpu.providers import Work, tma_launch
 from bench.gpu.selection import PLANNED, Selection
-from bench.gpu.verify import CheckFailed, NotHere, outcome_of
+from bench.gpu.verify import CheckFailed, NotHere, timed_outcome
 from reap_kernels.errors import BackendUnavailable
 from reap_kernels.experts import gpu as experts
 from reap_kernels.experts.operands import Operand
@@ -231,13 +231,10 @@ def measure(bed: Bed, product: str, rounds: int) -> list[Row]:
             call, row["note"] = prepare(bed, product)
             row["error"] = f"{_checked(bed, product, call):.1e}"
             ready[name] = call
-        except torch.OutOfMemoryError as error:
-            note = f"out of memory: {' '.join(str(error).split())[:160]}"
-            row.update(status="skipped", note=note)
         except Exception as error:  # noqa: BLE001  compilers and peers fail in any way
             # What is wrong with ours ends the run in red; with others it is said and not timed.
             wrong = "failed" if name in OURS else "wrong"
-            row["status"], row["note"] = outcome_of(error, name, bed.work.machine.device, wrong)
+            row["status"], row["note"] = timed_outcome(error, name, bed.work.machine.device, wrong)
     if ready:
         _time(bed, product, ready, found, rounds)
     for row in found.values():

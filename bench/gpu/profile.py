@@ -15,6 +15,7 @@ from bench.gpu.clock import Deadline
 from bench.gpu.layer import release
 from bench.gpu.machine import Machine
 from bench.gpu.selection import PLANNED, Selection
+from bench.gpu.verify import stage_outcome
 
 Row = dict[str, object]
 _LARGEST = 40
@@ -38,12 +39,8 @@ def run(machine: Machine, deadline: Deadline, selection: Selection = PLANNED) ->
             work(first)
             rows += _profiled(machine, observed, lambda w=work: w(first), bench.note)
         return rows
-    except torch.OutOfMemoryError as error:
-        note = f"out of memory: {' '.join(str(error).split())[:200]}"
-        return [_row("", "", "skipped", note)]
     except Exception as error:  # noqa: BLE001  what earlier stages found must not be lost
-        note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return [_row("", "", "failed", note)]
+        return [_row("", "", *stage_outcome(error))]
     finally:
         del bench
         release(machine)  # other processes check what comes next

@@ -5,7 +5,6 @@ until they return while the device is busy with something else; `queued_ms`, bet
 work that lets the host run ahead, so the device's time alone; `graph_ms`, as a CUDA graph.
 """
 
-import gc
 import statistics
 import time
 from collections.abc import Sequence
@@ -50,7 +49,7 @@ def providers(smoke: bool) -> list[Provider]:
 def run(machine: Machine, deadline: Deadline, selection: Selection = PLANNED) -> list[Row]:
     """Rows of all providers; those the deadline cuts off say so."""
     rows: list[Row] = []
-    asked = providers(machine.smoke)
+    asked, layers = providers(machine.smoke), layer.Layers(machine)
     rounds = selection.rounds or (1 if machine.smoke else ROUNDS)
     for case in selection.cases(plan(machine.smoke)):
         if deadline.passed():
@@ -58,13 +57,7 @@ def run(machine: Machine, deadline: Deadline, selection: Selection = PLANNED) ->
                 _row(case, one, "skipped", deadline.reason) for one in providers(machine.smoke)
             ]
             continue
-        with torch.no_grad():
-            work = Work(machine, case, layer.weights(case, machine.device))
-            rows += _measured(work, asked, rounds)
-        del work
-        gc.collect()
-        if machine.device.type == "cuda":
-            torch.cuda.empty_cache()
+        rows += layers.measured(case, lambda work: _measured(work, asked, rounds))
     return rows
 
 

@@ -24,7 +24,7 @@ from bench.gpu.machine import Machine
 from bench.gpu.nvml import COLUMNS, Window
 from bench.gpu.providers import Work
 from bench.gpu.selection import PLANNED, Selection
-from bench.gpu.verify import CheckFailed, bounds_of, outcome_of, products_of
+from bench.gpu.verify import CheckFailed, bounds_of, products_of, timed_outcome
 from reap_kernels import LayerStats
 from reap_kernels.dispatch import select
 from reap_kernels.experts import gpu as experts
@@ -79,11 +79,8 @@ def _measured(work: Work, rounds: int) -> list[Row]:
     for backend in BACKENDS[1 if work.machine.smoke else 0 :]:
         try:
             ready[backend] = Timer(work, backend)
-        except torch.OutOfMemoryError as error:
-            note = f"out of memory: {' '.join(str(error).split())[:160]}"
-            rows.append(_row(work.case, backend, "", "skipped", note))
         except Exception as error:  # noqa: BLE001  whatever a kernel or a compiler does is a row
-            status, note = outcome_of(error, backend, work.machine.device)
+            status, note = timed_outcome(error, backend, work.machine.device)
             rows.append(_row(work.case, backend, "", status, note))
     for _ in range(rounds):
         for timer in ready.values():

@@ -8,7 +8,6 @@ it, the overlapped pass must have given the bits of the pass that loaded and com
 transformers and reap_driver are imported inside functions: a machine without them runs the rest.
 """
 
-import gc
 import math
 import shutil
 import statistics
@@ -25,10 +24,11 @@ from torch import Tensor
 
 from bench.gpu import end_to_end, projected, streamed_files
 from bench.gpu.clock import Deadline
+from bench.gpu.layer import release
 from bench.gpu.machine import Machine
 from bench.gpu.stopwatch import Stopwatch
 from bench.gpu.streamed_files import FORMATS, TINY, TRUE, Shape
-from bench.gpu.verify import CheckFailed, NotHere
+from bench.gpu.verify import CheckFailed, NotHere, stage_outcome
 from reap_kernels.errors import ResourceError
 
 Row = dict[str, object]
@@ -132,18 +132,10 @@ def _attempt(
         return [_row(sizes, format, "skipped", str(error))]
     except Interrupted:
         return [_row(sizes, format, "skipped", deadline.reason)]
-    except torch.OutOfMemoryError as error:
-        note = f"out of memory: {' '.join(str(error).split())[:200]}"
-        return [_row(sizes, format, "skipped", note)]
-    except CheckFailed as error:
-        return [_row(sizes, format, "failed", str(error))]
     except Exception as error:  # noqa: BLE001  what earlier stages found must not be lost
-        note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return [_row(sizes, format, "failed", note)]
+        return [_row(sizes, format, *stage_outcome(error))]
     finally:
-        gc.collect()
-        if machine.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(machine)
 
 
 def _fitting(sizes: Sizes, format: str, folder: Path) -> Sizes:
@@ -355,9 +347,7 @@ class Bench:
     ) -> Iterator[Any]:
         """The states behind the last layer of one pass that read from the disk."""
         self._forget()
-        gc.collect()
-        if self.machine.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(self.machine)
         device = self.machine.device
         with _observed(self.folder, device, data, numbers, offload, watch) as (observer, store):
             observer.stats  # noqa: B018  raises where an expert gave NaN or Inf

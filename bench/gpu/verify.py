@@ -88,6 +88,25 @@ def outcome_of(
     return wrong, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
+def timed_outcome(
+    error: Exception, backend: str, device: torch.device, wrong: str = "failed"
+) -> tuple[str, str]:
+    """As `outcome_of`, of a timing: what memory does not hold is skipped."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return stage_outcome(error)
+    return outcome_of(error, backend, device, wrong)
+
+
+def stage_outcome(error: Exception) -> tuple[str, str]:
+    """Status and note of what ended a whole stage."""
+    said = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return "skipped", f"out of memory: {said[:200]}"
+    if isinstance(error, CheckFailed):
+        return "failed", str(error)
+    return "failed", f"{type(error).__name__}: {said[:300]}"
+
+
 def products_of(backend: str, hidden: Tensor, top_k: int, experts: ExpertWeights) -> str:
     """Whose products a layer's backend takes, which its rounding and its scratch depend on."""
     if backend != "cuda":
